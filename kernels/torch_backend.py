@@ -1,0 +1,304 @@
+"""Tree attention in plain PyTorch: the reference for every other backend, on any device.
+
+A plan's units fall into two kinds. A unit that reads long runs is computed alone, straight from its extents.
+Units that read little are padded to a common shape, gathered, and computed together. Scores and sums are
+float32 (float64 for float64 inputs).
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.core import Plan
+from radixgen.kernels.merge import merge_partials
+
+_NEVER = np.iinfo(np.int32).max
+
+LONG_RUN = {"cpu": 128, "cuda": 4096}
+"""Keys a segment, on average, from which a unit is read in place rather than gathered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Keys `[start, start + length)` in the pool, and which of them a row may not see (None: all may)."""
+
+    start: int
+    length: int
+    hidden: Tensor | None
+    """`[rows, length]` bool"""
+
+
+@dataclass(frozen=True, slots=True)
+class _LongUnit:
+    first: int
+    stop: int
+    runs: list[_Run]
+    partial: int
+    """Where the unit's rows begin among the partials."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Units of like size, padded to the same number of rows and keys."""
+
+    rows: Tensor
+    """`[units, rows]` int64, padded with the unit's first row"""
+    slots: Tensor
+    """`[units, keys]` int64, padded with slot 0"""
+    hidden: Tensor | None
+    """`[units, 1, rows, 1, keys]` bool"""
+    unseen: Tensor | None
+    """`[units, keys, 1, 1]` bool: keys that no row of the unit sees"""
+    source: Tensor
+    """`[n]`: which of the flattened `[units, rows]` results are real"""
+    partial: Tensor
+    """`[n]`: where they go among the partials"""
+
+
+class TorchAttention:
+    """A plan made ready for one window and device: built once a step, called once a layer."""
+
+    def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
+        plan = plan.within(window)
+        self.rows = plan.num_rows
+        self.kv_tokens_read = plan.kv_tokens_read
+        self.kv_tokens_unshared = plan.kv_tokens_unshared
+        self._device = device
+        self._plan = plan
+        sizes = np.diff(plan.unit_rows, axis=1)[:, 0].astype(np.int64)
+        self._offsets = np.cumsum(sizes) - sizes
+        self._num_partials = int(sizes.sum())
+        counts = np.diff(plan.unit_segments, axis=1)[:, 0]
+        owners = np.repeat(np.arange(plan.num_units), counts)
+        keys = np.bincount(owners, weights=plan.segment_lengths, minlength=plan.num_units)
+        self._keys = keys.astype(np.int64)
+        self._owners = owners
+        long = self._keys >= LONG_RUN.get(device.type, 4096) * np.maximum(counts, 1)
+        long &= self._dense(plan)
+        self._long = [self._long_unit(unit) for unit in np.flatnonzero(long).tolist()]
+        self._batches = [self._batch(units) for units in self._classes(np.flatnonzero(~long), sizes)]
+        self._order = self._merge_order(sizes) if not plan.single else None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend `q [rows, q_heads, head_dim]`, in the plan's order, to `k [slots, kv_heads, head_dim]` and
+        `v [slots, kv_heads, v_head_dim]`.
+
+        Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log) in the accumulation
+        dtype: float64 for float64 inputs, otherwise float32. Sinks are not included.
+        """
+        rows, q_heads, head_dim = q.shape
+        kv_heads, group = k.shape[1], q_heads // k.shape[1]
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries = (q.to(dtype) * scale).view(rows, kv_heads, group, head_dim)
+        shape = (self._num_partials, kv_heads, group)
+        out = queries.new_zeros((*shape, v.shape[2]))
+        lse = queries.new_full(shape, float("-inf"))
+        packed = queries.transpose(0, 1).reshape(kv_heads, rows * group, head_dim) if self._long else q
+        for unit in self._long:
+            stop = unit.partial + unit.stop - unit.first
+            _attend_long(unit, packed, k, v, softcap, out[unit.partial : stop], lse[unit.partial : stop])
+        for batch in self._batches:
+            _attend_batch(batch, queries, k, v, softcap, out, lse)
+        if self._order is not None:
+            out, lse = merge_partials(out, lse, self._order, rows)
+        return out.view(rows, q_heads, -1), lse.view(rows, q_heads)
+
+    @staticmethod
+    def _dense(plan: Plan) -> NDArray[np.bool_]:
+        """Units in which a window leaves no key unseen: their rows' positions have no gaps within it."""
+        if plan.window is None:
+            return np.ones(plan.num_units, np.bool_)
+        ordered = [np.unique(plan.row_positions[a:b]) for a, b in plan.unit_rows.tolist()]
+        return np.array([np.diff(p).max(initial=0) <= plan.window for p in ordered], np.bool_)
+
+    def _long_unit(self, unit: int) -> _LongUnit:
+        plan = self._plan
+        first, stop = plan.unit_rows[unit].tolist()
+        positions = plan.row_positions[first:stop]
+        runs = []
+        for segment in range(*plan.unit_segments[unit].tolist()):
+            start, length = int(plan.segment_starts[segment]), int(plan.segment_lengths[segment])
+            begin = int(plan.segment_positions[segment])
+            seen_by = plan.segment_rows[segment] - first
+            clear = self._clear_length(positions, begin, length, seen_by)
+            if clear:
+                runs.append(_Run(start, clear, None))
+            if clear < length:
+                keys = np.arange(begin + clear, begin + length)
+                hidden = _hidden(positions, keys, plan.window)
+                hidden[: seen_by[0]] = True
+                hidden[seen_by[1] :] = True
+                runs.append(_Run(start + clear, length - clear, self._to_device(hidden)))
+        return _LongUnit(first, stop, runs, int(self._offsets[unit]))
+
+    def _clear_length(
+        self, positions: NDArray[np.int32], begin: int, length: int, seen_by: NDArray[np.int32]
+    ) -> int:
+        """How many of a segment's first keys every row sees."""
+        if self._plan.window is not None and begin <= int(positions.max()) - self._plan.window:
+            return 0
+        if seen_by[1] - seen_by[0] < positions.size:
+            return 0
+        return min(max(int(positions.min()) + 1 - begin, 0), length)
+
+    def _classes(self, units: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Units grouped by the powers of two above their rows and keys."""
+        classes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        rows = np.ceil(np.log2(np.maximum(sizes[units], 1))).astype(int).tolist()
+        keys = np.ceil(np.log2(np.maximum(self._keys[units], 16))).astype(int).tolist()
+        for unit, row_class, key_class in zip(units.tolist(), rows, keys, strict=True):
+            classes[row_class, key_class].append(unit)
+        return [np.array(members, np.int64) for members in classes.values()]
+
+    def _batch(self, units: NDArray[np.int64]) -> _Batch:
+        plan = self._plan
+        first, stop = plan.unit_rows[units, 0].astype(np.int64), plan.unit_rows[units, 1]
+        sizes = stop - first
+        ranks = np.arange(sizes.max())
+        real = ranks < sizes[:, None]
+        rows = np.where(real, first[:, None] + ranks, first[:, None])
+        keys = self._keys[units]
+        width = max(int(keys.max()), 1)
+        slots = np.zeros((units.size, width), np.int64)
+        key_positions = np.full((units.size, width), _NEVER, np.int32)
+        seen_from = np.zeros((units.size, width), np.int32)
+        seen_to = np.zeros((units.size, width), np.int32)
+
+        place = np.full(plan.num_units, -1, np.int64)
+        place[units] = np.arange(units.size)
+        segments = np.flatnonzero(place[self._owners] >= 0)
+        lengths = plan.segment_lengths[segments]
+        total = int(lengths.sum())
+        segment_of = np.repeat(segments, lengths)
+        within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        unit_of = place[self._owners[segment_of]]
+        column = np.arange(total) - np.repeat(np.cumsum(keys) - keys, keys)
+        slots[unit_of, column] = plan.segment_starts[segment_of] + within
+        key_positions[unit_of, column] = plan.segment_positions[segment_of] + within
+        seen_from[unit_of, column] = plan.segment_rows[segment_of, 0]
+        seen_to[unit_of, column] = plan.segment_rows[segment_of, 1]
+
+        hidden = _hidden(plan.row_positions[rows], key_positions, plan.window)
+        hidden |= rows[:, :, None] < seen_from[:, None]
+        hidden |= rows[:, :, None] >= seen_to[:, None]
+        unseen = hidden.all(axis=1)
+        source = np.flatnonzero(real)
+        partial = (self._offsets[units][:, None] + ranks)[real]
+        return _Batch(
+            rows=self._to_device(rows),
+            slots=self._to_device(slots),
+            hidden=self._to_device(hidden[:, None, :, None]) if hidden.any() else None,
+            unseen=self._to_device(unseen[:, :, None, None]) if unseen.any() else None,
+            source=self._to_device(source),
+            partial=self._to_device(partial),
+        )
+
+    def _merge_order(self, sizes: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
+        """For each rank from the root down: the rows that have a partial of that rank, and which it is."""
+        plan = self._plan
+        rows = np.arange(self._num_partials) + np.repeat(plan.unit_rows[:, 0] - self._offsets, sizes)
+        ranks = np.repeat(plan.unit_rank, sizes)
+        order = []
+        for rank in range(int(ranks.max()) + 1):
+            partial = np.flatnonzero(ranks == rank)
+            order.append((self._to_device(rows[partial]), self._to_device(partial)))
+        return order
+
+    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _hidden(
+    row_positions: NDArray[np.int32], key_positions: NDArray[np.int32], window: int | None
+) -> NDArray[np.bool_]:
+    """The causal rule by position: `[..., rows]` and `[..., keys]` give `[..., rows, keys]`."""
+    rows, keys = row_positions[..., :, None], key_positions[..., None, :]
+    hidden: NDArray[np.bool_] = keys > rows
+    if window is not None:
+        hidden |= keys <= rows - window
+    return hidden
+
+
+def _softmax(scores: Tensor, out_lse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Unnormalized probabilities (in place of `scores`), their sum, and the LSE; 0 and -inf without keys."""
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(top.isneginf(), 0.0, top)
+    probabilities = scores.sub_(top).exp_()
+    total = probabilities.sum(-1, keepdim=True)
+    return probabilities, total.clamp_min(torch.finfo(total.dtype).tiny), top + total.log()
+
+
+def _attend_long(
+    unit: _LongUnit,
+    packed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """One unit: packed `[kv_heads, rows * group, head_dim]` against its runs, in place in the pool."""
+    rows, kv_heads, group, _ = out.shape
+    q = packed[:, unit.first * group : unit.stop * group]
+    keys = sum(run.length for run in unit.runs)
+    scores = q.new_empty((kv_heads, rows * group, keys))
+    column = 0
+    for run in unit.runs:
+        part = scores[:, :, column : column + run.length]
+        torch.matmul(q, k[run.start : run.start + run.length].permute(1, 2, 0).to(q.dtype), out=part)
+        if softcap is not None:
+            part.div_(softcap).tanh_().mul_(softcap)
+        if run.hidden is not None:
+            part.view(kv_heads, rows, group, run.length).masked_fill_(run.hidden[:, None], float("-inf"))
+        column += run.length
+    probabilities, total, unit_lse = _softmax(scores)
+    values: Tensor | None = None
+    column = 0
+    for run in unit.runs:
+        part = probabilities[:, :, column : column + run.length]
+        run_values = v[run.start : run.start + run.length].transpose(0, 1).to(q.dtype)
+        product = torch.matmul(part, run_values)
+        values = product if values is None else values.add_(product)
+        column += run.length
+    assert values is not None
+    values.div_(total)
+    out.copy_(values.view(kv_heads, rows, group, -1).transpose(0, 1))
+    lse.copy_(unit_lse.view(kv_heads, rows, group).transpose(0, 1))
+
+
+def _attend_batch(
+    batch: _Batch,
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Padded units together: queries `[rows, kv_heads, group, head_dim]` against gathered keys."""
+    units, rows = batch.rows.shape
+    keys = batch.slots.shape[1]
+    _, kv_heads, group, head_dim = queries.shape
+    q = queries[batch.rows].transpose(1, 2).reshape(units, kv_heads, rows * group, head_dim)
+    flat = batch.slots.view(-1)
+    key = k.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, head_dim)
+    value = v.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, -1)
+    if batch.unseen is not None:
+        value.masked_fill_(batch.unseen, 0.0)
+    scores = torch.matmul(q, key.permute(0, 2, 3, 1))
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if batch.hidden is not None:
+        scores.view(units, kv_heads, rows, group, keys).masked_fill_(batch.hidden, float("-inf"))
+    probabilities, total, batch_lse = _softmax(scores)
+    values = torch.matmul(probabilities, value.transpose(1, 2)).div_(total)
+    values = values.view(units, kv_heads, rows, group, -1).transpose(1, 2)
+    batch_lse = batch_lse.view(units, kv_heads, rows, group).transpose(1, 2)
+    out[batch.partial] = values.reshape(units * rows, kv_heads, group, -1)[batch.source]
+    lse[batch.partial] = batch_lse.reshape(units * rows, kv_heads, group)[batch.source]

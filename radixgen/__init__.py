@@ -1,0 +1,56 @@
+"""radixgen: exact language-model serving in which a shared prefix is stored, computed and read once."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from radixgen.core import (
+    CompletionOutput,
+    DuplicateRequest,
+    EngineClosed,
+    InvalidRequest,
+    Limits,
+    ModelNotFound,
+    PromptTooLong,
+    RadixgenError,
+    RequestOutput,
+    SamplingParams,
+    Stats,
+    UnknownRequest,
+    UnsupportedModel,
+)
+
+from radixgen.version import VERSION
+
+if TYPE_CHECKING:
+    from radixgen.attention import TreeAttention
+    from radixgen.engine import Engine
+
+__version__ = VERSION
+
+_LAZY = {"Engine": "radixgen.engine", "TreeAttention": "radixgen.attention"}
+
+__all__ = [
+    "CompletionOutput",
+    "DuplicateRequest",
+    "Engine",
+    "EngineClosed",
+    "InvalidRequest",
+    "Limits",
+    "ModelNotFound",
+    "PromptTooLong",
+    "RadixgenError",
+    "RequestOutput",
+    "SamplingParams",
+    "Stats",
+    "TreeAttention",
+    "UnknownRequest",
+    "UnsupportedModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    """torch is imported when the first name that needs it is."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'radixgen' has no attribute {name!r}")

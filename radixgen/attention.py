@@ -1,0 +1,151 @@
+"""`TreeAttention`: exact attention over a tree of shared keys, usable by anyone's code."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radixgen.core import InvalidRequest, Plan
+from radixgen.kernels import AttentionBackend, backend_class
+from radixgen.kernels.merge import apply_sinks
+from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
+
+
+class TreeAttention:
+    """Attention of rows that stand in a tree: each sees the keys on its path from the root, up to its position.
+
+    ```python
+    attn = TreeAttention(parents=[-1, 0, 0], extents=[[(0, 900)], [(900, 7)], [(1024, 12)]], row_nodes=[1, 2])
+    out, lse = attn(q, k, v)
+    ```
+
+    Planned when built, called once a layer.
+    """
+
+    def __init__(
+        self,
+        parents: Sequence[int],
+        extents: Sequence[Sequence[tuple[int, int]]],
+        row_nodes: Sequence[int],
+        row_positions: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        backend: str = "auto",
+        mode: PlanMode = "auto",
+        cost: CostModel | None = None,
+    ) -> None:
+        """
+        parents: for each node its parent, -1 at a root; a parent comes before its children.
+        extents: for each node its keys as runs of slots `(start, length)`, in order of position. A node may be empty.
+        row_nodes: `[rows]`, the node in which each row stands.
+        row_positions: `[rows]`, the position of each row, counted from the root's first token; it lies inside the
+            row's node. Default: the last position of the row's node.
+        window: a row at position `p` sees only keys at positions `> p - window`.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        backend: `"auto"`, or one of `radixgen.kernels.BACKENDS`.
+        mode: `"auto"`; `"unshared"` reads every path alone, `"naive"` makes each node a unit.
+
+        Raises `InvalidRequest`.
+        """
+        if mode not in PLAN_MODES:
+            raise InvalidRequest("mode", mode, f"must be one of {', '.join(PLAN_MODES)}")
+        if window is not None and window < 1:
+            raise InvalidRequest("window", window, "must be at least 1")
+        forest = _forest(parents, extents)
+        nodes = np.asarray(row_nodes, np.int32).reshape(-1)
+        positions = _positions(forest, nodes, row_positions)
+        self.plan: Plan = plan(forest, nodes, positions, mode=mode, cost=cost)
+        self.window = window
+        self.softcap = softcap
+        self._backend = backend_class(backend)
+        self._prepared: dict[torch.device, AttentionBackend] = {}
+        self._num_slots = int((forest.extent_starts + forest.extent_lengths).max(initial=0))
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]`; v `[slots, kv_heads, v_head_dim]`;
+        `q_heads` is a multiple of `kv_heads`. scale: default `head_dim ** -0.5`. sinks `[q_heads]`: one logit a
+        head that takes weight and gives no value.
+
+        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]`, float32 (float64 for
+        float64 inputs), natural log, sinks not included. Rows are answered in the order given; a row that sees no
+        key gives 0 and -inf. Raises `InvalidRequest`.
+        """
+        self._check_shapes(q, k, v)
+        if q.shape[0] == 0:
+            return q.new_empty((0, q.shape[1], v.shape[2])), q.new_empty((0, q.shape[1]))
+        if q.device not in self._prepared:
+            self._prepared[q.device] = self._backend(self.plan, self.window, q.device)
+        order = torch.from_numpy(self.plan.row_order).to(q.device)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        out, lse = self._prepared[q.device](q[order], k, v, scale, self.softcap)
+        if sinks is not None:
+            out = apply_sinks(out, lse, sinks)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return out[back].to(q.dtype), lse[back]
+
+    def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.dim() != 3:
+                raise InvalidRequest(f"{name}.shape", tuple(tensor.shape), "must have 3 dimensions")
+        if q.shape[0] != self.plan.num_rows:
+            raise InvalidRequest("q.shape[0]", q.shape[0], f"must be {self.plan.num_rows} rows")
+        if k.shape[:2] != v.shape[:2] or k.shape[2] != q.shape[2]:
+            limit = f"must agree with q {tuple(q.shape)} and v {tuple(v.shape)}"
+            raise InvalidRequest("k.shape", tuple(k.shape), limit)
+        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            limit = f"must be a multiple of {k.shape[1]} kv heads"
+            raise InvalidRequest("q_heads", q.shape[1], limit)
+        if k.shape[0] < self._num_slots:
+            raise InvalidRequest("slots", k.shape[0], f"must be at least {self._num_slots}")
+
+
+def _forest(parents: Sequence[int], extents: Sequence[Sequence[tuple[int, int]]]) -> Forest:
+    above = np.asarray(parents, np.int32).reshape(-1)
+    if len(extents) != above.size:
+        raise InvalidRequest("len(extents)", len(extents), f"must be {above.size}, as many as parents")
+    if ((above < -1) | (above >= np.arange(above.size))).any():
+        raise InvalidRequest("parents", list(parents), "must be -1 or an earlier node")
+    flat = np.array([run for runs in extents for run in runs], np.int64).reshape(-1, 2)
+    if (flat < 0).any():
+        raise InvalidRequest("extents", flat[(flat < 0).any(1)][0].tolist(), "must not be negative")
+    counts = np.array([len(runs) for runs in extents], np.int64)
+    owner = np.repeat(np.arange(above.size), counts)
+    lengths = np.bincount(owner, weights=flat[:, 1], minlength=above.size).astype(np.int64)
+    starts = np.zeros(above.size, np.int64)
+    for node, parent in enumerate(above.tolist()):
+        if parent >= 0:
+            starts[node] = starts[parent] + lengths[parent]
+    if (starts + lengths).max(initial=0) > np.iinfo(np.int32).max:
+        raise InvalidRequest("extents", int((starts + lengths).max()), "a path holds at most 2^31-1 keys")
+    return Forest(
+        parents=above,
+        starts=starts.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        extent_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        extent_starts=flat[:, 0],
+        extent_lengths=flat[:, 1].astype(np.int32),
+    )
+
+
+def _positions(forest: Forest, nodes: np.ndarray, given: Sequence[int] | None) -> np.ndarray:
+    if nodes.size and (nodes.min() < 0 or nodes.max() >= forest.parents.size):
+        raise InvalidRequest("row_nodes", nodes.tolist(), f"must be below {forest.parents.size}")
+    first = forest.starts[nodes]
+    last = first + forest.lengths[nodes] - 1
+    if given is None:
+        return last
+    positions = np.asarray(given, np.int32).reshape(-1)
+    if positions.size != nodes.size:
+        raise InvalidRequest("len(row_positions)", positions.size, f"must be {nodes.size} rows")
+    outside = (positions < first) | (positions > last)
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        limit = f"row {row} must stand inside its node, from {first[row]} to {last[row]}"
+        raise InvalidRequest("row_positions", int(positions[row]), limit)
+    return positions

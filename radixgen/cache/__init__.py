@@ -1,0 +1,30 @@
+"""What is stored and where: the radix tree, the pool of slots, the tensors behind the slots.
+
+    tree     tokens -> nodes -> extents: match, insert, split, advance, lock, evict
+    pool     extents of slots: allocate, grow, release behind a fence
+    policy   node -> sortable key: which leaf is evicted first
+    storage  slots -> K and V of every layer
+
+Tree and pool hold integers and NumPy arrays only; they know no model and no device.
+"""
+
+from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
+from radixgen.cache.pool import Extent, ExtentPool
+from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
+from radixgen.cache.tree import Columns, Lock, Match, Node, RadixTree
+
+__all__ = [
+    "Columns",
+    "EvictionPolicy",
+    "Extent",
+    "ExtentPool",
+    "Lock",
+    "Match",
+    "Node",
+    "RadixTree",
+    "TokenArray",
+    "as_tokens",
+    "common_prefix_len",
+    "first_in",
+    "least_recently_used",
+]

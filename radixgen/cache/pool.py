@@ -1,0 +1,146 @@
+"""Slots of the KV pool, handed out as long extents. Integers only: the tensors are in `storage`."""
+
+from typing import NamedTuple
+
+from sortedcontainers import SortedList
+
+from radixgen.core import OutOfSlots
+
+
+class Extent(NamedTuple):
+    """The consecutive slots `[start, start + length)`."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class ExtentPool:
+    """Hands out the slots `0 … capacity - 1` as extents: best fit, coalescing, fenced frees.
+
+    Every slot is free, fenced or used, and `free + fenced + used == capacity`. A slot freed while steps are
+    in flight is fenced: it becomes free when the last step begun before the free has retired.
+    Each operation costs O(log n) in the number of free extents.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity={capacity}: must be at least 1 slot")
+        self.capacity = capacity
+        self.free = 0
+        self.fenced = 0
+        self._length_at: dict[int, int] = {}
+        self._start_before: dict[int, int] = {}
+        self._by_length: SortedList[tuple[int, int]] = SortedList()
+        self._fenced: list[tuple[int, Extent]] = []
+        self._begun = 0
+        self._retired = 0
+        self._add(0, capacity)
+
+    @property
+    def used(self) -> int:
+        return self.capacity - self.free - self.fenced
+
+    def allocate(self, count: int) -> list[Extent]:
+        """Take `count` slots, in one extent where one fits (the tightest), else in the fewest.
+
+        Raises `OutOfSlots`, and takes nothing, where fewer than `count` are free.
+        """
+        if count > self.free:
+            raise OutOfSlots(f"count={count}: only {self.free} of {self.capacity} slots are free")
+        taken = []
+        while count > 0:
+            fit = self._by_length.bisect_left((count, -1))
+            length, start = self._by_length[min(fit, len(self._by_length) - 1)]
+            used = min(length, count)
+            self._remove(start)
+            if used < length:
+                self._add(start + used, length - used)
+            taken.append(Extent(start, used))
+            count -= used
+        return taken
+
+    def grow(self, end: int, count: int) -> int:
+        """Take up to `count` slots from `end` on, so that the extent before them grows in place.
+
+        Returns how many were free there and are now taken, possibly 0.
+        """
+        length = self._length_at.get(end, 0)
+        used = min(length, count)
+        if used:
+            self._remove(end)
+            if used < length:
+                self._add(end + used, length - used)
+        return used
+
+    def release(self, extent: Extent) -> None:
+        """Give slots back, behind the fence of the steps in flight."""
+        if extent.length == 0:
+            return
+        if self._begun > self._retired:
+            self._fenced.append((self._begun, extent))
+            self.fenced += extent.length
+        else:
+            self._coalesce(extent)
+
+    def begin_step(self) -> int:
+        """Raise a fence: slots released from now on wait for this step. Returns its number."""
+        self._begun += 1
+        return self._begun
+
+    def retire_step(self, step: int) -> None:
+        """Lower the fence of `step` and of every earlier one."""
+        self._retired = max(self._retired, step)
+        waiting = []
+        for fence, extent in self._fenced:
+            if fence <= self._retired:
+                self.fenced -= extent.length
+                self._coalesce(extent)
+            else:
+                waiting.append((fence, extent))
+        self._fenced = waiting
+
+    def free_extents(self) -> list[Extent]:
+        return sorted(Extent(start, length) for start, length in self._length_at.items())
+
+    def fenced_extents(self) -> list[Extent]:
+        return sorted(extent for _, extent in self._fenced)
+
+    def check(self) -> None:
+        """Assert that the free list is sorted, disjoint, coalesced and adds up (I3)."""
+        extents = self.free_extents()
+        assert sum(e.length for e in extents) == self.free
+        assert sum(e.length for e in self.fenced_extents()) == self.fenced
+        assert all(a.end < b.start for a, b in zip(extents, extents[1:], strict=False)), extents
+        assert list(self._by_length) == sorted((e.length, e.start) for e in extents)
+        assert self._start_before == {e.end: e.start for e in extents}
+        assert all(e.length > 0 and 0 <= e.start and e.end <= self.capacity for e in extents)
+
+    def _coalesce(self, extent: Extent) -> None:
+        start, length = extent
+        following = self._length_at.get(start + length)
+        if following is not None:
+            self._remove(start + length)
+            length += following
+        before = self._start_before.get(start)
+        if before is not None:
+            length += start - before
+            start = before
+            self._remove(before)
+        self._add(start, length)
+
+    def _add(self, start: int, length: int) -> None:
+        assert start not in self._length_at, f"slot {start} was freed twice"
+        self._length_at[start] = length
+        self._start_before[start + length] = start
+        self._by_length.add((length, start))
+        self.free += length
+
+    def _remove(self, start: int) -> None:
+        length = self._length_at.pop(start)
+        del self._start_before[start + length]
+        self._by_length.remove((length, start))
+        self.free -= length

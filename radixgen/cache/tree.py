@@ -1,0 +1,663 @@
+"""The token-level radix tree: every token that a live request holds, and every token still cached, once.
+
+A node is a run of tokens. Of its tokens the first `computed` have their KV, the first `scheduled` have a
+slot, and all `known` are in the tree: `known >= scheduled >= computed`. Its extents hold `scheduled` slots and,
+behind them, a reserved tail into which a leaf grows.
+
+    tokens   |---- computed ----|-- scheduled --|-- known --|
+    extents  |------------ slots in use --------|-- reserve --|
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixgen.cache.policy import EvictionPolicy, least_recently_used
+from radixgen.cache.pool import Extent, ExtentPool
+from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
+from radixgen.core import OutOfSlots
+
+_MIN_RUN = 16
+
+
+class Node:
+    """One edge of the tree. Its fields are the tree's to write and anyone's to read."""
+
+    __slots__ = (
+        "_buffer",
+        "_heap_entry",
+        "_offset",
+        "_owns_tail",
+        "children",
+        "computed",
+        "extents",
+        "id",
+        "known",
+        "last_used",
+        "lock_count",
+        "locked_children",
+        "namespace",
+        "parent",
+        "priority",
+        "scheduled",
+        "serial",
+        "start",
+    )
+
+    def __init__(self, parent: "Node | None", namespace: str, buffer: TokenArray) -> None:
+        self.parent = parent
+        self.namespace = namespace
+        self.children: dict[int, Node] = {}
+        self.extents: list[Extent] = []
+        self.known = int(buffer.size)
+        self.scheduled = 0
+        self.computed = 0
+        self.start = parent.end if parent else 0
+        self.lock_count = 0
+        self.locked_children = 0
+        self.priority = 0.0
+        self.last_used = 0
+        self.serial = 0
+        self.id = -1
+        self._buffer = buffer
+        self._offset = 0
+        self._owns_tail = True
+        self._heap_entry = 0
+
+    @property
+    def tokens(self) -> TokenArray:
+        return self._buffer[self._offset : self._offset + self.known]
+
+    @property
+    def first_token(self) -> int:
+        """The token under which the parent keeps this node."""
+        return int(self._buffer[self._offset])
+
+    @property
+    def end(self) -> int:
+        """Position after the node's last token."""
+        return self.start + self.known
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token up to the node's end has its KV."""
+        return self.computed == self.known
+
+    @property
+    def locked(self) -> bool:
+        return self.lock_count + self.locked_children > 0
+
+    @property
+    def capacity(self) -> int:
+        return sum(extent.length for extent in self.extents)
+
+    @property
+    def reserved(self) -> int:
+        return self.capacity - self.scheduled
+
+    def path(self) -> list["Node"]:
+        """The nodes from the root to this one."""
+        nodes = [self]
+        while (parent := nodes[-1].parent) is not None:
+            nodes.append(parent)
+        return nodes[::-1]
+
+    def path_tokens(self) -> TokenArray:
+        """Every token from position 0 to the node's end."""
+        return np.concatenate([node.tokens for node in self.path()])
+
+    def slots(self, first: int, stop: int) -> NDArray[np.int64]:
+        """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
+        runs = []
+        begin = 0
+        for extent in self.extents:
+            low, high = max(first - begin, 0), min(stop - begin, extent.length)
+            if low < high:
+                runs.append(np.arange(extent.start + low, extent.start + high, dtype=np.int64))
+            begin += extent.length
+        return runs[0] if len(runs) == 1 else np.concatenate(runs or [np.empty(0, np.int64)])
+
+    def __repr__(self) -> str:
+        return (
+            f"Node(id={self.id}, start={self.start}, known={self.known}, scheduled={self.scheduled}, "
+            f"computed={self.computed}, locks={self.lock_count}+{self.locked_children})"
+        )
+
+    def _append(self, token: int) -> None:
+        stop = self._offset + self.known
+        if not self._owns_tail or stop == self._buffer.size:
+            grown = np.empty(max(_MIN_RUN, 2 * self.known), np.int32)
+            grown[: self.known] = self.tokens
+            self._buffer, self._offset, self._owns_tail = grown, 0, True
+            stop = self.known
+        self._buffer[stop] = token
+        self.known += 1
+
+
+class Lock:
+    """A receipt: it keeps the path to `node` in the tree until it is released. A sequence's lock is its cursor."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: Node) -> None:
+        self.node: Node | None = node
+
+    @property
+    def held(self) -> Node:
+        """The node it stands on. Asserts that it was not released."""
+        assert self.node is not None, "the lock was released"
+        return self.node
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix found: it ends `offset` tokens into `node`. `computed` of its `length` tokens have KV."""
+
+    node: Node
+    offset: int
+    length: int
+    computed: int
+
+
+class Columns:
+    """The planner's view of the nodes, as arrays indexed by node id; rows of dead ids are stale."""
+
+    def __init__(self) -> None:
+        self.parent = np.full(64, -1, np.int32)
+        self.start = np.zeros(64, np.int32)
+        self.scheduled = np.zeros(64, np.int32)
+        self.reserved = np.zeros(64, np.int32)
+        self.num_extents = np.zeros(64, np.int32)
+        self.first_slot = np.zeros(64, np.int64)
+
+    def fit(self, size: int) -> None:
+        """Grow every column to hold ids below `size`."""
+        if size > self.parent.size:
+            for name, column in vars(self).items():
+                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+
+    def write(self, node: Node) -> None:
+        row = node.id
+        self.parent[row] = node.parent.id if node.parent else -1
+        self.start[row] = node.start
+        self.scheduled[row] = node.scheduled
+        self.reserved[row] = node.reserved
+        self.num_extents[row] = len(node.extents)
+        if node.extents:
+            self.first_slot[row] = node.extents[0].start
+
+
+class RadixTree:
+    """A forest of radix trees, one root a namespace, over one `ExtentPool`.
+
+    `version` changes whenever a plan made before could be wrong in more than lengths.
+    """
+
+    def __init__(
+        self,
+        pool: ExtentPool,
+        *,
+        policy: EvictionPolicy = least_recently_used,
+        stamps: bool = False,
+    ) -> None:
+        """`stamps=True` remembers, for each slot, a hash of the prefix whose KV it holds, so that `check()`
+        proves that every reader finds its own prefix there; it costs some 0.2 µs a token."""
+        self.pool = pool
+        self.policy = policy
+        self.version = 0
+        self.columns = Columns()
+        self.evicted_tokens = 0
+        self.evictable_tokens = 0
+        self._roots: dict[str, Node] = {}
+        self._nodes: list[Node | None] = []
+        self._free_ids: list[int] = []
+        self._heap: list[tuple[tuple[float, ...], int, Node]] = []
+        self._num_entries = 0
+        self._clock = 0
+        self._serial = 0
+        self._stamps = np.zeros(pool.capacity, np.int64) if stamps else None
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    def root(self, namespace: str = "") -> Node | None:
+        return self._roots.get(namespace)
+
+    def roots(self) -> list[Node]:
+        return list(self._roots.values())
+
+    def node(self, node_id: int) -> Node:
+        node = self._nodes[node_id]
+        assert node is not None, f"node {node_id} was removed"
+        return node
+
+    def nodes(self) -> Iterator[Node]:
+        return (node for node in self._nodes if node is not None)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self._nodes) - len(self._free_ids)
+
+    def match_prefix(self, tokens: Sequence[int] | TokenArray, namespace: str = "") -> Match | None:
+        """The longest known prefix of `tokens`. Changes nothing. None where the namespace has no root."""
+        node = self._roots.get(namespace)
+        if node is None:
+            return None
+        tokens = as_tokens(tokens)
+        offset = length = computed = 0
+        while length < tokens.size:
+            child = node.children.get(int(tokens[length]))
+            if child is None:
+                break
+            common = common_prefix_len(child.tokens, tokens[length:])
+            node, offset = child, common
+            length += common
+            computed += min(common, child.computed)
+            if common < child.known:
+                break
+        return Match(node, offset, length, computed)
+
+    # -- growing ------------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        tokens: Sequence[int] | TokenArray,
+        namespace: str = "",
+        *,
+        priority: float = 0.0,
+    ) -> Lock:
+        """Make `tokens` known and lock the node that ends with the last of them. Takes no slots.
+
+        Splits the node in which `tokens` ends or parts. A node of higher `priority` is evicted later.
+        """
+        tokens = as_tokens(tokens)
+        match = self.match_prefix(tokens, namespace)
+        if match is None:
+            self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
+            match = Match(root, 0, 0, 0)
+        node = match.node
+        if match.offset < node.known:
+            node = self.split(node, match.offset)
+        if match.length < tokens.size:
+            node = self._add_leaf(node, tokens[match.length :].copy())
+        node.priority = max(node.priority, priority)
+        return self.lock(node)
+
+    def split(self, node: Node, offset: int) -> Node:
+        """Cut `node` after `offset` tokens; returns the new upper node. No KV moves.
+
+        The lower node keeps its identity, locks and reserved tail.
+        """
+        assert 0 < offset < node.known, (node, offset)
+        parent = node.parent
+        assert parent is not None
+        if offset > node.scheduled:
+            self._cut_extents(node, node.scheduled)
+        upper = Node(parent, node.namespace, node._buffer[:0])
+        upper._buffer, upper._offset, upper._owns_tail = node._buffer, node._offset, False
+        upper.known = offset
+        upper.priority, upper.last_used = node.priority, node.last_used
+        upper.locked_children = int(node.locked)
+        parent.children[upper.first_token] = upper
+        node.parent = upper
+        self._move_head(node, upper, offset)
+        upper.children[node.first_token] = node
+        self._adopt(upper)
+        self.columns.write(node)
+        return upper
+
+    def advance(self, locks: Sequence[Lock], token: int) -> Node:
+        """Move `locks`, which all stand on one node, by `token`. Returns the node they reach.
+
+        The leaf grows in place where all its locks move together and nothing follows it; a child that begins
+        with `token` is followed; otherwise a new leaf branches off.
+        """
+        node = locks[0].held
+        child = node.children.get(token)
+        together = node.lock_count == len(locks)
+        if child is None:
+            if together and not node.children and node.parent is not None:
+                node._append(token)
+                return node
+            child = self._add_leaf(node, np.array([token], np.int32))
+        elif child.known > 1:
+            if together and len(node.children) == 1 and node.parent is not None:
+                self._shift_boundary(node, child)
+                return node
+            child = self.split(child, 1)
+        self._move(locks, child)
+        return child
+
+    # -- locks --------------------------------------------------------------------------------------------
+
+    def lock(self, node: Node) -> Lock:
+        """Keep the path to `node` until the returned receipt is given to `unlock`."""
+        node.lock_count += 1
+        if node.lock_count + node.locked_children == 1:
+            self._protect(node)
+        return Lock(node)
+
+    def unlock(self, lock: Lock) -> None:
+        """Release a receipt. The last one to leave a node cuts its uncomputed tail and its reserve."""
+        node = lock.held
+        lock.node = None
+        assert node.lock_count > 0
+        node.lock_count -= 1
+        if not node.locked:
+            self._unprotect(node)
+
+    # -- slots --------------------------------------------------------------------------------------------
+
+    def slots_wanted(self, node: Node, count: int) -> int:
+        """How many slots the pool must have free so that `count` more tokens of `node` can be scheduled."""
+        return max(0, count - int(self.columns.reserved[node.id]))
+
+    def schedule(self, node: Node, count: int, reserve: int = 0) -> NDArray[np.int64]:
+        """Give slots to the next `count` known tokens and return them; reserve up to `reserve` more behind them.
+
+        Raises `OutOfSlots`, with nothing changed, where the pool has too few.
+        """
+        assert 0 < count <= node.known - node.scheduled, (node, count)
+        if self.slots_wanted(node, count):
+            self._take(node, count, reserve)
+        first = node.scheduled
+        node.scheduled += count
+        self.columns.scheduled[node.id] = node.scheduled
+        self.columns.reserved[node.id] -= count
+        last = node.extents[-1]
+        if count == 1 and len(node.extents) == 1:
+            return np.array([last.start + first], np.int64)
+        return node.slots(first, node.scheduled)
+
+    def commit(self, node: Node) -> None:
+        """The step that held the node's scheduled tokens has retired: they are computed."""
+        if self._stamps is not None:
+            stamps = self._prefix_stamps(node)
+            slots = node.slots(node.computed, node.scheduled)
+            self._stamps[slots] = stamps[node.computed : node.scheduled]
+        node.computed = node.scheduled
+
+    def rollback(self, node: Node) -> None:
+        """The step that held the node's scheduled tokens failed: their slots go back to the reserve."""
+        node.scheduled = node.computed
+        self.columns.write(node)
+        self.version += 1
+
+    def reclaim_reserves(self) -> int:
+        """Give every reserved tail back to the pool. Returns the slots that came free or fenced."""
+        before = self.pool.used
+        for row in np.flatnonzero(self.columns.reserved[: len(self._nodes)]):
+            node = self._nodes[row]
+            if node is not None:
+                self._cut_extents(node, node.scheduled)
+        return before - self.pool.used
+
+    # -- eviction -----------------------------------------------------------------------------------------
+
+    def evict(self, count: int) -> int:
+        """Drop up to `count` tokens (or a few more, never a token that is locked), leaf by leaf in the
+        policy's order, each from its end. Returns how many were dropped."""
+        dropped = 0
+        while dropped < count and self._heap:
+            key, entry, node = heapq.heappop(self._heap)
+            if node._heap_entry != entry:
+                continue
+            part = min(node.known, count - dropped)
+            dropped += part
+            self.evictable_tokens -= part
+            if part == node.known:
+                self._remove(node)
+            else:
+                self._cut_tokens(node, node.known - part)
+                heapq.heappush(self._heap, (key, entry, node))
+        self.evicted_tokens += dropped
+        return dropped
+
+    def reset(self) -> int:
+        """Evict everything that is not locked. Returns the tokens dropped."""
+        return self.evict(self.evictable_tokens)
+
+    def discard(self, namespace: str) -> None:
+        """Drop everything in `namespace` that is not locked; a namespace that nobody will ask for again."""
+        nodes = [self._roots[namespace]] if namespace in self._roots else []
+        for node in nodes:
+            nodes.extend(node.children.values())
+        for node in reversed(nodes):
+            if self._is_evictable(node):
+                self.evictable_tokens -= node.known
+                self._remove(node)
+
+    # -- invariants ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert invariants I1 to I8 and I10, by recomputing each from the nodes alone."""
+        self.pool.check()
+        reachable = self._reachable()
+        assert len(reachable) == self.num_nodes
+        owned = sorted(extent for node in reachable for extent in node.extents)
+        everything = sorted(owned + self.pool.free_extents() + self.pool.fenced_extents())
+        position = 0
+        for extent in everything:
+            assert extent.start == position, f"slot {min(position, extent.start)} has no or two owners"
+            position = extent.end
+        assert position == self.pool.capacity
+        assert self.pool.used == sum(extent.length for extent in owned)
+        evictable = sum(node.computed for node in reachable if not node.locked)
+        assert self.evictable_tokens == evictable, (self.evictable_tokens, evictable)
+        for node in reachable:
+            self._check_node(node)
+        queued = {id(node) for _, entry, node in self._heap if node._heap_entry == entry}
+        assert queued == {id(n) for n in reachable if self._is_evictable(n)}
+
+    def _check_node(self, node: Node) -> None:
+        assert self._nodes[node.id] is node
+        assert node.known >= node.scheduled >= node.computed >= 0, node
+        assert node.lock_count >= 0
+        assert node.locked_children == sum(child.locked for child in node.children.values())
+        assert all(extent.length > 0 for extent in node.extents)
+        assert node.reserved >= 0 and (node.locked or not node.reserved)
+        assert not node.children or node.reserved <= node.known - node.scheduled
+        assert node.locked or node.complete, f"an unlocked node has an uncomputed tail: {node}"
+        for token, child in node.children.items():
+            assert child.parent is node and child.first_token == token
+            assert child.known > 0 and child.start == node.end
+            assert child.namespace == node.namespace
+            assert node.scheduled == node.known or child.scheduled == 0
+            assert node.complete or child.computed == 0
+        columns = self.columns
+        row = (columns.parent[node.id], columns.start[node.id], columns.scheduled[node.id])
+        assert row == (node.parent.id if node.parent else -1, node.start, node.scheduled), (row, node)
+        assert columns.reserved[node.id] == node.reserved
+        assert columns.num_extents[node.id] == len(node.extents)
+        assert not node.extents or columns.first_slot[node.id] == node.extents[0].start
+        if self._stamps is not None and node.computed:
+            expected = self._prefix_stamps(node)[: node.computed]
+            found = self._stamps[node.slots(0, node.computed)]
+            assert np.array_equal(expected, found), f"a slot of {node} holds another prefix"
+
+    def _reachable(self) -> list[Node]:
+        seen: list[Node] = list(self._roots.values())
+        for node in seen:
+            seen.extend(node.children.values())
+        assert len({id(node) for node in seen}) == len(seen), "a node is reachable twice"
+        return seen
+
+    def _prefix_stamps(self, node: Node) -> NDArray[np.int64]:
+        """A hash of the whole prefix, namespace included, for each token of `node`."""
+        stamp = hash(node.namespace)
+        stamps = [stamp := hash((stamp, token)) for token in node.path_tokens().tolist()]
+        return np.array(stamps[node.start :], np.int64)
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _adopt(self, node: Node) -> Node:
+        if self._free_ids:
+            node.id = self._free_ids.pop()
+            self._nodes[node.id] = node
+        else:
+            node.id = len(self._nodes)
+            self._nodes.append(node)
+            self.columns.fit(len(self._nodes))
+        self._serial += 1
+        node.serial = self._serial
+        self.columns.write(node)
+        self.version += 1
+        return node
+
+    def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
+        self._cut_extents(parent, parent.scheduled)
+        parent._heap_entry = 0
+        leaf = Node(parent, parent.namespace, tokens)
+        leaf.priority = parent.priority
+        parent.children[leaf.first_token] = leaf
+        return self._adopt(leaf)
+
+    def _remove(self, node: Node) -> None:
+        """Take a childless, unlocked node out of the tree and release its slots."""
+        self._cut_extents(node, 0)
+        parent = node.parent
+        if parent is not None:
+            del parent.children[node.first_token]
+            if self._is_evictable(parent):
+                self._enqueue(parent)
+            elif parent.parent is None and not parent.children and not parent.locked:
+                self._remove(parent)
+        else:
+            del self._roots[node.namespace]
+        self._nodes[node.id] = None
+        self._free_ids.append(node.id)
+        node._heap_entry = 0
+
+    def _move(self, locks: Sequence[Lock], child: Node) -> None:
+        """Move `locks` one edge down. The parent stays locked through `child`."""
+        parent = locks[0].held
+        was_locked = child.locked
+        child.lock_count += len(locks)
+        if not was_locked:
+            self._protect(child)
+        for lock in locks:
+            assert lock.node is parent, "the locks stand on different nodes"
+            lock.node = child
+        parent.lock_count -= len(locks)
+
+    def _shift_boundary(self, node: Node, child: Node) -> None:
+        """Move the first token of an only child up into `node`, with its slot."""
+        token = child.first_token
+        del node.children[token]
+        if not child.locked:
+            self.evictable_tokens -= 1
+        if node._buffer is child._buffer and node._offset + node.known == child._offset:
+            node.known += 1
+        else:
+            node._append(token)
+        self._move_head(child, node, 1)
+        node.children[child.first_token] = child
+        self.columns.write(node)
+        self.columns.write(child)
+        self.version += 1
+
+    def _move_head(self, lower: Node, upper: Node, count: int) -> None:
+        """Hand the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
+        scheduled, computed = min(count, lower.scheduled), min(count, lower.computed)
+        moved, kept = _split_extents(lower.extents, scheduled)
+        if upper.extents and moved and upper.extents[-1].end == moved[0].start:
+            moved[0] = Extent(upper.extents[-1].start, upper.extents[-1].length + moved[0].length)
+            upper.extents.pop()
+        upper.extents.extend(moved)
+        lower.extents = kept
+        upper.scheduled += scheduled
+        upper.computed += computed
+        lower.scheduled -= scheduled
+        lower.computed -= computed
+        lower.known -= count
+        lower.start += count
+        lower._offset += count
+
+    def _take(self, node: Node, count: int, reserve: int) -> None:
+        """Grow the node's extents so that `count` more tokens fit, with up to `reserve` slots behind."""
+        need = count - node.reserved
+        if need > self.pool.free:
+            raise OutOfSlots(f"count={need}: only {self.pool.free} of {self.pool.capacity} slots are free")
+        if node.children:
+            reserve = min(reserve, node.known - node.scheduled - count)
+        want = min(need + reserve, self.pool.free)
+        if node.extents:
+            last = node.extents[-1]
+            got = self.pool.grow(last.end, want)
+            node.extents[-1] = Extent(last.start, last.length + got)
+            need, want = need - got, want - got
+        if need > 0:
+            node.extents.extend(self.pool.allocate(want))
+            self.version += 1
+        self.columns.write(node)
+
+    def _protect(self, node: Node) -> None:
+        """`node` became locked: so do its ancestors."""
+        while True:
+            node._heap_entry = 0
+            self.evictable_tokens -= node.computed
+            parent = node.parent
+            if parent is None:
+                return
+            parent.locked_children += 1
+            if parent.lock_count + parent.locked_children > 1:
+                return
+            node = parent
+
+    def _unprotect(self, node: Node) -> None:
+        """`node` lost its last lock: cut what it did not compute, and tell its ancestors."""
+        self._clock += 1
+        while True:
+            parent = node.parent
+            node.last_used = self._clock
+            self._cut_tokens(node, node.computed)
+            self.evictable_tokens += node.known
+            if node.known == 0 and not node.children:
+                self._remove(node)
+            elif self._is_evictable(node):
+                self._enqueue(node)
+            if parent is None:
+                return
+            parent.locked_children -= 1
+            if parent.locked:
+                return
+            node = parent
+
+    def _is_evictable(self, node: Node) -> bool:
+        return not node.locked and not node.children and node.known > 0
+
+    def _enqueue(self, node: Node) -> None:
+        self._num_entries += 1
+        node._heap_entry = self._num_entries
+        heapq.heappush(self._heap, (self.policy(node), node._heap_entry, node))
+        if len(self._heap) > 2 * self.num_nodes + 64:
+            self._heap = [item for item in self._heap if item[2]._heap_entry == item[1]]
+            heapq.heapify(self._heap)
+
+    def _cut_tokens(self, node: Node, known: int) -> None:
+        node.known = known
+        node.scheduled = min(node.scheduled, known)
+        node.computed = min(node.computed, known)
+        self._cut_extents(node, node.scheduled)
+        self.columns.scheduled[node.id] = node.scheduled
+
+    def _cut_extents(self, node: Node, count: int) -> None:
+        """Release the node's slots behind the first `count`."""
+        if node.capacity > count:
+            node.extents, dropped = _split_extents(node.extents, count)
+            for extent in dropped:
+                self.pool.release(extent)
+            self.columns.write(node)
+
+
+def _split_extents(extents: list[Extent], count: int) -> tuple[list[Extent], list[Extent]]:
+    """The first `count` slots of `extents`, and the rest."""
+    for index, extent in enumerate(extents):
+        if count < extent.length:
+            head = [*extents[:index], Extent(extent.start, count)] if count else extents[:index]
+            tail = [Extent(extent.start + count, extent.length - count), *extents[index + 1 :]]
+            return head, tail
+        count -= extent.length
+    return list(extents), []

@@ -1,0 +1,48 @@
+"""The named exceptions that callers may catch.
+
+`RadixgenError` is the root. `InvalidRequest` and its children are the caller's to mend; each message
+names the field, the value and the limit. `assert` is kept for radixgen's own invariants.
+"""
+
+
+class RadixgenError(Exception):
+    """Root of every error that radixgen raises on purpose."""
+
+
+class InvalidRequest(RadixgenError, ValueError):
+    """A request that cannot be served as written; nothing else is disturbed."""
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}={shown}: {limit}")
+        self.field, self.value, self.limit = field, value, limit
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt plus `max_tokens` exceeds the context or the whole KV pool."""
+
+
+class UnknownRequest(InvalidRequest):
+    """No live request has this id."""
+
+
+class DuplicateRequest(InvalidRequest):
+    """A live request already has this id."""
+
+
+class UnsupportedModel(RadixgenError):
+    """A model that cannot run on tree attention; the message names it and says why."""
+
+
+class ModelNotFound(RadixgenError):
+    """No model at this path or under this name."""
+
+
+class OutOfSlots(RadixgenError):
+    """The KV pool has fewer free slots than were asked for."""
+
+
+class EngineClosed(RadixgenError):
+    """The engine was used after `close()`."""

@@ -1,0 +1,68 @@
+"""What callers get back. Names follow vLLM's."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sequence of a request, from its first generated token on.
+
+    `stop_reason` is the stop token's id when one of `stop_token_ids` ended it. `cumulative_logprob` and
+    `logprobs` (one `{token id: natural-log probability}` a generated token, the sampled one first) are
+    None unless `SamplingParams.logprobs` asked for them.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request as it stands after a step: everything generated so far, or the delta where `stream` says so.
+
+    `num_cached_tokens` counts the prompt tokens whose KV was already computed when the request was admitted.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since the engine began, and gauges of this moment. Tokens unless the name says otherwise."""
+
+    steps: int
+    prompt_tokens: int
+    """Prompt tokens of admitted requests."""
+    cached_prompt_tokens: int
+    """Of those, tokens whose KV was already computed at admission."""
+    computed_rows: int
+    """Rows that went through the model."""
+    logit_rows: int
+    """Rows whose logits were computed."""
+    generated_tokens: int
+    kv_tokens_total: int
+    kv_tokens_used: int
+    """Slots that hold computed KV, of live requests and cached."""
+    kv_tokens_reserved: int
+    kv_tokens_cached: int
+    """Slots that could be evicted at this moment."""
+    evicted_tokens: int
+    preemptions: int
+    kv_bytes_read: int
+    """KV bytes that attention read: the sum over the segments of every unit that ran, in every layer."""
+    kv_bytes_unshared: int
+    """KV bytes that the same rows would have read, had each read its own whole path."""
+    num_running: int
+    num_waiting: int

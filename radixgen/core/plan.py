@@ -1,0 +1,176 @@
+"""A plan: the attention of one step, as numbers. The planner writes it and the kernels read it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+
+
+def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integer]) -> Int32Array:
+    """`reduce` (a binary ufunc) over each half-open range of `values`; ranges `[n, 2]` hold at least one each."""
+    if not len(ranges):
+        return np.empty(0, values.dtype)
+    padded = np.concatenate([values, values[-1:]])
+    reduced: Int32Array = reduce.reduceat(padded, ranges.reshape(-1))[::2]
+    return reduced
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSummary:
+    """What the planner decided for each active node, parents first; every array is `[nodes]`."""
+
+    depths: Int32Array
+    lengths: Int32Array
+    """Keys of the node, in tokens."""
+    rows: Int32Array
+    """Rows at the node or below it: those that see its keys."""
+    cut: NDArray[np.bool_]
+    """Whether the node is a unit of its own rather than folded into the units below it."""
+    fold_cost: NDArray[np.float64]
+    cut_cost: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Units of attention over depth-first rows.
+
+    A row at position `p` sees, of each segment of each unit that covers the row, the keys at positions `<= p`
+    (and `> p - window` where a layer has a window). The segments of all units that cover a row are exactly the
+    row's path. A row covered by several units gets a partial result from each, merged in the order of `unit_rank`.
+
+    Half-open ranges: unit `u` holds rows `[unit_rows[u, 0], unit_rows[u, 1])` and segments
+    `[unit_segments[u, 0], unit_segments[u, 1])`.
+    """
+
+    row_positions: Int32Array
+    """`[rows]`"""
+    row_order: Int64Array
+    """`[rows]`: row `i` of the plan is row `row_order[i]` of the caller."""
+    row_extra: Int32Array
+    """`[rows]`: units that cover the row, less one."""
+    unit_rows: Int32Array
+    """`[units, 2]`"""
+    unit_segments: Int32Array
+    """`[units, 2]`"""
+    unit_rank: Int32Array
+    """`[units]`: how many units lie above this one on its rows' paths."""
+    segment_starts: Int64Array
+    """`[segments]`: first slot."""
+    segment_lengths: Int32Array
+    """`[segments]`: keys, all seen by at least one row of the unit where the layer has no window."""
+    segment_positions: Int32Array
+    """`[segments]`: position of the first key."""
+    segment_rows: Int32Array
+    """`[segments, 2]`: the rows of the unit that see the segment."""
+    growing: Int64Array
+    """Segments that end at a row's own, last token: they grow by one where that row moves on by one."""
+    path_rows: Int32Array
+    """`[tiles, 2]`: rows of one node, as unshared reading would tile them, each reading its whole path."""
+    nodes: NodeSummary
+    window: int | None = None
+    rebuilt: bool = True
+    """False where the plan was carried over from the step before and only lengths grew."""
+    _windowed: dict[int, "Plan"] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_positions.size)
+
+    @property
+    def num_units(self) -> int:
+        return len(self.unit_rows)
+
+    @property
+    def single(self) -> bool:
+        """Whether every row is covered by exactly one unit, so that nothing is merged."""
+        return not self.row_extra.any()
+
+    @property
+    def kv_tokens_read(self) -> int:
+        """Keys read in one layer without a window: the lengths of all segments of all units."""
+        return int(self.segment_lengths.sum())
+
+    @property
+    def kv_tokens_unshared(self) -> int:
+        """Keys that the same rows would read in one layer, had each node's rows read their own path alone."""
+        if not len(self.path_rows):
+            return 0
+        first, last = self.path_rows[:, 0], self.path_rows[:, 1] - 1
+        unseen = 0
+        if self.window is not None:
+            unseen = np.maximum(self.row_positions[first] - (self.window - 1), 0)
+        return int((self.row_positions[last] + 1 - unseen).sum())
+
+    def advance(self) -> "Plan":
+        """The plan of the next step where every row moves on by one token of its own leaf."""
+        lengths = self.segment_lengths.copy()
+        lengths[self.growing] += 1
+        return replace(
+            self,
+            row_positions=self.row_positions + np.int32(1),
+            segment_lengths=lengths,
+            rebuilt=False,
+            _windowed={},
+        )
+
+    def within(self, window: int | None) -> "Plan":
+        """The same units with every segment trimmed to the keys that a window of `window` tokens leaves visible."""
+        if window is None:
+            return self
+        if window not in self._windowed:
+            self._windowed[window] = self._trim(window)
+        return self._windowed[window]
+
+    def _trim(self, window: int) -> "Plan":
+        counts = np.diff(self.unit_segments, axis=1)[:, 0]
+        lowest = reduce_ranges(np.minimum, self.row_positions, self.unit_rows)
+        first_seen = np.repeat(lowest, counts) - (window - 1)
+        cut = np.clip(first_seen - self.segment_positions, 0, self.segment_lengths)
+        return replace(
+            self,
+            segment_starts=self.segment_starts + cut,
+            segment_lengths=(self.segment_lengths - cut).astype(np.int32),
+            segment_positions=(self.segment_positions + cut).astype(np.int32),
+            window=window,
+            _windowed={},
+        )
+
+    def explain(self, bytes_per_token: int = 1) -> str:
+        """Levels, units, rows, and the KV read against unshared reading, one fact a line.
+
+        `bytes_per_token` is the KV of one token in one layer (or in all); the default counts tokens.
+        """
+        unit = "bytes" if bytes_per_token > 1 else "tokens"
+        read, unshared = self.kv_tokens_read, self.kv_tokens_unshared
+        lines = [
+            f"{self.num_rows} rows, {self.num_units} units, {len(self.segment_lengths)} segments, "
+            f"{int(self.row_extra.sum()) + self.num_rows} partial or final rows written",
+            f"KV read {read * bytes_per_token:,} {unit}; "
+            f"unshared {unshared * bytes_per_token:,} {unit}; ratio {unshared / max(read, 1):.2f}",
+        ]
+        nodes = self.nodes
+        for depth in range(int(nodes.depths.max(initial=-1)) + 1):
+            here = nodes.depths == depth
+            lines.append(
+                f"level {depth}: {int(here.sum())} nodes, {int(nodes.lengths[here].sum())} tokens, "
+                f"{int((here & nodes.cut).sum())} cut into units, rows below {_span(nodes.rows[here])}"
+            )
+            for node in np.flatnonzero(here & ~nodes.cut & (nodes.fold_cost > 0)).tolist():
+                lines.append(
+                    f"  folded node of {nodes.lengths[node]} tokens under {nodes.rows[node]} rows: "
+                    f"reading it again costs {nodes.fold_cost[node]:.1f}, "
+                    f"a unit of its own {nodes.cut_cost[node]:.1f}"
+                )
+            free = int((here & ~nodes.cut & (nodes.fold_cost == 0)).sum())
+            if free:
+                lines.append(f"  folded at no cost, one unit below: {free} nodes")
+        return "\n".join(lines)
+
+
+def _span(values: Sequence[int] | Int32Array) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
