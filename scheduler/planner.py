@@ -105,6 +105,11 @@ class Planner:
         self._row_ids = np.empty(0, np.int32)
         self._row_positions = np.empty(0, np.int32)
 
+    @property
+    def last(self) -> Plan | None:
+        """The plan of the step before, if any."""
+        return self._last
+
     def plan(self, row_ids: Int32Array, row_positions: Int32Array) -> Plan:
         """Plan rows that stand at `row_positions` `[rows]` in the tree nodes `row_ids` `[rows]`."""
         if self._last is not None and self._only_grew(row_ids, row_positions):

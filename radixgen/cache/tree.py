@@ -211,6 +211,7 @@ class RadixTree:
         self.columns = Columns()
         self.evicted_tokens = 0
         self.evictable_tokens = 0
+        self.unscheduled_tokens = 0
         self._roots: dict[str, Node] = {}
         self._nodes: list[Node | None] = []
         self._free_ids: list[int] = []
@@ -239,6 +240,11 @@ class RadixTree:
     @property
     def num_nodes(self) -> int:
         return len(self._nodes) - len(self._free_ids)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Slots in reserved tails."""
+        return int(self.columns.reserved[: len(self._nodes)].sum())
 
     def match_prefix(self, tokens: Sequence[int] | TokenArray, namespace: str = "") -> Match | None:
         """The longest known prefix of `tokens`. Changes nothing. None where the namespace has no root."""
@@ -320,6 +326,7 @@ class RadixTree:
         if child is None:
             if together and not node.children and node.parent is not None:
                 node._append(token)
+                self.unscheduled_tokens += 1
                 return node
             child = self._add_leaf(node, np.array([token], np.int32))
         elif child.known > 1:
@@ -364,6 +371,7 @@ class RadixTree:
             self._take(node, count, reserve)
         first = node.scheduled
         node.scheduled += count
+        self.unscheduled_tokens -= count
         self.columns.scheduled[node.id] = node.scheduled
         self.columns.reserved[node.id] -= count
         last = node.extents[-1]
@@ -381,6 +389,7 @@ class RadixTree:
 
     def rollback(self, node: Node) -> None:
         """The step that held the node's scheduled tokens failed: their slots go back to the reserve."""
+        self.unscheduled_tokens += node.scheduled - node.computed
         node.scheduled = node.computed
         self.columns.write(node)
         self.version += 1
@@ -446,6 +455,8 @@ class RadixTree:
         assert self.pool.used == sum(extent.length for extent in owned)
         evictable = sum(node.computed for node in reachable if not node.locked)
         assert self.evictable_tokens == evictable, (self.evictable_tokens, evictable)
+        assert self.reserved_tokens == sum(node.reserved for node in reachable)
+        assert self.unscheduled_tokens == sum(n.known - n.scheduled for n in reachable)
         for node in reachable:
             self._check_node(node)
         queued = {id(node) for _, entry, node in self._heap if node._heap_entry == entry}
@@ -462,7 +473,7 @@ class RadixTree:
         assert node.locked or node.complete, f"an unlocked node has an uncomputed tail: {node}"
         for token, child in node.children.items():
             assert child.parent is node and child.first_token == token
-            assert child.known > 0 and child.start == node.end
+            assert child.known > 0 and child.start == node.end, (node, child)
             assert child.namespace == node.namespace
             assert node.scheduled == node.known or child.scheduled == 0
             assert node.complete or child.computed == 0
@@ -512,11 +523,12 @@ class RadixTree:
         leaf = Node(parent, parent.namespace, tokens)
         leaf.priority = parent.priority
         parent.children[leaf.first_token] = leaf
+        self.unscheduled_tokens += leaf.known
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
         """Take a childless, unlocked node out of the tree and release its slots."""
-        self._cut_extents(node, 0)
+        self._cut_tokens(node, 0)
         parent = node.parent
         if parent is not None:
             del parent.children[node.first_token]
@@ -637,6 +649,7 @@ class RadixTree:
             heapq.heapify(self._heap)
 
     def _cut_tokens(self, node: Node, known: int) -> None:
+        self.unscheduled_tokens -= node.known - node.scheduled
         node.known = known
         node.scheduled = min(node.scheduled, known)
         node.computed = min(node.computed, known)

@@ -1,0 +1,39 @@
+"""The tensors behind the slots: K and V of every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer stores for one token."""
+
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.head_dim + self.v_head_dim) * self.dtype.itemsize
+
+
+class KVStorage:
+    """K `[slots, kv_heads, head_dim]` and V `[slots, kv_heads, v_head_dim]` of each layer, uninitialized."""
+
+    def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
+        self.keys = [
+            torch.empty((slots, s.kv_heads, s.head_dim), dtype=s.dtype, device=device) for s in layers
+        ]
+        self.values = [
+            torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device)
+            for s in layers
+        ]
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put key and value `[n, kv_heads, …]` into `slots` `[n]` (int64, distinct) of one layer."""
+        self.keys[layer].index_copy_(0, slots, key)
+        self.values[layer].index_copy_(0, slots, value)

@@ -1,0 +1,131 @@
+"""From a model's name to transformers' own model and tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
+from radixgen.model import smollm2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model in `eval` mode, and its tokenizer where it has one."""
+
+    name: str
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
+
+
+def resolve_device(device: str) -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU. Raises `InvalidRequest`."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequest("device", device, "must be auto, cpu or cuda[:index]") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InvalidRequest("device", device, "must be auto, cpu or cuda[:index]")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("device", device, "this machine has no usable CUDA device")
+    return chosen
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """`"auto"` keeps the checkpoint's own. Raises `InvalidRequest`."""
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise InvalidRequest("dtype", dtype, f"must be auto, {', '.join(DTYPES)}")
+    return DTYPES[str(dtype)]
+
+
+def load(
+    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto"
+) -> LoadedModel:
+    """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id.
+
+    Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
+    """
+    place, target = resolve_device(device), resolve_dtype(dtype)
+    source, options = _source(name)
+    with quiet_transformers():
+        config = _config(name, source, options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModel(f"{name} ({config.model_type}): an encoder-decoder model")
+        if "gguf_file" in options:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=target, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
+        tokenizer = _tokenizer(source, options)
+    return LoadedModel(str(name), model.to(place).eval(), tokenizer)
+
+
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of `name` without its weights; None where it has none."""
+    source, options = _source(name)
+    with quiet_transformers():
+        return _tokenizer(source, options)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bars and notices, which a caller of radixgen did not ask for."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds `name`, and the options that it needs to read it."""
+    if str(name) == smollm2.NAME:
+        return str(smollm2.fetch()), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path), {}
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return str(path), {"gguf_file": ggufs[0].name}
+        raise ModelNotFound(f"{name}: the directory holds no config.json and {len(ggufs)} GGUF files")
+    if path.is_absolute() or str(name).startswith((".", "~")) or path.exists():
+        raise ModelNotFound(f"{name}: no such directory or GGUF file")
+    return str(name), {}
+
+
+def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFound(f"{name}: transformers finds no model there: {error}") from error
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
+    gguf = {key: value for key, value in options.items() if key == "gguf_file"}
+    try:
+        return AutoTokenizer.from_pretrained(source, **gguf)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return None

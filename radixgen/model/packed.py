@@ -1,0 +1,255 @@
+"""transformers' own modelling code, run on packed rows of a tree instead of padded sequences.
+
+One attention function is registered with transformers' `AttentionInterface`. It hands every layer's queries, keys
+and values to the `TreeModel` that owns the module; the model around it is untouched.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from radixgen.cache.storage import LayerShape
+from radixgen.core import InvalidRequest, UnsupportedModel
+from radixgen.kernels.merge import apply_sinks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# transformers looks for "flash" in this name and then changes what it passes.
+IMPLEMENTATION = "radixgen"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What one layer asks of attention; q, k, v are `[rows, heads, head_dim]`."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Attend(Protocol):
+    """Answers one layer: `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]`, both float32."""
+
+    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in every attention layer; q, k, v `[1, heads, rows, head_dim]`."""
+    owner: TreeModel = module.radixgen_owner
+    call = LayerCall(
+        layer=owner.layer_of(module),
+        q=query[0].transpose(0, 1),
+        k=key[0].transpose(0, 1),
+        v=value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window,
+        softcap=softcap,
+    )
+    out, lse = owner.attend(call)
+    if s_aux is not None:
+        out = apply_sinks(out, lse, s_aux)
+    return out.to(query.dtype).unsqueeze(0), None
+
+
+class TreeModel:
+    """A causal language model whose attention is answered by `attend`.
+
+    Loading probes it: one row through the model tells the shape of every layer's K and V, and three sequences
+    packed and alone tell whether rows really see each other through attention only. Raises `UnsupportedModel`,
+    by name and with the reason, where they do not.
+    """
+
+    def __init__(self, model: "PreTrainedModel", name: str, max_model_len: int | None) -> None:
+        self.model = model
+        self.name = f"{name} ({model.config.model_type})"
+        self.device = model.device
+        self.attend: Attend = self._no_attend
+        self._layers: list[nn.Module] = []
+        config = model.config.get_text_config()
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self.max_model_len = _context(config, max_model_len)
+        self._refuse_unfit(config)
+        _fix_rotary(model, self.name, self.max_model_len)
+        self._former_attention = model.config._attn_implementation
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        try:
+            model.set_attn_implementation(IMPLEMENTATION)
+        except (ValueError, ImportError) as error:
+            raise UnsupportedModel(f"{self.name}: {error}") from error
+        for module in model.modules():
+            module.radixgen_owner = self
+        try:
+            self.layer_shapes = self._probe(config)
+            self._prove_packing()
+        except BaseException:
+            self.release()
+            raise
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: Attend
+    ) -> Tensor:
+        """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
+
+        Returns float32 logits `[n, vocab]` of `logit_rows`.
+        """
+        self.attend = attend
+        try:
+            output = self.model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=logit_rows,
+            )
+        finally:
+            self.attend = self._no_attend
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def layer_of(self, module: nn.Module) -> int:
+        """The place of an attention module in the order of the first forward pass."""
+        index = getattr(module, "radixgen_layer", None)
+        if index is None:
+            index = module.radixgen_layer = len(self._layers)
+            self._layers.append(module)
+        return int(index)
+
+    def release(self) -> None:
+        """Give the model back as it was."""
+        for module in self.model.modules():
+            for name in ("radixgen_owner", "radixgen_layer"):
+                module.__dict__.pop(name, None)
+        self.model.set_attn_implementation(self._former_attention)
+
+    def _refuse_unfit(self, config: Any) -> None:
+        if config.is_encoder_decoder:
+            raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
+        if not getattr(self.model, "_supports_attention_backend", False):
+            reason = "its attention does not go through transformers' AttentionInterface"
+            raise UnsupportedModel(f"{self.name}: {reason}")
+
+    def _probe(self, config: Any) -> list[LayerShape]:
+        """One row through the model: what does each layer store?"""
+        shapes: dict[int, LayerShape] = {}
+
+        def record(call: LayerCall) -> tuple[Tensor, Tensor]:
+            if call.layer in shapes:
+                raise UnsupportedModel(f"{self.name}: a layer attends more than once")
+            kv_heads, head_dim = call.k.shape[1:]
+            shapes[call.layer] = LayerShape(kv_heads, head_dim, call.v.shape[2], call.k.dtype)
+            return _causal(call, [1])
+
+        self._try(lambda: self._logits([[0]], record))
+        expected = int(config.num_hidden_layers)
+        if len(shapes) != expected:
+            reason = f"{len(shapes)} of its {expected} layers attend through AttentionInterface"
+            raise UnsupportedModel(f"{self.name}: {reason}; the others keep a state of their own")
+        return [shapes[layer] for layer in range(expected)]
+
+    def _prove_packing(self) -> None:
+        """Three short sequences must give the same logits packed as alone."""
+        sequences = [[i % self.vocab_size for i in range(a, a + n)] for a, n in ((3, 4), (5, 2), (3, 3))]
+        packed = self._try(lambda: self._logits(sequences, _causal_over(sequences)))
+        row = -1
+        for sequence in sequences:
+            row += len(sequence)
+            alone = self._logits([sequence], _causal_over([sequence]))[-1]
+            scale = float(alone.abs().max()) + 1e-6
+            if float((packed[row] - alone).abs().max()) > 0.05 * scale:
+                reason = "packed rows change each other's logits, so something besides attention mixes them"
+                raise UnsupportedModel(f"{self.name}: {reason}")
+
+    def _logits(self, sequences: list[list[int]], attend: Attend) -> Tensor:
+        tokens = [token for sequence in sequences for token in sequence]
+        positions = [position for sequence in sequences for position in range(len(sequence))]
+        rows = torch.arange(len(tokens), device=self.device)
+        as_tensor = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
+        return self.forward(as_tensor(tokens), as_tensor(positions), rows, attend)
+
+    def _try(self, run: Callable[[], Tensor]) -> Tensor:
+        try:
+            return run()
+        except UnsupportedModel:
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            raise UnsupportedModel(f"{self.name}: it does not run on packed rows: {error}") from error
+
+    def _no_attend(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        raise UnsupportedModel(f"{self.name}: radixgen holds this model; close its engine first")
+
+
+def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Plain causal attention over packed sequences of `lengths`."""
+    group = call.q.shape[1] // call.k.shape[1]
+    q, k, v = call.q.float(), call.k.float(), call.v.float()
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
+    place = torch.arange(len(q), device=q.device)
+    seen = (owner[:, None] == owner) & (place[:, None] >= place)
+    if call.window is not None:
+        seen &= place[:, None] - place < call.window
+    scores = scores.masked_fill(~seen, float("-inf"))
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return out, scores.logsumexp(-1).transpose(0, 1)
+
+
+def _causal_over(sequences: list[list[int]]) -> Attend:
+    lengths = [len(sequence) for sequence in sequences]
+    return lambda call: _causal(call, lengths)
+
+
+def _context(config: Any, asked: int | None) -> int:
+    """The longest path that is served, in tokens."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        if longest is None:
+            raise InvalidRequest("max_model_len", asked, "must be given: the model states no maximum")
+        return int(longest)
+    if asked < 1 or (longest is not None and asked > longest):
+        raise InvalidRequest("max_model_len", asked, f"must be from 1 to the model's own {longest}")
+    return asked
+
+
+def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> None:
+    """Settle what transformers would choose anew from the longest position of each packed step.
+
+    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds is None:
+            continue
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        if any("dynamic" in str(kind) for kind in by_layer.values()):
+            reason = "its 'dynamic' rotary embedding depends on the longest sequence of the batch"
+            raise UnsupportedModel(f"{name}: {reason}")
+        last = torch.tensor([[max_model_len - 1]], device=model.device)
+        probe = torch.zeros(1, dtype=model.dtype, device=model.device)
+        for layer_type, kind in by_layer.items():
+            if kind == "longrope":
+                module(probe, last, *([] if layer_type is None else [layer_type]))
+        fixed = {key: "fixed" if kind == "longrope" else kind for key, kind in by_layer.items()}
+        module.rope_type = fixed if isinstance(kinds, dict) else fixed[None]
