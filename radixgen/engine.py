@@ -168,6 +168,13 @@ class Engine:
         )
         return ids
 
+    def decode(self, token_ids: Seq[int]) -> str:
+        """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, token_ids))
+        text: str = self.tokenizer.decode(token_ids)
+        return text
+
     def stream(
         self,
         prompt: Prompt,
@@ -278,6 +285,7 @@ class Engine:
             steps=self._steps,
             prompt_tokens=scheduler.prompt_tokens,
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
+            computed_prompt_tokens=scheduler.computed_prompt_tokens,
             computed_rows=runner.computed_rows,
             logit_rows=runner.logit_rows,
             generated_tokens=self._generated,

@@ -93,13 +93,15 @@ def _plain(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The same over the tokens that top-k and top-p keep, likeliest first, equal ones by token id."""
-    probabilities, tokens = _probabilities(logits, draws).sort(-1, descending=True, stable=True)
+    probabilities, tokens = _probabilities(logits, draws).sort(
+        dim=-1, descending=True, stable=True
+    )
     width = probabilities.shape[1]
     top_k = _column([d.params.top_k if d.params.top_k > 0 else width for d in draws], logits)
-    probabilities[torch.arange(width, device=logits.device) >= top_k] = 0.0
+    probabilities *= torch.arange(width, device=logits.device) < top_k
     probabilities /= probabilities.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities[before >= _column([d.params.top_p for d in draws], logits)] = 0.0
+    probabilities *= before < _column([d.params.top_p for d in draws], logits)
     return tokens.gather(-1, _invert(probabilities, draws)[:, None])[:, 0]
 
 

@@ -92,6 +92,7 @@ class Scheduler:
         self._steps = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
+        self.computed_prompt_tokens = 0
 
     def add(self, request: Request) -> None:
         self.waiting.update(request.sequences)
@@ -187,6 +188,7 @@ class Scheduler:
             first = part.scheduled
             batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count)))
             sequence.scheduled_in = batch.step
+            self.computed_prompt_tokens += 0 if sequence.output else count
             left -= count
             if part.scheduled < part.known:
                 return budget - left

@@ -47,6 +47,8 @@ class Stats:
     """Prompt tokens of admitted requests."""
     cached_prompt_tokens: int
     """Of those, tokens whose KV was already computed at admission."""
+    computed_prompt_tokens: int
+    """Rows scheduled for sequences that had generated nothing yet."""
     computed_rows: int
     """Rows that went through the model."""
     logit_rows: int

@@ -1,0 +1,5 @@
+"""`python -m radixgen`."""
+
+from radixgen.cli import app
+
+app()

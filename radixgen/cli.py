@@ -1,0 +1,236 @@
+"""The command line: `radixgen demo | generate | chat | tree | doctor`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
+from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
+
+app = typer.Typer(
+    help="Exact language-model serving in which a shared prefix is stored, computed and read once.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a directory, a .gguf file, or a hub id.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at the most.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
+Seed = Annotated[int | None, typer.Option(help="Fixes the draws.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
+InputFile = Annotated[
+    Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, a line each.")
+]
+
+
+@app.command()
+def demo(
+    model: Model = DEFAULT_MODEL,
+    max_tokens: MaxTokens = 40,
+) -> None:
+    """Serve a burst of overlapping requests, and show what sharing saved."""
+    from radixgen.demo import run
+
+    with _errors():
+        run(model, max_tokens)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; else --file or stdin.")] = None,
+    model: Model = DEFAULT_MODEL,
+    file: InputFile = None,
+    n: Annotated[int, typer.Option(help="Sequences of each prompt.")] = 1,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    kv_tokens: KVTokens = None,
+) -> None:
+    """Serve prompts as one burst; write one JSON line for each, in their order.
+
+    A line of --file or of standard input is the prompt's text, or a JSON object with "prompt" (text or token ids)
+    or "messages".
+    """
+    from rich.progress import Progress
+
+    from radixgen.engine import Engine
+
+    with _errors():
+        params = SamplingParams(
+            n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )
+        requests = list(_requests(prompts, file))
+        with Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens) as engine:
+            asked = [
+                engine.chat_tokens(r["messages"]) if "messages" in r else r["prompt"] for r in requests
+            ]
+            with Progress(console=Console(stderr=True), transient=True) as bar:
+                task = bar.add_task("generating", total=len(asked))
+                outputs = engine.generate(
+                    asked, params, progress=lambda done, _: bar.update(task, completed=done)
+                )
+        for request, output in zip(requests, outputs, strict=True):
+            line = {
+                "id": request.get("id", output.request_id),
+                "num_prompt_tokens": len(output.prompt_token_ids),
+                "num_cached_tokens": output.num_cached_tokens,
+                "outputs": [asdict(one) for one in output.outputs],
+            }
+            print(json.dumps(line, ensure_ascii=False))
+
+
+@app.command()
+def chat(
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    kv_tokens: KVTokens = None,
+) -> None:
+    """Talk to a model; each turn sends the whole conversation again, and finds it in the cache."""
+    from radixgen.engine import Engine
+
+    console = Console()
+    with _errors():
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )
+        with Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens) as engine:
+            messages: list[dict[str, str]] = []
+            if system is not None:
+                messages.append({"role": "system", "content": system})
+            while (said := _ask(console)) is not None:
+                messages.append({"role": "user", "content": said})
+                prompt = engine.chat_tokens(messages)
+                answer, cached = "", 0
+                for delta in engine.stream(prompt, params):
+                    console.print(delta.outputs[0].text, end="", markup=False, highlight=False)
+                    answer += delta.outputs[0].text
+                    cached = delta.num_cached_tokens
+                console.print(f"\n[dim]{cached} of {len(prompt)} prompt tokens were cached[/]")
+                messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def tree(
+    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False)] = None,
+    model: Model = DEFAULT_MODEL,
+) -> None:
+    """Draw the tree that prompts make, with a tokenizer alone. Lines as for `generate`; --help there."""
+    from radixgen.cache import ExtentPool, RadixTree
+    from radixgen.model.loader import load_tokenizer
+    from radixgen.tree_view import picture, snapshot
+
+    with _errors():
+        tokenizer = load_tokenizer(model)
+        if tokenizer is None:
+            raise InvalidRequest("model", model, "has no tokenizer")
+        radix = RadixTree(ExtentPool(1))
+        submitted = 0
+        locks = []
+        for request in _requests(None, file):
+            if "messages" in request:
+                tokens = tokenizer.apply_chat_template(
+                    request["messages"], add_generation_prompt=True, return_dict=False
+                )
+            else:
+                prompt = request["prompt"]
+                tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            submitted += len(tokens)
+            locks.append(radix.insert(tokens))
+        console = Console()
+        console.print(picture(snapshot(radix, tokenizer.decode)))
+        distinct = sum(node.known for node in radix.nodes())
+        console.print(
+            f"{len(locks)} prompts, {submitted} tokens, {distinct} distinct, "
+            f"{radix.num_nodes} nodes: {submitted / max(distinct, 1):.2f}× shared"
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, attention backends and cache paths."""
+    import platform
+
+    import torch
+    import transformers
+    from rich.table import Table
+
+    from radixgen.core.settings import cache_dir
+    from radixgen.kernels import BACKENDS
+    from radixgen.model.loader import resolve_device
+    from radixgen.version import VERSION
+
+    table = Table(show_header=False)
+    table.add_row("radixgen", VERSION)
+    table.add_row("python", platform.python_version())
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("transformers", transformers.__version__)
+    table.add_row("device", str(resolve_device("auto")))
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        table.add_row(f"cuda:{index}", f"{name}, {free >> 20:,} of {total >> 20:,} MiB free")
+    table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes torch")
+    table.add_row("cache", str(cache_dir()))
+    Console().print(table)
+
+
+def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:
+    """One object a prompt, from the arguments, a file or standard input."""
+    if prompts:
+        yield from ({"prompt": prompt} for prompt in prompts)
+        return
+    lines = file.read_text(encoding="utf-8") if file else sys.stdin.read()
+    for number, line in enumerate(lines.splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            yield {"prompt": line}
+            continue
+        try:
+            request = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(f"line {number}", line, f"is not JSON: {error}") from error
+        if ("prompt" in request) == ("messages" in request):
+            raise InvalidRequest(f"line {number}", line, 'must hold "prompt" or "messages"')
+        yield request
+
+
+def _ask(console: Console) -> str | None:
+    try:
+        return console.input("[bold cyan]> [/]")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+class _errors:  # noqa: N801
+    """Say radixgen's own errors in one line, and exit 1."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RadixgenError):
+            Console(stderr=True).print(f"[red]{type(error).__name__}[/] {error}", highlight=False)
+            raise typer.Exit(1) from error

@@ -1,0 +1,76 @@
+"""The tree as a picture in the terminal."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rich.text import Text
+from rich.tree import Tree
+
+from radixgen.cache import Node, RadixTree
+
+Decode = Callable[[Sequence[int]], str]
+
+_PREVIEW_TOKENS = 12
+_SHOWN_CHILDREN = 16
+
+
+@dataclass(slots=True)
+class NodeView:
+    """A node as it was at one moment. `live` counts the sequences at it or below."""
+
+    text: str
+    known: int
+    computed: int
+    live: int
+    children: list["NodeView"] = field(default_factory=list)
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        return self.live, self.known
+
+
+def snapshot(tree: RadixTree, decode: Decode) -> list[NodeView]:
+    """Every root with what hangs below it, the busiest children first."""
+    nodes = list(tree.roots())
+    for node in nodes:
+        nodes.extend(node.children.values())
+    views: dict[Node, NodeView] = {}
+    for node in reversed(nodes):
+        children = [views.pop(child) for child in node.children.values()]
+        live = node.lock_count + sum(child.live for child in children)
+        children.sort(key=lambda view: view.weight, reverse=True)
+        views[node] = NodeView(_preview(node, decode), node.known, node.computed, live, children)
+    return [views[root] for root in tree.roots()]
+
+
+def picture(roots: Sequence[NodeView]) -> Tree:
+    """A rich tree; each line a node: its tokens, the sequences that share it, and its text."""
+    drawing = Tree(Text("radix tree", style="bold"))
+    todo = [(drawing, root) for root in roots]
+    while todo:
+        branch, view = todo.pop()
+        shown = view.children[:_SHOWN_CHILDREN]
+        branches = [(branch.add(_label(child)), child) for child in shown]
+        if rest := view.children[_SHOWN_CHILDREN:]:
+            tokens = sum(child.known for child in rest)
+            branch.add(Text(f"… {len(rest)} more nodes of {tokens} tokens", style="dim"))
+        todo.extend(branches)
+    return drawing
+
+
+def _label(view: NodeView) -> Text:
+    shared = f"{view.live} live" if view.live else "cached"
+    style = "bold green" if view.live > 1 else "green" if view.live else "bright_black"
+    return Text.assemble((f"{view.known:>4} tokens  {shared:<8} ", style), (view.text, "italic"))
+
+
+def _preview(node: Node, decode: Decode) -> str:
+    tokens = node.tokens.tolist()
+    if len(tokens) <= 2 * _PREVIEW_TOKENS:
+        return _one_line(decode(tokens))
+    head, tail = decode(tokens[:_PREVIEW_TOKENS]), decode(tokens[-_PREVIEW_TOKENS:])
+    return f"{_one_line(head)} … {_one_line(tail)}"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "⏎")
