@@ -273,6 +273,10 @@ class Engine:
         """The live tree, to be read."""
         return self._tree
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self._model.layer_shapes[0].dtype
+
     def explain(self) -> str:
         """The last step's plan, in bytes of KV over all layers."""
         last = self._planner.last
@@ -438,15 +442,7 @@ class Engine:
             if self.tokenizer is None:
                 raise InvalidRequest("prompt", prompt, "the model has no tokenizer: give token ids")
             return np.array(self.tokenizer(prompt)["input_ids"], np.int32)
-        if isinstance(prompt, np.ndarray) and prompt.dtype == np.int32 and prompt.ndim == 1:
-            return prompt
-        for place, token in enumerate(prompt):
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise InvalidRequest(f"prompt[{place}]", token, "must be an integer token id")
-            if not 0 <= token < self._model.vocab_size:
-                limit = f"must be from 0 to {self._model.vocab_size - 1}"
-                raise InvalidRequest(f"prompt[{place}]", token, limit)
-        return np.array(prompt, np.int32)
+        return _token_ids(prompt, self._model.vocab_size)
 
     def _check_request(self, prompt: TokenArray, params: SamplingParams) -> None:
         if not isinstance(params, SamplingParams):
@@ -454,9 +450,6 @@ class Engine:
         params.validate(self.limits)
         if prompt.size == 0:
             raise InvalidRequest("prompt", [], "must hold at least one token")
-        if prompt.min() < 0 or prompt.max() >= self._model.vocab_size:
-            limit = f"token ids must be from 0 to {self._model.vocab_size - 1}"
-            raise InvalidRequest("prompt", [int(prompt.min()), int(prompt.max())], limit)
         if prompt.size >= self.max_model_len:
             limit = f"the context holds {self.max_model_len} tokens, one of them generated"
             raise PromptTooLong("len(prompt)", prompt.size, limit)
@@ -525,6 +518,24 @@ def _default_slots(model: TreeModel, limits: Limits) -> int:
     if slots < 1:
         raise UnsupportedModel(f"{model.name}: no memory is left for its KV cache")
     return slots
+
+
+def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int) -> TokenArray:
+    """A prompt as int32 token ids, each checked. Raises `InvalidRequest` that names the first bad place."""
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
+        ids = prompt
+    elif not isinstance(prompt, Seq):
+        raise InvalidRequest("prompt", prompt, "must be text or a flat sequence of token ids")
+    else:
+        for place, token in enumerate(prompt):
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise InvalidRequest(f"prompt[{place}]", token, "must be an integer token id")
+        ids = np.array(prompt, object)
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if bad.size:
+        place = int(bad[0])
+        raise InvalidRequest(f"prompt[{place}]", int(ids[place]), f"must be from 0 to {vocab_size - 1}")
+    return ids.astype(np.int32)
 
 
 def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

@@ -52,6 +52,7 @@ def _longrope(original: int) -> Family:
         "rope_type": "longrope",
         "rope_theta": 1e4,
         "factor": MAX_POSITIONS / original,
+        "attention_factor": 1.2,
         "short_factor": [1.0, 1.1, 1.3, 1.6],
         "long_factor": [1.0, 2.0, 4.0, 7.0],
     }
@@ -118,7 +119,7 @@ _FAMILIES = {
             "sliding_window": 8,
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 6.0,
+            "final_logit_softcapping": 2.0,
         },
     ),
     "gemma3": Family(
@@ -156,7 +157,7 @@ _FAMILIES = {
         },
     ),
     "cohere": Family(
-        "cohere", {"tie_word_embeddings": False, "logit_scale": 0.4, "use_qk_norm": True}
+        "cohere", {"tie_word_embeddings": False, "logit_scale": 0.8, "use_qk_norm": True}
     ),
     "starcoder2": Family(
         "starcoder2", {"tie_word_embeddings": False, "num_key_value_heads": 1, "sliding_window": 11}
@@ -299,19 +300,17 @@ def _build(family: Family, seed: int) -> PreTrainedModel:
     return model
 
 
-def _tiny(model_type: str, auto: Any = AutoModelForCausalLM, **config: Any) -> PreTrainedModel:
+def _tiny(model_type: str, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(
         model_type,
         vocab_size=VOCAB,
         pad_token_id=PAD,
         bos_token_id=None,
         eos_token_id=None,
-        **config,
+        **options,
     )
-    config.eos_token_id = None
-    model: PreTrainedModel = auto.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
+    config.eos_token_id = None  # GLM-4 reads None as its own three
+    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.generation_config = GenerationConfig(pad_token_id=PAD)
     return model.eval()
 
@@ -335,9 +334,10 @@ def _randomise(model: PreTrainedModel) -> None:
             spread = 0.12 if tied else 0.6 / float(getattr(owner, "embed_scale", 1.0))
             weight.copy_(spread * noise)
         else:
-            gain = 3.0 if owner is head or "router" in type(owner).__name__.lower() else 2.0
+            router = "router" in type(owner).__name__.lower()
+            gain = 3.0 if router else 1.0 if owner is head else 1.75
             inward = isinstance(owner, (Conv1D, GptOssExperts))
             weight.copy_(gain / math.sqrt(weight.shape[-2 if inward else -1]) * noise)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.1 * torch.randn(buffer.shape))
+            buffer.copy_(0.3 * torch.randn(buffer.shape))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -69,7 +70,7 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=target, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
         tokenizer = _tokenizer(source, options)
     return LoadedModel(str(name), model.to(place).eval(), tokenizer)

@@ -87,9 +87,9 @@ class TreeModel:
         self._layers: list[nn.Module] = []
         config = model.config.get_text_config()
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
-        self.max_model_len = _context(config, max_model_len)
-        self._refuse_unfit(config)
-        _fix_rotary(model, self.name, self.max_model_len)
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
+        self._former_rotary: list[tuple[nn.Module, Any]] = []
         self._former_attention = model.config._attn_implementation
         AttentionInterface.register(IMPLEMENTATION, _attention)
         try:
@@ -100,6 +100,8 @@ class TreeModel:
             module.radixgen_owner = self
         try:
             self.layer_shapes = self._probe(config)
+            self.max_model_len = _context(config, max_model_len)
+            self._former_rotary = _fix_rotary(model, self.name, self.max_model_len)
             self._prove_packing()
         except BaseException:
             self.release()
@@ -139,14 +141,9 @@ class TreeModel:
         for module in self.model.modules():
             for name in ("radixgen_owner", "radixgen_layer"):
                 module.__dict__.pop(name, None)
+        for module, kinds in self._former_rotary:
+            module.rope_type = kinds
         self.model.set_attn_implementation(self._former_attention)
-
-    def _refuse_unfit(self, config: Any) -> None:
-        if config.is_encoder_decoder:
-            raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
-        if not getattr(self.model, "_supports_attention_backend", False):
-            reason = "its attention does not go through transformers' AttentionInterface"
-            raise UnsupportedModel(f"{self.name}: {reason}")
 
     def _probe(self, config: Any) -> list[LayerShape]:
         """One row through the model: what does each layer store?"""
@@ -233,11 +230,15 @@ def _context(config: Any, asked: int | None) -> int:
     return asked
 
 
-def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> None:
+def _fix_rotary(
+    model: "PreTrainedModel", name: str, max_model_len: int
+) -> list[tuple[nn.Module, Any]]:
     """Settle what transformers would choose anew from the longest position of each packed step.
 
-    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides.
+    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides. Returns the
+    modules that were changed, with their former `rope_type`.
     """
+    former = []
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if kinds is None:
@@ -246,6 +247,9 @@ def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> None
         if any("dynamic" in str(kind) for kind in by_layer.values()):
             reason = "its 'dynamic' rotary embedding depends on the longest sequence of the batch"
             raise UnsupportedModel(f"{name}: {reason}")
+        if "longrope" not in by_layer.values():
+            continue
+        former.append((module, kinds))
         last = torch.tensor([[max_model_len - 1]], device=model.device)
         probe = torch.zeros(1, dtype=model.dtype, device=model.device)
         for layer_type, kind in by_layer.items():
@@ -253,3 +257,4 @@ def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> None
                 module(probe, last, *([] if layer_type is None else [layer_type]))
         fixed = {key: "fixed" if kind == "longrope" else kind for key, kind in by_layer.items()}
         module.rope_type = fixed if isinstance(kinds, dict) else fixed[None]
+    return former

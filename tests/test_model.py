@@ -1,0 +1,105 @@
+"""What is loaded, and what is refused by name and with the reason."""
+
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from radixgen import Engine, InvalidRequest, ModelNotFound, SamplingParams, UnsupportedModel
+
+UNSUPPORTED = families.build_unsupported()
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_models_are_refused_by_name(name: str) -> None:
+    model = UNSUPPORTED[name]()
+    with pytest.raises(UnsupportedModel, match=model.config.model_type):
+        Engine(model, kv_tokens=64)
+
+
+def test_dynamic_rotary_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="dynamic"):
+        Engine(families.build_dynamic_rope(), kv_tokens=64)
+
+
+def test_rows_that_mix_outside_attention_are_refused() -> None:
+    """A model whose layers look at their neighbours by other means would be silently wrong."""
+    model = families.build("llama")
+    layer = model.model.layers[0]
+    plain = layer.mlp.forward
+    layer.mlp.forward = lambda x: plain(x) + x.roll(1, dims=1)
+    with pytest.raises(UnsupportedModel, match="mixes"):
+        Engine(model, kv_tokens=64)
+
+
+def test_a_model_comes_back_as_it_was() -> None:
+    model, ids = families.build("gemma3"), torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        with Engine(model, kv_tokens=64) as engine:
+            engine.generate([5, 6, 7])
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    families.build("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_directory_without_tokenizer_serves_token_ids(saved: Path) -> None:
+    with Engine(saved, kv_tokens=64) as engine:
+        output = engine.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0]
+        assert len(output.token_ids) == 4 and output.text == ""
+        with pytest.raises(InvalidRequest, match="no tokenizer"):
+            engine.generate("text")
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            engine.chat([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
+def test_dtypes(saved: Path, dtype: str, expected: torch.dtype) -> None:
+    with Engine(saved, dtype=dtype, kv_tokens=64) as engine:
+        assert engine.kv_dtype == expected
+        assert len(engine.generate([5, 6, 7])[0].outputs[0].token_ids) == 16
+
+
+def test_missing_and_broken_models(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no such directory"):
+        Engine(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        Engine(tmp_path / "empty")
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UnsupportedModel, match="could not load"):
+        Engine(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ModelNotFound):
+        Engine(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"dtype": "int3"}, "dtype"),
+        ({"device": "nowhere"}, "device"),
+        ({"attention": "magic"}, "attention"),
+        ({"plan": "best"}, "plan"),
+        ({"kv_tokens": 0}, "kv_tokens"),
+        ({"max_step_tokens": 0}, "max_step_tokens"),
+        ({"max_model_len": 0}, "max_model_len"),
+        ({"max_model_len": families.MAX_POSITIONS + 1}, "max_model_len"),
+    ],
+)
+def test_bad_options_are_named(saved: Path, options: dict, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        Engine(saved, **({"kv_tokens": 64} | options))
+
+
+def test_the_pool_is_sized_from_memory() -> None:
+    model: PreTrainedModel = families.build("llama")
+    with Engine(model, max_model_len=8) as engine:
+        assert engine.stats().kv_tokens_total == engine.limits.max_num_seqs * 8
