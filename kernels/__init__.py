@@ -1,7 +1,8 @@
 """Attention over a plan, and the merge of its partial results.
 
 A backend is a class that is built from `(plan, window, device)` once a step and called as
-`(q, k, v, scale, softcap) -> (out, lse)` once a layer. `backend_class` finds it by name and imports it only then.
+`(q, k, v, scale, softcap) -> (out, lse)` once a layer. `backend_class` finds it by name and imports it only
+then.
 """
 
 from importlib import import_module

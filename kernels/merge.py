@@ -1,8 +1,8 @@
 """Merging partial results by their log-sum-exp (LSE): attention states and their algebra.
 
-A partial result over a set of keys is a pair (out, lse). Two over disjoint sets merge into the pair over their
-union, exactly but for rounding; the operation is associative. All partials of a row are merged against their
-common maximum, which loses less than merging them one after the other.
+A partial result over a set of keys is a pair (out, lse). Two over disjoint sets merge into the pair over
+their union, exactly but for rounding; the operation is associative. All partials of a row are merged against
+their common maximum, which loses less than merging them one after the other.
 (Hydragen, arXiv 2402.05099, section 3.2; the pair is FlashInfer's attention state.)
 """
 
@@ -15,10 +15,10 @@ def merge_partials(
 ) -> tuple[Tensor, Tensor]:
     """Merge each row's partials in a fixed order.
 
-    partials `[partials, kv_heads, group, v_head_dim]`, lses `[partials, kv_heads, group]` (natural log), in the
-    accumulation dtype. `order[k]` gives `(row_index, partial_index)` of the k-th partial of every row that has
-    one. Returns `out [rows, kv_heads, group, v_head_dim]` and `lse [rows, kv_heads, group]`; a row without keys
-    gives 0 and -inf.
+    partials `[partials, kv_heads, group, v_head_dim]`, lses `[partials, kv_heads, group]` (natural log), in
+    the accumulation dtype. `order[k]` gives `(row_index, partial_index)` of the k-th partial of every row
+    that has one. Returns `out [rows, kv_heads, group, v_head_dim]` and `lse [rows, kv_heads, group]`; a row
+    without keys gives 0 and -inf.
     """
     lse_shape = (rows, *lses.shape[1:])
     top = torch.full(lse_shape, float("-inf"), dtype=lses.dtype, device=lses.device)

@@ -130,7 +130,7 @@ class TorchAttention:
             if clear:
                 runs.append(_Run(start, clear, None))
             if clear < length:
-                keys = np.arange(begin + clear, begin + length)
+                keys = np.arange(begin + clear, begin + length, dtype=np.int32)
                 hidden = _hidden(positions, keys, plan.window)
                 hidden[: seen_by[0]] = True
                 hidden[seen_by[1] :] = True
@@ -187,7 +187,7 @@ class TorchAttention:
         hidden = _hidden(plan.row_positions[rows], key_positions, plan.window)
         hidden |= rows[:, :, None] < seen_from[:, None]
         hidden |= rows[:, :, None] >= seen_to[:, None]
-        unseen = hidden.all(axis=1)
+        unseen: NDArray[np.bool_] = np.logical_and.reduce(hidden, axis=1)
         source = np.flatnonzero(real)
         partial = (self._offsets[units][:, None] + ranks)[real]
         return _Batch(

@@ -18,7 +18,6 @@ from radixgen.core import (
     UnknownRequest,
     UnsupportedModel,
 )
-
 from radixgen.version import VERSION
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """torch is imported when the first name that needs it is."""
+    """Torch is imported when the first name that needs it is."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'radixgen' has no attribute {name!r}")

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from radixgen.core import InvalidRequest, Plan
+from radixgen.core.plan import Int32Array
 from radixgen.kernels import AttentionBackend, backend_class
 from radixgen.kernels.merge import apply_sinks
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
 
 
 class TreeAttention:
-    """Attention of rows that stand in a tree: each sees the keys on its path from the root, up to its position.
+    """Attention of rows that stand in a tree: each sees the keys on its path from the root, up to its
+    position.
 
     ```python
     attn = TreeAttention(parents=[-1, 0, 0], extents=[[(0, 900)], [(900, 7)], [(1024, 12)]], row_nodes=[1, 2])
@@ -38,10 +40,11 @@ class TreeAttention:
     ) -> None:
         """
         parents: for each node its parent, -1 at a root; a parent comes before its children.
-        extents: for each node its keys as runs of slots `(start, length)`, in order of position. A node may be empty.
+        extents: for each node its keys as runs of slots `(start, length)`, in order of position. A node may
+        be empty.
         row_nodes: `[rows]`, the node in which each row stands.
-        row_positions: `[rows]`, the position of each row, counted from the root's first token; it lies inside the
-            row's node. Default: the last position of the row's node.
+        row_positions: `[rows]`, the position of each row, counted from the root's first token; it lies
+            inside the row's node. Default: the last position of the row's node.
         window: a row at position `p` sees only keys at positions `> p - window`.
         softcap: scores become `softcap * tanh(score / softcap)`.
         backend: `"auto"`, or one of `radixgen.kernels.BACKENDS`.
@@ -64,16 +67,21 @@ class TreeAttention:
         self._num_slots = int((forest.extent_starts + forest.extent_lengths).max(initial=0))
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
-        q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]`; v `[slots, kv_heads, v_head_dim]`;
-        `q_heads` is a multiple of `kv_heads`. scale: default `head_dim ** -0.5`. sinks `[q_heads]`: one logit a
-        head that takes weight and gives no value.
+        Q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]`; v `[slots, kv_heads, v_head_dim]`;
+        `q_heads` is a multiple of `kv_heads`. scale: default `head_dim ** -0.5`. sinks `[q_heads]`: one
+        logit a head that takes weight and gives no value.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]`, float32 (float64 for
-        float64 inputs), natural log, sinks not included. Rows are answered in the order given; a row that sees no
-        key gives 0 and -inf. Raises `InvalidRequest`.
+        float64 inputs), natural log, sinks not included. Rows are answered in the order given; a row that
+        sees no key gives 0 and -inf. Raises `InvalidRequest`.
         """
         self._check_shapes(q, k, v)
         if q.shape[0] == 0:
@@ -133,14 +141,14 @@ def _forest(parents: Sequence[int], extents: Sequence[Sequence[tuple[int, int]]]
     )
 
 
-def _positions(forest: Forest, nodes: np.ndarray, given: Sequence[int] | None) -> np.ndarray:
+def _positions(forest: Forest, nodes: Int32Array, given: Sequence[int] | None) -> Int32Array:
     if nodes.size and (nodes.min() < 0 or nodes.max() >= forest.parents.size):
         raise InvalidRequest("row_nodes", nodes.tolist(), f"must be below {forest.parents.size}")
     first = forest.starts[nodes]
-    last = first + forest.lengths[nodes] - 1
+    last: Int32Array = first + forest.lengths[nodes] - 1
     if given is None:
         return last
-    positions = np.asarray(given, np.int32).reshape(-1)
+    positions: Int32Array = np.asarray(given, np.int32).reshape(-1)
     if positions.size != nodes.size:
         raise InvalidRequest("len(row_positions)", positions.size, f"must be {nodes.size} rows")
     outside = (positions < first) | (positions > last)

@@ -19,9 +19,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="smollm2, a directory, a .gguf file, or a hub id.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a directory, a .gguf file, or a hub id.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at the most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
@@ -31,7 +29,8 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
 InputFile = Annotated[
-    Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, a line each.")
+    Path | None,
+    typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, a line each."),
 ]
 
 
@@ -64,8 +63,8 @@ def generate(
 ) -> None:
     """Serve prompts as one burst; write one JSON line for each, in their order.
 
-    A line of --file or of standard input is the prompt's text, or a JSON object with "prompt" (text or token ids)
-    or "messages".
+    A line of --file or of standard input is the prompt's text, or a JSON object with "prompt" (text or token
+    ids) or "messages".
     """
     from rich.progress import Progress
 
@@ -77,9 +76,7 @@ def generate(
         )
         requests = list(_requests(prompts, file))
         with Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens) as engine:
-            asked = [
-                engine.chat_tokens(r["messages"]) if "messages" in r else r["prompt"] for r in requests
-            ]
+            asked = [engine.chat_tokens(r["messages"]) if "messages" in r else r["prompt"] for r in requests]
             with Progress(console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("generating", total=len(asked))
                 outputs = engine.generate(

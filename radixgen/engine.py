@@ -1,7 +1,8 @@
 """`Engine`: requests in, tokens out, one radix tree in between."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -30,13 +31,13 @@ from radixgen.model.packed import TreeModel
 from radixgen.model.runner import ModelRunner
 from radixgen.sampling import Draw, Sampled, sample
 from radixgen.scheduler.batch import Batch, Scheduler
-from radixgen.scheduler.planner import PLAN_MODES, Planner, PlanMode
+from radixgen.scheduler.planner import PLAN_MODES, PlanMode, Planner
 from radixgen.scheduler.sequence import Request, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Prompt = str | Seq[int]
+Prompt = str | Seq[int] | TokenArray
 Messages = Seq[Mapping[str, Any]]
 Progress = Callable[[int, int], None]
 
@@ -72,7 +73,8 @@ class Engine:
         debug: bool = False,
     ) -> None:
         """
-        model: `"smollm2"`, a directory, a `.gguf` file, a hub id, or a transformers model (borrowed until `close`).
+        model: `"smollm2"`, a directory, a `.gguf` file, a hub id, or a transformers model (borrowed until
+        `close`).
         tokenizer: for a model given as an object; a model without one serves token ids.
         dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
         attention: `"auto"` or a backend of `radixgen.kernels.BACKENDS`.
@@ -82,7 +84,8 @@ class Engine:
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
-        debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there.
+        debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds
+        there.
 
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`.
         """
@@ -124,8 +127,8 @@ class Engine:
     ) -> list[RequestOutput]:
         """Serve one prompt (a string or token ids) or many as one burst; outputs in the order of the prompts.
 
-        `progress(done, total)` is called after every step with the number of finished requests. All prompts are
-        checked before any is admitted. Raises `InvalidRequest`.
+        `progress(done, total)` is called after every step with the number of finished requests. All prompts
+        are checked before any is admitted. Raises `InvalidRequest`.
         """
         self._ensure_open()
         batch = _as_prompts(prompts)
@@ -133,20 +136,20 @@ class Engine:
         tokens = [self._tokenize(prompt) for prompt in batch]
         for ids, one in zip(tokens, each, strict=True):
             self._check_request(ids, one)
-        ids = [self.submit(p, q) for p, q in zip(tokens, each, strict=True)]
-        mine, done = set(ids), dict[str, RequestOutput]()
+        request_ids = [self.submit(p, q) for p, q in zip(tokens, each, strict=True)]
+        mine, done = set(request_ids), dict[str, RequestOutput]()
         try:
-            while len(done) < len(ids):
+            while len(done) < len(request_ids):
                 for output in self._step_or_stall():
                     if output.request_id not in mine:
                         self._undelivered.append(output)
                     elif output.finished:
                         done[output.request_id] = output
                 if progress is not None:
-                    progress(len(done), len(ids))
+                    progress(len(done), len(request_ids))
         finally:
             self._abandon(mine - done.keys())
-        return [done[request_id] for request_id in ids]
+        return [done[request_id] for request_id in request_ids]
 
     def chat(
         self, messages: Messages | Seq[Messages], params: SamplingParams | None = None
@@ -184,7 +187,8 @@ class Engine:
     ) -> Iterator[RequestOutput]:
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
-        Other requests go on meanwhile. Leaving the iterator early cancels the request. Raises `InvalidRequest`.
+        Other requests go on meanwhile. Leaving the iterator early cancels the request. Raises
+        `InvalidRequest`.
         """
         request_id = self.submit(prompt, params)
         return self._stream(request_id, cumulative)
@@ -231,7 +235,9 @@ class Engine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns every request that gained tokens or ended, with everything generated so far."""
+        """Run one step. Returns every request that gained tokens or ended, with everything generated so
+        far.
+        """
         self._ensure_open()
         outputs, self._undelivered = self._undelivered, []
         batch = self._scheduler.schedule()
@@ -239,9 +245,7 @@ class Engine:
             return outputs
         try:
             frozen = self._scheduler.freeze(batch)
-            logits = self._runner.run(
-                frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows
-            )
+            logits = self._runner.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
         except BaseException:
             self._scheduler.rollback(batch)
             raise
@@ -306,7 +310,9 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Assert every invariant: slots have one owner, references are those of the live cursors, counts add up."""
+        """Assert every invariant: slots have one owner, references are those of the live cursors, counts add
+        up.
+        """
         self._tree.check()
         cursors: dict[int, int] = {}
         for sequence in self._scheduler.running:
@@ -437,7 +443,7 @@ class Engine:
             self.cancel(request_id)
         self._undelivered = [o for o in self._undelivered if o.request_id not in request_ids]
 
-    def _tokenize(self, prompt: Prompt | TokenArray) -> TokenArray:
+    def _tokenize(self, prompt: Prompt) -> TokenArray:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("prompt", prompt, "the model has no tokenizer: give token ids")
@@ -549,12 +555,10 @@ def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         if not isinstance(prompt, str | Seq | np.ndarray):
             raise InvalidRequest("prompts", prompt, "must be text or token ids")
-    return list(prompts)  # type: ignore[arg-type]
+    return list(prompts)
 
 
-def _as_params(
-    params: SamplingParams | Seq[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
+def _as_params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

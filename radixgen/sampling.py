@@ -76,7 +76,8 @@ def uniform(draws: Sequence[Draw]) -> NDArray[np.float64]:
         )
         key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
     bits = ((counter[0] << high) | counter[1]) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    draws_53: NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return draws_53
 
 
 def _kind(params: SamplingParams) -> str:
@@ -93,9 +94,7 @@ def _plain(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The same over the tokens that top-k and top-p keep, likeliest first, equal ones by token id."""
-    probabilities, tokens = _probabilities(logits, draws).sort(
-        dim=-1, descending=True, stable=True
-    )
+    probabilities, tokens = _probabilities(logits, draws).sort(dim=-1, descending=True, stable=True)
     width = probabilities.shape[1]
     top_k = _column([d.params.top_k if d.params.top_k > 0 else width for d in draws], logits)
     probabilities *= torch.arange(width, device=logits.device) < top_k

@@ -1,10 +1,12 @@
 """Which spans run in a step: admission, chunked prefill under a token budget, preemption.
 
-There is no prefill mode and no decode mode. A sequence's span is whatever its path still lacks, from the first token
-without a slot to its cursor; when nothing is lacking any more, its cursor's last token gives logits.
+There is no prefill mode and no decode mode. A sequence's span is whatever its path still lacks, from the
+first token without a slot to its cursor; when nothing is lacking any more, its cursor's last token gives
+logits.
 """
 
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,9 +81,7 @@ class StepInput:
 class Scheduler:
     """Owns the waiting and the running sequences, and moves their cursors."""
 
-    def __init__(
-        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, max_num_seqs: int
-    ) -> None:
+    def __init__(self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, max_num_seqs: int) -> None:
         self.tree = tree
         self.planner = planner
         self.max_step_tokens = max_step_tokens
@@ -114,8 +114,8 @@ class Scheduler:
         """The next step, or None where nothing can run. Slots are taken and new cursors set."""
         self._steps += 1
         batch = Batch(self._steps)
-        # Admission may split nodes, and a span must not be split: all cursors are set before any slot is taken.
-        self._admit()
+        # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
+        # taken. self._admit()
         budget = self.max_step_tokens
         for sequence in self._by_turn():
             if sequence.cursor is not None:
@@ -127,9 +127,7 @@ class Scheduler:
 
     def freeze(self, batch: Batch) -> StepInput:
         """Plan the batch and lay its rows out depth-first."""
-        plan = self.planner.plan(
-            np.array(batch.row_ids, np.int32), np.array(batch.row_positions, np.int32)
-        )
+        plan = self.planner.plan(np.array(batch.row_ids, np.int32), np.array(batch.row_positions, np.int32))
         order = plan.row_order
         place = np.empty_like(order)
         place[order] = np.arange(order.size)
@@ -165,7 +163,8 @@ class Scheduler:
 
     def _by_turn(self) -> Iterable[Sequence]:
         """Running sequences that decode, then those that prefill; each by rank."""
-        decoding, prefilling = [], []
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for sequence in self.running:
             node = sequence.cursor.held
             lacking = node.known - node.scheduled
@@ -202,7 +201,9 @@ class Scheduler:
         return budget - left
 
     def _reserve(self, node: Node, count: int) -> int:
-        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow; a fair share."""
+        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow; a fair
+        share.
+        """
         share = self.tree.pool.free // max(len(self.running), 1)
         ahead = node.known - node.scheduled - count
         growth = min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE)
@@ -234,7 +235,9 @@ class Scheduler:
             self.cached_prompt_tokens += request.num_cached_tokens
 
     def _make_room(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> bool:
-        """Have the slots free for `count` tokens of `node`: reserves first, then the cache, then preemption."""
+        """Have the slots free for `count` tokens of `node`: reserves first, then the cache, then
+        preemption.
+        """
         tree = self.tree
         if tree.slots_wanted(node, count) <= tree.pool.free:
             return True
@@ -250,7 +253,8 @@ class Scheduler:
 
     def _victim(self, sequence: Sequence, batch: Batch) -> Sequence | None:
         """The youngest sequence with slots of its own, outside this step; never the oldest of all."""
-        for candidate in reversed(self.running[1:]):
+        younger: list[Sequence] = self.running[1:]
+        for candidate in reversed(younger):
             busy = candidate is sequence or candidate.scheduled_in == batch.step
             if not busy and _exclusive_slots(candidate):
                 return candidate

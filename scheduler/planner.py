@@ -60,8 +60,8 @@ def plan(
     """The plan of one step.
 
     `row_nodes` `[rows]` names each row's node in `forest`; `row_positions` `[rows]` its position inside that
-    node's range. Nodes below which no row stands are left out. `mode="unshared"` gives every node's own rows one
-    unit with their whole path (no read is shared); `"naive"` makes every node a unit of its own.
+    node's range. Nodes below which no row stands are left out. `mode="unshared"` gives every node's own rows
+    one unit with their whole path (no read is shared); `"naive"` makes every node a unit of its own.
     """
     cost = cost or CostModel()
     row_order = np.lexsort((row_positions, row_nodes))
@@ -94,9 +94,7 @@ def plan(
 class Planner:
     """Plans the steps of one tree, and carries a plan over where only lengths grew."""
 
-    def __init__(
-        self, tree: RadixTree, *, mode: PlanMode = "auto", cost: CostModel | None = None
-    ) -> None:
+    def __init__(self, tree: RadixTree, *, mode: PlanMode = "auto", cost: CostModel | None = None) -> None:
         self.tree = tree
         self.mode = mode
         self.cost = cost or CostModel()
@@ -231,8 +229,8 @@ def _tiles(rows: NDArray[np.int64], tile_rows: int) -> NDArray[np.int64]:
 def _choose(forest: Forest, walk: _Walk, mode: PlanMode, cost: CostModel) -> NodeSummary:
     """Fold or cut each node, from the leaves up.
 
-    A folded node is read once by every unit below it; a cut one once by itself (once a tile), at the price of a
-    unit and of a partial for each row below. Fold where that is no dearer.
+    A folded node is read once by every unit below it; a cut one once by itself (once a tile), at the price
+    of a unit and of a partial for each row below. Fold where that is no dearer.
     """
     size = walk.parents.size
     tiles = _tiles(walk.below, cost.tile_rows)
@@ -260,9 +258,7 @@ def _choose(forest: Forest, walk: _Walk, mode: PlanMode, cost: CostModel) -> Nod
     )
 
 
-def _heads(
-    walk: _Walk, cut: NDArray[np.bool_], tile_rows: int
-) -> tuple[Int64Array, NDArray[np.int64]]:
+def _heads(walk: _Walk, cut: NDArray[np.bool_], tile_rows: int) -> tuple[Int64Array, NDArray[np.int64]]:
     """The unit tiles: `nodes` `[units]` that head them and their rows `[units, 2]`, in order of rows."""
     count = np.where(cut, walk.below, walk.own.astype(np.int64))
     tiles = _tiles(count, tile_rows)
@@ -300,9 +296,7 @@ def _assemble(
     """Give each unit its head's extents and those of the folded nodes above it, root first."""
     nodes, rows = heads
     count = nodes.size
-    folded_above = np.where(
-        (walk.parents >= 0) & ~cut[np.maximum(walk.parents, 0)], walk.parents, -1
-    )
+    folded_above = np.where((walk.parents >= 0) & ~cut[np.maximum(walk.parents, 0)], walk.parents, -1)
     unit_of, node_of = [np.arange(count)], [nodes]
     while True:
         above = folded_above[node_of[-1]]

@@ -70,9 +70,7 @@ def _longrope(original: int) -> Family:
 _FAMILIES = {
     "llama": Family("llama", {"head_dim": 12}),
     "mistral": Family("mistral", {"sliding_window": 9}),
-    "mixtral": Family(
-        "mixtral", {"sliding_window": 12, "num_local_experts": 6, "num_experts_per_tok": 2}
-    ),
+    "mixtral": Family("mixtral", {"sliding_window": 12, "num_local_experts": 6, "num_experts_per_tok": 2}),
     "qwen2": Family(
         "qwen2",
         {
@@ -156,9 +154,7 @@ _FAMILIES = {
             "sliding_window": 10,
         },
     ),
-    "cohere": Family(
-        "cohere", {"tie_word_embeddings": False, "logit_scale": 0.8, "use_qk_norm": True}
-    ),
+    "cohere": Family("cohere", {"tie_word_embeddings": False, "logit_scale": 0.8, "use_qk_norm": True}),
     "starcoder2": Family(
         "starcoder2", {"tie_word_embeddings": False, "num_key_value_heads": 1, "sliding_window": 11}
     ),

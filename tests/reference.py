@@ -64,9 +64,7 @@ class _Forced:
     router_margins: Tensor
 
 
-def reference_greedy(
-    model: PreTrainedModel, prompt_ids: Sequence[int], max_new_tokens: int
-) -> Reference:
+def reference_greedy(model: PreTrainedModel, prompt_ids: Sequence[int], max_new_tokens: int) -> Reference:
     """Exactly `max_new_tokens` greedy tokens by `generate`.
 
     What the checkpoint would add (stop tokens, repetition penalties) is set aside. The model's
@@ -76,9 +74,7 @@ def reference_greedy(
     _require_own_attention(model)
     prompt = torch.tensor([list(prompt_ids)], device=model.device)
     own = model.generation_config
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
-    )
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
     try:
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt))
     finally:
@@ -86,9 +82,7 @@ def reference_greedy(
     return Reference(list(prompt_ids), out[0, prompt.shape[1] :].tolist())
 
 
-def margins(
-    model: PreTrainedModel, prompt_ids: Sequence[int], token_ids: Sequence[int]
-) -> np.ndarray:
+def margins(model: PreTrainedModel, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> np.ndarray:
     """Top-1 minus top-2 logit where each of `token_ids` was drawn: float64 `[tokens]`."""
     top = _force(model, prompt_ids, token_ids).logits.topk(2).values
     return (top[:, 0] - top[:, 1]).numpy()

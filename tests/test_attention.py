@@ -119,7 +119,8 @@ MASKS = [
 @pytest.mark.parametrize(("mode", "cost"), MODES)
 @pytest.mark.parametrize(("window", "softcap", "sinks"), MASKS)
 @pytest.mark.parametrize(
-    ("heads", "dims"), [((9, 3), (64, 64)), ((4, 4), (63, 63)), ((8, 1), (129, 33)), ((6, 2), (8, 16))]
+    ("heads", "dims"),
+    [((9, 3), (64, 64)), ((4, 4), (63, 63)), ((8, 1), (129, 33)), ((6, 2), (8, 16))],
 )
 def test_equals_float64(mode, cost, window, softcap, sinks, heads, dims) -> None:
     rng = np.random.default_rng(7)
@@ -154,9 +155,7 @@ def test_depths(depth: int, mode, cost) -> None:
     expected, expected_lse = reference(
         case, q, k, v, scale=32**-0.5, dtype=torch.float64, window=None, softcap=None, sinks=None
     )
-    attn = TreeAttention(
-        case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=cost
-    )
+    attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=cost)
     out, lse = attn(q, k, v)
     assert error(out, expected) < 1e-6
     assert error(lse, expected_lse) < 1e-6
@@ -262,8 +261,15 @@ def test_bad_trees_are_named(arguments: dict, field: str) -> None:
         TreeAttention(**arguments)
 
 
-@pytest.mark.parametrize("shapes", [((2, 2, 8), (5, 1, 8), (5, 1, 8)), ((1, 3, 8), (5, 2, 8), (5, 2, 8)),
-                                    ((1, 2, 8), (4, 1, 8), (4, 1, 8)), ((1, 2, 8), (5, 1, 9), (5, 1, 8))])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 2, 8), (5, 1, 8), (5, 1, 8)),
+        ((1, 3, 8), (5, 2, 8), (5, 2, 8)),
+        ((1, 2, 8), (4, 1, 8), (4, 1, 8)),
+        ((1, 2, 8), (5, 1, 9), (5, 1, 8)),
+    ],
+)
 def test_bad_shapes_are_named(shapes) -> None:
     attn = TreeAttention([-1], [[(0, 5)]], [0])
     with pytest.raises(InvalidRequest):

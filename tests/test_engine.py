@@ -163,11 +163,15 @@ def test_namespaces_share_nothing(engine: Engine) -> None:
 
 
 def test_seeded_samples_are_the_same_alone_in_a_batch_and_as_one_of_n(model: nn.Module) -> None:
-    prompt, params = some(20), SamplingParams(temperature=1.5, max_tokens=12, n=4, seed=9, ignore_eos=True)
+    prompt, params = (
+        some(20),
+        SamplingParams(temperature=1.5, max_tokens=12, n=4, seed=9, ignore_eos=True),
+    )
     with Engine(model, kv_tokens=1024) as engine:
         alone = engine.generate(prompt, params)[0]
         crowd = engine.generate([some(9, 1), prompt, some(20, 2)], params)[1]
-        fewer = engine.generate(prompt, SamplingParams(temperature=1.5, max_tokens=12, n=2, seed=9, ignore_eos=True))[0]  # fmt: skip
+        fewer = engine.generate(prompt, SamplingParams(temperature=1.5, max_tokens=12, n=2, seed=9,
+        ignore_eos=True))[0]  # fmt: skip
     with Engine(model, kv_tokens=40, debug=True, seed=5) as engine:
         cramped = engine.generate([prompt, some(7, 4)], params)[0]
         assert engine.stats().preemptions > 0
@@ -177,7 +181,9 @@ def test_seeded_samples_are_the_same_alone_in_a_batch_and_as_one_of_n(model: nn.
     assert len({tuple(one.token_ids) for one in alone.outputs}) == 4
 
 
-def test_unseeded_samples_differ_between_requests_and_follow_the_engine_seed(model: nn.Module) -> None:
+def test_unseeded_samples_differ_between_requests_and_follow_the_engine_seed(
+    model: nn.Module,
+) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
     runs = []
     for seed in (0, 0, 1):

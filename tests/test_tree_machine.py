@@ -15,9 +15,7 @@ NAMESPACES = st.sampled_from(["", "other"])
 class TreeMachine(RuleBasedStateMachine):
     """Cursors wander over a three-token alphabet in a pool that is nearly always full."""
 
-    @initialize(
-        capacity=st.integers(24, 64), policy=st.sampled_from([least_recently_used, first_in])
-    )
+    @initialize(capacity=st.integers(24, 64), policy=st.sampled_from([least_recently_used, first_in]))
     def begin(self, capacity: int, policy: object) -> None:
         self.tree = RadixTree(ExtentPool(capacity), policy=policy, stamps=True)
         self.held: dict[Lock, tuple[str, list[int]]] = {}

@@ -117,7 +117,7 @@ class ExtentPool:
         assert all(a.end < b.start for a, b in zip(extents, extents[1:], strict=False)), extents
         assert list(self._by_length) == sorted((e.length, e.start) for e in extents)
         assert self._start_before == {e.end: e.start for e in extents}
-        assert all(e.length > 0 and 0 <= e.start and e.end <= self.capacity for e in extents)
+        assert all(e.length > 0 and e.start >= 0 and e.end <= self.capacity for e in extents)
 
     def _coalesce(self, extent: Extent) -> None:
         start, length = extent

@@ -29,8 +29,7 @@ class KVStorage:
             torch.empty((slots, s.kv_heads, s.head_dim), dtype=s.dtype, device=device) for s in layers
         ]
         self.values = [
-            torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device)
-            for s in layers
+            torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device) for s in layers
         ]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The token-level radix tree: every token that a live request holds, and every token still cached, once.
 
 A node is a run of tokens. Of its tokens the first `computed` have their KV, the first `scheduled` have a
-slot, and all `known` are in the tree: `known >= scheduled >= computed`. Its extents hold `scheduled` slots and,
-behind them, a reserved tail into which a leaf grows.
+slot, and all `known` are in the tree: `known >= scheduled >= computed`. Its extents hold `scheduled` slots
+and, behind them, a reserved tail into which a leaf grows.
 
     tokens   |---- computed ----|-- scheduled --|-- known --|
     extents  |------------ slots in use --------|-- reserve --|
@@ -138,7 +138,9 @@ class Node:
 
 
 class Lock:
-    """A receipt: it keeps the path to `node` in the tree until it is released. A sequence's lock is its cursor."""
+    """A receipt: it keeps the path to `node` in the tree until it is released. A sequence's lock is its
+    cursor.
+    """
 
     __slots__ = ("node",)
 
@@ -154,7 +156,9 @@ class Lock:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest prefix found: it ends `offset` tokens into `node`. `computed` of its `length` tokens have KV."""
+    """The longest prefix found: it ends `offset` tokens into `node`. `computed` of its `length` tokens have
+    KV.
+    """
 
     node: Node
     offset: int
@@ -204,7 +208,8 @@ class RadixTree:
         stamps: bool = False,
     ) -> None:
         """`stamps=True` remembers, for each slot, a hash of the prefix whose KV it holds, so that `check()`
-        proves that every reader finds its own prefix there; it costs some 0.2 µs a token."""
+        proves that every reader finds its own prefix there; it costs some 0.2 µs a token.
+        """
         self.pool = pool
         self.policy = policy
         self.version = 0
@@ -362,7 +367,8 @@ class RadixTree:
         return max(0, count - int(self.columns.reserved[node.id]))
 
     def schedule(self, node: Node, count: int, reserve: int = 0) -> NDArray[np.int64]:
-        """Give slots to the next `count` known tokens and return them; reserve up to `reserve` more behind them.
+        """Give slots to the next `count` known tokens and return them; reserve up to `reserve` more behind
+        them.
 
         Raises `OutOfSlots`, with nothing changed, where the pool has too few.
         """
@@ -407,7 +413,8 @@ class RadixTree:
 
     def evict(self, count: int) -> int:
         """Drop up to `count` tokens (or a few more, never a token that is locked), leaf by leaf in the
-        policy's order, each from its end. Returns how many were dropped."""
+        policy's order, each from its end. Returns how many were dropped.
+        """
         dropped = 0
         while dropped < count and self._heap:
             key, entry, node = heapq.heappop(self._heap)
@@ -479,7 +486,10 @@ class RadixTree:
             assert node.complete or child.computed == 0
         columns = self.columns
         row = (columns.parent[node.id], columns.start[node.id], columns.scheduled[node.id])
-        assert row == (node.parent.id if node.parent else -1, node.start, node.scheduled), (row, node)
+        assert row == (node.parent.id if node.parent else -1, node.start, node.scheduled), (
+            row,
+            node,
+        )
         assert columns.reserved[node.id] == node.reserved
         assert columns.num_extents[node.id] == len(node.extents)
         assert not node.extents or columns.first_slot[node.id] == node.extents[0].start

@@ -42,9 +42,7 @@ class SamplingParams:
         _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         if not isinstance(self.stop_token_ids, tuple | list):
             raise InvalidRequest("stop_token_ids", self.stop_token_ids, "must be a tuple of integers")
-        _integer(
-            "len(stop_token_ids)", len(self.stop_token_ids), 0, limits.max_stop_token_ids
-        )
+        _integer("len(stop_token_ids)", len(self.stop_token_ids), 0, limits.max_stop_token_ids)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
         if not isinstance(self.ignore_eos, bool):

@@ -11,7 +11,9 @@ Int64Array = NDArray[np.int64]
 
 
 def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integer]) -> Int32Array:
-    """`reduce` (a binary ufunc) over each half-open range of `values`; ranges `[n, 2]` hold at least one each."""
+    """`reduce` (a binary ufunc) over each half-open range of `values`; ranges `[n, 2]` hold at least one
+    each.
+    """
     if not len(ranges):
         return np.empty(0, values.dtype)
     padded = np.concatenate([values, values[-1:]])
@@ -39,8 +41,9 @@ class Plan:
     """Units of attention over depth-first rows.
 
     A row at position `p` sees, of each segment of each unit that covers the row, the keys at positions `<= p`
-    (and `> p - window` where a layer has a window). The segments of all units that cover a row are exactly the
-    row's path. A row covered by several units gets a partial result from each, merged in the order of `unit_rank`.
+    (and `> p - window` where a layer has a window). The segments of all units that cover a row are exactly
+    the row's path. A row covered by several units gets a partial result from each, merged in the order of
+    `unit_rank`.
 
     Half-open ranges: unit `u` holds rows `[unit_rows[u, 0], unit_rows[u, 1])` and segments
     `[unit_segments[u, 0], unit_segments[u, 1])`.
@@ -100,7 +103,7 @@ class Plan:
         if not len(self.path_rows):
             return 0
         first, last = self.path_rows[:, 0], self.path_rows[:, 1] - 1
-        unseen = 0
+        unseen = np.zeros_like(first)
         if self.window is not None:
             unseen = np.maximum(self.row_positions[first] - (self.window - 1), 0)
         return int((self.row_positions[last] + 1 - unseen).sum())
@@ -118,7 +121,9 @@ class Plan:
         )
 
     def within(self, window: int | None) -> "Plan":
-        """The same units with every segment trimmed to the keys that a window of `window` tokens leaves visible."""
+        """The same units with every segment trimmed to the keys that a window of `window` tokens leaves
+        visible.
+        """
         if window is None:
             return self
         if window not in self._windowed:
@@ -159,16 +164,19 @@ class Plan:
                 f"level {depth}: {int(here.sum())} nodes, {int(nodes.lengths[here].sum())} tokens, "
                 f"{int((here & nodes.cut).sum())} cut into units, rows below {_span(nodes.rows[here])}"
             )
-            for node in np.flatnonzero(here & ~nodes.cut & (nodes.fold_cost > 0)).tolist():
-                lines.append(
-                    f"  folded node of {nodes.lengths[node]} tokens under {nodes.rows[node]} rows: "
-                    f"reading it again costs {nodes.fold_cost[node]:.1f}, "
-                    f"a unit of its own {nodes.cut_cost[node]:.1f}"
-                )
+            folded = np.flatnonzero(here & ~nodes.cut & (nodes.fold_cost > 0))
+            lines.extend(self._why_folded(node) for node in folded.tolist())
             free = int((here & ~nodes.cut & (nodes.fold_cost == 0)).sum())
             if free:
                 lines.append(f"  folded at no cost, one unit below: {free} nodes")
         return "\n".join(lines)
+
+    def _why_folded(self, node: int) -> str:
+        nodes = self.nodes
+        return (
+            f"  folded node of {nodes.lengths[node]} tokens under {nodes.rows[node]} rows: reading it again "
+            f"costs {nodes.fold_cost[node]:.1f}, a unit of its own {nodes.cut_cost[node]:.1f}"
+        )
 
 
 def _span(values: Sequence[int] | Int32Array) -> str:

@@ -126,7 +126,9 @@ def follow_up(engine: Engine, document: str, answer: str, max_tokens: int) -> Jo
 
 
 def serve(engine: Engine, jobs: Sequence[Job], watch: Watch = lambda *_: None) -> Served:
-    """Submit all jobs at once and step until they are done; `watch` sees every output with its job's place."""
+    """Submit all jobs at once and step until they are done; `watch` sees every output with its job's
+    place.
+    """
     begin = time.perf_counter()
     place = {engine.submit(job.prompt, job.params): index for index, job in enumerate(jobs)}
     done: dict[int, RequestOutput] = {}
@@ -206,9 +208,7 @@ def _figures(jobs: Sequence[Job], shared: Served, again: Served, alone: Served) 
     together = [*shared.outputs, *again.outputs]
     greedy = [i for i, job in enumerate(jobs) if job.params.greedy]
     separate = sum(
-        len(output.prompt_token_ids) + len(one.token_ids) - 1
-        for output in together
-        for one in output.outputs
+        len(output.prompt_token_ids) + len(one.token_ids) - 1 for output in together for one in output.outputs
     )
     return Figures(
         requests=len(jobs),

@@ -53,9 +53,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[str(dtype)]
 
 
-def load(
-    name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto"
-) -> LoadedModel:
+def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> LoadedModel:
     """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id.
 
     Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.

@@ -1,7 +1,7 @@
 """transformers' own modelling code, run on packed rows of a tree instead of padded sequences.
 
-One attention function is registered with transformers' `AttentionInterface`. It hands every layer's queries, keys
-and values to the `TreeModel` that owns the module; the model around it is untouched.
+One attention function is registered with transformers' `AttentionInterface`. It hands every layer's queries,
+keys and values to the `TreeModel` that owns the module; the model around it is untouched.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every attention layer; q, k, v `[1, heads, rows, head_dim]`."""
-    owner: TreeModel = module.radixgen_owner
+    owner: TreeModel = module.__dict__["radixgen_owner"]
     call = LayerCall(
         layer=owner.layer_of(module),
         q=query[0].transpose(0, 1),
@@ -75,8 +75,8 @@ class TreeModel:
     """A causal language model whose attention is answered by `attend`.
 
     Loading probes it: one row through the model tells the shape of every layer's K and V, and three sequences
-    packed and alone tell whether rows really see each other through attention only. Raises `UnsupportedModel`,
-    by name and with the reason, where they do not.
+    packed and alone tell whether rows really see each other through attention only. Raises
+    `UnsupportedModel`, by name and with the reason, where they do not.
     """
 
     def __init__(self, model: "PreTrainedModel", name: str, max_model_len: int | None) -> None:
@@ -84,7 +84,7 @@ class TreeModel:
         self.name = f"{name} ({model.config.model_type})"
         self.device = model.device
         self.attend: Attend = self._no_attend
-        self._layers: list[nn.Module] = []
+        self._layers: dict[nn.Module, int] = {}
         config = model.config.get_text_config()
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         if model.config.is_encoder_decoder:
@@ -97,7 +97,7 @@ class TreeModel:
         except (ValueError, ImportError) as error:
             raise UnsupportedModel(f"{self.name}: {error}") from error
         for module in model.modules():
-            module.radixgen_owner = self
+            module.__dict__["radixgen_owner"] = self
         try:
             self.layer_shapes = self._probe(config)
             self.max_model_len = _context(config, max_model_len)
@@ -108,9 +108,7 @@ class TreeModel:
             raise
 
     @torch.inference_mode()
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: Attend
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: Attend) -> Tensor:
         """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
 
         Returns float32 logits `[n, vocab]` of `logit_rows`.
@@ -130,23 +128,20 @@ class TreeModel:
 
     def layer_of(self, module: nn.Module) -> int:
         """The place of an attention module in the order of the first forward pass."""
-        index = getattr(module, "radixgen_layer", None)
-        if index is None:
-            index = module.radixgen_layer = len(self._layers)
-            self._layers.append(module)
-        return int(index)
+        if module not in self._layers:
+            self._layers[module] = len(self._layers)
+        return self._layers[module]
 
     def release(self) -> None:
         """Give the model back as it was."""
         for module in self.model.modules():
-            for name in ("radixgen_owner", "radixgen_layer"):
-                module.__dict__.pop(name, None)
+            module.__dict__.pop("radixgen_owner", None)
         for module, kinds in self._former_rotary:
             module.rope_type = kinds
         self.model.set_attn_implementation(self._former_attention)
 
     def _probe(self, config: Any) -> list[LayerShape]:
-        """One row through the model: what does each layer store?"""
+        """What each layer stores, by one row through the model."""
         shapes: dict[int, LayerShape] = {}
 
         def record(call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -180,8 +175,8 @@ class TreeModel:
         tokens = [token for sequence in sequences for token in sequence]
         positions = [position for sequence in sequences for position in range(len(sequence))]
         rows = torch.arange(len(tokens), device=self.device)
-        as_tensor = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
-        return self.forward(as_tensor(tokens), as_tensor(positions), rows, attend)
+        token_ids = torch.tensor(tokens, device=self.device)
+        return self.forward(token_ids, torch.tensor(positions, device=self.device), rows, attend)
 
     def _try(self, run: Callable[[], Tensor]) -> Tensor:
         try:
@@ -230,13 +225,11 @@ def _context(config: Any, asked: int | None) -> int:
     return asked
 
 
-def _fix_rotary(
-    model: "PreTrainedModel", name: str, max_model_len: int
-) -> list[tuple[nn.Module, Any]]:
+def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> list[tuple[nn.Module, Any]]:
     """Settle what transformers would choose anew from the longest position of each packed step.
 
-    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides. Returns the
-    modules that were changed, with their former `rope_type`.
+    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides.
+    Returns the modules that were changed, with their former `rope_type`.
     """
     former = []
     for module in model.modules():

@@ -1,4 +1,6 @@
-"""One step on the device: packed rows in, logits out; per layer, write the new KV, then attend by the plan."""
+"""One step on the device: packed rows in, logits out; per layer, write the new KV, then attend by the
+plan.
+"""
 
 import numpy as np
 import torch
@@ -30,8 +32,9 @@ class ModelRunner:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
-        """Compute the plan's rows: `token_ids` `[rows]`; `slots` `[rows]`, -1 where a row's KV exists already;
-        `logit_rows` `[n]`. Returns float32 logits `[n, vocab]`."""
+        """Compute the plan's rows: `token_ids` `[rows]`; `slots` `[rows]`, -1 where a row's KV exists
+        already; `logit_rows` `[n]`. Returns float32 logits `[n, vocab]`.
+        """
         device = self.model.device
         writes = np.flatnonzero(slots >= 0)
         step = _StepAttention(

