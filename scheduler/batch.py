@@ -115,7 +115,8 @@ class Scheduler:
         self._steps += 1
         batch = Batch(self._steps)
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
-        # taken. self._admit()
+        # taken.
+        self._admit()
         budget = self.max_step_tokens
         for sequence in self._by_turn():
             if sequence.cursor is not None:

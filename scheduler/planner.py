@@ -1,9 +1,11 @@
 """From active nodes and their rows to a `Plan`: depth-first rows, units, segments.
 
-All of it is array work: the only Python loops run over the levels of the tree.
+Array work, but for three plain loops over the active nodes: their ancestors, the rows below each, the choice of
+cuts. None of it runs level by level, so a chain of a thousand nodes costs what a bush of a thousand does.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -64,20 +66,20 @@ def plan(
     one unit with their whole path (no read is shared); `"naive"` makes every node a unit of its own.
     """
     cost = cost or CostModel()
-    row_order = np.lexsort((row_positions, row_nodes))
-    own = np.bincount(row_nodes, minlength=forest.parents.size).astype(np.int32)
+    own = np.bincount(row_nodes, minlength=forest.parents.size)
     walk = _Walk(forest.parents, own)
-    row_order, positions = walk.order_rows(row_order, row_nodes, row_positions)
+    row_order = walk.order_rows(row_nodes, row_positions)
+    positions = row_positions[row_order].astype(np.int32)
     choice = _choose(forest, walk, mode, cost)
     heads = _heads(walk, choice.cut, cost.tile_rows)
     units, segments = _assemble(forest, walk, choice.cut, heads, positions)
-    covered = np.zeros(positions.size + 1, np.int32)
-    np.add.at(covered, units.rows[:, 0], 1)
-    np.add.at(covered, units.rows[:, 1], -1)
+    begun = np.bincount(units.rows[:, 0], minlength=positions.size + 1)
+    ended = np.bincount(units.rows[:, 1], minlength=positions.size + 1)
+    covering = np.cumsum(begun - ended)[:-1]
     return Plan(
         row_positions=positions,
         row_order=row_order,
-        row_extra=np.maximum(np.cumsum(covered[:-1], dtype=np.int32) - 1, 0),
+        row_extra=np.maximum(covering - 1, 0).astype(np.int32),
         unit_rows=units.rows,
         unit_segments=units.segments,
         unit_rank=units.rank,
@@ -138,88 +140,76 @@ class Planner:
 def active_forest(tree: RadixTree, row_ids: Int32Array) -> tuple[Forest, Int32Array]:
     """The nodes on the paths of `row_ids`, renumbered with parents first, and each row's new number."""
     columns = tree.columns
-    ids = np.unique(row_ids)
-    seen = [ids]
-    known = np.zeros(columns.parent.size, np.bool_)
-    known[ids] = True
-    while ids.size:
-        above = columns.parent[ids]
-        above = above[above >= 0]
-        ids = np.unique(above[~known[above]])
-        known[ids] = True
-        seen.append(ids)
-    active = np.concatenate(seen)
+    ids = np.sort(np.array(tree.with_ancestors(row_ids.tolist()), np.int64))
     # Roots hold no token, so a root's children start where it does.
-    active = active[np.lexsort((columns.parent[active] >= 0, columns.start[active]))]
-    local = np.full(columns.parent.size + 1, -1, np.int32)
-    local[active] = np.arange(active.size, dtype=np.int32)
-    parents = local[columns.parent[active]]
+    depth_key = 2 * columns.start[ids].astype(np.int64) + (columns.parent[ids] >= 0)
+    order = np.argsort(depth_key, kind="stable")
+    local = np.empty(ids.size, np.int32)
+    local[order] = np.arange(ids.size, dtype=np.int32)
+    active = ids[order]
+    above = columns.parent[active]
+    parents = np.where(above >= 0, local[np.searchsorted(ids, above)], np.int32(-1))
     scheduled = columns.scheduled[active]
-    counts = np.where(scheduled > 0, np.maximum(columns.num_extents[active], 1), 0)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    starts = np.repeat(columns.first_slot[active], counts)
-    lengths = np.repeat(scheduled, counts)
-    for index in np.flatnonzero(counts > 1).tolist():
-        left = int(scheduled[index])
-        for place, extent in enumerate(tree.node(int(active[index])).extents, int(offsets[index])):
-            starts[place] = extent.start
-            lengths[place] = min(extent.length, left)
-            left -= int(lengths[place])
+    offsets, starts, lengths = _extents(tree, active, scheduled)
     forest = Forest(parents, columns.start[active], scheduled, offsets, starts, lengths)
-    return forest, local[row_ids]
+    return forest, local[np.searchsorted(ids, row_ids)]
+
+
+def _extents(
+    tree: RadixTree, active: Int64Array, scheduled: Int32Array
+) -> tuple[Int64Array, Int64Array, Int32Array]:
+    """The extents of the scheduled tokens of `active`, as `Forest` holds them; reserved tails are left out."""
+    counts = np.where(scheduled > 0, tree.columns.num_extents[active], 0)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    starts = np.repeat(tree.columns.first_slot[active], counts)
+    lengths = np.repeat(scheduled, counts)
+    several = np.flatnonzero(counts > 1)
+    if several.size:
+        extents = chain.from_iterable(tree.node(i).extents for i in active[several].tolist())
+        pairs = np.fromiter(chain.from_iterable(extents), np.int64).reshape(-1, 2)
+        place = np.repeat(counts > 1, counts)
+        before = np.cumsum(pairs[:, 1]) - pairs[:, 1]
+        first = np.repeat(np.cumsum(counts[several]) - counts[several], counts[several])
+        starts[place] = pairs[:, 0]
+        lengths[place] = np.clip(lengths[place] - (before - before[first]), 0, pairs[:, 1])
+    return offsets, starts, lengths
 
 
 class _Walk:
-    """The depth-first walk: how deep each node is, and which rows `[first, stop)` stand at it or below."""
+    """The depth-first walk: how deep each node is, and which rows `[first, first + below)` stand at it or below."""
 
-    def __init__(self, parents: Int32Array, own: Int32Array) -> None:
+    def __init__(self, parents: Int32Array, own: Int64Array) -> None:
         self.parents = parents
         self.own = own
-        self.depths = _depths(parents)
-        order = np.lexsort((parents, self.depths))
-        bounds = np.searchsorted(self.depths[order], np.arange(self.depths.max(initial=0) + 2))
-        self.levels = [
-            order[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True) if high > low
-        ]
-        self.below = own.astype(np.int64)
-        for level in reversed(self.levels[1:]):
-            np.add.at(self.below, parents[level], self.below[level])
-        self.first = np.zeros(parents.size, np.int64)
-        for level in self.levels:
-            self._place(level)
-        self.stop = self.first + self.below
+        self.depths = self.add_above(np.ones(parents.size, np.int64)).astype(np.int32)
+        # Index -1 stands above the roots, here and in `_choose`.
+        below = [*own.tolist(), 0]
+        for node, above in zip(range(parents.size - 1, -1, -1), parents[::-1].tolist(), strict=True):
+            below[above] += below[node]
+        self.below = np.array(below[:-1], np.int64)
+        # A node's rows begin after its parent's own rows and those below its elder siblings.
+        family = np.argsort(parents, kind="stable")
+        parent = parents[family]
+        before = np.cumsum(self.below[family]) - self.below[family]
+        elder = np.empty_like(self.below)
+        elder[family] = before - before[np.searchsorted(parent, parent)]
+        self.first = elder + self.add_above(own + elder)
 
-    def _place(self, level: Int64Array) -> None:
-        """Siblings stand together in `level`: each begins where the one before it ends."""
-        above = self.parents[level]
-        before = np.cumsum(self.below[level]) - self.below[level]
-        if above[0] < 0:
-            self.first[level] = before
-            return
-        eldest = np.searchsorted(above, above)
-        self.first[level] = self.first[above] + self.own[above] + before - before[eldest]
+    def add_above(self, values: Int64Array) -> Int64Array:
+        """For each node the sum of `values` over its proper ancestors: log2(depth) array operations."""
+        size = self.parents.size
+        jump = np.where(self.parents >= 0, self.parents, size)
+        total = np.append(values, 0)[jump]
+        total, jump = np.append(total, 0), np.append(jump, size)
+        while (jump < size).any():
+            total += total[jump]
+            jump = jump[jump]
+        return total[:-1]
 
-    def order_rows(
-        self, by_node: Int64Array, row_nodes: Int32Array, row_positions: Int32Array
-    ) -> tuple[Int64Array, Int32Array]:
-        """Depth-first order of rows that `by_node` sorts by node and position."""
-        nodes = row_nodes[by_node]
-        rank = np.arange(nodes.size) - np.searchsorted(nodes, nodes)
-        order = np.empty_like(by_node)
-        order[self.first[nodes] + rank] = by_node
-        return order, row_positions[order].astype(np.int32)
-
-
-def _depths(parents: Int32Array) -> Int32Array:
-    """Distance to the root by pointer jumping: log2(depth) array operations."""
-    depths = (parents >= 0).astype(np.int32)
-    jump = np.where(parents >= 0, parents, np.arange(parents.size))
-    while True:
-        further = depths[jump]
-        if not further.any():
-            return depths
-        depths = depths + further
-        jump = jump[jump]
+    def order_rows(self, row_nodes: Int32Array, row_positions: Int32Array) -> Int64Array:
+        """Rows depth-first, those of one node by position: row `i` of the walk is row `order[i]`."""
+        order: Int64Array = np.lexsort((row_positions, self.first[row_nodes]))
+        return order
 
 
 def _tiles(rows: NDArray[np.int64], tile_rows: int) -> NDArray[np.int64]:
@@ -232,22 +222,30 @@ def _choose(forest: Forest, walk: _Walk, mode: PlanMode, cost: CostModel) -> Nod
     A folded node is read once by every unit below it; a cut one once by itself (once a tile), at the price
     of a unit and of a partial for each row below. Fold where that is no dearer.
     """
-    size = walk.parents.size
     tiles = _tiles(walk.below, cost.tile_rows)
-    readers = _tiles(walk.own.astype(np.int64), cost.tile_rows)
-    fold_cost = np.zeros(size)
     cut_cost = cost.unit * tiles + cost.partial_row * walk.below
-    cut = np.zeros(size, np.bool_)
-    for level in reversed(walk.levels):
-        again = np.maximum(readers[level] - tiles[level], 0)
-        fold_cost[level] = again * forest.lengths[level]
-        if mode == "auto":
-            cut[level] = fold_cost[level] > cut_cost[level]
-        elif mode == "naive":
-            cut[level] = (forest.lengths[level] > 0) & (walk.below[level] > walk.own[level])
-        above = walk.parents[level]
-        if above[0] >= 0:
-            np.add.at(readers, above, np.where(cut[level], tiles[level], readers[level]))
+    price = np.full(tiles.size, np.inf)
+    if mode == "auto":
+        price = cut_cost
+    elif mode == "naive":
+        price[(forest.lengths > 0) & (walk.below > walk.own)] = -1
+    cut = np.zeros(tiles.size, np.bool_)
+    readers = [*_tiles(walk.own, cost.tile_rows).tolist(), 0]
+    nodes = zip(
+        range(tiles.size - 1, -1, -1),
+        walk.parents[::-1].tolist(),
+        tiles[::-1].tolist(),
+        forest.lengths[::-1].tolist(),
+        price[::-1].tolist(),
+        strict=True,
+    )
+    for node, above, own_tiles, length, limit in nodes:
+        count = readers[node]
+        if (count - own_tiles) * length > limit:
+            cut[node] = True
+            count = own_tiles
+        readers[above] += count
+    fold_cost = (np.array(readers[:-1]) - tiles) * forest.lengths.astype(np.float64)
     return NodeSummary(
         depths=walk.depths,
         lengths=forest.lengths,
@@ -260,7 +258,7 @@ def _choose(forest: Forest, walk: _Walk, mode: PlanMode, cost: CostModel) -> Nod
 
 def _heads(walk: _Walk, cut: NDArray[np.bool_], tile_rows: int) -> tuple[Int64Array, NDArray[np.int64]]:
     """The unit tiles: `nodes` `[units]` that head them and their rows `[units, 2]`, in order of rows."""
-    count = np.where(cut, walk.below, walk.own.astype(np.int64))
+    count = np.where(cut, walk.below, walk.own)
     tiles = _tiles(count, tile_rows)
     nodes = np.repeat(np.arange(count.size), tiles)
     rank = np.arange(nodes.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)
@@ -305,10 +303,10 @@ def _assemble(
             break
         unit_of.append(unit_of[-1][more])
         node_of.append(above[more])
-    units = np.concatenate(unit_of)
-    members = np.concatenate(node_of)
-    order = np.lexsort((walk.depths[members], units))
-    units, members = units[order], members[order]
+    # Furthest ancestors first, and a stable sort by unit leaves each unit's nodes in order from the root.
+    units = np.concatenate(unit_of[::-1])
+    order = np.argsort(units, kind="stable")
+    units, members = units[order], np.concatenate(node_of[::-1])[order]
 
     extents = forest.extent_offsets[members + 1] - forest.extent_offsets[members]
     segment_units = np.repeat(units, extents)
@@ -332,7 +330,7 @@ def _assemble(
     last = first_positions + lengths == (forest.starts + forest.lengths)[segment_nodes]
     own_unit = nodes[segment_units] == segment_nodes
     growing = np.flatnonzero(single_row[segment_nodes] & last & own_unit)
-    rank = _rank(walk, cut)[nodes]
+    rank = walk.add_above(cut.astype(np.int64))[nodes]
     return (
         _Units(
             rows=rows.astype(np.int32),
@@ -347,12 +345,3 @@ def _assemble(
             growing=growing,
         ),
     )
-
-
-def _rank(walk: _Walk, cut: NDArray[np.bool_]) -> Int32Array:
-    """How many cut nodes lie above each node."""
-    rank = np.zeros(walk.parents.size, np.int32)
-    for level in walk.levels[1:]:
-        above = walk.parents[level]
-        rank[level] = rank[above] + cut[above]
-    return rank

@@ -53,14 +53,15 @@ class ExtentPool:
             raise OutOfSlots(f"count={count}: only {self.free} of {self.capacity} slots are free")
         taken = []
         while count > 0:
-            fit = self._by_length.bisect_left((count, -1))
-            length, start = self._by_length[min(fit, len(self._by_length) - 1)]
-            used = min(length, count)
+            length, start = self._by_length[-1]
+            if length > count:
+                length, start = self._by_length[self._by_length.bisect_left((count, -1))]
             self._remove(start)
-            if used < length:
-                self._add(start + used, length - used)
-            taken.append(Extent(start, used))
-            count -= used
+            if length > count:
+                self._add(start + count, length - count)
+                length = count
+            taken.append(Extent(start, length))
+            count -= length
         return taken
 
     def grow(self, end: int, count: int) -> int:

@@ -9,7 +9,7 @@ and, behind them, a reserved tail into which a leaf grows.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ class Node:
         "_heap_entry",
         "_offset",
         "_owns_tail",
+        "capacity",
         "children",
         "computed",
         "extents",
@@ -52,6 +53,7 @@ class Node:
         self.namespace = namespace
         self.children: dict[int, Node] = {}
         self.extents: list[Extent] = []
+        self.capacity = 0
         self.known = int(buffer.size)
         self.scheduled = 0
         self.computed = 0
@@ -91,10 +93,6 @@ class Node:
         return self.lock_count + self.locked_children > 0
 
     @property
-    def capacity(self) -> int:
-        return sum(extent.length for extent in self.extents)
-
-    @property
     def reserved(self) -> int:
         return self.capacity - self.scheduled
 
@@ -112,12 +110,12 @@ class Node:
     def slots(self, first: int, stop: int) -> NDArray[np.int64]:
         """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
         runs = []
-        begin = 0
-        for extent in self.extents:
-            low, high = max(first - begin, 0), min(stop - begin, extent.length)
-            if low < high:
-                runs.append(np.arange(extent.start + low, extent.start + high, dtype=np.int64))
-            begin += extent.length
+        for start, length in self.extents:
+            if stop <= 0:
+                break
+            if first < length:
+                runs.append(np.arange(start + max(first, 0), start + min(stop, length)))
+            first, stop = first - length, stop - length
         return runs[0] if len(runs) == 1 else np.concatenate(runs or [np.empty(0, np.int64)])
 
     def __repr__(self) -> str:
@@ -242,6 +240,18 @@ class RadixTree:
     def nodes(self) -> Iterator[Node]:
         return (node for node in self._nodes if node is not None)
 
+    def with_ancestors(self, node_ids: Iterable[int]) -> list[int]:
+        """The ids of these nodes and of all nodes above them, each once."""
+        found = dict.fromkeys(node_ids)
+        waiting = list(found)
+        for node_id in waiting:
+            node = self._nodes[node_id]
+            above = node.parent if node else None
+            if above is not None and above.id not in found:
+                found[above.id] = None
+                waiting.append(above.id)
+        return waiting
+
     @property
     def num_nodes(self) -> int:
         return len(self._nodes) - len(self._free_ids)
@@ -293,7 +303,9 @@ class RadixTree:
             node = self.split(node, match.offset)
         if match.length < tokens.size:
             node = self._add_leaf(node, tokens[match.length :].copy())
-        node.priority = max(node.priority, priority)
+            node.priority = priority
+        else:
+            node.priority = max(node.priority, priority)
         return self.lock(node)
 
     def split(self, node: Node, offset: int) -> Node:
@@ -316,6 +328,7 @@ class RadixTree:
         self._move_head(node, upper, offset)
         upper.children[node.first_token] = node
         self._adopt(upper)
+        upper.serial = node.serial
         self.columns.write(node)
         return upper
 
@@ -380,25 +393,41 @@ class RadixTree:
         self.unscheduled_tokens -= count
         self.columns.scheduled[node.id] = node.scheduled
         self.columns.reserved[node.id] -= count
-        last = node.extents[-1]
-        if count == 1 and len(node.extents) == 1:
-            return np.array([last.start + first], np.int64)
-        return node.slots(first, node.scheduled)
+        if len(node.extents) == 1:
+            begin = node.extents[0].start
+            return np.arange(begin + first, begin + node.scheduled)
+        before = max(first - 1, 0)
+        slots = node.slots(before, node.scheduled)
+        if slots[-1] - slots[0] != slots.size - 1:
+            self.version += 1  # a plan that lengthens the extent before would miss the next one
+        return slots[first - before :]
 
     def commit(self, node: Node) -> None:
-        """The step that held the node's scheduled tokens has retired: they are computed."""
-        if self._stamps is not None:
-            stamps = self._prefix_stamps(node)
-            slots = node.slots(node.computed, node.scheduled)
-            self._stamps[slots] = stamps[node.computed : node.scheduled]
-        node.computed = node.scheduled
+        """The step that held the node's scheduled tokens has retired: they are computed.
+
+        So are those of its ancestors: a part that was split off the node in flight is one of them.
+        """
+        above: Node | None = node
+        while above is not None and (above is node or above.computed < above.scheduled):
+            if self._stamps is not None:
+                stamps = self._prefix_stamps(above)[above.computed : above.scheduled]
+                self._stamps[above.slots(above.computed, above.scheduled)] = stamps
+            above.computed = above.scheduled
+            above = above.parent
 
     def rollback(self, node: Node) -> None:
-        """The step that held the node's scheduled tokens failed: their slots go back to the reserve."""
-        self.unscheduled_tokens += node.scheduled - node.computed
-        node.scheduled = node.computed
-        self.columns.write(node)
-        self.version += 1
+        """The step that held the node's scheduled tokens, and those of its ancestors, failed.
+
+        Their slots go back to the reserve.
+        """
+        above: Node | None = node
+        while above is not None and (above is node or above.computed < above.scheduled):
+            if above.computed < above.scheduled:
+                self.unscheduled_tokens += above.scheduled - above.computed
+                above.scheduled = above.computed
+                self.columns.write(above)
+                self.version += 1
+            above = above.parent
 
     def reclaim_reserves(self) -> int:
         """Give every reserved tail back to the pool. Returns the slots that came free or fenced."""
@@ -475,6 +504,7 @@ class RadixTree:
         assert node.lock_count >= 0
         assert node.locked_children == sum(child.locked for child in node.children.values())
         assert all(extent.length > 0 for extent in node.extents)
+        assert node.capacity == sum(extent.length for extent in node.extents)
         assert node.reserved >= 0 and (node.locked or not node.reserved)
         assert not node.children or node.reserved <= node.known - node.scheduled
         assert node.locked or node.complete, f"an unlocked node has an uncomputed tail: {node}"
@@ -588,7 +618,9 @@ class RadixTree:
             moved[0] = Extent(upper.extents[-1].start, upper.extents[-1].length + moved[0].length)
             upper.extents.pop()
         upper.extents.extend(moved)
+        upper.capacity += scheduled
         lower.extents = kept
+        lower.capacity -= scheduled
         upper.scheduled += scheduled
         upper.computed += computed
         lower.scheduled -= scheduled
@@ -609,9 +641,11 @@ class RadixTree:
             last = node.extents[-1]
             got = self.pool.grow(last.end, want)
             node.extents[-1] = Extent(last.start, last.length + got)
+            node.capacity += got
             need, want = need - got, want - got
         if need > 0:
             node.extents.extend(self.pool.allocate(want))
+            node.capacity += want
             self.version += 1
         self.columns.write(node)
 
@@ -634,7 +668,8 @@ class RadixTree:
         while True:
             parent = node.parent
             node.last_used = self._clock
-            self._cut_tokens(node, node.computed)
+            if node.computed < max(node.known, node.capacity):
+                self._cut_tokens(node, node.computed)
             self.evictable_tokens += node.known
             if node.known == 0 and not node.children:
                 self._remove(node)
@@ -670,6 +705,7 @@ class RadixTree:
         """Release the node's slots behind the first `count`."""
         if node.capacity > count:
             node.extents, dropped = _split_extents(node.extents, count)
+            node.capacity = count
             for extent in dropped:
                 self.pool.release(extent)
             self.columns.write(node)
@@ -677,10 +713,14 @@ class RadixTree:
 
 def _split_extents(extents: list[Extent], count: int) -> tuple[list[Extent], list[Extent]]:
     """The first `count` slots of `extents`, and the rest."""
-    for index, extent in enumerate(extents):
-        if count < extent.length:
-            head = [*extents[:index], Extent(extent.start, count)] if count else extents[:index]
-            tail = [Extent(extent.start + count, extent.length - count), *extents[index + 1 :]]
+    if count == 0:
+        return [], extents
+    for index, (start, length) in enumerate(extents):
+        if count < length:
+            head, tail = extents[: index + 1], extents[index:]
+            head[-1], tail[0] = Extent(start, count), Extent(start + count, length - count)
             return head, tail
-        count -= extent.length
-    return list(extents), []
+        if count == length:
+            return extents[: index + 1], extents[index + 1 :]
+        count -= length
+    return extents, []

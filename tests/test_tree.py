@@ -1,0 +1,118 @@
+"""Bugs of the tree and of plans over it, each pinned by the history that showed it."""
+
+import numpy as np
+import pytest
+
+from radixgen.cache import ExtentPool, Lock, Node, RadixTree, first_in
+from radixgen.core import Plan
+from radixgen.scheduler.planner import Planner
+
+
+def compute(tree: RadixTree, node: Node, reserve: int = 0) -> None:
+    tree.schedule(node, node.known - node.scheduled, reserve)
+    tree.commit(node)
+
+
+def plan(planner: Planner, lock: Lock) -> Plan:
+    """The plan of one row, the last token under `lock`."""
+    node = lock.held
+    return planner.plan(np.array([node.id], np.int32), np.array([node.end - 1], np.int32))
+
+
+def slots_read(step: Plan) -> list[int]:
+    ranges = zip(step.segment_starts.tolist(), step.segment_lengths.tolist(), strict=True)
+    return [slot for start, length in ranges for slot in range(start, start + length)]
+
+
+def test_a_leaf_that_grows_into_its_second_reserved_extent_is_planned_anew() -> None:
+    """The carried plan lengthened the full extent by one and read a stranger's slot."""
+    tree = RadixTree(ExtentPool(12))
+    held = [tree.insert([number]) for number in range(12)]
+    for lock in held:
+        compute(tree, lock.held)
+    for lock in (held[2], held[3], held[6], held[7]):
+        tree.unlock(lock)
+    tree.reset()
+    assert len(tree.pool.free_extents()) == 2
+    lock = tree.insert([20])
+    compute(tree, lock.held, reserve=3)
+    assert len(lock.held.extents) == 2
+    planner = Planner(tree)
+    for token in range(4):
+        step = plan(planner, lock)
+        assert slots_read(step) == lock.held.slots(0, lock.held.known).tolist()
+        if token < 3:
+            tree.advance([lock], token)
+            compute(tree, lock.held)
+    tree.check()
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("leave", [False, True])
+def test_a_node_split_while_its_step_is_in_flight(fail: bool, leave: bool) -> None:
+    """The upper part was neither committed nor rolled back, since the step named only the lower one."""
+    tree = RadixTree(ExtentPool(16), stamps=True)
+    lock = tree.insert([1, 2, 3, 4, 5, 6])
+    node = lock.held
+    compute(tree, tree.split(node, 1))
+    tree.schedule(node, 4)
+    other = tree.insert([1, 2, 3, 9])
+    if leave:
+        tree.unlock(lock)
+    (tree.rollback if fail else tree.commit)(node)
+    tree.check()
+    match = tree.match_prefix([1, 2, 3, 4, 5, 6])
+    assert match is not None
+    assert match.computed == (1 if fail else 3 if leave else 5)
+    parent = other.held.parent
+    assert parent is not None and parent.scheduled == parent.computed == (0 if fail else 2)
+
+
+def test_rollback_of_a_node_that_left_the_tree_in_flight_leaves_its_successor_alone() -> None:
+    """It wrote the dead node's columns over those of the node that had taken its id."""
+    tree = RadixTree(ExtentPool(8))
+    keep = tree.insert([5])
+    lock = tree.insert([1, 2])
+    node = lock.held
+    tree.schedule(node, 2)
+    tree.unlock(lock)
+    successor = tree.insert([5, 6, 7])
+    assert successor.held.id == node.id
+    compute(tree, keep.held)
+    compute(tree, successor.held)
+    tree.rollback(node)
+    tree.check()
+
+
+def test_a_new_leaf_has_its_own_priority() -> None:
+    """It took its parent's where that was higher: a low priority under a shared prefix had no effect."""
+    tree = RadixTree(ExtentPool(16))
+    for tokens, priority in (([1, 1], 2), ([1, 2], 0), ([1, 3], -1), ([1, 4], 1)):
+        lock = tree.insert(tokens, priority=priority)
+        for node in lock.held.path():
+            if node.scheduled < node.known:
+                compute(tree, node)
+        tree.unlock(lock)
+    gone = []
+    for _ in range(4):
+        tree.evict(1)
+        gone.append(next(t for t in (1, 2, 3, 4) if t not in gone and _computed(tree, [1, t]) < 2))
+    assert gone == [3, 2, 4, 1]
+
+
+def _computed(tree: RadixTree, tokens: list[int]) -> int:
+    match = tree.match_prefix(tokens)
+    return match.computed if match else 0
+
+
+def test_a_split_leaves_the_age_of_the_first_tokens() -> None:
+    """The upper part of a split counted as new, so `first_in` kept it longer than younger nodes."""
+    tree = RadixTree(ExtentPool(16), policy=first_in)
+    for tokens in ([1, 2, 3], [5, 6]):
+        lock = tree.insert(tokens)
+        compute(tree, lock.held)
+        tree.unlock(lock)
+    tree.unlock(tree.insert([1, 2]))
+    tree.evict(3)
+    assert _computed(tree, [1, 2]) == 0
+    assert _computed(tree, [5, 6]) == 2
