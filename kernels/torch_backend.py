@@ -3,6 +3,9 @@
 A plan's units fall into two kinds. A unit that reads long runs is computed alone, straight from its extents.
 Units that read little are padded to a common shape, gathered, and computed together. Scores and sums are
 float32 (float64 for float64 inputs).
+
+On a CPU both kinds use PyTorch's own fused kernel where it applies: no soft cap, K as wide as V, and no row
+without keys. `FUSED = False` is its plain twin.
 """
 
 from collections import defaultdict
@@ -18,7 +21,9 @@ from radixgen.kernels.merge import merge_partials
 
 _NEVER = np.iinfo(np.int32).max
 
-LONG_RUN = {"cpu": 128, "cuda": 4096}
+FUSED = True
+
+LONG_RUN = {"cpu": 256, "cuda": 4096}
 """Keys a segment, on average, from which a unit is read in place rather than gathered."""
 
 
@@ -30,6 +35,8 @@ class _Run:
     length: int
     hidden: Tensor | None
     """`[rows, length]` bool"""
+    blind: bool = False
+    """Whether some row sees none of the keys"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +60,23 @@ class _Batch:
     """`[units, 1, rows, 1, keys]` bool"""
     unseen: Tensor | None
     """`[units, keys, 1, 1]` bool: keys that no row of the unit sees"""
+    fusible: bool
+    """Whether every row, the padding included, sees a key"""
     source: Tensor
     """`[n]`: which of the flattened `[units, rows]` results are real"""
     partial: Tensor
     """`[n]`: where they go among the partials"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What one layer brings: k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
+
+    k: Tensor
+    v: Tensor
+    softcap: float | None
+    fuse: bool
+    """Whether PyTorch's fused kernel can answer it"""
 
 
 class TorchAttention:
@@ -99,12 +119,14 @@ class TorchAttention:
         shape = (self._num_partials, kv_heads, group)
         out = queries.new_zeros((*shape, v.shape[2]))
         lse = queries.new_full(shape, float("-inf"))
+        fuse = FUSED and q.device.type == "cpu" and softcap is None and head_dim == v.shape[2]
+        layer = _Layer(k, v, softcap, fuse)
         packed = queries.transpose(0, 1).reshape(kv_heads, rows * group, head_dim) if self._long else q
         for unit in self._long:
             stop = unit.partial + unit.stop - unit.first
-            _attend_long(unit, packed, k, v, softcap, out[unit.partial : stop], lse[unit.partial : stop])
+            _attend_long(unit, packed, layer, out[unit.partial : stop], lse[unit.partial : stop])
         for batch in self._batches:
-            _attend_batch(batch, queries, k, v, softcap, out, lse)
+            _attend_batch(batch, queries, layer, out, lse)
         if self._order is not None:
             out, lse = merge_partials(out, lse, self._order, rows)
         return out.view(rows, q_heads, -1), lse.view(rows, q_heads)
@@ -134,7 +156,8 @@ class TorchAttention:
                 hidden = _hidden(positions, keys, plan.window)
                 hidden[: seen_by[0]] = True
                 hidden[seen_by[1] :] = True
-                runs.append(_Run(start + clear, length - clear, self._to_device(hidden)))
+                blind = bool(hidden.all(axis=1).any())
+                runs.append(_Run(start + clear, length - clear, self._to_device(hidden), blind))
         return _LongUnit(first, stop, runs, int(self._offsets[unit]))
 
     def _clear_length(
@@ -195,6 +218,7 @@ class TorchAttention:
             slots=self._to_device(slots),
             hidden=self._to_device(hidden[:, None, :, None]) if hidden.any() else None,
             unseen=self._to_device(unseen[:, :, None, None]) if unseen.any() else None,
+            fusible=not hidden.all(axis=-1).any(),
             source=self._to_device(source),
             partial=self._to_device(partial),
         )
@@ -234,26 +258,22 @@ def _softmax(scores: Tensor, out_lse: Tensor | None = None) -> tuple[Tensor, Ten
     return probabilities, total.clamp_min(torch.finfo(total.dtype).tiny), top + total.log()
 
 
-def _attend_long(
-    unit: _LongUnit,
-    packed: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softcap: float | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
     """One unit: packed `[kv_heads, rows * group, head_dim]` against its runs, in place in the pool."""
     rows, kv_heads, group, _ = out.shape
     q = packed[:, unit.first * group : unit.stop * group]
+    if layer.fuse and len(unit.runs) == 1 and not unit.runs[0].blind:
+        _attend_run(unit.runs[0], q, layer, out, lse)
+        return
     keys = sum(run.length for run in unit.runs)
     scores = q.new_empty((kv_heads, rows * group, keys))
     column = 0
     for run in unit.runs:
         part = scores[:, :, column : column + run.length]
-        torch.matmul(q, k[run.start : run.start + run.length].permute(1, 2, 0).to(q.dtype), out=part)
-        if softcap is not None:
-            part.div_(softcap).tanh_().mul_(softcap)
+        keys_of_run = layer.k[run.start : run.start + run.length].permute(1, 2, 0)
+        torch.matmul(q, keys_of_run.to(q.dtype), out=part)
+        if layer.softcap is not None:
+            part.div_(layer.softcap).tanh_().mul_(layer.softcap)
         if run.hidden is not None:
             part.view(kv_heads, rows, group, run.length).masked_fill_(run.hidden[:, None], float("-inf"))
         column += run.length
@@ -262,7 +282,7 @@ def _attend_long(
     column = 0
     for run in unit.runs:
         part = probabilities[:, :, column : column + run.length]
-        run_values = v[run.start : run.start + run.length].transpose(0, 1).to(q.dtype)
+        run_values = layer.v[run.start : run.start + run.length].transpose(0, 1).to(q.dtype)
         product = torch.matmul(part, run_values)
         values = product if values is None else values.add_(product)
         column += run.length
@@ -272,32 +292,59 @@ def _attend_long(
     lse.copy_(unit_lse.view(kv_heads, rows, group).transpose(0, 1))
 
 
-def _attend_batch(
-    batch: _Batch,
-    queries: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softcap: float | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def _attend_run(run: _Run, q: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
+    """One unit with one run, by the fused kernel: q `[kv_heads, rows * group, head_dim]`."""
+    rows, kv_heads, group, _ = out.shape
+    stop = run.start + run.length
+    key, value = (pool[run.start : stop].transpose(0, 1).to(q.dtype) for pool in (layer.k, layer.v))
+    hidden = None if run.hidden is None else run.hidden[None, None, :, None]
+    values, run_lse = _fused(q[None], key[None], value[None], _bias(hidden, group, q))
+    out.copy_(values.view(kv_heads, rows, group, -1).transpose(0, 1))
+    lse.copy_(run_lse.view(kv_heads, rows, group).transpose(0, 1))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU attention with its LSE; q `[batch, heads, rows, head_dim]`, scaled already.
+
+    The public `scaled_dot_product_attention` runs this kernel and drops the LSE.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=1.0)
+    return out.contiguous(), lse
+
+
+def _bias(hidden: Tensor | None, group: int, like: Tensor) -> Tensor | None:
+    """`[units, 1, rows, 1, keys]` as an additive mask `[units, 1, rows * group, keys]`."""
+    if hidden is None:
+        return None
+    units, _, rows, _, keys = hidden.shape
+    bias = like.new_zeros(()).masked_fill(hidden, float("-inf"))
+    return bias.expand(units, 1, rows, group, keys).reshape(units, 1, rows * group, keys)
+
+
+def _attend_batch(batch: _Batch, queries: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
     """Padded units together: queries `[rows, kv_heads, group, head_dim]` against gathered keys."""
     units, rows = batch.rows.shape
     keys = batch.slots.shape[1]
     _, kv_heads, group, head_dim = queries.shape
     q = queries[batch.rows].transpose(1, 2).reshape(units, kv_heads, rows * group, head_dim)
     flat = batch.slots.view(-1)
-    key = k.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, head_dim)
-    value = v.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, -1)
+    key = layer.k.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, head_dim)
+    value = layer.v.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, -1)
     if batch.unseen is not None:
+        key.masked_fill_(batch.unseen, 0.0)
         value.masked_fill_(batch.unseen, 0.0)
-    scores = torch.matmul(q, key.permute(0, 2, 3, 1))
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if batch.hidden is not None:
-        scores.view(units, kv_heads, rows, group, keys).masked_fill_(batch.hidden, float("-inf"))
-    probabilities, total, batch_lse = _softmax(scores)
-    values = torch.matmul(probabilities, value.transpose(1, 2)).div_(total)
+    if layer.fuse and batch.fusible:
+        values, batch_lse = _fused(
+            q, key.transpose(1, 2), value.transpose(1, 2), _bias(batch.hidden, group, q)
+        )
+    else:
+        scores = torch.matmul(q, key.permute(0, 2, 3, 1))
+        if layer.softcap is not None:
+            scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
+        if batch.hidden is not None:
+            scores.view(units, kv_heads, rows, group, keys).masked_fill_(batch.hidden, float("-inf"))
+        probabilities, total, batch_lse = _softmax(scores)
+        values = torch.matmul(probabilities, value.transpose(1, 2)).div_(total)
     values = values.view(units, kv_heads, rows, group, -1).transpose(1, 2)
     batch_lse = batch_lse.view(units, kv_heads, rows, group).transpose(1, 2)
     out[batch.partial] = values.reshape(units * rows, kv_heads, group, -1)[batch.source]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from radixgen import TreeAttention
 from radixgen.core import InvalidRequest
+from radixgen.kernels import torch_backend
 from radixgen.scheduler.planner import CostModel
 
 
@@ -211,6 +212,20 @@ def test_unseen_slots_change_no_bit(window: int | None, mode, cost) -> None:
     out, lse = attn(q, k, v)
     assert torch.equal(out, clean) and torch.equal(lse, clean_lse)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_fused_equals_plain(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    rng = np.random.default_rng(13)
+    parents, lengths = random_tree(rng, nodes=30, longest=700)
+    case = random_case(rng, lengths, parents, rows=60)
+    q, k, v = tensors(case, (6, 2), (32, 32), torch.float32)
+    attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, window=window)
+    fused, fused_lse = attn(q, k, v)
+    monkeypatch.setattr(torch_backend, "FUSED", False)
+    plain, plain_lse = attn(q, k, v)
+    assert not torch.equal(fused, plain)
+    assert error(fused, plain) < 1e-6 and error(fused_lse, plain_lse) < 1e-6
 
 
 def test_a_thousand_rows() -> None:

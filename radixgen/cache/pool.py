@@ -51,6 +51,8 @@ class ExtentPool:
         """
         if count > self.free:
             raise OutOfSlots(f"count={count}: only {self.free} of {self.capacity} slots are free")
+        if count == self.free:
+            return self._take_all()
         taken = []
         while count > 0:
             length, start = self._by_length[-1]
@@ -119,6 +121,15 @@ class ExtentPool:
         assert list(self._by_length) == sorted((e.length, e.start) for e in extents)
         assert self._start_before == {e.end: e.start for e in extents}
         assert all(e.length > 0 and e.start >= 0 and e.end <= self.capacity for e in extents)
+
+    def _take_all(self) -> list[Extent]:
+        """Every free extent, the longest first: the usual case in a full pool, after an exact eviction."""
+        taken = [Extent(start, length) for length, start in reversed(self._by_length)]
+        self._length_at.clear()
+        self._start_before.clear()
+        self._by_length.clear()
+        self.free = 0
+        return taken
 
     def _coalesce(self, extent: Extent) -> None:
         start, length = extent

@@ -10,7 +10,8 @@ and, behind them, a reserved tail into which a leaf grows.
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,14 +110,15 @@ class Node:
 
     def slots(self, first: int, stop: int) -> NDArray[np.int64]:
         """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
-        runs = []
-        for start, length in self.extents:
-            if stop <= 0:
-                break
-            if first < length:
-                runs.append(np.arange(start + max(first, 0), start + min(stop, length)))
-            first, stop = first - length, stop - length
-        return runs[0] if len(runs) == 1 else np.concatenate(runs or [np.empty(0, np.int64)])
+        if len(self.extents) == 1:
+            start = self.extents[0].start
+            return np.arange(start + first, start + stop)
+        pairs = np.fromiter(chain.from_iterable(self.extents), np.int64, 2 * len(self.extents))
+        starts, lengths = pairs[::2], pairs[1::2]
+        shift = starts - (np.cumsum(lengths) - lengths)
+        slots: NDArray[np.int64] = np.repeat(shift, lengths)[first:stop]
+        slots += np.arange(first, stop)
+        return slots
 
     def __repr__(self) -> str:
         return (
@@ -152,8 +154,7 @@ class Lock:
         return self.node
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The longest prefix found: it ends `offset` tokens into `node`. `computed` of its `length` tokens have
     KV.
     """
@@ -567,8 +568,11 @@ class RadixTree:
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
-        """Take a childless, unlocked node out of the tree and release its slots."""
-        self._cut_tokens(node, 0)
+        """Take a childless, unlocked node without a reserved tail out of the tree and release its slots."""
+        for extent in node.extents:
+            self.pool.release(extent)
+        node.extents, node.capacity = [], 0
+        node.known = node.scheduled = node.computed = 0
         parent = node.parent
         if parent is not None:
             del parent.children[node.first_token]
