@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 TokenArray = NDArray[np.int32]
 
-_FIRST_BLOCK = 512
+_FIRST_BLOCK = 2_048
 _LAST_BLOCK = 65_536
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints this machine's limit, what was measured against it, and one line of JSON."""

@@ -1,0 +1,130 @@
+"""What the benchmarks share: this machine's limits, timing that keeps every iteration, bounds, JSON."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How fast one core compares and copies memory that no cache holds, in bytes of one of the two sides."""
+
+    compare: float
+    copy: float
+
+
+def measure_memory(size: int = 1 << 28, times: int = 5) -> Memory:
+    """The best of `times` comparisons of two equal runs of `size` bytes, and of as many copies.
+
+    Best, not median: a limit is what the machine can do when nothing disturbs it.
+    """
+    source = np.arange(size // 4, dtype=np.int32)
+    target = source.copy()
+    copied = time_each(lambda: np.copyto(target, source), times=times)
+    left, right = source.tobytes(), target.tobytes()
+    compared = time_each(lambda: left == right, times=times)
+    return Memory(compare=len(left) / min(compared), copy=source.nbytes / min(copied))
+
+
+def time_each(run: Callable[[], object], *, times: int, warm_up: int = 1) -> list[float]:
+    """Seconds that `run` took, every one of `times`, after `warm_up` runs that are not counted."""
+    for _ in range(warm_up):
+        run()
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def time_pieces(
+    module: ModuleType, names: Sequence[str], run: Callable[[], object], *, times: int
+) -> dict[str, float]:
+    """Median seconds that a `run` spends in each of these functions of `module`; they may not nest."""
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    originals = {name: getattr(module, name) for name in names}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            result = originals[name](*arguments, **options)
+            spent[name][-1] += time.perf_counter() - begin
+            return result
+
+        return call
+
+    try:
+        for name in names:
+            setattr(module, name, timed(name))
+        for _ in range(times):
+            for seconds in spent.values():
+                seconds.append(0.0)
+            run()
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)
+    return {name: float(np.median(seconds)) for name, seconds in spent.items()}
+
+
+def track(items: Sequence[Item], label: str, every: int = 1) -> Iterator[Item]:
+    """`items`, with a bar on stderr where that is a terminal. It is drawn between items only, never during one."""
+    hidden = not sys.stderr.isatty()
+    bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True, disable=hidden)
+    with bar:
+        task = bar.add_task(label, total=len(items))
+        for done, item in enumerate(items):
+            if done % every == 0:
+                bar.update(task, completed=done, refresh=True)
+            yield item
+
+
+class Report:
+    """Collects figures and the bounds on them; says each in a line, and all of them in one JSON line at the end."""
+
+    def __init__(self, benchmark: str) -> None:
+        self.figures: dict[str, Any] = {"benchmark": benchmark}
+        self.missed: list[str] = []
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def figure(
+        self,
+        key: str,
+        value: float,
+        text: str,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Keep `value` under `key` and print `text`, with the bound and whether it holds."""
+        self.figures[key] = value
+        for limit, holds, word in (
+            (at_least, at_least is None or value >= at_least, "at least"),
+            (at_most, at_most is None or value <= at_most, "at most"),
+        ):
+            if limit is not None:
+                text += f"  [{word} {limit:g}: {'holds' if holds else 'MISSED'}]"
+            if not holds:
+                self.missed.append(key)
+        self.say(text)
+
+    def keep(self, **figures: Any) -> None:
+        """Figures for the JSON line alone."""
+        self.figures.update(figures)
+
+    def finish(self, *, check: bool) -> int:
+        """Print the JSON line. Returns the exit status: 1 where a bound was missed and `check` is asked for."""
+        self.say(json.dumps({**self.figures, "missed": self.missed}))
+        return int(check and bool(self.missed))
