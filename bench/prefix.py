@@ -10,14 +10,14 @@ Bias: the workload is the one that sharing is made for; `generate` recomputes th
 its batch interface has no way not to.
 """
 
-import argparse
+import sys
 from importlib.resources import files
 
 import torch
 from transformers import AutoTokenizer
 
 from bench.baseline import Generate, engine_seconds, layer_operations, matrix_rate
-from bench.report import Bound, Report
+from bench.report import Report, options
 from radixgen import Engine
 from radixgen.model import smollm2
 
@@ -33,16 +33,16 @@ def questions(count: int) -> list[list[int]]:
     return [document + tokenizer(ask.format(i, 7 * i))["input_ids"] for i in range(count)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+def main() -> int:
+    parser = options(__doc__)
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
-    options = parser.parse_args()
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    prompts, new_tokens = questions(options.questions), options.new_tokens
+    prompts, new_tokens = questions(chosen.questions), chosen.new_tokens
     path = smollm2.fetch()
-    report = Report("prefix", questions=len(prompts), new_tokens=new_tokens)
+    report = Report("prefix")
+    report.keep(questions=len(prompts), new_tokens=new_tokens)
 
     baseline = Generate(path)
     distinct = len({tuple(p[: i + 1]) for p in prompts for i in range(len(p))})
@@ -57,20 +57,23 @@ def main() -> None:
     with Engine(path, kv_tokens=slots) as engine:
         engine_seconds(engine, prompts[:1], 2)
         seconds["shared"] = engine_seconds(engine, prompts, new_tokens)
-    report.contender("radixgen", seconds["shared"])
+    report.contender("seconds_shared", "radixgen", seconds["shared"])
     with Engine(path, kv_tokens=slots, share=False) as engine:
         engine_seconds(engine, prompts[:1], 2)
         seconds["unshared"] = engine_seconds(engine, prompts, new_tokens)
-    report.contender("radixgen, share=False", seconds["unshared"])
+    report.contender("seconds_unshared", "radixgen, share=False", seconds["unshared"])
     baseline.seconds(prompts[:1], 2)
     seconds["generate"] = baseline.seconds(prompts, new_tokens)
-    report.contender("transformers generate", seconds["generate"])
+    report.contender("seconds_generate", "transformers generate", seconds["generate"])
 
-    report.bound(Bound("generate / shared", seconds["generate"] / seconds["shared"], at_least=8.0))
-    report.bound(Bound("unshared / shared", seconds["unshared"] / seconds["shared"], at_least=4.0))
-    report.bound(Bound("unshared / generate", seconds["unshared"] / seconds["generate"], at_most=1.15))
-    report.finish(check=options.check)
+    gain = seconds["generate"] / seconds["shared"]
+    report.figure("generate_over_shared", gain, f"against generate: {gain:.2f}×", at_least=8.0)
+    gain = seconds["unshared"] / seconds["shared"]
+    report.figure("unshared_over_shared", gain, f"against share=False: {gain:.2f}×", at_least=4.0)
+    cost = seconds["unshared"] / seconds["generate"]
+    report.figure("unshared_over_generate", cost, f"share=False / generate: {cost:.2f}", at_most=1.15)
+    return report.finish(check=chosen.check, save=chosen.save)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

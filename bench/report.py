@@ -1,10 +1,16 @@
 """What the benchmarks share: this machine's limits, timing that keeps every iteration, bounds, JSON."""
 
+import argparse
 import json
+import platform
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -13,6 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 Item = TypeVar("Item")
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,7 @@ def time_each(run: Callable[[], object], *, times: int, warm_up: int = 1) -> lis
     return seconds
 
 
-def time_pieces(
-    module: ModuleType, names: Sequence[str], run: Callable[[], object], *, times: int
-) -> dict[str, float]:
+def time_pieces(module: ModuleType, names: Sequence[str], run: Callable[[], object], *, times: int) -> dict[str, float]:
     """Median seconds that a `run` spends in each of these functions of `module`; they may not nest."""
     spent: dict[str, list[float]] = {name: [] for name in names}
     originals = {name: getattr(module, name) for name in names}
@@ -120,11 +126,52 @@ class Report:
                 self.missed.append(key)
         self.say(text)
 
+    def limit(self, what: str, seconds: float) -> None:
+        """The physical limit, which every contender is then held against."""
+        self.figures["limit_seconds"] = seconds
+        self.say(f"limit: {what}: {seconds:.2f} s")
+
+    def contender(self, key: str, name: str, seconds: float) -> None:
+        """Seconds of one contender, and their ratio to the limit."""
+        self.figures[key] = seconds
+        ratio = seconds / self.figures["limit_seconds"]
+        self.say(f"{name:<24} {seconds:8.2f} s  {ratio:6.2f} × limit")
+
     def keep(self, **figures: Any) -> None:
         """Figures for the JSON line alone."""
         self.figures.update(figures)
 
-    def finish(self, *, check: bool) -> int:
-        """Print the JSON line. Returns the exit status: 1 where a bound was missed and `check` is asked for."""
-        self.say(json.dumps({**self.figures, "missed": self.missed}))
+    def finish(self, *, check: bool, save: bool = False) -> int:
+        """Print the JSON line, and with `save` keep it under `bench/results/`.
+
+        Returns the exit status: 1 where a bound was missed and `check` is asked for.
+        """
+        line = json.dumps({**self.figures, "missed": self.missed, **surroundings()})
+        self.say(line)
+        if save:
+            target = RESULTS / f"{self.figures['benchmark']}.json"
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(line + "\n", encoding="utf-8")
         return int(check and bool(self.missed))
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    parser.add_argument("--save", action="store_true", help="keep the JSON line under bench/results/")
+    return parser
+
+
+def surroundings() -> dict[str, str]:
+    """Date, commit, processor and versions."""
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit or "unknown",
+        "processor": f"{models[0] if models else platform.machine()}, {len(models)} cores",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+    }

@@ -102,18 +102,13 @@ def replay(trace: Sequence[TokenArray], slots: int) -> int:
     return hits
 
 
-def report_replay(
-    report: Report, trace: Sequence[TokenArray], pool: int, runs: int, memory: Memory
-) -> None:
+def report_replay(report: Report, trace: Sequence[TokenArray], pool: int, runs: int, memory: Memory) -> None:
     total = sum(tokens.size for tokens in trace)
     real = (len(trace), total) == CONVERSATION_TRACE
     report.keep(requests=len(trace), prompt_tokens=total, conversation_trace=real)
     pools = [("unlimited", total, 37.4), ("limited", pool, 14.0)]
     hits = {name: replay(trace, slots) for name, slots, _ in track(pools, "counting hits")}
-    limits = {
-        name: 4 * hits[name] / memory.compare + 4 * (total - hits[name]) / memory.copy
-        for name, _, _ in pools
-    }
+    limits = {name: 4 * hits[name] / memory.compare + 4 * (total - hits[name]) / memory.copy for name, _, _ in pools}
     report.say(f"{len(trace):,} requests, {total:,} prompt tokens")
     for name, slots, _ in pools:
         report.say(
@@ -260,9 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     report = Report("tree")
     memory = measure_memory()
-    report.say(
-        f"limit: one core compares 2 × {memory.compare / 1e9:.1f} GB/s and copies {memory.copy / 1e9:.1f} GB/s"
-    )
+    report.say(f"limit: one core compares 2 × {memory.compare / 1e9:.1f} GB/s and copies {memory.copy / 1e9:.1f} GB/s")
     report.keep(compare_bytes_per_second=memory.compare, copy_bytes_per_second=memory.copy)
     trace = read_trace(options.trace) if options.trace else make_trace(options.requests)
     report_replay(report, trace, options.pool, options.runs, memory)

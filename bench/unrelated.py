@@ -9,8 +9,8 @@ one matrix-vector product over them measured in the same run.
 Bias: all prompts are of one length, so `generate` pads nothing.
 """
 
-import argparse
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bench.baseline import Generate, engine_seconds
-from bench.report import Bound, Report
+from bench.report import Report, options
 from radixgen import Engine
 from radixgen.model import smollm2
 
@@ -37,36 +37,36 @@ def weight_seconds(model: Any) -> float:
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+def main() -> int:
+    parser = options(__doc__)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    prompts = rng.integers(3, 40_000, (options.prompts, PROMPT_TOKENS)).tolist()
+    prompts = rng.integers(3, 40_000, (chosen.prompts, PROMPT_TOKENS)).tolist()
     path = smollm2.fetch()
-    report = Report("unrelated", prompts=options.prompts, new_tokens=options.new_tokens)
+    report = Report("unrelated")
+    report.keep(prompts=chosen.prompts, new_tokens=chosen.new_tokens)
     baseline = Generate(path)
-    report.limit("reading the weights once a step", weight_seconds(baseline.model) * options.new_tokens)
+    report.limit("reading the weights once a step", weight_seconds(baseline.model) * chosen.new_tokens)
     ours, theirs = [], []
-    with Engine(path, kv_tokens=options.prompts * (PROMPT_TOKENS + options.new_tokens)) as engine:
-        for repeat in range(options.repeats + 1):
+    with Engine(path, kv_tokens=chosen.prompts * (PROMPT_TOKENS + chosen.new_tokens)) as engine:
+        for repeat in range(chosen.repeats + 1):
             pair = (
-                engine_seconds(engine, prompts, options.new_tokens),
-                baseline.seconds(prompts, options.new_tokens),
+                engine_seconds(engine, prompts, chosen.new_tokens),
+                baseline.seconds(prompts, chosen.new_tokens),
             )
             if repeat:
                 ours.append(pair[0])
                 theirs.append(pair[1])
-    report.contender("radixgen", statistics.median(ours))
-    report.contender("transformers generate", statistics.median(theirs))
+    report.contender("seconds_radixgen", "radixgen", statistics.median(ours))
+    report.contender("seconds_generate", "transformers generate", statistics.median(theirs))
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    report.bound(Bound("radixgen / generate", ratio, at_most=1.10))
-    report.finish(check=options.check)
+    report.figure("radixgen_over_generate", ratio, f"radixgen / generate: {ratio:.3f}", at_most=1.10)
+    return report.finish(check=chosen.check, save=chosen.save)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

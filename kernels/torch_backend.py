@@ -160,9 +160,7 @@ class TorchAttention:
                 runs.append(_Run(start + clear, length - clear, self._to_device(hidden), blind))
         return _LongUnit(first, stop, runs, int(self._offsets[unit]))
 
-    def _clear_length(
-        self, positions: NDArray[np.int32], begin: int, length: int, seen_by: NDArray[np.int32]
-    ) -> int:
+    def _clear_length(self, positions: NDArray[np.int32], begin: int, length: int, seen_by: NDArray[np.int32]) -> int:
         """How many of a segment's first keys every row sees."""
         if self._plan.window is not None and begin <= int(positions.max()) - self._plan.window:
             return 0
@@ -334,9 +332,7 @@ def _attend_batch(batch: _Batch, queries: Tensor, layer: _Layer, out: Tensor, ls
         key.masked_fill_(batch.unseen, 0.0)
         value.masked_fill_(batch.unseen, 0.0)
     if layer.fuse and batch.fusible:
-        values, batch_lse = _fused(
-            q, key.transpose(1, 2), value.transpose(1, 2), _bias(batch.hidden, group, q)
-        )
+        values, batch_lse = _fused(q, key.transpose(1, 2), value.transpose(1, 2), _bias(batch.hidden, group, q))
     else:
         scores = torch.matmul(q, key.permute(0, 2, 3, 1))
         if layer.softcap is not None:

@@ -79,9 +79,7 @@ def generate(
             asked = [engine.chat_tokens(r["messages"]) if "messages" in r else r["prompt"] for r in requests]
             with Progress(console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("generating", total=len(asked))
-                outputs = engine.generate(
-                    asked, params, progress=lambda done, _: bar.update(task, completed=done)
-                )
+                outputs = engine.generate(asked, params, progress=lambda done, _: bar.update(task, completed=done))
         for request, output in zip(requests, outputs, strict=True):
             line = {
                 "id": request.get("id", output.request_id),
@@ -110,9 +108,7 @@ def chat(
 
     console = Console()
     with _errors():
-        params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         with Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens) as engine:
             messages: list[dict[str, str]] = []
             if system is not None:

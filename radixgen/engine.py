@@ -151,9 +151,7 @@ class Engine:
             self._abandon(mine - done.keys())
         return [done[request_id] for request_id in request_ids]
 
-    def chat(
-        self, messages: Messages | Seq[Messages], params: SamplingParams | None = None
-    ) -> list[RequestOutput]:
+    def chat(self, messages: Messages | Seq[Messages], params: SamplingParams | None = None) -> list[RequestOutput]:
         """Serve one conversation, or many as one burst, through the model's chat template.
 
         A message is `{"role": …, "content": …}`. Raises `InvalidRequest`.
@@ -588,6 +586,4 @@ def _delta(output: RequestOutput, sent: dict[int, tuple[int, int]]) -> RequestOu
                 logprobs=whole.logprobs[tokens:] if whole.logprobs is not None else None,
             )
         )
-    return RequestOutput(
-        output.request_id, output.prompt_token_ids, fresh, output.finished, output.num_cached_tokens
-    )
+    return RequestOutput(output.request_id, output.prompt_token_ids, fresh, output.finished, output.num_cached_tokens)

@@ -123,9 +123,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
-def _logprobs(
-    logits: Tensor, draws: Sequence[Draw], tokens: NDArray[np.int64]
-) -> dict[int, dict[int, float]]:
+def _logprobs(logits: Tensor, draws: Sequence[Draw], tokens: NDArray[np.int64]) -> dict[int, dict[int, float]]:
     wanted = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
     if not wanted:
         return {}

@@ -155,9 +155,7 @@ def active_forest(tree: RadixTree, row_ids: Int32Array) -> tuple[Forest, Int32Ar
     return forest, local[np.searchsorted(ids, row_ids)]
 
 
-def _extents(
-    tree: RadixTree, active: Int64Array, scheduled: Int32Array
-) -> tuple[Int64Array, Int64Array, Int32Array]:
+def _extents(tree: RadixTree, active: Int64Array, scheduled: Int32Array) -> tuple[Int64Array, Int64Array, Int32Array]:
     """The extents of the scheduled tokens of `active`, as `Forest` holds them; reserved tails are left out."""
     counts = np.where(scheduled > 0, tree.columns.num_extents[active], 0)
     offsets = np.concatenate([[0], np.cumsum(counts)])

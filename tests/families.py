@@ -155,9 +155,7 @@ _FAMILIES = {
         },
     ),
     "cohere": Family("cohere", {"tie_word_embeddings": False, "logit_scale": 0.8, "use_qk_norm": True}),
-    "starcoder2": Family(
-        "starcoder2", {"tie_word_embeddings": False, "num_key_value_heads": 1, "sliding_window": 11}
-    ),
+    "starcoder2": Family("starcoder2", {"tie_word_embeddings": False, "num_key_value_heads": 1, "sliding_window": 11}),
     "stablelm": Family(
         "stablelm",
         {
@@ -169,9 +167,7 @@ _FAMILIES = {
             "use_parallel_residual": True,
         },
     ),
-    "gpt-neox": Family(
-        "gpt_neox", {"hidden_size": 64, "num_attention_heads": 4, "partial_rotary_factor": 0.25}
-    ),
+    "gpt-neox": Family("gpt_neox", {"hidden_size": 64, "num_attention_heads": 4, "partial_rotary_factor": 0.25}),
     "gpt2": Family("gpt2", {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True}),
     "opt": Family("opt", {"ffn_dim": 64}),
     "deepseek-v3": Family(
@@ -256,9 +252,7 @@ def build_unsupported() -> dict[str, Callable[[], PreTrainedModel]]:
     """Builders, by family, of models that the attention interface alone cannot serve."""
     state_space = {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2}
     return {
-        "t5": lambda: _tiny(
-            "t5", AutoModelForSeq2SeqLM, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4
-        ),
+        "t5": lambda: _tiny("t5", AutoModelForSeq2SeqLM, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4),
         "mamba": lambda: _tiny("mamba", hidden_size=32, state_size=4, num_hidden_layers=2),
         "jamba": lambda: _tiny(
             "jamba",

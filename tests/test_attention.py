@@ -175,9 +175,9 @@ def test_hard_inputs_cost_at_most_twice_one_softmax(scale: float, mode, cost) ->
     arguments = {"scale": scale, "window": None, "softcap": None, "sinks": None}
     exact, exact_lse = reference(case, q, k, v, dtype=torch.float64, **arguments)
     plain, plain_lse = reference(case, q, k, v, dtype=torch.float32, **arguments)
-    out, lse = TreeAttention(
-        case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=cost
-    )(q, k, v, scale=scale)
+    out, lse = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=cost)(
+        q, k, v, scale=scale
+    )
     assert error(out, exact) <= 2 * error(plain, exact) + 2e-7
     assert error(lse, exact_lse) <= 2 * error(plain_lse, exact_lse) + 2e-7
 
@@ -188,9 +188,7 @@ def test_half_precision(dtype: torch.dtype, bound: float) -> None:
     parents, lengths = random_tree(rng, nodes=20, longest=500)
     case = random_case(rng, lengths, parents, rows=30)
     q, k, v = tensors(case, (8, 2), (64, 64), dtype)
-    expected, _ = reference(
-        case, q, k, v, scale=0.125, dtype=torch.float64, window=None, softcap=None, sinks=None
-    )
+    expected, _ = reference(case, q, k, v, scale=0.125, dtype=torch.float64, window=None, softcap=None, sinks=None)
     out, lse = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions)(q, k, v)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert error(out, expected) < bound
@@ -233,9 +231,7 @@ def test_a_thousand_rows() -> None:
     parents, lengths = random_tree(rng, nodes=200, longest=60)
     case = random_case(rng, lengths, parents, rows=1000)
     q, k, v = tensors(case, (2, 1), (16, 16), torch.float32)
-    expected, _ = reference(
-        case, q, k, v, scale=0.25, dtype=torch.float64, window=None, softcap=None, sinks=None
-    )
+    expected, _ = reference(case, q, k, v, scale=0.25, dtype=torch.float64, window=None, softcap=None, sinks=None)
     attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions)
     assert error(attn(q, k, v)[0], expected) < 1e-6
     assert attn.plan.kv_tokens_read < attn.plan.kv_tokens_unshared

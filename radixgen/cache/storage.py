@@ -25,12 +25,8 @@ class KVStorage:
     """K `[slots, kv_heads, head_dim]` and V `[slots, kv_heads, v_head_dim]` of each layer, uninitialized."""
 
     def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
-        self.keys = [
-            torch.empty((slots, s.kv_heads, s.head_dim), dtype=s.dtype, device=device) for s in layers
-        ]
-        self.values = [
-            torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device) for s in layers
-        ]
+        self.keys = [torch.empty((slots, s.kv_heads, s.head_dim), dtype=s.dtype, device=device) for s in layers]
+        self.values = [torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device) for s in layers]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Put key and value `[n, kv_heads, …]` into `slots` `[n]` (int64, distinct) of one layer."""

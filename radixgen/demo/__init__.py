@@ -198,9 +198,7 @@ def _messages(document: str, question: str) -> list[dict[str, str]]:
 def _show_follow_up(console: Console, job: Job, output: RequestOutput) -> None:
     console.print(f"[bold]A second turn on the first question:[/] {job.question}")
     console.print(Text(f"    {' '.join(output.outputs[0].text.split())}"))
-    console.print(
-        f"    {output.num_cached_tokens} of its {len(job.prompt)} prompt tokens were in the cache\n"
-    )
+    console.print(f"    {output.num_cached_tokens} of its {len(job.prompt)} prompt tokens were in the cache\n")
 
 
 def _figures(jobs: Sequence[Job], shared: Served, again: Served, alone: Served) -> Figures:

@@ -1,0 +1,206 @@
+"""How long a plan takes: 1,024 decoding leaves under about 2,000 nodes, in trees of three shapes.
+
+    python -m bench.plan [--check]
+
+From nothing: `Planner.plan` reads the tree's columns and lays out every row, unit and segment anew. Carried: every
+leaf has grown by one token in place, and only lengths and positions move on. Bounds, with --check, on each shape:
+5 ms from nothing, 0.2 ms carried, medians.
+
+The limit is the copy of the finished plan's arrays at the memory bandwidth of one core: what a planner that had
+nothing to find out would still have to write.
+
+Bias. A node holds 8 tokens (what planning costs does not depend on that, which nodes are cut does), every leaf has
+been grown in turn with the others, so that it lies in several extents, and the tree holds nothing but what is planned.
+Advancing the tree itself is not timed.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import numpy as np
+
+from bench.report import Memory, Report, measure_memory, time_each, time_pieces, track
+from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.core import Plan
+from radixgen.core.plan import Int32Array
+from radixgen.scheduler import planner as planner_module
+from radixgen.scheduler.planner import Planner
+
+LEAVES = 1_024
+RUN = 8
+GROWTH = 40
+"""Tokens that each leaf has decoded before the first plan."""
+RESERVE = 16
+PIECES = ("active_forest", "_Walk", "_choose", "_heads", "_assemble")
+
+
+# -- shapes: the parent of each node, parents first, -1 for the first ----------------------------------------
+
+
+def bush(leaves: int) -> list[int]:
+    """Every node has two children: log2 levels."""
+    return [-1, *((node - 1) // 2 for node in range(1, 2 * leaves - 1))]
+
+
+def random_splits(leaves: int) -> list[int]:
+    """A random leaf parts in two until there are enough."""
+    rng = np.random.default_rng(0)
+    parents, ends = [-1], [0]
+    while len(ends) < leaves:
+        place = int(rng.integers(len(ends)))
+        parents += [ends[place]] * 2
+        ends[place] = len(parents) - 2
+        ends.append(len(parents) - 1)
+    return parents
+
+
+def chain(leaves: int) -> list[int]:
+    """One leaf leaves a spine at each level: as many levels as leaves."""
+    parents = [-1]
+    for _ in range(leaves - 1):
+        spine = len(parents) - 1
+        parents += [spine, spine]
+    return parents
+
+
+SHAPES: dict[str, Callable[[int], list[int]]] = {
+    "bush": bush,
+    "random": random_splits,
+    "chain": chain,
+}
+
+
+def grow(parents: Sequence[int]) -> tuple[RadixTree, list[Lock]]:
+    """A tree of this shape, and a cursor on each of its leaves."""
+    tree = RadixTree(ExtentPool(len(parents) * (RUN + GROWTH + 1_000)))
+    start = tree.insert([0])
+    tree.schedule(start.held, 1)
+    tree.commit(start.held)
+    cursors: list[Lock] = []
+    for node, parent in enumerate(parents):
+        cursor = tree.lock(cursors[parent].held if parent >= 0 else start.held)
+        cursors.append(cursor)
+        tree.advance([cursor], node)
+        for token in range(1, RUN):
+            tree.advance([cursor], token)
+        tree.schedule(cursor.held, RUN, RESERVE)
+        tree.commit(cursor.held)
+    inner = set(parents)
+    leaves = [cursor for node, cursor in enumerate(cursors) if node not in inner]
+    for node in inner - {-1}:
+        tree.unlock(cursors[node])
+    tree.unlock(start)
+    for _ in range(GROWTH):
+        advance(tree, leaves)
+    return tree, leaves
+
+
+def advance(tree: RadixTree, leaves: Sequence[Lock], reserve: int = RESERVE) -> None:
+    """One decoded and computed token on every leaf."""
+    for cursor in leaves:
+        node = tree.advance([cursor], 1)
+        tree.schedule(node, 1, reserve)
+        tree.commit(node)
+
+
+def rows(leaves: Sequence[Lock]) -> tuple[Int32Array, Int32Array]:
+    nodes = [cursor.held for cursor in leaves]
+    return (
+        np.array([node.id for node in nodes], np.int32),
+        np.array([node.end - 1 for node in nodes], np.int32),
+    )
+
+
+# -- measuring ------------------------------------------------------------------------------------------------
+
+
+def time_carried(tree: RadixTree, leaves: Sequence[Lock], times: int) -> list[float]:
+    """Seconds of each plan that was carried over, of `times` steps in which every leaf grows by one token."""
+    planner = Planner(tree)
+    advance(tree, leaves, reserve=times)
+    planner.plan(*rows(leaves))
+    seconds = []
+    for _ in range(times):
+        advance(tree, leaves)
+        ids, positions = rows(leaves)
+        begin = time.perf_counter()
+        step = planner.plan(ids, positions)
+        elapsed = time.perf_counter() - begin
+        if not step.rebuilt:
+            seconds.append(elapsed)
+    return seconds
+
+
+def num_bytes(plan: Plan) -> int:
+    values = [getattr(part, f.name) for part in (plan, plan.nodes) for f in fields(part)]
+    return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+
+
+def report_shape(report: Report, name: str, leaves: int, times: int, memory: Memory) -> None:
+    tree, cursors = grow(SHAPES[name](leaves))
+    ids, positions = rows(cursors)
+    plan = Planner(tree).plan(ids, positions)
+    limit = num_bytes(plan) / memory.copy
+    report.say(
+        f"limit, {name}: {1e3 * limit:.4f} ms to copy the plan's {num_bytes(plan):,} bytes; {plan.num_rows:,} rows, "
+        f"{plan.nodes.depths.size:,} nodes on {int(plan.nodes.depths.max()) + 1:,} levels, {plan.num_units:,} units, "
+        f"{len(plan.segment_starts):,} segments"
+    )
+
+    def from_nothing() -> None:
+        Planner(tree).plan(ids, positions)
+
+    seconds = time_each(from_nothing, times=times, warm_up=3)
+    pieces = time_pieces(planner_module, PIECES, from_nothing, times=times)
+    carried = time_carried(tree, cursors, times)
+    median = float(np.median(seconds))
+    report.figure(
+        f"{name}_from_nothing_ms",
+        1e3 * median,
+        f"{name}: {1e3 * median:.2f} ms from nothing, median of {times} (best {1e3 * min(seconds):.2f}), "
+        f"{median / limit:.0f} times the limit",
+        at_most=5.0,
+    )
+    parts = {piece.strip("_"): 1e3 * spent for piece, spent in pieces.items()}
+    parts["rest"] = 1e3 * median - sum(parts.values())
+    report.say(f"{name}:   " + ", ".join(f"{piece} {spent:.2f}" for piece, spent in parts.items()))
+    report.figure(
+        f"{name}_carried_ms",
+        1e3 * float(np.median(carried)),
+        f"{name}: {1e3 * float(np.median(carried)):.3f} ms carried, median of {len(carried)} of {times} steps",
+        at_most=0.2,
+    )
+    report.keep(
+        **{
+            f"{name}_pieces_ms": parts,
+            f"{name}_nodes": plan.nodes.depths.size,
+            f"{name}_units": plan.num_units,
+            f"{name}_segments": len(plan.segment_starts),
+            f"{name}_limit_ms": 1e3 * limit,
+            f"{name}_from_nothing_seconds": seconds,
+            f"{name}_carried_seconds": carried,
+        }
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description="Planning one step.")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    parser.add_argument("--leaves", type=int, default=LEAVES)
+    parser.add_argument("--times", type=int, default=50, help="plans timed, of each kind and shape")
+    options = parser.parse_args(arguments)
+
+    report = Report("plan")
+    memory = measure_memory()
+    report.say(f"limit: one core copies {memory.copy / 1e9:.1f} GB/s")
+    report.keep(copy_bytes_per_second=memory.copy, leaves=options.leaves)
+    for name in track(list(SHAPES), "planning"):
+        report_shape(report, name, options.leaves, options.times, memory)
+    return report.finish(check=options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
