@@ -2,16 +2,15 @@
 
     python -m bench.plan [--check]
 
-From nothing: `Planner.plan` reads the tree's columns and lays out every row, unit and segment anew. Carried: every
-leaf has grown by one token in place, and only lengths and positions move on. Bounds, with --check, on each shape:
-5 ms from nothing, 0.2 ms carried, medians.
+From nothing: `Planner.plan` reads the tree's columns and lays out every row, unit and segment anew.
+Carried: every leaf has grown by one token in place, and only lengths and positions move on. Bounds, with
+--check, on each shape: 5 ms from nothing, 0.2 ms carried, medians.
 
-The limit is the copy of the finished plan's arrays at the memory bandwidth of one core: what a planner that had
-nothing to find out would still have to write.
+The limit is the copy of the finished plan's arrays at the memory bandwidth of one core: what a planner that
+had nothing to find out would still have to write.
 
-Bias. A node holds 8 tokens (what planning costs does not depend on that, which nodes are cut does), every leaf has
-been grown in turn with the others, so that it lies in several extents, and the tree holds nothing but what is planned.
-Advancing the tree itself is not timed.
+Bias. A node holds 8 tokens, every leaf has been grown in turn with the others, so that it lies in several
+extents, and the tree holds nothing but what is planned. Advancing the tree itself is not timed.
 """
 
 import argparse
@@ -37,7 +36,7 @@ RESERVE = 16
 PIECES = ("active_forest", "_Walk", "_choose", "_heads", "_assemble")
 
 
-# -- shapes: the parent of each node, parents first, -1 for the first ----------------------------------------
+# -- shapes: the parent of each node, parents first, -1 for the first -------------------------------------
 
 
 def bush(leaves: int) -> list[int]:
@@ -114,7 +113,7 @@ def rows(leaves: Sequence[Lock]) -> tuple[Int32Array, Int32Array]:
     )
 
 
-# -- measuring ------------------------------------------------------------------------------------------------
+# -- measuring --------------------------------------------------------------------------------------------
 
 
 def time_carried(tree: RadixTree, leaves: Sequence[Lock], times: int) -> list[float]:
@@ -145,9 +144,9 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
     plan = Planner(tree).plan(ids, positions)
     limit = num_bytes(plan) / memory.copy
     report.say(
-        f"limit, {name}: {1e3 * limit:.4f} ms to copy the plan's {num_bytes(plan):,} bytes; {plan.num_rows:,} rows, "
-        f"{plan.nodes.depths.size:,} nodes on {int(plan.nodes.depths.max()) + 1:,} levels, {plan.num_units:,} units, "
-        f"{len(plan.segment_starts):,} segments"
+        f"limit, {name}: {1e3 * limit:.4f} ms to copy the plan's {num_bytes(plan):,} bytes; "
+        f"{plan.num_rows:,} rows, {plan.nodes.depths.size:,} nodes on {int(plan.nodes.depths.max()) + 1:,} "
+        f"levels, {plan.num_units:,} units, {len(plan.segment_starts):,} segments"
     )
 
     def from_nothing() -> None:
@@ -167,10 +166,11 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
     parts = {piece.strip("_"): 1e3 * spent for piece, spent in pieces.items()}
     parts["rest"] = 1e3 * median - sum(parts.values())
     report.say(f"{name}:   " + ", ".join(f"{piece} {spent:.2f}" for piece, spent in parts.items()))
+    carried_ms = 1e3 * float(np.median(carried)) if carried else float("inf")
     report.figure(
         f"{name}_carried_ms",
-        1e3 * float(np.median(carried)),
-        f"{name}: {1e3 * float(np.median(carried)):.3f} ms carried, median of {len(carried)} of {times} steps",
+        carried_ms,
+        f"{name}: {carried_ms:.3f} ms carried, median of {len(carried)} of {times} steps",
         at_most=0.2,
     )
     report.keep(

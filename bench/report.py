@@ -84,7 +84,7 @@ def time_pieces(module: ModuleType, names: Sequence[str], run: Callable[[], obje
 
 
 def track(items: Sequence[Item], label: str, every: int = 1) -> Iterator[Item]:
-    """`items`, with a bar on stderr where that is a terminal. It is drawn between items only, never during one."""
+    """`items`, with a bar on stderr where that is a terminal, drawn between items and never during one."""
     hidden = not sys.stderr.isatty()
     bar = Progress(console=Console(stderr=True), auto_refresh=False, transient=True, disable=hidden)
     with bar:
@@ -96,11 +96,12 @@ def track(items: Sequence[Item], label: str, every: int = 1) -> Iterator[Item]:
 
 
 class Report:
-    """Collects figures and the bounds on them; says each in a line, and all of them in one JSON line at the end."""
+    """Collects figures and the bounds on them: a line for each, and one JSON line of all at the end."""
 
     def __init__(self, benchmark: str) -> None:
         self.figures: dict[str, Any] = {"benchmark": benchmark}
         self.missed: list[str] = []
+        self.bounds: list[list[str]] = []
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -121,6 +122,7 @@ class Report:
             (at_most, at_most is None or value <= at_most, "at most"),
         ):
             if limit is not None:
+                self.bounds.append([text, f"{word} {limit:,g}"])
                 text += f"  [{word} {limit:g}: {'holds' if holds else 'MISSED'}]"
             if not holds:
                 self.missed.append(key)
@@ -146,7 +148,7 @@ class Report:
 
         Returns the exit status: 1 where a bound was missed and `check` is asked for.
         """
-        line = json.dumps({**self.figures, "missed": self.missed, **surroundings()})
+        line = json.dumps({**self.figures, "bounds": self.bounds, "missed": self.missed, **surroundings()})
         self.say(line)
         if save:
             target = RESULTS / f"{self.figures['benchmark']}.json"

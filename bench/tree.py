@@ -2,22 +2,22 @@
 
     python -m bench.tree [TRACE] [--check]
 
-TRACE is a file in Mooncake's format: a JSON object a line, with `input_length` and `hash_ids`, one id for each block
-of 512 tokens. Without it a small trace of the same form is made up. Each request is matched (that counts its hits),
-inserted, given slots, after an eviction where the pool lacks them, committed and unlocked.
+TRACE is a file in Mooncake's format: a JSON object a line, with `input_length` and `hash_ids`, one id for each
+block of 512 tokens. Without it a small trace of the same form is made up. Each request is matched (that counts
+its hits), inserted, given slots, after an eviction where the pool lacks them, committed and unlocked.
 
-The limit is what no tree can beat: comparing each hit token with the stored one once, and copying each new token
-once, at the memory bandwidth of one core.
+The limit is what no tree can beat: comparing each hit token with the stored one once, and copying each new
+token once, at the memory bandwidth of one core.
 
-Bounds, with --check: 200 million prompt tokens a second, in a pool without a limit and in one of 3,000,000 tokens; an
-operation at a million nodes at most 3 times that at ten thousand. On Mooncake's conversation trace, and only there, a
-token hit rate of 37.4 % without a limit and of 14.0 % at 3,000,000.
+Bounds, with --check: 200 million prompt tokens a second, in a pool without a limit and in one of 3,000,000
+tokens; an operation at a million nodes at most 3 times that at ten thousand. On Mooncake's conversation trace,
+and only there, a token hit rate of 37.4 % without a limit and of 14.0 % at 3,000,000, to one decimal.
 
-Bias. Requests come one after another, so that nothing is shared in flight, no lock outlives its request and eviction
-never meets a locked leaf but the request's own. Outputs are not inserted: a real server would hit more, and evict
-more. Tokens are int32 arrays in memory before the clock starts; no tokenizer, scheduler, plan or KV is behind them.
-The memory of earlier runs is reused, so that few pages are touched for the first time. In the second part every node
-holds 16 tokens and no path is deeper than 8 nodes.
+Bias. Requests come one after another, so that nothing is shared in flight, no lock outlives its request and
+eviction never meets a locked leaf but the request's own. Outputs are not inserted: a real server would hit
+more, and evict more. Tokens are int32 arrays in memory before the clock starts; no tokenizer, scheduler, plan
+or KV is behind them. The memory of earlier runs is reused, so that few pages are touched for the first time.
+In the second part every node holds 16 tokens and no path is deeper than 8 nodes.
 """
 
 import argparse
@@ -112,8 +112,8 @@ def report_replay(report: Report, trace: Sequence[TokenArray], pool: int, runs: 
     report.say(f"{len(trace):,} requests, {total:,} prompt tokens")
     for name, slots, _ in pools:
         report.say(
-            f"limit, {name} ({slots:,} slots): {limits[name]:.3f} s to compare {hits[name]:,} hit tokens and copy "
-            f"{total - hits[name]:,} new ones: {total / limits[name] / 1e6:,.0f} million prompt tokens/s"
+            f"limit, {name} ({slots:,} slots): {limits[name]:.3f} s to compare {hits[name]:,} hit tokens and "
+            f"copy {total - hits[name]:,} new ones: {total / limits[name] / 1e6:,.0f} million prompt tokens/s"
         )
     for name, slots, hit_bound in pools:
         seconds = [
@@ -125,7 +125,7 @@ def report_replay(report: Report, trace: Sequence[TokenArray], pool: int, runs: 
         report.figure(
             f"{name}_hit_percent",
             round(100 * hits[name] / total, 1),
-            f"{name}: token hit rate {100 * hits[name] / total:.2f} %",
+            f"{name}: token hit rate {100 * hits[name] / total:.1f} %",
             at_least=hit_bound if real else None,
         )
         report.figure(
@@ -147,7 +147,7 @@ def report_replay(report: Report, trace: Sequence[TokenArray], pool: int, runs: 
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """A tree of `RUN`-token nodes, and beside it what its paths are, so that the clock finds the nodes cold."""
+    """A tree of `RUN`-token nodes, and its paths beside it, so that the clock finds the nodes cold."""
 
     tree: RadixTree
     runs: NDArray[np.int32]
@@ -189,7 +189,7 @@ def grow(nodes: int, rng: np.random.Generator) -> Grown:
 
 
 def time_extensions(grown: Grown, count: int, rng: np.random.Generator) -> list[float]:
-    """Match, insert and unlock a request that extends a random existing prefix; the tree is left as it was."""
+    """Match, insert and unlock a request that extends a random existing prefix; the tree stays as it is."""
     tree = grown.tree
     seconds = []
     for index in rng.integers(len(grown.parents), size=count).tolist():

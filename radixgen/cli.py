@@ -12,6 +12,7 @@ from rich.console import Console
 
 from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
+from radixgen.progress import announce_loading, waiting
 
 app = typer.Typer(
     help="Exact language-model serving in which a shared prefix is stored, computed and read once.",
@@ -75,7 +76,10 @@ def generate(
             n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         )
         requests = list(_requests(prompts, file))
-        with Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens) as engine:
+        with waiting(Console(stderr=True)) as say:
+            announce_loading(say, model)
+            engine = Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens)
+        with engine:
             asked = [engine.chat_tokens(r["messages"]) if "messages" in r else r["prompt"] for r in requests]
             with Progress(console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("generating", total=len(asked))
@@ -109,7 +113,10 @@ def chat(
     console = Console()
     with _errors():
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        with Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens) as engine:
+        with waiting(Console(stderr=True)) as say:
+            announce_loading(say, model)
+            engine = Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens)
+        with engine:
             messages: list[dict[str, str]] = []
             if system is not None:
                 messages.append({"role": "system", "content": system})

@@ -84,8 +84,8 @@ class Engine:
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
-        debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds
-        there.
+        debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
+            and check before every step that its plan names no free slot.
 
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`.
         """
@@ -106,6 +106,7 @@ class Engine:
             self._planner,
             max_step_tokens=max_step_tokens,
             max_num_seqs=self.limits.max_num_seqs,
+            debug=debug,
         )
         self._eos = _eos_tokens(loaded.model)
         self._requests: dict[str, Request] = {}

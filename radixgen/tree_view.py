@@ -10,7 +10,7 @@ from radixgen.cache import Node, RadixTree
 
 Decode = Callable[[Sequence[int]], str]
 
-_PREVIEW_TOKENS = 12
+_PREVIEW_TOKENS = 8
 _SHOWN_CHILDREN = 16
 
 
@@ -61,7 +61,9 @@ def picture(roots: Sequence[NodeView]) -> Tree:
 def _label(view: NodeView) -> Text:
     shared = f"{view.live} live" if view.live else "cached"
     style = "bold green" if view.live > 1 else "green" if view.live else "bright_black"
-    return Text.assemble((f"{view.known:>4} tokens  {shared:<8} ", style), (view.text, "italic"))
+    label = Text.assemble((f"{view.known:>4} tokens  {shared:<8}", style), (view.text, "italic"))
+    label.no_wrap, label.overflow = True, "ellipsis"
+    return label
 
 
 def _preview(node: Node, decode: Decode) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import Node, RadixTree
+from radixgen.cache import ExtentPool, Node, RadixTree
 from radixgen.core import Plan
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.sequence import Request, Sequence
@@ -81,13 +81,16 @@ class StepInput:
 class Scheduler:
     """Owns the waiting and the running sequences, and moves their cursors."""
 
-    def __init__(self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, max_num_seqs: int, debug: bool = False
+    ) -> None:
         self.tree = tree
         self.planner = planner
         self.max_step_tokens = max_step_tokens
         self.max_num_seqs = max_num_seqs
         self.waiting: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
         self.running: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
+        self.debug = debug
         self.preemptions = 0
         self._steps = 0
         self.prompt_tokens = 0
@@ -129,6 +132,8 @@ class Scheduler:
     def freeze(self, batch: Batch) -> StepInput:
         """Plan the batch and lay its rows out depth-first."""
         plan = self.planner.plan(np.array(batch.row_ids, np.int32), np.array(batch.row_positions, np.int32))
+        if self.debug:
+            _check_slots(plan, self.tree.pool)
         order = plan.row_order
         place = np.empty_like(order)
         place[order] = np.arange(order.size)
@@ -269,6 +274,15 @@ class Scheduler:
         sequence.cursor = None
         self.waiting.add(sequence)
         self.preemptions += 1
+
+
+def _check_slots(plan: Plan, pool: ExtentPool) -> None:
+    """Assert that no segment of the plan names a free or fenced slot (I9)."""
+    taken = np.ones(pool.capacity, np.bool_)
+    for extent in (*pool.free_extents(), *pool.fenced_extents()):
+        taken[extent.start : extent.end] = False
+    for start, length in zip(plan.segment_starts.tolist(), plan.segment_lengths.tolist(), strict=True):
+        assert taken[start : start + length].all(), f"a plan reads free slots in [{start}, {start + length})"
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

@@ -5,8 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from radixgen.cache import ExtentPool, Lock, RadixTree, first_in, least_recently_used
+from radixgen.cache import ExtentPool, Lock, Node, RadixTree, first_in, least_recently_used
 from radixgen.core import OutOfSlots
+from radixgen.scheduler.planner import Planner
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 NAMESPACES = st.sampled_from(["", "other"])
@@ -19,7 +20,9 @@ class TreeMachine(RuleBasedStateMachine):
     def begin(self, capacity: int, policy: object) -> None:
         self.tree = RadixTree(ExtentPool(capacity), policy=policy, stamps=True)
         self.held: dict[Lock, tuple[str, list[int]]] = {}
+        self.planner = Planner(self.tree)
         self.steps: list[int] = []
+        self.in_flight: list[Node] = []
 
     @rule(tokens=TOKENS, namespace=NAMESPACES, priority=st.integers(0, 2))
     def insert(self, tokens: list[int], namespace: str, priority: int) -> None:
@@ -42,7 +45,7 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         lock = self._pick(data)
-        self.held[self.tree.lock(lock.held)] = self.held[lock]
+        self.held[self.tree.fork(lock)] = self.held[lock]
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -51,20 +54,69 @@ class TreeMachine(RuleBasedStateMachine):
         del self.held[lock]
         self.tree.unlock(lock)
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), chunk=st.integers(1, 12), reserve=st.integers(0, 8), fail=st.booleans())
-    def compute(self, data: st.DataObject, chunk: int, reserve: int, fail: bool) -> None:
+    @precondition(lambda self: self.held and not self.in_flight)
+    @rule(data=st.data(), chunk=st.integers(1, 12), reserve=st.integers(0, 8), fail=st.booleans(), hold=st.booleans())
+    def compute(self, data: st.DataObject, chunk: int, reserve: int, fail: bool, hold: bool) -> None:
         """One step: schedule a chunk of a cursor's path from its first token without KV."""
+        self.in_flight = self._schedule(self._pick(data).held, chunk, reserve)
+        if not hold:
+            self.retire(fail)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(fail=st.booleans())
+    def retire(self, fail: bool) -> None:
+        """The step in flight ends; its nodes may have been split, cut or removed meanwhile."""
+        for node in reversed(self.in_flight) if fail else self.in_flight:
+            (self.tree.rollback if fail else self.tree.commit)(node)
+        self.in_flight = []
+
+    @precondition(lambda self: self.held and not self.in_flight)
+    @rule(token=st.integers(0, 2), reserve=st.integers(0, 8), steps=st.integers(1, 4))
+    def decode(self, token: int, reserve: int, steps: int) -> None:
+        """Every cursor moves on by one token and is computed; each row's plan must read its own path."""
+        for _ in range(steps):
+            groups: dict[Node, list[Lock]] = {}
+            for lock in self.held:
+                groups.setdefault(lock.held, []).append(lock)
+            for group in groups.values():
+                for lock in group:
+                    namespace, tokens = self.held[lock]
+                    self.held[lock] = (namespace, [*tokens, token])
+                self.tree.advance(group, token)
+            for lock in self.held:
+                for node in self._schedule(lock.held, 100, reserve):
+                    self.tree.commit(node)
+            self._check_plan()
+
+    def _check_plan(self) -> None:
+        ready = {lock.held.id: lock.held for lock in self.held if lock.held.complete and lock.held.known}
+        if not ready:
+            return
+        ends = [node.end - 1 for node in ready.values()]
+        plan = self.planner.plan(np.array(list(ready), np.int32), np.array(ends, np.int32))
+        nodes = list(ready.values())
+        read: list[list[int]] = [[] for _ in ready]
+        for (first, stop), (low, high) in zip(plan.unit_rows.tolist(), plan.unit_segments.tolist(), strict=True):
+            for row in range(first, stop):
+                for start, length in zip(plan.segment_starts[low:high], plan.segment_lengths[low:high], strict=True):
+                    read[plan.row_order[row]] += range(int(start), int(start + length))
+        for node, slots in zip(nodes, read, strict=True):
+            own = [slot for part in node.path() for slot in part.slots(0, part.known).tolist()]
+            assert sorted(slots) == sorted(own)
+
+    def _schedule(self, leaf: Node, chunk: int, reserve: int) -> list[Node]:
+        """Schedule up to `chunk` tokens of a path from its first without a slot. Returns the nodes."""
         tree = self.tree
         begun = []
-        for node in self._pick(data).held.path():
+        for node in leaf.path():
             count = min(chunk, node.known - node.scheduled)
             if count == 0:
                 continue
             wanted = tree.slots_wanted(node, count)
             if wanted > tree.pool.free:
                 tree.reclaim_reserves()
-                tree.evict(wanted - tree.pool.free)
+                wanted = tree.slots_wanted(node, count)
+                tree.evict(max(0, wanted - tree.pool.free))
             before = tree.pool.free
             try:
                 slots = tree.schedule(node, count, reserve)
@@ -76,8 +128,7 @@ class TreeMachine(RuleBasedStateMachine):
             chunk -= count
             if node.scheduled < node.known:
                 break
-        for node in begun:
-            (tree.rollback if fail else tree.commit)(node)
+        return begun
 
     @rule()
     def begin_step(self) -> None:
@@ -127,6 +178,7 @@ class TreeMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "tree"):
             return
+        self.retire(fail=False)
         for lock in self.held:
             self.tree.unlock(lock)
         self.tree.reset()

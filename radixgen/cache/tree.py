@@ -365,6 +365,10 @@ class RadixTree:
             self._protect(node)
         return Lock(node)
 
+    def fork(self, lock: Lock) -> Lock:
+        """Another receipt for the place where `lock` stands; no KV is copied."""
+        return self.lock(lock.held)
+
     def unlock(self, lock: Lock) -> None:
         """Release a receipt. The last one to leave a node cuts its uncomputed tail and its reserve."""
         node = lock.held

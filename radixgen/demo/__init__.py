@@ -9,13 +9,12 @@ from importlib.resources import files
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from radixgen.core import RequestOutput, SamplingParams, Stats
 from radixgen.engine import Engine
-from radixgen.model import smollm2
+from radixgen.progress import Say, announce_loading, waiting
 from radixgen.tree_view import NodeView, picture, snapshot
 
 QUESTIONS = (
@@ -37,7 +36,6 @@ FOLLOW_UP = "And how many steps does it have?"
 KV_TOKENS = 32_768
 _TOKENS_BEFORE_LOOK = 8
 
-Say = Callable[[str], None]
 Watch = Callable[[int, RequestOutput], None]
 
 
@@ -78,14 +76,24 @@ class Figures:
     greedy_answers_equal: bool
 
 
-def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Figures:
-    """Serve the burst twice, show the answers, the tree and the figures, and return the figures."""
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the demo ends with."""
+
+    tree: list[NodeView]
+    figures: Figures
+
+    def print(self, console: Console) -> None:
+        console.print(picture(self.tree))
+        console.print(summary(self.figures))
+
+
+def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Shown:
+    """Serve the burst with sharing and without; show answers, tree and figures, the last line in JSON."""
     console = console or Console()
     document = files(__package__).joinpath("document.md").read_text(encoding="utf-8")
     with waiting(console) as say:
-        if model == smollm2.NAME:
-            smollm2.fetch(say)
-        say(f"loading {model}")
+        announce_loading(say, model)
         engine = Engine(model, kv_tokens=KV_TOKENS)
     with engine:
         jobs = burst(engine, document, max_tokens)
@@ -95,15 +103,15 @@ def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Fig
         second = follow_up(engine, document, shared.outputs[0].outputs[0].text, max_tokens)
         again = serve(engine, [second])
         _show_follow_up(console, second, again.outputs[0])
-    console.print(picture(shared.tree))
     with waiting(console) as say:
         say("the same requests with share=False")
         with Engine(model, kv_tokens=KV_TOKENS, share=False) as engine:
             alone = serve(engine, [*jobs, second], _counted(say, len(jobs) + 1))
     figures = _figures([*jobs, second], shared, again, alone)
-    console.print(_table(figures))
+    shown = Shown(shared.tree, figures)
+    shown.print(console)
     console.print(json.dumps(asdict(figures)), soft_wrap=True, highlight=False, markup=False)
-    return figures
+    return shown
 
 
 def burst(engine: Engine, document: str, max_tokens: int) -> list[Job]:
@@ -165,21 +173,6 @@ def answers(console: Console, jobs: Sequence[Job]) -> Iterator[Watch]:
         yield watch
 
 
-@contextmanager
-def waiting(console: Console) -> Iterator[Say]:
-    """A spinner with the seconds that passed; call what it yields with what is going on."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def say(text: str) -> None:
-            progress.update(task, description=text)
-            if not console.is_terminal:
-                console.print(text)
-
-        yield say
-
-
 def _counted(say: Say, total: int) -> Watch:
     finished: set[int] = set()
 
@@ -225,7 +218,8 @@ def _figures(jobs: Sequence[Job], shared: Served, again: Served, alone: Served) 
     )
 
 
-def _table(figures: Figures) -> Table:
+def summary(figures: Figures) -> Table:
+    """The figures as a table."""
     table = Table(title="What sharing saved", title_justify="left")
     for heading in ("", "shared", "separate", "ratio"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -1,0 +1,64 @@
+"""Writes what the README shows out of what was measured: the demo's output and picture, and the table of results.
+
+`python -m bench.readme [--demo]`
+
+The table comes from `bench/results/*.json`, which the benchmarks write with `--save`. `--demo` runs the demo on this
+machine first and keeps its picture.
+"""
+
+import argparse
+import json
+import re
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+
+from bench.report import RESULTS
+from radixgen.demo import run, summary
+from radixgen.model import smollm2
+
+ROOT = RESULTS.parent.parent
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "demo.svg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", action="store_true", help="run the demo and keep its output and picture")
+    if parser.parse_args().demo:
+        _keep_demo()
+    text = README.read_text(encoding="utf-8")
+    shown = (RESULTS / "demo.txt").read_text(encoding="utf-8").rstrip()
+    text = _replace(text, "demo", f"```console\n{shown}\n```")
+    README.write_text(_replace(text, "results", _table()), encoding="utf-8")
+
+
+def _keep_demo() -> None:
+    shown = run(smollm2.NAME)
+    text = Console(record=True, width=110, file=StringIO())
+    text.print(summary(shown.figures))
+    lines = [line.rstrip() for line in text.export_text().splitlines()]
+    (RESULTS / "demo.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    picture = Console(record=True, width=110, file=StringIO(), force_terminal=True)
+    shown.print(picture)
+    picture.save_svg(str(PICTURE), title="radixgen demo")
+
+
+def _table() -> str:
+    rows = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
+    places = []
+    for name in ("prefix", "unrelated", "tree", "plan"):
+        found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
+        places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
+    return "\n".join([*rows, "", "; ".join(dict.fromkeys(places)) + "."])
+
+
+def _replace(text: str, name: str, body: str) -> str:
+    pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    main()
