@@ -446,8 +446,9 @@ class RadixTree:
     # -- eviction -----------------------------------------------------------------------------------------
 
     def evict(self, count: int) -> int:
-        """Drop up to `count` tokens (or a few more, never a token that is locked), leaf by leaf in the
-        policy's order, each from its end. Returns how many were dropped.
+        """Drop up to `count` tokens, none of them locked, leaf by leaf in the policy's order, each from its end.
+
+        Returns how many were dropped.
         """
         dropped = 0
         while dropped < count and self._heap:
