@@ -13,7 +13,6 @@ Bias. A node holds 8 tokens, every leaf has been grown in turn with the others, 
 extents, and the tree holds nothing but what is planned. Advancing the tree itself is not timed.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from bench.report import Memory, Report, measure_memory, time_each, time_pieces, track
+from bench.report import Memory, Report, benchmark_options, measure_memory, time_each, time_pieces, track
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import Plan
 from radixgen.core.plan import Int32Array
@@ -187,8 +186,7 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.plan", description="Planning one step.")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    parser = benchmark_options(__doc__)
     parser.add_argument("--leaves", type=int, default=LEAVES)
     parser.add_argument("--times", type=int, default=50, help="plans timed, of each kind and shape")
     options = parser.parse_args(arguments)
@@ -199,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.keep(copy_bytes_per_second=memory.copy, leaves=options.leaves)
     for name in track(list(SHAPES), "planning"):
         report_shape(report, name, options.leaves, options.times, memory)
-    return report.finish(check=options.check)
+    return report.finish(check=options.check, save=options.save)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.baseline import Generate, engine_seconds, layer_operations, matrix_rate
-from bench.report import Report, options
+from bench.report import Report, benchmark_options
 from radixgen import Engine
 from radixgen.model import smollm2
 
@@ -34,7 +34,7 @@ def questions(count: int) -> list[list[int]]:
 
 
 def main() -> int:
-    parser = options(__doc__)
+    parser = benchmark_options(__doc__)
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     chosen = parser.parse_args()

@@ -157,7 +157,7 @@ class Report:
         return int(check and bool(self.missed))
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
+def benchmark_options(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")

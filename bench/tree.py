@@ -20,7 +20,6 @@ or KV is behind them. The memory of earlier runs is reused, so that few pages ar
 In the second part every node holds 16 tokens and no path is deeper than 8 nodes.
 """
 
-import argparse
 import gc
 import json
 import sys
@@ -33,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.report import Memory, Report, measure_memory, time_each, track
+from bench.report import Memory, Report, benchmark_options, measure_memory, time_each, track
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 
 BLOCK = 512
@@ -243,9 +242,8 @@ def report_operations(report: Report, sizes: tuple[int, int], count: int) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tree", description="The tree, without a model.")
+    parser = benchmark_options(__doc__)
     parser.add_argument("trace", nargs="?", type=Path, help="a trace in Mooncake's format")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
     parser.add_argument("--requests", type=int, default=2_000, help="of the trace made up without TRACE")
     parser.add_argument("--pool", type=int, default=3_000_000, help="slots of the limited pool")
     parser.add_argument("--runs", type=int, default=5, help="replays timed for each pool")
@@ -261,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report_replay(report, trace, options.pool, options.runs, memory)
     del trace
     report_operations(report, tuple(options.nodes), options.operations)
-    return report.finish(check=options.check)
+    return report.finish(check=options.check, save=options.save)
 
 
 if __name__ == "__main__":

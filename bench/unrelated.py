@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bench.baseline import Generate, engine_seconds
-from bench.report import Report, options
+from bench.report import Report, benchmark_options
 from radixgen import Engine
 from radixgen.model import smollm2
 
@@ -38,7 +38,7 @@ def weight_seconds(model: Any) -> float:
 
 
 def main() -> int:
-    parser = options(__doc__)
+    parser = benchmark_options(__doc__)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from radixgen.core import SamplingParams
 
+_WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -53,31 +55,34 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
 
 
 def uniform(draws: Sequence[Draw]) -> NDArray[np.float64]:
-    """One number in [0, 1) a draw, 53 bits, a function of (seed, sequence, position) alone.
-
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-    """
+    """One number in [0, 1) a draw, 53 bits, a function of (seed, sequence, position) alone."""
     counter = np.zeros((4, len(draws)), np.uint64)
     counter[0] = [draw.position for draw in draws]
     counter[1] = [draw.sequence for draw in draws]
     seeds = np.array([draw.seed for draw in draws], np.uint64)
-    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
-    key = [seeds & low, seeds >> high]
+    words = philox4x32(counter, np.stack([seeds & _WORD, seeds >> _HALF]))
+    numbers: NDArray[np.float64] = (((words[0] << _HALF) | words[1]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
+
+
+def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Ten rounds over 32-bit words: counter `[4, n]`, key `[2, n]` to `[4, n]`.
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    """
     for _ in range(10):
         first = counter[0] * np.uint64(0xD2511F53)
         second = counter[2] * np.uint64(0xCD9E8D57)
         counter = np.stack(
             [
-                (second >> high) ^ counter[1] ^ key[0],
-                second & low,
-                (first >> high) ^ counter[3] ^ key[1],
-                first & low,
+                (second >> _HALF) ^ counter[1] ^ key[0],
+                second & _WORD,
+                (first >> _HALF) ^ counter[3] ^ key[1],
+                first & _WORD,
             ]
         )
-        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    bits = ((counter[0] << high) | counter[1]) >> np.uint64(11)
-    draws_53: NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
-    return draws_53
+        key = np.stack([(key[0] + np.uint64(0x9E3779B9)) & _WORD, (key[1] + np.uint64(0xBB67AE85)) & _WORD])
+    return counter
 
 
 def _kind(params: SamplingParams) -> str:

@@ -1,0 +1,81 @@
+"""The command line, on a tiny model with a tokenizer."""
+
+import json
+from pathlib import Path
+
+import families
+import pytest
+import texts
+from typer.testing import CliRunner, Result
+
+from radixgen.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    families.build("llama").save_pretrained(path)
+    texts.tokenizer().save_pretrained(path)
+    return path
+
+
+def call(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def lines(result: Result) -> list[dict]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def test_generate_from_arguments(model: Path) -> None:
+    found = lines(call("generate", "--model", model, "--kv-tokens", 256, "--max-tokens", 3, "abc", "abd"))
+    assert [len(one["outputs"][0]["token_ids"]) for one in found] == [3, 3]
+    assert [one["num_prompt_tokens"] for one in found] == [3, 3]
+
+
+def test_generate_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    written = ["abc", json.dumps({"prompt": [5, 6, 7], "id": "mine"}), "", json.dumps({"messages": messages})]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(written))
+    options = ("generate", "--model", model, "--kv-tokens", 512, "--max-tokens", 2, "--n", 2, "--seed", 1)
+    found = lines(call(*options, "--temperature", 1.0, "--file", file))
+    assert [one["num_prompt_tokens"] for one in found] == [3, 3, len("u:hi;a:")]
+    assert found[1]["id"] == "mine" and [one["index"] for one in found[0]["outputs"]] == [0, 1]
+    assert lines(call(*options, "--temperature", 1.0, stdin=file.read_text())) == found
+
+
+@pytest.mark.parametrize(
+    ("stdin", "says"),
+    [("{", "line 1"), ('{"x": 1}', "messages"), ('ok\n{"prompt": "a", "messages": []}', "line 2")],
+)
+def test_bad_lines_are_named(model: Path, stdin: str, says: str) -> None:
+    result = call("generate", "--model", model, stdin=stdin)
+    assert result.exit_code == 1 and says in result.output
+
+
+def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:
+    result = call("generate", "--model", tmp_path / "absent", "hello")
+    assert result.exit_code == 1 and "ModelNotFound" in result.output and "Traceback" not in result.output
+
+
+def test_later_turns_of_a_chat_hit_the_cache(model: Path) -> None:
+    result = call("chat", "--model", model, "--kv-tokens", 512, "--max-tokens", 4, stdin="hello\nagain\n")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.output.splitlines() if "prompt tokens were cached" in line]
+    assert len(said) == 2 and said[0].startswith("0 of ")
+    assert int(said[1].split()[0]) >= len("u:hello;a:")
+
+
+def test_tree(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("shared head one\nshared head two\n")
+    result = call("tree", file, "--model", model)
+    assert result.exit_code == 0, result.output
+    assert "2 prompts, 30 tokens, 18 distinct" in result.output and "shared head" in result.output
+
+
+def test_doctor() -> None:
+    result = call("doctor")
+    assert result.exit_code == 0 and "torch" in result.output and "cache" in result.output

@@ -1,0 +1,90 @@
+"""Imports run one way, nothing heavy happens at import, and no code-bearing serialization is used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import radixgen
+
+ROOT = Path(radixgen.__file__).parent
+LAYERS = [
+    {"core", "version"},
+    {"kernels"},
+    {"cache"},
+    {"scheduler"},
+    {"attention", "model", "sampling", "detokenize"},
+    {"engine"},
+    {"progress", "tree_view", "demo", "cli", "__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path for path in (*ROOT.rglob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scheduler/*.py")))
+FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute names imported by a module, but for those that only type checkers see."""
+    found, todo = [], [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found.append(str(node.module))
+        todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    if path == ROOT / "__init__.py":
+        return
+    own = RANK[layer(path)]
+    for name in imports(path):
+        if name.startswith("radixgen."):
+            other = name.split(".")[1]
+            assert RANK[other] <= own, f"{path.name} imports {name}, a layer above"
+            assert RANK[other] < own or other == layer(path) or own >= RANK["attention"], name
+        if layer(path) == "core" or path.name in ("tree.py", "pool.py", "planner.py", "policy.py"):
+            assert name.split(".")[0] not in ("torch", "transformers"), f"{path.name} imports {name}"
+        assert name.split(".")[0] not in FORBIDDEN, f"{path.name} imports {name}"
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer(path) for path in MODULES} - {"__init__"} == set(RANK)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_runs_code_from_data(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.load"), f"{path.name} calls {called}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+            assert path.name == "settings.py", f"{path.name} reads the environment"
+
+
+def test_importing_radixgen_is_light() -> None:
+    code = "import sys, radixgen; print(*{'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_public_names() -> None:
+    assert sorted(radixgen.__all__) == [
+        "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed", "InvalidRequest", "Limits", "ModelNotFound",
+        "PromptTooLong", "RadixgenError", "RequestOutput", "SamplingParams", "Stats", "TreeAttention",
+        "UnknownRequest", "UnsupportedModel", "__version__",
+    ]  # fmt: skip
+    assert all(hasattr(radixgen, name) for name in radixgen.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        radixgen.nothing  # noqa: B018

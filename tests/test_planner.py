@@ -1,0 +1,186 @@
+"""Plans cover each row's path exactly once, in depth-first rows, and are carried over where only lengths grow."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.core import Plan
+from radixgen.scheduler.planner import CostModel, Forest, Planner, plan
+
+COSTS = [CostModel(), CostModel(unit=1.0, partial_row=0.1, tile_rows=3), CostModel(unit=9.0, tile_rows=1)]
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[Forest, np.ndarray, np.ndarray]:
+    """Up to 20 nodes of 0 to 9 keys in up to 3 extents, and up to 30 rows anywhere in them."""
+    size = draw(st.integers(1, 20))
+    parents = [-1] + [draw(st.integers(-1, i - 1)) for i in range(1, size)]
+    extents = [draw(st.lists(st.integers(0, 3), max_size=3)) for _ in range(size)]
+    lengths = [sum(parts) for parts in extents]
+    starts = [0] * size
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            starts[node] = starts[parent] + lengths[parent]
+    flat = [part for parts in extents for part in parts]
+    forest = Forest(
+        parents=np.array(parents, np.int32),
+        starts=np.array(starts, np.int32),
+        lengths=np.array(lengths, np.int32),
+        extent_offsets=np.cumsum([0] + [len(parts) for parts in extents]),
+        extent_starts=np.arange(len(flat), dtype=np.int64) * 10,
+        extent_lengths=np.array(flat, np.int32),
+    )
+    nodes = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=30))
+    positions = [starts[n] + draw(st.integers(0, lengths[n] - 1)) if lengths[n] else starts[n] - 1 for n in nodes]
+    return forest, np.array(nodes, np.int32), np.array(positions, np.int32)
+
+
+def path_slots(forest: Forest, node: int) -> list[int]:
+    """The slot of every position on the path to `node`'s end."""
+    slots: list[int] = []
+    while node >= 0:
+        own = range(forest.extent_offsets[node], forest.extent_offsets[node + 1])
+        slots = [forest.extent_starts[e] + i for e in own for i in range(forest.extent_lengths[e])] + slots
+        node = int(forest.parents[node])
+    return slots
+
+
+def keys_read(found: Plan, window: int | None = None) -> list[list[tuple[int, int]]]:
+    """For each row of the plan the (position, slot) of every key that it sees, sorted, repeats kept."""
+    seen: list[list[tuple[int, int]]] = [[] for _ in range(found.num_rows)]
+    for unit in range(found.num_units):
+        for segment in range(*found.unit_segments[unit]):
+            start, first = int(found.segment_starts[segment]), int(found.segment_positions[segment])
+            for row in range(*found.segment_rows[segment]):
+                last = int(found.row_positions[row])
+                for i in range(found.segment_lengths[segment]):
+                    if first + i <= last and (window is None or first + i > last - window):
+                        seen[row].append((first + i, start + i))
+    return [sorted(keys) for keys in seen]
+
+
+@given(forests(), st.sampled_from(["auto", "unshared", "naive"]), st.sampled_from(COSTS), st.integers(1, 12))
+@settings(max_examples=300, deadline=None)
+def test_each_key_of_a_path_is_read_once(case, mode, cost, window) -> None:
+    forest, nodes, positions = case
+    found = plan(forest, nodes, positions, mode=mode, cost=cost)
+    assert sorted(found.row_order.tolist()) == list(range(nodes.size))
+    assert np.array_equal(found.row_positions, positions[found.row_order])
+    for trimmed, width in ((found, None), (found.within(window), window)):
+        for row, keys in enumerate(keys_read(trimmed, width)):
+            node, last = int(nodes[found.row_order[row]]), int(found.row_positions[row])
+            path = path_slots(forest, node)
+            first = 0 if width is None else max(0, last - width + 1)
+            assert keys == [(p, path[p]) for p in range(first, last + 1)]
+    if mode == "unshared":
+        assert found.kv_tokens_read == found.kv_tokens_unshared
+
+
+@given(forests(), st.sampled_from(COSTS))
+@settings(max_examples=100, deadline=None)
+def test_rows_below_a_node_are_one_range(case, cost) -> None:
+    forest, nodes, positions = case
+    order = plan(forest, nodes, positions, cost=cost).row_order
+    for node in range(forest.parents.size):
+        below = []
+        for place, row in enumerate(order.tolist()):
+            above = int(nodes[row])
+            while above >= 0 and above != node:
+                above = int(forest.parents[above])
+            if above == node:
+                below.append(place)
+        assert below == list(range(below[0], below[0] + len(below))) if below else True
+
+
+def grown_tree() -> tuple[RadixTree, list[Lock]]:
+    tree = RadixTree(ExtentPool(256))
+    locks = [tree.insert([*range(20), 30 + i]) for i in range(4)]
+    for lock in locks:
+        for node in lock.held.path():
+            if node.scheduled < node.known:
+                tree.schedule(node, node.known - node.scheduled, reserve=6)
+                tree.commit(node)
+    return tree, locks
+
+
+def decode_rows(locks: list[Lock]) -> tuple[np.ndarray, np.ndarray]:
+    nodes = [lock.held for lock in locks]
+    return np.array([n.id for n in nodes], np.int32), np.array([n.end - 1 for n in nodes], np.int32)
+
+
+def decode(tree: RadixTree, locks: list[Lock], token: int, reserve: int = 6) -> None:
+    for lock in locks:
+        node = tree.advance([lock], token)
+        tree.schedule(node, 1, reserve)
+        tree.commit(node)
+
+
+def assert_same_reads(carried: Plan, fresh: Plan) -> None:
+    assert keys_read(carried) == keys_read(fresh)
+    assert np.array_equal(carried.row_order, fresh.row_order)
+
+
+def test_a_plan_is_carried_over_while_only_lengths_grow() -> None:
+    tree, locks = grown_tree()
+    planner = Planner(tree)
+    assert planner.plan(*decode_rows(locks)).rebuilt
+    for step in range(5):
+        decode(tree, locks, step)
+        carried = planner.plan(*decode_rows(locks))
+        assert not carried.rebuilt
+        assert_same_reads(carried, Planner(tree).plan(*decode_rows(locks)))
+
+
+@pytest.mark.parametrize("change", ["split", "branch", "new extent", "one row less", "stand still"])
+def test_a_plan_is_rebuilt_when_anything_else_changes(change: str) -> None:
+    tree, locks = grown_tree()
+    planner = Planner(tree)
+    planner.plan(*decode_rows(locks))
+    if change == "split":
+        tree.insert(list(range(7)))
+    if change == "branch":
+        locks[0] = tree.fork(locks[0])
+    if change == "new extent":
+        tree.reclaim_reserves()
+        tree.pool.allocate(tree.pool.free // 2)
+    if change == "one row less":
+        locks.pop()
+    if change != "stand still":
+        decode(tree, locks, 5, reserve=0)
+    rebuilt = planner.plan(*decode_rows(locks))
+    assert rebuilt.rebuilt
+    assert_same_reads(rebuilt, Planner(tree).plan(*decode_rows(locks)))
+
+
+def test_explain_says_what_was_folded_and_why() -> None:
+    parents = np.array([-1, 0, 1, 1, 1], np.int32)
+    lengths = np.array([400, 3, 20, 20, 20], np.int32)
+    starts = np.array([0, 400, 403, 403, 403], np.int32)
+    forest = Forest(parents, starts, lengths, np.arange(6), np.arange(5, dtype=np.int64) * 400, lengths)
+    rows = np.array([2, 3, 4], np.int32)
+    text = plan(forest, rows, starts[rows] + 19).explain(bytes_per_token=10)
+    assert "3 rows" in text and "level 2: 3 nodes, 60 tokens" in text
+    assert "1 cut into units" in text and "folded node of 3 tokens under 3 rows" in text
+    assert "KV read 4,690 bytes; unshared 12,690 bytes; ratio 2.71" in text
+
+
+def test_long_chains_do_not_recurse() -> None:
+    size = 100_000
+    tree = RadixTree(ExtentPool(size))
+    lock = tree.insert([1])
+    for _ in range(size - 1):
+        other = tree.fork(lock)
+        node = lock.held
+        tree.advance([lock], 1)
+        assert lock.held is not node
+        tree.unlock(other)
+    assert tree.num_nodes == size + 1
+    for node in lock.held.path()[1:]:
+        tree.schedule(node, 1)
+        tree.commit(node)
+    found = Planner(tree).plan(*decode_rows([lock]))
+    assert found.num_units == 1 and found.kv_tokens_read == size
+    tree.unlock(lock)
+    assert tree.evict(size) == size and tree.num_nodes == 0
