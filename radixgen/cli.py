@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
+from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
 from radixgen.progress import announce_loading, waiting
 
 app = typer.Typer(
-    help="Exact language-model serving in which a shared prefix is stored, computed and read once.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
@@ -33,6 +33,12 @@ InputFile = Annotated[
     Path | None,
     typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, a line each."),
 ]
+
+
+@app.callback()
+def main() -> None:
+    """Exact language-model serving in which a shared prefix is stored, computed and read once."""
+    wait_without_spinning()
 
 
 @app.command()

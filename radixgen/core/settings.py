@@ -1,4 +1,4 @@
-"""The one place where environment variables are read."""
+"""The one place where environment variables are read or set."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,12 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "radixgen"
+
+
+def wait_without_spinning() -> None:
+    """Let OpenMP's threads sleep while they wait, unless `OMP_WAIT_POLICY` says otherwise.
+
+    Spinning threads on cores that others use too are far slower than one thread. Has an effect only before torch is
+    imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
