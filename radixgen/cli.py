@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
 from radixgen.core.settings import wait_without_spinning
@@ -157,6 +158,8 @@ def tree(
         locks = []
         for request in _requests(None, file):
             if "messages" in request:
+                if not tokenizer.chat_template:
+                    raise InvalidRequest("messages", "…", "the model has no chat template")
                 tokens = tokenizer.apply_chat_template(
                     request["messages"], add_generation_prompt=True, return_dict=False
                 )
@@ -208,8 +211,8 @@ def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str
     if prompts:
         yield from ({"prompt": prompt} for prompt in prompts)
         return
-    lines = file.read_text(encoding="utf-8") if file else sys.stdin.read()
-    for number, line in enumerate(lines.splitlines(), 1):
+    # Not splitlines(): it also parts at U+2028 and its kin, which a JSON string may hold as they are.
+    for number, line in enumerate(_read(file).split("\n"), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
@@ -217,11 +220,31 @@ def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str
             continue
         try:
             request = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise InvalidRequest(f"line {number}", line, f"is not JSON: {error}") from error
-        if ("prompt" in request) == ("messages" in request):
-            raise InvalidRequest(f"line {number}", line, 'must hold "prompt" or "messages"')
+        if fault := _fault(request):
+            raise InvalidRequest(f"line {number}", line, fault)
         yield request
+
+
+def _read(file: Path | None) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig") if file else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("file", str(file or "stdin"), f"is not text: {error}") from error
+
+
+def _fault(request: dict[str, Any]) -> str | None:
+    """What is wrong with a line's object, if anything."""
+    if ("prompt" in request) == ("messages" in request):
+        return 'must hold "prompt" or "messages"'
+    if "messages" in request:
+        messages = request["messages"]
+        good = isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)
+        return None if good else '"messages" must be a list of objects'
+    prompt = request["prompt"]
+    ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token < 2**31 for token in prompt)
+    return None if ids or isinstance(prompt, str) else '"prompt" must be text or a list of token ids'
 
 
 def _ask(console: Console) -> str | None:
@@ -238,5 +261,6 @@ class _errors:  # noqa: N801
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, RadixgenError):
-            Console(stderr=True).print(f"[red]{type(error).__name__}[/] {error}", highlight=False)
+            line = Text.assemble((type(error).__name__, "red"), " ", " ".join(str(error).split()))
+            Console(stderr=True).print(line, soft_wrap=True)
             raise typer.Exit(1) from error

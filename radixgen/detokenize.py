@@ -19,7 +19,12 @@ class Detokenizer:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._stream = DecodeStream(list(prompt[-_CONTEXT:]), skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        if self._backend is not None:
+            # Step by step: a stream begun with tokens whose text ends in half a character gives all of it out.
+            for token in prompt[-_CONTEXT:]:
+                self.push(token)
+            self.text = ""
 
     def push(self, token: int) -> None:
         """Append what `token` makes certain."""

@@ -103,8 +103,8 @@ def _filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     width = probabilities.shape[1]
     top_k = _column([d.params.top_k if d.params.top_k > 0 else width for d in draws], logits)
     probabilities *= torch.arange(width, device=logits.device) < top_k
-    probabilities /= probabilities.sum(-1, keepdim=True)
-    before = probabilities.cumsum(-1) - probabilities
+    cumulative = probabilities.cumsum(-1)
+    before = (cumulative - probabilities) / cumulative[:, -1:]
     probabilities *= before < _column([d.params.top_p for d in draws], logits)
     return tokens.gather(-1, _invert(probabilities, draws)[:, None])[:, 0]
 
@@ -112,8 +112,9 @@ def _filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 def _probabilities(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """float64 `[draws, vocab]`; the division and the sums then round alike in any batch."""
     rows = torch.tensor([draw.row for draw in draws], device=logits.device)
-    scores = logits[rows].double() / _column([draw.params.temperature for draw in draws], logits)
-    return scores.softmax(-1)
+    scores = logits[rows].double()
+    scores -= scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
+    return (scores / _column([draw.params.temperature for draw in draws], logits)).softmax(-1)
 
 
 def _invert(probabilities: Tensor, draws: Sequence[Draw]) -> Tensor:

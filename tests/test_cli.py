@@ -48,11 +48,53 @@ def test_generate_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("stdin", "says"),
-    [("{", "line 1"), ('{"x": 1}', "messages"), ('ok\n{"prompt": "a", "messages": []}', "line 2")],
+    [
+        ("{", "line 1"),
+        ('{"x": 1}', "messages"),
+        ('ok\n{"prompt": "a", "messages": []}', "line 2"),
+        ('{"x": "[/]"}', "[/]"),
+        (json.dumps({"x": "long " * 50}), "must hold"),
+        ('{"prompt": 5}\n{"prompt": 6}', "list of token ids"),
+        ('{"prompt": null}', "list of token ids"),
+        ('{"prompt": [1, "a"]}', "list of token ids"),
+        ('{"prompt": [99999999999999999999]}', "list of token ids"),
+        ('{"messages": []}', "list of objects"),
+        ('{"messages": "hi"}', "list of objects"),
+        ('{"messages": ["hi"]}', "list of objects"),
+    ],
 )
-def test_bad_lines_are_named(model: Path, stdin: str, says: str) -> None:
-    result = call("generate", "--model", model, stdin=stdin)
-    assert result.exit_code == 1 and says in result.output
+@pytest.mark.parametrize("command", ["generate", "tree"])
+def test_bad_lines_are_named_in_one_line(model: Path, command: str, stdin: str, says: str) -> None:
+    result = call(command, "--model", model, stdin=stdin)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert says in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_no_text_is_named(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes(b"\xff\xfe")
+    result = call("generate", "--model", model, "--file", file)
+    assert result.exit_code == 1 and "is not text" in result.stderr and str(file) in result.stderr
+
+
+def test_a_line_ends_at_a_newline_alone(model: Path, tmp_path: Path) -> None:
+    """U+2028 inside a JSON string cut the line in two; a byte order mark made the first line a text prompt."""
+    file = tmp_path / "prompts.jsonl"
+    written = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in ("a\u2028b", "c")]
+    file.write_bytes(("\ufeff" + "\r\n".join(written)).encode())
+    found = lines(call("generate", "--model", model, "--kv-tokens", 64, "--max-tokens", 1, "--file", file))
+    assert len(found) == 2 and found[1]["num_prompt_tokens"] == 1
+
+
+def test_a_model_without_chat_template_takes_no_messages(tmp_path: Path) -> None:
+    families.build("llama").save_pretrained(tmp_path)
+    plain = texts.tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path)
+    line = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    for command in (["generate", "--kv-tokens", 64], ["tree"]):
+        result = call(*command, "--model", tmp_path, stdin=line)
+        assert result.exit_code == 1 and "no chat template" in result.stderr.splitlines()[-1]
 
 
 def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Plans cover each row's path exactly once, in depth-first rows, and are carried over where only lengths grow."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,6 +94,78 @@ def test_rows_below_a_node_are_one_range(case, cost) -> None:
             if above == node:
                 below.append(place)
         assert below == list(range(below[0], below[0] + len(below))) if below else True
+
+
+@given(forests(), st.sampled_from(["auto", "unshared", "naive"]), st.sampled_from(COSTS), st.integers(1, 12))
+@settings(max_examples=150, deadline=None)
+def test_a_window_drops_the_keys_before_the_first_that_a_unit_sees(case, mode, cost, window) -> None:
+    forest, nodes, positions = case
+    found = plan(forest, nodes, positions, mode=mode, cost=cost)
+    trimmed = found.within(window)
+    assert trimmed is found.within(window) and found.within(None) is found
+    for unit in range(found.num_units):
+        rows = found.row_positions[slice(*found.unit_rows[unit])].tolist()
+        first_seen = min(rows) - window + 1
+        for segment in range(*found.unit_segments[unit]):
+            first = int(found.segment_positions[segment])
+            kept = [p for p in range(first, first + found.segment_lengths[segment]) if p >= first_seen]
+            assert trimmed.segment_lengths[segment] == len(kept)
+            shift = trimmed.segment_starts[segment] - found.segment_starts[segment]
+            assert trimmed.segment_positions[segment] - first == shift
+            if kept:
+                assert kept[0] == trimmed.segment_positions[segment] and kept[-1] <= max(rows)
+
+
+@given(forests(), st.data(), st.sampled_from(["auto", "unshared", "naive"]), st.sampled_from(COSTS))
+@settings(max_examples=150, deadline=None)
+def test_advance_is_the_plan_of_one_token_later(case, data, mode, cost) -> None:
+    forest, _, _ = case
+    inner = set(forest.parents.tolist())
+    leaves = [i for i, length in enumerate(forest.lengths) if length and i not in inner]
+    if not leaves:
+        return
+    rows = np.array(data.draw(st.permutations(leaves)), np.int32)
+    positions = (forest.starts + forest.lengths)[rows] - 1
+    lengths, extent_lengths = forest.lengths.copy(), forest.extent_lengths.copy()
+    lengths[leaves] += 1
+    for leaf in leaves:
+        own = range(forest.extent_offsets[leaf], forest.extent_offsets[leaf + 1])
+        extent_lengths[max(e for e in own if extent_lengths[e])] += 1
+    later = replace(forest, lengths=lengths, extent_lengths=extent_lengths)
+    carried = plan(forest, rows, positions, mode=mode, cost=cost).advance()
+    fresh = plan(later, rows, positions + 1, mode=mode, cost=cost)
+    assert fresh.rebuilt and not carried.rebuilt
+    assert keys_read(carried) == keys_read(fresh)
+    if np.array_equal(carried.nodes.cut, fresh.nodes.cut):
+        for one in fields(Plan):
+            if one.name not in ("nodes", "window", "rebuilt", "_windowed"):
+                found, expected = getattr(carried, one.name), getattr(fresh, one.name)
+                assert found.dtype == expected.dtype and np.array_equal(found, expected), one.name
+
+
+def modelled_cost(found: Plan, cost: CostModel) -> float:
+    partials = (found.row_extra + 1)[found.row_extra > 0].sum()
+    return found.kv_tokens_read + cost.unit * found.num_units + cost.partial_row * float(partials)
+
+
+@given(forests(), st.sampled_from(COSTS))
+@settings(max_examples=150, deadline=None)
+def test_choosing_costs_at_most_twice_the_simple_ways(case, cost) -> None:
+    """The bound of one who rents skis; what was found on random forests is within a quarter."""
+    auto, *simple = [modelled_cost(plan(*case, mode=mode, cost=cost), cost) for mode in ("auto", "unshared", "naive")]
+    assert auto <= 2 * min(simple) + 1e-9
+
+
+@pytest.mark.parametrize("mode", ["auto", "unshared", "naive"])
+def test_rows_all_along_a_long_chain(mode) -> None:
+    size, step = 5_000, 250
+    ones, ids = np.ones(size, np.int32), np.arange(size, dtype=np.int32)
+    forest = Forest(ids - 1, ids, ones, np.arange(size + 1), 2 * ids.astype(np.int64), ones)
+    rows = ids[step - 1 :: step][::-1]
+    found = plan(forest, rows, rows, mode=mode)
+    assert found.row_positions.tolist() == sorted(rows.tolist())
+    expected = [[(p, 2 * p) for p in range(last + 1)] for last in found.row_positions.tolist()]
+    assert keys_read(found) == expected
 
 
 def grown_tree() -> tuple[RadixTree, list[Lock]]:

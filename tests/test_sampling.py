@@ -74,6 +74,40 @@ def test_distribution_is_that_of_transformers(params: SamplingParams) -> None:
     assert (np.abs(found - expected) <= 5 * spread + 1e-12).all()
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (6, 1.0), (0, 0.7), (6, 0.7)])
+def test_each_draw_inverts_the_cumulative_distribution(top_k: int, top_p: float) -> None:
+    """In order of token id where nothing is filtered, else likeliest first."""
+    params = SamplingParams(temperature=1.7, top_k=top_k, top_p=top_p)
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+    weights = (logits[0].double() / 1.7).softmax(-1).numpy()
+    order = np.arange(VOCAB)
+    if top_k or top_p < 1:
+        order = np.argsort(-weights, kind="stable")[: top_k or VOCAB]
+        kept = weights[order] / weights[order].sum()
+        order = order[np.cumsum(kept) - kept < top_p]
+    cumulative = np.cumsum(weights[order]) / weights[order].sum()
+    asked = draws(params, 500)
+    expected = order[np.searchsorted(cumulative, uniform(asked), side="right")]
+    assert [one.token for one in sample(logits, asked)] == expected.tolist()
+
+
+def test_of_equal_tokens_the_first_are_kept() -> None:
+    """Exactly `top_k` stay; transformers would keep every token that ties with the last of them."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 2.0]])
+    for params in (SamplingParams(top_k=3), SamplingParams(top_p=0.55)):
+        assert {one.token for one in sample(logits, draws(params, 500))} == {1, 2, 3}
+    assert {one.token for one in sample(logits * 0, draws(SamplingParams(top_k=1), 50))} == {0}
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-300, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float, top_k: int) -> None:
+    """Scores overflowed to infinity below 1e-307, and every draw was token 0."""
+    logits = torch.tensor([[1.0, 5.0, 2.0], [-9.0, -8.0, float("-inf")]])
+    params = SamplingParams(temperature=temperature, top_k=top_k)
+    assert {one.token for row in (0, 1) for one in sample(logits, draws(params, 20, row))} == {1}
+
+
 def test_a_draw_does_not_see_its_batch() -> None:
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(2))
     kinds = [
@@ -86,7 +120,7 @@ def test_a_draw_does_not_see_its_batch() -> None:
     together = sample(logits, batch)
     for one, drawn in zip(batch, together, strict=True):
         alone = sample(logits[one.row : one.row + 1], [Draw(0, one.params, one.seed, one.sequence, one.position)])
-        assert alone[0].token == drawn.token
+        assert alone[0] == drawn
         assert (drawn.logprobs is None) == (one.params.logprobs is None)
 
 
