@@ -122,7 +122,7 @@ class Report:
             (at_most, at_most is None or value <= at_most, "at most"),
         ):
             if limit is not None:
-                self.bounds.append([text, f"{word} {limit:,g}"])
+                self.bounds.append([text, f"{word} {limit:,.12g}"])
                 text += f"  [{word} {limit:g}: {'holds' if holds else 'MISSED'}]"
             if not holds:
                 self.missed.append(key)
