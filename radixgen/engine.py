@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import (
@@ -165,9 +166,12 @@ class Engine:
         """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InvalidRequest("messages", "…", "the model has no chat template")
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
         return ids
 
     def decode(self, token_ids: Seq[int]) -> str:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from radixgen.model import smollm2
@@ -20,9 +21,9 @@ def waiting(console: Console) -> Iterator[Say]:
         task = progress.add_task("", total=None)
 
         def say(text: str) -> None:
-            progress.update(task, description=text)
+            progress.update(task, description=escape(text))
             if not console.is_terminal:
-                console.print(text)
+                console.print(text, markup=False)
 
         yield say
 
