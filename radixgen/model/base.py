@@ -1,0 +1,46 @@
+"""What the engine asks of a model."""
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.core import Plan
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A causal language model over packed rows, together with its KV storage."""
+
+    name: str
+    vocab_size: int
+    """Token ids are below it; it is the width of the logits or less."""
+    max_model_len: int
+    """Longest prompt plus output, in tokens."""
+    eos_token_ids: frozenset[int]
+    kv_bytes_per_token: int
+    """In all layers together."""
+    kv_bytes_read: int
+    """Bytes that attention has read so far: the segments of every unit, in every layer."""
+    kv_bytes_unshared: int
+    """Bytes that the same rows would have read, had each read its own whole path."""
+
+    def allocate(self, slots: int) -> None:
+        """Make storage for the KV of `slots` tokens. Called once, before the first `run`."""
+
+    def run(
+        self,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
+    ) -> Tensor:
+        """Write the K and V of the plan's rows into their slots, then attend by the plan.
+
+        `token_ids` `[rows]`; `slots` `[rows]`, -1 where a row's KV exists already; `logit_rows` `[n]`. Returns
+        float32 logits `[n, vocab]`.
+        """
+
+    def release(self) -> None:
+        """Give back what was borrowed and drop the storage."""
