@@ -7,11 +7,15 @@ from radixgen.core import (
     CompletionOutput,
     DuplicateRequest,
     EngineClosed,
+    EngineDead,
     InvalidRequest,
+    LimitReached,
     Limits,
     ModelNotFound,
     PromptTooLong,
+    QueueFull,
     RadixgenError,
+    RequestFailed,
     RequestOutput,
     SamplingParams,
     Stats,
@@ -21,23 +25,33 @@ from radixgen.core import (
 from radixgen.version import VERSION
 
 if TYPE_CHECKING:
+    from radixgen.async_engine import AsyncEngine
     from radixgen.attention import TreeAttention
     from radixgen.engine import Engine
 
 __version__ = VERSION
 
-_LAZY = {"Engine": "radixgen.engine", "TreeAttention": "radixgen.attention"}
+_LAZY = {
+    "AsyncEngine": "radixgen.async_engine",
+    "Engine": "radixgen.engine",
+    "TreeAttention": "radixgen.attention",
+}
 
 __all__ = [
+    "AsyncEngine",
     "CompletionOutput",
     "DuplicateRequest",
     "Engine",
     "EngineClosed",
+    "EngineDead",
     "InvalidRequest",
+    "LimitReached",
     "Limits",
     "ModelNotFound",
     "PromptTooLong",
+    "QueueFull",
     "RadixgenError",
+    "RequestFailed",
     "RequestOutput",
     "SamplingParams",
     "Stats",

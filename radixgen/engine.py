@@ -1,49 +1,52 @@
-"""`Engine`: requests in, tokens out, one radix tree in between."""
+"""`Engine`: requests in, text and tokens out, one radix tree in between."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 
-from radixgen.cache import ExtentPool, RadixTree, TokenArray
+from radixgen.cache import RadixTree, TokenArray
 from radixgen.core import (
-    CompletionOutput,
     DuplicateRequest,
     EngineClosed,
     InvalidRequest,
     Limits,
-    PromptTooLong,
+    OutputKind,
+    QueueFull,
     RadixgenError,
+    RequestFailed,
     RequestOutput,
     SamplingParams,
     Stats,
     UnknownRequest,
     UnsupportedModel,
 )
-from radixgen.detokenize import Detokenizer
+from radixgen.engine_core import EngineCore
+from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts
+from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device
 from radixgen.model.packed import TreeModel
 from radixgen.model.runner import ModelRunner
-from radixgen.sampling import Draw, Sampled, sample
-from radixgen.scheduler.batch import Batch, Scheduler
-from radixgen.scheduler.planner import PLAN_MODES, PlanMode, Planner
-from radixgen.scheduler.sequence import Request, Sequence
+from radixgen.output_processor import OutputProcessor
+from radixgen.scheduler.planner import PLAN_MODES, PlanMode
+from radixgen.scheduler.sequence import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Prompt = str | Seq[int] | TokenArray
-Messages = Seq[Mapping[str, Any]]
 Progress = Callable[[int, int], None]
 
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
 """How much of the free memory the KV pool takes where `kv_tokens` does not say."""
+_OUTPUT_KINDS = ("cumulative", "delta", "final")
+_SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
 
 class Engine:
@@ -58,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        model: "str | Path | PreTrainedModel",
+        model: "str | Path | PreTrainedModel | Model",
         *,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         dtype: str | torch.dtype = "auto",
@@ -71,11 +74,12 @@ class Engine:
         max_model_len: int | None = None,
         seed: int = 0,
         limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
         debug: bool = False,
     ) -> None:
         """
-        model: `"smollm2"`, a directory, a `.gguf` file, a hub id, or a transformers model (borrowed until
-        `close`).
+        model: `"smollm2"`, a directory, a `.gguf` file, a hub id, a transformers model (borrowed until `close`), or
+        anything that has the methods of `radixgen.model.base.Model`.
         tokenizer: for a model given as an object; a model without one serves token ids.
         dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
         attention: `"auto"` or a backend of `radixgen.kernels.BACKENDS`.
@@ -85,37 +89,40 @@ class Engine:
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
+        clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
             and check before every step that its plan names no free slot.
 
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`.
         """
-        _check_options(plan, max_step_tokens, kv_tokens)
-        loaded = _loaded(model, tokenizer, dtype, device)
+        _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
+        _check_seed(seed)
         self.limits = limits or Limits()
-        self.tokenizer = loaded.tokenizer
+        served, self.tokenizer = _served(model, tokenizer, dtype, device, attention, max_model_len)
+        slots = kv_tokens or _default_slots(served, self.limits)
+        served.allocate(slots)
         self.share = share
-        self.seed = seed
-        self._model = TreeModel(loaded.model, loaded.name, max_model_len)
-        self.max_model_len = self._model.max_model_len
-        slots = kv_tokens or _default_slots(self._model, self.limits)
-        self._runner = ModelRunner(self._model, slots, attention)
-        self._tree = RadixTree(ExtentPool(slots), stamps=debug)
-        self._planner = Planner(self._tree, mode=plan)
-        self._scheduler = Scheduler(
-            self._tree,
-            self._planner,
+        self.max_model_len = served.max_model_len
+        self._model = served
+        self._clock = clock
+        self._core = EngineCore(
+            served,
+            kv_tokens=slots,
             max_step_tokens=max_step_tokens,
-            max_num_seqs=self.limits.max_num_seqs,
+            limits=self.limits,
+            plan=plan,
+            seed=seed,
             debug=debug,
         )
-        self._eos = _eos_tokens(loaded.model)
-        self._requests: dict[str, Request] = {}
-        self._detokenizers: dict[Sequence, Detokenizer] = {}
+        self._inputs = InputProcessor(
+            self.tokenizer,
+            vocab_size=served.vocab_size,
+            max_model_len=served.max_model_len,
+            kv_tokens=slots,
+            limits=self.limits,
+        )
+        self._outputs = OutputProcessor(self._core, self.tokenizer)
         self._undelivered: list[RequestOutput] = []
-        self._serial = 0
-        self._steps = 0
-        self._generated = 0
         self._closed = False
 
     # -- whole requests -----------------------------------------------------------------------------------
@@ -130,28 +137,17 @@ class Engine:
         """Serve one prompt (a string or token ids) or many as one burst; outputs in the order of the prompts.
 
         `progress(done, total)` is called after every step with the number of finished requests. All prompts
-        are checked before any is admitted. Raises `InvalidRequest`.
+        are checked before any is admitted; what the waiting queue cannot take at once follows as it empties.
+        Raises `InvalidRequest`.
         """
         self._ensure_open()
-        batch = _as_prompts(prompts)
-        each = _as_params(params, len(batch))
-        tokens = [self._tokenize(prompt) for prompt in batch]
+        batch = as_prompts(prompts)
+        each = as_params(params, len(batch))
+        tokens = [self._inputs.tokenize(prompt) for prompt in batch]
         for ids, one in zip(tokens, each, strict=True):
-            self._check_request(ids, one)
-        request_ids = [self.submit(p, q) for p, q in zip(tokens, each, strict=True)]
-        mine, done = set(request_ids), dict[str, RequestOutput]()
-        try:
-            while len(done) < len(request_ids):
-                for output in self._step_or_stall():
-                    if output.request_id not in mine:
-                        self._undelivered.append(output)
-                    elif output.finished:
-                        done[output.request_id] = output
-                if progress is not None:
-                    progress(len(done), len(request_ids))
-        finally:
-            self._abandon(mine - done.keys())
-        return [done[request_id] for request_id in request_ids]
+            self._inputs.check(ids, one)
+        submits = [partial(self._core_submit, ids, one) for ids, one in zip(tokens, each, strict=True)]
+        return self._serve(submits, progress)
 
     def chat(self, messages: Messages | Seq[Messages], params: SamplingParams | None = None) -> list[RequestOutput]:
         """Serve one conversation, or many as one burst, through the model's chat template.
@@ -164,15 +160,27 @@ class Engine:
 
     def chat_tokens(self, messages: Messages) -> list[int]:
         """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InvalidRequest("messages", "…", "the model has no chat template")
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
-        return ids
+        return self._inputs.chat_tokens(messages)
+
+    def tokenize(self, prompt: Prompt) -> TokenArray:
+        """`prompt` as checked token ids, int32. May be called from another thread. Raises `InvalidRequest`."""
+        return self._inputs.tokenize(prompt)
+
+    def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
+        """Natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
+        distribution.
+
+        One burst: what continuations have in common, the prompt first of all, is computed once. A text
+        continuation is tokenized by itself, without special tokens; give token ids where that matters. Raises
+        `InvalidRequest`, and `RequestFailed` where a continuation could not be scored.
+        """
+        self._ensure_open()
+        tokens = self._inputs.tokenize(prompt)
+        each = [self._inputs.tokenize_continuation(one) for one in as_prompts(continuations)]
+        for one in each:
+            self._inputs.check_score(tokens, one)
+        submits = [partial(self.submit_score, tokens, one, namespace=namespace) for one in each]
+        return [scores_of(output) for output in self._serve(submits, None)]
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
@@ -187,14 +195,14 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         cumulative: bool = False,
-    ) -> Iterator[RequestOutput]:
+    ) -> "OutputStream":
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
         Other requests go on meanwhile. Leaving the iterator early cancels the request. Raises
-        `InvalidRequest`.
+        `InvalidRequest` or `QueueFull`.
         """
-        request_id = self.submit(prompt, params)
-        return self._stream(request_id, cumulative)
+        request_id = self.submit(prompt, params, output_kind="cumulative" if cumulative else "delta")
+        return OutputStream(self, request_id)
 
     # -- request by request -------------------------------------------------------------------------------
 
@@ -206,144 +214,162 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         namespace: str = "",
+        timeout: float | None = None,
+        output_kind: OutputKind = "cumulative",
     ) -> str:
-        """Queue a request and return its id. Higher `priority` goes first; namespaces share nothing.
+        """Queue a request and return its id.
 
-        Raises `InvalidRequest` or one of its children, and then nothing is queued.
+        priority: higher goes first.
+        namespace: requests of different namespaces share nothing.
+        timeout: seconds from now; a request that has not ended by then ends with `abort` and the stop reason
+            `"deadline"`, and keeps what it has generated.
+        output_kind: whether `step` tells everything so far, what is new, or only the last output.
+
+        Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
         self._ensure_open()
-        params = params or SamplingParams()
-        tokens = self._tokenize(prompt)
-        self._check_request(tokens, params)
-        request_id = self._new_id(request_id)
-        for field, text in (("request_id", request_id), ("namespace", namespace)):
-            if not isinstance(text, str) or len(text) > self.limits.max_request_id_len:
-                limit = f"must be text of at most {self.limits.max_request_id_len} characters"
-                raise InvalidRequest(field, text, limit)
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequest("priority", priority, "must be an integer")
-        if len(self._scheduler.waiting) + params.n > self.limits.max_waiting:
-            limit = f"at most {self.limits.max_waiting} sequences may wait"
-            raise InvalidRequest("waiting", len(self._scheduler.waiting) + params.n, limit)
-        self._serial += 1
-        seed = params.seed if params.seed is not None else _mix(self.seed, self._serial)
-        request = Request(request_id, self._serial, tokens, params, seed, priority, namespace)
-        for index in range(params.n):
-            own = namespace if self.share else f"{namespace}\0{self._serial}.{index}"
-            sequence = Sequence(request, index, own)
-            request.sequences.append(sequence)
-            self._detokenizers[sequence] = Detokenizer(self.tokenizer, tokens.tolist())
-        self._requests[request_id] = request
-        self._scheduler.add(request)
-        return request_id
+        params = params if params is not None else SamplingParams()
+        tokens = self._inputs.tokenize(prompt)
+        self._inputs.check(tokens, params)
+        self._inputs.check_name("namespace", namespace)
+        self._inputs.check_priority(priority)
+        self._check_id(request_id)
+        if output_kind not in _OUTPUT_KINDS:
+            raise InvalidRequest("output_kind", output_kind, f"must be one of {', '.join(_OUTPUT_KINDS)}")
+        deadline = self._clock() + self._inputs.check_seconds("timeout", timeout)
+        return self._core_submit(
+            tokens,
+            params,
+            output_kind,
+            request_id=request_id,
+            priority=priority,
+            namespace=namespace,
+            deadline=deadline,
+        )
+
+    def submit_score(
+        self, prompt: Prompt, continuation: Prompt, *, request_id: str | None = None, namespace: str = ""
+    ) -> str:
+        """Queue one continuation to be scored, and return the request's id; `scores_of` reads its only output.
+
+        Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
+        """
+        self._ensure_open()
+        tokens, rest = self._inputs.tokenize(prompt), self._inputs.tokenize_continuation(continuation)
+        self._inputs.check_score(tokens, rest)
+        self._inputs.check_name("namespace", namespace)
+        self._check_id(request_id)
+        return self._core_submit(
+            np.concatenate([tokens, rest]),
+            _SCORING,
+            request_id=request_id,
+            namespace=namespace,
+            score_from=tokens.size - 1,
+        )
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns every request that gained tokens or ended, with everything generated so
-        far.
+        """Run one step. Returns an output for every request that gained tokens or ended.
+
+        Where the model raises, the step is undone and its requests are tried again, each alone; one for which it
+        raises again ends with `error`.
         """
         self._ensure_open()
         outputs, self._undelivered = self._undelivered, []
-        batch = self._scheduler.schedule()
-        if batch is None:
-            return outputs
         try:
-            frozen = self._scheduler.freeze(batch)
-            logits = self._runner.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
+            touched = self._core.step(self._clock())
         except BaseException:
-            self._scheduler.rollback(batch)
+            self._undelivered = outputs
             raise
-        self._scheduler.commit(batch)
-        self._steps += 1
-        return outputs + self._retire(batch, logits)
+        return outputs + self._outputs.process(touched)
 
     def cancel(self, request_id: str) -> None:
         """End a request with `finish_reason="abort"`; the next step reports it. Raises `UnknownRequest`."""
         self._ensure_open()
-        if request_id not in self._requests:
-            raise UnknownRequest("request_id", request_id, "names no live request")
-        request = self._requests[request_id]
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = "abort"
-                self._scheduler.drop(sequence)
-        self._undelivered.append(self._report(request))
+        self._core.abort(self._live(request_id))
+
+    def fork(self, request_id: str, n: int = 1) -> list[str]:
+        """`n` more requests that go on from where this one stands, each with draws of its own; their ids.
+
+        No KV is copied and nothing is computed. Their first output tells what the request had generated before;
+        greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest`, `QueueFull`.
+        """
+        self._ensure_open()
+        request = self._live(request_id)
+        self._inputs.check_count("n", n, self.limits.max_n)
+        self._core.require_room(n, n * request.prompt.size)
+        forks = []
+        for _ in range(n):
+            fork = self._core.fork(request)
+            self._outputs.follow_fork(request, fork)
+            forks.append(fork.id)
+        return forks
+
+    def pin(self, prompt: Prompt, *, namespace: str = "", priority: int = 0, ttl: float | None = None) -> int | None:
+        """Keep what is cached of `prompt` although no request may hold it; None where nothing of it is cached.
+
+        A pin lasts until `unpin`, for `ttl` seconds, or until a request needs its memory and nothing else can give
+        way: the lowest priority first. Raises `InvalidRequest`, `LimitReached`.
+        """
+        self._ensure_open()
+        tokens = self._inputs.tokenize(prompt)
+        self._inputs.check_name("namespace", namespace)
+        self._inputs.check_priority(priority)
+        expires = self._clock() + self._inputs.check_seconds("ttl", ttl)
+        pin = self._core.pin(tokens, namespace, priority, expires)
+        return pin.id if pin else None
+
+    def unpin(self, pin: int) -> bool:
+        """Let go of a pin. False where it is gone already."""
+        self._ensure_open()
+        return self._core.unpin(pin)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that ran or failed."""
+        return self._core.num_attempts
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would run something or report something."""
-        return bool(self._requests or self._undelivered)
+        return bool(self._core.requests or self._undelivered)
 
     # -- the engine itself --------------------------------------------------------------------------------
 
     @property
     def tree(self) -> RadixTree:
         """The live tree, to be read."""
-        return self._tree
+        return self._core.tree
 
     @property
-    def kv_dtype(self) -> torch.dtype:
-        return self._model.layer_shapes[0].dtype
+    def model_name(self) -> str:
+        return self._model.name
 
     def explain(self) -> str:
         """The last step's plan, in bytes of KV over all layers."""
-        last = self._planner.last
-        shapes = self._model.layer_shapes
-        return last.explain(sum(s.bytes_per_token for s in shapes)) if last else "no step has run"
+        last = self._core.planner.last
+        return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
 
     def stats(self) -> Stats:
-        pool, scheduler, runner = self._tree.pool, self._scheduler, self._runner
-        return Stats(
-            steps=self._steps,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.cached_prompt_tokens,
-            computed_prompt_tokens=scheduler.computed_prompt_tokens,
-            computed_rows=runner.computed_rows,
-            logit_rows=runner.logit_rows,
-            generated_tokens=self._generated,
-            kv_tokens_total=pool.capacity,
-            kv_tokens_used=pool.used - self._tree.reserved_tokens,
-            kv_tokens_reserved=self._tree.reserved_tokens,
-            kv_tokens_cached=self._tree.evictable_tokens,
-            evicted_tokens=self._tree.evicted_tokens,
-            preemptions=scheduler.preemptions,
-            kv_bytes_read=runner.kv_bytes_read,
-            kv_bytes_unshared=runner.kv_bytes_unshared,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-        )
+        return self._core.stats()
 
     def check(self) -> None:
-        """Assert every invariant: slots have one owner, references are those of the live cursors, counts add
-        up.
+        """Assert every invariant: slots have one owner, references are those of the live cursors and pins, counts
+        add up, bounds hold.
         """
-        self._tree.check()
-        cursors: dict[int, int] = {}
-        for sequence in self._scheduler.running:
-            assert sequence.cursor is not None and sequence.finish_reason is None
-            node = sequence.cursor.held
-            cursors[node.id] = cursors.get(node.id, 0) + 1
-            assert np.array_equal(node.path_tokens(), sequence.tokens()), "a cursor left its tokens"
-            assert node.namespace == sequence.namespace
-        for node in self._tree.nodes():
-            assert node.lock_count == cursors.get(node.id, 0), f"{node} has a lock without a cursor"
-        for sequence in self._scheduler.waiting:
-            assert sequence.cursor is None and sequence.finish_reason is None
-        live = {s for r in self._requests.values() for s in r.sequences if s.finish_reason is None}
-        assert live == {*self._scheduler.running, *self._scheduler.waiting}
+        self._core.check()
+        self._outputs.check()
 
     def reset_prefix_cache(self) -> int:
-        """Drop everything cached that no live request holds. Returns the tokens dropped."""
+        """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
         self._ensure_open()
-        return self._tree.reset()
+        return self._core.tree.reset()
 
     def close(self) -> None:
         """Release the model and the KV pool; live requests end without a report. May be called twice."""
         if not self._closed:
             self._closed = True
-            self._model.release()
-            self._requests.clear()
-            self._runner.storage.keys.clear()
-            self._runner.storage.values.clear()
+            self._undelivered.clear()
+            self._core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -358,136 +384,150 @@ class Engine:
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _retire(self, batch: Batch, logits: torch.Tensor) -> list[RequestOutput]:
-        """Draw tokens, end the sequences that are done, move the others' cursors."""
-        readers = [(row, s) for row, group in enumerate(batch.readers.values()) for s in group]
-        drawn = sample(
-            logits,
-            [Draw(row, s.request.params, s.request.seed, s.index, len(s.output)) for row, s in readers],
-        )
-        going = []
-        for (_, sequence), sampled in zip(readers, drawn, strict=True):
-            self._append(sequence, sampled)
-            if sequence.finish_reason is None:
-                going.append((sequence, sampled.token))
-            else:
-                self._scheduler.drop(sequence)
-        self._scheduler.advance(going)
-        touched = {sequence.request: None for _, sequence in readers}
-        return [self._report(request) for request in touched]
+    def _core_submit(
+        self, tokens: TokenArray, params: SamplingParams, kind: OutputKind = "final", **options: Any
+    ) -> str:
+        request = self._core.submit(tokens, params, share=self.share, **options)
+        self._outputs.follow(request, kind)
+        return request.id
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
-        params = sequence.request.params
-        sequence.output.append(sampled.token)
-        if sampled.logprobs is not None:
-            sequence.logprobs.append(sampled.logprobs)
-        self._detokenizers[sequence].push(sampled.token)
-        self._generated += 1
-        if sampled.token in params.stop_token_ids:
-            sequence.finish_reason, sequence.stop_reason = "stop", sampled.token
-        elif sampled.token in self._eos and not params.ignore_eos:
-            sequence.finish_reason = "stop"
-        elif len(sequence.output) >= self._max_output(sequence.request):
-            sequence.finish_reason = "length"
-
-    def _report(self, request: Request) -> RequestOutput:
-        finished = request.finished
-        output = RequestOutput(
-            request_id=request.id,
-            prompt_token_ids=request.prompt.tolist(),
-            outputs=[self._completion(sequence) for sequence in request.sequences],
-            finished=finished,
-            num_cached_tokens=request.num_cached_tokens or 0,
-        )
-        if finished:
-            del self._requests[request.id]
-            for sequence in request.sequences:
-                del self._detokenizers[sequence]
-        return output
-
-    def _completion(self, sequence: Sequence) -> CompletionOutput:
-        asked = sequence.request.params.logprobs is not None
-        own = zip(sequence.logprobs, sequence.output, strict=asked)
-        return CompletionOutput(
-            index=sequence.index,
-            text=self._detokenizers[sequence].text,
-            token_ids=list(sequence.output),
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-            cumulative_logprob=sum(found[token] for found, token in own) if asked else None,
-            logprobs=list(sequence.logprobs) if asked else None,
-        )
-
-    def _stream(self, request_id: str, cumulative: bool) -> Iterator[RequestOutput]:
-        sent: dict[int, tuple[int, int]] = {}
-        finished = False
+    def _serve(self, submits: Seq[Callable[[], str]], progress: Progress | None) -> list[RequestOutput]:
+        """Run what `submits` queues until all of it has ended; outputs in its order."""
+        ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
         try:
-            while not finished:
-                for output in self._step_or_stall():
-                    if output.request_id != request_id:
-                        self._undelivered.append(output)
-                        continue
-                    finished = output.finished
-                    yield output if cumulative else _delta(output, sent)
+            while len(done) < len(submits):
+                ids += self._submit_some(submits[len(ids) :])
+                done |= {output.request_id: output for output in self._receive(set(ids))}
+                if progress is not None:
+                    progress(len(done), len(submits))
         finally:
-            self._abandon({request_id} if not finished else set())
+            self._abandon(set(ids) - done.keys())
+        return [done[request_id] for request_id in ids]
 
-    def _step_or_stall(self) -> list[RequestOutput]:
-        """A step that must bring something: without one, a caller would wait for ever."""
-        rows = self._runner.computed_rows
-        outputs = self.step()
-        if not outputs and rows == self._runner.computed_rows:
-            raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
-        return outputs
+    def _submit_some(self, submits: Seq[Callable[[], str]]) -> list[str]:
+        """As many as the waiting queue takes."""
+        ids = []
+        for submit in submits:
+            try:
+                ids.append(submit())
+            except QueueFull:
+                break
+        return ids
 
-    def _abandon(self, request_ids: set[str]) -> None:
-        """Cancel requests that nobody waits for any more, and drop their reports."""
-        for request_id in request_ids & self._requests.keys():
-            self.cancel(request_id)
-        self._undelivered = [o for o in self._undelivered if o.request_id not in request_ids]
+    def _receive(self, request_ids: Container[str]) -> list[RequestOutput]:
+        """Outputs of these requests: what other callers' steps left of them, or else what one more step brings.
 
-    def _tokenize(self, prompt: Prompt) -> TokenArray:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest("prompt", prompt, "the model has no tokenizer: give token ids")
-            return np.array(self.tokenizer(prompt)["input_ids"], np.int32)
-        return _token_ids(prompt, self._model.vocab_size)
+        A step must do something: otherwise a caller would wait for ever.
+        """
+        if not any(output.request_id in request_ids for output in self._undelivered):
+            before = self._core.num_attempts
+            self._undelivered = self.step()
+            if not self._undelivered and before == self._core.num_attempts:
+                raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
+        own = [output for output in self._undelivered if output.request_id in request_ids]
+        self._undelivered = [output for output in self._undelivered if output.request_id not in request_ids]
+        return own
 
-    def _check_request(self, prompt: TokenArray, params: SamplingParams) -> None:
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest("params", params, "must be SamplingParams")
-        params.validate(self.limits)
-        if prompt.size == 0:
-            raise InvalidRequest("prompt", [], "must hold at least one token")
-        if prompt.size >= self.max_model_len:
-            limit = f"the context holds {self.max_model_len} tokens, one of them generated"
-            raise PromptTooLong("len(prompt)", prompt.size, limit)
-        needed = min(prompt.size + params.max_tokens, self.max_model_len) - 1
-        if needed > self._tree.pool.capacity:
-            limit = f"needs {needed} of the pool's {self._tree.pool.capacity} slots"
-            raise PromptTooLong("len(prompt) + max_tokens", prompt.size + params.max_tokens, limit)
+    def _abandon(self, request_ids: Collection[str]) -> None:
+        """Cancel requests that nobody waits for any more, and drop their outputs."""
+        if self._closed:
+            return
+        for request_id in request_ids:
+            if request_id in self._core.requests:
+                self._core.abort(self._core.requests[request_id])
+        self._undelivered += self._outputs.process(self._core.take_ended())
+        self._undelivered = [output for output in self._undelivered if output.request_id not in request_ids]
 
-    def _max_output(self, request: Request) -> int:
-        return min(request.params.max_tokens, self.max_model_len - request.prompt.size)
+    def _check_id(self, request_id: str | None) -> None:
+        if request_id is None:
+            return
+        self._inputs.check_name("request_id", request_id)
+        if request_id in self._core.requests:
+            raise DuplicateRequest("request_id", request_id, "a request with this id has not ended")
 
-    def _new_id(self, asked: str | None) -> str:
-        if asked is None:
-            return f"request-{self._serial + 1}"
-        if asked in self._requests:
-            raise DuplicateRequest("request_id", asked, "a live request has this id")
-        return asked
+    def _live(self, request_id: str) -> Request:
+        request = self._core.requests.get(request_id)
+        if request is None or request.finished:
+            raise UnknownRequest("request_id", request_id, "names no live request")
+        return request
 
     def _ensure_open(self) -> None:
         if self._closed:
             raise EngineClosed("the engine is closed")
 
 
-def _check_options(plan: str, max_step_tokens: int, kv_tokens: int | None) -> None:
+class OutputStream(Iterator[RequestOutput]):
+    """One request's outputs, as they come; each `next` steps the engine if need be."""
+
+    def __init__(self, engine: Engine, request_id: str) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._waiting: list[RequestOutput] = []
+        self._open = True
+
+    def __next__(self) -> RequestOutput:
+        if not self._open:
+            raise StopIteration
+        while not self._waiting:
+            self._waiting = self._engine._receive([self.request_id])
+        output = self._waiting.pop(0)
+        self._open = not output.finished
+        return output
+
+    def close(self) -> None:
+        """Cancel the request if it has not ended."""
+        if self._open:
+            self._open = False
+            self._engine._abandon([self.request_id])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def scores_of(output: RequestOutput) -> list[float]:
+    """What `submit_score` asked for, from the request's only output: a natural-log probability for each token of
+    the continuation. Raises `RequestFailed`.
+    """
+    if output.prompt_logprobs is None:
+        raise RequestFailed(f"request {output.request_id} was not scored: {output.outputs[0].stop_reason}")
+    return [next(iter(found.values())) for found in output.prompt_logprobs if found]
+
+
+def _check_options(plan: str, **sizes: int | None) -> None:
+    """Sizes are counts above 0, or None where there is a default."""
     if plan not in PLAN_MODES:
         raise InvalidRequest("plan", plan, f"must be one of {', '.join(PLAN_MODES)}")
-    for field, value in (("max_step_tokens", max_step_tokens), ("kv_tokens", kv_tokens)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InvalidRequest(field, value, "must be an integer of at least 1")
+    for field, value in sizes.items():
+        if value is None and field != "max_step_tokens":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
+            raise InvalidRequest(field, value, "must be an integer from 1 to 2^63 - 1")
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InvalidRequest("seed", seed, "must be an integer from 0 to 2^64 - 1")
+
+
+def _served(
+    model: "str | Path | PreTrainedModel | Model",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    dtype: str | torch.dtype,
+    device: str,
+    attention: str,
+    max_model_len: int | None,
+) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
+    """The model behind the engine's interface, and its tokenizer."""
+    if isinstance(model, Model):
+        return model, tokenizer
+    loaded = _loaded(model, tokenizer, dtype, device)
+    tree_model = TreeModel(loaded.model, loaded.name, max_model_len)
+    try:
+        return ModelRunner(tree_model, attention, _eos_tokens(loaded.model)), loaded.tokenizer
+    except BaseException:
+        tree_model.release()
+        raise
 
 
 def _loaded(
@@ -515,80 +555,14 @@ def _eos_tokens(model: "PreTrainedModel") -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _default_slots(model: TreeModel, limits: Limits) -> int:
+def _default_slots(model: Model, limits: Limits) -> int:
     """As many tokens as a share of the free memory holds."""
-    bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
-    if model.device.type == "cuda":
+    if isinstance(model, ModelRunner) and model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0] * _CUDA_SHARE
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE
     most = limits.max_num_seqs * model.max_model_len
-    slots = min(int(free) // bytes_per_token, most)
+    slots = min(int(free) // model.kv_bytes_per_token, most)
     if slots < 1:
         raise UnsupportedModel(f"{model.name}: no memory is left for its KV cache")
     return slots
-
-
-def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int) -> TokenArray:
-    """A prompt as int32 token ids, each checked. Raises `InvalidRequest` that names the first bad place."""
-    if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
-        ids = prompt
-    elif not isinstance(prompt, Seq):
-        raise InvalidRequest("prompt", prompt, "must be text or a flat sequence of token ids")
-    else:
-        for place, token in enumerate(prompt):
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise InvalidRequest(f"prompt[{place}]", token, "must be an integer token id")
-        ids = np.array(prompt, object)
-    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if bad.size:
-        place = int(bad[0])
-        raise InvalidRequest(f"prompt[{place}]", int(ids[place]), f"must be from 0 to {vocab_size - 1}")
-    return ids.astype(np.int32)
-
-
-def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """A string, token ids, or a list of either."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Seq | np.ndarray):
-        raise InvalidRequest("prompts", prompts, "must be text, token ids, or a list of either")
-    if len(prompts) and isinstance(prompts[0], int | np.integer):
-        return [prompts]  # type: ignore[list-item]
-    for prompt in prompts:
-        if not isinstance(prompt, str | Seq | np.ndarray):
-            raise InvalidRequest("prompts", prompt, "must be text or token ids")
-    return list(prompts)
-
-
-def _as_params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InvalidRequest("len(params)", len(params), f"must be {count}, as many as prompts")
-    return list(params)
-
-
-def _mix(seed: int, serial: int) -> int:
-    """A 64-bit seed for request `serial`."""
-    return hash((seed, serial)) & (2**64 - 1)
-
-
-def _delta(output: RequestOutput, sent: dict[int, tuple[int, int]]) -> RequestOutput:
-    """What `output` adds to what `sent` (tokens and characters by sequence) says was yielded before."""
-    fresh = []
-    for whole in output.outputs:
-        tokens, characters = sent.get(whole.index, (0, 0))
-        sent[whole.index] = (len(whole.token_ids), len(whole.text))
-        fresh.append(
-            CompletionOutput(
-                index=whole.index,
-                text=whole.text[characters:],
-                token_ids=whole.token_ids[tokens:],
-                finish_reason=whole.finish_reason,
-                stop_reason=whole.stop_reason,
-                cumulative_logprob=whole.cumulative_logprob,
-                logprobs=whole.logprobs[tokens:] if whole.logprobs is not None else None,
-            )
-        )
-    return RequestOutput(output.request_id, output.prompt_token_ids, fresh, output.finished, output.num_cached_tokens)

@@ -1,146 +1,231 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, with counter-based randomness."""
+"""From logits to tokens: penalties and filters as in transformers, with counter-based randomness."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.core import SamplingParams
+from radixgen.core import SamplingParams, SamplingState
 
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_FORK = 0x666F726B
+"""Sets the counters of forks apart from those of draws."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """One sequence's draw: which row of the logits, how, and the counters of its randomness."""
-
-    row: int
-    params: SamplingParams
-    seed: int
-    """64 bits"""
-    sequence: int
-    """Place among the request's `n`"""
-    position: int
-    """How many tokens the sequence has generated"""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A token, and where asked for `{token id: natural-log probability}`, the sampled one first."""
-
-    token: int
-    logprobs: dict[int, float] | None = None
-
-
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-    """Draw one token each from float32 logits `[rows, vocab]`.
-
-    A draw depends on its own row, parameters and counters only, never on the rest of the batch.
+class Drawn:
+    """A token a draw; -1 where the row holds a NaN or +inf, or nothing finite. `logprobs` by draw, where asked for:
+    `{token id: natural-log probability}`, the drawn one first.
     """
-    tokens = np.empty(len(draws), np.int64)
-    groups: dict[str, list[int]] = {"greedy": [], "plain": [], "filtered": []}
-    for index, draw in enumerate(draws):
-        groups[_kind(draw.params)].append(index)
-    if groups["greedy"]:
-        best = logits.argmax(-1).cpu().numpy()
-        tokens[groups["greedy"]] = best[[draws[i].row for i in groups["greedy"]]]
-    for kind, draw_some in (("plain", _plain), ("filtered", _filtered)):
-        if members := groups[kind]:
-            tokens[members] = draw_some(logits, [draws[i] for i in members]).cpu().numpy()
-    logprobs = _logprobs(logits, draws, tokens)
-    return [Sampled(int(t), logprobs.get(i)) for i, t in enumerate(tokens.tolist())]
+
+    tokens: list[int]
+    logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
 
 
-def uniform(draws: Sequence[Draw]) -> NDArray[np.float64]:
-    """One number in [0, 1) a draw, 53 bits, a function of (seed, sequence, position) alone."""
-    counter = np.zeros((4, len(draws)), np.uint64)
-    counter[0] = [draw.position for draw in draws]
-    counter[1] = [draw.sequence for draw in draws]
-    seeds = np.array([draw.seed for draw in draws], np.uint64)
-    words = philox4x32(counter, np.stack([seeds & _WORD, seeds >> _HALF]))
+def sample(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> Drawn:
+    """Draw one token each: draw `i` from row `rows[i]` of float32 logits `[rows, vocab]`, for `states[i]`.
+
+    A draw depends on its own row and state only, never on the rest of the batch.
+    """
+    best, likeliest = logits.max(-1)
+    sound, choice = best.isfinite().tolist(), likeliest.tolist()
+    tokens: list[int] = [choice[row] if sound[row] else -1 for row in rows]
+    drawing = [i for i, state in enumerate(states) if not state.plain and tokens[i] >= 0]
+    if drawing:
+        drawn = _draw(logits[[rows[i] for i in drawing]], [states[i] for i in drawing])
+        for i, token in zip(drawing, drawn, strict=True):
+            tokens[i] = token
+    told = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
+    if not told:
+        return Drawn(tokens)
+    found = token_logprobs(
+        logits[[rows[i] for i in told]],
+        np.array([tokens[i] for i in told]),
+        [states[i].params.logprobs or 0 for i in told],
+    )
+    return Drawn(tokens, dict(zip(told, found, strict=True)))
+
+
+def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[int]) -> list[dict[int, float]]:
+    """For each row of logits `[n, vocab]` the natural-log probability of `tokens` `[n]`, and of the `top[i]`
+    likeliest tokens.
+    """
+    scores = logits.log_softmax(-1)
+    own = scores.gather(-1, torch.from_numpy(tokens.astype(np.int64)).to(logits.device)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(max(top), scores.shape[1]), -1)
+    return [
+        {token: value} | dict(zip(best[:count], likely[:count], strict=True))
+        for token, value, best, likely, count in zip(
+            tokens.tolist(), own, ids.tolist(), values.tolist(), top, strict=True
+        )
+    ]
+
+
+def distribution(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """What each draw is made from: logits `[n, vocab]`, one row a state, to probabilities, float64; they need not
+    add up to 1. Greedy states are given the likeliest token alone.
+    """
+    scores = shape(logits.double(), states)
+    scores -= scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
+    greedy = [state.params.greedy for state in states]
+    scores /= _column([1.0 if state.params.greedy else state.params.temperature for state in states], scores)
+    probabilities = scores.softmax(-1)
+    sorted_rows = [i for i, s in enumerate(states) if not greedy[i] and (s.params.top_k > 0 or s.params.top_p < 1.0)]
+    if sorted_rows:
+        some = [states[i].params for i in sorted_rows]
+        probabilities[sorted_rows] = _keep_likeliest(probabilities[sorted_rows], some)
+    if any(state.params.min_p for state in states):
+        least = _column([state.params.min_p for state in states], scores) * probabilities.amax(-1, keepdim=True)
+        probabilities *= probabilities >= least
+    if any(greedy):
+        chosen = torch.zeros_like(probabilities).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+        probabilities = torch.where(torch.tensor(greedy, device=scores.device)[:, None], chosen, probabilities)
+    return probabilities
+
+
+def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Bias, penalties and `min_tokens`, in place, on float64 `[n, vocab]`. Returns `scores`."""
+    for state in states:
+        if state.params.shaped:
+            state.update()
+    for change in (_add_bias, _penalize_repetition, _penalize_counts, _hold_back_ends):
+        change(scores, states)
+    return scores
+
+
+def uniform(states: Sequence[SamplingState]) -> NDArray[np.float64]:
+    """One number in [0, 1) a state, 53 bits, a function of (seed, index, tokens generated) alone."""
+    seeds = np.array([state.seed for state in states], np.uint64)
+    nothing = np.zeros_like(seeds)
+    positions = np.array([len(state.output) for state in states], np.uint64)
+    indexes = np.array([state.index for state in states], np.uint64)
+    words = philox4x32((positions, indexes, nothing, nothing), (seeds & _WORD, seeds >> _HALF))
     numbers: NDArray[np.float64] = (((words[0] << _HALF) | words[1]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Ten rounds over 32-bit words: counter `[4, n]`, key `[2, n]` to `[4, n]`.
+def fork_seed(seed: int, fork: int) -> int:
+    """The 64-bit seed of fork number `fork` of what `seed` drives."""
+    counter = tuple(np.array([word], np.uint64) for word in (fork & 0xFFFFFFFF, fork >> 32, 0, _FORK))
+    key = tuple(np.array([word], np.uint64) for word in (seed & 0xFFFFFFFF, seed >> 32))
+    words = philox4x32(counter, key)
+    return int(words[0][0]) << 32 | int(words[1][0])
+
+
+Words = Sequence[NDArray[np.uint64]]
+
+
+def philox4x32(counter: Words, key: Words) -> Words:
+    """Ten rounds over 32-bit words, each held in 64 bits: four counters `[n]` and two keys `[n]` to four words `[n]`.
 
     Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
     """
+    a, b, c, d = counter
+    left, right = key
     for _ in range(10):
-        first = counter[0] * np.uint64(0xD2511F53)
-        second = counter[2] * np.uint64(0xCD9E8D57)
-        counter = np.stack(
-            [
-                (second >> _HALF) ^ counter[1] ^ key[0],
-                second & _WORD,
-                (first >> _HALF) ^ counter[3] ^ key[1],
-                first & _WORD,
-            ]
-        )
-        key = np.stack([(key[0] + np.uint64(0x9E3779B9)) & _WORD, (key[1] + np.uint64(0xBB67AE85)) & _WORD])
-    return counter
+        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b, c, d = (second >> _HALF) ^ b ^ left, second & _WORD, (first >> _HALF) ^ d ^ right, first & _WORD
+        left, right = (left + np.uint64(0x9E3779B9)) & _WORD, (right + np.uint64(0xBB67AE85)) & _WORD
+    return a, b, c, d
 
 
-def _kind(params: SamplingParams) -> str:
-    if params.greedy:
-        return "greedy"
-    return "filtered" if params.top_k > 0 or params.top_p < 1.0 else "plain"
+# -- inside -----------------------------------------------------------------------------------------------
 
 
-def _plain(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The inverse of the cumulative distribution, in order of token id."""
-    probabilities = _probabilities(logits, draws)
-    return _invert(probabilities, draws)
-
-
-def _filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The same over the tokens that top-k and top-p keep, likeliest first, equal ones by token id."""
-    probabilities, tokens = _probabilities(logits, draws).sort(dim=-1, descending=True, stable=True)
-    width = probabilities.shape[1]
-    top_k = _column([d.params.top_k if d.params.top_k > 0 else width for d in draws], logits)
-    probabilities *= torch.arange(width, device=logits.device) < top_k
+def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
+    """One token a row, by the inverse of the cumulative distribution in the order of token ids."""
+    probabilities = distribution(logits, states)
     cumulative = probabilities.cumsum(-1)
-    before = (cumulative - probabilities) / cumulative[:, -1:]
-    probabilities *= before < _column([d.params.top_p for d in draws], logits)
-    return tokens.gather(-1, _invert(probabilities, draws)[:, None])[:, 0]
-
-
-def _probabilities(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """float64 `[draws, vocab]`; the division and the sums then round alike in any batch."""
-    rows = torch.tensor([draw.row for draw in draws], device=logits.device)
-    scores = logits[rows].double()
-    scores -= scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
-    return (scores / _column([draw.params.temperature for draw in draws], logits)).softmax(-1)
-
-
-def _invert(probabilities: Tensor, draws: Sequence[Draw]) -> Tensor:
-    cumulative = probabilities.cumsum(-1)
-    target = torch.from_numpy(uniform(draws)).to(cumulative.device)[:, None] * cumulative[:, -1:]
+    target = torch.from_numpy(uniform(states)).to(cumulative.device)[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
     last = (probabilities > 0).to(torch.int8).cumsum(-1).argmax(-1)
-    return torch.minimum(chosen, last)
+    tokens: list[int] = torch.minimum(chosen, last).tolist()
+    return tokens
+
+
+def _keep_likeliest(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """top-k, with all that equal the k-th; then top-p of what is left, the likeliest always."""
+    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    width = ordered.shape[1]
+    counts = [min(p.top_k, width) if p.top_k > 0 else width for p in params]
+    ordered *= ordered >= ordered.gather(-1, torch.tensor(counts, device=ordered.device)[:, None] - 1)
+    cumulative = ordered.cumsum(-1)
+    before = (cumulative - ordered) / cumulative[:, -1:]
+    ordered *= before < _column([p.top_p for p in params], ordered)
+    return torch.zeros_like(ordered).scatter(-1, ids, ordered)
+
+
+def _add_bias(scores: Tensor, states: Sequence[SamplingState]) -> None:
+    biased = [(i, state.params.logit_bias) for i, state in enumerate(states) if state.params.logit_bias]
+    if biased:
+        rows = [i for i, bias in biased for _ in bias]
+        ids = [token for _, bias in biased for token in bias]
+        added = _values([value for _, bias in biased for value in bias.values()], scores)
+        scores[rows, ids] += added
+
+
+def _penalize_repetition(scores: Tensor, states: Sequence[SamplingState]) -> None:
+    """Tokens of prompt and output: a positive score is divided, a negative one multiplied."""
+    some = [(i, state.params.repetition_penalty) for i, state in enumerate(states)]
+    some = [(i, penalty) for i, penalty in some if penalty != 1.0]
+    if not some:
+        return
+    seen = [states[i].seen() for i, _ in some]
+    rows, ids = _places([i for i, _ in some], seen, scores)
+    factor = torch.repeat_interleave(_values([p for _, p in some], scores), _sizes(seen, scores))
+    found = scores[rows, ids]
+    scores[rows, ids] = torch.where(found < 0, found * factor, found / factor)
+
+
+def _penalize_counts(scores: Tensor, states: Sequence[SamplingState]) -> None:
+    """Tokens of the output: less `presence`, and less `frequency` for each time."""
+    some = [i for i, s in enumerate(states) if s.counts and (s.params.presence_penalty or s.params.frequency_penalty)]
+    if not some:
+        return
+    used = [np.fromiter(states[i].counts, np.int64) for i in some]
+    rows, ids = _places(some, used, scores)
+    presence = _values([states[i].params.presence_penalty for i in some], scores)
+    frequency = _values([states[i].params.frequency_penalty for i in some], scores)
+    counts = _values([count for i in some for count in states[i].counts.values()], scores)
+    sizes = _sizes(used, scores)
+    scores[rows, ids] -= presence.repeat_interleave(sizes) + frequency.repeat_interleave(sizes) * counts
+
+
+def _hold_back_ends(scores: Tensor, states: Sequence[SamplingState]) -> None:
+    """No end before `min_tokens`, unless nothing but ends could be drawn."""
+    width = scores.shape[1]
+    some = [(i, [t for t in s.stop_ids if t < width]) for i, s in enumerate(states) if _too_short(s)]
+    rows = [i for i, ends in some for _ in ends]
+    if not rows:
+        return
+    ids = [token for _, ends in some for token in ends]
+    before = scores[rows, ids]
+    scores[rows, ids] = float("-inf")
+    nothing_left = scores[rows].amax(-1).isneginf()
+    scores[rows, ids] = torch.where(nothing_left, before, float("-inf"))
+
+
+def _too_short(state: SamplingState) -> bool:
+    return len(state.output) < state.params.min_tokens
+
+
+def _places(rows: Sequence[int], tokens: Sequence[NDArray[np.int64]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and token of every entry, for all of these tokens of each row."""
+    owners = np.repeat(rows, [some.size for some in tokens])
+    ids = np.concatenate(tokens)
+    return torch.from_numpy(owners).to(like.device), torch.from_numpy(ids).to(like.device)
+
+
+def _sizes(tokens: Sequence[NDArray[np.int64]], like: Tensor) -> Tensor:
+    return torch.tensor([some.size for some in tokens], device=like.device)
+
+
+def _values(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
-
-
-def _logprobs(logits: Tensor, draws: Sequence[Draw], tokens: NDArray[np.int64]) -> dict[int, dict[int, float]]:
-    wanted = [i for i, draw in enumerate(draws) if draw.params.logprobs is not None]
-    if not wanted:
-        return {}
-    rows = torch.tensor([draws[i].row for i in wanted], device=logits.device)
-    scores = logits[rows].log_softmax(-1)
-    most = max(draws[i].params.logprobs or 0 for i in wanted)
-    values, ids = scores.topk(min(most, scores.shape[1]), -1)
-    own = scores.gather(-1, torch.from_numpy(tokens[wanted]).to(logits.device)[:, None])[:, 0]
-    found = {}
-    for place, index in enumerate(wanted):
-        count = draws[index].params.logprobs or 0
-        best = zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True)
-        found[index] = {int(tokens[index]): float(own[place])} | dict(best)
-    return found
+    return _values(values, like)[:, None]

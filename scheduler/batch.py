@@ -5,21 +5,32 @@ first token without a slot to its cursor; when nothing is lacking any more, its 
 logits.
 """
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
 from radixgen.cache import ExtentPool, Node, RadixTree
-from radixgen.core import Plan
+from radixgen.core import Limits, Plan
+from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
+from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.sequence import Request, Sequence
 
 _FIRST_RESERVE = 16
 _LARGEST_RESERVE = 256
+_MAX_READS = 512
+"""Rows of one step at the most whose logits score a prompt, so that the logits of a long one fit in memory."""
+
+
+class Read(NamedTuple):
+    """Rows of a batch that score the next targets of a request's prompt."""
+
+    request: Request
+    rows: list[int]
 
 
 @dataclass(slots=True)
@@ -31,20 +42,31 @@ class Batch:
     """Slots released while the step is in flight wait behind this fence of the pool."""
     nodes: list[Node] = field(default_factory=list)
     """Nodes with a span in this step."""
-    readers: dict[Node, list[Sequence]] = field(default_factory=dict)
-    """The sequences whose cursor stands at a node's end, for every node that gives logits."""
     row_ids: list[int] = field(default_factory=list)
     row_positions: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     row_slots: list[int] = field(default_factory=list)
     last_row: dict[Node, int] = field(default_factory=dict)
     """The row of a node's last token."""
+    spans: dict[Node, tuple[int, int]] = field(default_factory=dict)
+    """The first row of a node's span, and its position."""
+    read_rows: dict[tuple[Node, int], int] = field(default_factory=dict)
+    """The rows that only read, by node and offset."""
+    drawing: list[Sequence] = field(default_factory=list)
+    """The sequences that draw a token."""
+    drawing_rows: list[int] = field(default_factory=list)
+    """The row whose logits each of them reads; those on one node read the same."""
+    reads: list[Read] = field(default_factory=list)
+    num_reads: int = 0
+    prompt_tokens: int = 0
+    """Rows of spans that were scheduled for sequences which have generated nothing yet."""
 
     def add_span(self, node: Node, first: int, slots: NDArray[np.int64]) -> None:
         """Compute the node's tokens from `first` on, one for each slot."""
         count = slots.size
         begin = node.start + first
         self.nodes.append(node)
+        self.spans[node] = len(self.row_ids), begin
         self.row_ids.extend([node.id] * count)
         self.row_positions.extend(range(begin, begin + count))
         self.row_tokens.extend(node.tokens[first : first + count].tolist())
@@ -52,17 +74,41 @@ class Batch:
         if first + count == node.known:
             self.last_row[node] = len(self.row_ids) - 1
 
-    def add_read(self, node: Node) -> None:
-        """One row for the node's last token, whose KV exists: it reads and writes nothing."""
+    def add_next(self, node: Node, token: int, slot: int) -> None:
+        """Compute the node's last token, the only one that it lacks."""
+        self.nodes.append(node)
         self.last_row[node] = len(self.row_ids)
-        self.row_ids.append(node.id)
-        self.row_positions.append(node.end - 1)
-        self.row_tokens.append(int(node.tokens[-1]))
-        self.row_slots.append(-1)
+        self._add_row(node, node.start + node.known - 1, token, slot)
+
+    def add_read(self, node: Node, offset: int) -> int:
+        """A row for a token whose KV exists: it reads and writes nothing."""
+        self._add_row(node, node.start + offset, int(node.tokens[offset]), -1)
+        row = self.read_rows[node, offset] = len(self.row_ids) - 1
+        if offset == node.known - 1:
+            self.last_row[node] = row
+        return row
+
+    def row_of(self, node: Node, offset: int) -> int | None:
+        """The row of the node's token at `offset`, one that has a slot, where this step has one."""
+        if offset == node.known - 1:
+            return self.last_row.get(node)
+        row, position = self.spans.get(node, (0, node.end))
+        inside = node.start + offset - position
+        return row + inside if inside >= 0 else self.read_rows.get((node, offset))
+
+    def draw(self, sequence: Sequence, row: int) -> None:
+        self.drawing.append(sequence)
+        self.drawing_rows.append(row)
 
     @property
     def num_rows(self) -> int:
         return len(self.row_ids)
+
+    def _add_row(self, node: Node, position: int, token: int, slot: int) -> None:
+        self.row_ids.append(node.id)
+        self.row_positions.append(position)
+        self.row_tokens.append(token)
+        self.row_slots.append(slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,35 +121,54 @@ class StepInput:
     slots: NDArray[np.int64]
     """`[rows]`, -1 where a row's KV exists already"""
     logit_rows: NDArray[np.int64]
-    """`[readers]`, in the order of `Batch.readers`"""
+    """`[n]`, each row once"""
+    drawing: list[int]
+    """For each of `Batch.drawing`, the row of the logits `[n, vocab]` that it reads."""
+    reading: list[int]
+    """The same for all rows of `Batch.reads`, one after the other."""
 
 
 class Scheduler:
     """Owns the waiting and the running sequences, and moves their cursors."""
 
     def __init__(
-        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, max_num_seqs: int, debug: bool = False
+        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, limits: Limits, debug: bool = False
     ) -> None:
         self.tree = tree
         self.planner = planner
         self.max_step_tokens = max_step_tokens
-        self.max_num_seqs = max_num_seqs
-        self.waiting: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
+        self.max_num_seqs = limits.max_num_seqs
+        self.waiting = WaitingQueue(limits.max_overtaken)
         self.running: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
+        self.pins = Pins(tree)
         self.debug = debug
         self.preemptions = 0
-        self._steps = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.computed_prompt_tokens = 0
+        self._steps = 0
 
     def add(self, request: Request) -> None:
-        self.waiting.update(request.sequences)
+        """Queue a request's sequences."""
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.waiting.add(sequence)
+
+    def fork(self, origin: Sequence, sequence: Sequence) -> None:
+        """Let `sequence`, which has the tokens of `origin`, go on from its place: at once where a seat is free and
+        `origin` runs in the same namespace, else from the queue.
+        """
+        full = len(self.running) >= self.max_num_seqs
+        if origin.cursor is None or full or origin.namespace != sequence.namespace:
+            self.waiting.add(sequence)
+            return
+        sequence.cursor = self.tree.fork(origin.cursor)
+        self.running.add(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out for good: it ended or was cancelled. Its tokens stay cached."""
         if sequence.cursor is None:
-            self.waiting.discard(sequence)
+            self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
             self.tree.unlock(sequence.cursor)
@@ -113,18 +178,22 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------------------------------------
 
-    def schedule(self) -> Batch | None:
-        """The next step, or None where nothing can run. Slots are taken and new cursors set."""
+    def schedule(self, only: Request | None = None) -> Batch | None:
+        """The next step, or None where nothing can run. Slots are taken and new cursors set.
+
+        With `only`, nobody is admitted and none but that request's sequences take part.
+        """
         self._steps += 1
         batch = Batch(self._steps)
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
-        self._admit()
+        if only is None:
+            self._admit()
         budget = self.max_step_tokens
         for sequence in self._by_turn():
-            if sequence.cursor is not None:
+            if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
-        if batch.num_rows == 0:
+        if not batch.row_ids:
             return None
         batch.fence = self.tree.pool.begin_step()
         return batch
@@ -137,17 +206,28 @@ class Scheduler:
         order = plan.row_order
         place = np.empty_like(order)
         place[order] = np.arange(order.size)
+        wanted = batch.drawing_rows + [row for read in batch.reads for row in read.rows]
+        rows, index = np.unique(np.array(wanted, np.int64), return_inverse=True)
+        which = index.tolist()
         return StepInput(
             plan=plan,
             token_ids=np.array(batch.row_tokens, np.int64)[order],
             slots=np.array(batch.row_slots, np.int64)[order],
-            logit_rows=place[[batch.last_row[node] for node in batch.readers]],
+            logit_rows=place[rows],
+            drawing=which[: len(batch.drawing)],
+            reading=which[len(batch.drawing) :],
         )
+
+    def requests_of(self, batch: Batch) -> list[Request]:
+        """The requests that have a part in a step."""
+        return list(dict.fromkeys(s.request for s in self.running if s.scheduled_in == batch.step))
 
     def commit(self, batch: Batch) -> None:
         """The step has run: what it scheduled is computed."""
+        commit = self.tree.commit
         for node in batch.nodes:
-            self.tree.commit(node)
+            commit(node)
+        self.computed_prompt_tokens += batch.prompt_tokens
         self.tree.pool.retire_step(batch.fence)
 
     def rollback(self, batch: Batch) -> None:
@@ -161,95 +241,181 @@ class Scheduler:
         groups: dict[tuple[Node, int], list[Sequence]] = {}
         for sequence, token in drawn:
             assert sequence.cursor is not None
-            groups.setdefault((sequence.cursor.held, token), []).append(sequence)
+            node = sequence.cursor.held
+            if node.lock_count == 1:
+                self.tree.advance((sequence.cursor,), token)
+            else:
+                groups.setdefault((node, token), []).append(sequence)
         for (_, token), members in groups.items():
             self.tree.advance([m.cursor for m in members if m.cursor is not None], token)
 
-    # -- inside -------------------------------------------------------------------------------------------
+    # -- spans --------------------------------------------------------------------------------------------
 
-    def _by_turn(self) -> Iterable[Sequence]:
+    def _by_turn(self) -> list[Sequence]:
         """Running sequences that decode, then those that prefill; each by rank."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            node = sequence.cursor.held
-            lacking = node.known - node.scheduled
-            ready = lacking <= 1 and (node.parent is None or node.parent.complete)
+            node = sequence.cursor.node
+            ready = node.known - node.scheduled <= 1 and (node.parent is None or node.parent.complete)
             (decoding if ready else prefilling).append(sequence)
         return decoding + prefilling
 
     def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
-        """Schedule what the sequence's path lacks, up to `budget` rows. Returns the rows taken.
+        """Schedule what the sequence's path lacks, up to `budget` rows, and its draw. Returns the rows taken.
 
         Without budget it still reads the logits of a row that another sequence has scheduled.
         """
         assert sequence.cursor is not None
         node = sequence.cursor.held
+        taken = 0
+        if sequence.reads_prompt:
+            budget = min(budget, _MAX_READS - batch.num_reads)
+            taken = self._schedule_path(sequence, node, budget, batch)
+            added, finished = self._read_prompt(sequence, node, budget - taken, batch)
+            taken += added
+            if not finished or not sequence.request.max_output:
+                return taken
+        elif node not in batch.last_row and node.scheduled < node.known:
+            if budget and self._schedule_next(sequence, node, batch):
+                taken = 1
+            else:
+                taken = self._schedule_path(sequence, node, budget, batch)
+        if node.scheduled < node.known:
+            return taken
+        row = batch.last_row.get(node)
+        if row is None:
+            if taken == budget:
+                return taken
+            row = batch.add_read(node, node.known - 1)
+            taken += 1
+        sequence.scheduled_in = batch.step
+        batch.draw(sequence, row)
+        return taken
+
+    def _schedule_next(self, sequence: Sequence, node: Node, batch: Batch) -> bool:
+        """The common case: a leaf lacks its last token, and its reserve has a slot for it."""
+        parent = node.parent
+        if not sequence.output or node.known - node.scheduled != 1:
+            return False
+        if parent is not None and parent.scheduled < parent.known:
+            return False
+        slot = self.tree.schedule_next(node)
+        if slot < 0:
+            return False
+        batch.add_next(node, sequence.output[-1], slot)
+        return True
+
+    def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
+        """Spans for what the path to `node` lacks, from the top. Returns the rows taken."""
         left = budget
         for part in _lacking(node):
             count = min(left, part.known - part.scheduled)
             if count == 0 or not self._make_room(part, count, sequence, batch):
-                return budget - left
+                break
             first = part.scheduled
             batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count)))
             sequence.scheduled_in = batch.step
-            self.computed_prompt_tokens += 0 if sequence.output else count
             left -= count
             if part.scheduled < part.known:
-                return budget - left
-        if node not in batch.last_row:
-            if left == 0:
-                return budget
-            batch.add_read(node)
-            left -= 1
-        sequence.scheduled_in = batch.step
-        batch.readers.setdefault(node, []).append(sequence)
+                break
+        if not sequence.output:
+            batch.prompt_tokens += budget - left
         return budget - left
 
-    def _reserve(self, node: Node, count: int) -> int:
-        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow; a fair
-        share.
+    def _read_prompt(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> tuple[int, bool]:
+        """Rows that score the next targets of the prompt, as far as its path has slots. Returns how many were
+        added, and whether no target is left.
         """
-        share = self.tree.pool.free // max(len(self.running), 1)
+        request = sequence.request
+        assert request.targets is not None
+        position = request.next_read
+        stop = min(request.targets.size, position + _MAX_READS - batch.num_reads)
+        rows: list[int] = []
+        added = 0
+        for part in node.path():
+            while part.start <= position < min(stop, part.start + part.scheduled):
+                row = batch.row_of(part, position - part.start)
+                if row is None:
+                    if added == budget:
+                        break
+                    row = batch.add_read(part, position - part.start)
+                    added += 1
+                rows.append(row)
+                position += 1
+        if rows:
+            sequence.scheduled_in = batch.step
+            batch.reads.append(Read(request, rows))
+            batch.num_reads += len(rows)
+        return added, position == request.targets.size
+
+    def _reserve(self, node: Node, count: int) -> int:
+        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow; a fair share of
+        what is free or could be evicted.
+        """
+        share = (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
         ahead = node.known - node.scheduled - count
         growth = min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE)
         return min(share, ahead if ahead else growth)
 
-    def _admit(self) -> None:
-        """Let waiting sequences in, in order, while the whole of what they lack fits without preempting."""
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
-            return
-        tree = self.tree
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            tokens = sequence.tokens()
-            match = tree.match_prefix(tokens, sequence.namespace)
-            cursor = tree.insert(tokens, sequence.namespace, priority=sequence.request.priority)
-            room = tree.pool.free + tree.evictable_tokens + tree.reserved_tokens
-            if self.running and tree.unscheduled_tokens + len(self.running) > room:
-                tree.unlock(cursor)
-                return
-            del self.waiting[0]
-            sequence.cursor = cursor
-            self.running.add(sequence)
-            self._note_admission(sequence.request, match.computed if match else 0)
+    # -- admission ----------------------------------------------------------------------------------------
 
-    def _note_admission(self, request: Request, cached: int) -> None:
+    def _admit(self) -> None:
+        """Let waiting requests in while all that they lack fits without preempting; siblings go together."""
+        while len(self.waiting):
+            request = self.waiting.choose(self._computed_prefix)
+            if len(request.waiting) > self.max_num_seqs - len(self.running):
+                return
+            while request.waiting:
+                sequence = request.waiting[0]
+                if self.running and not self._fits(sequence, len(request.waiting)):
+                    return
+                self._enter(sequence)
+
+    def _computed_prefix(self, request: Request) -> int:
+        sequence = request.waiting[0]
+        match = self.tree.match_prefix(sequence.tokens(), sequence.namespace)
+        return match.computed if match else 0
+
+    def _fits(self, sequence: Sequence, seats: int) -> bool:
+        """Whether there is room for what the sequence lacks and for the next token of everyone, releasing pins if
+        need be.
+        """
+        tree, tokens = self.tree, sequence.tokens()
+        while True:
+            match = tree.match_prefix(tokens, sequence.namespace)
+            found, locked = (match.length, match.evictable) if match else (0, 0)
+            wanted = tree.unscheduled_tokens + tokens.size - found + len(self.running) + seats
+            if wanted <= tree.pool.free + tree.evictable_tokens - locked + tree.reserved_tokens:
+                return True
+            if not self.pins.release_weakest():
+                return False
+
+    def _enter(self, sequence: Sequence) -> None:
+        tokens, request = sequence.tokens(), sequence.request
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = min(cached, request.prompt.size)
+            match = self.tree.match_prefix(tokens, sequence.namespace)
+            request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
             self.prompt_tokens += request.prompt.size
             self.cached_prompt_tokens += request.num_cached_tokens
+        sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority)
+        self.waiting.admit(sequence)
+        self.running.add(sequence)
+
+    # -- memory -------------------------------------------------------------------------------------------
 
     def _make_room(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> bool:
-        """Have the slots free for `count` tokens of `node`: reserves first, then the cache, then
-        preemption.
+        """Have the slots free for `count` tokens of `node`: from the cache first, and then for its reserve too, or a
+        full pool would be handed out slot by slot; then from the reserves of others, from pins, by preemption.
         """
         tree = self.tree
         if tree.slots_wanted(node, count) <= tree.pool.free:
             return True
-        tree.reclaim_reserves()
+        tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count) - tree.pool.free)
+        if tree.slots_wanted(node, count) > tree.pool.free:
+            tree.reclaim_reserves()
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
-            if tree.evict(short):
+            if tree.evict(short) or self.pins.release_weakest():
                 continue
             victim = self._victim(sequence, batch)
             if victim is None:
@@ -258,13 +424,15 @@ class Scheduler:
         return True
 
     def _victim(self, sequence: Sequence, batch: Batch) -> Sequence | None:
-        """The youngest sequence with slots of its own, outside this step; never the oldest of all."""
-        younger: list[Sequence] = self.running[1:]
-        for candidate in reversed(younger):
-            busy = candidate is sequence or candidate.scheduled_in == batch.step
-            if not busy and _exclusive_slots(candidate):
-                return candidate
-        return None
+        """The youngest sequence outside this step that holds slots alone; where the slots are all held in common,
+        the youngest, so that those who hold them go one by one. Never the oldest of all.
+        """
+        idle = [
+            candidate
+            for candidate in self.running.islice(1, reverse=True)
+            if candidate is not sequence and candidate.scheduled_in != batch.step
+        ]
+        return next(filter(_exclusive_slots, idle), idle[0] if idle else None)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its tokens kept; what it computed stays cached until it is evicted."""

@@ -1,11 +1,12 @@
 """Requests as the scheduler sees them: a request has `n` sequences, and each has a cursor in the tree."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from radixgen.cache import Lock, TokenArray
-from radixgen.core import FinishReason, SamplingParams
+from radixgen.core import FinishReason, SamplingParams, SamplingState
 
 
 @dataclass(eq=False, slots=True)
@@ -16,16 +17,47 @@ class Request:
     serial: int
     prompt: TokenArray
     params: SamplingParams
-    seed: int
+    max_output: int
+    """Tokens that each sequence may generate; 0 where only the prompt is scored."""
     priority: int = 0
     namespace: str = ""
+    deadline: float = math.inf
+    """Seconds on the engine's clock."""
+    targets: TokenArray | None = None
+    """Where the prompt's own tokens are scored, the token that follows each of its positions."""
+    next_read: int = 0
+    """The first position whose target is still to be scored."""
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     num_cached_tokens: int | None = None
     """Prompt tokens that had their KV when the request was first admitted; None before."""
+    overtaken: int = 0
+    """How many requests of its priority that came later were admitted before it."""
+    num_forks: int = 0
     sequences: list["Sequence"] = field(default_factory=list)
+    waiting: list["Sequence"] = field(default_factory=list)
+    """Those of its sequences that have no cursor yet, or lost it to preemption."""
+    unfinished: int = 0
+    _prompt_ids: list[int] | None = None
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        return self.unfinished == 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether tokens of the prompt are still to be scored."""
+        return self.targets is not None and self.next_read < self.targets.size
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt as a list, made once."""
+        if self._prompt_ids is None:
+            self._prompt_ids = self.prompt.tolist()
+        return self._prompt_ids
+
+    def add_sequence(self, sequence: "Sequence") -> None:
+        self.sequences.append(sequence)
+        self.unfinished += sequence.finish_reason is None
 
 
 @dataclass(eq=False, slots=True)
@@ -35,21 +67,39 @@ class Sequence:
     request: Request
     index: int
     namespace: str
+    sampling: SamplingState
+    end_ids: frozenset[int]
+    """Tokens that end it."""
     cursor: Lock | None = None
-    output: list[int] = field(default_factory=list)
+    output: list[int] = field(init=False)
+    """Tokens generated so far; the same list as `sampling.output`."""
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     scheduled_in: int = -1
     """The last step that this sequence has a part in."""
+
+    def __post_init__(self) -> None:
+        self.output = self.sampling.output
 
     @property
     def rank(self) -> tuple[int, int, int]:
         """Who goes first: priority, then arrival, then place among the `n`."""
         return -self.request.priority, self.request.serial, self.index
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it is the one among its siblings that reads the prompt's logits, and has not done so yet."""
+        return self.request.reading and self.index == 0
+
     def tokens(self) -> TokenArray:
         """Prompt and output."""
         if not self.output:
             return self.request.prompt
         return np.concatenate([self.request.prompt, np.array(self.output, np.int32)])
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End it. Once ended, it stays so."""
+        assert self.finish_reason is None, "a sequence ended twice"
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.request.unfinished -= 1

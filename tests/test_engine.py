@@ -406,13 +406,6 @@ def test_ids(engine: Engine) -> None:
         engine.submit(some(4), GREEDY, priority="high")
 
 
-def test_the_waiting_queue_is_bounded(model: nn.Module) -> None:
-    with Engine(model, kv_tokens=64, limits=Limits(max_waiting=2)) as engine:
-        engine.submit(some(4), SamplingParams(n=2))
-        with pytest.raises(InvalidRequest, match="waiting"):
-            engine.submit(some(4))
-
-
 def test_use_after_close(model: nn.Module) -> None:
     engine = Engine(model, kv_tokens=64)
     engine.close()
@@ -439,15 +432,11 @@ def test_a_failed_step_loses_nothing(model: nn.Module) -> None:
 
         model.forward = flaky
         outputs: list[RequestOutput] = []
-        failures = 0
         try:
             while engine.has_unfinished:
-                try:
-                    outputs += engine.step()
-                except RuntimeError:
-                    failures += 1
+                outputs += engine.step()
                 engine.check()
         finally:
             del model.forward
-    assert failures == 2
+    assert calls > 4
     assert outputs[-1].request_id == request and outputs[-1].outputs == expected

@@ -16,7 +16,10 @@ LAYERS = [
     {"cache"},
     {"scheduler"},
     {"attention", "model", "sampling", "detokenize"},
+    {"engine_core"},
+    {"input_processor", "output_processor"},
     {"engine"},
+    {"async_engine"},
     {"progress", "tree_view", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -85,9 +88,9 @@ def test_importing_radixgen_is_light(module: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
-        "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed", "InvalidRequest", "Limits", "ModelNotFound",
-        "PromptTooLong", "RadixgenError", "RequestOutput", "SamplingParams", "Stats", "TreeAttention",
-        "UnknownRequest", "UnsupportedModel", "__version__",
+        "AsyncEngine", "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "InvalidRequest",
+        "LimitReached", "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed",
+        "RequestOutput", "SamplingParams", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):

@@ -62,7 +62,7 @@ def test_a_directory_without_tokenizer_serves_token_ids(saved: Path) -> None:
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
 def test_dtypes(saved: Path, dtype: str, expected: torch.dtype) -> None:
     with Engine(saved, dtype=dtype, kv_tokens=64) as engine:
-        assert engine.kv_dtype == expected
+        assert engine._model.model.layer_shapes[0].dtype == expected
         assert len(engine.generate([5, 6, 7])[0].outputs[0].token_ids) == 16
 
 

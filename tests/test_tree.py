@@ -116,3 +116,21 @@ def test_a_split_leaves_the_age_of_the_first_tokens() -> None:
     tree.evict(3)
     assert _computed(tree, [1, 2]) == 0
     assert _computed(tree, [5, 6]) == 2
+
+
+def test_a_shifted_boundary_leaves_no_reserve_behind_a_branch() -> None:
+    """Pins that a node which failed to compute, and then gave its first token away, keeps no slot too many."""
+    tree = RadixTree(ExtentPool(16), stamps=True)
+    tree.insert([1, 2, 3, 4, 5])
+    tree.insert([1, 2, 3, 4, 6])
+    above = tree.insert([1])
+    for node in above.held.path()[1:]:
+        tree.schedule(node, node.known)
+        tree.commit(node)
+    branch = above.held.children[2]
+    tree.schedule(branch, 3)
+    tree.rollback(branch)
+    assert branch.reserved == 3 and len(branch.children) == 2
+    assert tree.advance([above], 2) is above.held
+    assert branch.known == 2
+    tree.check()

@@ -155,14 +155,15 @@ class Lock:
 
 
 class Match(NamedTuple):
-    """The longest prefix found: it ends `offset` tokens into `node`. `computed` of its `length` tokens have
-    KV.
+    """The longest prefix found: it ends `offset` tokens into `node`. Of its `length` tokens `computed` have
+    KV, and `evictable` could be evicted at this moment.
     """
 
     node: Node
     offset: int
     length: int
     computed: int
+    evictable: int
 
 
 class Columns:
@@ -268,7 +269,7 @@ class RadixTree:
         if node is None:
             return None
         tokens = as_tokens(tokens)
-        offset = length = computed = 0
+        offset = length = computed = evictable = 0
         while length < tokens.size:
             child = node.children.get(int(tokens[length]))
             if child is None:
@@ -277,9 +278,11 @@ class RadixTree:
             node, offset = child, common
             length += common
             computed += min(common, child.computed)
+            if not child.lock_count + child.locked_children:
+                evictable += common
             if common < child.known:
                 break
-        return Match(node, offset, length, computed)
+        return Match(node, offset, length, computed, evictable)
 
     # -- growing ------------------------------------------------------------------------------------------
 
@@ -298,7 +301,7 @@ class RadixTree:
         match = self.match_prefix(tokens, namespace)
         if match is None:
             self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
-            match = Match(root, 0, 0, 0)
+            match = Match(root, 0, 0, 0, 0)
         node = match.node
         if match.offset < node.known:
             node = self.split(node, match.offset)
@@ -340,13 +343,13 @@ class RadixTree:
         with `token` is followed; otherwise a new leaf branches off.
         """
         node = locks[0].held
-        child = node.children.get(token)
         together = node.lock_count == len(locks)
+        if together and not node.children and node.parent is not None:
+            node._append(token)
+            self.unscheduled_tokens += 1
+            return node
+        child = node.children.get(token)
         if child is None:
-            if together and not node.children and node.parent is not None:
-                node._append(token)
-                self.unscheduled_tokens += 1
-                return node
             child = self._add_leaf(node, np.array([token], np.int32))
         elif child.known > 1:
             if together and len(node.children) == 1 and node.parent is not None:
@@ -406,6 +409,24 @@ class RadixTree:
         if slots[-1] - slots[0] != slots.size - 1:
             self.version += 1  # a plan that lengthens the extent before would miss the next one
         return slots[first - before :]
+
+    def schedule_next(self, node: Node) -> int:
+        """`schedule` for the one token that a leaf lacks, out of its reserved tail: its slot, or -1, with nothing
+        changed, where the last extent has no slot in reserve.
+        """
+        spare = node.capacity - node.scheduled
+        if spare == 0:
+            return -1
+        start, length = node.extents[-1]
+        if spare > length:
+            return -1
+        if spare == length and len(node.extents) > 1:
+            self.version += 1
+        node.scheduled += 1
+        self.unscheduled_tokens -= 1
+        self.columns.scheduled[node.id] = node.scheduled
+        self.columns.reserved[node.id] = spare - 1
+        return start + length - spare
 
     def commit(self, node: Node) -> None:
         """The step that held the node's scheduled tokens has retired: they are computed.
@@ -614,6 +635,8 @@ class RadixTree:
         else:
             node._append(token)
         self._move_head(child, node, 1)
+        if child.children:
+            self._cut_extents(child, child.known)
         node.children[child.first_token] = child
         self.columns.write(node)
         self.columns.write(child)

@@ -3,34 +3,44 @@
 from radixgen.core.errors import (
     DuplicateRequest,
     EngineClosed,
+    EngineDead,
     InvalidRequest,
+    LimitReached,
     ModelNotFound,
     OutOfSlots,
     PromptTooLong,
+    QueueFull,
     RadixgenError,
+    RequestFailed,
     UnknownRequest,
     UnsupportedModel,
 )
 from radixgen.core.limits import Limits
-from radixgen.core.outputs import CompletionOutput, FinishReason, RequestOutput, Stats
-from radixgen.core.params import SamplingParams
+from radixgen.core.outputs import CompletionOutput, FinishReason, OutputKind, RequestOutput, Stats
+from radixgen.core.params import SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
 
 __all__ = [
     "CompletionOutput",
     "DuplicateRequest",
     "EngineClosed",
+    "EngineDead",
     "FinishReason",
     "InvalidRequest",
+    "LimitReached",
     "Limits",
     "ModelNotFound",
     "NodeSummary",
+    "OutputKind",
     "OutOfSlots",
     "Plan",
     "PromptTooLong",
+    "QueueFull",
     "RadixgenError",
+    "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "SamplingState",
     "Stats",
     "UnknownRequest",
     "UnsupportedModel",

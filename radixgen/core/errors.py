@@ -32,6 +32,22 @@ class DuplicateRequest(InvalidRequest):
     """A live request already has this id."""
 
 
+class LimitReached(RadixgenError):
+    """The engine holds as much as it may of something: try again later. Nothing was changed."""
+
+    def __init__(self, field: str, value: int, limit: str) -> None:
+        super().__init__(f"{field}={value}: {limit}")
+        self.field, self.value, self.limit = field, value, limit
+
+
+class QueueFull(LimitReached):
+    """As many requests wait, or as many tokens, as may."""
+
+
+class RequestFailed(RadixgenError):
+    """A request ended with `error`, where its caller asked for nothing but its result."""
+
+
 class UnsupportedModel(RadixgenError):
     """A model that cannot run on tree attention; the message names it and says why."""
 
@@ -46,3 +62,7 @@ class OutOfSlots(RadixgenError):
 
 class EngineClosed(RadixgenError):
     """The engine was used after `close()`."""
+
+
+class EngineDead(EngineClosed):
+    """The engine failed as a whole; every open request has ended."""

@@ -11,10 +11,24 @@ class Limits:
     """Sequences of one request."""
     max_logprobs: int = 20
     """Alternatives reported for each token."""
+    max_stop: int = 16
+    """Stop strings."""
+    max_stop_len: int = 1_024
+    """Characters of a stop string."""
     max_stop_token_ids: int = 128
+    max_logit_bias: int = 1_024
+    """Tokens with a bias."""
+    max_prompt_chars: int = 1 << 22
+    """Characters of a text prompt, before it is tokenized."""
     max_request_id_len: int = 256
     """Characters of a request id or a namespace."""
     max_waiting: int = 16_384
     """Requests not yet admitted."""
+    max_waiting_tokens: int = 1 << 24
+    """Prompt tokens of requests not yet admitted; a single request may have more."""
+    max_overtaken: int = 64
+    """Later requests of its priority that may be admitted before a request."""
     max_num_seqs: int = 1_024
     """Sequences that run at the same time."""
+    max_pins: int = 1_024
+    """Pinned prefixes."""

@@ -6,11 +6,14 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionOutput:
     """One sequence of a request, from its first generated token on.
 
-    `stop_reason` is the stop token's id when one of `stop_token_ids` ended it. `cumulative_logprob` and
+    `finish_reason`: `stop` at an end token, stop token or stop string; `length` at `max_tokens` or the end of the
+    context; `abort` when cancelled or past its deadline; `error` where something went wrong with this request
+    alone. `stop_reason`: the stop token's id, the stop string, `"deadline"`, or what the error was.
+    `cumulative_logprob` and
     `logprobs` (one `{token id: natural-log probability}` a generated token, the sampled one first) are
     None unless `SamplingParams.logprobs` asked for them.
     """
@@ -24,11 +27,17 @@ class CompletionOutput:
     logprobs: list[dict[int, float]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+OutputKind = Literal["cumulative", "delta", "final"]
+"""What a request's outputs tell: everything so far, what is new, or nothing before the last one."""
+
+
+@dataclass(slots=True)
 class RequestOutput:
-    """A request as it stands after a step: everything generated so far, or the delta where `stream` says so.
+    """A request as it stands after a step: everything generated so far, or what is new, as it was submitted.
 
     `num_cached_tokens` counts the prompt tokens whose KV was already computed when the request was admitted.
+    `prompt_logprobs`, once complete: None for the first token, then one `{token id: natural-log probability}` a
+    prompt token, its own first.
     """
 
     request_id: str
@@ -36,6 +45,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class Stats:
     cached_prompt_tokens: int
     """Of those, tokens whose KV was already computed at admission."""
     computed_prompt_tokens: int
-    """Rows scheduled for sequences that had generated nothing yet."""
+    """Rows computed for sequences that had generated nothing yet."""
     computed_rows: int
     """Rows that went through the model."""
     logit_rows: int
@@ -58,8 +68,12 @@ class Stats:
     kv_tokens_used: int
     """Slots that hold computed KV, of live requests and cached."""
     kv_tokens_reserved: int
+    kv_tokens_fenced: int
+    """Freed slots that a step in flight could still touch."""
     kv_tokens_cached: int
     """Slots that could be evicted at this moment."""
+    kv_tokens_pinned: int
+    """Slots on the paths of pins, live or not."""
     evicted_tokens: int
     preemptions: int
     kv_bytes_read: int
@@ -68,3 +82,7 @@ class Stats:
     """KV bytes that the same rows would have read, had each read its own whole path."""
     num_running: int
     num_waiting: int
+    """Sequences"""
+    num_waiting_tokens: int
+    """Prompt tokens of the requests that wait."""
+    num_pins: int

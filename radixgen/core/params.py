@@ -1,7 +1,12 @@
 """How one request is to be sampled. Names and defaults follow vLLM's `SamplingParams`."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from radixgen.core.errors import InvalidRequest
 from radixgen.core.limits import Limits
@@ -11,57 +16,163 @@ from radixgen.core.limits import Limits
 class SamplingParams:
     """Sampling parameters of one request.
 
-    `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1.0 switch those filters off. `logprobs=k`
-    reports the sampled token's natural-log probability and the `k` likeliest alternatives, both of the
-    model's own distribution, before temperature and filters. `seed` fixes the draws; without one the
-    engine derives them from its own seed and the order of submission.
+    The logits pass, in this order, `logit_bias` (token id to what is added), `repetition_penalty` (prompt and
+    output), `presence_penalty` and `frequency_penalty` (output), and `min_tokens` (no end before so many tokens); then
+    `temperature` (0 is greedy), `top_k` (0 or -1: off), `top_p` (1: off) and `min_p` (0: off), as in transformers.
+
+    `stop` strings end a sequence and are left out of its text unless `include_stop_str_in_output`; so does any of
+    `stop_token_ids`, and the model's own end tokens unless `ignore_eos`. `logprobs=k` reports the sampled token's
+    natural-log probability and the `k` likeliest alternatives, both of the model's own distribution, before all of
+    the above; `prompt_logprobs=k` the same of the prompt's tokens. `seed` fixes the draws; without one the engine
+    derives them from its own seed and the order of submission.
     """
 
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    max_tokens: int = 16
-    stop_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int = 16
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def validate(self, limits: Limits) -> None:
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def shaped(self) -> bool:
+        """Whether anything changes the logits before the temperature."""
+        return bool(
+            self.logit_bias
+            or self.min_tokens
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+        )
+
+    def validate(self, limits: Limits, vocab_size: int) -> None:
         """Raise `InvalidRequest` for the first field that is out of its range."""
         _integer("n", self.n, 1, limits.max_n)
         _number("temperature", self.temperature, 0.0, 1e4)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise InvalidRequest("top_p", self.top_p, "must be above 0")
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _integer("top_k", self.top_k, -1, 2**31 - 1)
-        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if not isinstance(self.stop_token_ids, tuple | list):
-            raise InvalidRequest("stop_token_ids", self.stop_token_ids, "must be a tuple of integers")
-        _integer("len(stop_token_ids)", len(self.stop_token_ids), 0, limits.max_stop_token_ids)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e4, above=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.logit_bias is not None:
+            _check_bias(self.logit_bias, limits, vocab_size)
+        _check_stop(self.stop, limits)
+        _sequence("stop_token_ids", self.stop_token_ids, limits.max_stop_token_ids)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest("ignore_eos", self.ignore_eos, "must be true or false")
+        _boolean("include_stop_str_in_output", self.include_stop_str_in_output)
+        _boolean("ignore_eos", self.ignore_eos)
+        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**64 - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, limits.max_logprobs)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _integer(name, count, 0, limits.max_logprobs)
 
 
-def _integer(field: str, value: object, low: int, high: int) -> None:
+@dataclass(eq=False, slots=True)
+class SamplingState:
+    """What the draws of one sequence depend on. It lives as long as the sequence.
+
+    The randomness of a draw is a function of (seed, index, tokens generated) alone.
+    """
+
+    params: SamplingParams
+    seed: int
+    """64 bits"""
+    index: int
+    """Place among the request's `n`"""
+    prompt: NDArray[np.int32]
+    output: list[int]
+    """Tokens generated so far; whoever draws appends to it."""
+    stop_ids: frozenset[int]
+    """Tokens that end the sequence, and are held back before `min_tokens`."""
+    counts: dict[int, int] = field(default_factory=dict)
+    """How often the output holds each token, as of the last `update`."""
+    plain: bool = field(init=False)
+    """Whether the likeliest token is drawn, as the model gives it."""
+    _counted: int = 0
+    _prompt_ids: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        self.plain = self.params.greedy and not self.params.shaped
+
+    def update(self) -> None:
+        """Count what was generated since the last call."""
+        for token in self.output[self._counted :]:
+            self.counts[token] = self.counts.get(token, 0) + 1
+        self._counted = len(self.output)
+
+    def seen(self) -> NDArray[np.int64]:
+        """The distinct tokens of prompt and output, as of the last `update`."""
+        if self._prompt_ids is None:
+            self._prompt_ids = np.unique(self.prompt).astype(np.int64)
+        return np.union1d(self._prompt_ids, np.fromiter(self.counts, np.int64, len(self.counts)))
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(field, value, f"must be an integer from {low} to {high}")
+        raise InvalidRequest(name, value, f"must be an integer from {low} to {high}")
     if not low <= value <= high:
-        raise InvalidRequest(field, value, f"must be from {low} to {high}")
+        raise InvalidRequest(name, value, f"must be from {low} to {high}")
 
 
-def _number(field: str, value: object, low: float, high: float) -> None:
+def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    span = f"from {low:g} to {high:g}" if not above else f"above {low:g}, at most {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequest(field, value, f"must be a number from {low:g} to {high:g}")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequest(field, value, f"must be finite, from {low:g} to {high:g}")
+        raise InvalidRequest(name, value, f"must be a number {span}")
+    # An integer may be too large to be a float.
+    if not low <= value <= high or not math.isfinite(value) or (above and value == low):
+        raise InvalidRequest(name, value, f"must be finite, {span}")
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(name, value, "must be true or false")
+
+
+def _sequence(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, tuple | list):
+        raise InvalidRequest(name, value, "must be a tuple or a list")
+    if len(value) > most:
+        raise InvalidRequest(f"len({name})", len(value), f"must be at most {most}")
+
+
+def _check_bias(bias: Any, limits: Limits, vocab_size: int) -> None:
+    if not isinstance(bias, Mapping):
+        raise InvalidRequest("logit_bias", bias, "must map token ids to numbers")
+    if len(bias) > limits.max_logit_bias:
+        raise InvalidRequest("len(logit_bias)", len(bias), f"must be at most {limits.max_logit_bias}")
+    for token, value in bias.items():
+        _integer("logit_bias", token, 0, vocab_size - 1)
+        _number(f"logit_bias[{token}]", value, -100.0, 100.0)
+
+
+def _check_stop(stop: Any, limits: Limits) -> None:
+    texts = [stop] if isinstance(stop, str) else stop
+    _sequence("stop", texts, limits.max_stop)
+    for text in texts:
+        if not isinstance(text, str) or not 0 < len(text) <= limits.max_stop_len:
+            raise InvalidRequest("stop", text, f"must be text of 1 to {limits.max_stop_len} characters")

@@ -14,16 +14,25 @@ from radixgen.model.packed import LayerCall, TreeModel
 
 
 class ModelRunner:
-    """A model and its KV storage. Counts the rows it computed and the KV bytes that attention read."""
+    """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend."""
 
-    def __init__(self, model: TreeModel, slots: int, attention: str) -> None:
+    def __init__(self, model: TreeModel, attention: str, eos_token_ids: frozenset[int]) -> None:
         self.model = model
-        self.storage = KVStorage(model.layer_shapes, slots, model.device)
-        self.computed_rows = 0
-        self.logit_rows = 0
+        self.name = model.name
+        self.vocab_size = model.vocab_size
+        self.max_model_len = model.max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self._backend = backend_class(attention)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def allocate(self, slots: int) -> None:
+        self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
 
     def run(
         self,
@@ -32,9 +41,6 @@ class ModelRunner:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
-        """Compute the plan's rows: `token_ids` `[rows]`; `slots` `[rows]`, -1 where a row's KV exists
-        already; `logit_rows` `[n]`. Returns float32 logits `[n, vocab]`.
-        """
         device = self.model.device
         writes = np.flatnonzero(slots >= 0)
         step = _StepAttention(
@@ -50,12 +56,15 @@ class ModelRunner:
             torch.from_numpy(logit_rows).to(device),
             step,
         )
-        self.computed_rows += plan.num_rows
-        self.logit_rows += logit_rows.size
         for shape, backend in zip(self.model.layer_shapes, step.layer_backends, strict=True):
             self.kv_bytes_read += backend.kv_tokens_read * shape.bytes_per_token
             self.kv_bytes_unshared += backend.kv_tokens_unshared * shape.bytes_per_token
         return logits
+
+    def release(self) -> None:
+        self.model.release()
+        self.storage.keys.clear()
+        self.storage.values.clear()
 
 
 class _StepAttention:

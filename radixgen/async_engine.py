@@ -1,0 +1,352 @@
+"""`AsyncEngine`: one thread steps the engine; coroutines submit to it and receive from it."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Seq
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from radixgen.core import EngineClosed, EngineDead, OutputKind, RequestOutput, SamplingParams, Stats, UnknownRequest
+from radixgen.engine import Engine, scores_of
+from radixgen.input_processor import Prompt, as_prompts
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_STALL_SECONDS = 0.01
+"""How long to wait for a command where requests are open and none can run."""
+
+
+class AsyncEngine:
+    """Serves an `Engine` to the coroutines of any number of event loops. It owns the engine and closes it.
+
+    ```python
+    async with AsyncEngine(Engine("smollm2")) as engine:
+        async for delta in engine.generate("Hello", SamplingParams(max_tokens=8)):
+            print(delta.outputs[0].text, end="")
+    ```
+
+    Back-pressure: a request beyond the engine's `Limits` is refused at once with `QueueFull`; what a slow reader
+    has not taken is merged into one output, so that it holds no more memory than its answer.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._serial = count(1)
+        self._closing = False
+        self._end: EngineClosed | None = None
+        """Why no more commands are taken. Written once, under the gate."""
+        self._gate = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="radixgen-engine", daemon=True)
+        self._thread.start()
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        timeout: float | None = None,
+        cumulative: bool = False,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield what is new since the last output (or, `cumulative`, everything so far), the last one with
+        `finished=True`. Leaving the generator early aborts the request.
+
+        The arguments are those of `Engine.submit`, and so are the errors. Raises `EngineDead` where the engine
+        fails as a whole.
+        """
+        request_id = request_id or self._new_id()
+        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+        kind: OutputKind = "cumulative" if cumulative else "delta"
+
+        def submit() -> None:
+            self._engine.submit(
+                tokens,
+                params,
+                request_id=request_id,
+                priority=priority,
+                namespace=namespace,
+                timeout=timeout,
+                output_kind=kind,
+            )
+
+        stream = await self._begin(request_id, submit, cumulative)
+        async with aclosing(self._receive(request_id, stream)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
+        """As `Engine.score`; other requests go on meanwhile."""
+        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+
+        async def score_one(continuation: Prompt) -> list[float]:
+            name = self._new_id()
+            submit = partial(self._engine.submit_score, tokens, continuation, request_id=name, namespace=namespace)
+            stream = await self._begin(name, submit, cumulative=True)
+            return scores_of([output async for output in self._receive(name, stream)][-1])
+
+        tasks = [asyncio.create_task(score_one(one)) for one in as_prompts(continuations)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def fork(self, request_id: str, n: int = 1) -> list[AsyncGenerator[RequestOutput, None]]:
+        """As `Engine.fork`: for each fork its outputs, the first of which tells what was generated before. They
+        run whether or not they are read.
+        """
+        loop = asyncio.get_running_loop()
+
+        def fork() -> list[tuple[str, _Stream]]:
+            names = self._engine.fork(request_id, n)
+            streams = [(name, _Stream(loop, self._streams[request_id].cumulative)) for name in names]
+            self._streams.update(streams)
+            return streams
+
+        return [self._receive(name, stream) for name, stream in await self._call(fork)]
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request with `abort`. False where it has ended already or never was."""
+        return await self._call(partial(self._cancel, request_id))
+
+    async def pin(
+        self, prompt: Prompt, *, namespace: str = "", priority: int = 0, ttl: float | None = None
+    ) -> int | None:
+        """As `Engine.pin`."""
+        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+        pin = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl)
+        return await self._call(pin)
+
+    async def unpin(self, pin: int) -> bool:
+        """As `Engine.unpin`."""
+        return await self._call(partial(self._engine.unpin, pin))
+
+    # -- the engine itself --------------------------------------------------------------------------------
+
+    async def stats(self) -> Stats:
+        return await self._call(self._engine.stats)
+
+    async def check(self) -> None:
+        """As `Engine.check`."""
+        await self._call(self._engine.check)
+
+    async def reset_prefix_cache(self) -> int:
+        """As `Engine.reset_prefix_cache`."""
+        return await self._call(self._engine.reset_prefix_cache)
+
+    async def close(self) -> None:
+        """Stop the thread after the step that runs, and close the engine. Whoever still waits gets `EngineClosed`.
+        May be called twice.
+        """
+        self._closing = True
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- in the callers' threads --------------------------------------------------------------------------
+
+    async def _begin(self, request_id: str, submit: Callable[[], object], cumulative: bool) -> "_Stream":
+        """Submit; a caller that is cancelled meanwhile leaves nothing behind."""
+        stream = _Stream(asyncio.get_running_loop(), cumulative)
+
+        def begin() -> None:
+            submit()
+            self._streams[request_id] = stream
+
+        try:
+            await self._call(begin)
+        except asyncio.CancelledError:
+            self._post(_Command(partial(self._leave, request_id, stream)))
+            raise
+        return stream
+
+    async def _receive(self, request_id: str, stream: "_Stream") -> AsyncGenerator[RequestOutput, None]:
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                self._post(_Command(partial(self._leave, request_id, stream)))
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        """The result of `function`, run in the engine's thread between two steps."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._post(_Command(function, loop, future))
+        return await future
+
+    def _post(self, command: "_Command") -> None:
+        with self._gate:
+            if self._end is None:
+                self._commands.put(command)
+                return
+        command.fail(self._end)
+
+    def _new_id(self) -> str:
+        return f"async-{next(self._serial)}"
+
+    # -- in the engine's thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        end: EngineClosed = EngineClosed("the engine is closed")
+        try:
+            self._serve()
+        except BaseException as error:
+            logger.critical("the engine failed; every open request ends", exc_info=error)
+            end = EngineDead(f"the engine failed: {error!r}")
+            end.__cause__ = error
+        with self._gate:
+            self._end = end
+        for stream in self._streams.values():
+            stream.put(end)
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command.fail(end)
+        self._engine.close()
+
+    def _serve(self) -> None:
+        idle = True
+        while not self._closing:
+            self._take_commands(_STALL_SECONDS if self._engine.has_unfinished else None, wait=idle)
+            steps = self._engine.num_steps
+            outputs = self._engine.step()
+            for output in outputs:
+                self._deliver(output)
+            idle = not self._engine.has_unfinished or (not outputs and steps == self._engine.num_steps)
+
+    def _take_commands(self, timeout: float | None, *, wait: bool) -> None:
+        """Run what was posted; with `wait`, for up to `timeout` seconds until there is something."""
+        try:
+            command = self._commands.get(block=wait, timeout=timeout)
+            while command is not None:
+                command.run()
+                command = self._commands.get(block=False)
+        except queue.Empty:
+            return
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is not None:
+            stream.put(output)
+        if output.finished:
+            self._streams.pop(output.request_id, None)
+
+    def _leave(self, request_id: str, stream: "_Stream") -> None:
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._cancel(request_id)
+
+    def _cancel(self, request_id: str) -> bool:
+        try:
+            self._engine.cancel(request_id)
+        except UnknownRequest:
+            return False
+        return True
+
+
+class _Command:
+    """A function for the engine's thread, and the future that waits for its result."""
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        loop: asyncio.AbstractEventLoop | None = None,
+        future: "asyncio.Future[Any] | None" = None,
+    ) -> None:
+        self._function = function
+        self._loop = loop
+        self._future = future
+
+    def run(self) -> None:
+        """An exception belongs to the caller; a failed assertion is also the engine's."""
+        try:
+            result = self._function()
+        except AssertionError as error:
+            self.fail(error)
+            raise
+        except Exception as error:
+            self.fail(error)
+        else:
+            self._settle(lambda future: future.set_result(result))
+
+    def fail(self, error: BaseException) -> None:
+        self._settle(lambda future: future.set_exception(error))
+
+    def _settle(self, settle: "Callable[[asyncio.Future[Any]], None]") -> None:
+        loop, future = self._loop, self._future
+        if loop is None or future is None:
+            return
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(lambda: None if future.done() else settle(future))
+
+
+class _Stream:
+    """Outputs on their way from the engine's thread to one coroutine, merged while nobody takes them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cumulative: bool) -> None:
+        self.cumulative = cumulative
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._pending: RequestOutput | EngineClosed | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, output: RequestOutput | EngineClosed) -> None:
+        with self._lock:
+            waiting, self._pending = self._pending, output
+            if isinstance(waiting, RequestOutput) and isinstance(output, RequestOutput) and not self.cumulative:
+                self._pending = _merge(waiting, output)
+        if waiting is None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._ready.set)
+
+    async def get(self) -> RequestOutput:
+        """The next output. Raises the `EngineClosed` that ended the stream."""
+        await self._ready.wait()
+        with self._lock:
+            output, self._pending = self._pending, None
+            self._ready.clear()
+        assert output is not None
+        if isinstance(output, EngineClosed):
+            raise output
+        return output
+
+
+def _merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
+    """Two deltas of one request as one."""
+    merged = {one.index: one for one in first.outputs}
+    for new in then.outputs:
+        old = merged.get(new.index)
+        if old is not None:
+            new = replace(
+                new,
+                text=old.text + new.text,
+                token_ids=old.token_ids + new.token_ids,
+                logprobs=None if new.logprobs is None else (old.logprobs or []) + new.logprobs,
+            )
+        merged[new.index] = new
+    return replace(then, outputs=list(merged.values()), prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs)

@@ -1,0 +1,416 @@
+"""`EngineCore`: token ids in, token ids out. One step schedules, plans, runs the model, draws, moves cursors."""
+
+import heapq
+import logging
+import math
+
+import numpy as np
+from torch import Tensor
+
+from radixgen.cache import ExtentPool, RadixTree, TokenArray
+from radixgen.core import FinishReason, LimitReached, Limits, QueueFull, SamplingParams, SamplingState, Stats
+from radixgen.model.base import Model
+from radixgen.sampling import Drawn, fork_seed, sample, token_logprobs
+from radixgen.scheduler.batch import Batch, Scheduler, StepInput
+from radixgen.scheduler.pins import Pin
+from radixgen.scheduler.planner import Planner, PlanMode
+from radixgen.scheduler.sequence import Request, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Requests, scheduler, tree and model. Its requests were checked by the caller.
+
+    No text, no I/O: time comes in with each call, in seconds of any monotonic clock.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        kv_tokens: int,
+        max_step_tokens: int,
+        limits: Limits,
+        plan: PlanMode = "auto",
+        seed: int = 0,
+        debug: bool = False,
+    ) -> None:
+        self.model = model
+        self.limits = limits
+        self.seed = seed
+        self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
+        self.planner = Planner(self.tree, mode=plan)
+        self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
+        self.requests: dict[str, Request] = {}
+        self._ended: list[Sequence] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._serial = 0
+        self._suspects: list[Request] = []
+        self._attempts = 0
+        self._steps = 0
+        self._computed_rows = 0
+        self._logit_rows = 0
+        self._generated = 0
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        share: bool = True,
+        deadline: float = math.inf,
+        score_from: int | None = None,
+    ) -> Request:
+        """Queue a request with `n` sequences.
+
+        `score_from` asks, instead of new tokens, for the log-probability of each prompt token after that
+        position; the last one then needs no KV and does not enter the tree. Raises `QueueFull`.
+        """
+        self.require_room(1, prompt.size)
+        self._serial += 1
+        targets, first, max_output = None, 0, min(params.max_tokens, self.model.max_model_len - prompt.size)
+        if score_from is not None:
+            prompt, targets, first, max_output = prompt[:-1], prompt[1:], score_from, 0
+        elif params.prompt_logprobs is not None:
+            targets = prompt[1:]
+        request = Request(
+            id=request_id or self._new_id(),
+            serial=self._serial,
+            prompt=prompt,
+            params=params,
+            max_output=max_output,
+            priority=priority,
+            namespace=namespace,
+            deadline=deadline,
+            targets=targets,
+            next_read=first,
+        )
+        seed = params.seed if params.seed is not None else fork_seed(self.seed, self._serial)
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self.model.eos_token_ids
+        for index in range(params.n):
+            own = namespace if share else f"{namespace}\0{self._serial}.{index}"
+            state = SamplingState(params, seed, index, prompt, [], ends)
+            request.add_sequence(Sequence(request, index, own, state, ends))
+        self._register(request)
+        self.scheduler.add(request)
+        return request
+
+    def fork(self, request: Request) -> Request:
+        """A live request once more, from the token that it has reached: no KV is copied and none computed. From
+        here on its draws are its own, derived from the request's seed and the number of the fork. Raises
+        `QueueFull`.
+        """
+        self.require_room(1, request.prompt.size)
+        self._serial += 1
+        request.num_forks += 1
+        fork = Request(
+            id=self._new_id(),
+            serial=self._serial,
+            prompt=request.prompt,
+            params=request.params,
+            max_output=request.max_output,
+            priority=request.priority,
+            namespace=request.namespace,
+            deadline=request.deadline,
+            targets=request.targets,
+            next_read=request.next_read,
+            prompt_logprobs=list(request.prompt_logprobs),
+            num_cached_tokens=request.num_cached_tokens,
+        )
+        for origin in request.sequences:
+            before = origin.sampling
+            seed = fork_seed(before.seed, request.num_forks)
+            state = SamplingState(
+                before.params, seed, before.index, before.prompt, list(before.output), before.stop_ids
+            )
+            own = origin.namespace
+            if own != request.namespace:
+                own = f"{request.namespace}\0{self._serial}.{origin.index}"
+            sequence = Sequence(fork, origin.index, own, state, origin.end_ids)
+            sequence.logprobs = list(origin.logprobs)
+            sequence.finish_reason, sequence.stop_reason = origin.finish_reason, origin.stop_reason
+            fork.add_sequence(sequence)
+            if sequence.finish_reason is None:
+                self.scheduler.fork(origin, sequence)
+            else:
+                self._ended.append(sequence)
+        self._register(fork)
+        return fork
+
+    def require_room(self, requests: int, tokens: int) -> None:
+        """Raise `QueueFull` where the queue cannot take so much more."""
+        waiting, limits = self.scheduler.waiting, self.limits
+        if len(waiting) + requests > limits.max_waiting:
+            raise QueueFull("waiting", len(waiting) + requests, f"at most {limits.max_waiting} requests wait")
+        if waiting.num_tokens + tokens > limits.max_waiting_tokens and len(waiting):
+            limit = f"at most {limits.max_waiting_tokens} prompt tokens wait"
+            raise QueueFull("waiting_tokens", waiting.num_tokens + tokens, limit)
+
+    def end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a live sequence. Its tokens stay cached."""
+        sequence.finish(reason, stop_reason)
+        self.scheduler.drop(sequence)
+
+    def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
+        """End what is still live of a request; the next step returns it."""
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.end(sequence, reason, stop_reason)
+                self._ended.append(sequence)
+
+    def forget(self, request: Request) -> None:
+        """A finished request was reported: its id is free again."""
+        assert request.finished and self.requests.pop(request.id) is request
+
+    @property
+    def num_attempts(self) -> int:
+        """Steps that ran or failed."""
+        return self._attempts
+
+    # -- pins ---------------------------------------------------------------------------------------------
+
+    def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
+        """Keep what is cached of `tokens`; None where nothing of it is. Raises `LimitReached`."""
+        if len(self.scheduler.pins) >= self.limits.max_pins:
+            limit = f"at most {self.limits.max_pins} prefixes are pinned"
+            raise LimitReached("pins", len(self.scheduler.pins) + 1, limit)
+        return self.scheduler.pins.add(tokens, namespace, priority, expires)
+
+    def unpin(self, pin_id: int) -> bool:
+        """False where the pin is gone already."""
+        found = pin_id in self.scheduler.pins
+        if found:
+            self.scheduler.pins.release(pin_id)
+        return found
+
+    # -- one step -----------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> list[Sequence]:
+        """Run one step. Returns the sequences that gained a token, scored some of their prompt, or ended since
+        the step before; one may be there twice.
+
+        Where the model raises, the step is undone. The requests that had a part in it then run alone, one step
+        each, and one for which it raises again ends with `error`. A failed assertion of our own goes on to the
+        caller.
+        """
+        self._expire(now)
+        batch = self._schedule()
+        if batch is None:
+            return self.take_ended()
+        self._attempts += 1
+        try:
+            frozen = self.scheduler.freeze(batch)
+            logits = self.model.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
+        except BaseException as error:
+            self.scheduler.rollback(batch)
+            if not isinstance(error, Exception) or isinstance(error, AssertionError):
+                raise
+            self._suspect(batch, error)
+            return self.take_ended()
+        self.scheduler.commit(batch)
+        del self._suspects[:1]
+        self._steps += 1
+        self._computed_rows += batch.num_rows
+        self._logit_rows += frozen.logit_rows.size
+        read = self._score(batch, frozen, logits)
+        self._draw(batch, frozen, logits)
+        return self.take_ended() + read + batch.drawing
+
+    def _schedule(self) -> Batch | None:
+        """The next step: of all requests, or while there are suspects, of the first of them that can run."""
+        while self._suspects:
+            batch = self.scheduler.schedule(only=self._suspects[0])
+            if batch is not None:
+                return batch
+            del self._suspects[0]
+        return self.scheduler.schedule()
+
+    def _suspect(self, batch: Batch, error: Exception) -> None:
+        """The model raised: each request of the step is tried alone, and one that was alone is to blame."""
+        requests = self.scheduler.requests_of(batch)
+        logger.error("a step of %d requests failed", len(requests), exc_info=error)
+        if self._suspects:
+            self.abort(self._suspects.pop(0), "error", repr(error))
+        else:
+            self._suspects = requests
+
+    def take_ended(self) -> list[Sequence]:
+        """The sequences that ended outside a step since the last one, each once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _expire(self, now: float) -> None:
+        """End the requests whose deadline has passed, and the pins that have expired."""
+        self.scheduler.pins.expire(now)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
+
+    def _score(self, batch: Batch, frozen: StepInput, logits: Tensor) -> list[Sequence]:
+        """Log-probabilities of prompt tokens. Returns the sequences that read them."""
+        at = 0
+        for request, rows in batch.reads:
+            index = frozen.reading[at : at + len(rows)]
+            at += len(rows)
+            try:
+                self._score_one(request, logits[index])
+            except Exception as error:
+                logger.exception("the prompt of request %s could not be scored", request.id)
+                self.abort(request, "error", repr(error))
+        return [request.sequences[0] for request, _ in batch.reads]
+
+    def _score_one(self, request: Request, logits: Tensor) -> None:
+        """Score the next targets of a prompt by logits `[targets, vocab]`."""
+        assert request.targets is not None
+        stop = request.next_read + logits.shape[0]
+        top = [request.params.prompt_logprobs or 0] * logits.shape[0]
+        request.prompt_logprobs += token_logprobs(logits, request.targets[request.next_read : stop], top)
+        request.next_read = stop
+        if not request.reading and not request.max_output:
+            self.end(request.sequences[0], "length")
+
+    def _draw(self, batch: Batch, frozen: StepInput, logits: Tensor) -> None:
+        """Draw tokens, end the sequences that are done, move the others' cursors."""
+        if not batch.drawing:
+            return
+        drawn = self._sample(logits, frozen.drawing, batch.drawing)
+        going: list[tuple[Sequence, int]] = []
+        for index, (sequence, token) in enumerate(zip(batch.drawing, drawn.tokens, strict=True)):
+            if sequence.finish_reason is not None:
+                continue
+            if token < 0:
+                self.end(sequence, "error", "the model's logits are not finite")
+                continue
+            output = sequence.output
+            output.append(token)
+            if drawn.logprobs and index in drawn.logprobs:
+                sequence.logprobs.append(drawn.logprobs[index])
+            params = sequence.request.params
+            if token in sequence.end_ids and len(output) > params.min_tokens:
+                self.end(sequence, "stop", token if token in params.stop_token_ids else None)
+            elif len(output) >= sequence.request.max_output:
+                self.end(sequence, "length")
+            else:
+                going.append((sequence, token))
+        self._generated += len(drawn.tokens)
+        self.scheduler.advance(going)
+
+    def _sample(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Drawn:
+        """All draws at once; where that raises, one by one, and those that raise end with `error`."""
+        states = [sequence.sampling for sequence in sequences]
+        try:
+            return sample(logits, rows, states)
+        except Exception:
+            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(rows))
+        tokens, logprobs = [], {}
+        for index, (row, state) in enumerate(zip(rows, states, strict=True)):
+            try:
+                one = sample(logits, [row], [state])
+            except Exception:
+                logger.exception("request %s could not be sampled", sequences[index].request.id)
+                tokens.append(-1)
+                continue
+            tokens += one.tokens
+            if one.logprobs:
+                logprobs[index] = one.logprobs[0]
+        return Drawn(tokens, logprobs)
+
+    # -- the engine itself --------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        tree, pool, scheduler = self.tree, self.tree.pool, self.scheduler
+        return Stats(
+            steps=self._steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
+            computed_prompt_tokens=scheduler.computed_prompt_tokens,
+            computed_rows=self._computed_rows,
+            logit_rows=self._logit_rows,
+            generated_tokens=self._generated,
+            kv_tokens_total=pool.capacity,
+            kv_tokens_used=pool.used - tree.reserved_tokens,
+            kv_tokens_reserved=tree.reserved_tokens,
+            kv_tokens_fenced=pool.fenced,
+            kv_tokens_cached=tree.evictable_tokens,
+            kv_tokens_pinned=scheduler.pins.num_tokens,
+            evicted_tokens=tree.evicted_tokens,
+            preemptions=scheduler.preemptions,
+            kv_bytes_read=self.model.kv_bytes_read,
+            kv_bytes_unshared=self.model.kv_bytes_unshared,
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.waiting.num_sequences,
+            num_waiting_tokens=scheduler.waiting.num_tokens,
+            num_pins=len(scheduler.pins),
+        )
+
+    def check(self) -> None:
+        """Assert every invariant: slots have one owner, references are those of the live cursors and pins, counts
+        add up, bounds hold, and each request is in one legal state (I1 to I12).
+        """
+        self.tree.check()
+        scheduler = self.scheduler
+        locks: dict[int, int] = {}
+        for holder in (*scheduler.running, *scheduler.pins):
+            lock = holder.cursor if isinstance(holder, Sequence) else holder.lock
+            assert lock is not None
+            locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
+        for node in self.tree.nodes():
+            assert node.lock_count == locks.get(node.id, 0), f"{node} has a lock without a cursor or pin"
+        for sequence in scheduler.running:
+            assert sequence.cursor is not None and sequence.finish_reason is None
+            node = sequence.cursor.held
+            assert np.array_equal(node.path_tokens(), sequence.tokens()), "a cursor left its tokens"
+            assert node.namespace == sequence.namespace
+        for pin in scheduler.pins:
+            assert pin.lock.held.end == pin.num_tokens and pin.lock.held.complete, "a pin left its tokens"
+        scheduler.waiting.check()
+        assert all(s.cursor is None and s.finish_reason is None for s in scheduler.waiting)
+        self._check_bounds()
+        self._check_states()
+
+    def _check_bounds(self) -> None:
+        scheduler, limits = self.scheduler, self.limits
+        new = sum(s.request.num_cached_tokens is None and s.index == 0 for s in scheduler.waiting)
+        assert new <= limits.max_waiting and len(scheduler.running) <= limits.max_num_seqs
+        assert len(scheduler.pins) <= limits.max_pins
+
+    def _check_states(self) -> None:
+        waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
+        live = [s for r in self.requests.values() for s in r.sequences if s.finish_reason is None]
+        assert len(waiting) + len(running) == len(live)
+        assert {*waiting, *running} == {*live}
+        for name, request in self.requests.items():
+            assert request.id == name
+            assert request.unfinished == sum(s.finish_reason is None for s in request.sequences)
+            for sequence in request.sequences:
+                assert len(sequence.output) <= request.max_output
+                assert sequence.finish_reason is None or sequence.cursor is None
+
+    def close(self) -> None:
+        """Release the model; live requests end without a report."""
+        self.requests.clear()
+        self.model.release()
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _register(self, request: Request) -> None:
+        self.requests[request.id] = request
+        if request.deadline == math.inf:
+            return
+        heapq.heappush(self._deadlines, (request.deadline, request.serial, request))
+        if len(self._deadlines) > 2 * len(self.requests) + 64:
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].finished]
+            heapq.heapify(self._deadlines)
+
+    def _new_id(self) -> str:
+        serial = self._serial
+        while (name := f"request-{serial}") in self.requests:
+            serial += 1
+        return name

@@ -1,0 +1,162 @@
+"""From what a caller gives to what the engine's core takes: token ids that were checked, or a named error."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from radixgen.cache import TokenArray
+from radixgen.core import InvalidRequest, Limits, PromptTooLong, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Seq[int] | TokenArray
+Messages = Seq[Mapping[str, Any]]
+
+
+class InputProcessor:
+    """Tokenizes and checks against one engine's bounds. Every method raises `InvalidRequest` or a child of it."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        kv_tokens: int,
+        limits: Limits,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.kv_tokens = kv_tokens
+        self.limits = limits
+
+    def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:
+        """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`."""
+        if not isinstance(prompt, str):
+            return _token_ids(prompt, self.vocab_size, field)
+        if self.tokenizer is None:
+            raise InvalidRequest(field, prompt, "the model has no tokenizer: give token ids")
+        if len(prompt) > self.limits.max_prompt_chars:
+            raise PromptTooLong(f"len({field})", len(prompt), f"at most {self.limits.max_prompt_chars} characters")
+        return _token_ids(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], self.vocab_size, field)
+
+    def tokenize_continuation(self, text: Prompt) -> TokenArray:
+        """What follows a prompt: no special tokens."""
+        return self.tokenize(text, "continuations", special=False)
+
+    def chat_tokens(self, messages: Messages) -> list[int]:
+        """The conversation as token ids, ending where the model's answer begins."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InvalidRequest("messages", "…", "the model has no chat template")
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
+        return ids
+
+    def check(self, prompt: TokenArray, params: SamplingParams) -> None:
+        """That the request could run, alone, in this engine."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest("params", params, "must be SamplingParams")
+        params.validate(self.limits, self.vocab_size)
+        if params.n > self.limits.max_num_seqs:
+            raise InvalidRequest("n", params.n, f"at most {self.limits.max_num_seqs} sequences run at a time")
+        if params.stop_strings and self.tokenizer is None:
+            raise InvalidRequest("stop", params.stop, "the model has no tokenizer: use stop_token_ids")
+        if prompt.size == 0:
+            raise InvalidRequest("prompt", [], "must hold at least one token")
+        if prompt.size >= self.max_model_len:
+            limit = f"the context holds {self.max_model_len} tokens, one of them generated"
+            raise PromptTooLong("len(prompt)", prompt.size, limit)
+        self._check_slots("len(prompt) + max_tokens", prompt.size + params.max_tokens)
+
+    def check_score(self, prompt: TokenArray, continuation: TokenArray) -> None:
+        """That `continuation` could be scored after `prompt`."""
+        for field, tokens in (("prompt", prompt), ("continuations", continuation)):
+            if tokens.size == 0:
+                raise InvalidRequest(field, [], "must hold at least one token")
+        length = prompt.size + continuation.size
+        if length > self.max_model_len:
+            limit = f"the context holds {self.max_model_len} tokens"
+            raise PromptTooLong("len(prompt) + len(continuation)", length, limit)
+        self._check_slots("len(prompt) + len(continuation)", length)
+
+    def check_name(self, field: str, text: object) -> None:
+        """A request id or a namespace."""
+        limit = self.limits.max_request_id_len
+        if not isinstance(text, str) or len(text) > limit:
+            raise InvalidRequest(field, text, f"must be text of at most {limit} characters")
+
+    def check_count(self, field: str, count: object, most: int) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise InvalidRequest(field, count, f"must be an integer from 1 to {most}")
+
+    def check_priority(self, priority: object) -> None:
+        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+            raise InvalidRequest("priority", priority, f"must be an integer from {-(2**31)} to {2**31 - 1}")
+
+    def check_seconds(self, field: str, seconds: object) -> float:
+        """A span of time above 0; infinite where None."""
+        if seconds is None:
+            return float("inf")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+            raise InvalidRequest(field, seconds, "must be a finite number of seconds above 0")
+        return float(seconds)
+
+    def _check_slots(self, field: str, tokens: int) -> None:
+        """The last token of a sequence needs no slot."""
+        needed = min(tokens, self.max_model_len) - 1
+        if needed > self.kv_tokens:
+            raise PromptTooLong(field, tokens, f"needs {needed} of the pool's {self.kv_tokens} slots")
+
+
+def as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """A string, token ids, or a list of either."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Seq | np.ndarray):
+        raise InvalidRequest("prompts", prompts, "must be text, token ids, or a list of either")
+    if len(prompts) and isinstance(prompts[0], int | np.integer):
+        return [prompts]  # type: ignore[list-item]
+    for prompt in prompts:
+        if not isinstance(prompt, str | Seq | np.ndarray):
+            raise InvalidRequest("prompts", prompt, "must be text or token ids")
+    return list(prompts)
+
+
+def as_params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """One for each of `count` prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, Seq):
+        raise InvalidRequest("params", params, "must be SamplingParams or a list of them")
+    if len(params) != count:
+        raise InvalidRequest("len(params)", len(params), f"must be {count}, as many as prompts")
+    return list(params)
+
+
+def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int, field: str) -> TokenArray:
+    """A prompt as int32 token ids, each checked; those of a tokenizer too, which may know more than the model."""
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
+        ids = prompt
+    elif not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise InvalidRequest(field, prompt, "must be text or a flat sequence of token ids")
+    else:
+        for place, token in enumerate(prompt):
+            if type(token) is int:
+                continue
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise InvalidRequest(f"{field}[{place}]", token, "must be an integer token id")
+        ids = np.array(prompt, object)
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if bad.size:
+        place = int(bad[0])
+        raise InvalidRequest(f"{field}[{place}]", int(ids[place]), f"must be from 0 to {vocab_size - 1}")
+    return ids.astype(np.int32)

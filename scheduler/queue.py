@@ -1,0 +1,97 @@
+"""Who is admitted next: priority, then the longest computed prefix, with a bound on being overtaken."""
+
+from collections.abc import Callable, Iterator
+
+from sortedcontainers import SortedKeyList
+
+from radixgen.scheduler.sequence import Request, Sequence
+
+_WINDOW = 64
+
+
+class WaitingQueue:
+    """Requests that wait, whole or with some preempted sequences.
+
+    The highest priority goes first. Within it, of the first 64 by arrival, the one with the longest computed
+    prefix; but a request is overtaken by at most `max_overtaken` later ones of its priority. So a request
+    with `k` earlier ones of its priority before it is admitted after at most `k + max_overtaken` others of that
+    priority.
+    """
+
+    def __init__(self, max_overtaken: int) -> None:
+        self.max_overtaken = max_overtaken
+        self.num_sequences = 0
+        self.num_tokens = 0
+        """Prompt tokens of the requests that wait."""
+        self._requests: SortedKeyList[Request] = SortedKeyList(key=_order)
+        self._chosen: Request | None = None
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for request in self._requests for sequence in request.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if not request.waiting:
+            self._requests.add(request)
+            self.num_tokens += request.prompt.size
+            if self._chosen is not None and _order(request) < _order(self._chosen):
+                self._chosen = None
+        request.waiting.append(sequence)
+        self.num_sequences += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that ended or was cancelled."""
+        request = sequence.request
+        request.waiting.remove(sequence)
+        self.num_sequences -= 1
+        if not request.waiting:
+            self._leave(request)
+
+    def choose(self, prefix_len: Callable[[Request], int]) -> Request:
+        """The request to admit next; the same one until it was admitted or left, or an earlier one joins."""
+        if self._chosen is None:
+            self._chosen = max(self._candidates(), key=lambda request: (prefix_len(request), -request.serial))
+        return self._chosen
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take out a sequence that now runs. Those that came before its request were overtaken if they still
+        wait.
+        """
+        request = sequence.request
+        self.remove(sequence)
+        if request.waiting:
+            return
+        for earlier in self._requests.irange_key((-request.priority, 0), _order(request)):
+            earlier.overtaken += 1
+
+    def check(self) -> None:
+        """Assert that the counts add up and that nobody was overtaken too often."""
+        assert self.num_sequences == sum(len(request.waiting) for request in self._requests)
+        assert self.num_tokens == sum(request.prompt.size for request in self._requests)
+        assert self._chosen is None or self._chosen in self._requests
+        for request in self._requests:
+            assert request.waiting and request.overtaken <= self.max_overtaken
+
+    def _candidates(self) -> list[Request]:
+        """Of the highest priority, in order of arrival, up to the first that may not be overtaken any more."""
+        found: list[Request] = []
+        for request in self._requests.islice(0, _WINDOW):
+            if found and request.priority != found[0].priority:
+                break
+            found.append(request)
+            if request.overtaken >= self.max_overtaken:
+                break
+        return found
+
+    def _leave(self, request: Request) -> None:
+        self._requests.remove(request)
+        self.num_tokens -= request.prompt.size
+        if self._chosen is request:
+            self._chosen = None
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return -request.priority, request.serial

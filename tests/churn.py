@@ -1,0 +1,470 @@
+"""The engine under random histories, held against a shadow that knows nothing but tokens.
+
+    python tests/churn.py --steps 1000000
+
+runs for as many engine steps as that, shows progress, and ends with one JSON line of what happened. The short
+profile is in `test_churn.py`.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from oracle import StampModel, extend, logits_of, stamp_of
+from rich.progress import Progress
+
+from radixgen import (
+    CompletionOutput,
+    Engine,
+    InvalidRequest,
+    LimitReached,
+    Limits,
+    RequestOutput,
+    SamplingParams,
+    UnknownRequest,
+)
+from radixgen.cache import Lock, Node
+from radixgen.core import SamplingState
+from radixgen.sampling import fork_seed, sample
+
+VOCAB, CONTEXT = 3, 40
+LIMITS = Limits(max_waiting=24, max_waiting_tokens=400, max_num_seqs=12, max_pins=4, max_overtaken=6)
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
+NAMESPACES = st.sampled_from(["", "", "other"])
+KINDS = st.sampled_from(["cumulative", "delta", "final"])
+SEEDS = st.integers(0, 2**64 - 1)
+
+events: Counter[str] = Counter()
+"""What has happened in this process, in engine steps and in occurrences."""
+
+
+@st.composite
+def sampling_params(draw: st.DrawFn) -> SamplingParams:
+    chosen: dict[str, Any] = {
+        "n": draw(st.sampled_from([1, 1, 1, 1, 2, 3])),
+        "max_tokens": draw(st.integers(1, 16)),
+        "ignore_eos": draw(st.booleans()),
+        "temperature": 0.0,
+    }
+    if draw(st.booleans()):
+        chosen |= {"temperature": draw(st.sampled_from([0.7, 2.0])), "seed": draw(SEEDS)}
+    extras = {
+        "top_k": st.integers(1, 3),
+        "top_p": st.floats(0.3, 1.0),
+        "min_p": st.floats(0.0, 0.5),
+        "repetition_penalty": st.sampled_from([0.5, 1.3]),
+        "presence_penalty": st.sampled_from([-1.0, 0.5]),
+        "frequency_penalty": st.sampled_from([-0.5, 1.0]),
+        "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-5, 5), max_size=2),
+        "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=1).map(tuple),
+        "min_tokens": st.integers(0, chosen["max_tokens"]),
+        "logprobs": st.integers(0, 2),
+        "prompt_logprobs": st.integers(0, 2),
+    }
+    for name in draw(st.lists(st.sampled_from(sorted(extras)), max_size=2, unique=True)):
+        chosen[name] = draw(extras[name])
+    return SamplingParams(**chosen)
+
+
+@dataclass
+class ShadowSequence:
+    """What one sequence must have generated, followed token by token."""
+
+    state: SamplingState
+    stamp: bytes
+    seeds: dict[int, int]
+    """From which output on which seed draws: a fork has its own from where it parted."""
+    told: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    ended: str | None = None
+
+    def check_next(self, token: int) -> None:
+        """The next token is the one that this prefix draws, alone."""
+        assert token == self.draw(), f"{self.state} after {self.told}: {token}"
+        self.told.append(token)
+        self.state.output.append(token)
+        self.stamp = extend(self.stamp, token)
+
+    def draw(self) -> int:
+        self.state.seed = self.seeds.get(len(self.told), self.state.seed)
+        logits = logits_of(self.stamp, VOCAB)
+        return sample(torch.from_numpy(logits)[None], [0], [self.state]).tokens[0]
+
+
+@dataclass
+class Shadow:
+    """One request that was accepted."""
+
+    prompt: list[int]
+    params: SamplingParams
+    kind: str
+    namespace: str
+    deadline: float
+    max_output: int
+    sequences: list[ShadowSequence]
+    forks: int = 0
+    cancelled: bool = False
+    failed: bool = False
+    started: bool = False
+    prompt_told: bool = False
+
+    @classmethod
+    def of(cls, prompt: list[int], params: SamplingParams, kind: str, namespace: str, deadline: float) -> "Shadow":
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {0})
+        stamp, tokens = stamp_of(prompt), np.array(prompt, np.int32)
+        return cls(
+            prompt,
+            params,
+            kind,
+            namespace,
+            deadline,
+            min(params.max_tokens, CONTEXT - len(prompt)),
+            [
+                ShadowSequence(SamplingState(params, 0, i, tokens, [], ends), stamp, {0: params.seed or 0})
+                for i in range(params.n)
+            ],
+        )
+
+    def fork(self, lengths: list[int]) -> "Shadow":
+        """The same once more, to part from it where its sequences have generated so many tokens."""
+        self.forks += 1
+        copy = Shadow.of(self.prompt, self.params, self.kind, self.namespace, self.deadline)
+        copy.started, copy.max_output = True, self.max_output
+        for old, new, length in zip(self.sequences, copy.sequences, lengths, strict=True):
+            seeds = {at: seed for at, seed in old.seeds.items() if at <= length}
+            new.seeds = seeds | {length: fork_seed(seeds[max(seeds)], self.forks)}
+        return copy
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.ended for sequence in self.sequences)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, branch, stop and vanish in a pool that is always full."""
+
+    @initialize(
+        slots=st.sampled_from([48, 48, 52, 60, 60, 75, 100, 200]),
+        budget=st.sampled_from([1, 5, 16, 16, 64, 64]),
+        share=st.sampled_from([True, True, True, True, False]),
+        plan=st.sampled_from(["auto", "auto", "unshared", "naive"]),
+    )
+    def begin(self, slots: int, budget: int, share: bool, plan: str) -> None:
+        self.now = 0.0
+        self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
+        self.engine = Engine(
+            self.model,
+            kv_tokens=slots,
+            max_step_tokens=budget,
+            share=share,
+            plan=plan,
+            limits=LIMITS,
+            clock=lambda: self.now,
+            debug=True,
+        )
+        self.live: dict[str, Shadow] = {}
+        self.pins: list[int] = []
+        self.texts: list[list[int]] = []
+        self.seen: Counter[str] = Counter()
+        self._watch()
+
+    # -- what callers do ----------------------------------------------------------------------------------
+
+    @rule(
+        prompt=TOKENS,
+        params=sampling_params(),
+        namespace=NAMESPACES,
+        priority=st.sampled_from([0, 0, 0, 1]),
+        timeout=st.sampled_from([None, None, None, 4.0]),
+        kind=KINDS,
+    )
+    def submit(self, **request: Any) -> None:
+        self._submit(**request)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data(), more=st.lists(st.integers(0, VOCAB - 1), max_size=6), params=sampling_params(), kind=KINDS)
+    def continue_conversation(self, data: st.DataObject, more: list[int], params: SamplingParams, kind: str) -> None:
+        text = data.draw(st.sampled_from(self.texts))
+        self._submit((text + more)[: CONTEXT - 1], params, kind=kind)
+
+    @rule(prompt=TOKENS, params=sampling_params(), count=st.integers(2, 4))
+    def burst(self, prompt: list[int], params: SamplingParams, count: int) -> None:
+        for _ in range(count):
+            self._submit(prompt, params)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), retry=st.booleans())
+    def cancel(self, data: st.DataObject, retry: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.live)))
+        shadow = self.live[name]
+        if shadow.finished or shadow.cancelled:
+            return
+        self.seen["cancel"] += shadow.started
+        self.engine.cancel(name)
+        shadow.cancelled = True
+        try:
+            self.engine.cancel(name)
+        except UnknownRequest:
+            pass
+        else:
+            raise AssertionError("a request was cancelled twice")
+        if retry and shadow.max_output:
+            self._submit(shadow.prompt, shadow.params, kind=shadow.kind)
+
+    @precondition(lambda self: any(not s.finished and not s.cancelled for s in self.live.values()))
+    @rule(data=st.data(), n=st.integers(1, 3))
+    def fork(self, data: st.DataObject, n: int) -> None:
+        alive = sorted(name for name, s in self.live.items() if not s.finished and not s.cancelled)
+        name = data.draw(st.sampled_from(alive))
+        rows = self.model.rows
+        lengths = [len(sequence.output) for sequence in self.engine._core.requests[name].sequences]
+        try:
+            forks = self.engine.fork(name, n)
+        except LimitReached:
+            return
+        assert self.model.rows == rows
+        self.seen["fork"] += 1
+        for fork in forks:
+            self.live[fork] = self.live[name].fork(lengths)
+
+    @rule(prompt=TOKENS, continuations=st.lists(TOKENS.map(lambda t: t[:8]), min_size=1, max_size=3))
+    def score(self, prompt: list[int], continuations: list[list[int]]) -> None:
+        for continuation in continuations:
+            try:
+                name = self.engine.submit_score(prompt, continuation)
+            except (InvalidRequest, LimitReached):
+                continue
+            params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+            shadow = Shadow.of(prompt + continuation, params, "final", "", np.inf)
+            shadow.max_output = 0
+            self.live[name] = shadow
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data(), namespace=NAMESPACES, priority=st.integers(0, 2), ttl=st.sampled_from([None, 2.0, 9.0]))
+    def pin(self, data: st.DataObject, namespace: str, priority: int, ttl: float | None) -> None:
+        text = data.draw(st.sampled_from(self.texts))
+        try:
+            pin = self.engine.pin(text, namespace=namespace, priority=priority, ttl=ttl)
+        except LimitReached:
+            pin = None
+        if pin is not None:
+            self.seen["pin"] += 1
+            self.pins.append(pin)
+
+    @precondition(lambda self: self.pins)
+    @rule()
+    def unpin(self) -> None:
+        self.engine.unpin(self.pins.pop(0))
+
+    @rule(count=st.integers(1, 60))
+    def evict(self, count: int) -> None:
+        self.engine.tree.evict(count)
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(bad=st.sampled_from([[], [VOCAB], [-1], [0] * CONTEXT, ["a"], None, 3]))
+    def submit_nonsense(self, bad: object) -> None:
+        try:
+            self.engine.submit(bad)
+        except InvalidRequest:
+            return
+        raise AssertionError(f"{bad} was accepted")
+
+    @precondition(lambda self: self.live)
+    @rule(times=st.integers(1, 3))
+    def fail_steps(self, times: int) -> None:
+        """The model raises: a request for which it does so twice, the second time alone, ends; all others go on."""
+        log = logging.getLogger("radixgen.engine_core")
+        log.disabled = True
+        for _ in range(times):
+            self.model.fail_next = RuntimeError("planted")
+            self._step()
+        self.model.fail_next = None
+        log.disabled = False
+
+    @rule(prompts=st.lists(TOKENS, min_size=2, max_size=5), kind=KINDS)
+    def crowd(self, prompts: list[list[int]], kind: str) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+        for prompt in prompts:
+            self._submit(prompt, params, kind=kind)
+
+    @rule(count=st.integers(1, 5))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self._step()
+
+    # -- what must hold -----------------------------------------------------------------------------------
+
+    def _submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        namespace: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
+        kind: str = "cumulative",
+    ) -> None:
+        try:
+            name = self.engine.submit(
+                prompt, params, namespace=namespace, priority=priority, timeout=timeout, output_kind=kind
+            )
+        except (InvalidRequest, LimitReached):
+            self.engine.check()
+            return
+        assert name not in self.live
+        self.live[name] = Shadow.of(prompt, params, kind, namespace, self.now + (timeout or np.inf))
+
+    def _step(self) -> None:
+        before = self.engine.stats()
+        rows = self.model.rows
+        outputs = self.engine.step()
+        self.engine.check()
+        for extent in self.engine.tree.pool.free_extents():
+            self.model.poison(range(extent.start, extent.end))
+        after = self.engine.stats()
+        self.seen["evict"] += after.evicted_tokens - before.evicted_tokens
+        self.seen["preempt"] += after.preemptions - before.preemptions
+        assert after.computed_rows - before.computed_rows == self.model.rows - rows
+        for output in outputs:
+            self._compare(output)
+        for sequence in self.engine._core.scheduler.running:
+            self.live[sequence.request.id].started = True
+        self._count()
+
+    def _compare(self, output: RequestOutput) -> None:
+        shadow = self.live[output.request_id]
+        assert output.prompt_token_ids == shadow.prompt[: len(output.prompt_token_ids)]
+        assert shadow.kind != "final" or output.finished
+        for one in output.outputs:
+            self._compare_sequence(shadow, one)
+        if output.prompt_logprobs is not None:
+            self._compare_prompt(shadow, output.prompt_logprobs)
+        assert output.finished == shadow.finished
+        if output.finished:
+            del self.live[output.request_id]
+            self.texts = [*self.texts[-15:], shadow.prompt + shadow.sequences[0].told]
+
+    def _compare_sequence(self, shadow: Shadow, one: CompletionOutput) -> None:
+        sequence = shadow.sequences[one.index]
+        assert sequence.ended is None or shadow.kind == "cumulative" and one.finish_reason == sequence.ended
+        tokens = one.token_ids
+        if shadow.kind == "cumulative":
+            assert tokens[: len(sequence.told)] == sequence.told
+            tokens = tokens[len(sequence.told) :]
+        logprobs = one.logprobs[-len(tokens) :] if one.logprobs is not None and tokens else [None] * len(tokens)
+        assert (one.logprobs is None) == (shadow.params.logprobs is None)
+        for token, found in zip(tokens, logprobs, strict=True):
+            if found is not None:
+                _check_logprobs(found, sequence.stamp, token, shadow.params.logprobs)
+            sequence.check_next(token)
+        sequence.ended = one.finish_reason
+        self._check_end(shadow, sequence, one)
+
+    def _check_end(self, shadow: Shadow, sequence: ShadowSequence, one: CompletionOutput) -> None:
+        told = sequence.told
+        over = bool(told) and told[-1] in sequence.state.stop_ids and len(told) > shadow.params.min_tokens
+        if sequence.ended == "stop":
+            assert over
+        elif sequence.ended == "length":
+            assert len(told) == shadow.max_output
+        elif sequence.ended == "abort":
+            assert shadow.cancelled or self.now >= shadow.deadline
+        elif sequence.ended == "error":
+            assert one.stop_reason == repr(RuntimeError("planted")), one
+            self.seen["error"] += 1
+        else:
+            assert not over and len(told) < shadow.max_output
+
+    def _compare_prompt(self, shadow: Shadow, logprobs: list[dict[int, float] | None]) -> None:
+        first = len(shadow.prompt) - len(logprobs) + 1
+        assert logprobs[0] is None and (first == 1 or shadow.max_output == 0)
+        stamp = stamp_of(shadow.prompt[:first])
+        for token, found in zip(shadow.prompt[first:], logprobs[1:], strict=True):
+            _check_logprobs(found, stamp, token, shadow.params.prompt_logprobs)
+            stamp = extend(stamp, token)
+        self.seen["prompt_logprobs"] += 1
+
+    # -- counting -----------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Count splits, and cursors that meet a cached child."""
+        tree, split, advance = self.engine.tree, self.engine.tree.split, self.engine.tree.advance
+
+        def counted_split(node: Node, offset: int) -> Node:
+            self.seen["split"] += 1
+            return split(node, offset)
+
+        def counted_advance(locks: "list[Lock]", token: int) -> Node:
+            self.seen["meet"] += token in locks[0].held.children
+            return advance(locks, token)
+
+        tree.split, tree.advance = counted_split, counted_advance
+
+    def _count(self) -> None:
+        seen, self.seen = self.seen, Counter()
+        events["steps"] += 1
+        events["evict, split or preempt"] += any(seen[name] for name in ("evict", "split", "preempt"))
+        for name, count in seen.items():
+            events[name] += bool(count)
+
+    def teardown(self) -> None:
+        """All faults over, everything drains, and every slot is free again."""
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(5_000):
+            if not self.engine.has_unfinished:
+                break
+            self._step()
+        assert not self.engine.has_unfinished and not self.live, "the engine does not drain"
+        while self.pins:
+            self.unpin()
+        self.engine.reset_prefix_cache()
+        self.engine.check()
+        pool = self.engine.tree.pool
+        assert pool.free == pool.capacity and self.engine.tree.num_nodes == 0
+        self.engine.close()
+
+
+def _check_logprobs(found: dict[int, float], stamp: bytes, token: int, top: int | None) -> None:
+    expected = torch.from_numpy(logits_of(stamp, VOCAB)).log_softmax(-1)
+    assert next(iter(found)) == token
+    assert len(found) in (top, (top or 0) + 1)
+    for one, value in found.items():
+        assert abs(value - float(expected[one])) < 1e-5, (found, expected)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    profile = settings(
+        max_examples=50,
+        stateful_step_count=120,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    with Progress(transient=True) as bar:
+        task = bar.add_task("engine steps", total=options.steps)
+        while events["steps"] < options.steps:
+            run_state_machine_as_test(EngineMachine, settings=profile)
+            bar.update(task, completed=events["steps"])
+    print(json.dumps({name: count for name, count in sorted(events.items())}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""A model without weights that proves, step by step, that every row reads its own prefix and nothing else.
+
+The 'KV' of a slot is a stamp: a 128-bit hash of the exact prefix that ends with its token. 'Attention' looks
+at every slot that the plan tells a row to read, and any that does not hold the row's own prefix raises
+`AssertionError`. Logits are a pure function of the stamp, so that a shadow model needs nothing but tokens.
+
+Two things it cannot see by itself. A row of this step that reads the whole prefix of a sibling gets that
+sibling's logits: compare them, with `expected_logits`. And it knows no namespaces: equal tokens are equal.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from hashlib import blake2b
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.core import Plan
+
+Int64Array = NDArray[np.int64]
+
+ROOT = bytes(16)
+"""The stamp of the empty prefix."""
+UNWRITTEN, POISONED = -1, -2
+"""Positions of a slot that holds nothing."""
+_BLOCK = 16
+
+
+def extend(stamp: bytes, token: int) -> bytes:
+    """The stamp of a prefix and one more token."""
+    return blake2b(stamp + token.to_bytes(8, "little"), digest_size=16).digest()
+
+
+def stamp_of(tokens: Iterable[int]) -> bytes:
+    """The stamp of a whole prefix."""
+    return reduce(extend, tokens, ROOT)
+
+
+def logits_of(stamp: bytes, vocab: int) -> NDArray[np.float32]:
+    """The logits `[vocab]` that follow a stamp: multiples of 2^-21 in [-4, 4)."""
+    return _logits([stamp], vocab)[0]
+
+
+def expected_logits(tokens: Iterable[int], vocab: int) -> NDArray[np.float32]:
+    """The logits `[vocab]` that follow a whole prefix."""
+    return logits_of(stamp_of(tokens), vocab)
+
+
+def _logits(stamps: Sequence[bytes], vocab: int) -> NDArray[np.float32]:
+    blocks = [block.to_bytes(4, "little") for block in range(-(-vocab // _BLOCK))]
+    noise = b"".join(blake2b(stamp, digest_size=4 * _BLOCK, salt=salt).digest() for stamp in stamps for salt in blocks)
+    values = np.frombuffer(noise, "<u4").reshape(len(stamps), len(blocks) * _BLOCK)[:, :vocab] >> 8
+    return values.astype(np.float32) * np.float32(2**-21) - np.float32(4)
+
+
+class StampModel:
+    """An ordinary `Model` that fails on the first wrong slot. Storage per slot: position, stamp, parent's stamp."""
+
+    name = "stamp"
+    kv_bytes_per_token = 64
+
+    def __init__(
+        self, vocab_size: int = 3, max_model_len: int = 64, eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.kv_bytes_read = 0
+        self.kv_bytes_unshared = 0
+        self.steps = 0
+        self.rows = 0
+        self.fail_next: Exception | None = None
+        """Raised by the next `run`, once, when some of its writes are made: all its write slots hold garbage."""
+        self.allocate(0)
+
+    def allocate(self, slots: int) -> None:
+        """Make storage for `slots` slots, none written."""
+        self._positions = np.full(slots, UNWRITTEN, np.int64)
+        self._stamps = np.zeros((slots, 2), np.uint64)
+        self._parents = np.zeros((slots, 2), np.uint64)
+        self._stamp_bytes = memoryview(self._stamps.reshape(-1).view(np.uint8))
+        self._parent_bytes = memoryview(self._parents.reshape(-1).view(np.uint8))
+
+    def release(self) -> None:
+        self.allocate(0)
+
+    def poison(self, slots: Iterable[int] | Int64Array) -> None:
+        """Forget what `slots` hold: whoever reads one before it is written again, fails."""
+        self._positions[np.fromiter(slots, np.int64)] = POISONED
+
+    def run(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
+        """Check and write the rows, in the plan's order. Returns float32 logits `[n, vocab]`."""
+        if refusal := self._refusal(plan, token_ids, slots, logit_rows):
+            raise AssertionError(refusal)
+        if self.fail_next is not None:
+            failure, self.fail_next = self.fail_next, None
+            self.poison(slots[slots >= 0])
+            raise failure
+        reads = _reads(plan, self._positions.size)
+        stamps = self._write(token_ids.tolist(), slots.tolist(), reads)
+        self._check_chains(reads, stamps)
+        self.steps += 1
+        self.rows += plan.num_rows
+        self.kv_bytes_read += plan.kv_tokens_read * self.kv_bytes_per_token
+        self.kv_bytes_unshared += plan.kv_tokens_unshared * self.kv_bytes_per_token
+        return torch.from_numpy(_logits([stamps[row] for row in logit_rows.tolist()], self.vocab_size))
+
+    def _refusal(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> str:
+        """What is wrong with the call whatever the slots hold; empty where nothing is."""
+        rows, tokens, positions = plan.num_rows, token_ids.tolist(), plan.row_positions.tolist()
+        if not rows or not token_ids.shape == slots.shape == (rows,):
+            return f"{rows} rows with {token_ids.shape} tokens and {slots.shape} slots"
+        if plan.window is not None:
+            return f"a plan trimmed to a window of {plan.window}"
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            return f"tokens {tokens} in a vocabulary of {self.vocab_size}"
+        if min(positions) < 0 or max(positions) >= self.max_model_len:
+            return f"positions {positions} in a context of {self.max_model_len}"
+        if not all(0 <= row < rows for row in logit_rows.tolist()):
+            return f"logits of rows {logit_rows} of {rows}"
+        return ""
+
+    def _write(self, tokens: list[int], slots: list[int], reads: "_Reads") -> list[bytes]:
+        """Write the rows that have a slot. Returns the stamp of every row.
+
+        A row's predecessor is written before it or stands in its slot already; that it is the right one,
+        `_check_chains` tells.
+        """
+        own = reads.slots[reads.last].tolist()
+        before = reads.slots[reads.last - 1].tolist()
+        writers: dict[int, int] = {}
+        stamps: list[bytes] = []
+        positions = reads.positions[reads.last].tolist()
+        for row, (position, token, slot) in enumerate(zip(positions, tokens, slots, strict=True)):
+            parent = self._stamp_at(before[row]) if position else ROOT
+            stamp = extend(parent, token)
+            stamps.append(stamp)
+            if slot < 0:
+                if self._positions[own[row]] != position or self._stamp_at(own[row]) != stamp:
+                    _fail(row, position, own[row], f"KV of {stamp.hex()} before the step", self._held(own[row]))
+                continue
+            if slot != own[row]:
+                _fail(row, position, slot, f"a write to slot {own[row]}, which the plan reads there", "another")
+            if writers.setdefault(slot, row) != row:
+                _fail(row, position, slot, "a slot of its own", f"row {writers[slot]} writes it too")
+            self._positions[slot] = position
+            self._stamp_bytes[16 * slot : 16 * slot + 16] = stamp
+            self._parent_bytes[16 * slot : 16 * slot + 16] = parent
+        return stamps
+
+    def _check_chains(self, reads: "_Reads", stamps: list[bytes]) -> None:
+        """All writes made, every slot holds its position, on top of what the slot read before it holds; the
+        last of each row holds the row's own stamp.
+        """
+        held = self._stamps[reads.slots]
+        wanted = np.empty_like(held)
+        wanted[1:] = held[:-1]
+        wanted[reads.first] = 0
+        wrong = self._positions[reads.slots] != reads.positions
+        parted = self._parents[reads.slots] != wanted
+        own = b"".join(stamps)
+        if wrong.any() or parted.any() or held[reads.last].tobytes() != own:
+            wrong |= parted.any(axis=1)
+            wrong[reads.last] |= (held[reads.last] != np.frombuffer(own, np.uint64).reshape(-1, 2)).any(axis=1)
+            self._report(int(np.flatnonzero(wrong)[0]), reads, stamps, wanted)
+
+    def _report(self, key: int, reads: "_Reads", stamps: list[bytes], wanted: NDArray[np.uint64]) -> NoReturn:
+        row = int(np.searchsorted(reads.first, key, side="right")) - 1
+        position, slot = int(reads.positions[key]), int(reads.slots[key])
+        expected = f"position {position} on top of {wanted[key].tobytes().hex()}"
+        if key == reads.last[row]:
+            expected += f", stamp {stamps[row].hex()}"
+        _fail(row, position, slot, expected, self._held(slot))
+
+    def _stamp_at(self, slot: int) -> bytes:
+        return bytes(self._stamp_bytes[16 * slot : 16 * slot + 16])
+
+    def _held(self, slot: int) -> str:
+        """What a slot holds, in words."""
+        position = int(self._positions[slot])
+        if position < 0:
+            return {UNWRITTEN: "never written", POISONED: "poisoned"}[position]
+        parent, stamp = self._parents[slot].tobytes().hex(), self._stamp_at(slot).hex()
+        return f"position {position} on top of {parent}, stamp {stamp}"
+
+
+class _Reads(NamedTuple):
+    """Every key that the rows of a step see: row by row, in each the positions from 0 to the row's own."""
+
+    positions: Int64Array
+    """`[keys]`"""
+    slots: Int64Array
+    """`[keys]`"""
+    first: Int64Array
+    """`[rows]`: the row's key at position 0."""
+    last: Int64Array
+    """`[rows]`: the row's own key."""
+
+
+def _reads(plan: Plan, capacity: int) -> _Reads:
+    """The keys of a plan. Fails where a row does not see each position of its path exactly once."""
+    rows, positions, slots = _keys_seen(plan)
+    sizes = plan.row_positions.astype(np.int64) + 1
+    first = np.cumsum(sizes) - sizes
+    places = first[rows] + positions
+    path = np.repeat(first, sizes)
+    keys = np.arange(path.size)
+    keys -= path
+    if slots.size and (slots.min() < 0 or slots.max() >= capacity):
+        raise AssertionError(f"slots {slots.min()} to {slots.max()} are read in a pool of {capacity}")
+    if places.size != keys.size or positions.min() < 0 or (np.bincount(places, minlength=keys.size) != 1).any():
+        _fail_coverage(plan, rows, positions, slots)
+    read = np.empty(keys.size, np.int64)
+    read[places] = slots
+    return _Reads(keys, read, first, first + sizes - 1)
+
+
+def _keys_seen(plan: Plan) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The row, position and slot of every key that a row sees: of each segment of each unit that covers it,
+    the keys up to the row's position.
+    """
+    unit_first = plan.unit_segments[:, 0]
+    counts = plan.unit_segments[:, 1] - unit_first
+    segments = _ranges(unit_first, counts)
+    shown, covered = plan.segment_rows[segments], np.repeat(plan.unit_rows, counts, axis=0)
+    begin = np.maximum(shown[:, 0], covered[:, 0])
+    heights = np.maximum(np.minimum(shown[:, 1], covered[:, 1]) - begin, 0)
+    rows = _ranges(begin, heights)
+    segments = np.repeat(segments, heights)
+    starts = plan.segment_positions[segments]
+    seen = np.minimum(plan.row_positions[rows] + 1 - starts, plan.segment_lengths[segments])
+    seen = np.maximum(seen, 0)
+    positions = _ranges(starts, seen)
+    slots = positions + np.repeat(plan.segment_starts[segments] - starts, seen)
+    return np.repeat(rows, seen), positions, slots
+
+
+def _ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> Int64Array:
+    """The ranges `[start, start + count)`, one after the other."""
+    ends = np.cumsum(counts)
+    ranges: Int64Array = np.repeat(starts - (ends - counts), counts)
+    ranges += np.arange(ranges.size)
+    return ranges
+
+
+def _fail_coverage(plan: Plan, rows: Int64Array, positions: Int64Array, slots: Int64Array) -> NoReturn:
+    """Name the first row and position that is not read exactly once."""
+    for row, own in enumerate(plan.row_positions.tolist()):
+        seen: dict[int, list[int]] = {position: [] for position in range(own + 1)}
+        for key in np.flatnonzero(rows == row).tolist():
+            seen.setdefault(int(positions[key]), []).append(int(slots[key]))
+        for position, found in sorted(seen.items()):
+            if position < 0 or len(found) != 1:
+                _fail(row, position, found, "one read of each position of the path", f"{len(found)} reads here")
+    raise AssertionError("a plan reads keys for rows that it does not have")
+
+
+def _fail(row: int, position: int, slot: int | list[int], expected: str, found: str) -> NoReturn:
+    raise AssertionError(f"row {row}, position {position}, slot {slot}: expected {expected}; found {found}")
