@@ -13,7 +13,7 @@ from radixgen.model.base import Model
 from radixgen.sampling import Drawn, fork_seed, sample, token_logprobs
 from radixgen.scheduler.batch import Batch, Scheduler, StepInput
 from radixgen.scheduler.pins import Pin
-from radixgen.scheduler.planner import Planner, PlanMode
+from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.sequence import Request, Sequence
 
 logger = logging.getLogger(__name__)

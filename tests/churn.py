@@ -357,7 +357,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _compare_sequence(self, shadow: Shadow, one: CompletionOutput) -> None:
         sequence = shadow.sequences[one.index]
-        assert sequence.ended is None or shadow.kind == "cumulative" and one.finish_reason == sequence.ended
+        assert sequence.ended is None or (shadow.kind == "cumulative" and one.finish_reason == sequence.ended)
         tokens = one.token_ids
         if shadow.kind == "cumulative":
             assert tokens[: len(sequence.told)] == sequence.told
@@ -462,7 +462,7 @@ def main() -> int:
         while events["steps"] < options.steps:
             run_state_machine_as_test(EngineMachine, settings=profile)
             bar.update(task, completed=events["steps"])
-    print(json.dumps({name: count for name, count in sorted(events.items())}))
+    print(json.dumps(dict(sorted(events.items()))))
     return 0
 
 

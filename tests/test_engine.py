@@ -14,7 +14,6 @@ from radixgen import (
     Engine,
     EngineClosed,
     InvalidRequest,
-    Limits,
     PromptTooLong,
     RequestOutput,
     SamplingParams,

@@ -162,9 +162,8 @@ def test_siblings_are_admitted_together() -> None:
 
 
 def test_more_siblings_than_seats_are_refused() -> None:
-    with serve(limits=Limits(max_num_seqs=4)) as engine:
-        with pytest.raises(InvalidRequest, match="n=5"):
-            engine.submit([1], greedy(1, n=5))
+    with serve(limits=Limits(max_num_seqs=4)) as engine, pytest.raises(InvalidRequest, match="n=5"):
+        engine.submit([1], greedy(1, n=5))
 
 
 def test_the_budget_holds_and_decoding_goes_first() -> None:

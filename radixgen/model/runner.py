@@ -29,7 +29,8 @@ class ModelRunner:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def allocate(self, slots: int) -> None:
         self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
