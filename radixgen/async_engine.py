@@ -1,6 +1,7 @@
 """`AsyncEngine`: one thread steps the engine; coroutines submit to it and receive from it."""
 
 import asyncio
+import gc
 import logging
 import queue
 import threading
@@ -212,6 +213,9 @@ class AsyncEngine:
     # -- in the engine's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # A full garbage collection walks all of torch and transformers, 200 ms in the middle of a step.
+        gc.collect()
+        gc.freeze()
         end: EngineClosed = EngineClosed("the engine is closed")
         try:
             self._serve()

@@ -5,7 +5,6 @@ of cuts. Nothing runs level by level: depth costs no more than width.
 """
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -163,8 +162,7 @@ def _extents(tree: RadixTree, active: Int64Array, scheduled: Int32Array) -> tupl
     lengths = np.repeat(scheduled, counts)
     several = np.flatnonzero(counts > 1)
     if several.size:
-        extents = chain.from_iterable(tree.node(i).extents for i in active[several].tolist())
-        pairs = np.fromiter(chain.from_iterable(extents), np.int64).reshape(-1, 2)
+        pairs = np.concatenate([tree.node(i).extent_array() for i in active[several].tolist()])
         place = np.repeat(counts > 1, counts)
         before = np.cumsum(pairs[:, 1]) - pairs[:, 1]
         first = np.repeat(np.cumsum(counts[several]) - counts[several], counts[several])

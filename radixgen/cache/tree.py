@@ -29,6 +29,7 @@ class Node:
 
     __slots__ = (
         "_buffer",
+        "_extent_array",
         "_heap_entry",
         "_offset",
         "_owns_tail",
@@ -65,6 +66,7 @@ class Node:
         self.last_used = 0
         self.serial = 0
         self.id = -1
+        self._extent_array: NDArray[np.int64] | None = None
         self._buffer = buffer
         self._offset = 0
         self._owns_tail = True
@@ -110,15 +112,25 @@ class Node:
 
     def slots(self, first: int, stop: int) -> NDArray[np.int64]:
         """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
-        if len(self.extents) == 1:
-            start = self.extents[0].start
-            return np.arange(start + first, start + stop)
-        pairs = np.fromiter(chain.from_iterable(self.extents), np.int64, 2 * len(self.extents))
-        starts, lengths = pairs[::2], pairs[1::2]
-        shift = starts - (np.cumsum(lengths) - lengths)
-        slots: NDArray[np.int64] = np.repeat(shift, lengths)[first:stop]
-        slots += np.arange(first, stop)
-        return slots
+        pieces = []
+        end = self.capacity
+        for start, length in reversed(self.extents):  # most are asked for near the end
+            begin = end - length
+            if begin < stop:
+                pieces.append(np.arange(start + max(first - begin, 0), start + min(stop, end) - begin))
+            if begin <= first:
+                break
+            end = begin
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces[::-1]) if pieces else np.empty(0, np.int64)
+
+    def extent_array(self) -> NDArray[np.int64]:
+        """The extents as `[extents, 2]`: start and length."""
+        if self._extent_array is None:
+            flat = np.fromiter(chain.from_iterable(self.extents), np.int64, 2 * len(self.extents))
+            self._extent_array = flat.reshape(-1, 2)
+        return self._extent_array
 
     def __repr__(self) -> str:
         return (
@@ -184,6 +196,8 @@ class Columns:
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
 
     def write(self, node: Node) -> None:
+        """Take over everything that the node says of itself, after any change of its extents."""
+        node._extent_array = None
         row = node.id
         self.parent[row] = node.parent.id if node.parent else -1
         self.start[row] = node.start
@@ -401,9 +415,6 @@ class RadixTree:
         self.unscheduled_tokens -= count
         self.columns.scheduled[node.id] = node.scheduled
         self.columns.reserved[node.id] -= count
-        if len(node.extents) == 1:
-            begin = node.extents[0].start
-            return np.arange(begin + first, begin + node.scheduled)
         before = max(first - 1, 0)
         slots = node.slots(before, node.scheduled)
         if slots[-1] - slots[0] != slots.size - 1:
