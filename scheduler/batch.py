@@ -42,7 +42,8 @@ class Batch:
     """Slots released while the step is in flight wait behind this fence of the pool."""
     nodes: list[Node] = field(default_factory=list)
     """Nodes with a span in this step."""
-    row_ids: list[int] = field(default_factory=list)
+    row_nodes: list[int] = field(default_factory=list)
+    """For each row the id of its node."""
     row_positions: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     row_slots: list[int] = field(default_factory=list)
@@ -66,24 +67,24 @@ class Batch:
         count = slots.size
         begin = node.start + first
         self.nodes.append(node)
-        self.spans[node] = len(self.row_ids), begin
-        self.row_ids.extend([node.id] * count)
+        self.spans[node] = len(self.row_nodes), begin
+        self.row_nodes.extend([node.id] * count)
         self.row_positions.extend(range(begin, begin + count))
         self.row_tokens.extend(node.tokens[first : first + count].tolist())
         self.row_slots.extend(slots.tolist())
         if first + count == node.known:
-            self.last_row[node] = len(self.row_ids) - 1
+            self.last_row[node] = len(self.row_nodes) - 1
 
     def add_next(self, node: Node, token: int, slot: int) -> None:
         """Compute the node's last token, the only one that it lacks."""
         self.nodes.append(node)
-        self.last_row[node] = len(self.row_ids)
+        self.last_row[node] = len(self.row_nodes)
         self._add_row(node, node.start + node.known - 1, token, slot)
 
     def add_read(self, node: Node, offset: int) -> int:
-        """A row for a token whose KV exists: it reads and writes nothing."""
+        """A row for a token whose KV exists: it reads its path and gives logits, and writes no KV."""
         self._add_row(node, node.start + offset, int(node.tokens[offset]), -1)
-        row = self.read_rows[node, offset] = len(self.row_ids) - 1
+        row = self.read_rows[node, offset] = len(self.row_nodes) - 1
         if offset == node.known - 1:
             self.last_row[node] = row
         return row
@@ -102,10 +103,10 @@ class Batch:
 
     @property
     def num_rows(self) -> int:
-        return len(self.row_ids)
+        return len(self.row_nodes)
 
     def _add_row(self, node: Node, position: int, token: int, slot: int) -> None:
-        self.row_ids.append(node.id)
+        self.row_nodes.append(node.id)
         self.row_positions.append(position)
         self.row_tokens.append(token)
         self.row_slots.append(slot)
@@ -193,14 +194,14 @@ class Scheduler:
         for sequence in self._by_turn():
             if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
-        if not batch.row_ids:
+        if not batch.row_nodes:
             return None
         batch.fence = self.tree.pool.begin_step()
         return batch
 
     def freeze(self, batch: Batch) -> StepInput:
         """Plan the batch and lay its rows out depth-first."""
-        plan = self.planner.plan(np.array(batch.row_ids, np.int32), np.array(batch.row_positions, np.int32))
+        plan = self.planner.plan(np.array(batch.row_nodes, np.int32), np.array(batch.row_positions, np.int32))
         if self.debug:
             _check_slots(plan, self.tree.pool)
         order = plan.row_order

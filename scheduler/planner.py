@@ -62,7 +62,8 @@ def plan(
 
     `row_nodes` `[rows]` names each row's node in `forest`; `row_positions` `[rows]` its position inside that
     node's range. Nodes below which no row stands are left out. `mode="unshared"` gives every node's own rows
-    one unit with their whole path (no read is shared); `"naive"` makes every node a unit of its own.
+    one unit with their whole path (no read is shared); `"naive"` makes every node that has keys, and rows below it, a
+    unit of its own.
     """
     cost = cost or CostModel()
     own = np.bincount(row_nodes, minlength=forest.parents.size)
@@ -101,7 +102,7 @@ class Planner:
         self.cost = cost or CostModel()
         self._last: Plan | None = None
         self._version = -1
-        self._row_ids = np.empty(0, np.int32)
+        self._node_ids = np.empty(0, np.int32)
         self._row_positions = np.empty(0, np.int32)
 
     @property
@@ -109,37 +110,37 @@ class Planner:
         """The plan of the step before, if any."""
         return self._last
 
-    def plan(self, row_ids: Int32Array, row_positions: Int32Array) -> Plan:
-        """Plan rows that stand at `row_positions` `[rows]` in the tree nodes `row_ids` `[rows]`."""
-        if self._last is not None and self._only_grew(row_ids, row_positions):
+    def plan(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
+        """Plan rows that stand at `row_positions` `[rows]` in the tree nodes with these ids, `node_ids` `[rows]`."""
+        if self._last is not None and self._only_grew(node_ids, row_positions):
             self._last = self._last.advance()
         else:
-            forest, row_nodes = active_forest(self.tree, row_ids)
+            forest, row_nodes = active_forest(self.tree, node_ids)
             self._last = plan(forest, row_nodes, row_positions, mode=self.mode, cost=self.cost)
         self._version = self.tree.version
-        self._row_ids, self._row_positions = row_ids, row_positions
+        self._node_ids, self._row_positions = node_ids, row_positions
         return self._last
 
-    def _only_grew(self, row_ids: Int32Array, row_positions: Int32Array) -> bool:
+    def _only_grew(self, node_ids: Int32Array, row_positions: Int32Array) -> bool:
         """Whether each row is its leaf's last token, in the same leaf as before and one token further."""
         assert self._last is not None
-        if self._version != self.tree.version or row_ids.size != self._row_ids.size:
+        if self._version != self.tree.version or node_ids.size != self._node_ids.size:
             return False
-        if self._last.growing.size != row_ids.size:
+        if self._last.growing.size != node_ids.size:
             return False
         columns = self.tree.columns
-        ends = columns.start[row_ids] + columns.scheduled[row_ids]
+        ends = columns.start[node_ids] + columns.scheduled[node_ids]
         return (
-            np.array_equal(row_ids, self._row_ids)
+            np.array_equal(node_ids, self._node_ids)
             and np.array_equal(row_positions, self._row_positions + 1)
             and np.array_equal(row_positions, ends - 1)
         )
 
 
-def active_forest(tree: RadixTree, row_ids: Int32Array) -> tuple[Forest, Int32Array]:
-    """The nodes on the paths of `row_ids`, renumbered with parents first, and each row's new number."""
+def active_forest(tree: RadixTree, node_ids: Int32Array) -> tuple[Forest, Int32Array]:
+    """The nodes on the paths of `node_ids`, renumbered with parents first, and each row's new number."""
     columns = tree.columns
-    ids = np.sort(np.array(tree.with_ancestors(row_ids.tolist()), np.int64))
+    ids = np.sort(np.array(tree.with_ancestors(node_ids.tolist()), np.int64))
     # Roots hold no token, so a root's children start where it does.
     depth_key = 2 * columns.start[ids].astype(np.int64) + (columns.parent[ids] >= 0)
     order = np.argsort(depth_key, kind="stable")
@@ -151,7 +152,7 @@ def active_forest(tree: RadixTree, row_ids: Int32Array) -> tuple[Forest, Int32Ar
     scheduled = columns.scheduled[active]
     offsets, starts, lengths = _extents(tree, active, scheduled)
     forest = Forest(parents, columns.start[active], scheduled, offsets, starts, lengths)
-    return forest, local[np.searchsorted(ids, row_ids)]
+    return forest, local[np.searchsorted(ids, node_ids)]
 
 
 def _extents(tree: RadixTree, active: Int64Array, scheduled: Int32Array) -> tuple[Int64Array, Int64Array, Int32Array]:
@@ -216,10 +217,14 @@ def _choose(forest: Forest, walk: _Walk, mode: PlanMode, cost: CostModel) -> Nod
     """Fold or cut each node, from the leaves up.
 
     A folded node is read once by every unit below it; a cut one once by itself (once a tile), at the price
-    of a unit and of a partial for each row below. A cut serves all nodes folded into it, and those above it
-    are not decided yet; so it is made as by one who rents skis: once what folding cost since the cuts below
-    would have paid for it. In the trees tried (the worst a chain of tiny nodes, where weighing each node by
-    itself cost 9.7 times the least) the whole is within 15 % of the least possible.
+    of a unit and of a partial for each row below. Going up from the last cut, folding has cost by now
+
+        rent = sum over the nodes since that cut of (units below - tiles of the node) * length
+
+    and the node where it first exceeds the price of a cut is cut: the rule for renting skis or buying them,
+    which never pays more than twice too much. In the trees tried (the worst a chain of tiny nodes, where
+    weighing each node by itself cost 9.7 times the least) the whole is within 15 % of the least possible.
+    A price of infinity never cuts, one of -1 always does.
     """
     tiles = _tiles(walk.below, cost.tile_rows)
     cut_cost = cost.unit * tiles + cost.partial_row * walk.below
@@ -295,55 +300,66 @@ def _assemble(
 ) -> tuple[_Units, _Segments]:
     """Give each unit its head's extents and those of the folded nodes above it, root first."""
     nodes, rows = heads
-    count = nodes.size
-    folded_above = np.where((walk.parents >= 0) & ~cut[np.maximum(walk.parents, 0)], walk.parents, -1)
-    unit_of, node_of = [np.arange(count)], [nodes]
-    while True:
-        above = folded_above[node_of[-1]]
-        more = above >= 0
-        if not more.any():
-            break
-        unit_of.append(unit_of[-1][more])
-        node_of.append(above[more])
-    # Furthest ancestors first, and a stable sort by unit leaves each unit's nodes in order from the root.
-    units = np.concatenate(unit_of[::-1])
-    order = np.argsort(units, kind="stable")
-    units, members = units[order], np.concatenate(node_of[::-1])[order]
-
-    extents = forest.extent_offsets[members + 1] - forest.extent_offsets[members]
-    segment_units = np.repeat(units, extents)
-    segment_nodes = np.repeat(members, extents)
-    begin = np.cumsum(extents) - extents
-    place = np.arange(segment_units.size) - np.repeat(begin - forest.extent_offsets[members], extents)
-    starts = forest.extent_starts[place]
-    lengths = forest.extent_lengths[place]
-    inside = np.cumsum(forest.extent_lengths) - forest.extent_lengths
-    node_begin = np.concatenate([inside, [0]])[forest.extent_offsets[segment_nodes]]
-    first_positions = forest.starts[segment_nodes] + (inside[place] - node_begin)
-
-    highest = reduce_ranges(np.maximum, positions, rows)
-    lengths = np.minimum(lengths, highest[segment_units] - first_positions + 1)
-    kept = lengths > 0
-    segment_units, segment_nodes = segment_units[kept], segment_nodes[kept]
-    starts, lengths, first_positions = starts[kept], lengths[kept], first_positions[kept]
-    bounds = np.searchsorted(segment_units, np.arange(count + 1))
-
-    single_row = (walk.own == 1) & (walk.below == 1)
-    last = first_positions + lengths == (forest.starts + forest.lengths)[segment_nodes]
-    own_unit = nodes[segment_units] == segment_nodes
-    growing = np.flatnonzero(single_row[segment_nodes] & last & own_unit)
-    rank = walk.add_above(cut.astype(np.int64))[nodes]
+    members = _members(walk, cut, nodes)
+    units, segments = _segments(forest, walk, members, heads, positions)
+    bounds = np.searchsorted(units, np.arange(nodes.size + 1))
     return (
         _Units(
             rows=rows.astype(np.int32),
             segments=np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int32),
-            rank=rank.astype(np.int32),
+            rank=walk.add_above(cut.astype(np.int64))[nodes].astype(np.int32),
         ),
-        _Segments(
-            starts=starts,
-            lengths=lengths.astype(np.int32),
-            positions=first_positions.astype(np.int32),
-            rows=rows[segment_units].astype(np.int32),
-            growing=growing,
-        ),
+        segments,
+    )
+
+
+def _members(walk: _Walk, cut: NDArray[np.bool_], heads: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """The nodes of every unit `[members]`, and the unit of each: by unit, and in it from the root down."""
+    folded_above = np.where((walk.parents >= 0) & ~cut[np.maximum(walk.parents, 0)], walk.parents, -1)
+    units, nodes = [np.arange(heads.size)], [heads]
+    while True:
+        above = folded_above[nodes[-1]]
+        more = above >= 0
+        if not more.any():
+            break
+        units.append(units[-1][more])
+        nodes.append(above[more])
+    # Furthest ancestors first, and a stable sort by unit leaves each unit's nodes in order from the root.
+    unit_of = np.concatenate(units[::-1])
+    order = np.argsort(unit_of, kind="stable")
+    return np.concatenate(nodes[::-1])[order], unit_of[order]
+
+
+def _segments(
+    forest: Forest,
+    walk: _Walk,
+    members: tuple[Int64Array, Int64Array],
+    heads: tuple[Int64Array, NDArray[np.int64]],
+    positions: Int32Array,
+) -> tuple[Int64Array, _Segments]:
+    """The extents of each unit's nodes, up to the unit's highest position; and the unit of each, `[segments]`."""
+    member_nodes, member_units = members
+    head_nodes, rows = heads
+    counts = forest.extent_offsets[member_nodes + 1] - forest.extent_offsets[member_nodes]
+    units, nodes = np.repeat(member_units, counts), np.repeat(member_nodes, counts)
+    before = np.cumsum(counts) - counts
+    extents = np.arange(units.size) - np.repeat(before - forest.extent_offsets[member_nodes], counts)
+
+    ends = np.append(np.cumsum(forest.extent_lengths), 0)
+    begins = ends[:-1] - forest.extent_lengths  # of the extents, were all of the forest laid end to end
+    node_begins = np.append(begins, 0)[forest.extent_offsets[nodes]]
+    first = forest.starts[nodes] + begins[extents] - node_begins
+    highest = reduce_ranges(np.maximum, positions, rows)
+    lengths = np.minimum(forest.extent_lengths[extents], highest[units] - first + 1)
+
+    kept = lengths > 0
+    units, nodes, extents, first, lengths = units[kept], nodes[kept], extents[kept], first[kept], lengths[kept]
+    lone = (walk.own == 1) & (walk.below == 1)
+    last = first + lengths == (forest.starts + forest.lengths)[nodes]
+    return units, _Segments(
+        starts=forest.extent_starts[extents],
+        lengths=lengths.astype(np.int32),
+        positions=first.astype(np.int32),
+        rows=rows[units].astype(np.int32),
+        growing=np.flatnonzero(lone[nodes] & last & (head_nodes[units] == nodes)),
     )
