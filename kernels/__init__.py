@@ -19,7 +19,12 @@ BACKENDS = tuple(_BACKENDS)
 
 
 class AttentionBackend(Protocol):
-    """Attention over one plan, for one window, on one device."""
+    """Attention over one plan, for one window, on one device. Made once a step, called once a layer.
+
+    A row at position `p` sees, of the segments of the units that cover it, the keys at positions `<= p`, and `> p -
+    window` where there is a window. Any slot that no row may see is undefined memory, NaN perhaps: nothing of it
+    may reach a result.
+    """
 
     kv_tokens_read: int
     """Keys read in one layer, summed over the segments of every unit."""
@@ -30,7 +35,15 @@ class AttentionBackend(Protocol):
 
     def __call__(
         self, q: "Tensor", k: "Tensor", v: "Tensor", scale: float, softcap: float | None = None
-    ) -> "tuple[Tensor, Tensor]": ...
+    ) -> "tuple[Tensor, Tensor]":
+        """
+        Rows come in the plan's order: q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]` and v `[slots, kv_heads,
+        v_head_dim]`, the whole pool, in any floating dtype. Scores are multiplied by `scale`, then capped: `softcap *
+        tanh(score / softcap)`.
+
+        Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log), in float32, or in float64 for
+        float64 inputs. A row that sees no key gives 0 and -inf.
+        """
 
 
 def backend_class(name: str) -> type[AttentionBackend]:

@@ -49,7 +49,7 @@ class _LongUnit:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _PaddedUnits:
     """Units of like size, padded to the same number of rows and keys."""
 
     rows: Tensor
@@ -84,7 +84,6 @@ class TorchAttention:
 
     def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
         plan = plan.within(window)
-        self.rows = plan.num_rows
         self.kv_tokens_read = plan.kv_tokens_read
         self.kv_tokens_unshared = plan.kv_tokens_unshared
         self._device = device
@@ -100,7 +99,7 @@ class TorchAttention:
         long = self._keys >= LONG_RUN.get(device.type, 4096) * np.maximum(counts, 1)
         long &= self._dense(plan)
         self._long = [self._long_unit(unit) for unit in np.flatnonzero(long).tolist()]
-        self._batches = [self._batch(units) for units in self._classes(np.flatnonzero(~long), sizes)]
+        self._padded = [self._pad(units) for units in self._classes(np.flatnonzero(~long), sizes)]
         self._order = self._merge_order(sizes) if not plan.single else None
 
     def __call__(
@@ -125,8 +124,8 @@ class TorchAttention:
         for unit in self._long:
             stop = unit.partial + unit.stop - unit.first
             _attend_long(unit, packed, layer, out[unit.partial : stop], lse[unit.partial : stop])
-        for batch in self._batches:
-            _attend_batch(batch, queries, layer, out, lse)
+        for padded in self._padded:
+            _attend_padded(padded, queries, layer, out, lse)
         if self._order is not None:
             out, lse = merge_partials(out, lse, self._order, rows)
         return out.view(rows, q_heads, -1), lse.view(rows, q_heads)
@@ -177,7 +176,7 @@ class TorchAttention:
             classes[row_class, key_class].append(unit)
         return [np.array(members, np.int64) for members in classes.values()]
 
-    def _batch(self, units: NDArray[np.int64]) -> _Batch:
+    def _pad(self, units: NDArray[np.int64]) -> _PaddedUnits:
         plan = self._plan
         first, stop = plan.unit_rows[units, 0].astype(np.int64), plan.unit_rows[units, 1]
         sizes = stop - first
@@ -211,7 +210,7 @@ class TorchAttention:
         unseen: NDArray[np.bool_] = np.logical_and.reduce(hidden, axis=1)
         source = np.flatnonzero(real)
         partial = (self._offsets[units][:, None] + ranks)[real]
-        return _Batch(
+        return _PaddedUnits(
             rows=self._to_device(rows),
             slots=self._to_device(slots),
             hidden=self._to_device(hidden[:, None, :, None]) if hidden.any() else None,
@@ -247,7 +246,7 @@ def _hidden(
     return hidden
 
 
-def _softmax(scores: Tensor, out_lse: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unnormalized probabilities (in place of `scores`), their sum, and the LSE; 0 and -inf without keys."""
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top.isneginf(), 0.0, top)
@@ -319,29 +318,29 @@ def _bias(hidden: Tensor | None, group: int, like: Tensor) -> Tensor | None:
     return bias.expand(units, 1, rows, group, keys).reshape(units, 1, rows * group, keys)
 
 
-def _attend_batch(batch: _Batch, queries: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
+def _attend_padded(padded: _PaddedUnits, queries: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
     """Padded units together: queries `[rows, kv_heads, group, head_dim]` against gathered keys."""
-    units, rows = batch.rows.shape
-    keys = batch.slots.shape[1]
+    units, rows = padded.rows.shape
+    keys = padded.slots.shape[1]
     _, kv_heads, group, head_dim = queries.shape
-    q = queries[batch.rows].transpose(1, 2).reshape(units, kv_heads, rows * group, head_dim)
-    flat = batch.slots.view(-1)
+    q = queries[padded.rows].transpose(1, 2).reshape(units, kv_heads, rows * group, head_dim)
+    flat = padded.slots.view(-1)
     key = layer.k.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, head_dim)
     value = layer.v.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, -1)
-    if batch.unseen is not None:
-        key.masked_fill_(batch.unseen, 0.0)
-        value.masked_fill_(batch.unseen, 0.0)
-    if layer.fuse and batch.fusible:
-        values, batch_lse = _fused(q, key.transpose(1, 2), value.transpose(1, 2), _bias(batch.hidden, group, q))
+    if padded.unseen is not None:
+        key.masked_fill_(padded.unseen, 0.0)
+        value.masked_fill_(padded.unseen, 0.0)
+    if layer.fuse and padded.fusible:
+        values, padded_lse = _fused(q, key.transpose(1, 2), value.transpose(1, 2), _bias(padded.hidden, group, q))
     else:
         scores = torch.matmul(q, key.permute(0, 2, 3, 1))
         if layer.softcap is not None:
             scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
-        if batch.hidden is not None:
-            scores.view(units, kv_heads, rows, group, keys).masked_fill_(batch.hidden, float("-inf"))
-        probabilities, total, batch_lse = _softmax(scores)
+        if padded.hidden is not None:
+            scores.view(units, kv_heads, rows, group, keys).masked_fill_(padded.hidden, float("-inf"))
+        probabilities, total, padded_lse = _softmax(scores)
         values = torch.matmul(probabilities, value.transpose(1, 2)).div_(total)
     values = values.view(units, kv_heads, rows, group, -1).transpose(1, 2)
-    batch_lse = batch_lse.view(units, kv_heads, rows, group).transpose(1, 2)
-    out[batch.partial] = values.reshape(units * rows, kv_heads, group, -1)[batch.source]
-    lse[batch.partial] = batch_lse.reshape(units * rows, kv_heads, group)[batch.source]
+    padded_lse = padded_lse.view(units, kv_heads, rows, group).transpose(1, 2)
+    out[padded.partial] = values.reshape(units * rows, kv_heads, group, -1)[padded.source]
+    lse[padded.partial] = padded_lse.reshape(units * rows, kv_heads, group)[padded.source]

@@ -213,7 +213,7 @@ class AsyncEngine:
     # -- in the engine's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        # A full garbage collection walks all of torch and transformers, 200 ms in the middle of a step.
+        # A full garbage collection walks all of torch and transformers, in the middle of a step.
         gc.collect()
         gc.freeze()
         end: EngineClosed = EngineClosed("the engine is closed")

@@ -85,7 +85,8 @@ class TreeAttention:
         """
         self._check_shapes(q, k, v)
         if q.shape[0] == 0:
-            return q.new_empty((0, q.shape[1], v.shape[2])), q.new_empty((0, q.shape[1]))
+            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            return q.new_empty((0, q.shape[1], v.shape[2])), q.new_empty((0, q.shape[1]), dtype=dtype)
         if q.device not in self._prepared:
             self._prepared[q.device] = self._backend(self.plan, self.window, q.device)
         order = torch.from_numpy(self.plan.row_order).to(q.device)

@@ -146,6 +146,7 @@ def tree(
 ) -> None:
     """Draw the tree that prompts make, with a tokenizer alone. Lines as for `generate`; --help there."""
     from radixgen.cache import ExtentPool, RadixTree
+    from radixgen.input_processor import chat_tokens
     from radixgen.model.loader import load_tokenizer
     from radixgen.tree_view import picture, snapshot
 
@@ -158,11 +159,7 @@ def tree(
         locks = []
         for request in _requests(None, file):
             if "messages" in request:
-                if not tokenizer.chat_template:
-                    raise InvalidRequest("messages", "…", "the model has no chat template")
-                tokens = tokenizer.apply_chat_template(
-                    request["messages"], add_generation_prompt=True, return_dict=False
-                )
+                tokens = chat_tokens(tokenizer, request["messages"])
             else:
                 prompt = request["prompt"]
                 tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -187,7 +184,7 @@ def doctor() -> None:
     from rich.table import Table
 
     from radixgen.core.settings import cache_dir
-    from radixgen.kernels import BACKENDS
+    from radixgen.kernels import BACKENDS, backend_class
     from radixgen.model.loader import resolve_device
     from radixgen.version import VERSION
 
@@ -201,7 +198,7 @@ def doctor() -> None:
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         table.add_row(f"cuda:{index}", f"{name}, {free >> 20:,} of {total >> 20:,} MiB free")
-    table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes torch")
+    table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes {backend_class('auto').__name__}")
     table.add_row("cache", str(cache_dir()))
     Console().print(table)
 

@@ -29,7 +29,7 @@ from radixgen.core import (
     UnsupportedModel,
 )
 from radixgen.engine_core import EngineCore
-from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts
+from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts, chat_tokens
 from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device
 from radixgen.model.packed import TreeModel
@@ -160,7 +160,7 @@ class Engine:
 
     def chat_tokens(self, messages: Messages) -> list[int]:
         """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
-        return self._inputs.chat_tokens(messages)
+        return chat_tokens(self.tokenizer, messages)
 
     def tokenize(self, prompt: Prompt) -> TokenArray:
         """`prompt` as checked token ids, int32. May be called from another thread. Raises `InvalidRequest`."""

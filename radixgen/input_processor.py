@@ -49,18 +49,6 @@ class InputProcessor:
         """What follows a prompt: no special tokens."""
         return self.tokenize(text, "continuations", special=False)
 
-    def chat_tokens(self, messages: Messages) -> list[int]:
-        """The conversation as token ids, ending where the model's answer begins."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InvalidRequest("messages", "…", "the model has no chat template")
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
-        return ids
-
     def check(self, prompt: TokenArray, params: SamplingParams) -> None:
         """That the request could run, alone, in this engine."""
         if not isinstance(params, SamplingParams):
@@ -115,6 +103,19 @@ class InputProcessor:
         needed = min(tokens, self.max_model_len) - 1
         if needed > self.kv_tokens:
             raise PromptTooLong(field, tokens, f"needs {needed} of the pool's {self.kv_tokens} slots")
+
+
+def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages) -> list[int]:
+    """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InvalidRequest("messages", "…", "the model has no chat template")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
+    return ids
 
 
 def as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

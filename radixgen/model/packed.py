@@ -37,7 +37,9 @@ class LayerCall:
 
 
 class Attend(Protocol):
-    """Answers one layer: `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]`, both float32."""
+    """Answers one layer: `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]`, both float32, or float64 in a
+    float64 model.
+    """
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
 
