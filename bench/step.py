@@ -10,9 +10,10 @@ sequence, and nothing else.
 
 Bias. The vocabulary has 128 tokens, so drawing is overhead alone; on a GPU the arithmetic of a draw is the
 device's. What was made before the clock starts is kept from the garbage collector, as `AsyncEngine` does: a full
-collection walks all of torch and transformers and takes far longer than a step. Prompts part at their end, so each sequence
-is a leaf of its own under one shared node; every request has one sequence. Steps are timed one by one, those that
-take new extents and plan anew among them; pieces are timed in further steps, with a little overhead of their own.
+collection walks all of torch and transformers and takes far longer than a step. Prompts part at their end, so
+each sequence is a leaf of its own under one shared node; every request has one sequence. Steps are timed one by
+one, those that take new extents and plan anew among them; pieces are timed in further steps, with a little
+overhead of their own.
 """
 
 import gc

@@ -37,9 +37,9 @@ class AttentionBackend(Protocol):
         self, q: "Tensor", k: "Tensor", v: "Tensor", scale: float, softcap: float | None = None
     ) -> "tuple[Tensor, Tensor]":
         """
-        Rows come in the plan's order: q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]` and v `[slots, kv_heads,
-        v_head_dim]`, the whole pool, in any floating dtype. Scores are multiplied by `scale`, then capped: `softcap *
-        tanh(score / softcap)`.
+        Rows come in the plan's order: q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v
+        `[slots, kv_heads, v_head_dim]` are the whole pool, in any floating dtype. Scores are multiplied by `scale`,
+        then capped: `softcap * tanh(score / softcap)`.
 
         Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log), in float32, or in float64 for
         float64 inputs. A row that sees no key gives 0 and -inf.
