@@ -380,14 +380,14 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, seats: int) -> bool:
         """Whether there is room for what the sequence lacks and for the next token of everyone, releasing pins if
-        need be.
+        need be. Reserves do not count: who is let in on those of others chops all leaves into single slots.
         """
         tree, tokens = self.tree, sequence.tokens()
         while True:
             match = tree.match_prefix(tokens, sequence.namespace)
             found, locked = (match.length, match.evictable) if match else (0, 0)
             wanted = tree.unscheduled_tokens + tokens.size - found + len(self.running) + seats
-            if wanted <= tree.pool.free + tree.evictable_tokens - locked + tree.reserved_tokens:
+            if wanted <= tree.pool.free + tree.evictable_tokens - locked:
                 return True
             if not self.pins.release_weakest():
                 return False
@@ -413,8 +413,9 @@ class Scheduler:
         if tree.slots_wanted(node, count) <= tree.pool.free:
             return True
         tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count) - tree.pool.free)
-        if tree.slots_wanted(node, count) > tree.pool.free:
-            tree.reclaim_reserves()
+        short = tree.slots_wanted(node, count) - tree.pool.free
+        if short > 0:
+            tree.reclaim_reserves(short)
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
             if tree.evict(short) or self.pins.release_weakest():
                 continue

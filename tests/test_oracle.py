@@ -109,7 +109,7 @@ class Driver:
 
     def _schedule(self, node: Node, count: int) -> NDArray[np.int64]:
         if self.tree.slots_wanted(node, count) > self.tree.pool.free:
-            self.tree.reclaim_reserves()
+            self.tree.reclaim_reserves(self.tree.reserved_tokens)
             self.tree.evict(max(0, self.tree.slots_wanted(node, count) - self.tree.pool.free))
         return self.tree.schedule(node, count, 8 if self.tidy else self.random.randint(0, 4))
 

@@ -217,7 +217,7 @@ def test_a_plan_is_rebuilt_when_anything_else_changes(change: str) -> None:
     if change == "branch":
         locks[0] = tree.fork(locks[0])
     if change == "new extent":
-        tree.reclaim_reserves()
+        tree.reclaim_reserves(tree.reserved_tokens)
         tree.pool.allocate(tree.pool.free // 2)
     if change == "one row less":
         locks.pop()

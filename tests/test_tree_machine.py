@@ -114,7 +114,7 @@ class TreeMachine(RuleBasedStateMachine):
                 continue
             wanted = tree.slots_wanted(node, count)
             if wanted > tree.pool.free:
-                tree.reclaim_reserves()
+                tree.reclaim_reserves(tree.reserved_tokens)
                 wanted = tree.slots_wanted(node, count)
                 tree.evict(max(0, wanted - tree.pool.free))
             before = tree.pool.free
