@@ -50,7 +50,7 @@ def backend_class(name: str) -> type[AttentionBackend]:
     """The backend called `name`; `"auto"` is the fastest one that runs here. Raises `InvalidRequest`."""
     if name == "auto":
         name = "torch"
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise InvalidRequest("attention", name, f"must be one of auto, {', '.join(BACKENDS)}")
     module, attribute = _BACKENDS[name]
     found: type[AttentionBackend] = getattr(import_module(module), attribute)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from radixgen.cache import RadixTree, TokenArray
 from radixgen.core import (
@@ -30,8 +31,9 @@ from radixgen.core import (
 )
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts, chat_tokens
+from radixgen.kernels import backend_class
 from radixgen.model.base import Model
-from radixgen.model.loader import LoadedModel, load, resolve_device
+from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
 from radixgen.model.runner import ModelRunner
 from radixgen.output_processor import OutputProcessor
@@ -39,7 +41,7 @@ from radixgen.scheduler.planner import PLAN_MODES, PlanMode
 from radixgen.scheduler.sequence import Request
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 
@@ -97,10 +99,12 @@ class Engine:
         """
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
         _check_seed(seed)
+        for resolve, option in ((resolve_dtype, dtype), (resolve_device, device), (backend_class, attention)):
+            resolve(option)
         self.limits = limits or Limits()
         served, self.tokenizer = _served(model, tokenizer, dtype, device, attention, max_model_len)
         slots = kv_tokens or _default_slots(served, self.limits)
-        served.allocate(slots)
+        _allocate(served, slots)
         self.share = share
         self.max_model_len = served.max_model_len
         self._model = served
@@ -154,7 +158,8 @@ class Engine:
 
         A message is `{"role": …, "content": …}`. Raises `InvalidRequest`.
         """
-        many = bool(messages) and not isinstance(messages[0], Mapping)
+        self._ensure_open()
+        many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
         return self.generate([self.chat_tokens(one) for one in conversations], params)
 
@@ -176,7 +181,7 @@ class Engine:
         """
         self._ensure_open()
         tokens = self._inputs.tokenize(prompt)
-        each = [self._inputs.tokenize_continuation(one) for one in as_prompts(continuations)]
+        each = [self._inputs.tokenize_continuation(one) for one in as_prompts(continuations, "continuations")]
         for one in each:
             self._inputs.check_score(tokens, one)
         submits = [partial(self.submit_score, tokens, one, namespace=namespace) for one in each]
@@ -321,7 +326,7 @@ class Engine:
     def unpin(self, pin: int) -> bool:
         """Let go of a pin. False where it is gone already."""
         self._ensure_open()
-        return self._core.unpin(pin)
+        return isinstance(pin, int) and self._core.unpin(pin)
 
     @property
     def num_steps(self) -> int:
@@ -367,6 +372,7 @@ class Engine:
     def close(self) -> None:
         """Release the model and the KV pool; live requests end without a report. May be called twice."""
         if not self._closed:
+            self._abandon(list(self._core.requests))
             self._closed = True
             self._undelivered.clear()
             self._core.close()
@@ -447,7 +453,7 @@ class Engine:
             raise DuplicateRequest("request_id", request_id, "a request with this id has not ended")
 
     def _live(self, request_id: str) -> Request:
-        request = self._core.requests.get(request_id)
+        request = self._core.requests.get(request_id) if isinstance(request_id, str) else None
         if request is None or request.finished:
             raise UnknownRequest("request_id", request_id, "names no live request")
         return request
@@ -538,11 +544,19 @@ def _loaded(
 ) -> LoadedModel:
     if isinstance(model, str | Path):
         return load(model, dtype, device)
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, PreTrainedModel):
         raise InvalidRequest("model", model, "must be a name, a path or a transformers model")
     if device != "auto":
         model = model.to(resolve_device(device))
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)
+
+
+def _allocate(model: Model, slots: int) -> None:
+    try:
+        model.allocate(slots)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        model.release()
+        raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
 
 
 def _eos_tokens(model: "PreTrainedModel") -> frozenset[int]:

@@ -80,7 +80,7 @@ class EngineCore:
         elif params.prompt_logprobs is not None:
             targets = prompt[1:]
         request = Request(
-            id=request_id or self._new_id(),
+            id=self._new_id() if request_id is None else request_id,
             serial=self._serial,
             prompt=prompt,
             params=params,

@@ -1,5 +1,6 @@
 """From what a caller gives to what the engine's core takes: token ids that were checked, or a named error."""
 
+import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class InputProcessor:
     def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:
         """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`."""
         if not isinstance(prompt, str):
+            self._measure(prompt, field)
             return _token_ids(prompt, self.vocab_size, field)
         if self.tokenizer is None:
             raise InvalidRequest(field, prompt, "the model has no tokenizer: give token ids")
@@ -94,9 +96,14 @@ class InputProcessor:
         """A span of time above 0; infinite where None."""
         if seconds is None:
             return float("inf")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= sys.float_info.max:
             raise InvalidRequest(field, seconds, "must be a finite number of seconds above 0")
         return float(seconds)
+
+    def _measure(self, prompt: object, field: str) -> None:
+        """Before any token is looked at."""
+        if isinstance(prompt, Seq) and len(prompt) > self.max_model_len:
+            raise PromptTooLong(f"len({field})", len(prompt), f"the context holds {self.max_model_len} tokens")
 
     def _check_slots(self, field: str, tokens: int) -> None:
         """The last token of a sequence needs no slot."""
@@ -118,17 +125,17 @@ def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages)
     return ids
 
 
-def as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+def as_prompts(prompts: Prompt | Seq[Prompt], field: str = "prompts") -> list[Prompt]:
     """A string, token ids, or a list of either."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Seq | np.ndarray):
-        raise InvalidRequest("prompts", prompts, "must be text, token ids, or a list of either")
+    if not isinstance(prompts, Seq | np.ndarray) or (isinstance(prompts, np.ndarray) and not prompts.ndim):
+        raise InvalidRequest(field, prompts, "must be text, token ids, or a list of either")
     if len(prompts) and isinstance(prompts[0], int | np.integer):
         return [prompts]  # type: ignore[list-item]
     for prompt in prompts:
         if not isinstance(prompt, str | Seq | np.ndarray):
-            raise InvalidRequest("prompts", prompt, "must be text or token ids")
+            raise InvalidRequest(field, prompt, "must be text or token ids")
     return list(prompts)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from radixgen.core import SamplingParams, SamplingState
 
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
 """Sets the counters of forks apart from those of draws."""
 
@@ -55,7 +56,8 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
     """
     scores = logits.log_softmax(-1)
     own = scores.gather(-1, torch.from_numpy(tokens.astype(np.int64)).to(logits.device)[:, None])[:, 0].tolist()
-    values, ids = scores.topk(min(max(top), scores.shape[1]), -1)
+    ids = _likeliest(scores, min(max(top), scores.shape[1]))
+    values = scores.gather(-1, ids)
     return [
         {token: value} | dict(zip(best[:count], likely[:count], strict=True))
         for token, value, best, likely, count in zip(
@@ -146,6 +148,17 @@ def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
     return tokens
 
 
+def _likeliest(scores: Tensor, count: int) -> Tensor:
+    """The `count` likeliest tokens of each row, of equal ones the first. `topk` alone breaks ties as it likes."""
+    if not count:
+        return scores.new_empty((scores.shape[0], 0), dtype=torch.int64)
+    bits = scores.view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    last = scores.shape[1] - 1
+    keys = (ordered + torch.arange(last, -1, -1, device=scores.device)).topk(count, -1).values
+    return last - (keys & 0xFFFFFFFF)
+
+
 def _keep_likeliest(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """top-k, with all that equal the k-th; then top-p of what is left, the likeliest always."""
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -177,7 +190,7 @@ def _penalize_repetition(scores: Tensor, states: Sequence[SamplingState]) -> Non
     rows, ids = _places([i for i, _ in some], seen, scores)
     factor = torch.repeat_interleave(_values([p for _, p in some], scores), _sizes(seen, scores))
     found = scores[rows, ids]
-    scores[rows, ids] = torch.where(found < 0, found * factor, found / factor)
+    scores[rows, ids] = torch.where(found < 0, found * factor, (found / factor).clamp(max=_LARGEST))
 
 
 def _penalize_counts(scores: Tensor, states: Sequence[SamplingState]) -> None:
@@ -204,7 +217,7 @@ def _hold_back_ends(scores: Tensor, states: Sequence[SamplingState]) -> None:
     ids = [token for _, ends in some for token in ends]
     before = scores[rows, ids]
     scores[rows, ids] = float("-inf")
-    nothing_left = scores[rows].amax(-1).isneginf()
+    nothing_left = scores.amax(-1).isneginf()[rows]
     scores[rows, ids] = torch.where(nothing_left, before, float("-inf"))
 
 

@@ -13,11 +13,17 @@ class InvalidRequest(RadixgenError, ValueError):
     """A request that cannot be served as written; nothing else is disturbed."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field}={shown}: {limit}")
+        super().__init__(f"{field}={_shown(value)}: {limit}")
         self.field, self.value, self.limit = field, value, limit
+
+
+def _shown(value: object) -> str:
+    """A value in at most 80 characters; its type where it cannot be printed, as an integer of 5,000 digits."""
+    try:
+        shown = repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 class PromptTooLong(InvalidRequest):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
@@ -35,7 +34,7 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidRequest("device", device, "must be auto, cpu or cuda[:index]") from error
     if chosen.type not in ("cpu", "cuda"):
         raise InvalidRequest("device", device, "must be auto, cpu or cuda[:index]")
@@ -48,9 +47,9 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     """`"auto"` keeps the checkpoint's own. Raises `InvalidRequest`."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InvalidRequest("dtype", dtype, f"must be auto, {', '.join(DTYPES)}")
-    return DTYPES[str(dtype)]
+    return DTYPES[dtype]
 
 
 def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> LoadedModel:
@@ -59,7 +58,7 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
     Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
     """
     place, target = resolve_device(device), resolve_dtype(dtype)
-    source, options = _source(name)
+    source, options = _found(name)
     with quiet_transformers():
         config = _config(name, source, options)
         if getattr(config, "is_encoder_decoder", False):
@@ -67,16 +66,20 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
         if "gguf_file" in options:
             options["quantization_config"] = GgufConfig(dequantize=True)
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=target, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=target, output_loading_info=True, **options
+            )
+        except Exception as error:
             raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise UnsupportedModel(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
         tokenizer = _tokenizer(source, options)
     return LoadedModel(str(name), model.to(place).eval(), tokenizer)
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of `name` without its weights; None where it has none."""
-    source, options = _source(name)
+    source, options = _found(name)
     with quiet_transformers():
         return _tokenizer(source, options)
 
@@ -94,6 +97,13 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
+    try:
+        return _source(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelNotFound(f"{name}: {error}") from error
 
 
 def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
@@ -118,7 +128,7 @@ def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
 def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ModelNotFound(f"{name}: transformers finds no model there: {error}") from error
 
 

@@ -26,6 +26,7 @@ class ModelRunner:
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self._backend = backend_class(attention)
+        self.allocate(0)
 
     @property
     def device(self) -> torch.device:
