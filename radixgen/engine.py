@@ -99,8 +99,9 @@ class Engine:
         """
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
         _check_seed(seed)
-        for resolve, option in ((resolve_dtype, dtype), (resolve_device, device), (backend_class, attention)):
-            resolve(option)
+        resolve_dtype(dtype)
+        resolve_device(device)
+        backend_class(attention)
         self.limits = limits or Limits()
         served, self.tokenizer = _served(model, tokenizer, dtype, device, attention, max_model_len)
         slots = kv_tokens or _default_slots(served, self.limits)
