@@ -48,11 +48,29 @@ def _keep_demo() -> None:
 def _table() -> str:
     rows = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
     places = []
-    for name in ("prefix", "unrelated", "tree", "plan"):
+    for name in ("prefix", "unrelated", "tree", "plan", "step", "simulate"):
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
         places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
-    return "\n".join([*rows, "", "; ".join(dict.fromkeys(places)) + "."])
+    return "\n".join([*rows, "", "; ".join(dict.fromkeys(places)) + ".", "", *_simulated()])
+
+
+def _simulated() -> list[str]:
+    """Hit rates of the trace that went through the whole engine."""
+    found = json.loads((RESULTS / "simulate.json").read_text(encoding="utf-8"))
+    rows = [
+        f"`bench.simulate`: {found['requests']:,} requests of a trace of conversations through the whole engine, on a "
+        f"simulated clock. Ideal token hit rate {found['ideal_hit_rate']:.1%}.",
+        "",
+        "| KV pool, tokens | admitted by | token hit rate | of the ideal | median latency | × real time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    rows += [
+        f"| {one['slots']:,} | {one['order']} | {one['hit_rate']:.1%} | {one['of_ideal']:.0%} "
+        f"| {one['latency_p50_seconds']:.0f} s | {one['times_real_time']:.0f} |"
+        for one in found["runs"]
+    ]
+    return rows
 
 
 def _replace(text: str, name: str, body: str) -> str:

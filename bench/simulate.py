@@ -1,10 +1,11 @@
 """A trace replayed through the whole engine, with a model that costs nothing and a clock that is simulated.
 
-    python -m bench.simulate TRACE [--check] [--save] [--pools 1e6 3e6 1e7]
+    python -m bench.simulate [TRACE] [--check] [--save] [--pools 1e6 3e6 1e7]
 
-TRACE is a file in Mooncake's format, as for `bench.tree`, with `timestamp` (ms) and `output_length` besides. Each
-request is submitted at its own time. A step lasts what the cost model says: 20 ms for the weights of a large
-mixture of experts, 20 µs a row, 1 ns a key read; only the host's own time is real.
+TRACE is a file in Mooncake's format, as for `bench.tree`, with `timestamp` (ms) and `output_length` besides;
+without it a small trace of the same form is made up. Each request is submitted at its own time. A step lasts what
+the cost model says: 20 ms for the weights of a large mixture of experts, 20 µs a row, 1 ns a key read; only the
+host's own time is real.
 
 Printed: the token hit rate of each pool, as a share of the ideal (every earlier prompt kept for ever, and computed
 at once), with requests admitted in order of arrival and with the longest computed prefix first; how many prompt
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from bench.null import NullModel
 from bench.report import Report, benchmark_options
-from bench.tree import VOCABULARY_BITS, read_trace
+from bench.tree import VOCABULARY_BITS, make_trace, read_trace
 from radixgen import Engine, Limits, SamplingParams
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import Plan
@@ -102,6 +103,14 @@ def read_arrivals(path: Path) -> list[Arrival]:
     ]
 
 
+def make_arrivals(requests: int = 600, rate: float = 3.4) -> list[Arrival]:
+    """The made-up trace of `bench.tree`, at `rate` requests a second, with 300 tokens of output on average."""
+    rng = np.random.default_rng(0)
+    times = np.cumsum(rng.exponential(1 / rate, requests)).tolist()
+    lengths = rng.geometric(1 / 300, requests).tolist()
+    return [Arrival(*one) for one in zip(times, make_trace(requests), lengths, strict=True)]
+
+
 def ideal_hit_rate(arrivals: Sequence[Arrival]) -> float:
     """Every prompt of before is kept, and was computed at once."""
     total = sum(arrival.prompt.size for arrival in arrivals)
@@ -151,14 +160,15 @@ def replay(arrivals: Sequence[Arrival], slots: int, max_overtaken: int, cost: Co
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
-    parser.add_argument("trace", type=Path, help="a trace in Mooncake's format")
+    parser.add_argument("trace", type=Path, nargs="?", help="a trace in Mooncake's format")
     parser.add_argument("--pools", type=float, nargs="+", default=[1e6, 3e6, 1e7], help="slots of the KV pool")
     parser.add_argument("--requests", type=int, help="only the first so many")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    arrivals = read_arrivals(options.trace)[: options.requests]
+    arrivals = read_arrivals(options.trace) if options.trace else make_arrivals()
+    arrivals = arrivals[: options.requests]
     lasts = arrivals[-1].time
     report = Report("simulate")
     report.limit("the trace lasts", lasts)
@@ -171,28 +181,32 @@ def main() -> int:
     report.say(
         "pool        order            hits  of ideal  computed  preempted  latency p50, p99   steps  × real time"
     )
-    slowest = np.inf
+    runs = []
     for slots in map(int, options.pools):
         for order, max_overtaken in ORDERS.items():
             run = replay(arrivals, slots, max_overtaken, cost, f"{slots:,} slots, {order}")
-            speed = run.seconds / run.host_seconds
-            slowest = min(slowest, speed)
             middle, late = np.percentile(run.latency, [50, 99])
+            speed = run.seconds / run.host_seconds
             report.say(
                 f"{slots:<11,} {order:<15} {run.hit_rate:6.1%}  {run.hit_rate / ideal:7.1%}  {run.computed:7.1%}"
                 f"  {run.preemptions:9}  {middle:7.1f}, {late:6.1f} s  {run.steps:6}  {speed:6.1f}"
             )
-            key = f"{slots}_{order.replace(' ', '_')}"
-            report.keep(
-                **{
-                    f"{key}_hit_rate": run.hit_rate,
-                    f"{key}_computed": run.computed,
-                    f"{key}_preemptions": run.preemptions,
-                    f"{key}_latency_p50": float(middle),
-                    f"{key}_latency_p99": float(late),
-                    f"{key}_times_real_time": speed,
+            runs.append(
+                {
+                    "slots": slots,
+                    "order": order,
+                    "hit_rate": run.hit_rate,
+                    "of_ideal": run.hit_rate / ideal,
+                    "computed": run.computed,
+                    "preemptions": run.preemptions,
+                    "latency_p50_seconds": float(middle),
+                    "latency_p99_seconds": float(late),
+                    "steps": run.steps,
+                    "times_real_time": speed,
                 }
             )
+    report.keep(runs=runs)
+    slowest = min(run["times_real_time"] for run in runs)
     report.figure("slowest_times_real_time", slowest, f"slowest {slowest:.1f} × real time", at_least=SPEED)
     return report.finish(check=options.check, save=options.save)
 

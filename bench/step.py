@@ -19,7 +19,7 @@ overhead of their own.
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,8 +87,8 @@ def bare_outputs() -> list[RequestOutput]:
     return [RequestOutput("", [], [CompletionOutput(0, "", [1])], False) for _ in range(SEQUENCES)]
 
 
-def main() -> int:
-    options = benchmark_options(__doc__).parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = benchmark_options(__doc__).parse_args(arguments)
     report = Report("step")
     floor = float(np.median(time_each(bare_outputs, times=STEPS)))
     report.limit(f"{SEQUENCES} output objects", floor)

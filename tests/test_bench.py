@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bench import plan, tree
+from bench import plan, simulate, step, tree
 from bench.report import Memory, Report
 
 
@@ -71,3 +71,22 @@ def test_a_missed_bound_fails_a_check(capsys) -> None:
     report.figure("fine", 2.0, "fine", at_least=1.0)
     assert report.finish(check=False) == 0 and report.finish(check=True) == 1
     assert last_line(capsys)["missed"] == ["slow"]
+
+
+def test_simulate_on_a_trace_made_up(capsys) -> None:
+    assert simulate.main(["--requests", "12", "--pools", "4e4", "1e6"]) == 0
+    figures = last_line(capsys)
+    assert [run["order"] for run in figures["runs"]] == ["arrival", "longest prefix"] * 2
+    for run in figures["runs"]:
+        assert 0 <= run["hit_rate"] <= figures["ideal_hit_rate"] + 1e-9
+        assert run["computed"] + run["hit_rate"] <= 1 + run["preemptions"]
+        assert run["latency_p50_seconds"] >= 0.02
+
+
+def test_step(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(step, "SEQUENCES", 4)
+    monkeypatch.setattr(step, "STEPS", 3)
+    assert step.main([]) == 0
+    figures = last_line(capsys)
+    for case in ("greedy", "temperature", "top_p", "detokenized"):
+        assert figures[f"{case}_ms"] > 0 and len(figures[f"{case}_pieces_ms"]) == 7
