@@ -1,5 +1,6 @@
 """From logits to tokens: penalties and filters as in transformers, with counter-based randomness."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
 """Sets the counters of forks apart from those of draws."""
+_FACTORS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
+"""What Philox adds to the keys, `[round, 2, 1]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +40,14 @@ def sample(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState])
     tokens: list[int] = [choice[row] if sound[row] else -1 for row in rows]
     drawing = [i for i, state in enumerate(states) if not state.plain and tokens[i] >= 0]
     if drawing:
-        drawn = _draw(logits[[rows[i] for i in drawing]], [states[i] for i in drawing])
+        drawn = _draw(_pick(logits, [rows[i] for i in drawing]), [states[i] for i in drawing])
         for i, token in zip(drawing, drawn, strict=True):
             tokens[i] = token
     told = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
     if not told:
         return Drawn(tokens)
     found = token_logprobs(
-        logits[[rows[i] for i in told]],
+        _pick(logits, [rows[i] for i in told]),
         np.array([tokens[i] for i in told]),
         [states[i].params.logprobs or 0 for i in told],
     )
@@ -72,15 +76,16 @@ def distribution(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """
     scores = shape(logits.double(), states)
     scores -= scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
-    greedy = [state.params.greedy for state in states]
-    scores /= _column([1.0 if state.params.greedy else state.params.temperature for state in states], scores)
+    params = [state.params for state in states]
+    greedy = [p.temperature == 0.0 for p in params]
+    scores /= _column([p.temperature or 1.0 for p in params], scores)
     probabilities = scores.softmax(-1)
-    sorted_rows = [i for i, s in enumerate(states) if not greedy[i] and (s.params.top_k > 0 or s.params.top_p < 1.0)]
+    sorted_rows = [i for i, p in enumerate(params) if not greedy[i] and (p.top_k > 0 or p.top_p < 1.0)]
     if sorted_rows:
-        some = [states[i].params for i in sorted_rows]
+        some = [params[i] for i in sorted_rows]
         probabilities[sorted_rows] = _keep_likeliest(probabilities[sorted_rows], some)
-    if any(state.params.min_p for state in states):
-        least = _column([state.params.min_p for state in states], scores) * probabilities.amax(-1, keepdim=True)
+    if any(p.min_p for p in params):
+        least = _column([p.min_p for p in params], scores) * probabilities.amax(-1, keepdim=True)
         probabilities *= probabilities >= least
     if any(greedy):
         chosen = torch.zeros_like(probabilities).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
@@ -90,9 +95,11 @@ def distribution(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """Bias, penalties and `min_tokens`, in place, on float64 `[n, vocab]`. Returns `scores`."""
-    for state in states:
-        if state.params.shaped:
-            state.update()
+    shaped = [state for state in states if state.shaped]
+    if not shaped:
+        return scores
+    for state in shaped:
+        state.update()
     for change in (_add_bias, _penalize_repetition, _penalize_counts, _hold_back_ends):
         change(scores, states)
     return scores
@@ -101,51 +108,58 @@ def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
 def uniform(states: Sequence[SamplingState]) -> NDArray[np.float64]:
     """One number in [0, 1) a state, 53 bits, a function of (seed, index, tokens generated) alone."""
     seeds = np.array([state.seed for state in states], np.uint64)
-    nothing = np.zeros_like(seeds)
-    positions = np.array([len(state.output) for state in states], np.uint64)
-    indexes = np.array([state.index for state in states], np.uint64)
-    words = philox4x32((positions, indexes, nothing, nothing), (seeds & _WORD, seeds >> _HALF))
+    counters = np.zeros((4, len(states)), np.uint64)
+    counters[0] = [len(state.output) for state in states]
+    counters[1] = [state.index for state in states]
+    words = philox4x32(counters, np.stack((seeds & _WORD, seeds >> _HALF)))
     numbers: NDArray[np.float64] = (((words[0] << _HALF) | words[1]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
 
 
 def fork_seed(seed: int, fork: int) -> int:
     """The 64-bit seed of fork number `fork` of what `seed` drives."""
-    counter = tuple(np.array([word], np.uint64) for word in (fork & 0xFFFFFFFF, fork >> 32, 0, _FORK))
-    key = tuple(np.array([word], np.uint64) for word in (seed & 0xFFFFFFFF, seed >> 32))
-    words = philox4x32(counter, key)
-    return int(words[0][0]) << 32 | int(words[1][0])
+    words = philox4x32(
+        np.array([[fork & 0xFFFFFFFF], [fork >> 32], [0], [_FORK]], np.uint64),
+        np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint64),
+    )
+    return int(words[0, 0]) << 32 | int(words[1, 0])
 
 
-Words = Sequence[NDArray[np.uint64]]
-
-
-def philox4x32(counter: Words, key: Words) -> Words:
-    """Ten rounds over 32-bit words, each held in 64 bits: four counters `[n]` and two keys `[n]` to four words `[n]`.
+def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Ten rounds over 32-bit words, each held in 64 bits: counters `[4, n]` and keys `[2, n]` to words `[4, n]`.
 
     Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
     """
-    a, b, c, d = counter
-    left, right = key
-    for _ in range(10):
-        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (second >> _HALF) ^ b ^ left, second & _WORD, (first >> _HALF) ^ d ^ right, first & _WORD
-        left, right = (left + np.uint64(0x9E3779B9)) & _WORD, (right + np.uint64(0xBB67AE85)) & _WORD
-    return a, b, c, d
+    multiplied, mixed = counters[0::2], counters[1::2]
+    for key in (keys + _KEY_STEPS) & _WORD:
+        products = (multiplied * _FACTORS)[::-1]
+        multiplied, mixed = (products >> _HALF) ^ mixed ^ key, products & _WORD
+    return np.stack((multiplied, mixed), 1).reshape(4, -1)
 
 
 # -- inside -----------------------------------------------------------------------------------------------
 
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """One token a row, by the inverse of the cumulative distribution in the order of token ids."""
-    probabilities = distribution(logits, states)
-    cumulative = probabilities.cumsum(-1)
+    """One token a row, by the inverse of the cumulative distribution in the order of token ids.
+
+    A uniform is at most 1 - 2**-53, so the target is less than the total, and the token found has a weight of its own.
+    """
+    cumulative = _weights(distribution(logits, states)).cumsum(-1)
     target = torch.from_numpy(uniform(states)).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    last = (probabilities > 0).to(torch.int8).cumsum(-1).argmax(-1)
-    tokens: list[int] = torch.minimum(chosen, last).tolist()
+    tokens: list[int] = torch.searchsorted(cumulative, target.long(), right=True)[:, 0].tolist()
     return tokens
+
+
+def _weights(probabilities: Tensor) -> Tensor:
+    """Probabilities `[n, vocab]` in units of 2**-62, int64. Their sums are exact: on a GPU the order in which a row of
+    floats is summed depends on how many rows there are, and for one row on the moment.
+    """
+    return (probabilities * 2.0**62).long()
+
+
+def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
 
 
 def _likeliest(scores: Tensor, count: int) -> Tensor:
@@ -165,9 +179,10 @@ def _keep_likeliest(probabilities: Tensor, params: Sequence[SamplingParams]) -> 
     width = ordered.shape[1]
     counts = [min(p.top_k, width) if p.top_k > 0 else width for p in params]
     ordered *= ordered >= ordered.gather(-1, torch.tensor(counts, device=ordered.device)[:, None] - 1)
-    cumulative = ordered.cumsum(-1)
-    before = (cumulative - ordered) / cumulative[:, -1:]
-    ordered *= before < _column([p.top_p for p in params], ordered)
+    weights = _weights(ordered)
+    cumulative = weights.cumsum(-1)
+    share = _column([p.top_p if p.top_p < 1.0 else math.inf for p in params], ordered)
+    ordered *= cumulative - weights < share * cumulative[:, -1:]
     return torch.zeros_like(ordered).scatter(-1, ids, ordered)
 
 
@@ -237,7 +252,7 @@ def _sizes(tokens: Sequence[NDArray[np.int64]], like: Tensor) -> Tensor:
 
 
 def _values(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+    return torch.from_numpy(np.array(values, np.float64)).to(like.device)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

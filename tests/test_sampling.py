@@ -25,7 +25,17 @@ from transformers import (
 
 from radixgen import SamplingParams
 from radixgen.core import SamplingState
-from radixgen.sampling import Drawn, distribution, fork_seed, philox4x32, sample, shape, token_logprobs, uniform
+from radixgen.sampling import (
+    Drawn,
+    _weights,
+    distribution,
+    fork_seed,
+    philox4x32,
+    sample,
+    shape,
+    token_logprobs,
+    uniform,
+)
 
 VOCAB = 37
 INF = math.inf
@@ -73,8 +83,8 @@ def draws(params: SamplingParams, count: int, logits: Tensor) -> list[int]:
 )
 def test_philox_gives_the_published_vectors(counter: list[int], key: list[int], expected: list[int]) -> None:
     """The known answers of Random123, `philox4x32 10`."""
-    words = philox4x32(*([np.array([word], np.uint64) for word in some] for some in (counter, key)))
-    assert [int(word[0]) for word in words] == expected
+    words = philox4x32(*(np.array(some, np.uint64)[:, None] for some in (counter, key)))
+    assert words[:, 0].tolist() == expected
 
 
 def test_uniforms_depend_on_seed_index_and_position_alone() -> None:
@@ -325,6 +335,12 @@ def test_of_equal_tokens_top_k_keeps_all_as_transformers_does() -> None:
     assert distribution(logits, [one])[0].count_nonzero() == 4
 
 
+def test_top_k_alone_keeps_what_is_next_to_impossible() -> None:
+    """Pins that tokens below 1e-16 were dropped as if by top-p, though it was off."""
+    logits = torch.tensor([[0.0, -50.0, -60.0], [-60.0, 0.0, -50.0]])
+    check_rows(logits, [state(SamplingParams(top_k=2)), state(SamplingParams(top_k=3))])
+
+
 def test_of_equal_tokens_greedy_takes_the_first() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0]])
     shaped = SamplingParams(temperature=0.0, logit_bias={0: -1.0})
@@ -390,6 +406,15 @@ def test_each_draw_inverts_the_cumulative_distribution() -> None:
         cumulative = np.cumsum(expected_distribution(logits[0], states[0]).numpy())
         wanted = np.searchsorted(cumulative, uniform(states) * cumulative[-1], side="right")
         assert draws(one, 100, logits) == wanted.tolist()
+
+
+def test_no_order_of_summing_moves_a_draw() -> None:
+    """Pins that sums of floats decided draws and top-p: on a GPU they depend on the rest of the batch."""
+    probabilities = random_logits(4, 1000).double().softmax(-1)
+    weights = _weights(probabilities)
+    assert torch.equal(weights.flip(-1).cumsum(-1)[:, -1], weights.cumsum(-1)[:, -1])
+    assert not torch.equal(probabilities.flip(-1).cumsum(-1)[:, -1], probabilities.cumsum(-1)[:, -1])
+    torch.testing.assert_close(weights.double() / 2**62, probabilities, rtol=1e-9, atol=2**-62)
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])

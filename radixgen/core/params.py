@@ -111,13 +111,16 @@ class SamplingState:
     """Tokens that end the sequence, and are held back before `min_tokens`."""
     counts: dict[int, int] = field(default_factory=dict)
     """How often the output holds each token, as of the last `update`."""
+    shaped: bool = field(init=False)
+    """`params.shaped`, asked once."""
     plain: bool = field(init=False)
     """Whether the likeliest token is drawn, as the model gives it."""
     _counted: int = 0
     _prompt_ids: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        self.plain = self.params.greedy and not self.params.shaped
+        self.shaped = self.params.shaped
+        self.plain = self.params.greedy and not self.shaped
 
     def update(self) -> None:
         """Count what was generated since the last call."""
