@@ -168,7 +168,8 @@ class EngineCore:
 
     def forget(self, request: Request) -> None:
         """A finished request was reported: its id is free again."""
-        assert request.finished and self.requests.pop(request.id) is request
+        assert request.finished and self.requests[request.id] is request
+        del self.requests[request.id]
 
     @property
     def num_attempts(self) -> int:

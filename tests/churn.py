@@ -338,6 +338,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert after.computed_rows - before.computed_rows == self.model.rows - rows
         for output in outputs:
             self._compare(output)
+        for shadow in self.live.values():
+            assert not shadow.cancelled and shadow.deadline > self.now, "a request outlives its end"
         for sequence in self.engine._core.scheduler.running:
             self.live[sequence.request.id].started = True
         self._count()

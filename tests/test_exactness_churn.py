@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from radixgen import CompletionOutput, Engine, RequestOutput, SamplingParams
 from radixgen.model import smollm2
 
-NEW_TOKENS = 16
-ROOMY, TIGHT = {"kv_tokens": 2048}, {"kv_tokens": 64, "max_step_tokens": 9}
+NEW_TOKENS = 12
+ROOMY, TIGHT = {"kv_tokens": 2048}, {"kv_tokens": 60, "max_step_tokens": 9}
 PROMPTS = prompts(families.VOCAB)
 SHAPES: list[dict] = [
     {},
@@ -31,7 +31,7 @@ HISTORIES: dict[str, tuple[dict, dict]] = {
     "late arrivals": (ROOMY, {}),
     "random evictions": (ROOMY, {"evict": True}),
     "a tight pool": (TIGHT, {}),
-    "a tight pool and cancels": (TIGHT, {"cancels": 6, "evict": True}),
+    "a tight pool, cancels, a unit a node": (TIGHT | {"plan": "naive"}, {"cancels": 6, "evict": True}),
 }
 
 Ask = tuple[list[int], SamplingParams]
@@ -105,6 +105,16 @@ def poison(engine: Engine) -> None:
             pool[extent.start : extent.end] = float("nan")
 
 
+def finish(engine: Engine, output: RequestOutput) -> list[int]:
+    """The tokens of an output; a cancelled one's are taken up by a new request."""
+    one = output.outputs[0]
+    assert one.finish_reason in ("length", "abort")
+    if one.finish_reason == "length":
+        return one.token_ids
+    rest = greedy(NEW_TOKENS - len(one.token_ids))
+    return one.token_ids + engine.generate(output.prompt_token_ids + one.token_ids, rest)[0].outputs[0].token_ids
+
+
 def assert_crowded(engine: Engine) -> None:
     stats = engine.stats()
     assert stats.preemptions > 0 and stats.evicted_tokens > 0
@@ -115,19 +125,16 @@ def assert_crowded(engine: Engine) -> None:
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_families(name: str) -> None:
-    """What a cancelled request had generated counts too: another goes on from there."""
+    """Forks and what cancelled requests had generated count too."""
     oracle, served = Oracle(families.build(name)), families.build(name)
     asks = [(prompt, greedy(NEW_TOKENS)) for prompt in PROMPTS]
-    with Engine(served, debug=True, **TIGHT) as engine:
-        ended = Churn(engine, seed=0, cancels=4, forks=3).serve(asks)
-        assert_crowded(engine)
-        assert len(ended) == len(asks) + 4 + 3
-        for place, output in ended:
-            prompt, tokens = PROMPTS[place], output.outputs[0].token_ids
-            if rest := NEW_TOKENS - len(tokens):
-                assert output.outputs[0].finish_reason == "abort"
-                tokens = tokens + engine.generate(prompt + tokens, greedy(rest))[0].outputs[0].token_ids
-            oracle.expect(engine, prompt, tokens, NEW_TOKENS)
+    for seed, plan in enumerate(("auto", "naive")):
+        with Engine(served, plan=plan, debug=True, **TIGHT) as engine:
+            ended = Churn(engine, seed, cancels=4, forks=3).serve(asks)
+            assert_crowded(engine)
+            assert len(ended) == len(asks) + 4 + 3
+            for place, output in ended:
+                oracle.expect(engine, PROMPTS[place], finish(engine, output), NEW_TOKENS)
     oracle.settle()
 
 
@@ -143,7 +150,7 @@ class Exact:
     alone: list[list[CompletionOutput]]
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2", "gpt2", "deepseek-v3"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2", "deepseek-v3"])
 def exact(request: pytest.FixtureRequest) -> Exact:
     model = families.build(request.param).double()
     model.set_experts_implementation("eager")  # the default has no float64
@@ -185,16 +192,13 @@ def test_outputs_do_not_depend_on_the_history(exact: Exact, history: str) -> Non
     """Several orders of arrival, the first into a cold tree."""
     options, events = HISTORIES[history]
     with Engine(exact.model, debug=True, **options) as engine:
-        for seed in range(3):
+        for seed in range(2):
             ended = Churn(engine, seed, **events).serve(exact.asks)
             assert len(ended) == len(exact.asks) + events.get("cancels", 0)
             for place, output in ended:
                 for got, want in zip(output.outputs, exact.alone[place], strict=True):
                     assert_same(got, want)
-        if options is TIGHT:
-            assert_crowded(engine)
-        else:
-            assert engine.stats().preemptions == 0
+        assert (engine.stats().preemptions > 0) == history.startswith("a tight pool")
 
 
 def test_a_sequence_does_not_depend_on_how_many_there_are(exact: Exact) -> None:

@@ -1,0 +1,254 @@
+"""It would have been seen: faults that real serving engines had, planted by name, are each caught by the machine."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from churn import EngineMachine
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+import radixgen.cache.tree as tree_module
+import radixgen.engine_core as core_module
+from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.engine_core import EngineCore
+from radixgen.output_processor import OutputProcessor
+from radixgen.scheduler.batch import Batch, Scheduler
+from radixgen.scheduler.planner import Planner
+from radixgen.scheduler.queue import WaitingQueue
+
+PROFILE = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def silence() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def after(patch: Patch, owner: type, name: str, spoil: Callable[..., Any]) -> None:
+    """`spoil(result, self, *arguments)` runs after the method and may give another result."""
+    plain = getattr(owner, name)
+
+    def spoilt(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = plain(self, *arguments, **options)
+        other = spoil(result, self, *arguments)
+        return result if other is None else other
+
+    patch.setattr(owner, name, spoilt)
+
+
+def before(patch: Patch, owner: type, name: str, spoil: Callable[..., Any]) -> None:
+    """`spoil(self, *arguments)` runs before the method."""
+    plain = getattr(owner, name)
+
+    def spoilt(self: Any, *arguments: Any, **options: Any) -> Any:
+        spoil(self, *arguments)
+        return plain(self, *arguments, **options)
+
+    patch.setattr(owner, name, spoilt)
+
+
+# -- the tree and its slots -------------------------------------------------------------------------------
+
+
+def a_lock_is_skipped(patch: Patch) -> None:
+    patch.setattr(RadixTree, "lock", lambda self, node: Lock(node))
+
+
+def a_split_drops_a_reference(patch: Patch) -> None:
+    after(patch, RadixTree, "split", lambda upper, *_: setattr(upper, "locked_children", 0))
+
+
+def a_split_is_off_by_one_slot(patch: Patch) -> None:
+    plain = tree_module._split_extents
+    patch.setattr(tree_module, "_split_extents", lambda extents, count: plain(extents, max(count - 1, 0)))
+
+
+def a_slot_is_freed_twice(patch: Patch) -> None:
+    after(patch, ExtentPool, "release", lambda _, pool, extent: pool._coalesce(extent))
+
+
+def a_slot_is_freed_while_its_step_is_in_flight(patch: Patch) -> None:
+    def free(_: object, scheduler: Scheduler, batch: Batch) -> None:
+        for node in batch.nodes[:1]:
+            scheduler.tree.pool._coalesce(node.extents[-1])
+
+    after(patch, Scheduler, "freeze", free)
+
+
+def an_evicted_slot_is_not_given_back(patch: Patch) -> None:
+    plain = ExtentPool.release
+    patch.setattr(ExtentPool, "release", lambda pool, extent: plain(pool, extent._replace(length=extent.length - 1)))
+
+
+def a_locked_leaf_stays_among_the_evictable(patch: Patch) -> None:
+    plain = RadixTree._protect
+
+    def protect(tree: RadixTree, node: Any) -> None:
+        entry = node._heap_entry
+        plain(tree, node)
+        node._heap_entry = entry
+
+    patch.setattr(RadixTree, "_protect", protect)
+
+
+def a_branch_leaves_the_reserve_standing(patch: Patch) -> None:
+    plain = RadixTree._add_leaf
+
+    def add_leaf(tree: RadixTree, *arguments: Any) -> Any:
+        tree._cut_extents = lambda *_: None
+        try:
+            return plain(tree, *arguments)
+        finally:
+            del tree._cut_extents
+
+    patch.setattr(RadixTree, "_add_leaf", add_leaf)
+
+
+def more_is_committed_than_was_scheduled(patch: Patch) -> None:
+    after(patch, RadixTree, "commit", lambda _, tree, node: setattr(node, "computed", node.known))
+
+
+def a_failed_step_is_not_rolled_back(patch: Patch) -> None:
+    patch.setattr(RadixTree, "rollback", lambda tree, node: None)
+
+
+def namespaces_share_a_root(patch: Patch) -> None:
+    plain = RadixTree.insert
+    patch.setattr(RadixTree, "insert", lambda tree, tokens, namespace="", **options: plain(tree, tokens, **options))
+
+
+# -- the plan ---------------------------------------------------------------------------------------------
+
+
+def a_stale_plan_is_carried_on(patch: Patch) -> None:
+    patch.setattr(Planner, "_only_grew", lambda self, node_ids, _: node_ids.size == self._node_ids.size)
+
+
+def a_read_row_writes(patch: Patch) -> None:
+    """Into the slot of the token before it."""
+
+    def write(_: object, batch: Batch, node: Any, offset: int) -> None:
+        batch.row_slots[-1] = int(node.slots(max(offset - 1, 0), offset + 1)[0])
+
+    after(patch, Batch, "add_read", write)
+
+
+# -- requests ---------------------------------------------------------------------------------------------
+
+
+def a_cancelled_request_takes_a_shared_chunk_along(patch: Patch) -> None:
+    def lose(scheduler: Scheduler, sequence: Any) -> None:
+        node = sequence.cursor.held if sequence.cursor else None
+        if node is not None and node.lock_count > 1 and node.scheduled:
+            scheduler.tree._cut_extents(node, node.scheduled - 1)
+
+    before(patch, Scheduler, "drop", lose)
+
+
+def a_cancelled_request_goes_on(patch: Patch) -> None:
+    patch.setattr(EngineCore, "abort", lambda core, request, *_: None)
+
+
+def a_deadline_is_never_looked_at(patch: Patch) -> None:
+    patch.setattr(EngineCore, "_expire", lambda core, now: core.scheduler.pins.expire(now))
+
+
+def a_fork_shares_the_list_of_tokens(patch: Patch) -> None:
+    def share(fork: Any, _: EngineCore, request: Any) -> None:
+        for origin, sequence in zip(request.sequences, fork.sequences, strict=True):
+            sequence.output = sequence.sampling.output = origin.output
+
+    after(patch, EngineCore, "fork", share)
+
+
+def a_preempted_sequence_forgets_a_token(patch: Patch) -> None:
+    after(patch, Scheduler, "_preempt", lambda _, scheduler, sequence: sequence.output.__delitem__(slice(-1, None)))
+
+
+def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
+    plain = core_module.sample
+
+    def sample(logits: Any, rows: Any, states: Any) -> Any:
+        kept = [state.index for state in states]
+        for place, state in enumerate(states):
+            state.index = place + 1
+        try:
+            return plain(logits, rows, states)
+        finally:
+            for state, index in zip(states, kept, strict=True):
+                state.index = index
+
+    patch.setattr(core_module, "sample", sample)
+
+
+def a_prompt_is_scored_one_token_late(patch: Patch) -> None:
+    before(patch, EngineCore, "_score_one", lambda core, request, logits: logits.copy_(logits.roll(1, -1)))
+
+
+def seats_are_not_counted(patch: Patch) -> None:
+    after(patch, Scheduler, "_fits", lambda *_: True)
+    before(patch, Scheduler, "_admit", lambda scheduler: setattr(scheduler, "max_num_seqs", 1_000))
+
+
+def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
+    patch.setattr(WaitingQueue, "_candidates", lambda queue: list(queue._requests)[-1:])
+
+
+def a_last_output_is_told_twice(patch: Patch) -> None:
+    after(patch, OutputProcessor, "process", lambda outputs, *_: outputs + [o for o in outputs if o.finished])
+
+
+def a_last_output_is_lost(patch: Patch) -> None:
+    after(patch, OutputProcessor, "process", lambda outputs, *_: [o for o in outputs if not o.finished] or outputs[:-1])
+
+
+FAULTS = [
+    a_lock_is_skipped,
+    a_split_drops_a_reference,
+    a_split_is_off_by_one_slot,
+    a_slot_is_freed_twice,
+    a_slot_is_freed_while_its_step_is_in_flight,
+    an_evicted_slot_is_not_given_back,
+    a_locked_leaf_stays_among_the_evictable,
+    a_branch_leaves_the_reserve_standing,
+    more_is_committed_than_was_scheduled,
+    a_failed_step_is_not_rolled_back,
+    namespaces_share_a_root,
+    a_stale_plan_is_carried_on,
+    a_read_row_writes,
+    a_cancelled_request_takes_a_shared_chunk_along,
+    a_cancelled_request_goes_on,
+    a_deadline_is_never_looked_at,
+    a_fork_shares_the_list_of_tokens,
+    a_preempted_sequence_forgets_a_token,
+    randomness_follows_the_place_in_the_batch,
+    a_prompt_is_scored_one_token_late,
+    seats_are_not_counted,
+    anyone_may_be_overtaken_for_ever,
+    a_last_output_is_told_twice,
+    a_last_output_is_lost,
+]
+
+
+def test_without_a_fault_nothing_is_seen() -> None:
+    run_state_machine_as_test(EngineMachine, settings=PROFILE)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        run_state_machine_as_test(EngineMachine, settings=PROFILE)
