@@ -466,22 +466,19 @@ class RadixTree:
                 self.version += 1
             above = above.parent
 
-    def reclaim_reserves(self, count: int) -> int:
-        """Give up to `count` reserved slots back to the pool, from the largest reserves first and from the end of each.
-
-        Returns how many came free or fenced.
+    def reclaim_reserves(self, count: int) -> None:
+        """Give up to `count` reserved slots back to the pool, from the largest reserves first and from the end of
+        each.
         """
-        before = self.pool.used
         reserved = self.columns.reserved[: len(self._nodes)]
         rows = np.flatnonzero(reserved)
         for row in rows[np.argsort(-reserved[rows], kind="stable")].tolist():
-            left = count - (before - self.pool.used)
-            if left <= 0:
-                break
             node = self._nodes[row]
-            if node is not None:
-                self._cut_extents(node, max(node.scheduled, node.capacity - left))
-        return before - self.pool.used
+            if node is None:
+                continue
+            part = min(count, node.reserved)
+            self._cut_extents(node, node.capacity - part)
+            count -= part
 
     # -- eviction -----------------------------------------------------------------------------------------
 
