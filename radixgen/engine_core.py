@@ -195,8 +195,8 @@ class EngineCore:
     # -- one step -----------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Sequence]:
-        """Run one step. Returns the sequences that gained a token, scored some of their prompt, or ended since
-        the step before; one may be there twice.
+        """Run one step. Returns the sequences that gained a token, or ended since the step before; one may be there
+        twice.
 
         Where the model raises, the step is undone. The requests that had a part in it then run alone, one step
         each, and one for which it raises again ends with `error`. A failed assertion of our own goes on to the
@@ -221,9 +221,9 @@ class EngineCore:
         self._steps += 1
         self._computed_rows += batch.num_rows
         self._logit_rows += frozen.logit_rows.size
-        read = self._score(batch, frozen, logits)
+        self._score(batch, frozen, logits)
         self._draw(batch, frozen, logits)
-        return self.take_ended() + read + batch.drawing
+        return self.take_ended() + batch.drawing
 
     def _schedule(self) -> Batch | None:
         """The next step: of all requests, or while there are suspects, of the first of them that can run."""
@@ -254,8 +254,8 @@ class EngineCore:
         while self._deadlines and self._deadlines[0][0] <= now:
             self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
 
-    def _score(self, batch: Batch, frozen: StepInput, logits: Tensor) -> list[Sequence]:
-        """Log-probabilities of prompt tokens. Returns the sequences that read them."""
+    def _score(self, batch: Batch, frozen: StepInput, logits: Tensor) -> None:
+        """Log-probabilities of prompt tokens; a request that wants nothing else ends with the last of them."""
         at = 0
         for request, rows in batch.reads:
             index = frozen.reading[at : at + len(rows)]
@@ -265,7 +265,6 @@ class EngineCore:
             except Exception as error:
                 logger.exception("the prompt of request %s could not be scored", request.id)
                 self.abort(request, "error", repr(error))
-        return [request.sequences[0] for request, _ in batch.reads]
 
     def _score_one(self, request: Request, logits: Tensor) -> None:
         """Score the next targets of a prompt by logits `[targets, vocab]`."""
@@ -275,7 +274,7 @@ class EngineCore:
         request.prompt_logprobs += token_logprobs(logits, request.targets[request.next_read : stop], top)
         request.next_read = stop
         if not request.reading and not request.max_output:
-            self.end(request.sequences[0], "length")
+            self.abort(request, "length")
 
     def _draw(self, batch: Batch, frozen: StepInput, logits: Tensor) -> None:
         """Draw tokens, end the sequences that are done, move the others' cursors."""

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from radixgen import Engine, InvalidRequest, ModelNotFound, SamplingParams, UnsupportedModel
+from radixgen.cache.storage import LayerShape
 
 UNSUPPORTED = families.build_unsupported()
 
@@ -103,3 +104,7 @@ def test_the_pool_is_sized_from_memory() -> None:
     model: PreTrainedModel = families.build("llama")
     with Engine(model, max_model_len=8) as engine:
         assert engine.stats().kv_tokens_total == engine.limits.max_num_seqs * 8
+
+
+def test_bytes_of_a_token() -> None:
+    assert LayerShape(kv_heads=3, head_dim=64, v_head_dim=32, dtype=torch.bfloat16).bytes_per_token == 3 * 96 * 2

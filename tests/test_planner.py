@@ -258,3 +258,39 @@ def test_long_chains_do_not_recurse() -> None:
     assert found.num_units == 1 and found.kv_tokens_read == size
     tree.unlock(lock)
     assert tree.evict(size) == size and tree.num_nodes == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(forests(), st.sampled_from(COSTS), st.sampled_from(["auto", "unshared", "naive"]))
+def test_rows_know_how_many_units_cover_them(
+    drawn: tuple[Forest, np.ndarray, np.ndarray], cost: CostModel, mode: str
+) -> None:
+    forest, nodes, positions = drawn
+    made = plan(forest, nodes, positions, mode=mode, cost=cost)
+    covering = np.zeros(made.num_rows, int)
+    for first, stop in made.unit_rows.tolist():
+        covering[first:stop] += 1
+    assert (made.row_extra == covering - 1).all()
+    assert made.single == bool((covering == 1).all())
+
+
+def test_a_chain_of_tiny_nodes_is_cut_now_and_then() -> None:
+    """Each node is too small to pay for a unit; together they are not."""
+    size, cost = 400, CostModel()
+    lengths = np.full(size, 3, np.int32)
+    forest = Forest(
+        parents=np.arange(-1, size - 1, dtype=np.int32),
+        starts=(np.arange(size) * 3).astype(np.int32),
+        lengths=lengths,
+        extent_offsets=np.arange(size + 1, dtype=np.int64),
+        extent_starts=np.arange(size, dtype=np.int64) * 3,
+        extent_lengths=lengths,
+    )
+    nodes = np.arange(size, dtype=np.int32)
+
+    def price(mode: str) -> float:
+        made = plan(forest, nodes, nodes * 3 + 2, mode=mode)
+        partials = int(made.row_extra[made.row_extra > 0].sum() + (made.row_extra > 0).sum())
+        return made.kv_tokens_read + cost.unit * made.num_units + cost.partial_row * partials
+
+    assert price("auto") < 0.5 * min(price("unshared"), price("naive"))

@@ -369,3 +369,123 @@ def test_generated_ids_avoid_those_of_callers() -> None:
     with serve() as engine:
         names = [engine.submit([1], greedy(2), request_id="request-2"), *(engine.submit([1], greedy(2)) for _ in "ab")]
         assert len(set(names)) == 3 and len(finish(engine)) == 3
+
+
+# -- rows -------------------------------------------------------------------------------------------------
+
+
+def rows_of(engine: Engine, work: Callable[[], object]) -> tuple[int, int]:
+    """Rows computed and steps run by `work`."""
+    before = engine.stats()
+    work()
+    after = engine.stats()
+    return after.computed_rows - before.computed_rows, after.steps - before.steps
+
+
+def test_identical_requests_are_one_row() -> None:
+    with serve() as engine:
+        rows, _ = rows_of(engine, lambda: engine.generate([some(9)] * 8, greedy(6)))
+        assert rows == 9 + 5
+        rows, _ = rows_of(engine, lambda: engine.generate([some(9)] * 8, greedy(1)))
+        assert rows == 1
+
+
+def test_a_path_of_several_nodes_is_prefilled_in_one_step() -> None:
+    with serve() as engine:
+        prompts = [some(10) + some(5, 1), some(10) + some(5, 2), some(4)]
+        assert rows_of(engine, lambda: engine.generate(prompts, greedy(1))) == (20, 1)
+
+
+def test_read_rows_count_against_the_budget() -> None:
+    with serve(max_step_tokens=1) as engine:
+        prompts = [some(6, 1), some(6, 2), some(6, 3)]
+        engine.generate(prompts, greedy(1))
+        assert rows_of(engine, lambda: engine.generate(prompts, greedy(1))) == (3, 3)
+
+
+def test_scores_compute_each_position_once_and_then_only_read() -> None:
+    prompt, continuations = some(12), [[1, 2, 3], [1, 2, 4], [5]]
+    with serve() as engine:
+        cold: list[list[float]] = []
+        rows, steps = rows_of(engine, lambda: cold.extend(engine.score(prompt, continuations)))
+        assert (rows, steps) == (12 + 2, 1), "the last token of a continuation needs no row"
+        used = engine.stats().kv_tokens_used
+        warm: list[list[float]] = []
+        rows, steps = rows_of(engine, lambda: warm.extend(engine.score(prompt, continuations)))
+        assert (rows, steps) == (3, 1) and engine.stats().kv_tokens_used == used
+        assert warm == cold
+
+
+@pytest.mark.parametrize("budget", [2048, 5])
+def test_the_first_output_has_the_scores_of_the_prompt(budget: int) -> None:
+    with serve(max_step_tokens=budget) as engine:
+        for _ in ("cold", "warm"):
+            outputs = list(engine.stream(some(12), greedy(3, prompt_logprobs=1)))
+            assert [len(o.prompt_logprobs or []) for o in outputs] == [12, 0, 0]
+            assert [len(o.outputs[0].token_ids) for o in outputs] == [1, 1, 1]
+
+
+def test_a_cold_prompt_is_scored_and_continued_in_one_step() -> None:
+    with serve() as engine:
+        assert rows_of(engine, lambda: engine.generate(some(12), greedy(1, prompt_logprobs=0))) == (12, 1)
+
+
+def test_scored_rows_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radixgen.scheduler.batch._MAX_READS", 4)
+    with serve() as engine:
+        scheduler = engine._core.scheduler
+        schedule, most = scheduler.schedule, []
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            batch = schedule(*args, **kwargs)
+            most.append(sum(len(read.rows) for read in batch.reads) if batch else 0)
+            return batch
+
+        monkeypatch.setattr(scheduler, "schedule", watched)
+        prompts = [some(10, 1), some(10, 2), some(10, 1)]
+        outputs = engine.generate(prompts, greedy(2, prompt_logprobs=0))
+    assert max(most) == 4
+    assert [len(output.prompt_logprobs) for output in outputs] == [10] * 3
+    assert outputs[0].prompt_logprobs == outputs[2].prompt_logprobs
+
+
+def test_decoding_goes_before_a_prompt_of_higher_priority() -> None:
+    with serve(max_step_tokens=8) as engine:
+        for seed in range(3):
+            engine.submit(some(3, seed), greedy(20, ignore_eos=True))
+        for _ in range(4):
+            engine.step()
+        engine.submit(some(60, 9), greedy(1), priority=1)
+        for _ in range(6):
+            assert len(engine.step()) >= 3
+
+
+def test_what_is_cached_needs_no_room() -> None:
+    prompt = some(40)
+    with serve(kv_tokens=80) as engine:
+        engine.generate(prompt, greedy(1))
+        for token in range(3):
+            engine.submit([*prompt, token], greedy(8, ignore_eos=True))
+        engine.step()
+        assert engine.stats().num_running == 3
+
+
+def test_who_is_let_in_is_not_thrown_out_at_once() -> None:
+    """What is cached and about to be used again is no room for anyone."""
+    with serve(kv_tokens=64) as engine:
+        engine.generate(some(30), greedy(1))
+        engine.submit(some(30), greedy(20, ignore_eos=True))
+        engine.submit(some(33, 1), greedy(5, ignore_eos=True))
+        engine.step()
+        assert engine.stats().num_running == 1
+        finish(engine)
+        assert engine.stats().preemptions == 0
+
+
+def test_unpin_frees_what_was_kept() -> None:
+    with serve() as engine:
+        engine.generate(some(12), greedy(1))
+        pin = engine.pin(some(12))
+        assert pin is not None and engine.reset_prefix_cache() == 0
+        assert engine.unpin(pin) and not engine.unpin(pin)
+        assert engine.reset_prefix_cache() == 12

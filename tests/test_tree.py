@@ -134,3 +134,29 @@ def test_a_shifted_boundary_leaves_no_reserve_behind_a_branch() -> None:
     assert tree.advance([above], 2) is above.held
     assert branch.known == 2
     tree.check()
+
+
+def test_order_survives_the_sweep_of_stale_entries() -> None:
+    """Leaves that were used again and again leave dead entries behind; who goes first must not change."""
+    tree = RadixTree(ExtentPool(32))
+    for token in range(16):
+        lock = tree.insert([token, token])
+        compute(tree, lock.held)
+        tree.unlock(lock)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(16), 12)).tolist()
+    for token in order:
+        tree.unlock(tree.insert([token, token]))
+    last_use = sorted(range(16), key=lambda token: len(order) - order[::-1].index(token))
+    for gone in range(16):
+        tree.evict(2)
+        assert [t for t in range(16) if _computed(tree, [t, t])] == sorted(last_use[gone + 1 :])
+
+
+def test_what_is_evicted_is_counted_and_what_is_locked_is_not_evictable() -> None:
+    tree = RadixTree(ExtentPool(32))
+    lock = tree.insert([1, 2, 3, 4])
+    compute(tree, lock.held)
+    assert tree.match_prefix([1, 2, 3, 9]).evictable == 0
+    tree.unlock(lock)
+    assert tree.match_prefix([1, 2, 3, 9]).evictable == 3
+    assert tree.evict(3) == 3 and tree.evict(3) == 1 and tree.evicted_tokens == 4

@@ -694,7 +694,6 @@ class RadixTree:
         if need > 0:
             node.extents.extend(self.pool.allocate(want))
             node.capacity += want
-            self.version += 1
         self.columns.write(node)
 
     def _protect(self, node: Node) -> None:
