@@ -489,3 +489,69 @@ def test_unpin_frees_what_was_kept() -> None:
         assert pin is not None and engine.reset_prefix_cache() == 0
         assert engine.unpin(pin) and not engine.unpin(pin)
         assert engine.reset_prefix_cache() == 12
+
+
+def test_rows_of_prompts_are_counted_when_they_were_computed() -> None:
+    with serve(max_step_tokens=4) as engine:
+        engine.generate(some(9), greedy(6))
+        assert engine.stats().computed_prompt_tokens == 9
+        engine._model.fail_next = RuntimeError("planted")
+        engine.generate(some(7, 1), greedy(2))
+        assert engine.stats().computed_prompt_tokens == 9 + 7
+
+
+def test_rows_that_score_a_cached_prompt_keep_to_the_budget() -> None:
+    with serve(max_step_tokens=5) as engine:
+        engine.generate(some(12), greedy(1))
+        engine.submit(some(12), greedy(1, prompt_logprobs=0))
+        while engine.has_unfinished:
+            assert rows_of(engine, engine.step)[0] <= 5
+
+
+def test_a_full_pool_is_not_handed_out_slot_by_slot() -> None:
+    with serve(kv_tokens=256) as engine:
+        engine.generate([some(60, seed) for seed in range(4)], greedy(4))
+        engine.submit(some(9, 9), greedy(100, ignore_eos=True))
+        most = 0
+        while engine.has_unfinished:
+            engine.step()
+            most = max([most, *(len(s.cursor.held.extents) for s in engine._core.scheduler.running)])
+        assert most <= 12
+
+
+def test_who_holds_no_slot_alone_is_spared() -> None:
+    with serve(kv_tokens=60) as engine:
+        engine.submit(some(20), greedy(35, ignore_eos=True), request_id="oldest")
+        engine.submit(some(15, 1), greedy(35, ignore_eos=True), request_id="alone")
+        engine.submit(some(20), greedy(35, ignore_eos=True), request_id="twin")
+        waited: list[str] = []
+
+        def note() -> None:
+            if engine.stats().preemptions:
+                waited.extend(sequence.request.id for sequence in engine._core.scheduler.waiting)
+
+        finish(engine, note)
+    assert waited[0] == "alone"
+
+
+def test_the_oldest_of_equal_pins_gives_way_first() -> None:
+    with serve(kv_tokens=80) as engine:
+        pins = []
+        for seed in range(3):
+            engine.generate(some(20, seed), greedy(1))
+            pins.append(engine.pin(some(20, seed)))
+        engine.generate(some(30, 9), greedy(1))
+        assert engine._core.scheduler.pins.released_early == 1
+        assert [engine.unpin(pin) for pin in pins] == [False, True, True]
+
+
+def test_pins_expire_one_after_the_other() -> None:
+    clock = Clock()
+    with serve(clock=clock) as engine:
+        for seed, ttl in enumerate((5.0, 10.0, 50.0)):
+            engine.generate(some(8, seed), greedy(1))
+            engine.pin(some(8, seed), ttl=ttl)
+        for now, left in ((5.0, 2), (9.0, 2), (10.0, 1), (49.0, 1), (50.0, 0)):
+            clock.now = now
+            engine.step()
+            assert engine.stats().num_pins == left

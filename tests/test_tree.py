@@ -160,3 +160,12 @@ def test_what_is_evicted_is_counted_and_what_is_locked_is_not_evictable() -> Non
     tree.unlock(lock)
     assert tree.match_prefix([1, 2, 3, 9]).evictable == 3
     assert tree.evict(3) == 3 and tree.evict(3) == 1 and tree.evicted_tokens == 4
+
+
+def test_eviction_over_several_leaves_takes_no_more_than_asked() -> None:
+    tree = RadixTree(ExtentPool(32))
+    for token in range(3):
+        lock = tree.insert([token] * 4)
+        compute(tree, lock.held)
+        tree.unlock(lock)
+    assert tree.evict(5) == 5 and tree.evictable_tokens == 7
