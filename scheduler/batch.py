@@ -426,15 +426,18 @@ class Scheduler:
         return True
 
     def _victim(self, sequence: Sequence, batch: Batch) -> Sequence | None:
-        """The youngest sequence outside this step that holds slots alone; where the slots are all held in common,
-        the youngest, so that those who hold them go one by one. Never the oldest of all.
+        """The youngest sequence outside this step that holds slots alone; never the oldest of all. Where the slots are
+        all held in common, the oldest may have the youngest go, so that those who hold them go one by one.
         """
         idle = [
             candidate
             for candidate in self.running.islice(1, reverse=True)
             if candidate is not sequence and candidate.scheduled_in != batch.step
         ]
-        return next(filter(_exclusive_slots, idle), idle[0] if idle else None)
+        found = next(filter(_exclusive_slots, idle), None)
+        if found is None and idle and sequence is self.running[0]:
+            return idle[0]
+        return found
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its tokens kept; what it computed stays cached until it is evicted."""
