@@ -141,7 +141,7 @@ def processors(one: SamplingState) -> list[Change]:
     """What `generate` would apply, in its order; the count penalties follow the repetition penalty."""
     p, found = one.params, []
     if p.logit_bias:
-        found.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in p.logit_bias.items()]))
+        found.append(SequenceBiasLogitsProcessor({(token,): float(bias) for token, bias in p.logit_bias.items()}))
     if p.repetition_penalty != 1.0:
         found.append(RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
     if p.presence_penalty or p.frequency_penalty:
