@@ -429,7 +429,7 @@ class Scheduler:
         """The youngest sequence outside this step that holds slots alone; never the oldest of all. Where the slots are
         all held in common, the oldest may have the youngest go, so that those who hold them go one by one.
         """
-        idle = [
+        idle: list[Sequence] = [
             candidate
             for candidate in self.running.islice(1, reverse=True)
             if candidate is not sequence and candidate.scheduled_in != batch.step
