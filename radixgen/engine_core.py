@@ -98,7 +98,7 @@ class EngineCore:
         for index in range(params.n):
             own = namespace if share else f"{namespace}\0{self._serial}.{index}"
             state = SamplingState(params, seed, index, prompt, [], ends)
-            request.add_sequence(Sequence(request, index, own, state, ends))
+            request.add_sequence(Sequence(request, index, own, state))
         self._register(request)
         self.scheduler.add(request)
         return request
@@ -134,7 +134,7 @@ class EngineCore:
             own = origin.namespace
             if own != request.namespace:
                 own = f"{request.namespace}\0{self._serial}.{origin.index}"
-            sequence = Sequence(fork, origin.index, own, state, origin.end_ids)
+            sequence = Sequence(fork, origin.index, own, state)
             sequence.logprobs = list(origin.logprobs)
             sequence.finish_reason, sequence.stop_reason = origin.finish_reason, origin.stop_reason
             fork.add_sequence(sequence)
@@ -293,7 +293,7 @@ class EngineCore:
             if drawn.logprobs and index in drawn.logprobs:
                 sequence.logprobs.append(drawn.logprobs[index])
             params = sequence.request.params
-            if token in sequence.end_ids and len(output) > params.min_tokens:
+            if token in sequence.sampling.stop_ids and len(output) > params.min_tokens:
                 self.end(sequence, "stop", token if token in params.stop_token_ids else None)
             elif len(output) >= sequence.request.max_output:
                 self.end(sequence, "length")

@@ -68,8 +68,6 @@ class Sequence:
     index: int
     namespace: str
     sampling: SamplingState
-    end_ids: frozenset[int]
-    """Tokens that end it."""
     cursor: Lock | None = None
     output: list[int] = field(init=False)
     """Tokens generated so far; the same list as `sampling.output`."""

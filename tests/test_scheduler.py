@@ -70,7 +70,7 @@ def queued(queue: WaitingQueue, serial: int, priority: int = 0, n: int = 1) -> R
     prompt = np.zeros(4, np.int32)
     request = Request(f"r{serial}", serial, prompt, params, max_output=1, priority=priority)
     for index in range(n):
-        sequence = Sequence(request, index, "", _state(params, index, prompt), frozenset())
+        sequence = Sequence(request, index, "", _state(params, index, prompt))
         request.add_sequence(sequence)
         queue.add(sequence)
     return request
