@@ -28,6 +28,7 @@ from radixgen.core import (
     Stats,
     UnknownRequest,
     UnsupportedModel,
+    check_integer,
 )
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts, chat_tokens
@@ -98,7 +99,7 @@ class Engine:
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`.
         """
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
-        _check_seed(seed)
+        check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
         resolve_device(device)
         backend_class(attention)
@@ -238,7 +239,7 @@ class Engine:
         tokens = self._inputs.tokenize(prompt)
         self._inputs.check(tokens, params)
         self._inputs.check_name("namespace", namespace)
-        self._inputs.check_priority(priority)
+        check_integer("priority", priority, -(2**31), 2**31 - 1)
         self._check_id(request_id)
         if output_kind not in _OUTPUT_KINDS:
             raise InvalidRequest("output_kind", output_kind, f"must be one of {', '.join(_OUTPUT_KINDS)}")
@@ -301,7 +302,7 @@ class Engine:
         """
         self._ensure_open()
         request = self._live(request_id)
-        self._inputs.check_count("n", n, self.limits.max_n)
+        check_integer("n", n, 1, self.limits.max_n)
         self._core.require_room(n, n * request.prompt.size)
         forks = []
         for _ in range(n):
@@ -319,7 +320,7 @@ class Engine:
         self._ensure_open()
         tokens = self._inputs.tokenize(prompt)
         self._inputs.check_name("namespace", namespace)
-        self._inputs.check_priority(priority)
+        check_integer("priority", priority, -(2**31), 2**31 - 1)
         expires = self._clock() + self._inputs.check_seconds("ttl", ttl)
         pin = self._core.pin(tokens, namespace, priority, expires)
         return pin.id if pin else None
@@ -508,13 +509,7 @@ def _check_options(plan: str, **sizes: int | None) -> None:
     for field, value in sizes.items():
         if value is None and field != "max_step_tokens":
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
-            raise InvalidRequest(field, value, "must be an integer from 1 to 2^63 - 1")
-
-
-def _check_seed(seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InvalidRequest("seed", seed, "must be an integer from 0 to 2^64 - 1")
+        check_integer(field, value, 1, 2**63 - 1)
 
 
 def _served(

@@ -84,14 +84,6 @@ class InputProcessor:
         if not isinstance(text, str) or len(text) > limit:
             raise InvalidRequest(field, text, f"must be text of at most {limit} characters")
 
-    def check_count(self, field: str, count: object, most: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-            raise InvalidRequest(field, count, f"must be an integer from 1 to {most}")
-
-    def check_priority(self, priority: object) -> None:
-        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
-            raise InvalidRequest("priority", priority, f"must be an integer from {-(2**31)} to {2**31 - 1}")
-
     def check_seconds(self, field: str, seconds: object) -> float:
         """A span of time above 0; infinite where None."""
         if seconds is None:

@@ -14,6 +14,7 @@ from radixgen.core.errors import (
     RequestFailed,
     UnknownRequest,
     UnsupportedModel,
+    check_integer,
 )
 from radixgen.core.limits import Limits
 from radixgen.core.outputs import CompletionOutput, FinishReason, OutputKind, RequestOutput, Stats
@@ -44,4 +45,5 @@ __all__ = [
     "Stats",
     "UnknownRequest",
     "UnsupportedModel",
+    "check_integer",
 ]

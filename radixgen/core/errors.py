@@ -26,6 +26,14 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
+def check_integer(field: str, value: object, low: int, high: int) -> None:
+    """Raise `InvalidRequest` unless `value` is an integer, and no boolean, from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(field, value, f"must be an integer from {low} to {high}")
+    if not low <= value <= high:
+        raise InvalidRequest(field, value, f"must be from {low} to {high}")
+
+
 class PromptTooLong(InvalidRequest):
     """Prompt plus `max_tokens` exceeds the context or the whole KV pool."""
 

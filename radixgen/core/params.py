@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core.errors import InvalidRequest
+from radixgen.core.errors import InvalidRequest, check_integer
 from radixgen.core.limits import Limits
 
 
@@ -67,10 +67,10 @@ class SamplingParams:
 
     def validate(self, limits: Limits, vocab_size: int) -> None:
         """Raise `InvalidRequest` for the first field that is out of its range."""
-        _integer("n", self.n, 1, limits.max_n)
+        check_integer("n", self.n, 1, limits.max_n)
         _number("temperature", self.temperature, 0.0, 1e4)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        check_integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 1e4, above=True)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -80,16 +80,16 @@ class SamplingParams:
         _check_stop(self.stop, limits)
         _sequence("stop_token_ids", self.stop_token_ids, limits.max_stop_token_ids)
         for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, 2**31 - 1)
+            check_integer("stop_token_ids", token, 0, 2**31 - 1)
         _boolean("include_stop_str_in_output", self.include_stop_str_in_output)
         _boolean("ignore_eos", self.ignore_eos)
-        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+            check_integer("seed", self.seed, 0, 2**64 - 1)
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
-                _integer(name, count, 0, limits.max_logprobs)
+                check_integer(name, count, 0, limits.max_logprobs)
 
 
 @dataclass(eq=False, slots=True)
@@ -135,13 +135,6 @@ class SamplingState:
         return np.union1d(self._prompt_ids, np.fromiter(self.counts, np.int64, len(self.counts)))
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(name, value, f"must be an integer from {low} to {high}")
-    if not low <= value <= high:
-        raise InvalidRequest(name, value, f"must be from {low} to {high}")
-
-
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     span = f"from {low:g} to {high:g}" if not above else f"above {low:g}, at most {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -169,7 +162,7 @@ def _check_bias(bias: Any, limits: Limits, vocab_size: int) -> None:
     if len(bias) > limits.max_logit_bias:
         raise InvalidRequest("len(logit_bias)", len(bias), f"must be at most {limits.max_logit_bias}")
     for token, value in bias.items():
-        _integer("logit_bias", token, 0, vocab_size - 1)
+        check_integer("logit_bias", token, 0, vocab_size - 1)
         _number(f"logit_bias[{token}]", value, -100.0, 100.0)
 
 
