@@ -1,12 +1,15 @@
-"""Attention over a plan, and the merge of its partial results.
+"""Attention over a plan, the writes of new keys and values, and the merge of partial results.
 
-A backend is a class that is built from `(plan, window, device)` once a step and called as
-`(q, k, v, scale, softcap) -> (out, lse)` once a layer. `backend_class` finds it by name and imports it only
-then.
+A backend is a module with two classes, each built once a step and called once a layer: `Attention` and `Writes`.
+`backend` finds it by name and imports it only then.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from radixgen.core import InvalidRequest, Plan
 
@@ -14,11 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_BACKENDS = {"torch": ("radixgen.kernels.torch_backend", "TorchAttention")}
-BACKENDS = tuple(_BACKENDS)
+BACKENDS = ("torch", "triton")
 
 
-class AttentionBackend(Protocol):
+class Attention(Protocol):
     """Attention over one plan, for one window, on one device. Made once a step, called once a layer.
 
     A row at position `p` sees, of the segments of the units that cover it, the keys at positions `<= p`, and `> p -
@@ -34,24 +36,59 @@ class AttentionBackend(Protocol):
     def __init__(self, plan: Plan, window: int | None, device: "torch.device") -> None: ...
 
     def __call__(
-        self, q: "Tensor", k: "Tensor", v: "Tensor", scale: float, softcap: float | None = None
+        self,
+        q: "Tensor",
+        k: "Tensor",
+        v: "Tensor",
+        scale: float,
+        softcap: float | None = None,
+        sinks: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]":
         """
         Rows come in the plan's order: q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v
         `[slots, kv_heads, v_head_dim]` are the whole pool, in any floating dtype. Scores are multiplied by `scale`,
-        then capped: `softcap * tanh(score / softcap)`.
+        then capped: `softcap * tanh(score / softcap)`. `sinks [q_heads]` are logits that take weight and give no
+        value, one a head.
 
-        Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log), in float32, or in float64 for
-        float64 inputs. A row that sees no key gives 0 and -inf.
+        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]` (natural log, without sinks)
+        in float32, or in float64 for float64 inputs; sums are float32 or better. A row that sees no key gives 0 and
+        -inf.
         """
 
 
-def backend_class(name: str) -> type[AttentionBackend]:
-    """The backend called `name`; `"auto"` is the fastest one that runs here. Raises `InvalidRequest`."""
-    if name == "auto":
-        name = "torch"
-    if not isinstance(name, str) or name not in _BACKENDS:
+class Writes(Protocol):
+    """Puts the keys and values of a step's rows into their slots. Made once a step, called once a layer."""
+
+    def __init__(self, slots: NDArray[np.int64], device: "torch.device") -> None:
+        """`slots` `[rows]`, distinct; -1 where a row's KV exists already."""
+
+    def __call__(self, key: "Tensor", value: "Tensor", k: "Tensor", v: "Tensor") -> None:
+        """Key `[rows, kv_heads, head_dim]` goes to k `[slots, kv_heads, head_dim]`, value likewise to v."""
+
+
+class Backend(NamedTuple):
+    """What answers a step's layers."""
+
+    name: str
+    attention: type[Attention]
+    writes: type[Writes]
+
+
+def check_backend(name: str) -> None:
+    """Raises `InvalidRequest` unless `name` is `"auto"` or one of `BACKENDS`."""
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         raise InvalidRequest("attention", name, f"must be one of auto, {', '.join(BACKENDS)}")
-    module, attribute = _BACKENDS[name]
-    found: type[AttentionBackend] = getattr(import_module(module), attribute)
-    return found
+
+
+def backend(name: str, device: "torch.device") -> Backend:
+    """The backend called `name`; `"auto"` is the fastest one that runs on `device`. Raises `InvalidRequest`."""
+    check_backend(name)
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+    try:
+        module = import_module(f"radixgen.kernels.{name}_backend")
+    except ImportError as error:
+        raise InvalidRequest("attention", name, f"cannot be imported: {error}") from error
+    if not module.runs_on(device):
+        raise InvalidRequest("attention", name, f"does not run on {device.type}")
+    return Backend(name, module.Attention, module.Writes)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.core import Plan
-from radixgen.kernels.merge import merge_partials
+from radixgen.kernels.merge import apply_sinks, merge_partials
 
 _NEVER = np.iinfo(np.int32).max
 
@@ -79,7 +79,28 @@ class _Layer:
     """Whether PyTorch's fused kernel can answer it"""
 
 
-class TorchAttention:
+def runs_on(device: torch.device) -> bool:
+    """Anywhere that PyTorch does."""
+    return True
+
+
+class Writes:
+    """New keys and values into their slots, by PyTorch's indexing."""
+
+    def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
+        rows = np.flatnonzero(slots >= 0)
+        self._rows = torch.from_numpy(rows).to(device) if rows.size < slots.size else None
+        self._slots = torch.from_numpy(slots[rows]).to(device)
+
+    def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
+        """As `radixgen.kernels.Writes`."""
+        if self._rows is not None:
+            key, value = key[self._rows], value[self._rows]
+        k.index_copy_(0, self._slots, key)
+        v.index_copy_(0, self._slots, value)
+
+
+class Attention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
     def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
@@ -103,14 +124,9 @@ class TorchAttention:
         self._order = self._merge_order(sizes) if not plan.single else None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attend `q [rows, q_heads, head_dim]`, in the plan's order, to `k [slots, kv_heads, head_dim]` and
-        `v [slots, kv_heads, v_head_dim]`.
-
-        Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log) in the accumulation
-        dtype: float64 for float64 inputs, otherwise float32. Sinks are not included.
-        """
+        """As `radixgen.kernels.Attention`."""
         rows, q_heads, head_dim = q.shape
         kv_heads, group = k.shape[1], q_heads // k.shape[1]
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -128,7 +144,10 @@ class TorchAttention:
             _attend_padded(padded, queries, layer, out, lse)
         if self._order is not None:
             out, lse = merge_partials(out, lse, self._order, rows)
-        return out.view(rows, q_heads, -1), lse.view(rows, q_heads)
+        out, lse = out.view(rows, q_heads, -1), lse.view(rows, q_heads)
+        if sinks is not None:
+            out = apply_sinks(out, lse, sinks)
+        return out.to(q.dtype), lse
 
     @staticmethod
     def _dense(plan: Plan) -> NDArray[np.bool_]:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from radixgen.core import InvalidRequest, Plan
 from radixgen.core.plan import Int32Array
-from radixgen.kernels import AttentionBackend, backend_class
-from radixgen.kernels.merge import apply_sinks
+from radixgen.kernels import Attention, backend, check_backend
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
 
 
@@ -34,7 +33,7 @@ class TreeAttention:
         *,
         window: int | None = None,
         softcap: float | None = None,
-        backend: str = "auto",
+        attention: str = "auto",
         mode: PlanMode = "auto",
         cost: CostModel | None = None,
     ) -> None:
@@ -47,7 +46,7 @@ class TreeAttention:
             inside the row's node. Default: the last position of the row's node.
         window: a row at position `p` sees only keys at positions `> p - window`.
         softcap: scores become `softcap * tanh(score / softcap)`.
-        backend: `"auto"`, or one of `radixgen.kernels.BACKENDS`.
+        attention: `"auto"`, or one of `radixgen.kernels.BACKENDS`.
         mode: `"auto"`; `"unshared"` reads every path alone, `"naive"` makes each node a unit.
 
         Raises `InvalidRequest`.
@@ -62,8 +61,9 @@ class TreeAttention:
         self.plan: Plan = plan(forest, nodes, positions, mode=mode, cost=cost)
         self.window = window
         self.softcap = softcap
-        self._backend = backend_class(backend)
-        self._prepared: dict[torch.device, AttentionBackend] = {}
+        check_backend(attention)
+        self._attention = attention
+        self._prepared: dict[torch.device, Attention] = {}
         self._num_slots = int((forest.extent_starts + forest.extent_lengths).max(initial=0))
 
     def __call__(
@@ -88,15 +88,14 @@ class TreeAttention:
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             return q.new_empty((0, q.shape[1], v.shape[2])), q.new_empty((0, q.shape[1]), dtype=dtype)
         if q.device not in self._prepared:
-            self._prepared[q.device] = self._backend(self.plan, self.window, q.device)
+            chosen = backend(self._attention, q.device).attention
+            self._prepared[q.device] = chosen(self.plan, self.window, q.device)
         order = torch.from_numpy(self.plan.row_order).to(q.device)
         scale = q.shape[2] ** -0.5 if scale is None else scale
-        out, lse = self._prepared[q.device](q[order], k, v, scale, self.softcap)
-        if sinks is not None:
-            out = apply_sinks(out, lse, sinks)
+        out, lse = self._prepared[q.device](q[order], k, v, scale, self.softcap, sinks)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
-        return out[back].to(q.dtype), lse[back]
+        return out[back], lse[back]
 
     def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         for name, tensor in (("q", q), ("k", k), ("v", v)):

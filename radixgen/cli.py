@@ -184,7 +184,7 @@ def doctor() -> None:
     from rich.table import Table
 
     from radixgen.core.settings import cache_dir
-    from radixgen.kernels import BACKENDS, backend_class
+    from radixgen.kernels import BACKENDS, backend
     from radixgen.model.loader import resolve_device
     from radixgen.version import VERSION
 
@@ -198,7 +198,7 @@ def doctor() -> None:
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         table.add_row(f"cuda:{index}", f"{name}, {free >> 20:,} of {total >> 20:,} MiB free")
-    table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes {backend_class('auto').__name__}")
+    table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes {backend('auto', resolve_device('auto')).name}")
     table.add_row("cache", str(cache_dir()))
     Console().print(table)
 

@@ -32,7 +32,7 @@ from radixgen.core import (
 )
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts, chat_tokens
-from radixgen.kernels import backend_class
+from radixgen.kernels import backend
 from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
@@ -101,8 +101,7 @@ class Engine:
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
         check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
-        resolve_device(device)
-        backend_class(attention)
+        backend(attention, resolve_device(device))
         self.limits = limits or Limits()
         served, self.tokenizer = _served(model, tokenizer, dtype, device, attention, max_model_len)
         slots = kv_tokens or _default_slots(served, self.limits)

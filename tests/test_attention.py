@@ -263,7 +263,7 @@ def test_last_position_is_the_default() -> None:
         ({"parents": [-1], "extents": [[(0, 2)]], "row_nodes": [1]}, "row_nodes"),
         ({"parents": [-1], "extents": [[(0, 2)]], "row_nodes": [0], "row_positions": [2]}, "row_pos"),
         ({"parents": [-1], "extents": [[(0, 2)]], "row_nodes": [0], "window": 0}, "window"),
-        ({"parents": [-1], "extents": [[(0, 2)]], "row_nodes": [0], "backend": "x"}, "attention"),
+        ({"parents": [-1], "extents": [[(0, 2)]], "row_nodes": [0], "attention": "x"}, "attention"),
         ({"parents": [-1], "extents": [[(0, 2)]], "row_nodes": [0], "mode": "x"}, "mode"),
     ],
 )  # fmt: skip

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,3 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
         self.keys = [torch.empty((slots, s.kv_heads, s.head_dim), dtype=s.dtype, device=device) for s in layers]
         self.values = [torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device) for s in layers]
-
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put key and value `[n, kv_heads, …]` into `slots` `[n]` (int64, distinct) of one layer."""
-        self.keys[layer].index_copy_(0, slots, key)
-        self.values[layer].index_copy_(0, slots, value)

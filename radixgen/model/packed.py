@@ -34,12 +34,11 @@ class LayerCall:
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None
 
 
 class Attend(Protocol):
-    """Answers one layer: `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]`, both float32, or float64 in a
-    float64 model.
-    """
+    """Answers one layer: `out [rows, q_heads, v_head_dim]`, in q's dtype, and `lse [rows, q_heads]`."""
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
 
@@ -66,11 +65,9 @@ def _attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
     )
-    out, lse = owner.attend(call)
-    if s_aux is not None:
-        out = apply_sinks(out, lse, s_aux)
-    return out.to(query.dtype).unsqueeze(0), None
+    return owner.attend(call)[0].unsqueeze(0), None
 
 
 class TreeModel:
@@ -207,7 +204,10 @@ def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
         seen &= place[:, None] - place < call.window
     scores = scores.masked_fill(~seen, float("-inf"))
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
-    return out, scores.logsumexp(-1).transpose(0, 1)
+    lse = scores.logsumexp(-1).transpose(0, 1)
+    if call.sinks is not None:
+        out = apply_sinks(out, lse, call.sinks)
+    return out.to(call.q.dtype), lse
 
 
 def _causal_over(sequences: list[list[int]]) -> Attend:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan
-from radixgen.kernels import AttentionBackend, backend_class
+from radixgen.kernels import Attention, Backend, Writes, backend
 from radixgen.model.packed import LayerCall, TreeModel
 
 
@@ -25,7 +25,7 @@ class ModelRunner:
         self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
-        self._backend = backend_class(attention)
+        self._backend = backend(attention, model.device)
         self.allocate(0)
 
     @property
@@ -44,23 +44,16 @@ class ModelRunner:
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
         device = self.model.device
-        writes = np.flatnonzero(slots >= 0)
-        step = _StepAttention(
-            self.storage,
-            self._backend,
-            plan,
-            torch.from_numpy(writes).to(device) if writes.size < slots.size else None,
-            torch.from_numpy(slots[writes]).to(device),
-        )
+        step = _StepAttention(self.storage, self._backend, plan, self._backend.writes(slots, device))
         logits = self.model.forward(
             torch.from_numpy(token_ids).to(device),
             torch.from_numpy(plan.row_positions.astype(np.int64)).to(device),
             torch.from_numpy(logit_rows).to(device),
             step,
         )
-        for shape, backend in zip(self.model.layer_shapes, step.layer_backends, strict=True):
-            self.kv_bytes_read += backend.kv_tokens_read * shape.bytes_per_token
-            self.kv_bytes_unshared += backend.kv_tokens_unshared * shape.bytes_per_token
+        for shape, attention in zip(self.model.layer_shapes, step.layers, strict=True):
+            self.kv_bytes_read += attention.kv_tokens_read * shape.bytes_per_token
+            self.kv_bytes_unshared += attention.kv_tokens_unshared * shape.bytes_per_token
         return logits
 
     def release(self) -> None:
@@ -72,35 +65,19 @@ class ModelRunner:
 class _StepAttention:
     """Answers every layer of one step."""
 
-    def __init__(
-        self,
-        storage: KVStorage,
-        backend: type[AttentionBackend],
-        plan: Plan,
-        write_rows: Tensor | None,
-        write_slots: Tensor,
-    ) -> None:
-        self.layer_backends: list[AttentionBackend] = []
+    def __init__(self, storage: KVStorage, backend: Backend, plan: Plan, writes: Writes) -> None:
+        self.layers: list[Attention] = []
         self._storage = storage
         self._backend = backend
         self._plan = plan
-        self._write_rows = write_rows
-        self._write_slots = write_slots
-        self._by_window: dict[int | None, AttentionBackend] = {}
+        self._writes = writes
+        self._by_window: dict[int | None, Attention] = {}
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        key, value = call.k, call.v
-        if self._write_rows is not None:
-            key, value = key[self._write_rows], value[self._write_rows]
-        self._storage.write(call.layer, self._write_slots, key, value)
+        k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
+        self._writes(call.k, call.v, k, v)
         if call.window not in self._by_window:
-            self._by_window[call.window] = self._backend(self._plan, call.window, call.q.device)
-        backend = self._by_window[call.window]
-        self.layer_backends.append(backend)
-        return backend(
-            call.q,
-            self._storage.keys[call.layer],
-            self._storage.values[call.layer],
-            call.scale,
-            call.softcap,
-        )
+            self._by_window[call.window] = self._backend.attention(self._plan, call.window, call.q.device)
+        attention = self._by_window[call.window]
+        self.layers.append(attention)
+        return attention(call.q, k, v, call.scale, call.softcap, call.sinks)

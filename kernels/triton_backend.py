@@ -1,0 +1,198 @@
+"""Tree attention by the Triton kernels: one launch for all units of the plan, one more where rows have partials."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from radixgen.core import Plan
+from radixgen.kernels import torch_backend, triton_kernels
+from radixgen.kernels.work import Launch, Work, lay_out
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 128
+_SHARED_BYTES = 208 * 1024
+"""Of a multiprocessor's shared memory, for blocks of keys and values in flight."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shape of one layer's attention."""
+
+    kv_heads: int
+    group: int
+    """Query heads that share a KV head"""
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Geometry":
+        """Of q `[rows, q_heads, head_dim]`, k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
+        return cls(k.shape[1], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], k.dtype)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Head sizes as the kernel holds them: powers of two, at least 16."""
+        return max(16, triton.next_power_of_2(self.head_dim)), max(16, triton.next_power_of_2(self.v_head_dim))
+
+    @property
+    def supported(self) -> bool:
+        """Whether the kernels answer it; otherwise PyTorch does."""
+        fits = max(self.head_dim, self.v_head_dim) <= MAX_HEAD_DIM and self.group <= MAX_GROUP
+        return fits and self.dtype in _DTYPES
+
+    @property
+    def bulk(self) -> bool:
+        """Whether whole blocks can be copied by descriptor: heads are held as they are stored."""
+        return self.padded == (self.head_dim, self.v_head_dim)
+
+
+def choose_launch(geometry: Geometry, widest_rows: int, device: torch.device) -> Launch:
+    """The launch for units of at most `widest_rows` rows: tiles of 16, of 16 and 64, or of 128 query heads' rows.
+
+    64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a launch
+    with narrow tiles without spilling; 128 are for groups of more than 64 heads.
+    """
+    block_keys = 64 if max(geometry.padded) <= 128 else 32
+    block_bytes = block_keys * sum(geometry.padded) * geometry.dtype.itemsize
+    if geometry.dtype == torch.float32:
+        tiles, warps, programs = (max(16, triton.next_power_of_2(geometry.group)), 0, 0), 4, 1
+    elif widest_rows * geometry.group <= 16:
+        tiles, warps, programs = (16, 0, 0), 4, 2
+    elif geometry.group <= 64:
+        tiles, warps, programs = (16, 64, 0), 4, 2
+    else:
+        tiles, warps, programs = (0, 0, 128), 8, 1
+    return Launch(
+        tiles=tiles,
+        block_keys=block_keys,
+        num_warps=warps,
+        num_stages=max(1, min(3, _SHARED_BYTES // programs // block_bytes)),
+        programs=programs * _multiprocessors(device),
+        min_run=2 * block_keys,
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def runs_on(device: torch.device) -> bool:
+    """A CUDA device, or anywhere in Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported)."""
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+class Writes:
+    """New keys and values into their slots, in one launch."""
+
+    def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
+        self._slots = torch.from_numpy(slots).to(device)
+
+    def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
+        """As `radixgen.kernels.Writes`."""
+        key = key if key.stride(2) == 1 else key.contiguous()
+        value = value if value.stride(2) == 1 else value.contiguous()
+        _, kv_heads, head_dim = k.shape
+        triton_kernels.write_kv[(self._slots.numel(),)](
+            key, value, self._slots, k, v, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            KV_HEADS=kv_heads, HEAD_DIM=head_dim, V_HEAD_DIM=v.shape[2],
+            PADDED_K=triton.next_power_of_2(kv_heads * head_dim),
+            PADDED_V=triton.next_power_of_2(kv_heads * v.shape[2]),
+        )  # fmt: skip
+
+
+class _Prepared:
+    """A plan on the device, for one shape of layers."""
+
+    def __init__(self, plan: Plan, geometry: Geometry, device: torch.device) -> None:
+        widest = int((plan.unit_rows[:, 1] - plan.unit_rows[:, 0]).max(initial=1))
+        self.launch = choose_launch(geometry, widest, device)
+        self.work: Work = lay_out(
+            plan, self.launch, group=geometry.group, kv_heads=geometry.kv_heads, bulk=geometry.bulk
+        )
+        self.table = torch.from_numpy(self.work.table).to(device)
+        self.row_positions = torch.from_numpy(plan.row_positions).to(device)
+        self.keys = torch.empty((3, max(self.work.num_keys, 1)), dtype=torch.int32, device=device)
+        if self.work.num_pieces:
+            grid = (min(self.work.num_pieces, 4096),)
+            triton_kernels.expand_keys[grid](self.table, *self.keys, BLOCK=128)
+
+
+class Attention:
+    """A plan made ready for one window and device: built once a step, called once a layer."""
+
+    def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
+        self._whole, self._window, self._device = plan, window, device
+        self._plan = plan.within(window)
+        self.kv_tokens_read = self._plan.kv_tokens_read
+        self.kv_tokens_unshared = self._plan.kv_tokens_unshared
+        self._prepared: dict[Geometry, _Prepared] = {}
+        self._torch: torch_backend.Attention | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `radixgen.kernels.Attention`; shapes that the kernels don't answer go to PyTorch."""
+        geometry = Geometry.of(q, k, v)
+        if not geometry.supported or q.dtype != k.dtype or not k.is_contiguous() or not v.is_contiguous():
+            if self._torch is None:
+                self._torch = torch_backend.Attention(self._whole, self._window, self._device)
+            return self._torch(q, k, v, scale, softcap, sinks)
+        if geometry not in self._prepared:
+            self._prepared[geometry] = _Prepared(self._plan, geometry, self._device)
+        return self._attend(self._prepared[geometry], geometry, q.contiguous(), k, v, scale, softcap, sinks)
+
+    def _attend(
+        self,
+        prepared: _Prepared,
+        geometry: Geometry,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, q_heads, _ = q.shape
+        launch, work = prepared.launch, prepared.work
+        out = q.new_empty((rows, q_heads, geometry.v_head_dim))
+        lse = q.new_empty((rows, q_heads), dtype=torch.float32)
+        partial_out = q.new_empty((work.num_partials, q_heads, geometry.v_head_dim), dtype=torch.float32)
+        partial_lse = q.new_empty((work.num_partials, q_heads), dtype=torch.float32)
+        sinks = None if sinks is None else sinks.float()
+        padded_dim, padded_v_dim = geometry.padded
+        triton_kernels.attend[(launch.programs,)](
+            q, k, v, *_blocks(k, v, launch.block_keys, geometry), out, lse, partial_out, partial_lse,
+            lse if sinks is None else sinks, prepared.row_positions, prepared.table, *prepared.keys,
+            scale, 0.0 if softcap is None else softcap, 0 if self._window is None else self._window,
+            KV_HEADS=geometry.kv_heads, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
+            V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=padded_dim, PADDED_V_DIM=padded_v_dim,
+            TILES=launch.tiles, BLOCK_KEYS=launch.block_keys,
+            STAGES=launch.num_stages, BULK=geometry.bulk, WINDOW=self._window is not None,
+            SOFTCAP=softcap is not None, SINKS=sinks is not None, num_warps=launch.num_warps,
+        )  # fmt: skip
+        if work.num_merged:
+            block_heads = min(16, triton.next_power_of_2(q_heads))
+            triton_kernels.merge[(work.num_merged, triton.cdiv(q_heads, block_heads))](
+                partial_out, partial_lse, out, lse, lse if sinks is None else sinks, prepared.table,
+                Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim, PADDED_V_DIM=padded_v_dim, BLOCK_HEADS=block_heads,
+                SINKS=sinks is not None,
+            )  # fmt: skip
+        return out, lse
+
+
+def _blocks(k: Tensor, v: Tensor, block_keys: int, geometry: Geometry) -> tuple[object, object]:
+    """Descriptors of blocks `[block_keys, dim]` over the pools as `[slots, kv_heads * dim]`."""
+    if not geometry.bulk:
+        return k, v
+    return tuple(
+        TensorDescriptor.from_tensor(pool.view(pool.shape[0], -1), [block_keys, pool.shape[2]]) for pool in (k, v)
+    )

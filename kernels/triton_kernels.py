@@ -1,0 +1,274 @@
+"""Tree attention for NVIDIA GPUs, in Triton: one launch over all levels of the tree, and one that merges partials.
+
+A unit of the plan is a tile of depth-first rows with all query heads of one KV head packed into its rows (GQA). Its
+keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.14135):
+
+- *runs*: whole blocks of keys that every row of the tile sees, copied in bulk by a tensor descriptor, no mask;
+- *gathered keys*: all others, each with its slot, its position and the interval of the tile's rows that sees it, so
+  that a subtree's private keys, a span's diagonal and ragged ends share blocks whatever extents they lie in.
+
+Everything about the plan is read from one int32 buffer, `work`, whose header says where each table begins
+(`radixgen.kernels.work`): a captured launch answers any plan that fits the buffer.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Fields of `work`'s header; `radixgen.kernels.work` writes them.
+ITEMS = tl.constexpr(0)
+RUNS = tl.constexpr(1)
+PIECES = tl.constexpr(2)
+OFFSETS = tl.constexpr(3)
+QUEUE = tl.constexpr(4)
+MERGED_ROWS = tl.constexpr(5)
+MERGED_OFFSETS = tl.constexpr(6)
+MERGED_PARTIALS = tl.constexpr(7)
+NUM_PIECES = tl.constexpr(8)
+NUM_MERGED = tl.constexpr(9)
+HEADER = 16
+
+ITEM_FIELDS = tl.constexpr(8)
+PIECE_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def expand_keys(work, key_slots, key_positions, key_rows, BLOCK: tl.constexpr):
+    """Write out the gathered keys of every piece: slot, position, and `low | high << 16` of the tile's rows."""
+    pieces = work + tl.load(work + PIECES)
+    count = tl.load(work + NUM_PIECES)
+    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+        piece = pieces + index * PIECE_FIELDS
+        slot = tl.load(piece)
+        position = tl.load(piece + 1)
+        length = tl.load(piece + 2)
+        rows = tl.load(piece + 3)
+        target = tl.load(piece + 4)
+        for first in range(0, length, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            inside = place < length
+            tl.store(key_slots + target + place, slot + place, mask=inside)
+            tl.store(key_positions + target + place, position + place, mask=inside)
+            tl.store(key_rows + target + place, rows + tl.zeros_like(place), mask=inside)
+
+
+@triton.jit
+def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
+    """`[rows, keys]` float32 scores, times log2(e)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP:
+        # tanh by one exponential; the argument is bounded because tanh is flat beyond it
+        doubled = tl.minimum(tl.maximum(2.0 * scores / softcap, -30.0), 30.0)
+        growth = tl.exp2(doubled * LOG2_E)
+        scores = softcap * ((growth - 1.0) / (growth + 1.0))
+    return scores * LOG2_E
+
+
+@triton.jit
+def _accumulate(scores, v, top, total, out):
+    """One block of the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - base)
+    weights = tl.exp2(scores - base[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    out = out * shrink[:, None]
+    out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
+    return new_top, total, out
+
+
+@triton.jit
+def _gather(base, slot, written, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr, head):
+    """`[keys, PADDED]` of a pool `[slots, KV_HEADS, DIM]`; 0 where a key is not `written` and beyond DIM."""
+    dim = tl.arange(0, PADDED)
+    place = (slot.to(tl.int64) * KV_HEADS + head) * DIM
+    inside = written[:, None] & (dim < DIM)[None, :]
+    return tl.load(base + place[:, None] + dim[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(values, row_lse, out, lse, place, real, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Values `[rows, PADDED]` and their LSE into `out[place]` and `lse[place]`, of those rows that are `real`."""
+    dim = tl.arange(0, PADDED)
+    inside = real[:, None] & (dim < DIM)[None, :]
+    target = out + place.to(tl.int64)[:, None] * DIM + dim[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + place, row_lse, mask=real)
+
+
+@triton.jit
+def _attend_tile(
+    item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, work,
+    key_slots, key_positions, key_rows, scale, softcap, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    STAGES: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One work item: a tile's rows, of one KV head, against all keys of its unit."""
+    first_row, num_rows = tl.load(item), tl.load(item + 1)
+    run_begin, run_end = tl.load(item + 2), tl.load(item + 3)
+    key_begin, key_end = tl.load(item + 4), tl.load(item + 5)
+    partial = tl.load(item + 6)
+
+    packed = tl.arange(0, BLOCK_ROWS)
+    row = packed // GROUP
+    real = row < num_rows
+    q_head = head * GROUP + packed % GROUP
+    dim = tl.arange(0, PADDED_DIM)
+    q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
+    queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    own_position = tl.load(row_positions + first_row + row, mask=real, other=-1)
+
+    top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    values = tl.zeros([BLOCK_ROWS, PADDED_V_DIM], tl.float32)
+
+    if BULK:
+        runs = work + tl.load(work + RUNS)
+        for run in range(run_begin, run_end):
+            start = tl.load(runs + 2 * run)
+            stop = start + tl.load(runs + 2 * run + 1)
+            for slot in tl.range(start, stop, BLOCK_KEYS, num_stages=STAGES):
+                key = k_blocks.load([slot, head * HEAD_DIM])
+                scores = _scores(queries, key, scale, softcap, SOFTCAP)
+                value = v_blocks.load([slot, head * V_HEAD_DIM])
+                top, total, values = _accumulate(scores, value, top, total, values)
+
+    for begin in tl.range(key_begin, key_end, BLOCK_KEYS, num_stages=STAGES):
+        place = begin + tl.arange(0, BLOCK_KEYS)
+        listed = place < key_end
+        slot = tl.load(key_slots + place, mask=listed, other=0)
+        position = tl.load(key_positions + place, mask=listed, other=0)
+        rows = tl.load(key_rows + place, mask=listed, other=0)
+        seen = ((rows & 0xFFFF)[None, :] <= row[:, None]) & (row[:, None] < (rows >> 16)[None, :])
+        seen = seen & (position[None, :] <= own_position[:, None])
+        if WINDOW:
+            seen = seen & (position[None, :] > own_position[:, None] - window)
+        # What no row sees is undefined: V is zeroed as well as its weight, because 0 times NaN is NaN.
+        written = tl.max(seen.to(tl.int32), 0) > 0
+        scores = _scores(
+            queries, _gather(k, slot, written, HEAD_DIM, PADDED_DIM, KV_HEADS, head), scale, softcap, SOFTCAP
+        )
+        scores = tl.where(seen, scores, float("-inf"))
+        value = _gather(v, slot, written, V_HEAD_DIM, PADDED_V_DIM, KV_HEADS, head)
+        top, total, values = _accumulate(scores, value, top, total, values)
+
+    empty = total == 0.0
+    values = values / tl.where(empty, 1.0, total)[:, None]
+    row_lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
+    if partial < 0:
+        if SINKS:
+            values = values * tl.sigmoid(row_lse - tl.load(sinks + q_head))[:, None]
+        final = (first_row + row) * (KV_HEADS * GROUP) + q_head
+        _store(values, row_lse, out, lse, final, real, V_HEAD_DIM, PADDED_V_DIM)
+    else:
+        part = (partial + row) * (KV_HEADS * GROUP) + q_head
+        _store(values, row_lse, partial_out, partial_lse, part, real, V_HEAD_DIM, PADDED_V_DIM)
+
+
+@triton.jit
+def attend(
+    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, work,
+    key_slots, key_positions, key_rows, scale, softcap, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    STAGES: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Every work item (unit x KV head) of this program's queue.
+
+    q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
+    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. An item's tile class says which
+    of TILES holds its query heads' rows; 0 is a class that this launch does without.
+    """
+    items = work + tl.load(work + ITEMS)
+    offsets = work + tl.load(work + OFFSETS)
+    queue = work + tl.load(work + QUEUE)
+    for place in range(tl.load(offsets + tl.program_id(0)), tl.load(offsets + tl.program_id(0) + 1)):
+        task = tl.load(queue + place)
+        item = items + (task // KV_HEADS) * ITEM_FIELDS
+        head = task % KV_HEADS
+        tile = tl.load(item + 7)
+        for index in tl.static_range(3):
+            if TILES[index] > 0:
+                if tile == index:
+                    _attend_tile(
+                        item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+                        row_positions, work, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
+                        GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS, STAGES, BULK,
+                        WINDOW, SOFTCAP, SINKS,
+                    )  # fmt: skip
+
+
+@triton.jit
+def merge(
+    partial_out, partial_lse, out, lse, sinks, work,
+    Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
+    """Merge the partials of each row that has them, in the order of its list, against their common maximum.
+
+    One program a row and block of heads. (Hydragen, arXiv 2402.05099, section 3.2.)
+    """
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    v_dim = tl.arange(0, PADDED_V_DIM)
+    real = head < Q_HEADS
+    inside = real[:, None] & (v_dim < V_HEAD_DIM)[None, :]
+    offsets = work + tl.load(work + MERGED_OFFSETS)
+    partials = work + tl.load(work + MERGED_PARTIALS)
+    for index in range(tl.program_id(0), tl.load(work + NUM_MERGED), tl.num_programs(0)):
+        begin = tl.load(offsets + index)
+        end = tl.load(offsets + index + 1)
+        top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+        for piece in range(begin, end):
+            place = tl.load(partials + piece).to(tl.int64) * Q_HEADS + head
+            top = tl.maximum(top, tl.load(partial_lse + place, mask=real, other=float("-inf")))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.zeros([BLOCK_HEADS], tl.float32)
+        values = tl.zeros([BLOCK_HEADS, PADDED_V_DIM], tl.float32)
+        for piece in range(begin, end):
+            place = tl.load(partials + piece).to(tl.int64) * Q_HEADS + head
+            weight = tl.exp(tl.load(partial_lse + place, mask=real, other=float("-inf")) - base)
+            total += weight
+            source = partial_out + place[:, None] * V_HEAD_DIM + v_dim[None, :]
+            values += weight[:, None] * tl.load(source, mask=inside, other=0.0)
+        empty = total == 0.0
+        values = values / tl.where(empty, 1.0, total)[:, None]
+        row_lse = tl.where(empty, float("-inf"), base + tl.log(tl.where(empty, 1.0, total)))
+        if SINKS:
+            values = values * tl.sigmoid(row_lse - tl.load(sinks + head, mask=real, other=0.0))[:, None]
+        row = tl.load(work + tl.load(work + MERGED_ROWS) + index).to(tl.int64)
+        place = row * Q_HEADS + head
+        target = out + place[:, None] * V_HEAD_DIM + v_dim[None, :]
+        tl.store(target, values.to(out.dtype.element_ty), mask=inside)
+        tl.store(lse + place, row_lse, mask=real)
+
+
+@triton.jit
+def write_kv(
+    key, value, slots, k, v, key_row, key_head, value_row, value_head,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_K: tl.constexpr,
+    PADDED_V: tl.constexpr,
+):  # fmt: skip
+    """Row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value go to slot `slots[i]` of k and v; -1 goes nowhere."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot >= 0:
+        place = tl.arange(0, PADDED_K)
+        inside = place < KV_HEADS * HEAD_DIM
+        source = key + row * key_row + (place // HEAD_DIM) * key_head + place % HEAD_DIM
+        tl.store(k + slot * (KV_HEADS * HEAD_DIM) + place, tl.load(source, mask=inside), mask=inside)
+        place = tl.arange(0, PADDED_V)
+        inside = place < KV_HEADS * V_HEAD_DIM
+        source = value + row * value_row + (place // V_HEAD_DIM) * value_head + place % V_HEAD_DIM
+        tl.store(v + slot * (KV_HEADS * V_HEAD_DIM) + place, tl.load(source, mask=inside), mask=inside)
+
+
+@triton.jit
+def advance(row_positions, slots, rows, BLOCK: tl.constexpr):
+    """Every row moves on by one token of its own leaf: its position and its slot, `[rows]`, grow by one."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    tl.store(row_positions + row, tl.load(row_positions + row, mask=inside) + 1, mask=inside)
+    tl.store(slots + row, tl.load(slots + row, mask=inside) + 1, mask=inside)

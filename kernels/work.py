@@ -1,0 +1,208 @@
+"""A plan laid out for the kernels: one int32 buffer of tables, whose header says where each begins.
+
+Host work in NumPy, once for each new plan. The tables, in the words of `radixgen.kernels.triton_kernels`:
+
+| table | a row of it |
+| --- | --- |
+| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class |
+| runs | first slot, keys: whole blocks that every row of the tile sees |
+| pieces | first slot, first position, keys, `low | high << 16` of the tile's rows that see them, place of the first |
+| offsets, queue | program `p` answers queue `[offsets[p], offsets[p + 1])`, each entry `item * kv_heads + head` |
+| merged | rows, where each one's partials begin, and which they are, from the root down |
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixgen.core import Plan
+from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
+from radixgen.kernels.schedule import assign
+
+HEADER = 16
+_MAX_TILE = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How one launch of the attention kernel is shaped."""
+
+    tiles: tuple[int, int, int]
+    """Query heads' rows in a tile of each class, ascending; 0 where the launch does without the class."""
+    block_keys: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    min_run: int
+    """Keys in a row that all rows of a tile see, from which they are copied in bulk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one launch reads."""
+
+    table: Int32Array
+    num_keys: int
+    """Gathered keys, with room for those to come."""
+    num_partials: int
+    num_pieces: int
+    num_merged: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Units cut into tiles that a launch can hold; arrays are `[tiles]`."""
+
+    unit: Int64Array
+    first: Int64Array
+    rows: Int64Array
+    kind: Int64Array
+    """Which of the launch's tile classes"""
+    lowest: Int64Array
+    """Position of the earliest row"""
+    highest: Int64Array
+
+
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """What each tile reads of each segment; arrays are `[reads]`, by tile."""
+
+    tile: Int64Array
+    start: Int64Array
+    position: Int64Array
+    low: Int64Array
+    high: Int64Array
+    before: Int64Array
+    """Keys to gather ahead of the run"""
+    run: Int64Array
+    """Keys of the run, whole blocks"""
+    after: Int64Array
+    """Keys to gather behind it, with room for those to come"""
+
+
+def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, bulk: bool, slack: int = 0) -> Work:
+    """The tables of one plan for one launch.
+
+    `group` query heads share a KV head. Without `bulk` every key is gathered. `slack`: how many tokens the rows may
+    move on before the tables must be laid out anew; only a window needs to know.
+    """
+    tiles = _cut_tiles(plan, launch, group)
+    reads = _read(plan, tiles, launch if bulk else None, slack)
+    partial, num_partials, merged = _partials(plan, tiles)
+    count = tiles.unit.size
+    gathered = np.bincount(reads.tile, weights=reads.before + reads.after, minlength=count).astype(np.int64)
+    run_of = np.flatnonzero(reads.run)
+    runs = np.stack([reads.start + reads.before, reads.run], axis=1)[run_of]
+    run_bounds = np.searchsorted(reads.tile[run_of], np.arange(count + 1))
+    key_bounds = np.concatenate([[0], np.cumsum(gathered)])
+    pieces = _pieces(reads, key_bounds)
+    items = np.stack(
+        [
+            tiles.first,
+            tiles.rows,
+            run_bounds[:-1],
+            run_bounds[1:],
+            key_bounds[:-1],
+            key_bounds[1:],
+            partial,
+            tiles.kind,
+        ],
+        axis=1,
+    )
+    keys = gathered + np.bincount(reads.tile, weights=reads.run, minlength=count)
+    offsets, queue = assign(np.repeat(_costs(tiles, keys), kv_heads), launch.programs)
+    tables = [items, runs, pieces, offsets, queue, *merged]
+    header = np.zeros(HEADER, np.int64)
+    sizes = [table.size for table in tables]
+    header[: len(tables)] = HEADER + np.cumsum([0, *sizes[:-1]])
+    header[len(tables) : len(tables) + 2] = len(pieces), merged[0].size
+    table = np.concatenate([header, *(table.reshape(-1) for table in tables)]).astype(np.int32)
+    return Work(table, int(key_bounds[-1]), num_partials, len(pieces), merged[0].size)
+
+
+def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
+    """Tiles of at most the widest class, each of the narrowest class that holds it."""
+    widest = max(launch.tiles) // group
+    sizes = np.diff(plan.unit_rows, axis=1)[:, 0].astype(np.int64)
+    counts = -(-sizes // widest)
+    unit = np.repeat(np.arange(plan.num_units), counts)
+    rank = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = plan.unit_rows[unit, 0] + rank * widest
+    rows = np.minimum(widest, plan.unit_rows[unit, 1] - first)
+    kind = np.full(unit.size, len(launch.tiles) - 1)
+    for index in reversed(range(len(launch.tiles))):
+        kind[rows * group <= launch.tiles[index]] = index
+    bounds = np.stack([first, first + rows], axis=1)
+    return _Tiles(
+        unit=unit,
+        first=first,
+        rows=rows,
+        kind=kind,
+        lowest=reduce_ranges(np.minimum, plan.row_positions, bounds).astype(np.int64),
+        highest=reduce_ranges(np.maximum, plan.row_positions, bounds).astype(np.int64),
+    )
+
+
+def _read(plan: Plan, tiles: _Tiles, bulk: Launch | None, slack: int) -> _Reads:
+    """Pair each tile with its unit's segments, and part each into a run that all rows see and the rest."""
+    begin = plan.unit_segments[tiles.unit, 0].astype(np.int64)
+    counts = plan.unit_segments[tiles.unit, 1] - begin
+    tile = np.repeat(np.arange(tiles.unit.size), counts)
+    segment = np.arange(tile.size) - np.repeat(np.cumsum(counts) - counts - begin, counts)
+    first, rows = tiles.first[tile], tiles.rows[tile]
+    low = np.maximum(plan.segment_rows[segment, 0] - first, 0)
+    high = np.minimum(plan.segment_rows[segment, 1] - first, rows)
+    position = plan.segment_positions[segment].astype(np.int64)
+    room = getattr(plan, "segment_room", np.zeros(len(plan.segment_lengths), np.int32))[segment]
+    length = np.minimum(plan.segment_lengths[segment] + room, tiles.highest[tile] + room + 1 - position)
+    kept = (low < high) & (length > 0)
+    tile, segment, low, high, length = tile[kept], segment[kept], low[kept], high[kept], length[kept]
+    position, whole = position[kept], ((low == 0) & (high == rows[kept]))
+    before, run = np.zeros_like(length), np.zeros_like(length)
+    if bulk is not None:
+        until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
+        if plan.window is not None:
+            before = np.clip(tiles.highest[tile] + slack + 1 - plan.window - position, 0, length)
+        run = (until - before) // bulk.block_keys * bulk.block_keys
+        run[~whole | (run < bulk.min_run)] = 0
+        before[run == 0] = 0
+    start = plan.segment_starts[segment]
+    return _Reads(tile, start, position, low, high, before, run, length - before - run)
+
+
+def _pieces(reads: _Reads, key_bounds: Int64Array) -> Int64Array:
+    """The gathered stretches of every read, `[pieces, 5]`, and their places one behind the other."""
+    behind = reads.before + reads.run
+    stretches = np.stack([np.zeros_like(behind), behind], axis=1).reshape(-1)
+    lengths = np.stack([reads.before, reads.after], axis=1).reshape(-1)
+    full = np.flatnonzero(lengths)
+    read = full // 2
+    starts, lengths = stretches[full], lengths[full]
+    place = np.cumsum(lengths) - lengths
+    assert int(lengths.sum()) == int(key_bounds[-1])
+    rows = reads.low[read] | reads.high[read] << 16
+    return np.stack([reads.start[read] + starts, reads.position[read] + starts, lengths, rows, place], axis=1)
+
+
+def _partials(plan: Plan, tiles: _Tiles) -> tuple[Int64Array, int, tuple[Int64Array, Int64Array, Int64Array]]:
+    """Where each tile's partials begin, -1 where all of its rows are final; and the rows to merge with their lists."""
+    bounds = np.stack([tiles.first, tiles.first + tiles.rows], axis=1)
+    cut = reduce_ranges(np.maximum, plan.row_extra, bounds) > 0
+    ends = np.cumsum(np.where(cut, tiles.rows, 0))
+    partial = np.where(cut, ends - np.where(cut, tiles.rows, 0), -1)
+    owners = np.flatnonzero(cut)
+    rows_of, sizes = tiles.first[owners], tiles.rows[owners]
+    offset = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    row = np.repeat(rows_of, sizes) + offset
+    place = np.repeat(partial[owners], sizes) + offset
+    order = np.lexsort((place, np.repeat(plan.unit_rank[tiles.unit[owners]], sizes), row))
+    merged, begins = np.unique(row[order], return_index=True)
+    return partial, int(ends[-1]) if ends.size else 0, (merged, np.append(begins, row.size), place[order])
+
+
+def _costs(tiles: _Tiles, keys: NDArray[Any]) -> NDArray[np.float64]:
+    """How long an item keeps its program, in keys read: wider tiles take longer over each."""
+    costs: NDArray[np.float64] = 64.0 + keys * (1.0 + 0.25 * tiles.kind)
+    return costs

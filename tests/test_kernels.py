@@ -1,0 +1,160 @@
+"""The Triton kernels against float64 attention and against their plain twins: on a GPU where there is one, else in
+Triton's interpreter.
+"""
+
+import numpy as np
+import pytest
+import torch
+from test_attention import Case, error, poison, random_case, random_tree, reference, tensors
+from torch import Tensor
+
+from radixgen import TreeAttention
+from radixgen.kernels import backend
+from radixgen.kernels.schedule import assign
+from radixgen.scheduler.planner import CostModel
+
+pytest.importorskip("triton")
+from radixgen.kernels import triton_backend, triton_kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+COST = CostModel(unit=8.0, partial_row=0.5, tile_rows=64)
+MASKS = [(None, None, False), (1, None, False), (70, None, True), (None, 20.0, True)]
+HEADS = [
+    ((2, 2), (64, 64)), ((6, 2), (80, 80)), ((3, 1), (96, 96)), ((16, 1), (128, 128)), ((2, 1), (192, 128)),
+    ((2, 1), (256, 256)), ((20, 1), (16, 32)), ((1, 1), (7, 5)),
+]  # fmt: skip
+
+
+def attend(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
+    attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, attention="triton", **options)
+    out, lse = attn(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), sinks=None if sinks is None else sinks.to(DEVICE))
+    return out.cpu(), lse.cpu()
+
+
+def check(case: Case, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, **options) -> None:
+    """Within tolerance of float64, and the same bits whatever stands in slots that no row may see."""
+    q, k, v = tensors(case, heads, dims, dtype)
+    sinks = torch.randn(heads[0]) if options.pop("sinks", False) else None
+    window, softcap = options.get("window"), options.get("softcap")
+    expected, expected_lse = reference(
+        case, q, k, v, scale=dims[0] ** -0.5, dtype=torch.float64, window=window, softcap=softcap, sinks=sinks
+    )
+    clean, clean_lse = attend(case, q, k, v, sinks, **options)
+    poison(case, window, k, v)
+    out, lse = attend(case, q, k, v, sinks, **options)
+    assert torch.equal(out, clean) and torch.equal(lse, clean_lse)
+    assert out.dtype == dtype
+    assert error(out, expected) < TOLERANCE[dtype]
+    assert error(lse, expected_lse) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["auto", "naive", "unshared"])
+@pytest.mark.parametrize(("heads", "dims"), HEADS)
+def test_head_shapes(heads, dims, mode, dtype) -> None:
+    rng = np.random.default_rng(heads[0])
+    parents, lengths = random_tree(rng, nodes=9, longest=150)
+    check(random_case(rng, lengths, parents, rows=17), heads, dims, dtype, mode=mode, cost=COST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["auto", "naive", "unshared"])
+@pytest.mark.parametrize(("window", "softcap", "sinks"), MASKS)
+def test_masks(window, softcap, sinks, mode, dtype) -> None:
+    rng = np.random.default_rng(3)
+    parents, lengths = random_tree(rng, nodes=14, longest=300)
+    case = random_case(rng, lengths, parents, rows=33)
+    check(case, (6, 2), (64, 64), dtype, mode=mode, cost=COST, window=window, softcap=softcap, sinks=sinks)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 65])
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 257])
+def test_sizes(rows: int, length: int) -> None:
+    """A shared node of `length` keys in one extent, and leaves of a few keys."""
+    leaves = 5
+    parents = [-1] + [0] * leaves
+    extents = [[(3, length)]] + [[(length + 10 * leaf + 4, leaf + 1)] for leaf in range(leaves)]
+    nodes = [1 + row % leaves for row in range(rows)]
+    case = Case(parents, extents, nodes, None, length + 80)
+    for mode in ("naive", "unshared"):
+        check(case, (8, 2), (64, 64), torch.float32, mode=mode, cost=COST)
+
+
+def test_a_long_extent() -> None:
+    case = Case([-1, 0, 0], [[(5, 4097)], [(4200, 70)], [(4300, 1)]], [1, 2, 2], None, 4400)
+    check(case, (4, 1), (128, 128), torch.float16, mode="naive", cost=COST)
+
+
+def test_a_span_has_its_own_diagonal() -> None:
+    """Rows at every position of a node, as in prefill, above 200 cached keys."""
+    case = Case([-1, 0], [[(0, 200)], [(250, 150)]], [1] * 150, list(range(200, 350)), 450)
+    for window in (None, 40):
+        check(case, (4, 2), (64, 64), torch.float32, cost=COST, window=window)
+
+
+def test_a_row_without_keys() -> None:
+    case = Case([-1, -1], [[(0, 0)], [(8, 40)]], [0, 1], None, 64)
+    q, k, v = tensors(case, (2, 1), (64, 64), torch.float32)
+    out, lse = attend(case, q, k, v)
+    assert not out[0].any() and lse[0].isneginf().all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    rng = np.random.default_rng(1)
+    parents, lengths = random_tree(rng, nodes=30, longest=200)
+    case = random_case(rng, lengths, parents, rows=40)
+    q, k, v = tensors(case, (4, 2), (64, 64), DTYPES[-1])
+    first, again = (attend(case, q, k, v, mode="naive") for _ in range(2))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize(("heads", "dims"), [((2, 1), (257, 16)), ((129, 1), (16, 16))])
+def test_other_shapes_go_to_torch(heads, dims) -> None:
+    rng = np.random.default_rng(0)
+    parents, lengths = random_tree(rng, nodes=5, longest=50)
+    check(random_case(rng, lengths, parents, rows=4), heads, dims, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "dims"), [(1, (64, 64)), (3, (80, 33)), (8, (128, 128))])
+def test_writes_equal_their_twin(kv_heads, dims, dtype) -> None:
+    slots = np.array([7, -1, 0, 30, -1, 8], np.int64)
+    key = torch.randn(kv_heads, 6, dims[0], dtype=dtype, device=DEVICE).transpose(0, 1)
+    value = torch.randn(6, kv_heads, dims[1], dtype=dtype, device=DEVICE)
+    pools = []
+    for name in ("torch", "triton"):
+        k = torch.zeros(32, kv_heads, dims[0], dtype=dtype, device=DEVICE)
+        v = torch.zeros(32, kv_heads, dims[1], dtype=dtype, device=DEVICE)
+        backend(name, DEVICE).writes(slots, DEVICE)(key, value, k, v)
+        pools.append((k, v))
+    assert torch.equal(pools[0][0], pools[1][0]) and torch.equal(pools[0][1], pools[1][1])
+    assert pools[0][0][7].any() and not pools[0][0][1].any()
+
+
+def test_rows_advance() -> None:
+    positions = torch.tensor([4, 9, 0], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([40, 7, 3], dtype=torch.int64, device=DEVICE)
+    triton_kernels.advance[(1,)](positions, slots, 3, BLOCK=16)
+    assert positions.tolist() == [5, 10, 1] and slots.tolist() == [41, 8, 4]
+
+
+@pytest.mark.parametrize(("items", "programs"), [(1, 7), (7, 7), (100, 7), (2_000, 132)])
+def test_schedule_is_complete_and_even(items: int, programs: int) -> None:
+    costs = np.random.default_rng(items).exponential(1.0, items)
+    offsets, queue = assign(costs, programs)
+    assert sorted(queue.tolist()) == list(range(items))
+    loads = [costs[queue[a:b]].sum() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    assert max(loads) <= costs.sum() / programs + costs.max()
+
+
+def test_every_supported_geometry_has_a_launch() -> None:
+    for group in (1, 3, 16, 17, 64, 71, 128):
+        for dtype in DTYPES:
+            geometry = triton_backend.Geometry(2, group, 128, 128, dtype)
+            launch = triton_backend.choose_launch(geometry, 200, DEVICE)
+            assert max(launch.tiles) >= group
