@@ -1,22 +1,50 @@
-"""Work items onto programs: longest first, each onto the least loaded."""
+"""Work items onto programs: longest first, each onto the least loaded (Graham, 1969: at most 4/3 of the best)."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.core.compiled import compiled
 
-def assign(costs: NDArray[np.floating], programs: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which items each program answers: `offsets [programs + 1]` into `items`, both int64.
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
-    In rounds of one item a program, the longest to the least loaded (Graham's rule by rounds); equal costs keep
-    their order. Deterministic.
+
+def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
+    """Which items each program answers: `offsets [programs + 1]` into `items`, longest first. Equal costs keep their
+    order; deterministic.
     """
     order = np.argsort(-costs, kind="stable")
+    owners, _ = _place(costs[order], programs)
+    items = order[np.argsort(owners, kind="stable")]
+    return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
+
+
+def makespan(costs: Floats, programs: int) -> float:
+    """When the last program is done, in the unit of `costs`."""
+    return float(_place(-np.sort(-costs), programs)[1].max()) if costs.size else 0.0
+
+
+@compiled
+def _place(costs: Floats, programs: int) -> tuple[Ints, Floats]:
+    """The program of each item, in the order given, and each program's load; a heap of programs by load."""
+    heap = np.arange(programs)
     loads = np.zeros(programs)
-    owner = np.empty(costs.size, np.int64)
-    for begin in range(0, costs.size, programs):
-        batch = order[begin : begin + programs]
-        least = np.argsort(loads, kind="stable")[: batch.size]
-        owner[batch] = least
-        loads[least] += costs[batch]
-    items = order[np.argsort(owner[order], kind="stable")]
-    return np.searchsorted(owner[items], np.arange(programs + 1)), items
+    owners = np.empty(costs.size, np.int64)
+    for item in range(costs.size):
+        program = heap[0]
+        owners[item] = program
+        loads[program] += costs[item]
+        at = 0
+        while 2 * at + 1 < programs:
+            child = 2 * at + 1
+            if child + 1 < programs:
+                left, right = heap[child], heap[child + 1]
+                if loads[right] < loads[left] or (loads[right] == loads[left] and right < left):
+                    child += 1
+            below = heap[child]
+            if loads[program] < loads[below] or (loads[program] == loads[below] and program < below):
+                break
+            heap[at] = below
+            at = child
+        heap[at] = program
+    return owners, loads

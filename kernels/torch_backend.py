@@ -240,15 +240,14 @@ class Attention:
         )
 
     def _merge_order(self, sizes: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
-        """For each rank from the root down: the rows that have a partial of that rank, and which it is."""
+        """For the first, second, … partial of each row, from the root down: the rows that have it, and which it is."""
         plan = self._plan
         rows = np.arange(self._num_partials) + np.repeat(plan.unit_rows[:, 0] - self._offsets, sizes)
-        ranks = np.repeat(plan.unit_rank, sizes)
-        order = []
-        for rank in range(int(ranks.max()) + 1):
-            partial = np.flatnonzero(ranks == rank)
-            order.append((self._to_device(rows[partial]), self._to_device(partial)))
-        return order
+        partials = np.lexsort((np.repeat(plan.unit_rank, sizes), rows))
+        rows = rows[partials]
+        turn = np.arange(rows.size) - np.searchsorted(rows, rows)
+        taken = [np.flatnonzero(turn == k) for k in range(int(turn.max()) + 1)]
+        return [(self._to_device(rows[k]), self._to_device(partials[k])) for k in taken]
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

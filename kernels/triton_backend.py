@@ -1,7 +1,5 @@
 """Tree attention by the Triton kernels: one launch for all units of the plan, one more where rows have partials."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import triton
@@ -11,46 +9,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radixgen.core import Plan
 from radixgen.kernels import torch_backend, triton_kernels
+from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.work import Launch, Work, lay_out
 
-MAX_HEAD_DIM = 256
-MAX_GROUP = 128
 _SHARED_BYTES = 208 * 1024
 """Of a multiprocessor's shared memory, for blocks of keys and values in flight."""
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The shape of one layer's attention."""
-
-    kv_heads: int
-    group: int
-    """Query heads that share a KV head"""
-    head_dim: int
-    v_head_dim: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Geometry":
-        """Of q `[rows, q_heads, head_dim]`, k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
-        return cls(k.shape[1], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], k.dtype)
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """Head sizes as the kernel holds them: powers of two, at least 16."""
-        return max(16, triton.next_power_of_2(self.head_dim)), max(16, triton.next_power_of_2(self.v_head_dim))
-
-    @property
-    def supported(self) -> bool:
-        """Whether the kernels answer it; otherwise PyTorch does."""
-        fits = max(self.head_dim, self.v_head_dim) <= MAX_HEAD_DIM and self.group <= MAX_GROUP
-        return fits and self.dtype in _DTYPES
-
-    @property
-    def bulk(self) -> bool:
-        """Whether whole blocks can be copied by descriptor: heads are held as they are stored."""
-        return self.padded == (self.head_dim, self.v_head_dim)
 
 
 def choose_launch(geometry: Geometry, widest_rows: int, device: torch.device) -> Launch:

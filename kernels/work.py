@@ -12,10 +12,8 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
@@ -111,8 +109,7 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, bulk: bool
         ],
         axis=1,
     )
-    keys = gathered + np.bincount(reads.tile, weights=reads.run, minlength=count)
-    offsets, queue = assign(np.repeat(_costs(tiles, keys), kv_heads), launch.programs)
+    offsets, queue = assign(np.repeat(plan.unit_cost[tiles.unit], kv_heads), launch.programs)
     tables = [items, runs, pieces, offsets, queue, *merged]
     header = np.zeros(HEADER, np.int64)
     sizes = [table.size for table in tables]
@@ -155,7 +152,7 @@ def _read(plan: Plan, tiles: _Tiles, bulk: Launch | None, slack: int) -> _Reads:
     low = np.maximum(plan.segment_rows[segment, 0] - first, 0)
     high = np.minimum(plan.segment_rows[segment, 1] - first, rows)
     position = plan.segment_positions[segment].astype(np.int64)
-    room = getattr(plan, "segment_room", np.zeros(len(plan.segment_lengths), np.int32))[segment]
+    room = plan.segment_room[segment]
     length = np.minimum(plan.segment_lengths[segment] + room, tiles.highest[tile] + room + 1 - position)
     kept = (low < high) & (length > 0)
     tile, segment, low, high, length = tile[kept], segment[kept], low[kept], high[kept], length[kept]
@@ -200,9 +197,3 @@ def _partials(plan: Plan, tiles: _Tiles) -> tuple[Int64Array, int, tuple[Int64Ar
     order = np.lexsort((place, np.repeat(plan.unit_rank[tiles.unit[owners]], sizes), row))
     merged, begins = np.unique(row[order], return_index=True)
     return partial, int(ends[-1]) if ends.size else 0, (merged, np.append(begins, row.size), place[order])
-
-
-def _costs(tiles: _Tiles, keys: NDArray[Any]) -> NDArray[np.float64]:
-    """How long an item keeps its program, in keys read: wider tiles take longer over each."""
-    costs: NDArray[np.float64] = 64.0 + keys * (1.0 + 0.25 * tiles.kind)
-    return costs

@@ -10,7 +10,7 @@ from torch import Tensor
 from radixgen import TreeAttention
 from radixgen.core import InvalidRequest
 from radixgen.kernels import torch_backend
-from radixgen.scheduler.planner import CostModel
+from radixgen.scheduler.planner import CostModel, TileCost
 
 
 @dataclass
@@ -110,8 +110,9 @@ def poison(case: Case, window: int | None, *pools: Tensor) -> None:
         pool[[slot for slot in range(case.num_slots) if slot not in seen]] = float("nan")
 
 
-CHEAP_UNITS = CostModel(unit=1.0, partial_row=0.1, tile_rows=16)
-MODES = [("auto", None), ("auto", CHEAP_UNITS), ("naive", None), ("unshared", None)]
+CHEAP_UNITS = CostModel(tiles=(TileCost(16, 1.0, 1.0),), partial=0.1)
+MIXED = CostModel(tiles=(TileCost(4, 8.0, 1.0), TileCost(32, 9.0, 1.2)), partial=0.5, programs=5, mix=True)
+MODES = [("auto", None), ("auto", CHEAP_UNITS), ("auto", MIXED), ("naive", None), ("prefix", None), ("unshared", None)]
 MASKS = [
     (None, None, False), (1, None, False), (13, None, True), (200, 5.0, False), (None, 20.0, True),
 ]  # fmt: skip

@@ -12,9 +12,9 @@ from oracle import ROOT, StampModel, expected_logits, extend, logits_of, stamp_o
 from radixgen.cache import ExtentPool, Lock, Node, RadixTree
 from radixgen.core import OutOfSlots, Plan
 from radixgen.model.base import Model
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, PlanMode, Planner
+from radixgen.scheduler.planner import PLAN_MODES, CostModel, PlanMode, Planner, TileCost
 
-COST = CostModel(unit=2.0, partial_row=0.1, tile_rows=3)
+COST = CostModel(tiles=(TileCost(3, 2.0, 1.0),), partial=0.1, mix=True)
 
 
 @dataclass(frozen=True, slots=True)

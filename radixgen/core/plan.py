@@ -21,19 +21,24 @@ def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integ
     return reduced
 
 
+FATES = ("folded", "cut", "mixed")
+
+
 @dataclass(frozen=True, slots=True)
 class NodeSummary:
-    """What the planner decided for each active node, parents first; every array is `[nodes]`."""
+    """What the planner decided for each active node, parents first; a chain without rows or branches counts as one.
+    Every array is `[nodes]`.
+    """
 
     depths: Int32Array
     lengths: Int32Array
     """Keys of the node, in tokens."""
     rows: Int32Array
     """Rows at the node or below it: those that see its keys."""
-    cut: NDArray[np.bool_]
-    """Whether the node is a unit of its own rather than folded into the units below it."""
-    fold_cost: NDArray[np.float64]
-    cut_cost: NDArray[np.float64]
+    fates: NDArray[np.int8]
+    """Index into `FATES`: read by the units below it, by units of its own, or together with its siblings' subtrees."""
+    readers: Int32Array
+    """Units that read its keys, before any was split along its keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,9 @@ class Plan:
     unit_segments: Int32Array
     """`[units, 2]`"""
     unit_rank: Int32Array
-    """`[units]`: how many units lie above this one on its rows' paths."""
+    """`[units]`: ascending from the root down among the units that cover a row; the order in which they merge."""
+    unit_cost: NDArray[np.float64]
+    """`[units]`: what the cost model says of it, for one KV head."""
     segment_starts: Int64Array
     """`[segments]`: first slot."""
     segment_lengths: Int32Array
@@ -69,6 +76,8 @@ class Plan:
     """`[segments]`: position of the first key."""
     segment_rows: Int32Array
     """`[segments, 2]`: the rows of the unit that see the segment."""
+    segment_room: Int32Array
+    """`[segments]`: by how many keys the segment may grow in place; 0 but for those that are growing."""
     growing: Int64Array
     """Segments that end at a row's own, last token: they grow by one where that row moves on by one."""
     path_rows: Int32Array
@@ -108,14 +117,22 @@ class Plan:
             unseen = np.maximum(self.row_positions[first] - (self.window - 1), 0)
         return int((self.row_positions[last] + 1 - unseen).sum())
 
+    @property
+    def modelled_cost(self) -> float:
+        """What the cost model says of all units, for one KV head."""
+        return float(self.unit_cost.sum())
+
     def advance(self) -> "Plan":
         """The plan of the next step where every row moves on by one token of its own leaf."""
         lengths = self.segment_lengths.copy()
         lengths[self.growing] += 1
+        room = self.segment_room.copy()
+        room[self.growing] = np.maximum(room[self.growing] - 1, 0)
         return replace(
             self,
             row_positions=self.row_positions + np.int32(1),
             segment_lengths=lengths,
+            segment_room=room,
             rebuilt=False,
             _windowed={},
         )
@@ -160,23 +177,13 @@ class Plan:
         nodes = self.nodes
         for depth in range(int(nodes.depths.max(initial=-1)) + 1):
             here = nodes.depths == depth
+            counts = [int((here & (nodes.fates == fate)).sum()) for fate in range(len(FATES))]
+            fates = ", ".join(f"{count} {fate}" for count, fate in zip(counts, FATES, strict=True) if count)
             lines.append(
-                f"level {depth}: {int(here.sum())} nodes, {int(nodes.lengths[here].sum())} tokens, "
-                f"{int((here & nodes.cut).sum())} cut into units, rows below {_span(nodes.rows[here])}"
+                f"level {depth}: {int(here.sum())} nodes, {int(nodes.lengths[here].sum())} tokens, {fates}; "
+                f"rows below {_span(nodes.rows[here])}, read by {_span(nodes.readers[here])} units"
             )
-            folded = np.flatnonzero(here & ~nodes.cut & (nodes.fold_cost > 0))
-            lines.extend(self._why_folded(node) for node in folded.tolist())
-            free = int((here & ~nodes.cut & (nodes.fold_cost == 0)).sum())
-            if free:
-                lines.append(f"  folded at no cost, one unit below: {free} nodes")
         return "\n".join(lines)
-
-    def _why_folded(self, node: int) -> str:
-        nodes = self.nodes
-        return (
-            f"  folded node of {nodes.lengths[node]} tokens under {nodes.rows[node]} rows: reading it again "
-            f"costs {nodes.fold_cost[node]:.1f}, a unit of its own {nodes.cut_cost[node]:.1f}"
-        )
 
 
 def _span(values: Sequence[int] | Int32Array) -> str:

@@ -1,0 +1,210 @@
+"""Attention over the trees of published workloads, against the chip's limit and against its peers.
+
+    python -m bench.attention [--workloads W5 W12] [--check] [--save]
+
+Prints the ceilings measured in the same run; then, for each tree and head shape, the roofline (each distinct key
+read once, queries and results once, or the matrix products at the measured rate, whichever is longer) and, for each
+contender, microseconds with a cold cache, the share of the roofline, and the error against float32. Contenders:
+radixgen's plan by the calibrated cost model; its own `unshared`, `prefix` and `naive` plans, run by the same kernels; and
+PyTorch's scaled_dot_product_attention over a private copy of every path, where that fits.
+
+Times are of one layer in bfloat16, head_dim 128, in a CUDA graph, 192 MiB written before each call. Plans are
+made before, and their time is printed beside. Without a GPU the kernels run in Triton's interpreter on toy sizes, and nothing is
+timed.
+
+Bias. Our plan is calibrated on the device that is measured; the peers' own settings are their defaults. Keys lie in one
+extent a node, as a pool that was never full leaves them.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.device import Ceilings, Timer
+from bench.report import Report, benchmark_options, track
+from bench.trees import WORKLOADS, Tree, lay_out, path_tokens, shared_prefix
+from radixgen.calibration import cost_model
+from radixgen.kernels import backend
+from radixgen.kernels.geometry import Geometry
+from radixgen.scheduler.balance import predicted
+from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.planner import PLAN_MODES, plan
+
+HEADS = {
+    "W1": [(8, 1)], "W5": [(32, 32), (32, 8), (16, 1)], "W7": [(32, 8)], "W8": [(32, 8)], "W9": [(32, 32)],
+    "W12": [(32, 8)],
+}  # fmt: skip
+HEAD_DIM = 128
+PRIVATE_BYTES = 24 << 30
+"""PyTorch's private copies of the paths are made up to this size."""
+
+
+@dataclass
+class Row:
+    """One tree and head shape, with what each contender did."""
+
+    workload: str
+    name: str
+    heads: tuple[int, int]
+    roofline_us: float
+    contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def best_other(self) -> float:
+        """The fastest contender besides our own plan."""
+        return min(
+            (found["cold_us"] for name, found in self.contenders.items() if name != "radixgen" and "cold_us" in found),
+            default=float("inf"),
+        )
+
+
+def rows_of(names: Sequence[str]) -> list[tuple[str, str, tuple[int, int], Tree]]:
+    return [(w, name, heads, tree) for w in names for heads in HEADS[w] for name, tree in WORKLOADS[w]()]
+
+
+def roofline_us(tree: Tree, heads: tuple[int, int], ceilings: Ceilings) -> float:
+    unique, unshared = path_tokens(tree)
+    read = 2 * HEAD_DIM * 2 * (heads[1] * unique + heads[0] * len(tree[2]))
+    return 1e6 * max(read / ceilings.read, 4 * HEAD_DIM * heads[0] * unshared / ceilings.matrix)
+
+
+def contenders(
+    tree: Tree, heads: tuple[int, int], cost: CostModel, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Tensor], dict[str, Any]]]:
+    """Each contender's name, call, and what else is known of it."""
+    forest, nodes, positions = lay_out(tree)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    slots = int(forest.lengths.sum())
+    generator = torch.Generator(device).manual_seed(0)
+    q = torch.randn(nodes.size, heads[0], HEAD_DIM, device=device, dtype=dtype, generator=generator)
+    k, v = torch.randn(2, slots, heads[1], HEAD_DIM, device=device, dtype=dtype, generator=generator)
+    for mode in PLAN_MODES:
+        begin = time.perf_counter()
+        made = plan(forest, nodes, positions, mode=mode, cost=cost)
+        seconds = time.perf_counter() - begin
+        attention = backend("triton", device).attention(made, None, device)
+        order = torch.from_numpy(made.row_order).to(device)
+        queries, back = q[order], torch.argsort(order)
+        facts = {
+            "plan_ms": 1e3 * seconds, "units": made.num_units, "keys_read": made.kv_tokens_read,
+            "predicted_us": predicted(made, cost), "back": back,
+        }  # fmt: skip
+        yield ("radixgen" if mode == "auto" else mode), lambda a=attention, p=queries: a(p, k, v, HEAD_DIM**-0.5)[0], facts
+    yield from pytorch(tree, q, k, v)
+
+
+def pytorch(tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, Callable[[], Tensor], dict[str, Any]]]:
+    """Every row's path copied out, all paths of one length: what a caller without a tree would hold."""
+    forest, nodes, _ = lay_out(tree)
+    ends = (forest.starts + forest.lengths)[nodes]
+    size = nodes.size * int(ends.max()) * k.shape[1] * HEAD_DIM * 4
+    if ends.min() != ends.max() or size > PRIVATE_BYTES or q.device.type != "cuda":
+        return
+    slots = np.concatenate([forest.extent_starts[n] + np.arange(forest.lengths[n]) for n in _paths(forest.parents, nodes)])
+    index = torch.from_numpy(slots).to(q.device)
+    shape = (nodes.size, int(ends[0]), k.shape[1], HEAD_DIM)
+    keys, values = (pool[index].view(shape).transpose(1, 2).contiguous() for pool in (k, v))
+    queries = q.unsqueeze(2)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    yield "pytorch", lambda: attend(queries, keys, values, enable_gqa=True).squeeze(2), {"GB": size / 1e9}
+
+
+def _paths(parents: np.ndarray, nodes: np.ndarray) -> Iterator[int]:
+    for node in nodes.tolist():
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = int(parents[node])
+        yield from reversed(path)
+
+
+def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device) -> None:
+    geometry = Geometry(row.heads[1], row.heads[0] // row.heads[1], HEAD_DIM, HEAD_DIM, torch.bfloat16)
+    cost = cost_model(device, geometry)
+    reference: Tensor | None = None
+    for name, call, facts in contenders(tree, row.heads, cost, device):
+        back = facts.pop("back", None)
+        out = call().float()
+        out = out if back is None else out[back]
+        reference = out if reference is None else reference
+        found = facts | {"difference": float((out - reference).norm() / reference.norm())}
+        if timer is not None:
+            cold, warm = timer.cold(call), timer.warm(call)
+            found |= {"cold_us": cold.median, "cold_p10_us": cold.p10, "cold_p90_us": cold.p90, "warm_us": warm.median}
+        row.contenders[name] = found
+
+
+def describe(row: Row) -> str:
+    ours = row.contenders["radixgen"]
+    if "cold_us" not in ours:
+        return f"{row.workload} {row.name}: {ours['units']} units, differences at most " + (
+            f"{max(found['difference'] for found in row.contenders.values()):.1e}"
+        )
+    others = ", ".join(f"{n} {f['cold_us']:.1f}" for n, f in row.contenders.items() if n != "radixgen")
+    return (
+        f"{row.workload} {row.heads[0]}/{row.heads[1]} {row.name:32s} roofline {row.roofline_us:7.1f} us; radixgen "
+        f"{ours['cold_us']:7.1f} ({100 * row.roofline_us / ours['cold_us']:3.0f} %, predicted {ours['predicted_us']:.0f}, "
+        f"warm {ours['warm_us']:.1f}, plan {ours['plan_ms']:.1f} ms, {ours['units']} units); {others}; "
+        f"{row.best_other() / ours['cold_us']:.2f} x"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = benchmark_options(__doc__)
+    parser.add_argument("--workloads", nargs="+", default=["W5", "W1", "W12", "W7", "W8", "W9"], choices=list(WORKLOADS))
+    options = parser.parse_args(arguments)
+    report = Report("attention")
+    if not torch.cuda.is_available():
+        return toy(report)
+    device = torch.device("cuda")
+    timer = Timer(device)
+    ceilings = timer.ceilings()
+    report.say(f"limit: {torch.cuda.get_device_name()} {ceilings.describe()}")
+    done: list[Row] = []
+    for workload, name, heads, tree in track(rows_of(options.workloads), "attending"):
+        row = Row(workload, name, heads, roofline_us(tree, heads, ceilings))
+        run_row(row, tree, timer, device)
+        done.append(row)
+        report.say(describe(row))
+    summarize(report, done)
+    report.keep(ceilings=vars_of(ceilings), rows=[vars(row) for row in done])
+    return report.finish(check=options.check, save=options.save)
+
+
+def summarize(report: Report, done: Sequence[Row]) -> None:
+    for workload, heads in dict.fromkeys((row.workload, row.heads) for row in done):
+        rows = [row for row in done if (row.workload, row.heads) == (workload, heads)]
+        ratios = [row.best_other() / row.contenders["radixgen"]["cold_us"] for row in rows]
+        shares = [row.roofline_us / row.contenders["radixgen"]["cold_us"] for row in rows]
+        errors = [
+            abs(row.contenders["radixgen"]["predicted_us"] / row.contenders["radixgen"]["cold_us"] - 1) for row in rows
+        ]
+        label = f"{workload} {heads[0]}/{heads[1]}"
+        mean, worst = float(np.exp(np.mean(np.log(ratios)))), rows[int(np.argmin(ratios))].name
+        report.figure(
+            f"{label} over the best other", mean,
+            f"{label}: {mean:.2f} x the best other (geometric mean), worst {min(ratios):.2f} ({worst}); "
+            f"{100 * float(np.mean(shares)):.0f} % of the roofline; predicted within {100 * float(np.median(errors)):.0f} %",
+        )  # fmt: skip
+
+
+def vars_of(ceilings: Ceilings) -> dict[str, float]:
+    return {"read": ceilings.read, "copy": ceilings.copy, "matrix": ceilings.matrix}
+
+
+def toy(report: Report) -> int:
+    """Small trees through every contender that runs here, untimed."""
+    row = Row("toy", "3 rows, 70 + 5", (4, 2), 0.0)
+    run_row(row, shared_prefix(3, 70, 5), None, torch.device("cpu"))
+    report.say(describe(row))
+    report.keep(rows=[vars(row)])
+    return report.finish(check=False, save=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The shape of one layer's attention."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Heads, their sizes, and the dtype of keys and values."""
+
+    kv_heads: int
+    group: int
+    """Query heads that share a KV head"""
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Geometry":
+        """Of q `[rows, q_heads, head_dim]`, k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
+        return cls(k.shape[1], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], k.dtype)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Head sizes as the Triton kernels hold them: powers of two, at least 16."""
+        return tuple(max(16, 1 << (dim - 1).bit_length()) for dim in (self.head_dim, self.v_head_dim))  # type: ignore[return-value]
+
+    @property
+    def supported(self) -> bool:
+        """Whether the Triton kernels answer it; otherwise PyTorch does."""
+        fits = max(self.head_dim, self.v_head_dim) <= MAX_HEAD_DIM and self.group <= MAX_GROUP
+        return fits and self.dtype in _DTYPES
+
+    @property
+    def bulk(self) -> bool:
+        """Whether whole blocks can be copied by descriptor: heads are held as they are stored."""
+        return self.padded == (self.head_dim, self.v_head_dim)
