@@ -94,7 +94,11 @@ def contenders(
             "plan_ms": 1e3 * seconds, "units": made.num_units, "keys_read": made.kv_tokens_read,
             "predicted_us": predicted(made, cost), "back": back,
         }  # fmt: skip
-        yield ("radixgen" if mode == "auto" else mode), lambda a=attention, p=queries: a(p, k, v, HEAD_DIM**-0.5)[0], facts
+        yield (
+            ("radixgen" if mode == "auto" else mode),
+            lambda a=attention, p=queries: a(p, k, v, HEAD_DIM**-0.5)[0],
+            facts,
+        )
     yield from pytorch(tree, q, k, v)
 
 
@@ -105,7 +109,9 @@ def pytorch(tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, 
     size = nodes.size * int(ends.max()) * k.shape[1] * HEAD_DIM * 4
     if ends.min() != ends.max() or size > PRIVATE_BYTES or q.device.type != "cuda":
         return
-    slots = np.concatenate([forest.extent_starts[n] + np.arange(forest.lengths[n]) for n in _paths(forest.parents, nodes)])
+    slots = np.concatenate(
+        [forest.extent_starts[n] + np.arange(forest.lengths[n]) for n in _paths(forest.parents, nodes)]
+    )
     index = torch.from_numpy(slots).to(q.device)
     shape = (nodes.size, int(ends[0]), k.shape[1], HEAD_DIM)
     keys, values = (pool[index].view(shape).transpose(1, 2).contiguous() for pool in (k, v))
@@ -156,7 +162,9 @@ def describe(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
-    parser.add_argument("--workloads", nargs="+", default=["W5", "W1", "W12", "W7", "W8", "W9"], choices=list(WORKLOADS))
+    parser.add_argument(
+        "--workloads", nargs="+", default=["W5", "W1", "W12", "W7", "W8", "W9"], choices=list(WORKLOADS)
+    )
     options = parser.parse_args(arguments)
     report = Report("attention")
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Plan
 from radixgen.kernels import torch_backend, triton_kernels
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.work import Launch, Work, lay_out
+from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 
 _SHARED_BYTES = 208 * 1024
 """Of a multiprocessor's shared memory, for blocks of keys and values in flight."""
@@ -22,12 +22,13 @@ def choose_launch(geometry: Geometry, widest_rows: int, device: torch.device) ->
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a launch
     with narrow tiles without spilling; 128 are for groups of more than 64 heads.
     """
-    block_keys = 64 if max(geometry.padded) <= 128 else 32
+    narrow = widest_rows * geometry.group <= 16
+    block_keys = 32 if narrow or max(geometry.padded) > 128 else 64
     block_bytes = block_keys * sum(geometry.padded) * geometry.dtype.itemsize
     if geometry.dtype == torch.float32:
         tiles, warps, programs = (max(16, triton.next_power_of_2(geometry.group)), 0, 0), 4, 1
-    elif widest_rows * geometry.group <= 16:
-        tiles, warps, programs = (16, 0, 0), 4, 2
+    elif narrow:
+        tiles, warps, programs = (16, 0, 0), 2, 4
     elif geometry.group <= 64:
         tiles, warps, programs = (16, 64, 0), 4, 2
     else:
@@ -38,7 +39,7 @@ def choose_launch(geometry: Geometry, widest_rows: int, device: torch.device) ->
         num_warps=warps,
         num_stages=max(1, min(3, _SHARED_BYTES // programs // block_bytes)),
         programs=programs * _multiprocessors(device),
-        min_run=2 * block_keys,
+        min_run=128,
     )
 
 
@@ -81,12 +82,15 @@ class _Prepared:
         self.work: Work = lay_out(
             plan, self.launch, group=geometry.group, kv_heads=geometry.kv_heads, bulk=geometry.bulk
         )
-        self.table = torch.from_numpy(self.work.table).to(device)
+        buffer = torch.from_numpy(self.work.buffer).to(device)
+        begins = self.work.begins
+        views = [buffer[a:b] for a, b in zip(begins[:-1], begins[1:], strict=True)]
+        self.tables = dict(zip(TABLES, views, strict=True))
         self.row_positions = torch.from_numpy(plan.row_positions).to(device)
         self.keys = torch.empty((3, max(self.work.num_keys, 1)), dtype=torch.int32, device=device)
         if self.work.num_pieces:
             grid = (min(self.work.num_pieces, 4096),)
-            triton_kernels.expand_keys[grid](self.table, *self.keys, BLOCK=128)
+            triton_kernels.expand_keys[grid](self.tables["pieces"], self.tables["counts"], *self.keys, BLOCK=128)
 
 
 class Attention:
@@ -125,7 +129,7 @@ class Attention:
         sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rows, q_heads, _ = q.shape
-        launch, work = prepared.launch, prepared.work
+        launch, work, tables = prepared.launch, prepared.work, prepared.tables
         out = q.new_empty((rows, q_heads, geometry.v_head_dim))
         lse = q.new_empty((rows, q_heads), dtype=torch.float32)
         partial_out = q.new_empty((work.num_partials, q_heads, geometry.v_head_dim), dtype=torch.float32)
@@ -134,7 +138,8 @@ class Attention:
         padded_dim, padded_v_dim = geometry.padded
         triton_kernels.attend[(launch.programs,)](
             q, k, v, *_blocks(k, v, launch.block_keys, geometry), out, lse, partial_out, partial_lse,
-            lse if sinks is None else sinks, prepared.row_positions, prepared.table, *prepared.keys,
+            lse if sinks is None else sinks, prepared.row_positions,
+            tables["queue"], tables["items"], tables["runs"], *prepared.keys,
             scale, 0.0 if softcap is None else softcap, 0 if self._window is None else self._window,
             KV_HEADS=geometry.kv_heads, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
             V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=padded_dim, PADDED_V_DIM=padded_v_dim,
@@ -143,11 +148,12 @@ class Attention:
             SOFTCAP=softcap is not None, SINKS=sinks is not None, num_warps=launch.num_warps,
         )  # fmt: skip
         if work.num_merged:
-            block_heads = min(16, triton.next_power_of_2(q_heads))
-            triton_kernels.merge[(work.num_merged, triton.cdiv(q_heads, block_heads))](
-                partial_out, partial_lse, out, lse, lse if sinks is None else sinks, prepared.table,
-                Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim, PADDED_V_DIM=padded_v_dim, BLOCK_HEADS=block_heads,
-                SINKS=sinks is not None,
+            partials = min(16, triton.next_power_of_2(work.most_partials))
+            heads = min(16 // partials, triton.next_power_of_2(q_heads))
+            triton_kernels.merge[(work.num_merged, triton.cdiv(q_heads, heads))](
+                partial_out, partial_lse, out, lse, lse if sinks is None else sinks, tables["counts"], tables["rows"],
+                tables["offsets"], tables["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
+                PADDED_V_DIM=padded_v_dim, BLOCK_HEADS=heads, BLOCK_PARTIALS=partials, SINKS=sinks is not None,
             )  # fmt: skip
         return out, lse
 

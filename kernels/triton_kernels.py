@@ -7,8 +7,8 @@ keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.1
 - *gathered keys*: all others, each with its slot, its position and the interval of the tile's rows that sees it, so
   that a subtree's private keys, a span's diagonal and ragged ends share blocks whatever extents they lie in.
 
-Everything about the plan is read from one int32 buffer, `work`, whose header says where each table begins
-(`radixgen.kernels.work`): a captured launch answers any plan that fits the buffer.
+Everything about the plan is read from int32 tables (`radixgen.kernels.work`): a captured launch answers any plan that
+fits them.
 """
 
 import triton
@@ -17,29 +17,14 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Fields of `work`'s header; `radixgen.kernels.work` writes them.
-ITEMS = tl.constexpr(0)
-RUNS = tl.constexpr(1)
-PIECES = tl.constexpr(2)
-OFFSETS = tl.constexpr(3)
-QUEUE = tl.constexpr(4)
-MERGED_ROWS = tl.constexpr(5)
-MERGED_OFFSETS = tl.constexpr(6)
-MERGED_PARTIALS = tl.constexpr(7)
-NUM_PIECES = tl.constexpr(8)
-NUM_MERGED = tl.constexpr(9)
-HEADER = 16
-
 ITEM_FIELDS = tl.constexpr(8)
 PIECE_FIELDS = tl.constexpr(5)
 
 
 @triton.jit
-def expand_keys(work, key_slots, key_positions, key_rows, BLOCK: tl.constexpr):
+def expand_keys(pieces, counts, key_slots, key_positions, key_rows, BLOCK: tl.constexpr):
     """Write out the gathered keys of every piece: slot, position, and `low | high << 16` of the tile's rows."""
-    pieces = work + tl.load(work + PIECES)
-    count = tl.load(work + NUM_PIECES)
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+    for index in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
         piece = pieces + index * PIECE_FIELDS
         slot = tl.load(piece)
         position = tl.load(piece + 1)
@@ -100,7 +85,7 @@ def _store(values, row_lse, out, lse, place, real, DIM: tl.constexpr, PADDED: tl
 
 @triton.jit
 def _attend_tile(
-    item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, work,
+    item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, runs,
     key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
@@ -126,7 +111,6 @@ def _attend_tile(
     values = tl.zeros([BLOCK_ROWS, PADDED_V_DIM], tl.float32)
 
     if BULK:
-        runs = work + tl.load(work + RUNS)
         for run in range(run_begin, run_end):
             start = tl.load(runs + 2 * run)
             stop = start + tl.load(runs + 2 * run + 1)
@@ -170,23 +154,21 @@ def _attend_tile(
 
 @triton.jit
 def attend(
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, work,
+    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, queue, items, runs,
     key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     STAGES: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Every work item (unit x KV head) of this program's queue.
+    """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1.
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
     again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. An item's tile class says which
     of TILES holds its query heads' rows; 0 is a class that this launch does without.
     """
-    items = work + tl.load(work + ITEMS)
-    offsets = work + tl.load(work + OFFSETS)
-    queue = work + tl.load(work + QUEUE)
-    for place in range(tl.load(offsets + tl.program_id(0)), tl.load(offsets + tl.program_id(0) + 1)):
-        task = tl.load(queue + place)
+    place = tl.program_id(0)
+    task = tl.load(queue + place)
+    while task >= 0:
         item = items + (task // KV_HEADS) * ITEM_FIELDS
         head = task % KV_HEADS
         tile = tl.load(item + 7)
@@ -195,17 +177,19 @@ def attend(
                 if tile == index:
                     _attend_tile(
                         item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
-                        row_positions, work, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
+                        row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
                         GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS, STAGES, BULK,
                         WINDOW, SOFTCAP, SINKS,
                     )  # fmt: skip
+        place += tl.num_programs(0)
+        task = tl.load(queue + place)
 
 
 @triton.jit
 def merge(
-    partial_out, partial_lse, out, lse, sinks, work,
+    partial_out, partial_lse, out, lse, sinks, counts, rows, offsets, partials,
     Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    SINKS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of each row that has them, in the order of its list, against their common maximum.
 
@@ -214,35 +198,36 @@ def merge(
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     v_dim = tl.arange(0, PADDED_V_DIM)
     real = head < Q_HEADS
-    inside = real[:, None] & (v_dim < V_HEAD_DIM)[None, :]
-    offsets = work + tl.load(work + MERGED_OFFSETS)
-    partials = work + tl.load(work + MERGED_PARTIALS)
-    for index in range(tl.program_id(0), tl.load(work + NUM_MERGED), tl.num_programs(0)):
+    for index in range(tl.program_id(0), tl.load(counts + 1), tl.num_programs(0)):
         begin = tl.load(offsets + index)
         end = tl.load(offsets + index + 1)
         top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
-        for piece in range(begin, end):
-            place = tl.load(partials + piece).to(tl.int64) * Q_HEADS + head
-            top = tl.maximum(top, tl.load(partial_lse + place, mask=real, other=float("-inf")))
+        for first in range(begin, end, BLOCK_PARTIALS):
+            turn = first + tl.arange(0, BLOCK_PARTIALS)
+            listed = turn < end
+            place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
+            given = tl.load(partial_lse + place, mask=listed[None, :] & real[:, None], other=float("-inf"))
+            top = tl.maximum(top, tl.max(given, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
         total = tl.zeros([BLOCK_HEADS], tl.float32)
         values = tl.zeros([BLOCK_HEADS, PADDED_V_DIM], tl.float32)
-        for piece in range(begin, end):
-            place = tl.load(partials + piece).to(tl.int64) * Q_HEADS + head
-            weight = tl.exp(tl.load(partial_lse + place, mask=real, other=float("-inf")) - base)
-            total += weight
-            source = partial_out + place[:, None] * V_HEAD_DIM + v_dim[None, :]
-            values += weight[:, None] * tl.load(source, mask=inside, other=0.0)
+        for first in range(begin, end, BLOCK_PARTIALS):
+            turn = first + tl.arange(0, BLOCK_PARTIALS)
+            listed = turn < end
+            place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
+            inside = listed[None, :] & real[:, None]
+            weight = tl.exp(tl.load(partial_lse + place, mask=inside, other=float("-inf")) - base[:, None])
+            total += tl.sum(weight, 1)
+            source = partial_out + place[:, :, None] * V_HEAD_DIM + v_dim[None, None, :]
+            given = tl.load(source, mask=inside[:, :, None] & (v_dim < V_HEAD_DIM)[None, None, :], other=0.0)
+            values += tl.sum(weight[:, :, None] * given, 1)
         empty = total == 0.0
         values = values / tl.where(empty, 1.0, total)[:, None]
         row_lse = tl.where(empty, float("-inf"), base + tl.log(tl.where(empty, 1.0, total)))
         if SINKS:
             values = values * tl.sigmoid(row_lse - tl.load(sinks + head, mask=real, other=0.0))[:, None]
-        row = tl.load(work + tl.load(work + MERGED_ROWS) + index).to(tl.int64)
-        place = row * Q_HEADS + head
-        target = out + place[:, None] * V_HEAD_DIM + v_dim[None, :]
-        tl.store(target, values.to(out.dtype.element_ty), mask=inside)
-        tl.store(lse + place, row_lse, mask=real)
+        final = tl.load(rows + index) * Q_HEADS + head
+        _store(values, row_lse, out, lse, final, real, V_HEAD_DIM, PADDED_V_DIM)
 
 
 @triton.jit

@@ -1,26 +1,27 @@
-"""A plan laid out for the kernels: one int32 buffer of tables, whose header says where each begins.
+"""A plan laid out for the kernels: int32 tables, all in one buffer.
 
 Host work in NumPy, once for each new plan. The tables, in the words of `radixgen.kernels.triton_kernels`:
 
 | table | a row of it |
 | --- | --- |
+| counts | how many pieces, and how many rows to merge |
+| queue | `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
 | items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class |
 | runs | first slot, keys: whole blocks that every row of the tile sees |
 | pieces | first slot, first position, keys, `low | high << 16` of the tile's rows that see them, place of the first |
-| offsets, queue | program `p` answers queue `[offsets[p], offsets[p + 1])`, each entry `item * kv_heads + head` |
-| merged | rows, where each one's partials begin, and which they are, from the root down |
+| rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.schedule import assign
 
-HEADER = 16
-_MAX_TILE = 1 << 15
+TABLES = ("counts", "queue", "items", "runs", "pieces", "rows", "offsets", "partials")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,16 @@ class Launch:
 class Work:
     """What one launch reads."""
 
-    table: Int32Array
+    buffer: Int32Array
+    begins: tuple[int, ...]
+    """Where each of `TABLES` begins in the buffer, and where the last one ends."""
     num_keys: int
     """Gathered keys, with room for those to come."""
     num_partials: int
     num_pieces: int
     num_merged: int
+    most_partials: int
+    """Of any one row"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +114,23 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, bulk: bool
         ],
         axis=1,
     )
-    offsets, queue = assign(np.repeat(plan.unit_cost[tiles.unit], kv_heads), launch.programs)
-    tables = [items, runs, pieces, offsets, queue, *merged]
-    header = np.zeros(HEADER, np.int64)
-    sizes = [table.size for table in tables]
-    header[: len(tables)] = HEADER + np.cumsum([0, *sizes[:-1]])
-    header[len(tables) : len(tables) + 2] = len(pieces), merged[0].size
-    table = np.concatenate([header, *(table.reshape(-1) for table in tables)]).astype(np.int32)
-    return Work(table, int(key_bounds[-1]), num_partials, len(pieces), merged[0].size)
+    counts = np.array([len(pieces), merged[0].size])
+    queue = _queue(np.repeat(plan.unit_cost[tiles.unit], kv_heads), launch.programs)
+    tables = [np.ravel(table).astype(np.int32) for table in (counts, queue, items, runs, pieces, *merged)]
+    begins = tuple(np.cumsum([0, *(table.size for table in tables)]).tolist())
+    most_partials = int(np.diff(merged[1]).max(initial=0))
+    return Work(
+        np.concatenate(tables), begins, int(key_bounds[-1]), num_partials, len(pieces), merged[0].size, most_partials
+    )
+
+
+def _queue(costs: NDArray[np.float64], programs: int) -> Int64Array:
+    """Each program's items in turn, in rounds of one entry a program, ending with a round of -1."""
+    offsets, items = assign(costs, programs)
+    turns = np.arange(items.size) - np.repeat(offsets[:-1], np.diff(offsets))
+    queue = np.full((int(np.diff(offsets).max(initial=0)) + 1, programs), -1, np.int64)
+    queue[turns, np.repeat(np.arange(programs), np.diff(offsets))] = items
+    return queue
 
 
 def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
