@@ -29,10 +29,9 @@ from torch import Tensor
 from bench.device import Ceilings, Timer
 from bench.report import Report, benchmark_options, track
 from bench.trees import WORKLOADS, Tree, lay_out, path_tokens, shared_prefix
-from radixgen.calibration import cost_model
+from radixgen.calibration import cost_models
 from radixgen.kernels import backend
 from radixgen.kernels.geometry import Geometry
-from radixgen.scheduler.balance import predicted
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PLAN_MODES, plan
 
@@ -74,7 +73,7 @@ def roofline_us(tree: Tree, heads: tuple[int, int], ceilings: Ceilings) -> float
 
 
 def contenders(
-    tree: Tree, heads: tuple[int, int], cost: CostModel, device: torch.device
+    tree: Tree, heads: tuple[int, int], cost: Sequence[CostModel], device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Tensor], dict[str, Any]]]:
     """Each contender's name, call, and what else is known of it."""
     forest, nodes, positions = lay_out(tree)
@@ -92,7 +91,7 @@ def contenders(
         queries, back = q[order], torch.argsort(order)
         facts = {
             "plan_ms": 1e3 * seconds, "units": made.num_units, "keys_read": made.kv_tokens_read,
-            "predicted_us": predicted(made, cost), "back": back,
+            "predicted_us": made.predicted, "back": back,
         }  # fmt: skip
         yield (
             ("radixgen" if mode == "auto" else mode),
@@ -131,7 +130,7 @@ def _paths(parents: np.ndarray, nodes: np.ndarray) -> Iterator[int]:
 
 def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device) -> None:
     geometry = Geometry(row.heads[1], row.heads[0] // row.heads[1], HEAD_DIM, HEAD_DIM, torch.bfloat16)
-    cost = cost_model(device, geometry)
+    cost = cost_models(device, geometry)
     reference: Tensor | None = None
     for name, call, facts in contenders(tree, row.heads, cost, device):
         back = facts.pop("back", None)

@@ -28,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timer = Timer(device)
     ceilings = timer.ceilings()
     found = calibrate(device, timer.warm_us)
-    report.say(f"limit: {ceilings.describe()}; a key {1e6 * 512 * found.programs / ceilings.read:.4f} us of a program")
-    for tile in found.tiles:
-        report.say(f"tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, {tile.key:.4f} us a key from the cache")
-    report.say(f"first read {found.first_key:.4f} us a key more; partial {found.partial:.5f} us a row")
+    report.say(f"limit: {ceilings.describe()}; a key's first read {1e6 * 512 / ceilings.read:.6f} us")
+    for launch in found.launches:
+        for tile in launch.tiles:
+            report.say(
+                f"{launch.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, {tile.key:.4f} us a "
+                f"key from the cache, {tile.mixed:.4f} where only some rows see it"
+            )
+    report.say(f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, merge {found.merge:.2f} us")
     report.say(f"kept in {keep(found)}")
     report.keep(**asdict(found), read=ceilings.read, copy=ceilings.copy, matrix=ceilings.matrix)
     return report.finish(check=options.check, save=options.save)

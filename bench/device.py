@@ -95,7 +95,8 @@ class Timer:
 
     def _replay(self, graph: torch.cuda.CUDAGraph, calls: int = CALLS) -> np.ndarray:
         """Microseconds of a call, averaged over each replay."""
-        graph.replay()
+        for _ in range(3):
+            graph.replay()
         taken = []
         for _ in range(self.replays):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -16,19 +16,19 @@ _SHARED_BYTES = 208 * 1024
 """Of a multiprocessor's shared memory, for blocks of keys and values in flight."""
 
 
-def choose_launch(geometry: Geometry, widest_rows: int, device: torch.device) -> Launch:
-    """The launch for units of at most `widest_rows` rows: tiles of 16, of 16 and 64, or of 128 query heads' rows.
+def choose_launch(geometry: Geometry, tile_rows: int, device: torch.device) -> Launch:
+    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: tiles of 16, of 16 and 64, or of 128 query heads' rows.
 
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a launch
     with narrow tiles without spilling; 128 are for groups of more than 64 heads.
     """
-    narrow = widest_rows * geometry.group <= 16
+    narrow = max(tile_rows, geometry.group) <= 16
     block_keys = 32 if narrow or max(geometry.padded) > 128 else 64
     block_bytes = block_keys * sum(geometry.padded) * geometry.dtype.itemsize
     if geometry.dtype == torch.float32:
         tiles, warps, programs = (max(16, triton.next_power_of_2(geometry.group)), 0, 0), 4, 1
     elif narrow:
-        tiles, warps, programs = (16, 0, 0), 2, 4
+        tiles, warps, programs = (16, 0, 0), 2, 5
     elif geometry.group <= 64:
         tiles, warps, programs = (16, 64, 0), 4, 2
     else:
@@ -36,6 +36,7 @@ def choose_launch(geometry: Geometry, widest_rows: int, device: torch.device) ->
     return Launch(
         tiles=tiles,
         block_keys=block_keys,
+        gather_keys=min(block_keys, 32),
         num_warps=warps,
         num_stages=max(1, min(3, _SHARED_BYTES // programs // block_bytes)),
         programs=programs * _multiprocessors(device),
@@ -77,8 +78,7 @@ class _Prepared:
     """A plan on the device, for one shape of layers."""
 
     def __init__(self, plan: Plan, geometry: Geometry, device: torch.device) -> None:
-        widest = int((plan.unit_rows[:, 1] - plan.unit_rows[:, 0]).max(initial=1))
-        self.launch = choose_launch(geometry, widest, device)
+        self.launch = choose_launch(geometry, plan.tile_rows, device)
         self.work: Work = lay_out(
             plan, self.launch, group=geometry.group, kv_heads=geometry.kv_heads, bulk=geometry.bulk
         )
@@ -143,7 +143,7 @@ class Attention:
             scale, 0.0 if softcap is None else softcap, 0 if self._window is None else self._window,
             KV_HEADS=geometry.kv_heads, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
             V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=padded_dim, PADDED_V_DIM=padded_v_dim,
-            TILES=launch.tiles, BLOCK_KEYS=launch.block_keys,
+            TILES=launch.tiles, BLOCK_KEYS=launch.block_keys, GATHER_KEYS=launch.gather_keys,
             STAGES=launch.num_stages, BULK=geometry.bulk, WINDOW=self._window is not None,
             SOFTCAP=softcap is not None, SINKS=sinks is not None, num_warps=launch.num_warps,
         )  # fmt: skip

@@ -31,6 +31,8 @@ class Launch:
     tiles: tuple[int, int, int]
     """Query heads' rows in a tile of each class, ascending; 0 where the launch does without the class."""
     block_keys: int
+    gather_keys: int
+    """Keys in a block where they are gathered"""
     num_warps: int
     num_stages: int
     programs: int

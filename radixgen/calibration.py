@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from radixgen.core.settings import cache_dir
-from radixgen.kernels import Attention, backend
+from radixgen.kernels import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.cost import CostModel, TileCost
-from radixgen.scheduler.planner import Forest, plan
+from radixgen.scheduler.planner import Forest, PlanMode, plan
 
 _BYTES = 512
 """K and V of one key and head where the constants were measured: head_dim 128, 16 bit."""
@@ -21,38 +22,58 @@ _SHIPPED = Path(__file__).with_name("calibration.json")
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchCost:
+    """One way to launch the attention kernel: how many programs run at the same time, and what they take over a tile."""
+
+    programs: int
+    tiles: tuple[TileCost, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """Microseconds of one program, for one KV head of 128 + 128 dimensions in 16 bit."""
 
     device: str
-    programs: int
-    tiles: tuple[TileCost, ...]
+    launches: tuple[LaunchCost, ...]
     partial: float
+    """Of a query head's row, with one program running"""
     first_key: float
+    """Likewise, of a distinct key"""
+    merge: float
 
-    def cost_model(self, geometry: Geometry) -> CostModel:
-        """The costs of layers of this shape: those of keys and partials go with their bytes."""
+    def cost_models(self, geometry: Geometry) -> tuple[CostModel, ...]:
+        """The costs of layers of this shape, one model a launch: those of keys and partials go with their bytes."""
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
-        return CostModel(
-            tiles=tuple(replace(tile, key=tile.key * width) for tile in self.tiles),
-            partial=self.partial * geometry.v_head_dim / 128,
-            first_key=self.first_key * width,
-            group=geometry.group,
-            kv_heads=geometry.kv_heads,
-            programs=self.programs,
-            mix=True,
+        return tuple(
+            CostModel(
+                tiles=tuple(_scaled(tile, width) for tile in launch.tiles),
+                partial=self.partial * launch.programs * geometry.v_head_dim / 128,
+                first_key=self.first_key * launch.programs * width,
+                group=geometry.group,
+                kv_heads=geometry.kv_heads,
+                programs=launch.programs,
+                merge=self.merge,
+                mix=True,
+            )
+            for launch in self.launches
+            if launch.tiles[-1].rows >= geometry.group
         )
 
 
-def cost_model(device: torch.device, geometry: Geometry) -> CostModel:
+def _scaled(tile: TileCost, width: float) -> TileCost:
+    mixed = None if tile.mixed is None else tile.mixed * width
+    return TileCost(tile.rows, tile.unit, tile.key * width, mixed)
+
+
+def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ...]:
     """For layers of this shape on `device`: as calibrated there, else as shipped for a device of this name or, last, for
-    the H100. The default `CostModel` where no kernel of ours runs.
+    the first that is shipped. The default `CostModel` where no kernel of ours runs.
     """
     if device.type != "cuda" or not geometry.supported:
-        return CostModel()
+        return (CostModel(),)
     name = torch.cuda.get_device_name(device)
     known = {entry.device: entry for path in (_SHIPPED, _kept(name)) for entry in _read(path)}
-    return known.get(name, next(iter(known.values()))).cost_model(geometry)
+    return known.get(name, next(iter(known.values()))).cost_models(geometry) or (CostModel(),)
 
 
 def keep(calibration: Calibration) -> Path:
@@ -70,34 +91,33 @@ def _kept(name: str) -> Path:
 def _read(path: Path) -> list[Calibration]:
     if not path.is_file():
         return []
-    entries = json.loads(path.read_text())
-    return [Calibration(**entry | {"tiles": tuple(TileCost(**tile) for tile in entry["tiles"])}) for entry in entries]
+    return [
+        Calibration(**entry | {"launches": tuple(_launch(**launch) for launch in entry["launches"])})
+        for entry in json.loads(path.read_text())
+    ]
+
+
+def _launch(programs: int, tiles: list[dict[str, float]]) -> LaunchCost:
+    return LaunchCost(programs, tuple(TileCost(**tile) for tile in tiles))  # type: ignore[arg-type]
 
 
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
     """Measure `device`, in some seconds; `time_us` gives the median microseconds of a call, launches excluded."""
+    from radixgen.kernels.triton_backend import choose_launch
+
     measure = _Measure(device, time_us)
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = []
-    for rows in (16, 64):
-        per_tile = rows // _GROUP
-        many, keys = 16 * programs // _KV_HEADS, 64
-        short = measure.tiles(nodes=many, rows=per_tile, keys=keys, tile=rows)
-        shorter = measure.tiles(nodes=many // 2, rows=per_tile, keys=keys, tile=rows)
-        unit = (short - shorter) * programs / (many - many // 2) / _KV_HEADS
-        tall = 4 * programs // _KV_HEADS
-        long = measure.tiles(nodes=1, rows=per_tile * tall, keys=8192, tile=rows)
-        half = measure.tiles(nodes=1, rows=per_tile * tall, keys=4096, tile=rows)
-        key = (long - half) * programs / 4096 / tall / _KV_HEADS
-        tiles.append(TileCost(rows, max(unit - keys * key, 0.0), key))
     apart = measure.tiles(nodes=64, rows=1, keys=4096, tile=16)
-    first_key = max(apart * programs / (64 * 4096 * _KV_HEADS) - tiles[0].key, 0.0)
+    launches = []
+    for classes in ((16,), (16, 64)):
+        launch = choose_launch(Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16), classes[-1], device)
+        tiles = tuple(measure.tile(rows, classes, launch.programs) for rows in classes)
+        launches.append(LaunchCost(launch.programs, tiles))
     return Calibration(
         device=torch.cuda.get_device_name(device),
-        programs=programs,
-        tiles=tuple(tiles),
-        partial=measure.partials(programs),
-        first_key=first_key,
+        launches=tuple(launches),
+        partial=measure.partial(),
+        first_key=apart / (64 * 4096 * _KV_HEADS),
+        merge=measure.merge(),
     )
 
 
@@ -108,28 +128,75 @@ class _Measure:
         self.device = device
         self.time_us = time_us
 
-    def tiles(self, *, nodes: int, rows: int, keys: int, tile: int) -> float:
+    def tile(self, rows: int, classes: tuple[int, ...], programs: int) -> TileCost:
+        """Cost of a unit and of a key of both kinds, in tiles of `rows` rows, in the launch that has `classes`.
+
+        Each is the slope between two sizes that keep all programs busy and fit the cache.
+        """
+        per_tile = rows // _GROUP
+        many = 16 * programs // _KV_HEADS
+        short = {n: self.tiles(nodes=n, rows=per_tile, keys=16, tile=rows, classes=classes) for n in (many // 2, many)}
+        unit = (short[many] - short[many // 2]) * programs / (many - many // 2) / _KV_HEADS
+        tall = 4 * programs // _KV_HEADS
+        long = {n: self.tiles(1, per_tile * tall, n, tile=rows, classes=classes) for n in (4096, 8192)}
+        key = (long[8192] - long[4096]) * programs / 4096 / tall / _KV_HEADS
+        units = programs // _KV_HEADS
+        leaves = {n: self.mixed(units * per_tile, n // per_tile, tile=rows, classes=classes) for n in (128, 256)}
+        mixed = (leaves[256] - leaves[128]) * programs / units / _KV_HEADS / 128
+        return TileCost(rows, max(unit - 16 * max(key, mixed), 0.0), key, max(mixed, key))
+
+    def tiles(self, nodes: int, rows: int, keys: int, tile: int, classes: tuple[int, ...] = (16,)) -> float:
         """Nodes of `keys` keys, side by side, with `rows` rows in each, in tiles of one class."""
-        return self._time(np.full(nodes, -1), np.full(nodes, keys), np.repeat(np.arange(nodes), rows), tile, "unshared")
+        parents, lengths = np.full(nodes, -1), np.full(nodes, keys)
+        return self._time(parents, lengths, np.repeat(np.arange(nodes), rows), tile, "unshared", classes)
 
-    def partials(self, programs: int) -> float:
-        """What one row of one partial adds: the same keys in one node, and in a chain of nine that are all units."""
+    def mixed(self, leaves: int, keys: int, tile: int, classes: tuple[int, ...]) -> float:
+        """Leaves of `keys` keys with a row each, as many in a tile as it holds."""
+        return self._time(np.full(leaves, -1), np.full(leaves, keys), np.arange(leaves), tile, "auto", classes)
+
+    def partial(self) -> float:
+        """What one query head's row of one partial adds: the same keys in one node, and in a chain of nine units."""
         rows = 1024
-        parents, leaves = np.arange(-1, 8), np.full(rows, 8)
-        chain = self._time(parents, np.full(9, 64), leaves, 64, "naive")
-        whole = self._time(parents, np.full(9, 64), leaves, 64, "unshared")
-        return max(chain - whole, 0.0) * programs / (rows * _GROUP * _KV_HEADS * 8)
+        taken = []
+        for depth in (2, 9):
+            # A row at each node, because a chain without rows counts as one node.
+            standing = np.concatenate([np.arange(depth - 1), np.full(rows, depth - 1)])
+            parents, keys = np.arange(-1, depth - 1), np.full(depth, 64)
+            apart = self._time(parents, keys, standing, 64, "naive", (16, 64))
+            taken.append(apart - self._time(parents, keys, standing, 64, "unshared", (16, 64)))
+        return max(taken[1] - taken[0], 0.0) / (rows * _GROUP * _KV_HEADS * 7)
 
-    def _time(self, parents: np.ndarray, lengths: np.ndarray, rows: np.ndarray, tile: int, mode: str) -> float:
+    def merge(self) -> float:
+        """What the launch that merges adds: two short nodes as two units, and as one."""
+        parents, rows, keys = np.array([-1, 0]), np.array([0, 1]), np.full(2, 64)
+        return max(self._time(parents, keys, rows, 16, "naive") - self._time(parents, keys, rows, 16, "unshared"), 0.0)
+
+    def _time(
+        self,
+        parents: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        tile: int,
+        mode: PlanMode,
+        classes: tuple[int, ...] = (16,),
+    ) -> float:
         starts = np.zeros_like(lengths)
         for node, parent in enumerate(parents.tolist()):
             if parent >= 0:
                 starts[node] = starts[parent] + lengths[parent]
         ends = np.cumsum(lengths)
-        forest = Forest(parents, starts, lengths, np.arange(parents.size + 1), ends - lengths, lengths)
-        cost = CostModel(tiles=(TileCost(tile, 1.0, 1.0),), group=_GROUP)
-        made = plan(forest, rows, (starts + lengths - 1)[rows], mode=mode, cost=cost)  # type: ignore[arg-type]
-        attention: Attention = backend("triton", self.device).attention(made, None, self.device)
+        above, positions, keys = _narrow(parents, starts, lengths)
+        forest = Forest(above, positions, keys, np.arange(parents.size + 1), ends - lengths, keys)
+        # A unit so dear that as few as possible are made, and other classes dearer still.
+        tiles = tuple(TileCost(most, 1e6 if most == tile else 1e12, 1e-6) for most in classes)
+        cost = CostModel(tiles=tiles, partial=1e9, group=_GROUP, mix=mode == "auto")
+        nodes, last = _narrow(rows, (starts + lengths - 1)[rows])
+        made = plan(forest, nodes, last, mode=mode, cost=cost)
+        attention = backend("triton", self.device).attention(made, None, self.device)
         q = torch.randn(rows.size, _KV_HEADS * _GROUP, 128, device=self.device, dtype=torch.bfloat16)
         k, v = torch.randn(2, int(ends[-1]), _KV_HEADS, 128, device=self.device, dtype=torch.bfloat16)
         return self.time_us(lambda: attention(q, k, v, 128**-0.5))
+
+
+def _narrow(*arrays: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+    return [array.astype(np.int32) for array in arrays]

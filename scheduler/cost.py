@@ -14,6 +14,9 @@ class TileCost:
     """Rows of the tree times the query heads that share a KV head."""
     unit: float
     key: float
+    """That all rows of the tile see"""
+    mixed: float | None = None
+    """A key that only some rows of the tile see; as much as `key` by default"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +25,11 @@ class CostModel:
 
     A plan costs, for each KV head, the sum of
 
-    - `tile.unit + keys * tile.key` over its units, of the cheapest class that holds the unit's rows;
+    - `tile.unit + keys * tile.key` over its units, of the cheapest class that holds the unit's rows, and `tile.mixed`
+      for keys that only some of these rows see;
     - `partial` for each query head's row of each partial result: a row covered by one unit has none, one covered by
       `k > 1` has `k`;
-    - `first_key` for each distinct key: the same for every plan, and so of no weight in any choice.
+    and takes `merge` longer where there are partials at all. It takes no less than `first_key` for each distinct key.
 
     The default suits PyTorch on a CPU at head_dim 64, in keys read: a unit costs an operator's dispatch, a partial its
     write, read and merge.
@@ -39,23 +43,31 @@ class CostModel:
     """Query heads that share a KV head."""
     kv_heads: int = 1
     programs: int = 1
+    merge: float = 0.0
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
-    def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Rows of the tree, cost of a unit and of a key, of each class that holds a row at all."""
+    def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rows of the tree `[classes]`, and cost of a unit, a key and a mixed key `[3, classes]`, of each class that
+        holds a row at all.
+        """
         usable = [tile for tile in self.tiles if tile.rows >= self.group]
         if not usable:
             raise ValueError(f"no tile of {self.tiles} holds a group of {self.group} heads")
         return (
             np.array([tile.rows // self.group for tile in usable], np.int64),
-            np.array([tile.unit for tile in usable], np.float64),
-            np.array([tile.key for tile in usable], np.float64),
+            np.array([(t.unit, t.key, t.key if t.mixed is None else t.mixed) for t in usable], np.float64).T.copy(),
         )
 
-    def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What units of so many rows and keys cost, each in the cheapest class that holds it; inf where none does."""
+    def unit_costs(
+        self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys, and
+        how many of the keys are mixed.
+        """
         costs = np.full(rows.size, np.inf)
-        for tile_rows, unit, key in zip(*self.columns(), strict=True):
-            costs = np.where(rows <= tile_rows, np.minimum(costs, unit + keys * key), costs)
+        tile_rows, prices = self.columns()
+        for most, (unit, key, mixed_key) in zip(tile_rows, prices.T, strict=True):
+            cost = unit + (keys - mixed) * key + mixed * mixed_key
+            costs = np.where(rows <= most, np.minimum(costs, cost), costs)
         return costs

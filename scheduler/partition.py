@@ -104,22 +104,22 @@ def order_rows(row_nodes: Ints, row_positions: Ints, home: Ints, place: Ints, wa
 
 
 @compiled
-def tile_cost(rows: int, keys: int, tile_rows: Ints, tile_unit: Floats, tile_key: Floats) -> tuple[float, int]:
+def tile_cost(rows: int, keys: int, tile_rows: Ints, prices: Floats) -> tuple[float, int]:
     """The cheapest way to tile `rows` rows against `keys` keys: its cost, and the rows of a full tile."""
     least, chosen = np.inf, 0
     for kind in range(tile_rows.size):
         if rows <= tile_rows[kind]:
-            cost = tile_unit[kind] + keys * tile_key[kind]
+            cost = prices[0, kind] + keys * prices[1, kind]
             if cost < least:
                 least, chosen = cost, tile_rows[kind]
             continue
         full, rest = rows // tile_rows[kind], rows % tile_rows[kind]
-        cost = full * (tile_unit[kind] + keys * tile_key[kind])
+        cost = full * (prices[0, kind] + keys * prices[1, kind])
         if rest:
             least_rest = np.inf
             for other in range(tile_rows.size):
                 if tile_rows[other] >= rest:
-                    least_rest = min(least_rest, tile_unit[other] + keys * tile_key[other])
+                    least_rest = min(least_rest, prices[0, other] + keys * prices[1, other])
             cost += least_rest
         if cost < least:
             least, chosen = cost, tile_rows[kind]
@@ -133,8 +133,7 @@ def partition(
     may_cut: Ints,
     mix: bool,
     tile_rows: Ints,
-    tile_unit: Floats,
-    tile_key: Floats,
+    prices: Floats,
     partial: float,
     most_pending: int,
 ) -> tuple[Floats, Ints, Ints]:
@@ -168,7 +167,7 @@ def partition(
             pending, above = lengths[node], parent
             for j in range(min(depth, most_pending) + 1):
                 price = 0.0 if j == depth else partial
-                best[node, j] = tile_cost(own, pending, tile_rows, tile_unit, tile_key)[0] + own * price
+                best[node, j] = tile_cost(own, pending, tile_rows, prices)[0] + own * price
                 cuts[node, j] = j == most_pending
                 pending += lengths[above]
                 above = walk[above, 0]
@@ -181,7 +180,7 @@ def partition(
                 above = walk[above, 0]
             price = 0.0 if j == depth + 1 else partial
             folded[j] = _sequence(
-                node, j, pending, price, walk, tokens, best, runs, mix, tile_rows, tile_unit, tile_key, alone, ends, rows,
+                node, j, pending, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
                 below_keys, least, queue, marks,
             )  # fmt: skip
         pending = 0
@@ -195,7 +194,7 @@ def partition(
             cut = np.inf
             if keys > 0 and (may_cut[node] or j == most_pending):
                 pieces = below - own if j == depth else below
-                cut = tile_cost(below, keys, tile_rows, tile_unit, tile_key)[0] + pieces * partial + folded[0]
+                cut = tile_cost(below, keys, tile_rows, prices)[0] + pieces * partial + folded[0]
             elif fold == np.inf:
                 fold = folded[min(j + 1, most_pending)]
             cuts[node, j] = 1 if cut < fold else 0
@@ -215,8 +214,7 @@ def _sequence(
     runs: Ints,
     mix: bool,
     tile_rows: Ints,
-    tile_unit: Floats,
-    tile_key: Floats,
+    prices: Floats,
     alone: Floats,
     ends: Ints,
     rows: Ints,
@@ -231,7 +229,7 @@ def _sequence(
     count = 0
     rows[0] = keys[0] = 0
     if j and walk[node, 4]:
-        cost = tile_cost(walk[node, 4], pending, tile_rows, tile_unit, tile_key)[0]
+        cost = tile_cost(walk[node, 4], pending, tile_rows, prices)[0]
         alone[0], ends[0] = cost + walk[node, 4] * price, node + 1
         rows[1], keys[1] = walk[node, 4], 0
         count = 1
@@ -249,10 +247,10 @@ def _sequence(
         low, end = alone[i] + least[i + 1], -1
         for kind in range(kinds):
             head, tail = marks[0, kind], marks[1, kind]
-            value = tile_key[kind] * keys[i + 1] + price * rows[i + 1] + least[i + 1]
+            value = prices[2, kind] * keys[i + 1] + price * rows[i + 1] + least[i + 1]
             while tail > head:
                 last = queue[kind, tail - 1]
-                if tile_key[kind] * keys[last] + price * rows[last] + least[last] <= value:
+                if prices[2, kind] * keys[last] + price * rows[last] + least[last] <= value:
                     break
                 tail -= 1
             queue[kind, tail] = i + 1
@@ -263,7 +261,7 @@ def _sequence(
             if head == tail:
                 continue
             stop = queue[kind, head]
-            cost = tile_unit[kind] + tile_key[kind] * (pending + keys[stop] - keys[i])
+            cost = prices[0, kind] + prices[1, kind] * pending + prices[2, kind] * (keys[stop] - keys[i])
             cost += price * (rows[stop] - rows[i]) + least[stop]
             if cost < low or (cost == low and end < 0):
                 low, end = cost, ends[stop - 1]
@@ -273,25 +271,25 @@ def _sequence(
             runs[node, j, 1] = end
         else:
             runs[first, j, 0] = end
-    return least[0]
+    total: float = least[0]
+    return total
 
 
 @compiled
-def collect(
-    walk: Ints, lengths: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, tile_unit: Floats, tile_key: Floats
-) -> tuple[Ints, Ints]:
-    """The units of the partition, in order of rows, ancestors first: `[units, 8]`. A `cuts` of one column holds
+def collect(walk: Ints, lengths: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, prices: Floats) -> tuple[Ints, Ints]:
+    """The units of the partition, in order of rows, ancestors first: `[units, 9]`. A `cuts` of one column holds
     however many nodes are pending.
 
     First row and the row behind the last; the lowest pending node and how many are pending; the first node of the
-    unit's own and the one behind the last; its rank, ascending on every row's path; its keys. And, `[n, 2]` for each
+    unit's own and the one behind the last; its rank, ascending on every row's path; its keys, and how many of them only
+    some of its rows see. And, `[n, 2]` for each
     node, what became of it (FOLDED, CUT or MIXED) and how many units read it.
     """
     fates = np.zeros((walk.shape[0], 2), np.int64)
     count, columns = walk.shape[0], cuts.shape[1]
     most_pending = columns - 1 if columns > 1 else count
     pending = np.full(count, -1, np.int64)
-    units = np.empty((count + 64, 8), np.int64)
+    units = np.empty((count + 64, 9), np.int64)
     made = 0
     node = 0
     while node < count:
@@ -306,15 +304,17 @@ def collect(
         if cuts[node, min(j, columns - 1)]:
             keys = lengths[node] + _keys_above(walk[node, 0], j, walk, lengths)
             fates[node, 0] = CUT
-            tile = tile_cost(walk[node, 3], keys, tile_rows, tile_unit, tile_key)[1]
-            units, made = _add(units, made, first, walk[node, 3], tile, walk[node, 0], j, node, node + 1, depth, keys)
+            tile = tile_cost(walk[node, 3], keys, tile_rows, prices)[1]
+            units, made = _add(
+                units, made, first, walk[node, 3], tile, walk[node, 0], j, node, node + 1, depth, keys, 0
+            )
         else:
             below = min(j + 1, most_pending)
             stop = runs[node, min(below, columns - 1), 1]
             keys = _keys_above(node, below, walk, lengths)
             if own and stop < 0:
-                tile = tile_cost(own, keys, tile_rows, tile_unit, tile_key)[1]
-                units, made = _add(units, made, first, own, tile, node, below, child, child, depth + 1, keys)
+                tile = tile_cost(own, keys, tile_rows, prices)[1]
+                units, made = _add(units, made, first, own, tile, node, below, child, child, depth + 1, keys, 0)
             elif own:
                 units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, keys, walk, lengths)
                 child = stop
@@ -359,18 +359,18 @@ def _keys_above(node: int, count: int, walk: Ints, lengths: Ints) -> int:
 @compiled
 def _add(
     units: Ints, made: int, first: int, rows: int, tile: int, above: int, j: int, node: int, end: int, rank: int,
-    keys: int,
+    keys: int, mixed: int,
 ) -> tuple[Ints, int]:  # fmt: skip
     """Units of `rows` rows in tiles of at most `tile`."""
     stop = first + rows
     while first < stop:
         if made == len(units):
-            grown = np.empty((2 * made, 8), np.int64)
+            grown = np.empty((2 * made, 9), np.int64)
             grown[:made] = units
             units = grown
         units[made, 0], units[made, 1] = first, min(first + tile, stop)
         units[made, 2], units[made, 3], units[made, 4], units[made, 5] = above, j, node, end
-        units[made, 6], units[made, 7] = rank, keys
+        units[made, 6], units[made, 7], units[made, 8] = rank, keys, mixed
         made += 1
         first += tile
     return units, made
@@ -389,9 +389,10 @@ def _add_run(
         last += walk[last, 2]
     if last == node:
         stop = first + walk[above, 4]
+    mixed = 0
     for inner in range(node, end):
-        keys += lengths[inner]
-    return _add(units, made, first, stop - first, stop - first, above, j, node, end, rank, keys)
+        mixed += lengths[inner]
+    return _add(units, made, first, stop - first, stop - first, above, j, node, end, rank, keys + mixed, mixed)
 
 
 @compiled
@@ -401,9 +402,9 @@ def fill_segments(
 ) -> tuple[int, int]:  # fmt: skip
     """The segments of every unit, root first, and the units anew, those with a limit split along their keys.
 
-    units `[units, 8]` as `collect` gives them; limits `[units]`: keys of one piece at most, 0 for no limit; positions
-    `[rows]`, in the walk's order. Fills `unit_table [pieces, 7]`: first row, row behind the last, first segment and the
-    one behind the last, rank, piece, keys; and `segment_table [segments, 7]`: first slot, keys, first position, rows that
+    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, 0 for no limit; positions
+    `[rows]`, in the walk's order. Fills `unit_table [pieces, 8]`: first row, row behind the last, first segment and the
+    one behind the last, rank, piece, keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, rows that
     see it (from, to), whether it grows, room. Returns how many units and segments there are; empty tables are only
     counted.
     """
@@ -421,7 +422,7 @@ def fill_segments(
         first_row, stop_row = units[unit, 0], units[unit, 1]
         highest = positions[first_row:stop_row].max()
         limit = limits[unit] if limits[unit] else np.iinfo(np.int64).max
-        left, piece, begun, keys = limit, 0, num_segments, 0
+        left, piece, begun, keys, mixed = limit, 0, num_segments, 0, 0
         pending = units[unit, 3]
         at = units[unit, 2]
         for member in range(pending - 1, -1, -1):
@@ -450,8 +451,9 @@ def fill_segments(
                     while length > 0:
                         if left == 0:
                             if write:
-                                _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys)
-                            num_units, piece, begun, keys, left = num_units + 1, piece + 1, num_segments, 0, limit
+                                _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys, mixed)
+                            num_units, piece, begun, left = num_units + 1, piece + 1, num_segments, limit
+                            keys = mixed = 0
                         part = min(length, left)
                         if write:
                             row = segment_table[num_segments]
@@ -460,14 +462,17 @@ def fill_segments(
                         num_segments += 1
                         slot, position, keys = slot + part, position + part, keys + part
                         length, left = length - part, left - part
+                        mixed += part if member >= pending and units[unit, 8] else 0
         if write:
-            _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys)
+            _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys, mixed)
         num_units += 1
     return num_units, num_segments
 
 
 @compiled
-def _close(table: Ints, made: int, units: Ints, unit: int, begun: int, segments: int, piece: int, keys: int) -> None:
+def _close(
+    table: Ints, made: int, units: Ints, unit: int, begun: int, segments: int, piece: int, keys: int, mixed: int
+) -> None:
     row = table[made]
     row[0], row[1], row[2], row[3] = units[unit, 0], units[unit, 1], begun, segments
-    row[4], row[5], row[6] = units[unit, 6], piece, keys
+    row[4], row[5], row[6], row[7] = units[unit, 6], piece, keys, mixed

@@ -3,15 +3,16 @@
 The loops over nodes are compiled (`radixgen.scheduler.partition`); around them is array work.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from radixgen.cache import RadixTree
 from radixgen.core import NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
-from radixgen.scheduler.balance import piece_limits
+from radixgen.scheduler.balance import Balance, balance
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.partition import MAX_STATES, collect, fill_segments, partition, preorder
 
@@ -19,6 +20,10 @@ __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost
 
 PlanMode = Literal["auto", "unshared", "prefix", "naive"]
 PLAN_MODES: tuple[PlanMode, ...] = ("auto", "unshared", "prefix", "naive")
+
+
+_SETTLED = 1.05
+"""Times the work shared out evenly: a plan that takes no longer can't be beaten by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,89 +52,151 @@ def plan(
     row_positions: Int32Array,
     *,
     mode: PlanMode = "auto",
-    cost: CostModel | None = None,
+    cost: CostModel | Sequence[CostModel] | None = None,
 ) -> Plan:
     """The plan of one step.
 
     `row_nodes` `[rows]` names each row's node in `forest`; `row_positions` `[rows]` its position inside that
-    node's range. Nodes below which no row stands are left out. `mode="auto"` is the cheapest that `cost` knows;
-    `"unshared"` gives every node's own rows one unit with their whole path (no read is shared); `"prefix"` shares only
-    what all rows of a root have in common; `"naive"` makes every node that has keys, and rows below it, a unit of its
-    own.
+    node's range. Nodes below which no row stands are left out. `mode="auto"` is the cheapest that `cost` knows (of
+    several cost models, one for each way to launch, the one under which it is cheapest); `"unshared"` gives every node's
+    own rows one unit with their whole path (no read is shared); `"prefix"` shares only what all rows of a root have in
+    common; `"naive"` makes every node that has keys, and rows below it, a unit of its own.
     """
-    cost = cost or CostModel()
-    size = forest.parents.size + 1
-    # One root above all: rows of several trees are siblings like any others.
-    parents = np.empty(size, np.int64)
-    parents[0], parents[1:] = -1, forest.parents + 1
-    lengths = np.zeros(size, np.int64)
-    lengths[1:] = forest.lengths
-    starts = np.zeros(size, np.int64)
-    starts[1:] = forest.starts
-    offsets = np.zeros(size + 1, np.int64)
-    offsets[1:] = forest.extent_offsets
-    rooms = np.zeros(size, np.int64)
-    if forest.rooms is not None:
-        rooms[1:] = forest.rooms
-    row_positions = row_positions.astype(np.int64)
-    lowest, walk, keys, order = preorder(parents, row_nodes.astype(np.int64) + 1, row_positions, lengths)
-    positions = row_positions[order]
-    tiles, price = cost.columns(), cost.partial * cost.group
-    units, fates = collect(walk, keys, *_choose(walk, keys, mode, cost), *tiles)
-    limits = piece_limits(units[:, 1] - units[:, 0], units[:, 7], cost)
-    layout = (
-        units, limits, walk, lowest, parents, starts, lengths, offsets, forest.extent_starts,
-        forest.extent_lengths.astype(np.int64), rooms, positions,
-    )  # fmt: skip
-    nothing = np.empty((0, 7), np.int64)
+    costs = [cost or CostModel()] if cost is None or isinstance(cost, CostModel) else list(cost)
+    paths = _Paths.of(forest, row_nodes, row_positions)
+    choices = [_choose(paths, mode, one) for one in costs]
+    best = min(choices, key=lambda choice: choice.balance.time)
+    return _fill(paths, best)
+
+
+class _Paths(NamedTuple):
+    """The rows' paths: the forest under one root above all, so that rows of several trees are siblings like any others,
+    and its depth-first walk (`radixgen.scheduler.partition.preorder`).
+    """
+
+    parents: Int64Array
+    starts: Int64Array
+    lengths: Int64Array
+    extent_offsets: Int64Array
+    extent_starts: Int64Array
+    extent_lengths: Int64Array
+    rooms: Int64Array
+    lowest: Int64Array
+    walk: Int64Array
+    keys: Int64Array
+    order: Int64Array
+    positions: Int64Array
+
+    @classmethod
+    def of(cls, forest: Forest, row_nodes: Int32Array, row_positions: Int32Array) -> "_Paths":
+        size = forest.parents.size + 1
+        parents, starts, lengths, rooms = np.zeros((4, size), np.int64)
+        offsets = np.zeros(size + 1, np.int64)
+        parents[0], parents[1:] = -1, forest.parents + 1
+        starts[1:], lengths[1:], offsets[1:] = forest.starts, forest.lengths, forest.extent_offsets
+        if forest.rooms is not None:
+            rooms[1:] = forest.rooms
+        wide = row_positions.astype(np.int64)
+        lowest, walk, keys, order = preorder(parents, row_nodes.astype(np.int64) + 1, wide, lengths)
+        return cls(
+            parents, starts, lengths, offsets, forest.extent_starts.astype(np.int64),
+            forest.extent_lengths.astype(np.int64), rooms, lowest, walk, keys, order, wide[order],
+        )  # fmt: skip
+
+
+class _Choice(NamedTuple):
+    """One way to part the paths into units."""
+
+    cost: CostModel
+    units: Int64Array
+    fates: Int64Array
+    balance: Balance
+
+
+def _choose(paths: _Paths, mode: PlanMode, cost: CostModel) -> _Choice:
+    """The least cost, found for all of a plan's units together, need not be the shortest time: that depends on how they
+    spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
+    """
+    if mode != "auto":
+        return _weigh(paths, cost, *_forced(paths, mode))
+    best = _weigh(paths, cost, *_cheapest(paths, cost, may_cut=True))
+    work = float(cost.unit_costs(*_sizes(best.units)).sum()) * cost.kv_heads / cost.programs
+    if cost.programs == 1 or best.balance.time <= _SETTLED * work:
+        return best
+    others = [_weigh(paths, cost, *_cheapest(paths, cost, may_cut=False))]
+    others += [_weigh(paths, cost, *_forced(paths, other)) for other in PLAN_MODES[1:]]
+    return min([best, *others], key=lambda choice: choice.balance.time)
+
+
+def _sizes(units: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Rows, keys and mixed keys of `units`."""
+    return units[:, 1] - units[:, 0], units[:, 7], units[:, 8]
+
+
+def _weigh(paths: _Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array) -> _Choice:
+    units, fates = collect(paths.walk, paths.keys, cuts, runs, *cost.columns())
+    return _Choice(cost, units, fates, balance(units, paths.order.size, int(paths.keys.sum()), cost))
+
+
+def _cheapest(paths: _Paths, cost: CostModel, *, may_cut: bool) -> tuple[Int64Array, Int64Array]:
+    """Which nodes are cut and where runs end, as `collect` takes them."""
+    walk = paths.walk
+    most_pending = int(min(walk[:, 1].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
+    allowed = np.full(len(walk), int(may_cut), np.int64)
+    price = cost.partial * cost.group
+    _, cuts, runs = partition(walk, paths.keys, allowed, cost.mix, *cost.columns(), price, most_pending)
+    return cuts, runs
+
+
+def _forced(paths: _Paths, mode: PlanMode) -> tuple[Int64Array, Int64Array]:
+    walk, keys = paths.walk, paths.keys
+    cut = np.zeros((len(walk), 1), np.int64)
+    branching = (keys > 0) & (walk[:, 3] > walk[:, 4])
+    if mode == "naive":
+        cut[:, 0] = branching
+    elif mode == "prefix":
+        cut[:, 0] = branching & (walk[:, 1] == 1)
+    return cut, np.full((len(walk), 1, 2), -1, np.int64)
+
+
+def _fill(paths: _Paths, choice: _Choice) -> Plan:
+    """The plan's arrays."""
+    cost, walk, positions = choice.cost, paths.walk, paths.positions
+    layout = (choice.units, choice.balance.limits, walk, paths.lowest, *paths[:7], positions)
+    nothing = np.empty((0, 8), np.int64)
     num_units, num_segments = fill_segments(*layout, nothing, nothing)
-    table, segments = np.empty((num_units, 7), np.int64), np.empty((num_segments, 7), np.int64)
+    table, segments = np.empty((num_units, 8), np.int64), np.empty((num_segments, 7), np.int64)
     fill_segments(*layout, table, segments)
     begun = np.bincount(table[:, 0], minlength=positions.size + 1)
     ended = np.bincount(table[:, 1], minlength=positions.size + 1)
     extra = np.cumsum(begun - ended)[:-1] - 1
-    unit_cost = cost.unit_costs(table[:, 1] - table[:, 0], table[:, 6])
-    unit_cost += np.where(reduce_ranges(np.maximum, extra, table[:, :2]) > 0, price, 0.0) * (table[:, 1] - table[:, 0])
+    rows = table[:, 1] - table[:, 0]
+    partials = np.where(reduce_ranges(np.maximum, extra, table[:, :2]) > 0, rows, 0)
     return Plan(
         row_positions=positions.astype(np.int32),
-        row_order=order,
+        row_order=paths.order,
         row_extra=extra.astype(np.int32),
         unit_rows=table[:, :2].astype(np.int32),
         unit_segments=table[:, 2:4].astype(np.int32),
         unit_rank=(table[:, 4] * (table[:, 5].max(initial=0) + 1) + table[:, 5]).astype(np.int32),
-        unit_cost=unit_cost,
-        segment_starts=np.ascontiguousarray(segments[:, 0]),
+        unit_cost=cost.unit_costs(rows, table[:, 6], table[:, 7]) + cost.partial * cost.group * partials,
+        tile_rows=cost.tiles[-1].rows,
+        predicted=choice.balance.time,
+        segment_starts=segments[:, 0].copy(),
         segment_lengths=segments[:, 1].astype(np.int32),
         segment_positions=segments[:, 2].astype(np.int32),
         segment_rows=segments[:, 3:5].astype(np.int32),
         segment_room=segments[:, 6].astype(np.int32),
         growing=np.flatnonzero(segments[:, 5]),
-        path_rows=_path_rows(walk, int(tiles[0].max())),
+        path_rows=_path_rows(walk, int(cost.columns()[0].max())),
         nodes=NodeSummary(
             depths=(walk[1:, 1] - 1).astype(np.int32),
-            lengths=keys[1:].astype(np.int32),
+            lengths=paths.keys[1:].astype(np.int32),
             rows=walk[1:, 3].astype(np.int32),
-            fates=fates[1:, 0].astype(np.int8),
-            readers=fates[1:, 1].astype(np.int32),
+            fates=choice.fates[1:, 0].astype(np.int8),
+            readers=choice.fates[1:, 1].astype(np.int32),
         ),
     )
-
-
-def _choose(walk: Int64Array, keys: Int64Array, mode: PlanMode, cost: CostModel) -> tuple[Int64Array, Int64Array]:
-    """Which nodes are cut and where runs end, as `collect` takes them."""
-    if mode == "auto":
-        most_pending = int(min(walk[:, 1].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
-        may_cut = np.ones(len(walk), np.int64)
-        _, cuts, runs = partition(
-            walk, keys, may_cut, cost.mix, *cost.columns(), cost.partial * cost.group, most_pending
-        )
-        return cuts, runs
-    cut = np.zeros((len(walk), 1), np.int64)
-    if mode == "naive":
-        cut[:, 0] = (keys > 0) & (walk[:, 3] > walk[:, 4])
-    elif mode == "prefix":
-        cut[:, 0] = (keys > 0) & (walk[:, 3] > walk[:, 4]) & (walk[:, 1] == 1)
-    return cut, np.full((len(walk), 1, 2), -1, np.int64)
 
 
 def _path_rows(walk: Int64Array, tile_rows: int) -> Int32Array:
@@ -144,7 +211,9 @@ def _path_rows(walk: Int64Array, tile_rows: int) -> Int32Array:
 class Planner:
     """Plans the steps of one tree, and carries a plan over where only lengths grew."""
 
-    def __init__(self, tree: RadixTree, *, mode: PlanMode = "auto", cost: CostModel | None = None) -> None:
+    def __init__(
+        self, tree: RadixTree, *, mode: PlanMode = "auto", cost: CostModel | Sequence[CostModel] | None = None
+    ) -> None:
         self.tree = tree
         self.mode = mode
         self.cost = cost or CostModel()

@@ -4,19 +4,21 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from bench import trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import trees
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import Plan
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan
+from radixgen.scheduler.partition import partition
+from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, _Paths, plan
 
 COSTS = [
     CostModel(),
     CostModel(tiles=(TileCost(3, 1.0, 1.0),), partial=0.1),
     CostModel(tiles=(TileCost(1, 9.0, 1.0),)),
     CostModel(tiles=(TileCost(2, 3.0, 1.0), TileCost(5, 4.0, 1.5)), partial=0.5, mix=True),
+    CostModel(tiles=(TileCost(2, 3.0, 1.0, 1.3), TileCost(8, 4.0, 1.1, 2.0)), partial=0.3, mix=True),
     CostModel(tiles=(TileCost(16, 3.0, 1.0), TileCost(64, 4.0, 1.3)), partial=0.2, group=3, kv_heads=2, mix=True),
     CostModel(tiles=(TileCost(4, 0.5, 1.0), TileCost(9, 0.7, 1.1)), partial=0.1, programs=7, mix=True),
 ]
@@ -149,7 +151,7 @@ def test_advance_is_the_plan_of_one_token_later(case, data, mode, cost) -> None:
         and carried.segment_rows.tolist() == fresh.segment_rows.tolist()
     ):
         for one in fields(Plan):
-            if one.name not in ("nodes", "unit_cost", "window", "rebuilt", "_windowed"):
+            if one.name not in ("nodes", "unit_cost", "tile_rows", "predicted", "window", "rebuilt", "_windowed"):
                 found, expected = getattr(carried, one.name), getattr(fresh, one.name)
                 assert found.dtype == expected.dtype and np.array_equal(found, expected), one.name
 
@@ -160,7 +162,10 @@ def modelled_cost(found: Plan, cost: CostModel) -> float:
     owners = np.repeat(np.arange(found.num_units), counts)
     keys = np.bincount(owners, weights=found.segment_lengths, minlength=found.num_units)
     partials = (found.row_extra + 1)[found.row_extra > 0].sum()
-    units = cost.unit_costs(np.diff(found.unit_rows, axis=1)[:, 0], keys)
+    rows = np.diff(found.unit_rows, axis=1)[:, 0]
+    seen_by_all = np.diff(found.segment_rows, axis=1)[:, 0] == np.repeat(rows, counts)
+    mixed = np.bincount(owners, weights=np.where(seen_by_all, 0, found.segment_lengths), minlength=found.num_units)
+    units = cost.unit_costs(rows, keys, mixed)
     return float(units.sum() + cost.partial * cost.group * partials)
 
 
@@ -168,6 +173,14 @@ def least_cost(parents: list[int], lengths: list[int], own: list[int], cost: Cos
     """The least over every plan: each node cut or folded, each row of siblings parted into runs in every way."""
     children = [[c for c, p in enumerate(parents) if p == node and below(c, parents, own)] for node in range(len(own))]
     price = cost.partial * cost.group
+
+    def end_of_chain(node: int) -> int:
+        """Siblings come in the order of these: nodes without rows of their own and with one child count as one."""
+        heirs = children[node]
+        return end_of_chain(heirs[0]) if not own[node] and len(heirs) == 1 else node
+
+    for heirs in children:
+        heirs.sort(key=end_of_chain)
 
     def unit(rows: int, keys: int) -> float:
         best = np.inf
@@ -190,7 +203,8 @@ def least_cost(parents: list[int], lengths: list[int], own: list[int], cost: Cos
             rows = sum(item[1] for item in items[:end])
             if rows * cost.group <= max(tile.rows for tile in cost.tiles):
                 mixed = [t for t in cost.tiles if t.rows // cost.group >= rows]
-                run = min(t.unit + t.key * (keys + sum(item[2] for item in items[:end])) for t in mixed)
+                inner = sum(item[2] for item in items[:end])
+                run = min(t.unit + t.key * keys + (t.key if t.mixed is None else t.mixed) * inner for t in mixed)
                 best = min(best, run + extra * rows + row_of(items[end:], pending, virgin))
         return best
 
@@ -205,7 +219,7 @@ def least_cost(parents: list[int], lengths: list[int], own: list[int], cost: Cos
             best = min(best, cut + row_of(items, [], False))
         return best
 
-    roots = [c for c, p in enumerate(parents) if p < 0 and below(c, parents, own)]
+    roots = sorted((c for c, p in enumerate(parents) if p < 0 and below(c, parents, own)), key=end_of_chain)
     return row_of([(c, below(c, parents, own), inside(c, parents, lengths, own)) for c in roots], [], True)
 
 
@@ -229,13 +243,27 @@ def small_trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
     return parents, lengths, rows
 
 
+def _cheapest_cost(tree: tuple[list[int], list[int], list[int]], cost: CostModel) -> float:
+    forest, nodes, positions = trees.lay_out(tree)
+    paths = _Paths.of(forest, nodes, positions)
+    allowed = np.ones(len(paths.walk), np.int64)
+    price, depth = cost.partial * cost.group, len(paths.walk)
+    return float(partition(paths.walk, paths.keys, allowed, cost.mix, *cost.columns(), price, depth)[0][0, 0])
+
+
 @given(small_trees(), st.sampled_from([cost for cost in COSTS if cost.programs == 1]))
 @settings(max_examples=400, deadline=None)
 def test_the_partition_costs_the_least_of_all(tree, cost) -> None:
     own = [tree[2].count(node) for node in range(len(tree[0]))]
     found = plan(*trees.lay_out(tree), cost=cost)
     least = least_cost(tree[0], tree[1], own, cost)
-    assert modelled_cost(found, cost) == pytest.approx(least)
+    if any(tile.mixed for tile in cost.tiles):
+        # A run's keys are charged as mixed, though all of its rows may see some of them.
+        assert modelled_cost(found, cost) <= least + 1e-6
+    else:
+        assert modelled_cost(found, cost) == pytest.approx(least)
+    chosen = _cheapest_cost(tree, cost)
+    assert chosen == pytest.approx(least)
 
 
 @given(forests(), st.sampled_from(COSTS))

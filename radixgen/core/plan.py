@@ -68,6 +68,10 @@ class Plan:
     """`[units]`: ascending from the root down among the units that cover a row; the order in which they merge."""
     unit_cost: NDArray[np.float64]
     """`[units]`: what the cost model says of it, for one KV head."""
+    tile_rows: int
+    """Query heads' rows in the widest tile that the plan was made for."""
+    predicted: float
+    """When attention should be done with one layer, in the cost model's unit."""
     segment_starts: Int64Array
     """`[segments]`: first slot."""
     segment_lengths: Int32Array
@@ -116,11 +120,6 @@ class Plan:
         if self.window is not None:
             unseen = np.maximum(self.row_positions[first] - (self.window - 1), 0)
         return int((self.row_positions[last] + 1 - unseen).sum())
-
-    @property
-    def modelled_cost(self) -> float:
-        """What the cost model says of all units, for one KV head."""
-        return float(self.unit_cost.sum())
 
     def advance(self) -> "Plan":
         """The plan of the next step where every row moves on by one token of its own leaf."""
