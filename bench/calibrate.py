@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{launch.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, {tile.key:.4f} us a "
                 f"key from the cache, {tile.mixed:.4f} where only some rows see it"
             )
-    report.say(f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, merge {found.merge:.2f} us")
+    report.say(
+        f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, merge {found.merge:.2f} us"
+    )
     report.say(f"kept in {keep(found)}")
     report.keep(**asdict(found), read=ceilings.read, copy=ceilings.copy, matrix=ceilings.matrix)
     return report.finish(check=options.check, save=options.save)

@@ -45,20 +45,26 @@ class Timer:
         self.device = device
         self.replays = replays
         self._flushed = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
-        self._flush_us = float(np.median(self._replay(self._capture(self._flush, CALLS))))
+        self._flush_graph = self._capture(self._flush, CALLS)
 
     def warm(self, call: Callable[[], object]) -> Timing:
         """One call after the other, on whatever the last one left in the cache."""
         return _timing(self._replay(self._capture(call, CALLS)))
 
     def cold(self, call: Callable[[], object]) -> Timing:
-        """Each call after 192 MiB have been written, whose own time is taken off."""
+        """Each call after 192 MiB have been written, whose own time, measured in turn with it, is taken off."""
 
         def flushed() -> None:
             self._flush()
             call()
 
-        return _timing(self._replay(self._capture(flushed, CALLS)) - self._flush_us)
+        graph = self._capture(flushed, CALLS)
+        both, flush = np.empty(self.replays), np.empty(self.replays)
+        self._replay(self._flush_graph, replays=self.replays)
+        for turn in range(self.replays):
+            both[turn] = self._replay(graph, replays=1)[0]
+            flush[turn] = self._replay(self._flush_graph, replays=1)[0]
+        return _timing(both - float(np.median(flush)))
 
     def warm_us(self, call: Callable[[], object]) -> float:
         """The median of `warm`."""
@@ -93,12 +99,12 @@ class Timer:
                 call()
         return graph
 
-    def _replay(self, graph: torch.cuda.CUDAGraph, calls: int = CALLS) -> np.ndarray:
+    def _replay(self, graph: torch.cuda.CUDAGraph, calls: int = CALLS, replays: int | None = None) -> np.ndarray:
         """Microseconds of a call, averaged over each replay."""
-        for _ in range(3):
-            graph.replay()
         taken = []
-        for _ in range(self.replays):
+        if replays is None:
+            graph.replay()
+        for _ in range(replays or self.replays):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             graph.replay()

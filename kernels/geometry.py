@@ -7,6 +7,8 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
+LEAST_RUN = 128
+"""Keys in a row that all rows of a tile see, from which they are copied in bulk."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radixgen.core import Plan
 from radixgen.kernels import torch_backend, triton_kernels
-from radixgen.kernels.geometry import Geometry
+from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 
 _SHARED_BYTES = 208 * 1024
@@ -28,7 +28,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, device: torch.device) -> L
     if geometry.dtype == torch.float32:
         tiles, warps, programs = (max(16, triton.next_power_of_2(geometry.group)), 0, 0), 4, 1
     elif narrow:
-        tiles, warps, programs = (16, 0, 0), 2, 5
+        tiles, warps, programs = (16, 0, 0), 2, 4
     elif geometry.group <= 64:
         tiles, warps, programs = (16, 64, 0), 4, 2
     else:
@@ -36,11 +36,12 @@ def choose_launch(geometry: Geometry, tile_rows: int, device: torch.device) -> L
     return Launch(
         tiles=tiles,
         block_keys=block_keys,
-        gather_keys=min(block_keys, 32),
+        gather_keys=32,
         num_warps=warps,
         num_stages=max(1, min(3, _SHARED_BYTES // programs // block_bytes)),
+        gather_stages=max(1, min(5, 1 + _SHARED_BYTES // programs * block_keys // 32 // block_bytes)),
         programs=programs * _multiprocessors(device),
-        min_run=128,
+        min_run=LEAST_RUN,
     )
 
 
@@ -144,7 +145,7 @@ class Attention:
             KV_HEADS=geometry.kv_heads, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
             V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=padded_dim, PADDED_V_DIM=padded_v_dim,
             TILES=launch.tiles, BLOCK_KEYS=launch.block_keys, GATHER_KEYS=launch.gather_keys,
-            STAGES=launch.num_stages, BULK=geometry.bulk, WINDOW=self._window is not None,
+            STAGES=launch.num_stages, GATHER_STAGES=launch.gather_stages, BULK=geometry.bulk, WINDOW=self._window is not None,
             SOFTCAP=softcap is not None, SINKS=sinks is not None, num_warps=launch.num_warps,
         )  # fmt: skip
         if work.num_merged:

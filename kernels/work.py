@@ -35,6 +35,7 @@ class Launch:
     """Keys in a block where they are gathered"""
     num_warps: int
     num_stages: int
+    gather_stages: int
     programs: int
     min_run: int
     """Keys in a row that all rows of a tile see, from which they are copied in bulk."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.settings import cache_dir
 from radixgen.kernels import backend
-from radixgen.kernels.geometry import Geometry
+from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.planner import Forest, PlanMode, plan
 
@@ -53,6 +53,7 @@ class Calibration:
                 kv_heads=geometry.kv_heads,
                 programs=launch.programs,
                 merge=self.merge,
+                least_run=LEAST_RUN,
                 mix=True,
             )
             for launch in self.launches

@@ -25,32 +25,41 @@ class Balance(NamedTuple):
     """`[units]`: how many keys one piece may have, a multiple of 64; 0 where the unit stays whole"""
     time: float
     """When the last program is done, merging included"""
+    even: float
+    """When all would be done, were the work shared out evenly: no balance takes less"""
 
 
-def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel) -> Balance:
+def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_beat: float = np.inf) -> Balance:
     """Split units `[units, 9]` (of `radixgen.scheduler.partition.collect`) over `num_rows` rows and `unique` keys.
 
     Limits from a program's fair share down to an eighth of it are tried, each split charged with its partials, until
-    the makespan is within 1.15 of what no balance could beat; the best is taken.
+    the makespan is within 1.15 of what no balance could beat; the best is taken. Where even work would take longer than
+    `to_beat`, nothing is tried. What is bound by memory slows all programs alike.
     """
     rows, keys, mixed = units[:, 1] - units[:, 0], units[:, 7], units[:, 8]
     costs = cost.unit_costs(rows, keys, mixed)
+    work = max(float(costs.sum()) * cost.kv_heads / cost.programs, 1e-9)
+    even = max(work, cost.first_key * unique * cost.kv_heads / cost.programs)
+    costs *= even / work
+    merge = 0.0 if int(rows.sum()) == num_rows else cost.merge
+    whole = np.zeros(len(units), np.int64)
+    if cost.programs == 1 or even + merge >= to_beat:
+        return Balance(whole, even + merge, even)
+    longest = float(costs.max(initial=0.0))
+    if longest <= (ENOUGH - 1) * even:
+        return Balance(whole, even + longest / 2 + merge, even)
     least = makespan(np.repeat(costs, cost.kv_heads), cost.programs)
-    floor = cost.first_key * unique * cost.kv_heads / cost.programs
-    whole = int(rows.sum()) == num_rows
-    best = Balance(np.zeros(len(units), np.int64), max(least, floor) + (0.0 if whole else cost.merge))
-    if cost.programs == 1 or not len(units):
-        return best
-    share = max(float(costs.sum()) * cost.kv_heads / cost.programs, floor)
+    best = Balance(whole, least + merge, even)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     for part in _SHARES:
-        if least <= ENOUGH * max(share, fixed):
+        if least <= ENOUGH * max(even, fixed):
             break
-        limits = _limits(costs, keys, part * share)
-        pieces, split = _split_costs(rows, keys, mixed, limits, cost)
+        limits = _limits(costs, keys, part * even)
+        pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
+        split = costs / pieces + np.where(pieces > 1, cost.partial * cost.group * rows + cost.tiles[0].unit, 0.0)
         least = makespan(np.repeat(np.repeat(split, pieces), cost.kv_heads), cost.programs)
-        if max(least, floor) + cost.merge < best.time:
-            best = Balance(limits, max(least, floor) + cost.merge)
+        if least + cost.merge < best.time:
+            best = Balance(limits, least + cost.merge, even)
     return best
 
 
@@ -59,12 +68,3 @@ def _limits(costs: Floats, keys: Int64Array, longest: float) -> Int64Array:
     pieces = np.maximum(np.ceil(costs / max(longest, 1e-9)), 1)
     limits = (np.ceil(keys / pieces / LEAST_KEYS) * LEAST_KEYS).astype(np.int64)
     return np.where((pieces > 1) & (limits < keys), limits, 0)
-
-
-def _split_costs(
-    rows: Int64Array, keys: Int64Array, mixed: Int64Array, limits: Int64Array, cost: CostModel
-) -> tuple[Int64Array, Floats]:
-    """How many pieces each unit has under its limit, and what one of them costs, partials included."""
-    pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
-    costs = cost.unit_costs(rows, np.where(limits > 0, limits, keys), mixed // pieces)
-    return pieces, costs + np.where(pieces > 1, cost.partial * cost.group * rows, 0.0)

@@ -16,7 +16,7 @@ class TileCost:
     key: float
     """That all rows of the tile see"""
     mixed: float | None = None
-    """A key that only some rows of the tile see; as much as `key` by default"""
+    """A key that only some rows of the tile see, or that lies in a short extent; as much as `key` by default"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class CostModel:
     kv_heads: int = 1
     programs: int = 1
     merge: float = 0.0
+    least_run: int = 0
+    """Keys of an extent, from which they cost `tile.key` where all rows see them."""
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 

@@ -25,14 +25,17 @@ Floats = NDArray[np.float64]
 
 
 @compiled
-def preorder(parents: Ints, row_nodes: Ints, row_positions: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def preorder(
+    parents: Ints, row_nodes: Ints, row_positions: Ints, lengths: Ints, short: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
     """The depth-first walk over the nodes at or below which rows stand.
 
     parents `[nodes]` come before their children; node 0 is the only root. A node without rows of its own and with one
     child is counted as part of that child. Rows of a node without keys count for the nearest node above that has
     some. Returns `lowest [n]`: the node at each place, the lowest where several are counted as one; `walk [n, 7]`: its
     parent's place (-1 at the root), depth, places and rows at or below it, own rows, first row, and how many nodes it
-    stands for; `keys [n]`: the keys of these; `order [rows]`: which row comes at each place, those of one node by
+    stands for; `keys [n, 2]`: the keys of
+    these, and how many of them `short` [nodes] counts; `order [rows]`: which row comes at each place, those of one node by
     position.
     """
     count = parents.size
@@ -46,7 +49,8 @@ def preorder(parents: Ints, row_nodes: Ints, row_positions: Ints, lengths: Ints)
     for node in range(count - 1, 0, -1):
         below[parents[node]] += below[node]
         heirs[parents[node]] += below[node] > 0
-    above, stands_for, keys = np.full(count, -1, np.int64), np.ones(count, np.int64), lengths.astype(np.int64)
+    above, stands_for = np.full(count, -1, np.int64), np.ones(count, np.int64)
+    keys = np.stack((lengths, short), axis=1)
     for node in range(1, count):
         parent = parents[node]
         above[node] = parent
@@ -62,7 +66,7 @@ def preorder(parents: Ints, row_nodes: Ints, row_positions: Ints, lengths: Ints)
             size[above[node]] += size[node]
     lowest = np.empty(size[0], np.int64)
     walk = np.zeros((size[0], 7), np.int64)
-    walk_keys = np.empty(size[0], np.int64)
+    walk_keys = np.empty((size[0], 2), np.int64)
     place = np.full(count, -1, np.int64)
     next_place, next_row = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
     for node in range(count):
@@ -104,22 +108,25 @@ def order_rows(row_nodes: Ints, row_positions: Ints, home: Ints, place: Ints, wa
 
 
 @compiled
-def tile_cost(rows: int, keys: int, tile_rows: Ints, prices: Floats) -> tuple[float, int]:
-    """The cheapest way to tile `rows` rows against `keys` keys: its cost, and the rows of a full tile."""
+def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats) -> tuple[float, int]:
+    """The cheapest way to tile `rows` rows against `keys` keys, `short` of which are charged as mixed: its cost, and
+    the rows of a full tile.
+    """
     least, chosen = np.inf, 0
     for kind in range(tile_rows.size):
+        one = prices[0, kind] + (keys - short) * prices[1, kind] + short * prices[2, kind]
         if rows <= tile_rows[kind]:
-            cost = prices[0, kind] + keys * prices[1, kind]
-            if cost < least:
-                least, chosen = cost, tile_rows[kind]
+            if one < least:
+                least, chosen = one, tile_rows[kind]
             continue
         full, rest = rows // tile_rows[kind], rows % tile_rows[kind]
-        cost = full * (prices[0, kind] + keys * prices[1, kind])
+        cost = full * one
         if rest:
             least_rest = np.inf
             for other in range(tile_rows.size):
                 if tile_rows[other] >= rest:
-                    least_rest = min(least_rest, prices[0, other] + keys * prices[1, other])
+                    last = prices[0, other] + (keys - short) * prices[1, other] + short * prices[2, other]
+                    least_rest = min(least_rest, last)
             cost += least_rest
         if cost < least:
             least, chosen = cost, tile_rows[kind]
@@ -129,7 +136,7 @@ def tile_cost(rows: int, keys: int, tile_rows: Ints, prices: Floats) -> tuple[fl
 @compiled
 def partition(
     walk: Ints,
-    lengths: Ints,
+    keys: Ints,
     may_cut: Ints,
     mix: bool,
     tile_rows: Ints,
@@ -139,7 +146,7 @@ def partition(
 ) -> tuple[Floats, Ints, Ints]:
     """The table of least costs, and how they come about.
 
-    walk `[n, 6]` as `preorder` gives it, lengths `[n]` keys; may_cut `[n]`: 0 never, 1 where it pays, 2 always;
+    walk `[n, 6]` as `preorder` gives it, keys `[n, 2]` as `preorder` gives them; may_cut `[n]`: 0 never, 1 where it pays, 2 always;
     partial: of one row, all of its heads; most_pending: nodes folded one below the other.
 
     Returns `best [n, most_pending + 1]`, inf where a state can't be; `cuts`, the same shape: 1 where the node is cut;
@@ -150,7 +157,7 @@ def partition(
     best = np.full((count, most_pending + 1), np.inf)
     cuts = np.zeros((count, most_pending + 1), np.int64)
     runs = np.full((count, most_pending + 1, 2), -1, np.int64)
-    tokens = lengths.copy()
+    tokens = keys[:, 0].copy()
     for node in range(count - 1, 0, -1):
         if walk[node, 0] >= 0:
             tokens[walk[node, 0]] += tokens[node]
@@ -164,37 +171,37 @@ def partition(
     for node in range(count - 1, -1, -1):
         parent, depth, own, below = walk[node, 0], walk[node, 1], walk[node, 4], walk[node, 3]
         if walk[node, 2] == 1:
-            pending, above = lengths[node], parent
+            pending, short, above = keys[node, 0], keys[node, 1], parent
             for j in range(min(depth, most_pending) + 1):
                 price = 0.0 if j == depth else partial
-                best[node, j] = tile_cost(own, pending, tile_rows, prices)[0] + own * price
+                best[node, j] = tile_cost(own, pending, short, tile_rows, prices)[0] + own * price
                 cuts[node, j] = j == most_pending
-                pending += lengths[above]
+                pending, short = pending + keys[above, 0], short + keys[above, 1]
                 above = walk[above, 0]
             continue
-        pending = 0
+        pending = short = 0
         above = node
         for j in range(min(depth + 1, most_pending) + 1):
             if j:
-                pending += lengths[above]
+                pending, short = pending + keys[above, 0], short + keys[above, 1]
                 above = walk[above, 0]
             price = 0.0 if j == depth + 1 else partial
             folded[j] = _sequence(
-                node, j, pending, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
+                node, j, pending, short, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
                 below_keys, least, queue, marks,
             )  # fmt: skip
-        pending = 0
+        pending = short = 0
         above = parent
         for j in range(min(depth, most_pending) + 1):
             if j:
-                pending += lengths[above]
+                pending, short = pending + keys[above, 0], short + keys[above, 1]
                 above = walk[above, 0]
-            keys = pending + lengths[node]
+            read, short_read = pending + keys[node, 0], short + keys[node, 1]
             fold = folded[j + 1] if j < most_pending and may_cut[node] < 2 else np.inf
             cut = np.inf
-            if keys > 0 and (may_cut[node] or j == most_pending):
+            if read > 0 and (may_cut[node] or j == most_pending):
                 pieces = below - own if j == depth else below
-                cut = tile_cost(below, keys, tile_rows, prices)[0] + pieces * partial + folded[0]
+                cut = tile_cost(below, read, short_read, tile_rows, prices)[0] + pieces * partial + folded[0]
             elif fold == np.inf:
                 fold = folded[min(j + 1, most_pending)]
             cuts[node, j] = 1 if cut < fold else 0
@@ -207,6 +214,7 @@ def _sequence(
     node: int,
     j: int,
     pending: int,
+    short: int,
     price: float,
     walk: Ints,
     tokens: Ints,
@@ -224,12 +232,12 @@ def _sequence(
     marks: Ints,
 ) -> float:
     """The least cost of `node`'s own rows (unless j is 0: then it was cut) and of its children, with `j` nodes of
-    `pending` keys above them; writes where runs end.
+    `pending` keys, `short` of them in short extents, above them; writes where runs end.
     """
     count = 0
     rows[0] = keys[0] = 0
     if j and walk[node, 4]:
-        cost = tile_cost(walk[node, 4], pending, tile_rows, prices)[0]
+        cost = tile_cost(walk[node, 4], pending, short, tile_rows, prices)[0]
         alone[0], ends[0] = cost + walk[node, 4] * price, node + 1
         rows[1], keys[1] = walk[node, 4], 0
         count = 1
@@ -261,7 +269,8 @@ def _sequence(
             if head == tail:
                 continue
             stop = queue[kind, head]
-            cost = prices[0, kind] + prices[1, kind] * pending + prices[2, kind] * (keys[stop] - keys[i])
+            cost = prices[0, kind] + prices[1, kind] * (pending - short)
+            cost += prices[2, kind] * (short + keys[stop] - keys[i])
             cost += price * (rows[stop] - rows[i]) + least[stop]
             if cost < low or (cost == low and end < 0):
                 low, end = cost, ends[stop - 1]
@@ -276,14 +285,13 @@ def _sequence(
 
 
 @compiled
-def collect(walk: Ints, lengths: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, prices: Floats) -> tuple[Ints, Ints]:
+def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, prices: Floats) -> tuple[Ints, Ints]:
     """The units of the partition, in order of rows, ancestors first: `[units, 9]`. A `cuts` of one column holds
     however many nodes are pending.
 
     First row and the row behind the last; the lowest pending node and how many are pending; the first node of the
-    unit's own and the one behind the last; its rank, ascending on every row's path; its keys, and how many of them only
-    some of its rows see. And, `[n, 2]` for each
-    node, what became of it (FOLDED, CUT or MIXED) and how many units read it.
+    unit's own and the one behind the last; its rank, ascending on every row's path; its keys, and how many of them are
+    charged as mixed. And, `[n, 2]` for each node, what became of it (FOLDED, CUT or MIXED) and how many units read it.
     """
     fates = np.zeros((walk.shape[0], 2), np.int64)
     count, columns = walk.shape[0], cuts.shape[1]
@@ -302,23 +310,22 @@ def collect(walk: Ints, lengths: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, 
         first, own, end, depth = walk[node, 5], walk[node, 4], node + walk[node, 2], walk[node, 1]
         child, below = node + 1, 0
         if cuts[node, min(j, columns - 1)]:
-            keys = lengths[node] + _keys_above(walk[node, 0], j, walk, lengths)
             fates[node, 0] = CUT
-            tile = tile_cost(walk[node, 3], keys, tile_rows, prices)[1]
+            read, short = _keys_above(node, j + 1, walk, keys)
+            tile = tile_cost(walk[node, 3], read, short, tile_rows, prices)[1]
             units, made = _add(
-                units, made, first, walk[node, 3], tile, walk[node, 0], j, node, node + 1, depth, keys, 0
+                units, made, first, walk[node, 3], tile, walk[node, 0], j, node, node + 1, depth, read, short
             )
         else:
             below = min(j + 1, most_pending)
             stop = runs[node, min(below, columns - 1), 1]
-            keys = _keys_above(node, below, walk, lengths)
             if own and stop < 0:
-                tile = tile_cost(own, keys, tile_rows, prices)[1]
-                units, made = _add(units, made, first, own, tile, node, below, child, child, depth + 1, keys, 0)
+                read, short = _keys_above(node, below, walk, keys)
+                tile = tile_cost(own, read, short, tile_rows, prices)[1]
+                units, made = _add(units, made, first, own, tile, node, below, child, child, depth + 1, read, short)
             elif own:
-                units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, keys, walk, lengths)
+                units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, walk, keys)
                 child = stop
-        above = _keys_above(node, below, walk, lengths)
         while child < end:
             stop = runs[child, min(below, columns - 1), 0]
             if stop < 0:
@@ -326,7 +333,7 @@ def collect(walk: Ints, lengths: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, 
                 child += walk[child, 2]
                 continue
             first = walk[child, 5]
-            units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, above, walk, lengths)
+            units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, walk, keys)
             child = stop
         node += 1
     _count_readers(units[:made], walk, fates)
@@ -347,13 +354,13 @@ def _count_readers(units: Ints, walk: Ints, fates: Ints) -> None:
 
 
 @compiled
-def _keys_above(node: int, count: int, walk: Ints, lengths: Ints) -> int:
-    """Keys of `node` and the nodes above it, `count` in all."""
-    keys = 0
+def _keys_above(node: int, count: int, walk: Ints, keys: Ints) -> tuple[int, int]:
+    """Keys of `node` and the nodes above it, `count` in all, and how many of them lie in short extents."""
+    read = short = 0
     for _ in range(count):
-        keys += lengths[node]
+        read, short = read + keys[node, 0], short + keys[node, 1]
         node = walk[node, 0]
-    return keys
+    return read, short
 
 
 @compiled
@@ -378,9 +385,8 @@ def _add(
 
 @compiled
 def _add_run(
-    units: Ints, made: int, first: int, above: int, j: int, node: int, end: int, rank: int, keys: int, walk: Ints,
-    lengths: Ints,
-) -> tuple[Ints, int]:  # fmt: skip
+    units: Ints, made: int, first: int, above: int, j: int, node: int, end: int, rank: int, walk: Ints, keys: Ints
+) -> tuple[Ints, int]:
     """One unit: rows from `first` to the end of the last subtree before `end`."""
     stop = first
     last = node
@@ -389,16 +395,16 @@ def _add_run(
         last += walk[last, 2]
     if last == node:
         stop = first + walk[above, 4]
-    mixed = 0
-    for inner in range(node, end):
-        mixed += lengths[inner]
-    return _add(units, made, first, stop - first, stop - first, above, j, node, end, rank, keys + mixed, mixed)
+    read, mixed = _keys_above(above, j, walk, keys)
+    inner = keys[node:end, 0].sum()
+    rows = stop - first
+    return _add(units, made, first, rows, rows, above, j, node, end, rank, read + inner, mixed + inner)
 
 
 @compiled
 def fill_segments(
     units: Ints, limits: Ints, walk: Ints, lowest: Ints, parents: Ints, starts: Ints, lengths: Ints, extent_offsets: Ints,
-    extent_starts: Ints, extent_lengths: Ints, rooms: Ints, positions: Ints, unit_table: Ints, segment_table: Ints,
+    extent_starts: Ints, extent_lengths: Ints, rooms: Ints, least_run: int, positions: Ints, unit_table: Ints, segment_table: Ints,
 ) -> tuple[int, int]:  # fmt: skip
     """The segments of every unit, root first, and the units anew, those with a limit split along their keys.
 
@@ -436,6 +442,7 @@ def fill_segments(
                 at = units[unit, 4] + member - pending
                 low, high = max(first_row, walk[at, 5]), min(stop_row, walk[at, 5] + walk[at, 3])
                 seen_to = min(highest, top[at])
+            masked = low > first_row or high < stop_row
             node = lowest[at]
             for step in range(walk[at, 6]):
                 path[step] = node
@@ -462,7 +469,7 @@ def fill_segments(
                         num_segments += 1
                         slot, position, keys = slot + part, position + part, keys + part
                         length, left = length - part, left - part
-                        mixed += part if member >= pending and units[unit, 8] else 0
+                        mixed += part if masked or extent_lengths[extent] < least_run else 0
         if write:
             _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys, mixed)
         num_units += 1

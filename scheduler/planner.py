@@ -63,7 +63,7 @@ def plan(
     common; `"naive"` makes every node that has keys, and rows below it, a unit of its own.
     """
     costs = [cost or CostModel()] if cost is None or isinstance(cost, CostModel) else list(cost)
-    paths = _Paths.of(forest, row_nodes, row_positions)
+    paths = _Paths.of(forest, row_nodes, row_positions, max(one.least_run for one in costs))
     choices = [_choose(paths, mode, one) for one in costs]
     best = min(choices, key=lambda choice: choice.balance.time)
     return _fill(paths, best)
@@ -81,14 +81,16 @@ class _Paths(NamedTuple):
     extent_starts: Int64Array
     extent_lengths: Int64Array
     rooms: Int64Array
+    least_run: int
     lowest: Int64Array
     walk: Int64Array
     keys: Int64Array
+    """`[n, 2]`: of each node, and how many of them lie in extents shorter than `least_run`"""
     order: Int64Array
     positions: Int64Array
 
     @classmethod
-    def of(cls, forest: Forest, row_nodes: Int32Array, row_positions: Int32Array) -> "_Paths":
+    def of(cls, forest: Forest, row_nodes: Int32Array, row_positions: Int32Array, least_run: int = 0) -> "_Paths":
         size = forest.parents.size + 1
         parents, starts, lengths, rooms = np.zeros((4, size), np.int64)
         offsets = np.zeros(size + 1, np.int64)
@@ -97,10 +99,13 @@ class _Paths(NamedTuple):
         if forest.rooms is not None:
             rooms[1:] = forest.rooms
         wide = row_positions.astype(np.int64)
-        lowest, walk, keys, order = preorder(parents, row_nodes.astype(np.int64) + 1, wide, lengths)
+        extents = forest.extent_lengths.astype(np.int64)
+        sums = np.concatenate([[0], np.cumsum(np.where(extents < least_run, extents, 0))])
+        short = sums[offsets[1:]] - sums[offsets[:-1]]
+        lowest, walk, keys, order = preorder(parents, row_nodes.astype(np.int64) + 1, wide, lengths, short)
         return cls(
-            parents, starts, lengths, offsets, forest.extent_starts.astype(np.int64),
-            forest.extent_lengths.astype(np.int64), rooms, lowest, walk, keys, order, wide[order],
+            parents, starts, lengths, offsets, forest.extent_starts.astype(np.int64), extents, rooms, least_run, lowest,
+            walk, keys, order, wide[order],
         )  # fmt: skip
 
 
@@ -120,22 +125,18 @@ def _choose(paths: _Paths, mode: PlanMode, cost: CostModel) -> _Choice:
     if mode != "auto":
         return _weigh(paths, cost, *_forced(paths, mode))
     best = _weigh(paths, cost, *_cheapest(paths, cost, may_cut=True))
-    work = float(cost.unit_costs(*_sizes(best.units)).sum()) * cost.kv_heads / cost.programs
-    if cost.programs == 1 or best.balance.time <= _SETTLED * work:
+    if cost.programs == 1 or best.balance.time <= _SETTLED * best.balance.even:
         return best
-    others = [_weigh(paths, cost, *_cheapest(paths, cost, may_cut=False))]
-    others += [_weigh(paths, cost, *_forced(paths, other)) for other in PLAN_MODES[1:]]
-    return min([best, *others], key=lambda choice: choice.balance.time)
+    for ways in (_cheapest(paths, cost, may_cut=False), *(_forced(paths, other) for other in PLAN_MODES[1:])):
+        other = _weigh(paths, cost, *ways, to_beat=best.balance.time)
+        best = min(best, other, key=lambda choice: choice.balance.time)
+    return best
 
 
-def _sizes(units: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Rows, keys and mixed keys of `units`."""
-    return units[:, 1] - units[:, 0], units[:, 7], units[:, 8]
-
-
-def _weigh(paths: _Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array) -> _Choice:
+def _weigh(paths: _Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array, to_beat: float = np.inf) -> _Choice:
     units, fates = collect(paths.walk, paths.keys, cuts, runs, *cost.columns())
-    return _Choice(cost, units, fates, balance(units, paths.order.size, int(paths.keys.sum()), cost))
+    unique = int(paths.keys[:, 0].sum())
+    return _Choice(cost, units, fates, balance(units, paths.order.size, unique, cost, to_beat))
 
 
 def _cheapest(paths: _Paths, cost: CostModel, *, may_cut: bool) -> tuple[Int64Array, Int64Array]:
@@ -149,7 +150,7 @@ def _cheapest(paths: _Paths, cost: CostModel, *, may_cut: bool) -> tuple[Int64Ar
 
 
 def _forced(paths: _Paths, mode: PlanMode) -> tuple[Int64Array, Int64Array]:
-    walk, keys = paths.walk, paths.keys
+    walk, keys = paths.walk, paths.keys[:, 0]
     cut = np.zeros((len(walk), 1), np.int64)
     branching = (keys > 0) & (walk[:, 3] > walk[:, 4])
     if mode == "naive":
@@ -162,7 +163,7 @@ def _forced(paths: _Paths, mode: PlanMode) -> tuple[Int64Array, Int64Array]:
 def _fill(paths: _Paths, choice: _Choice) -> Plan:
     """The plan's arrays."""
     cost, walk, positions = choice.cost, paths.walk, paths.positions
-    layout = (choice.units, choice.balance.limits, walk, paths.lowest, *paths[:7], positions)
+    layout = (choice.units, choice.balance.limits, walk, paths.lowest, *paths[:8], positions)
     nothing = np.empty((0, 8), np.int64)
     num_units, num_segments = fill_segments(*layout, nothing, nothing)
     table, segments = np.empty((num_units, 8), np.int64), np.empty((num_segments, 7), np.int64)
@@ -191,7 +192,7 @@ def _fill(paths: _Paths, choice: _Choice) -> Plan:
         path_rows=_path_rows(walk, int(cost.columns()[0].max())),
         nodes=NodeSummary(
             depths=(walk[1:, 1] - 1).astype(np.int32),
-            lengths=paths.keys[1:].astype(np.int32),
+            lengths=paths.keys[1:, 0].astype(np.int32),
             rows=walk[1:, 3].astype(np.int32),
             fates=choice.fates[1:, 0].astype(np.int8),
             readers=choice.fates[1:, 1].astype(np.int32),

@@ -19,6 +19,7 @@ COSTS = [
     CostModel(tiles=(TileCost(1, 9.0, 1.0),)),
     CostModel(tiles=(TileCost(2, 3.0, 1.0), TileCost(5, 4.0, 1.5)), partial=0.5, mix=True),
     CostModel(tiles=(TileCost(2, 3.0, 1.0, 1.3), TileCost(8, 4.0, 1.1, 2.0)), partial=0.3, mix=True),
+    CostModel(tiles=(TileCost(2, 3.0, 1.0, 1.3), TileCost(8, 4.0, 1.1, 2.0)), partial=0.3, least_run=6, mix=True),
     CostModel(tiles=(TileCost(16, 3.0, 1.0), TileCost(64, 4.0, 1.3)), partial=0.2, group=3, kv_heads=2, mix=True),
     CostModel(tiles=(TileCost(4, 0.5, 1.0), TileCost(9, 0.7, 1.1)), partial=0.1, programs=7, mix=True),
 ]
@@ -164,7 +165,8 @@ def modelled_cost(found: Plan, cost: CostModel) -> float:
     partials = (found.row_extra + 1)[found.row_extra > 0].sum()
     rows = np.diff(found.unit_rows, axis=1)[:, 0]
     seen_by_all = np.diff(found.segment_rows, axis=1)[:, 0] == np.repeat(rows, counts)
-    mixed = np.bincount(owners, weights=np.where(seen_by_all, 0, found.segment_lengths), minlength=found.num_units)
+    mixed_keys = np.where(seen_by_all & (found.segment_lengths >= cost.least_run), 0, found.segment_lengths)
+    mixed = np.bincount(owners, weights=mixed_keys, minlength=found.num_units)
     units = cost.unit_costs(rows, keys, mixed)
     return float(units.sum() + cost.partial * cost.group * partials)
 
@@ -182,40 +184,44 @@ def least_cost(parents: list[int], lengths: list[int], own: list[int], cost: Cos
     for heirs in children:
         heirs.sort(key=end_of_chain)
 
-    def unit(rows: int, keys: int) -> float:
+    def one(tile: TileCost, keys: list[int], inner: int = 0) -> float:
+        """A tile over pending nodes of so many keys each, and `inner` that only some rows see."""
+        mixed = tile.key if tile.mixed is None else tile.mixed
+        return tile.unit + inner * mixed + sum(n * (mixed if n < cost.least_run else tile.key) for n in keys)
+
+    def unit(rows: int, keys: list[int]) -> float:
         best = np.inf
         for tile in cost.tiles:
             cap = tile.rows // cost.group
             if cap:
-                last = min([t.unit + keys * t.key for t in cost.tiles if t.rows // cost.group >= (rows % cap)])
-                best = min(best, rows // cap * (tile.unit + keys * tile.key) + (last if rows % cap else 0))
+                last = min([one(t, keys) for t in cost.tiles if t.rows // cost.group >= (rows % cap)])
+                best = min(best, rows // cap * one(tile, keys) + (last if rows % cap else 0))
         return best
 
     def row_of(items: list[tuple[int, int, int]], pending: list[int], virgin: bool) -> float:
         """Items are (node or -1 for own rows, rows, keys)."""
         if not items:
             return 0.0
-        keys, extra = sum(pending), 0.0 if virgin else price
+        extra = 0.0 if virgin else price
         node, rows, _ = items[0]
-        first = unit(rows, keys) + extra * rows if node < 0 else subtree(node, pending, virgin)
+        first = unit(rows, pending) + extra * rows if node < 0 else subtree(node, pending, virgin)
         best = first + row_of(items[1:], pending, virgin)
         for end in range(1, len(items) + 1 if cost.mix else 1):
             rows = sum(item[1] for item in items[:end])
             if rows * cost.group <= max(tile.rows for tile in cost.tiles):
                 mixed = [t for t in cost.tiles if t.rows // cost.group >= rows]
                 inner = sum(item[2] for item in items[:end])
-                run = min(t.unit + t.key * keys + (t.key if t.mixed is None else t.mixed) * inner for t in mixed)
+                run = min(one(t, pending, inner) for t in mixed)
                 best = min(best, run + extra * rows + row_of(items[end:], pending, virgin))
         return best
 
     def subtree(node: int, pending: list[int], virgin: bool) -> float:
         rows = below(node, parents, own)
         items = [(c, below(c, parents, own), inside(c, parents, lengths, own)) for c in children[node]]
-        keys = sum(pending) + lengths[node]
         mine = [(-1, own[node], 0)] if own[node] else []
         best = row_of(mine + items, [*pending, lengths[node]], virgin)
-        if keys:
-            cut = unit(rows, keys) + price * (rows - own[node] if virgin else rows)
+        if sum(pending) + lengths[node]:
+            cut = unit(rows, [*pending, lengths[node]]) + price * (rows - own[node] if virgin else rows)
             best = min(best, cut + row_of(items, [], False))
         return best
 
@@ -245,7 +251,7 @@ def small_trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
 
 def _cheapest_cost(tree: tuple[list[int], list[int], list[int]], cost: CostModel) -> float:
     forest, nodes, positions = trees.lay_out(tree)
-    paths = _Paths.of(forest, nodes, positions)
+    paths = _Paths.of(forest, nodes, positions, cost.least_run)
     allowed = np.ones(len(paths.walk), np.int64)
     price, depth = cost.partial * cost.group, len(paths.walk)
     return float(partition(paths.walk, paths.keys, allowed, cost.mix, *cost.columns(), price, depth)[0][0, 0])
