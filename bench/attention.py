@@ -5,12 +5,12 @@
 Prints the ceilings measured in the same run; then, for each tree and head shape, the roofline (each distinct key
 read once, queries and results once, or the matrix products at the measured rate, whichever is longer) and, for each
 contender, microseconds with a cold cache, the share of the roofline, and the error against float32. Contenders:
-radixgen's plan by the calibrated cost model; its own `unshared`, `prefix` and `naive` plans, run by the same kernels; and
-PyTorch's scaled_dot_product_attention over a private copy of every path, where that fits.
+radixgen's plan by the calibrated cost model; its own `unshared`, `prefix` and `naive` plans, run by the same kernels;
+and PyTorch's scaled_dot_product_attention over a private copy of every path, where that fits.
 
 Times are of one layer in bfloat16, head_dim 128, in a CUDA graph, 192 MiB written before each call. Plans are
-made before, and their time is printed beside. Without a GPU the kernels run in Triton's interpreter on toy sizes, and nothing is
-timed.
+made before, and their time is printed beside. Without a GPU the kernels run in Triton's interpreter on toy sizes, and
+nothing is timed.
 
 Bias. Our plan is calibrated on the device that is measured; the peers' own settings are their defaults. Keys lie in one
 extent a node, as a pool that was never full leaves them.
@@ -153,7 +153,8 @@ def describe(row: Row) -> str:
     others = ", ".join(f"{n} {f['cold_us']:.1f}" for n, f in row.contenders.items() if n != "radixgen")
     return (
         f"{row.workload} {row.heads[0]}/{row.heads[1]} {row.name:32s} roofline {row.roofline_us:7.1f} us; radixgen "
-        f"{ours['cold_us']:7.1f} ({100 * row.roofline_us / ours['cold_us']:3.0f} %, predicted {ours['predicted_us']:.0f}, "
+        f"{ours['cold_us']:7.1f} ({100 * row.roofline_us / ours['cold_us']:3.0f} %, "
+        f"predicted {ours['predicted_us']:.0f}, "
         f"warm {ours['warm_us']:.1f}, plan {ours['plan_ms']:.1f} ms, {ours['units']} units); {others}; "
         f"{row.best_other() / ours['cold_us']:.2f} x"
     )
@@ -196,7 +197,8 @@ def summarize(report: Report, done: Sequence[Row]) -> None:
         report.figure(
             f"{label} over the best other", mean,
             f"{label}: {mean:.2f} x the best other (geometric mean), worst {min(ratios):.2f} ({worst}); "
-            f"{100 * float(np.mean(shares)):.0f} % of the roofline; predicted within {100 * float(np.median(errors)):.0f} %",
+            f"{100 * float(np.mean(shares)):.0f} % of the roofline; "
+            f"predicted within {100 * float(np.median(errors)):.0f} %",
         )  # fmt: skip
 
 

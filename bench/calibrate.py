@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for launch in found.launches:
         for tile in launch.tiles:
             report.say(
-                f"{launch.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, {tile.key:.4f} us a "
-                f"key from the cache, {tile.mixed:.4f} where only some rows see it"
+                f"{launch.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, "
+                f"{tile.key:.4f} us a key from the cache, {tile.mixed:.4f} where only some rows see it"
             )
     report.say(
         f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, merge {found.merge:.2f} us"

@@ -17,10 +17,10 @@ _SHARED_BYTES = 208 * 1024
 
 
 def choose_launch(geometry: Geometry, tile_rows: int, device: torch.device) -> Launch:
-    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: tiles of 16, of 16 and 64, or of 128 query heads' rows.
+    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, or 128.
 
-    64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a launch
-    with narrow tiles without spilling; 128 are for groups of more than 64 heads.
+    64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
+    launch with narrow tiles without spilling; 128 are for groups of more than 64 heads.
     """
     narrow = max(tile_rows, geometry.group) <= 16
     block_keys = 32 if narrow or max(geometry.padded) > 128 else 64
@@ -145,8 +145,9 @@ class Attention:
             KV_HEADS=geometry.kv_heads, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
             V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=padded_dim, PADDED_V_DIM=padded_v_dim,
             TILES=launch.tiles, BLOCK_KEYS=launch.block_keys, GATHER_KEYS=launch.gather_keys,
-            STAGES=launch.num_stages, GATHER_STAGES=launch.gather_stages, BULK=geometry.bulk, WINDOW=self._window is not None,
-            SOFTCAP=softcap is not None, SINKS=sinks is not None, num_warps=launch.num_warps,
+            STAGES=launch.num_stages, GATHER_STAGES=launch.gather_stages, BULK=geometry.bulk,
+            WINDOW=self._window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+            num_warps=launch.num_warps,
         )  # fmt: skip
         if work.num_merged:
             partials = min(16, triton.next_power_of_2(work.most_partials))

@@ -89,7 +89,8 @@ def _attend_tile(
     key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One work item: a tile's rows, of one KV head, against all keys of its unit."""
     first_row, num_rows = tl.load(item), tl.load(item + 1)
@@ -158,7 +159,8 @@ def attend(
     key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1.
 
@@ -178,8 +180,8 @@ def attend(
                     _attend_tile(
                         item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
                         row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
-                        GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS, GATHER_KEYS, STAGES, GATHER_STAGES, BULK,
-                        WINDOW, SOFTCAP, SINKS,
+                        GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS,
+                        GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, SOFTCAP, SINKS,
                     )  # fmt: skip
         place += tl.num_programs(0)
         task = tl.load(queue + place)

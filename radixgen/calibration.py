@@ -23,7 +23,7 @@ _SHIPPED = Path(__file__).with_name("calibration.json")
 
 @dataclass(frozen=True, slots=True)
 class LaunchCost:
-    """One way to launch the attention kernel: how many programs run at the same time, and what they take over a tile."""
+    """One way to launch the attention kernel: how many programs run at the same time, and what a tile takes them."""
 
     programs: int
     tiles: tuple[TileCost, ...]
@@ -67,12 +67,12 @@ def _scaled(tile: TileCost, width: float) -> TileCost:
 
 
 def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ...]:
-    """For layers of this shape on `device`: as calibrated there, else as shipped for a device of this name or, last, for
-    the first that is shipped. The default `CostModel` where no kernel of ours runs.
+    """Of our kernels over layers of this shape: as calibrated on `device`, else as shipped for a device of its name or,
+    last, for the first that is shipped. The default `CostModel` where PyTorch answers such layers.
     """
-    if device.type != "cuda" or not geometry.supported:
+    if not geometry.supported:
         return (CostModel(),)
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = {entry.device: entry for path in (_SHIPPED, _kept(name)) for entry in _read(path)}
     return known.get(name, next(iter(known.values()))).cost_models(geometry) or (CostModel(),)
 

@@ -116,6 +116,7 @@ class Engine:
             max_step_tokens=max_step_tokens,
             limits=self.limits,
             plan=plan,
+            costs=served.costs if isinstance(served, ModelRunner) else (),
             seed=seed,
             debug=debug,
         )

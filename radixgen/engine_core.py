@@ -12,6 +12,7 @@ from radixgen.core import FinishReason, LimitReached, Limits, QueueFull, Samplin
 from radixgen.model.base import Model
 from radixgen.sampling import Drawn, fork_seed, sample, token_logprobs
 from radixgen.scheduler.batch import Batch, Scheduler, StepInput
+from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.sequence import Request, Sequence
@@ -33,6 +34,7 @@ class EngineCore:
         max_step_tokens: int,
         limits: Limits,
         plan: PlanMode = "auto",
+        costs: tuple[CostModel, ...] = (),
         seed: int = 0,
         debug: bool = False,
     ) -> None:
@@ -40,7 +42,7 @@ class EngineCore:
         self.limits = limits
         self.seed = seed
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
-        self.planner = Planner(self.tree, mode=plan)
+        self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
         self.requests: dict[str, Request] = {}
         self._ended: list[Sequence] = []

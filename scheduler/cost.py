@@ -64,8 +64,8 @@ class CostModel:
     def unit_costs(
         self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys, and
-        how many of the keys are mixed.
+        """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys,
+        and how many of the keys are mixed.
         """
         costs = np.full(rows.size, np.inf)
         tile_rows, prices = self.columns()

@@ -6,9 +6,11 @@ is either *cut*: a unit reads its keys, and those of the pending nodes above it,
 subtrees (with the parent's own rows as the first of them) may share one tile, each row under a mask.
 
 `best[v, j]` is the least that all at or below `v` can cost with `j` nodes pending above it. A node's children are a
-sequence that is parted into runs and single children; the end of the best run is a minimum over a sliding window, so that
-a node costs its children times the tile classes, for each `j`.
+sequence that is parted into runs and single children; the end of the best run is a minimum over a sliding window, so
+that a node costs its children times the tile classes, for each `j`.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,32 @@ FOLDED, CUT, MIXED = 0, 1, 2
 MAX_STATES = 40_000
 """Of `best`: bounds the pending nodes, and with them the time, where a tree is deep."""
 
+# What `fill_segments` counts.
+UNITS, SEGMENTS, PIECE, LEFT, BEGUN, KEYS, MIXED_KEYS = range(7)
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+# Columns of `Paths.nodes`.
+PARENT, START, LENGTH, FIRST_EXTENT, STOP_EXTENT, ROOM = range(6)
+
+
+class Paths(NamedTuple):
+    """The rows' paths: the forest under one root above all, so that rows of several trees are siblings like any others,
+    and its depth-first walk, as `preorder` gives it.
+    """
+
+    nodes: Ints
+    """`[nodes, 6]`: parent, first position, keys, first extent and the one behind the last, room to grow"""
+    extents: Ints
+    """`[extents, 2]`: first slot, keys"""
+    lowest: Ints
+    walk: Ints
+    keys: Ints
+    order: Ints
+    positions: Ints
+    """`[rows]`, in the walk's order"""
 
 
 @compiled
@@ -34,9 +60,8 @@ def preorder(
     child is counted as part of that child. Rows of a node without keys count for the nearest node above that has
     some. Returns `lowest [n]`: the node at each place, the lowest where several are counted as one; `walk [n, 7]`: its
     parent's place (-1 at the root), depth, places and rows at or below it, own rows, first row, and how many nodes it
-    stands for; `keys [n, 2]`: the keys of
-    these, and how many of them `short` [nodes] counts; `order [rows]`: which row comes at each place, those of one node by
-    position.
+    stands for; `keys [n, 2]`: the keys of these, and how many of them `short` [nodes] counts; `order [rows]`: which row
+    comes at each place, those of one node by position.
     """
     count = parents.size
     home = np.zeros(count, np.int64)
@@ -146,8 +171,9 @@ def partition(
 ) -> tuple[Floats, Ints, Ints]:
     """The table of least costs, and how they come about.
 
-    walk `[n, 6]` as `preorder` gives it, keys `[n, 2]` as `preorder` gives them; may_cut `[n]`: 0 never, 1 where it pays, 2 always;
-    partial: of one row, all of its heads; most_pending: nodes folded one below the other.
+    walk and keys as `preorder` gives them; may_cut `[n]`: 0 never, 1 where it pays; tile_rows `[classes]` and prices
+    `[3, classes]` as `CostModel.columns`; partial: of one row, all of its heads; most_pending: nodes folded one below
+    the other.
 
     Returns `best [n, most_pending + 1]`, inf where a state can't be; `cuts`, the same shape: 1 where the node is cut;
     `runs [n, most_pending + 1, 2]`: with so many nodes pending below the parent, the place behind the run that begins
@@ -162,10 +188,8 @@ def partition(
         if walk[node, 0] >= 0:
             tokens[walk[node, 0]] += tokens[node]
     folded = np.empty(most_pending + 2)
-    alone, ends, rows, below_keys, least = (
-        np.empty(count + 2), np.empty(count + 2, np.int64), np.empty(count + 2, np.int64), np.empty(count + 2, np.int64),
-        np.empty(count + 2),
-    )  # fmt: skip
+    alone, least = np.empty((2, count + 2))
+    ends, rows, below_keys = np.empty((3, count + 2), np.int64)
     queue = np.empty((tile_rows.size, count + 2), np.int64)
     marks = np.empty((2, tile_rows.size), np.int64)
     for node in range(count - 1, -1, -1):
@@ -197,7 +221,7 @@ def partition(
                 pending, short = pending + keys[above, 0], short + keys[above, 1]
                 above = walk[above, 0]
             read, short_read = pending + keys[node, 0], short + keys[node, 1]
-            fold = folded[j + 1] if j < most_pending and may_cut[node] < 2 else np.inf
+            fold = folded[j + 1] if j < most_pending else np.inf
             cut = np.inf
             if read > 0 and (may_cut[node] or j == most_pending):
                 pieces = below - own if j == depth else below
@@ -402,84 +426,101 @@ def _add_run(
 
 
 @compiled
+def highest_positions(walk: Ints, positions: Ints) -> Ints:
+    """Of the rows at or below each node, `[n]`; positions `[rows]`, in the walk's order."""
+    highest = np.full(walk.shape[0], -1, np.int64)
+    for at in range(walk.shape[0] - 1, -1, -1):
+        if walk[at, 4]:
+            highest[at] = max(highest[at], positions[walk[at, 5] + walk[at, 4] - 1])
+        if walk[at, 0] >= 0:
+            highest[walk[at, 0]] = max(highest[walk[at, 0]], highest[at])
+    return highest
+
+
+@compiled
 def fill_segments(
-    units: Ints, limits: Ints, walk: Ints, lowest: Ints, parents: Ints, starts: Ints, lengths: Ints, extent_offsets: Ints,
-    extent_starts: Ints, extent_lengths: Ints, rooms: Ints, least_run: int, positions: Ints, unit_table: Ints, segment_table: Ints,
+    units: Ints, limits: Ints, nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, positions: Ints, least_run: int,
+    unit_table: Ints, segment_table: Ints,
 ) -> tuple[int, int]:  # fmt: skip
     """The segments of every unit, root first, and the units anew, those with a limit split along their keys.
 
-    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, 0 for no limit; positions
-    `[rows]`, in the walk's order. Fills `unit_table [pieces, 8]`: first row, row behind the last, first segment and the
-    one behind the last, rank, piece, keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, rows that
-    see it (from, to), whether it grows, room. Returns how many units and segments there are; empty tables are only
-    counted.
+    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, 0 for no limit; an extent
+    of fewer than `least_run` keys counts as mixed; the rest as in `Paths`. Fills
+    `unit_table [pieces, 8]`: first row, row behind the last, first segment and the one behind the last, rank, piece,
+    keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, rows that see it (from, to),
+    whether it grows, room. Returns how many units and segments there are; empty tables are only counted.
     """
-    top = np.full(walk.shape[0], -1, np.int64)
-    for at in range(walk.shape[0] - 1, -1, -1):
-        if walk[at, 4]:
-            top[at] = max(top[at], positions[walk[at, 5] + walk[at, 4] - 1])
-        if walk[at, 0] >= 0:
-            top[walk[at, 0]] = max(top[walk[at, 0]], top[at])
+    highest = highest_positions(walk, positions)
     chain = np.empty(walk.shape[0], np.int64)
-    path = np.empty(parents.size, np.int64)
-    num_units = num_segments = 0
-    write = unit_table.shape[0] > 0
+    state = np.zeros(7, np.int64)
     for unit in range(units.shape[0]):
-        first_row, stop_row = units[unit, 0], units[unit, 1]
-        highest = positions[first_row:stop_row].max()
+        first_row, stop_row, pending = units[unit, 0], units[unit, 1], units[unit, 3]
+        newest = positions[first_row:stop_row].max()
         limit = limits[unit] if limits[unit] else np.iinfo(np.int64).max
-        left, piece, begun, keys, mixed = limit, 0, num_segments, 0, 0
-        pending = units[unit, 3]
+        state[PIECE], state[LEFT] = 0, limit
         at = units[unit, 2]
         for member in range(pending - 1, -1, -1):
             chain[member] = at
             at = walk[at, 0]
-        for member in range(pending + units[unit, 5] - units[unit, 4]):
-            low, high, seen_to = first_row, stop_row, highest
-            if member < pending:
-                at = chain[member]
-            else:
-                at = units[unit, 4] + member - pending
-                low, high = max(first_row, walk[at, 5]), min(stop_row, walk[at, 5] + walk[at, 3])
-                seen_to = min(highest, top[at])
+        for member in range(pending):
+            _read_node(
+                chain[member], first_row, stop_row, newest, False, limit, state, units, unit, nodes, extents, lowest,
+                walk, least_run, unit_table, segment_table,
+            )  # fmt: skip
+        for at in range(units[unit, 4], units[unit, 5]):
+            low, high = max(first_row, walk[at, 5]), min(stop_row, walk[at, 5] + walk[at, 3])
             masked = low > first_row or high < stop_row
-            node = lowest[at]
-            for step in range(walk[at, 6]):
-                path[step] = node
-                node = parents[node]
-            for step in range(walk[at, 6] - 1, -1, -1):
-                node = path[step]
-                position = starts[node]
-                for extent in range(extent_offsets[node], extent_offsets[node + 1]):
-                    length = min(extent_lengths[extent], seen_to - position + 1)
-                    slot = extent_starts[extent]
-                    last = length > 0 and position + length == starts[node] + lengths[node]
-                    grows = last and step == 0 and walk[at, 3] == 1 and walk[at, 4] == 1
-                    while length > 0:
-                        if left == 0:
-                            if write:
-                                _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys, mixed)
-                            num_units, piece, begun, left = num_units + 1, piece + 1, num_segments, limit
-                            keys = mixed = 0
-                        part = min(length, left)
-                        if write:
-                            row = segment_table[num_segments]
-                            row[0], row[1], row[2], row[3], row[4] = slot, part, position, low, high
-                            row[5], row[6] = grows and part == length, rooms[node] if grows and part == length else 0
-                        num_segments += 1
-                        slot, position, keys = slot + part, position + part, keys + part
-                        length, left = length - part, left - part
-                        mixed += part if masked or extent_lengths[extent] < least_run else 0
-        if write:
-            _close(unit_table, num_units, units, unit, begun, num_segments, piece, keys, mixed)
-        num_units += 1
-    return num_units, num_segments
+            seen = min(newest, highest[at])
+            _read_node(
+                at, low, high, seen, masked, limit, state, units, unit, nodes, extents, lowest, walk, least_run,
+                unit_table, segment_table,
+            )  # fmt: skip
+        _close(state, units, unit, unit_table)
+    return state[UNITS], state[SEGMENTS]
 
 
 @compiled
-def _close(
-    table: Ints, made: int, units: Ints, unit: int, begun: int, segments: int, piece: int, keys: int, mixed: int
-) -> None:
-    row = table[made]
-    row[0], row[1], row[2], row[3] = units[unit, 0], units[unit, 1], begun, segments
-    row[4], row[5], row[6], row[7] = units[unit, 6], piece, keys, mixed
+def _read_node(
+    at: int, low: int, high: int, newest: int, masked: bool, limit: int, state: Ints, units: Ints, unit: int,
+    nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, least_run: int, unit_table: Ints, segment_table: Ints,
+) -> None:  # fmt: skip
+    """The segments of all nodes that stand at place `at`, up to position `newest`, for the rows `[low, high)`."""
+    alone = walk[at, 3] == 1 and walk[at, 4] == 1
+    for step in range(walk[at, 6] - 1, -1, -1):
+        node = lowest[at]
+        for _ in range(step):
+            node = nodes[node, PARENT]
+        position, end = nodes[node, START], nodes[node, START] + nodes[node, LENGTH]
+        for extent in range(nodes[node, FIRST_EXTENT], nodes[node, STOP_EXTENT]):
+            slot, length = extents[extent, 0], min(extents[extent, 1], newest - position + 1)
+            short = masked or extents[extent, 1] < least_run
+            while length > 0:
+                if state[LEFT] == 0:
+                    _close(state, units, unit, unit_table)
+                    state[PIECE], state[LEFT] = state[PIECE] + 1, limit
+                part = min(length, state[LEFT])
+                if len(segment_table):
+                    made = state[SEGMENTS]
+                    grows = alone and step == 0 and position + part == end
+                    segment_table[made, 0], segment_table[made, 1], segment_table[made, 2] = slot, part, position
+                    segment_table[made, 3], segment_table[made, 4], segment_table[made, 5] = low, high, grows
+                    segment_table[made, 6] = nodes[node, ROOM] if grows else 0
+                state[SEGMENTS] += 1
+                state[KEYS] += part
+                state[MIXED_KEYS] += part if short else 0
+                state[LEFT] -= part
+                slot, position, length = slot + part, position + part, length - part
+
+
+@compiled
+def _close(state: Ints, units: Ints, unit: int, unit_table: Ints) -> None:
+    """End the unit, or the piece of it, whose segments were read last."""
+    if len(unit_table):
+        made = state[UNITS]
+        unit_table[made, 0], unit_table[made, 1] = units[unit, 0], units[unit, 1]
+        unit_table[made, 2], unit_table[made, 3] = state[BEGUN], state[SEGMENTS]
+        unit_table[made, 4], unit_table[made, 5] = units[unit, 6], state[PIECE]
+        unit_table[made, 6], unit_table[made, 7] = state[KEYS], state[MIXED_KEYS]
+    state[UNITS] += 1
+    state[BEGUN] = state[SEGMENTS]
+    state[KEYS] = state[MIXED_KEYS] = 0

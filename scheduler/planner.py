@@ -14,7 +14,20 @@ from radixgen.core import NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.scheduler.balance import Balance, balance
 from radixgen.scheduler.cost import CostModel, TileCost
-from radixgen.scheduler.partition import MAX_STATES, collect, fill_segments, partition, preorder
+from radixgen.scheduler.partition import (
+    FIRST_EXTENT,
+    LENGTH,
+    MAX_STATES,
+    PARENT,
+    ROOM,
+    START,
+    STOP_EXTENT,
+    Paths,
+    collect,
+    fill_segments,
+    partition,
+    preorder,
+)
 
 __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost", "active_forest", "plan"]
 
@@ -58,55 +71,35 @@ def plan(
 
     `row_nodes` `[rows]` names each row's node in `forest`; `row_positions` `[rows]` its position inside that
     node's range. Nodes below which no row stands are left out. `mode="auto"` is the cheapest that `cost` knows (of
-    several cost models, one for each way to launch, the one under which it is cheapest); `"unshared"` gives every node's
-    own rows one unit with their whole path (no read is shared); `"prefix"` shares only what all rows of a root have in
-    common; `"naive"` makes every node that has keys, and rows below it, a unit of its own.
+    several cost models, one for each way to launch, the one under which it is cheapest); `"unshared"` gives every
+    node's own rows one unit with their whole path (no read is shared); `"prefix"` shares only what all rows of a root
+    have in common; `"naive"` makes every node that has keys, and rows below it, a unit of its own.
     """
-    costs = [cost or CostModel()] if cost is None or isinstance(cost, CostModel) else list(cost)
-    paths = _Paths.of(forest, row_nodes, row_positions, max(one.least_run for one in costs))
+    costs = [cost] if isinstance(cost, CostModel) else cost or [CostModel()]
+    paths = walk_paths(forest, row_nodes, row_positions, max(one.least_run for one in costs))
     choices = [_choose(paths, mode, one) for one in costs]
     best = min(choices, key=lambda choice: choice.balance.time)
     return _fill(paths, best)
 
 
-class _Paths(NamedTuple):
-    """The rows' paths: the forest under one root above all, so that rows of several trees are siblings like any others,
-    and its depth-first walk (`radixgen.scheduler.partition.preorder`).
+def walk_paths(forest: Forest, row_nodes: Int32Array, row_positions: Int32Array, least_run: int = 0) -> Paths:
+    """The paths of rows at `row_positions` `[rows]` in the nodes `row_nodes` `[rows]` of `forest`; keys in extents of
+    fewer than `least_run` are counted apart.
     """
-
-    parents: Int64Array
-    starts: Int64Array
-    lengths: Int64Array
-    extent_offsets: Int64Array
-    extent_starts: Int64Array
-    extent_lengths: Int64Array
-    rooms: Int64Array
-    least_run: int
-    lowest: Int64Array
-    walk: Int64Array
-    keys: Int64Array
-    """`[n, 2]`: of each node, and how many of them lie in extents shorter than `least_run`"""
-    order: Int64Array
-    positions: Int64Array
-
-    @classmethod
-    def of(cls, forest: Forest, row_nodes: Int32Array, row_positions: Int32Array, least_run: int = 0) -> "_Paths":
-        size = forest.parents.size + 1
-        parents, starts, lengths, rooms = np.zeros((4, size), np.int64)
-        offsets = np.zeros(size + 1, np.int64)
-        parents[0], parents[1:] = -1, forest.parents + 1
-        starts[1:], lengths[1:], offsets[1:] = forest.starts, forest.lengths, forest.extent_offsets
-        if forest.rooms is not None:
-            rooms[1:] = forest.rooms
-        wide = row_positions.astype(np.int64)
-        extents = forest.extent_lengths.astype(np.int64)
-        sums = np.concatenate([[0], np.cumsum(np.where(extents < least_run, extents, 0))])
-        short = sums[offsets[1:]] - sums[offsets[:-1]]
-        lowest, walk, keys, order = preorder(parents, row_nodes.astype(np.int64) + 1, wide, lengths, short)
-        return cls(
-            parents, starts, lengths, offsets, forest.extent_starts.astype(np.int64), extents, rooms, least_run, lowest,
-            walk, keys, order, wide[order],
-        )  # fmt: skip
+    nodes = np.zeros((forest.parents.size + 1, 6), np.int64)
+    nodes[0, PARENT] = -1
+    nodes[1:, PARENT] = forest.parents + 1
+    nodes[1:, START], nodes[1:, LENGTH] = forest.starts, forest.lengths
+    nodes[1:, FIRST_EXTENT], nodes[1:, STOP_EXTENT] = forest.extent_offsets[:-1], forest.extent_offsets[1:]
+    if forest.rooms is not None:
+        nodes[1:, ROOM] = forest.rooms
+    extents = np.stack([forest.extent_starts, forest.extent_lengths], axis=1).astype(np.int64)
+    sums = np.concatenate([[0], np.cumsum(np.where(extents[:, 1] < least_run, extents[:, 1], 0))])
+    short = sums[nodes[:, STOP_EXTENT]] - sums[nodes[:, FIRST_EXTENT]]
+    positions = row_positions.astype(np.int64)
+    parents, lengths = nodes[:, PARENT].copy(), nodes[:, LENGTH].copy()
+    lowest, walk, keys, order = preorder(parents, row_nodes.astype(np.int64) + 1, positions, lengths, short)
+    return Paths(nodes, extents, lowest, walk, keys, order, positions[order])
 
 
 class _Choice(NamedTuple):
@@ -118,7 +111,7 @@ class _Choice(NamedTuple):
     balance: Balance
 
 
-def _choose(paths: _Paths, mode: PlanMode, cost: CostModel) -> _Choice:
+def _choose(paths: Paths, mode: PlanMode, cost: CostModel) -> _Choice:
     """The least cost, found for all of a plan's units together, need not be the shortest time: that depends on how they
     spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
     """
@@ -133,13 +126,13 @@ def _choose(paths: _Paths, mode: PlanMode, cost: CostModel) -> _Choice:
     return best
 
 
-def _weigh(paths: _Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array, to_beat: float = np.inf) -> _Choice:
+def _weigh(paths: Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array, to_beat: float = np.inf) -> _Choice:
     units, fates = collect(paths.walk, paths.keys, cuts, runs, *cost.columns())
     unique = int(paths.keys[:, 0].sum())
     return _Choice(cost, units, fates, balance(units, paths.order.size, unique, cost, to_beat))
 
 
-def _cheapest(paths: _Paths, cost: CostModel, *, may_cut: bool) -> tuple[Int64Array, Int64Array]:
+def _cheapest(paths: Paths, cost: CostModel, *, may_cut: bool) -> tuple[Int64Array, Int64Array]:
     """Which nodes are cut and where runs end, as `collect` takes them."""
     walk = paths.walk
     most_pending = int(min(walk[:, 1].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
@@ -149,7 +142,7 @@ def _cheapest(paths: _Paths, cost: CostModel, *, may_cut: bool) -> tuple[Int64Ar
     return cuts, runs
 
 
-def _forced(paths: _Paths, mode: PlanMode) -> tuple[Int64Array, Int64Array]:
+def _forced(paths: Paths, mode: PlanMode) -> tuple[Int64Array, Int64Array]:
     walk, keys = paths.walk, paths.keys[:, 0]
     cut = np.zeros((len(walk), 1), np.int64)
     branching = (keys > 0) & (walk[:, 3] > walk[:, 4])
@@ -160,10 +153,12 @@ def _forced(paths: _Paths, mode: PlanMode) -> tuple[Int64Array, Int64Array]:
     return cut, np.full((len(walk), 1, 2), -1, np.int64)
 
 
-def _fill(paths: _Paths, choice: _Choice) -> Plan:
+def _fill(paths: Paths, choice: _Choice) -> Plan:
     """The plan's arrays."""
     cost, walk, positions = choice.cost, paths.walk, paths.positions
-    layout = (choice.units, choice.balance.limits, walk, paths.lowest, *paths[:8], positions)
+    layout = (
+        choice.units, choice.balance.limits, paths.nodes, paths.extents, paths.lowest, walk, positions, cost.least_run
+    )  # fmt: skip
     nothing = np.empty((0, 8), np.int64)
     num_units, num_segments = fill_segments(*layout, nothing, nothing)
     table, segments = np.empty((num_units, 8), np.int64), np.empty((num_segments, 7), np.int64)

@@ -15,6 +15,7 @@ LAYERS = [
     {"kernels"},
     {"cache"},
     {"scheduler"},
+    {"calibration"},
     {"attention", "model", "sampling", "detokenize"},
     {"engine_core"},
     {"input_processor", "output_processor"},

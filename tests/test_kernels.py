@@ -2,13 +2,15 @@
 Triton's interpreter.
 """
 
+import families
 import numpy as np
 import pytest
 import torch
 from test_attention import Case, error, poison, random_case, random_tree, reference, tensors
+from test_exactness import Oracle, greedy, prompts
 from torch import Tensor
 
-from radixgen import TreeAttention
+from radixgen import Engine, TreeAttention
 from radixgen.kernels import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.schedule import assign
@@ -159,3 +161,15 @@ def test_every_supported_geometry_has_a_launch() -> None:
             geometry = Geometry(2, group, 128, 128, dtype)
             launch = triton_backend.choose_launch(geometry, 200, DEVICE)
             assert max(launch.tiles) >= group
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
+def test_an_engine_answers_as_transformers_does(name: str) -> None:
+    """Prefill in chunks, decode and a pool that always evicts, through the kernels' plans."""
+    oracle, served = Oracle(families.build(name).to(DEVICE)), families.build(name).to(DEVICE)
+    asked = prompts(families.VOCAB)[:3]
+    with Engine(served, attention="triton", max_step_tokens=24, kv_tokens=160, debug=True) as engine:
+        for prompt, output in zip(asked, engine.generate(asked, greedy(5)), strict=True):
+            oracle.expect(engine, prompt, output.outputs[0].token_ids, 5)
+        engine.check()
+    oracle.settle()

@@ -11,7 +11,7 @@ from bench import trees
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import Plan
 from radixgen.scheduler.partition import partition
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, _Paths, plan
+from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan, walk_paths
 
 COSTS = [
     CostModel(),
@@ -251,7 +251,7 @@ def small_trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
 
 def _cheapest_cost(tree: tuple[list[int], list[int], list[int]], cost: CostModel) -> float:
     forest, nodes, positions = trees.lay_out(tree)
-    paths = _Paths.of(forest, nodes, positions, cost.least_run)
+    paths = walk_paths(forest, nodes, positions, cost.least_run)
     allowed = np.ones(len(paths.walk), np.int64)
     price, depth = cost.partial * cost.group, len(paths.walk)
     return float(partition(paths.walk, paths.keys, allowed, cost.mix, *cost.columns(), price, depth)[0][0, 0])

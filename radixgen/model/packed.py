@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from radixgen.cache.storage import LayerShape
 from radixgen.core import InvalidRequest, UnsupportedModel
+from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class TreeModel:
         self.device = model.device
         self.attend: Attend = self._no_attend
         self._layers: dict[nn.Module, int] = {}
+        self.geometry: Geometry | None = None
         config = model.config.get_text_config()
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         if model.config.is_encoder_decoder:
@@ -148,6 +150,7 @@ class TreeModel:
                 raise UnsupportedModel(f"{self.name}: a layer attends more than once")
             kv_heads, head_dim = call.k.shape[1:]
             shapes[call.layer] = LayerShape(kv_heads, head_dim, call.v.shape[2], call.k.dtype)
+            self.geometry = self.geometry or Geometry.of(call.q, call.k, call.v)
             return _causal(call, [1])
 
         self._try(lambda: self._logits([[0]], record))

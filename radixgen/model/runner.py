@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
+from radixgen.calibration import cost_models
 from radixgen.core import Plan
 from radixgen.kernels import Attention, Backend, Writes, backend
 from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.scheduler.cost import CostModel
 
 
 class ModelRunner:
@@ -26,6 +28,9 @@ class ModelRunner:
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self._backend = backend(attention, model.device)
+        self.costs: tuple[CostModel, ...] = ()
+        if self._backend.name == "triton" and model.geometry is not None:
+            self.costs = cost_models(model.device, model.geometry)
         self.allocate(0)
 
     @property
