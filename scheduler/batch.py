@@ -22,6 +22,8 @@ from radixgen.scheduler.sequence import Request, Sequence
 
 _FIRST_RESERVE = 16
 _LARGEST_RESERVE = 256
+_GROWTH_SHARE = 16
+"""One part in so many of the pool is kept for running sequences to grow into, at the most."""
 _MAX_READS = 512
 """Rows of one step at the most whose logits score a prompt, so that the logits of a long one fit in memory."""
 
@@ -379,14 +381,16 @@ class Scheduler:
         return match.computed if match else 0
 
     def _fits(self, sequence: Sequence, seats: int) -> bool:
-        """Whether there is room for what the sequence lacks and for the next token of everyone, releasing pins if
-        need be. Reserves do not count: who is let in on those of others chops all leaves into single slots.
+        """Whether there is room for what the sequence lacks and for everyone to grow a little, releasing pins if need
+        be. Reserves do not count: who is let in on those of others chops all leaves into single slots.
         """
         tree, tokens = self.tree, sequence.tokens()
+        growing = len(self.running) + seats
+        growth = max(growing, min(_FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
         while True:
             match = tree.match_prefix(tokens, sequence.namespace)
             found, locked = (match.length, match.evictable) if match else (0, 0)
-            wanted = tree.unscheduled_tokens + tokens.size - found + len(self.running) + seats
+            wanted = tree.unscheduled_tokens + tokens.size - found + growth
             if wanted <= tree.pool.free + tree.evictable_tokens - locked:
                 return True
             if not self.pins.release_weakest():
