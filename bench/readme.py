@@ -12,6 +12,7 @@ import re
 from io import StringIO
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from bench.report import RESULTS
@@ -52,7 +53,36 @@ def _table() -> str:
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
         places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
-    return "\n".join([*rows, "", "; ".join(dict.fromkeys(places)) + ".", "", *_simulated()])
+    return "\n".join([*rows, "", "; ".join(dict.fromkeys(places)) + ".", "", *_simulated(), "", *_attention()])
+
+
+def _attention() -> list[str]:
+    """Our plan on a GPU, against the other plans and PyTorch, by workload and head shape."""
+    found = json.loads((RESULTS / "attention.json").read_text(encoding="utf-8"))
+    read, matrix = found["ceilings"]["read"], found["ceilings"]["matrix"]
+    lines = [
+        f"`bench.attention` on one {found['device']} ({read / 1e12:.2f} TB/s read, {matrix / 1e12:.0f} TFLOP/s, "
+        f"measured; torch {found['torch']}, {found['date']}): one layer's decode attention, cold. The best other is the "
+        "fastest of our own unshared, one-prefix and naive plans by the same kernels, and PyTorch over private copies.",
+        "",
+        "| workload | heads | trees | over the best other | over unshared | of the roofline |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for workload, heads in dict.fromkeys((row["workload"], tuple(row["heads"])) for row in found["rows"]):
+        rows = [row for row in found["rows"] if (row["workload"], tuple(row["heads"])) == (workload, heads)]
+        ours = np.array([row["contenders"]["radixgen"]["cold_us"] for row in rows])
+        others = [[v["cold_us"] for k, v in row["contenders"].items() if k != "radixgen"] for row in rows]
+        unshared = np.array([row["contenders"]["unshared"]["cold_us"] for row in rows])
+        best, share = np.array([min(times) for times in others]) / ours, [row["roofline_us"] for row in rows] / ours
+        lines.append(
+            f"| {workload} | {heads[0]}/{heads[1]} | {len(rows)} | {_mean(best)} | {_mean(unshared / ours)} "
+            f"| {share.min():.0%} to {share.max():.0%} |"
+        )
+    return lines
+
+
+def _mean(ratios: Any) -> str:
+    return f"{np.exp(np.log(ratios).mean()):.2f}× ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
 def _simulated() -> list[str]:

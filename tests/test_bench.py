@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from bench import plan, simulate, step, tree
+from bench import attention, calibrate, plan, simulate, step, tree
 from bench.report import Memory, Report
+from bench.trees import WORKLOADS
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,7 @@ def test_plan(capsys) -> None:
     assert figures["benchmark"] == "plan" and figures["leaves"] == 9
     for shape in plan.SHAPES:
         assert figures[f"{shape}_from_nothing_ms"] > 0 and figures[f"{shape}_carried_ms"] > 0
-        assert figures[f"{shape}_nodes"] == 2 * 9 - 1 + 2
+        assert figures[f"{shape}_nodes"] == 2 * 9 - 1
         assert set(figures[f"{shape}_pieces_ms"]) == {*(p.strip("_") for p in plan.PIECES), "rest"}
 
 
@@ -81,6 +83,24 @@ def test_simulate_on_a_trace_made_up(capsys) -> None:
         assert 0 <= run["hit_rate"] <= figures["ideal_hit_rate"] + 1e-9
         assert run["computed"] + run["hit_rate"] <= 1 + run["preemptions"]
         assert run["latency_p50_seconds"] >= 0.02
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real one takes minutes on a GPU")
+def test_attention(capsys) -> None:
+    assert attention.main([]) == 0
+    (row,) = last_line(capsys)["rows"]
+    assert set(row["contenders"]) == {"radixgen", "unshared", "prefix", "naive"}
+    assert all(found["difference"] < 1e-6 for found in row["contenders"].values())
+    assert calibrate.main([]) == 0
+
+
+def test_every_workload_has_its_trees() -> None:
+    for name, rows in WORKLOADS.items():
+        built = [tree for _, tree in rows()]
+        assert len(built) == {"W1": 12, "W5": 15, "W7": 12, "W8": 9, "W9": 18, "W12": 13}[name]
+        for parents, lengths, standing in built:
+            assert len(parents) == len(lengths) and max(standing) < len(parents)
+            assert all(parent < node for node, parent in enumerate(parents))
 
 
 def test_step(capsys, monkeypatch) -> None:
