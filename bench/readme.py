@@ -62,7 +62,7 @@ def _attention() -> list[str]:
     read, matrix = found["ceilings"]["read"], found["ceilings"]["matrix"]
     lines = [
         f"`bench.attention` on one {found['device']} ({read / 1e12:.2f} TB/s read, {matrix / 1e12:.0f} TFLOP/s, "
-        f"measured; torch {found['torch']}, {found['date']}): one layer's decode attention, cold. The best other is the "
+        f"measured; torch {found['torch']}, {found['date']}): one layer's attention, cold. The best other is the "
         "fastest of our own unshared, one-prefix and naive plans by the same kernels, and PyTorch over private copies.",
         "",
         "| workload | heads | trees | over the best other | over unshared | of the roofline |",

@@ -36,7 +36,8 @@ class Geometry:
     @property
     def supported(self) -> bool:
         """Whether the Triton kernels answer it; otherwise PyTorch does."""
-        fits = max(self.head_dim, self.v_head_dim) <= MAX_HEAD_DIM and self.group <= MAX_GROUP
+        widest = max(self.padded)
+        fits = widest <= MAX_HEAD_DIM and self.group <= (MAX_GROUP if widest <= 128 else 64)
         return fits and self.dtype in _DTYPES
 
     @property

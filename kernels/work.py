@@ -37,8 +37,8 @@ class Launch:
     num_stages: int
     gather_stages: int
     programs: int
-    min_run: int
-    """Keys in a row that all rows of a tile see, from which they are copied in bulk."""
+    least_run: int
+    """Keys in a row that all rows of a tile see, from which they are copied in bulk; 0 where none are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +88,14 @@ class _Reads:
     """Keys to gather behind it, with room for those to come"""
 
 
-def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, bulk: bool, slack: int = 0) -> Work:
+def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int = 0) -> Work:
     """The tables of one plan for one launch.
 
-    `group` query heads share a KV head. Without `bulk` every key is gathered. `slack`: how many tokens the rows may
+    `group` query heads share a KV head. `slack`: how many tokens the rows may
     move on before the tables must be laid out anew; only a window needs to know.
     """
     tiles = _cut_tiles(plan, launch, group)
-    reads = _read(plan, tiles, launch if bulk else None, slack)
+    reads = _read(plan, tiles, launch, slack)
     partial, num_partials, merged = _partials(plan, tiles)
     count = tiles.unit.size
     gathered = np.bincount(reads.tile, weights=reads.before + reads.after, minlength=count).astype(np.int64)
@@ -159,7 +159,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     )
 
 
-def _read(plan: Plan, tiles: _Tiles, bulk: Launch | None, slack: int) -> _Reads:
+def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
     """Pair each tile with its unit's segments, and part each into a run that all rows see and the rest."""
     begin = plan.unit_segments[tiles.unit, 0].astype(np.int64)
     counts = plan.unit_segments[tiles.unit, 1] - begin
@@ -175,12 +175,12 @@ def _read(plan: Plan, tiles: _Tiles, bulk: Launch | None, slack: int) -> _Reads:
     tile, segment, low, high, length = tile[kept], segment[kept], low[kept], high[kept], length[kept]
     position, whole = position[kept], ((low == 0) & (high == rows[kept]))
     before, run = np.zeros_like(length), np.zeros_like(length)
-    if bulk is not None:
+    if launch.least_run:
         until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
         if plan.window is not None:
             before = np.clip(tiles.highest[tile] + slack + 1 - plan.window - position, 0, length)
-        run = (until - before) // bulk.block_keys * bulk.block_keys
-        run[~whole | (run < bulk.min_run)] = 0
+        run = (until - before) // launch.block_keys * launch.block_keys
+        run[~whole | (run < launch.least_run)] = 0
         before[run == 0] = 0
     start = plan.segment_starts[segment]
     return _Reads(tile, start, position, low, high, before, run, length - before - run)

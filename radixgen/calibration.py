@@ -104,13 +104,13 @@ def _launch(programs: int, tiles: list[dict[str, float]]) -> LaunchCost:
 
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
     """Measure `device`, in some seconds; `time_us` gives the median microseconds of a call, launches excluded."""
-    from radixgen.kernels.triton_backend import choose_launch
+    from radixgen.kernels.triton_backend import Chip, choose_launch
 
     measure = _Measure(device, time_us)
     apart = measure.tiles(nodes=64, rows=1, keys=4096, tile=16)
     launches = []
     for classes in ((16,), (16, 64)):
-        launch = choose_launch(Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16), classes[-1], device)
+        launch = choose_launch(Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16), classes[-1], Chip.of(device))
         tiles = tuple(measure.tile(rows, classes, launch.programs) for rows in classes)
         launches.append(LaunchCost(launch.programs, tiles))
     return Calibration(

@@ -19,7 +19,7 @@ from radixgen.core.compiled import compiled
 
 FOLDED, CUT, MIXED = 0, 1, 2
 
-MAX_STATES = 40_000
+MAX_STATES = 16_000
 """Of `best`: bounds the pending nodes, and with them the time, where a tree is deep."""
 
 # What `fill_segments` counts.
@@ -448,7 +448,7 @@ def fill_segments(
     of fewer than `least_run` keys counts as mixed; the rest as in `Paths`. Fills
     `unit_table [pieces, 8]`: first row, row behind the last, first segment and the one behind the last, rank, piece,
     keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, rows that see it (from, to),
-    whether it grows, room. Returns how many units and segments there are; empty tables are only counted.
+    whether it grows, room. Returns how many units and segments there are, whether or not the tables hold them all.
     """
     highest = highest_positions(walk, positions)
     chain = np.empty(walk.shape[0], np.int64)
@@ -499,8 +499,8 @@ def _read_node(
                     _close(state, units, unit, unit_table)
                     state[PIECE], state[LEFT] = state[PIECE] + 1, limit
                 part = min(length, state[LEFT])
-                if len(segment_table):
-                    made = state[SEGMENTS]
+                made = state[SEGMENTS]
+                if made < len(segment_table):
                     grows = alone and step == 0 and position + part == end
                     segment_table[made, 0], segment_table[made, 1], segment_table[made, 2] = slot, part, position
                     segment_table[made, 3], segment_table[made, 4], segment_table[made, 5] = low, high, grows
@@ -515,8 +515,8 @@ def _read_node(
 @compiled
 def _close(state: Ints, units: Ints, unit: int, unit_table: Ints) -> None:
     """End the unit, or the piece of it, whose segments were read last."""
-    if len(unit_table):
-        made = state[UNITS]
+    made = state[UNITS]
+    if made < len(unit_table):
         unit_table[made, 0], unit_table[made, 1] = units[unit, 0], units[unit, 1]
         unit_table[made, 2], unit_table[made, 3] = state[BEGUN], state[SEGMENTS]
         unit_table[made, 4], unit_table[made, 5] = units[unit, 6], state[PIECE]

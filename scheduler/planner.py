@@ -159,10 +159,12 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
     layout = (
         choice.units, choice.balance.limits, paths.nodes, paths.extents, paths.lowest, walk, positions, cost.least_run
     )  # fmt: skip
-    nothing = np.empty((0, 8), np.int64)
-    num_units, num_segments = fill_segments(*layout, nothing, nothing)
-    table, segments = np.empty((num_units, 8), np.int64), np.empty((num_segments, 7), np.int64)
-    fill_segments(*layout, table, segments)
+    num_units, num_segments = 2 * len(choice.units), 2 * (len(choice.units) + len(paths.extents))
+    table, segments = np.empty((0, 8), np.int64), np.empty((0, 7), np.int64)
+    while num_units > len(table) or num_segments > len(segments):
+        table, segments = np.empty((num_units, 8), np.int64), np.empty((num_segments, 7), np.int64)
+        num_units, num_segments = fill_segments(*layout, table, segments)
+    table, segments = table[:num_units], segments[:num_segments]
     begun = np.bincount(table[:, 0], minlength=positions.size + 1)
     ended = np.bincount(table[:, 1], minlength=positions.size + 1)
     extra = np.cumsum(begun - ended)[:-1] - 1

@@ -159,7 +159,7 @@ def test_every_supported_geometry_has_a_launch() -> None:
     for group in (1, 3, 16, 17, 64, 71, 128):
         for dtype in DTYPES:
             geometry = Geometry(2, group, 128, 128, dtype)
-            launch = triton_backend.choose_launch(geometry, 200, DEVICE)
+            launch = triton_backend.choose_launch(geometry, 200, triton_backend.Chip.of(DEVICE))
             assert max(launch.tiles) >= group
 
 
