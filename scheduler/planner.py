@@ -207,7 +207,10 @@ def _path_rows(walk: Int64Array, tile_rows: int) -> Int32Array:
 
 
 class Planner:
-    """Plans the steps of one tree, and carries a plan over where only lengths grew."""
+    """Plans the steps of one tree, and carries a plan over where only lengths grew.
+
+    The first one on a machine takes some seconds to make: it compiles what plans are made with.
+    """
 
     def __init__(
         self, tree: RadixTree, *, mode: PlanMode = "auto", cost: CostModel | Sequence[CostModel] | None = None
@@ -219,6 +222,13 @@ class Planner:
         self._version = -1
         self._node_ids = np.empty(0, np.int32)
         self._row_positions = np.empty(0, np.int32)
+        self._plan_anything()
+
+    def _plan_anything(self) -> None:
+        """So that everything is compiled before the first request waits for it."""
+        ids, ones = np.arange(2, dtype=np.int32), np.ones(2, np.int32)
+        forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
+        plan(forest, ones, ones, mode=self.mode, cost=self.cost)
 
     @property
     def last(self) -> Plan | None:
