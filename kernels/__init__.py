@@ -1,7 +1,7 @@
 """Attention over a plan, the writes of new keys and values, and the merge of partial results.
 
-A backend is a module with two classes, each built once a step and called once a layer: `Attention` and `Writes`.
-`backend` finds it by name and imports it only then.
+A backend is a module with two classes, each built once a step and called once a layer, `Attention` and `Writes`, and
+with `StaticAttention` where it can be captured. `backend` finds it by name and imports it only then.
 """
 
 from importlib import import_module
@@ -28,11 +28,6 @@ class Attention(Protocol):
     may reach a result.
     """
 
-    kv_tokens_read: int
-    """Keys read in one layer, summed over the segments of every unit."""
-    kv_tokens_unshared: int
-    """Keys that the same rows would read, had each node's rows read their whole path alone."""
-
     def __init__(self, plan: Plan, window: int | None, device: "torch.device") -> None: ...
 
     def __call__(
@@ -56,10 +51,36 @@ class Attention(Protocol):
         """
 
 
+class StaticAttention(Protocol):
+    """As `Attention`, but at fixed addresses: what was captured with it answers whatever plan is loaded since.
+
+    Rows beyond those of the plan come out as something finite. A call raises `ValueError` for shapes that it does not
+    answer.
+    """
+
+    def __init__(self, plan: Plan, window: int | None, positions: "Tensor") -> None:
+        """`positions` int64 `[rows]`, at least as many as the plan's rows, is read at each call. `plan` is loaded."""
+
+    def load(self, plan: Plan) -> bool:
+        """Make ready for a plan of the same `tile_rows`: no work where lengths only grew and there was room for it.
+        False where the plan takes more memory than there is.
+        """
+
+    def __call__(
+        self,
+        q: "Tensor",
+        k: "Tensor",
+        v: "Tensor",
+        scale: float,
+        softcap: float | None = None,
+        sinks: "Tensor | None" = None,
+    ) -> "tuple[Tensor, Tensor]": ...
+
+
 class Writes(Protocol):
     """Puts the keys and values of a step's rows into their slots. Made once a step, called once a layer."""
 
-    def __init__(self, slots: NDArray[np.int64], device: "torch.device") -> None:
+    def __init__(self, slots: "NDArray[np.int64] | Tensor", device: "torch.device") -> None:
         """`slots` `[rows]`, distinct; -1 where a row's KV exists already."""
 
     def __call__(self, key: "Tensor", value: "Tensor", k: "Tensor", v: "Tensor") -> None:
@@ -72,6 +93,8 @@ class Backend(NamedTuple):
     name: str
     attention: type[Attention]
     writes: type[Writes]
+    static: type[StaticAttention] | None
+    """Where there is one, `writes` reads a tensor of slots on the device anew at each call."""
 
 
 def check_backend(name: str) -> None:
@@ -91,4 +114,4 @@ def backend(name: str, device: "torch.device") -> Backend:
         raise InvalidRequest("attention", name, f"cannot be imported: {error}") from error
     if not module.runs_on(device):
         raise InvalidRequest("attention", name, f"does not run on {device.type}")
-    return Backend(name, module.Attention, module.Writes)
+    return Backend(name, module.Attention, module.Writes, getattr(module, "StaticAttention", None))

@@ -87,7 +87,8 @@ def runs_on(device: torch.device) -> bool:
 class Writes:
     """New keys and values into their slots, by PyTorch's indexing."""
 
-    def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
+    def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
+        slots = np.asarray(slots)
         rows = np.flatnonzero(slots >= 0)
         self._rows = torch.from_numpy(rows).to(device) if rows.size < slots.size else None
         self._slots = torch.from_numpy(slots[rows]).to(device)
@@ -105,8 +106,6 @@ class Attention:
 
     def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
         plan = plan.within(window)
-        self.kv_tokens_read = plan.kv_tokens_read
-        self.kv_tokens_unshared = plan.kv_tokens_unshared
         self._device = device
         self._plan = plan
         sizes = np.diff(plan.unit_rows, axis=1)[:, 0].astype(np.int64)

@@ -89,8 +89,8 @@ def runs_on(device: torch.device) -> bool:
 class Writes:
     """New keys and values into their slots, in one launch."""
 
-    def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
-        self._slots = torch.from_numpy(slots).to(device)
+    def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
+        self._slots = torch.as_tensor(slots).to(device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
         """As `radixgen.kernels.Writes`."""
@@ -105,21 +105,39 @@ class Writes:
         )  # fmt: skip
 
 
-class _Prepared:
-    """A plan on the device, for one shape of layers."""
+class Tables:
+    """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
-    def __init__(self, plan: Plan, geometry: Geometry, device: torch.device) -> None:
-        self.launch = choose_launch(geometry, plan.tile_rows, Chip.of(device))
-        self.work: Work = lay_out(plan, self.launch, group=geometry.group, kv_heads=geometry.kv_heads)
-        buffer = torch.from_numpy(self.work.buffer).to(device)
-        begins = self.work.begins
-        views = [buffer[a:b] for a, b in zip(begins[:-1], begins[1:], strict=True)]
-        self.tables = dict(zip(TABLES, views, strict=True))
-        self.row_positions = torch.from_numpy(plan.row_positions).to(device)
-        self.keys = torch.empty((3, max(self.work.num_keys, 1)), dtype=torch.int32, device=device)
-        if self.work.num_pieces:
-            grid = (min(self.work.num_pieces, 4096),)
-            triton_kernels.expand_keys[grid](self.tables["pieces"], self.tables["counts"], *self.keys, BLOCK=128)
+    `roomy` tables have room for larger work at the same addresses: what was captured with them answers it too.
+    """
+
+    def __init__(self, work: Work, geometry: Geometry, launch: Launch, device: torch.device, *, roomy: bool) -> None:
+        self.launch, self.geometry = launch, geometry
+        self._sizes = work.sizes.roomy() if roomy else work.sizes
+        self._buffer = torch.empty(sum(self._sizes.tables), dtype=torch.int32, device=device)
+        views = torch.split(self._buffer, list(self._sizes.tables))
+        self.views = dict(zip(TABLES, views, strict=True))
+        self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
+        self.most_merged = self.views["rows"].numel()
+        self.merge_block = min(16, triton.next_power_of_2(max(work.most_partials, 1)))
+        partials = (self._sizes.partials, geometry.kv_heads * geometry.group)
+        self.partial_lse = torch.empty(partials, dtype=torch.float32, device=device)
+        self.partial_out = torch.empty((*partials, geometry.v_head_dim), dtype=torch.float32, device=device)
+        self.load(work)
+
+    def load(self, work: Work) -> bool:
+        """Replace the work; False, and nothing is changed, where there is no room for it."""
+        if not self._sizes.hold(work.sizes):
+            return False
+        if self._sizes == work.sizes:
+            self._buffer.copy_(torch.from_numpy(np.concatenate(work.tables)))
+        else:
+            for view, table in zip(self.views.values(), work.tables, strict=True):
+                view[: table.size].copy_(torch.from_numpy(table))
+        if work.num_pieces:
+            grid = (min(work.num_pieces, 4096),)
+            triton_kernels.expand_keys[grid](self.views["pieces"], self.views["counts"], *self.keys, BLOCK=128)
+        return True
 
 
 class Attention:
@@ -128,9 +146,8 @@ class Attention:
     def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         self._plan = plan.within(window)
-        self.kv_tokens_read = self._plan.kv_tokens_read
-        self.kv_tokens_unshared = self._plan.kv_tokens_unshared
-        self._prepared: dict[Geometry, _Prepared] = {}
+        self._positions = torch.from_numpy(plan.row_positions).to(device)
+        self._tables: dict[Geometry, Tables] = {}
         self._torch: torch_backend.Attention | None = None
 
     def __call__(
@@ -138,51 +155,99 @@ class Attention:
     ) -> tuple[Tensor, Tensor]:
         """As `radixgen.kernels.Attention`; shapes that the kernels don't answer go to PyTorch."""
         geometry = Geometry.of(q, k, v)
-        if not geometry.supported or q.dtype != k.dtype or not k.is_contiguous() or not v.is_contiguous():
+        if not answers(geometry, q, k, v):
             if self._torch is None:
                 self._torch = torch_backend.Attention(self._whole, self._window, self._device)
             return self._torch(q, k, v, scale, softcap, sinks)
-        if geometry not in self._prepared:
-            self._prepared[geometry] = _Prepared(self._plan, geometry, self._device)
-        return self._attend(self._prepared[geometry], geometry, q.contiguous(), k, v, scale, softcap, sinks)
-
-    def _attend(
-        self,
-        prepared: _Prepared,
-        geometry: Geometry,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        rows, q_heads, _ = q.shape
-        launch, work, tables = prepared.launch, prepared.work, prepared.tables
-        out = q.new_empty((rows, q_heads, geometry.v_head_dim))
-        lse = q.new_empty((rows, q_heads), dtype=torch.float32)
-        partial_out = q.new_empty((work.num_partials, q_heads, geometry.v_head_dim), dtype=torch.float32)
-        partial_lse = q.new_empty((work.num_partials, q_heads), dtype=torch.float32)
-        sinks = None if sinks is None else sinks.float()
-        triton_kernels.attend[(launch.programs,)](
-            q, k, v, *_blocks(k, v, launch), out, lse, partial_out, partial_lse,
-            lse if sinks is None else sinks, prepared.row_positions,
-            tables["queue"], tables["items"], tables["runs"], *prepared.keys,
-            scale, 0.0 if softcap is None else softcap, 0 if self._window is None else self._window,
-            **constants(
-                geometry, launch, window=self._window is not None, softcap=softcap is not None, sinks=sinks is not None
-            ),
-            num_warps=launch.num_warps,
-        )  # fmt: skip
-        if work.num_merged:
-            partials = min(16, triton.next_power_of_2(work.most_partials))
-            heads = min(16 // partials, triton.next_power_of_2(q_heads))
-            triton_kernels.merge[(work.num_merged, triton.cdiv(q_heads, heads))](
-                partial_out, partial_lse, out, lse, lse if sinks is None else sinks, tables["counts"], tables["rows"],
-                tables["offsets"], tables["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
-                PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=partials, SINKS=sinks is not None,
-            )  # fmt: skip
+        if geometry not in self._tables:
+            launch = choose_launch(geometry, self._plan.tile_rows, Chip.of(self._device))
+            work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
+            self._tables[geometry] = Tables(work, geometry, launch, self._device, roomy=False)
+        out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        _attend(self._tables[geometry], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
+
+
+class StaticAttention:
+    """As `radixgen.kernels.StaticAttention`: tables at fixed addresses, with room for larger plans."""
+
+    def __init__(self, plan: Plan, window: int | None, positions: Tensor) -> None:
+        self._window, self._positions = window, positions
+        self._tile_rows = plan.tile_rows
+        self._tables: dict[Geometry, Tables] = {}
+        self._results: dict[Geometry, tuple[Tensor, Tensor]] = {}
+        self._origin: Plan | None = None
+        self._slack = 0
+        self.load(plan)
+
+    def load(self, plan: Plan) -> bool:
+        """As `radixgen.kernels.StaticAttention.load`."""
+        assert plan.tile_rows == self._tile_rows
+        if plan.origin is self._origin and plan.age <= self._slack:
+            return True
+        self._plan, self._origin, self._slack = plan, plan.origin, plan.age + plan.slack
+        return all(tables.load(self._lay_out(tables.geometry, tables.launch)) for tables in self._tables.values())
+
+    def _lay_out(self, geometry: Geometry, launch: Launch) -> Work:
+        plan = self._plan.within(self._window)
+        return lay_out(plan, launch, group=geometry.group, kv_heads=geometry.kv_heads, slack=self._plan.slack)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `radixgen.kernels.StaticAttention`."""
+        geometry = Geometry.of(q, k, v)
+        if not answers(geometry, q, k, v):
+            raise ValueError(f"no kernel for {geometry}")
+        if geometry not in self._tables:
+            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device))
+            self._tables[geometry] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
+            out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
+            self._results[geometry] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
+        out, lse = self._results[geometry]
+        _attend(self._tables[geometry], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
+        return out, lse
+
+
+def answers(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take these tensors."""
+    return geometry.supported and q.dtype == k.dtype and k.is_contiguous() and v.is_contiguous()
+
+
+def _attend(
+    tables: Tables,
+    positions: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Both launches; `out` and `lse` are written for the rows of the plan."""
+    launch, geometry, views = tables.launch, tables.geometry, tables.views
+    q, sinks = q.contiguous(), None if sinks is None else sinks.float()
+    triton_kernels.attend[(launch.programs,)](
+        q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
+        lse if sinks is None else sinks, positions, views["queue"], views["items"], views["runs"], *tables.keys,
+        scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
+        **constants(geometry, launch, window=window is not None, softcap=softcap is not None, sinks=sinks is not None),
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+    if not tables.most_merged:
+        return
+    q_heads = q.shape[1]
+    heads = min(16 // tables.merge_block, triton.next_power_of_2(q_heads))
+    triton_kernels.merge[(min(tables.most_merged, 1024), triton.cdiv(q_heads, heads))](
+        tables.partial_out, tables.partial_lse, out, lse, lse if sinks is None else sinks, views["counts"],
+        views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
+        PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
+        SINKS=sinks is not None,
+    )  # fmt: skip
 
 
 def _blocks(k: Tensor, v: Tensor, launch: Launch) -> tuple[object, object]:

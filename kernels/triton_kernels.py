@@ -105,7 +105,7 @@ def _attend_tile(
     dim = tl.arange(0, PADDED_DIM)
     q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
     queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    own_position = tl.load(row_positions + first_row + row, mask=real, other=-1)
+    own_position = tl.load(row_positions + first_row + row, mask=real, other=-1).to(tl.int32)
 
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)

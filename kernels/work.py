@@ -1,4 +1,4 @@
-"""A plan laid out for the kernels: int32 tables, all in one buffer.
+"""A plan laid out for the kernels: int32 tables.
 
 Host work in NumPy, once for each new plan. The tables, in the words of `radixgen.kernels.triton_kernels`:
 
@@ -42,15 +42,37 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much memory a launch's work takes."""
+
+    tables: tuple[int, ...]
+    """Entries of each of `TABLES`"""
+    keys: int
+    """Gathered keys, with room for those to come."""
+    partials: int
+    """Rows of partial results"""
+
+    def hold(self, other: "Sizes") -> bool:
+        """Whether what takes `other` fits into memory of this size."""
+        most, wanted = ((*sizes.tables, sizes.keys, sizes.partials) for sizes in (self, other))
+        return all(one <= room for one, room in zip(wanted, most, strict=True))
+
+    def roomy(self) -> "Sizes":
+        """At least twice as much of everything, so that plans that grow seldom need more."""
+        return Sizes(tuple(map(_room, self.tables)), _room(self.keys), _room(self.partials))
+
+
+def _room(size: int) -> int:
+    return max(1024, 1 << (2 * size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What one launch reads."""
 
-    buffer: Int32Array
-    begins: tuple[int, ...]
-    """Where each of `TABLES` begins in the buffer, and where the last one ends."""
-    num_keys: int
-    """Gathered keys, with room for those to come."""
-    num_partials: int
+    tables: tuple[Int32Array, ...]
+    """As `TABLES` names them"""
+    sizes: Sizes
     num_pieces: int
     num_merged: int
     most_partials: int
@@ -119,12 +141,16 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     )
     counts = np.array([len(pieces), merged[0].size])
     queue = _queue(np.repeat(plan.unit_cost[tiles.unit], kv_heads), launch.programs)
-    tables = [np.ravel(table).astype(np.int32) for table in (counts, queue, items, runs, pieces, *merged)]
-    begins = tuple(np.cumsum([0, *(table.size for table in tables)]).tolist())
-    most_partials = int(np.diff(merged[1]).max(initial=0))
-    return Work(
-        np.concatenate(tables), begins, int(key_bounds[-1]), num_partials, len(pieces), merged[0].size, most_partials
-    )
+    tables = tuple(_aligned(table) for table in (counts, queue, items, runs, pieces, *merged))
+    sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
+    return Work(tables, sizes, len(pieces), merged[0].size, int(np.diff(merged[1]).max(initial=0)))
+
+
+def _aligned(table: Int64Array) -> Int32Array:
+    """Flat, in whole units of 16 bytes: kernels are compiled for tables that begin at such an address."""
+    flat = np.zeros(-(-table.size // 4) * 4, np.int32)
+    flat[: table.size] = table.reshape(-1)
+    return flat
 
 
 def _queue(costs: NDArray[np.float64], programs: int) -> Int64Array:

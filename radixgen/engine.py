@@ -75,6 +75,7 @@ class Engine:
         kv_tokens: int | None = None,
         max_step_tokens: int = 2048,
         max_model_len: int | None = None,
+        enforce_eager: bool = False,
         seed: int = 0,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -91,6 +92,7 @@ class Engine:
         kv_tokens: slots of the KV pool; by default what a share of the free memory holds.
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
+        enforce_eager: never replay decoding steps from CUDA graphs.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
         clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
@@ -103,7 +105,9 @@ class Engine:
         resolve_dtype(dtype)
         backend(attention, resolve_device(device))
         self.limits = limits or Limits()
-        served, self.tokenizer = _served(model, tokenizer, dtype, device, attention, max_model_len)
+        served, self.tokenizer = _served(
+            model, tokenizer, dtype, device, attention, max_model_len, graphs=not enforce_eager
+        )
         slots = kv_tokens or _default_slots(served, self.limits)
         _allocate(served, slots)
         self.share = share
@@ -519,6 +523,8 @@ def _served(
     device: str,
     attention: str,
     max_model_len: int | None,
+    *,
+    graphs: bool,
 ) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
     """The model behind the engine's interface, and its tokenizer."""
     if isinstance(model, Model):
@@ -526,7 +532,7 @@ def _served(
     loaded = _loaded(model, tokenizer, dtype, device)
     tree_model = TreeModel(loaded.model, loaded.name, max_model_len)
     try:
-        return ModelRunner(tree_model, attention, _eos_tokens(loaded.model)), loaded.tokenizer
+        return ModelRunner(tree_model, attention, _eos_tokens(loaded.model), graphs=graphs), loaded.tokenizer
     except BaseException:
         tree_model.release()
         raise

@@ -173,3 +173,52 @@ def test_an_engine_answers_as_transformers_does(name: str) -> None:
             oracle.expect(engine, prompt, output.outputs[0].token_ids, 5)
         engine.check()
     oracle.settle()
+
+
+def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
+    """The same tables, loaded with plan after plan; where lengths only grew, nothing is laid out anew."""
+    rng = np.random.default_rng(5)
+    static = None
+    positions = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    for rows in (30, 9, 40):
+        parents, lengths = random_tree(rng, nodes=12, longest=90)
+        case = random_case(rng, lengths, parents, rows=rows)
+        q, k, v = (tensor.to(DEVICE) for tensor in tensors(case, (4, 2), (64, 64), torch.float32))
+        attn = TreeAttention(
+            case.parents, case.extents, case.row_nodes, case.row_positions, attention="triton", cost=COST, window=50
+        )
+        expected, expected_lse = attn(q, k, v)
+        order = torch.from_numpy(attn.plan.row_order).to(DEVICE)
+        positions[:rows] = torch.from_numpy(attn.plan.row_positions).to(DEVICE)
+        padded = torch.zeros(64, *q.shape[1:], device=DEVICE)
+        padded[:rows] = q[order]
+        if static is None:
+            static = triton_backend.StaticAttention(attn.plan, 50, positions)
+            out, lse = static(padded, k, v, 64**-0.5)
+        else:
+            assert static.load(attn.plan)
+            static(padded, k, v, 64**-0.5)
+        assert error(out[:rows], expected[order]) < 1e-6 and error(lse[:rows], expected_lse[order]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_captured_steps_give_the_tokens_of_eager_ones(name: str) -> None:
+    """With requests that come and go, so that graphs of several sizes are made, outgrown and used again."""
+    asked = prompts(families.VOCAB)
+    params = [greedy(4 + 5 * (i % 3)) for i in range(len(asked))]
+    with Engine(families.build(name).to(DEVICE), attention="triton", enforce_eager=True, kv_tokens=512) as engine:
+        expected = [output.outputs[0].token_ids for output in engine.generate(asked, params)]
+    with Engine(families.build(name).to(DEVICE), attention="triton", kv_tokens=512, debug=True) as engine:
+        for _ in range(2):
+            assert [output.outputs[0].token_ids for output in engine.generate(asked, params)] == expected
+        engine.check()
+
+
+def test_a_model_that_can_not_be_captured_runs_eagerly(monkeypatch, caplog) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no kernel")
+
+    monkeypatch.setattr(triton_backend.StaticAttention, "__call__", refuse)
+    with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
+        assert len(engine.generate([[1, 2, 3]], greedy(4))[0].outputs[0].token_ids) == 4
+    assert "without CUDA graphs: no kernel" in caplog.text

@@ -88,9 +88,25 @@ class Plan:
     """`[tiles, 2]`: rows of one node, as unshared reading would tile them, each reading its whole path."""
     nodes: NodeSummary
     window: int | None = None
-    rebuilt: bool = True
-    """False where the plan was carried over from the step before and only lengths grew."""
+    age: int = 0
+    """Steps since the plan was built: it was carried over so often, and only lengths grew."""
+    _origin: "Plan | None" = field(default=None, repr=False, compare=False)
     _windowed: dict[int, "Plan"] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether this plan was built for its step."""
+        return self.age == 0
+
+    @property
+    def origin(self) -> "Plan":
+        """The plan that was built, of which this one is left where lengths have grown since."""
+        return self._origin or self
+
+    @property
+    def slack(self) -> int:
+        """Steps for which every growing segment has room; 0 where none grows."""
+        return int(self.segment_room[self.growing].min()) if self.growing.size else 0
 
     @property
     def num_rows(self) -> int:
@@ -132,7 +148,8 @@ class Plan:
             row_positions=self.row_positions + np.int32(1),
             segment_lengths=lengths,
             segment_room=room,
-            rebuilt=False,
+            age=self.age + 1,
+            _origin=self.origin,
             _windowed={},
         )
 

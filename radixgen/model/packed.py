@@ -85,6 +85,8 @@ class TreeModel:
         self.device = model.device
         self.attend: Attend = self._no_attend
         self._layers: dict[nn.Module, int] = {}
+        self.windows: list[int | None] = []
+        """Of each layer"""
         self.geometry: Geometry | None = None
         config = model.config.get_text_config()
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
@@ -150,6 +152,7 @@ class TreeModel:
                 raise UnsupportedModel(f"{self.name}: a layer attends more than once")
             kv_heads, head_dim = call.k.shape[1:]
             shapes[call.layer] = LayerShape(kv_heads, head_dim, call.v.shape[2], call.k.dtype)
+            self.windows.append(call.window)
             self.geometry = self.geometry or Geometry.of(call.q, call.k, call.v)
             return _causal(call, [1])
 

@@ -2,6 +2,9 @@
 plan.
 """
 
+import logging
+from collections import Counter
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,14 +14,29 @@ from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
 from radixgen.kernels import Attention, Backend, Writes, backend
+from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.packed import LayerCall, TreeModel
 from radixgen.scheduler.cost import CostModel
 
+logger = logging.getLogger(__name__)
+
 
 class ModelRunner:
-    """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend."""
+    """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend.
 
-    def __init__(self, model: TreeModel, attention: str, eos_token_ids: frozenset[int]) -> None:
+    With `graphs`, steps in which most rows give logits are captured and replayed, up to `max_graph_rows` rows; where a
+    model can't be captured, all steps run as they are.
+    """
+
+    def __init__(
+        self,
+        model: TreeModel,
+        attention: str,
+        eos_token_ids: frozenset[int],
+        *,
+        graphs: bool = True,
+        max_graph_rows: int = 1024,
+    ) -> None:
         self.model = model
         self.name = model.name
         self.vocab_size = model.vocab_size
@@ -27,7 +45,11 @@ class ModelRunner:
         self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
+        self._window_bytes: Counter[int | None] = Counter()
+        for window, shape in zip(model.windows, model.layer_shapes, strict=True):
+            self._window_bytes[window] += shape.bytes_per_token
         self._backend = backend(attention, model.device)
+        self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
         self.costs: tuple[CostModel, ...] = ()
         if self._backend.name == "triton" and model.geometry is not None:
             self.costs = cost_models(model.device, model.geometry)
@@ -40,6 +62,9 @@ class ModelRunner:
 
     def allocate(self, slots: int) -> None:
         self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
+        self._graphs: StepGraphs | None = None
+        if self._max_graph_rows:
+            self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows)
 
     def run(
         self,
@@ -48,20 +73,33 @@ class ModelRunner:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
+        """As `Model.run`; the logits stand until the next call."""
+        for window, size in self._window_bytes.items():
+            seen = plan.within(window)
+            self.kv_bytes_read += seen.kv_tokens_read * size
+            self.kv_bytes_unshared += seen.kv_tokens_unshared * size
+        if self._graphs is not None and self._graphs.takes(plan, logit_rows):
+            try:
+                return self._graphs.run(plan, token_ids, slots, logit_rows)
+            except NotCapturable as error:
+                logger.warning("%s runs without CUDA graphs: %s", self.name, error)
+                self._graphs = None
+        return self._run_eagerly(plan, token_ids, slots, logit_rows)
+
+    def _run_eagerly(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor:
         device = self.model.device
         step = _StepAttention(self.storage, self._backend, plan, self._backend.writes(slots, device))
-        logits = self.model.forward(
+        return self.model.forward(
             torch.from_numpy(token_ids).to(device),
             torch.from_numpy(plan.row_positions.astype(np.int64)).to(device),
             torch.from_numpy(logit_rows).to(device),
             step,
         )
-        for shape, attention in zip(self.model.layer_shapes, step.layers, strict=True):
-            self.kv_bytes_read += attention.kv_tokens_read * shape.bytes_per_token
-            self.kv_bytes_unshared += attention.kv_tokens_unshared * shape.bytes_per_token
-        return logits
 
     def release(self) -> None:
+        self._graphs = None
         self.model.release()
         self.storage.keys.clear()
         self.storage.values.clear()
@@ -71,7 +109,6 @@ class _StepAttention:
     """Answers every layer of one step."""
 
     def __init__(self, storage: KVStorage, backend: Backend, plan: Plan, writes: Writes) -> None:
-        self.layers: list[Attention] = []
         self._storage = storage
         self._backend = backend
         self._plan = plan
@@ -83,6 +120,4 @@ class _StepAttention:
         self._writes(call.k, call.v, k, v)
         if call.window not in self._by_window:
             self._by_window[call.window] = self._backend.attention(self._plan, call.window, call.q.device)
-        attention = self._by_window[call.window]
-        self.layers.append(attention)
-        return attention(call.q, k, v, call.scale, call.softcap, call.sinks)
+        return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)

@@ -1,0 +1,163 @@
+"""A step's forward pass, captured once for a number of rows and replayed for whatever plan comes.
+
+Everything that a captured pass reads stands at fixed addresses: token ids, positions, slots, rows of logits, and the
+tables of `StaticAttention`. A step fills them and replays; where only lengths grew, the tables stay as they are.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.cache.storage import KVStorage
+from radixgen.core import Plan
+from radixgen.kernels import Backend, StaticAttention
+from radixgen.model.packed import LayerCall, TreeModel
+
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Turns a call into one that does the same with less host work and returns the same tensor again."""
+
+_FINE, _COARSE = 256, 128
+"""Up to _FINE rows a graph for each power of two, beyond it for each multiple of _COARSE."""
+
+
+_PADDING = np.array([[0], [0], [-1], [0]])
+
+
+def bucket(rows: int) -> int:
+    """Rows of the graph that answers `rows` rows."""
+    if rows > _FINE:
+        return -(-rows // _COARSE) * _COARSE
+    return 1 << (rows - 1).bit_length()
+
+
+def cuda_capture() -> Capture:
+    """Captures into CUDA graphs that share one memory pool."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return capture
+
+
+def call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Captures nothing: the plain twin, for any device."""
+    return run
+
+
+class NotCapturable(Exception):
+    """The model's pass can't be captured, or what it was captured with is short of memory."""
+
+
+class StepGraphs:
+    """The captured passes of one model, made when they are first needed: one for a number of rows and a launch."""
+
+    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self._model, self._storage, self._backend = model, storage, backend
+        cuda = model.device.type == "cuda"
+        self._capture = cuda_capture() if cuda else call
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+
+    def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
+        """Whether a step is one for a graph: not too large, and most of its rows give logits, as in decoding. A graph
+        makes as many logits as it has rows.
+        """
+        return plan.num_rows <= self.max_rows and 2 * logit_rows.size >= plan.num_rows
+
+    def run(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor:
+        """As `Model.run`. The logits are overwritten by the next step. Raises `NotCapturable`."""
+        key = bucket(plan.num_rows), plan.tile_rows
+        graph = self._graphs.get(key)
+        if graph is None or not graph.load(plan, token_ids, slots, logit_rows):
+            self._graphs.pop(key, None)
+            graph = _Graph(self._model, self._storage, self._backend, key[0])
+            graph.load(plan, token_ids, slots, logit_rows)
+            try:
+                graph.replay = self._capture(graph.forward)
+            except AssertionError:
+                raise
+            except Exception as error:
+                raise NotCapturable(str(error)) from error
+            self._graphs[key] = graph
+        return graph.replay()[: logit_rows.size]
+
+
+class _Graph:
+    """One captured pass and what it reads."""
+
+    replay: Callable[[], Tensor]
+
+    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, rows: int) -> None:
+        self._model, self._storage = model, storage
+        assert backend.static is not None
+        self._new_attention = backend.static
+        self._plan: Plan | None = None
+        self._inputs = _Inputs(rows, model.device)
+        self._writes = backend.writes(self._inputs.slots, model.device)
+        self._by_window: dict[int | None, StaticAttention] = {}
+
+    def load(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> bool:
+        """Fill in a step's inputs; False where its plan is too large for what was captured."""
+        self._plan = plan
+        if not all(attention.load(plan) for attention in self._by_window.values()):
+            return False
+        self._inputs.load(token_ids, plan.row_positions, slots, logit_rows)
+        return True
+
+    def forward(self) -> Tensor:
+        inputs = self._inputs
+        return self._model.forward(inputs.token_ids, inputs.positions, inputs.logit_rows, self._attend)
+
+    def _attend(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        assert self._plan is not None
+        k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
+        self._writes(call.k, call.v, k, v)
+        if call.window not in self._by_window:
+            self._by_window[call.window] = self._new_attention(self._plan, call.window, self._inputs.positions)
+        return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)
+
+
+class _Inputs:
+    """Token ids, positions, slots and rows of logits, int64 `[rows]` each, in one copy a step; rows beyond the step's
+    own write no KV.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._staged = torch.zeros((4, rows), dtype=torch.int64, pin_memory=self._copied is not None)
+        self._all = torch.zeros((4, rows), dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.slots, self.logit_rows = self._all
+
+    def load(self, *columns: NDArray[np.integer]) -> None:
+        """The columns in this order, each padded with 0, slots with -1."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        staged = self._staged.numpy()
+        staged[:] = _PADDING
+        for row, column in zip(staged, columns, strict=True):
+            row[: column.size] = column
+        self._all.copy_(self._staged, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
