@@ -81,24 +81,27 @@ class StepGraphs:
         """
         return plan.num_rows <= self.max_rows and 2 * logit_rows.size >= plan.num_rows
 
+    @torch.inference_mode()
     def run(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor:
         """As `Model.run`. The logits are overwritten by the next step. Raises `NotCapturable`."""
         key = bucket(plan.num_rows), plan.tile_rows
         graph = self._graphs.get(key)
-        if graph is None or not graph.load(plan, token_ids, slots, logit_rows):
-            self._graphs.pop(key, None)
-            graph = _Graph(self._model, self._storage, self._backend, key[0])
-            graph.load(plan, token_ids, slots, logit_rows)
-            try:
-                graph.replay = self._capture(graph.forward)
-            except AssertionError:
-                raise
-            except Exception as error:
-                raise NotCapturable(str(error)) from error
-            self._graphs[key] = graph
-        return graph.replay()[: logit_rows.size]
+        if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
+            return graph.replay()[: logit_rows.size]
+        self._graphs.pop(key, None)
+        graph = _Graph(self._model, self._storage, self._backend, key[0])
+        graph.load(plan, token_ids, slots, logit_rows)
+        try:
+            graph.replay = self._capture(graph.forward)
+            logits = graph.replay()
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise NotCapturable(str(error)) from error
+        self._graphs[key] = graph
+        return logits[: logit_rows.size]
 
 
 class _Graph:
