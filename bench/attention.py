@@ -19,7 +19,7 @@ extent a node, as a pool that was never full leaves them.
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done.append(row)
         report.say(describe(row))
     summarize(report, done)
-    report.keep(ceilings=vars_of(ceilings), rows=[vars(row) for row in done])
+    report.keep(ceilings=asdict(ceilings), rows=[vars(row) for row in done])
     return report.finish(check=options.check, save=options.save)
 
 
@@ -200,10 +200,6 @@ def summarize(report: Report, done: Sequence[Row]) -> None:
             f"{100 * float(np.mean(shares)):.0f} % of the roofline; "
             f"predicted within {100 * float(np.median(errors)):.0f} %",
         )  # fmt: skip
-
-
-def vars_of(ceilings: Ceilings) -> dict[str, float]:
-    return {"read": ceilings.read, "copy": ceilings.copy, "matrix": ceilings.matrix}
 
 
 def toy(report: Report) -> int:

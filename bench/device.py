@@ -1,5 +1,6 @@
 """Timing on a GPU: in CUDA graphs, warm and with the cache flushed, and the chip's own ceilings."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,6 +70,21 @@ class Timer:
     def warm_us(self, call: Callable[[], object]) -> float:
         """The median of `warm`."""
         return self.warm(call).median
+
+    def graph_us(self, call: Callable[[], object]) -> float:
+        """The median of a call that is long enough to be captured alone."""
+        return float(np.median(self._replay(self._capture(call, 1), 1)))
+
+    def host_us(self, call: Callable[[], object]) -> float:
+        """The median of a call as its caller waits for it, host work and the device's included."""
+        taken = []
+        for _ in range(self.replays + 3):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            taken.append(1e6 * (time.perf_counter() - begin))
+        return float(np.median(taken[3:]))
 
     def ceilings(self) -> Ceilings:
         """Measured now; best rather than median, because a limit is what the chip does undisturbed."""

@@ -129,6 +129,16 @@ class TreeModel:
         logits: Tensor = output.logits[0]
         return logits.float()
 
+    def compile_blocks(self) -> None:
+        """Let `torch.compile` fuse what stands between the matrix products of each block, for any number of rows.
+
+        The first passes are slow; attention itself is left as it is.
+        """
+        AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
+        for module in self.model.modules():
+            if type(module).__name__ in (self.model._no_split_modules or ()):
+                module.compile(dynamic=True)
+
     def layer_of(self, module: nn.Module) -> int:
         """The place of an attention module in the order of the first forward pass."""
         if module not in self._layers:
