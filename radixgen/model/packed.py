@@ -134,7 +134,8 @@ class TreeModel:
 
         The first passes are slow; attention itself is left as it is.
         """
-        AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(_attention))
+        opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
+        AttentionInterface.register(IMPLEMENTATION, opaque)
         for module in self.model.modules():
             if type(module).__name__ in (self.model._no_split_modules or ()):
                 module.compile(dynamic=True)
