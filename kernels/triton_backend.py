@@ -39,7 +39,7 @@ class Chip:
 
 
 def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip) -> Launch:
-    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, or 128.
+    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, 64, or 128.
 
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
     launch with narrow tiles without spilling; 128 are for groups of more than 64 heads.
@@ -51,7 +51,9 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip) -> Launch:
     elif narrow:
         tiles, warps, programs = (16, 0, 0), 4 if large else 2, 2 if large else 4
     elif geometry.group <= 64:
-        tiles, warps, programs = (16, 64, 0), 8 if large or chip.capability < 90 else 4, 1 if large else 2
+        hopper = chip.capability >= 90
+        tiles = (0 if large and hopper else 16, 64, 0)
+        warps, programs = 8 if large or not hopper else 4, 1 if large else 2
     else:
         tiles, warps, programs = (0, 0, 128), 8, 1
     block_keys = 32 if narrow or large else 64
@@ -119,7 +121,7 @@ class Tables:
         self.views = dict(zip(TABLES, views, strict=True))
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
-        self.merge_block = min(16, triton.next_power_of_2(max(work.most_partials, 1)))
+        self.merge_block = min(64, triton.next_power_of_2(max(work.most_partials, 1)))
         partials = (self._sizes.partials, geometry.kv_heads * geometry.group)
         self.partial_lse = torch.empty(partials, dtype=torch.float32, device=device)
         self.partial_out = torch.empty((*partials, geometry.v_head_dim), dtype=torch.float32, device=device)
@@ -241,8 +243,8 @@ def _attend(
     if not tables.most_merged:
         return
     q_heads = q.shape[1]
-    heads = min(16 // tables.merge_block, triton.next_power_of_2(q_heads))
-    triton_kernels.merge[(min(tables.most_merged, 1024), triton.cdiv(q_heads, heads))](
+    heads = min(max(16 // tables.merge_block, 1), triton.next_power_of_2(q_heads))
+    triton_kernels.merge[(min(tables.most_merged, len(q)), triton.cdiv(q_heads, heads))](
         tables.partial_out, tables.partial_lse, out, lse, lse if sinks is None else sinks, views["counts"],
         views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,

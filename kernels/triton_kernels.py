@@ -85,19 +85,15 @@ def _store(values, row_lse, out, lse, place, real, DIM: tl.constexpr, PADDED: tl
 
 @triton.jit
 def _attend_tile(
-    item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, runs,
-    key_slots, key_positions, key_rows, scale, softcap, window,
+    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, head,
+    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, runs, key_slots,
+    key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One work item: a tile's rows, of one KV head, against all keys of its unit."""
-    first_row, num_rows = tl.load(item), tl.load(item + 1)
-    run_begin, run_end = tl.load(item + 2), tl.load(item + 3)
-    key_begin, key_end = tl.load(item + 4), tl.load(item + 5)
-    partial = tl.load(item + 6)
-
     packed = tl.arange(0, BLOCK_ROWS)
     row = packed // GROUP
     real = row < num_rows
@@ -162,29 +158,55 @@ def attend(
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1.
+    """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1 and
+    one more.
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
     again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. An item's tile class says which
     of TILES holds its query heads' rows; 0 is a class that this launch does without.
     """
-    place = tl.program_id(0)
-    task = tl.load(queue + place)
+    programs = tl.num_programs(0)
+    entry = queue + tl.program_id(0)
+    task, coming = tl.load(entry), tl.load(entry + programs)
+    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, tile = _item(items, task, KV_HEADS)
     while task >= 0:
-        item = items + (task // KV_HEADS) * ITEM_FIELDS
+        # Two entries of the queue and one item ahead, so that no item waits for its own description.
+        entry += programs
+        after = tl.load(entry + programs)
+        (
+            next_first_row,
+            next_num_rows,
+            next_run_begin,
+            next_run_end,
+            next_key_begin,
+            next_key_end,
+            next_partial,
+            next_tile,
+        ) = _item(items, coming, KV_HEADS)
         head = task % KV_HEADS
-        tile = tl.load(item + 7)
         for index in tl.static_range(3):
             if TILES[index] > 0:
                 if tile == index:
                     _attend_tile(
-                        item, head, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+                        first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, head,
+                        q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
                         row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
                         GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS,
                         GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, SOFTCAP, SINKS,
                     )  # fmt: skip
-        place += tl.num_programs(0)
-        task = tl.load(queue + place)
+        task, coming, tile = coming, after, next_tile
+        first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
+        key_begin, key_end, partial = next_key_begin, next_key_end, next_partial
+
+
+@triton.jit
+def _item(items, task, KV_HEADS: tl.constexpr):
+    """The fields of a task's item; of the first item where the task is -1."""
+    item = items + (tl.maximum(task, 0) // KV_HEADS) * ITEM_FIELDS
+    return (
+        tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4), tl.load(item + 5),
+        tl.load(item + 6), tl.load(item + 7),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -198,38 +220,55 @@ def merge(
     One program a row and block of heads. (Hydragen, arXiv 2402.05099, section 3.2.)
     """
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    v_dim = tl.arange(0, PADDED_V_DIM)
     real = head < Q_HEADS
     for index in range(tl.program_id(0), tl.load(counts + 1), tl.num_programs(0)):
         begin = tl.load(offsets + index)
         end = tl.load(offsets + index + 1)
-        top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
-        for first in range(begin, end, BLOCK_PARTIALS):
-            turn = first + tl.arange(0, BLOCK_PARTIALS)
-            listed = turn < end
-            place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
-            given = tl.load(partial_lse + place, mask=listed[None, :] & real[:, None], other=float("-inf"))
-            top = tl.maximum(top, tl.max(given, 1))
+        final = tl.load(rows + index) * Q_HEADS + head
+        given_lse, given_out = _partials(
+            partial_out, partial_lse, partials, begin, end, head, Q_HEADS, V_HEAD_DIM, PADDED_V_DIM, BLOCK_PARTIALS
+        )
+        top = tl.max(given_lse, 1)
+        for first in range(begin + BLOCK_PARTIALS, end, BLOCK_PARTIALS):
+            more_lse, _ = _partials(
+                partial_out, partial_lse, partials, first, end, head, Q_HEADS, V_HEAD_DIM, PADDED_V_DIM, BLOCK_PARTIALS
+            )
+            top = tl.maximum(top, tl.max(more_lse, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.zeros([BLOCK_HEADS], tl.float32)
-        values = tl.zeros([BLOCK_HEADS, PADDED_V_DIM], tl.float32)
-        for first in range(begin, end, BLOCK_PARTIALS):
-            turn = first + tl.arange(0, BLOCK_PARTIALS)
-            listed = turn < end
-            place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
-            inside = listed[None, :] & real[:, None]
-            weight = tl.exp(tl.load(partial_lse + place, mask=inside, other=float("-inf")) - base[:, None])
+        weight = tl.exp(given_lse - base[:, None])
+        total = tl.sum(weight, 1)
+        values = tl.sum(weight[:, :, None] * given_out, 1)
+        for first in range(begin + BLOCK_PARTIALS, end, BLOCK_PARTIALS):
+            more_lse, more_out = _partials(
+                partial_out, partial_lse, partials, first, end, head, Q_HEADS, V_HEAD_DIM, PADDED_V_DIM, BLOCK_PARTIALS
+            )
+            weight = tl.exp(more_lse - base[:, None])
             total += tl.sum(weight, 1)
-            source = partial_out + place[:, :, None] * V_HEAD_DIM + v_dim[None, None, :]
-            given = tl.load(source, mask=inside[:, :, None] & (v_dim < V_HEAD_DIM)[None, None, :], other=0.0)
-            values += tl.sum(weight[:, :, None] * given, 1)
+            values += tl.sum(weight[:, :, None] * more_out, 1)
         empty = total == 0.0
         values = values / tl.where(empty, 1.0, total)[:, None]
         row_lse = tl.where(empty, float("-inf"), base + tl.log(tl.where(empty, 1.0, total)))
         if SINKS:
             values = values * tl.sigmoid(row_lse - tl.load(sinks + head, mask=real, other=0.0))[:, None]
-        final = tl.load(rows + index) * Q_HEADS + head
         _store(values, row_lse, out, lse, final, real, V_HEAD_DIM, PADDED_V_DIM)
+
+
+@triton.jit
+def _partials(
+    partial_out, partial_lse, partials, first, end, head, Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    PADDED_V_DIM: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """LSE `[heads, BLOCK_PARTIALS]` and values `[heads, BLOCK_PARTIALS, PADDED_V_DIM]` of a list's partials from
+    `first` on; -inf and 0 beyond its end.
+    """
+    v_dim = tl.arange(0, PADDED_V_DIM)
+    turn = first + tl.arange(0, BLOCK_PARTIALS)
+    listed = turn < end
+    place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
+    inside = listed[None, :] & (head < Q_HEADS)[:, None]
+    source = partial_out + place[:, :, None] * V_HEAD_DIM + v_dim[None, None, :]
+    given = tl.load(source, mask=inside[:, :, None] & (v_dim < V_HEAD_DIM)[None, None, :], other=0.0)
+    return tl.load(partial_lse + place, mask=inside, other=float("-inf")), given
 
 
 @triton.jit

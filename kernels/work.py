@@ -154,10 +154,12 @@ def _aligned(table: Int64Array) -> Int32Array:
 
 
 def _queue(costs: NDArray[np.float64], programs: int) -> Int64Array:
-    """Each program's items in turn, in rounds of one entry a program, ending with a round of -1."""
+    """Each program's items in turn, in rounds of one entry a program, ending with two rounds of -1: the kernel looks
+    that far ahead.
+    """
     offsets, items = assign(costs, programs)
     turns = np.arange(items.size) - np.repeat(offsets[:-1], np.diff(offsets))
-    queue = np.full((int(np.diff(offsets).max(initial=0)) + 1, programs), -1, np.int64)
+    queue = np.full((int(np.diff(offsets).max(initial=0)) + 2, programs), -1, np.int64)
     queue[turns, np.repeat(np.arange(programs), np.diff(offsets))] = items
     return queue
 
