@@ -76,6 +76,7 @@ class Engine:
         max_step_tokens: int = 2048,
         max_model_len: int | None = None,
         enforce_eager: bool = False,
+        torch_compile: bool = False,
         seed: int = 0,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -93,6 +94,7 @@ class Engine:
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         enforce_eager: never replay decoding steps from CUDA graphs.
+        torch_compile: let PyTorch fuse the model's blocks; the first steps then take a minute.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
         clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
@@ -106,7 +108,14 @@ class Engine:
         backend(attention, resolve_device(device))
         self.limits = limits or Limits()
         served, self.tokenizer = _served(
-            model, tokenizer, dtype, device, attention, max_model_len, graphs=not enforce_eager
+            model,
+            tokenizer,
+            dtype,
+            device,
+            attention,
+            max_model_len,
+            graphs=not enforce_eager,
+            torch_compile=torch_compile,
         )
         slots = kv_tokens or _default_slots(served, self.limits)
         _allocate(served, slots)
@@ -525,12 +534,15 @@ def _served(
     max_model_len: int | None,
     *,
     graphs: bool,
+    torch_compile: bool,
 ) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
     """The model behind the engine's interface, and its tokenizer."""
     if isinstance(model, Model):
         return model, tokenizer
     loaded = _loaded(model, tokenizer, dtype, device)
     tree_model = TreeModel(loaded.model, loaded.name, max_model_len)
+    if torch_compile:
+        tree_model.compile_blocks()
     try:
         return ModelRunner(tree_model, attention, _eos_tokens(loaded.model), graphs=graphs), loaded.tokenizer
     except BaseException:
