@@ -36,7 +36,6 @@ from radixgen.kernels.sequences import Sequences, split
 TILE_ROWS = 128
 """Query heads' rows that the package's kernels hold at once, which is what `FlashCost.key` is measured for."""
 
-_BOTH_HALVES = (torch.float16, torch.bfloat16)
 _LEAST_VERSION = (2, 7)
 """From which the LSE comes as `[q_heads, rows]`."""
 
@@ -77,13 +76,21 @@ class Package:
     attend: AttendVarlen
     reads_beyond: int = 0
     """Keys past the end of a sequence that are read, and multiplied by 0: they must not be NaN."""
-    dtypes: tuple[torch.dtype, ...] = _BOTH_HALVES
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    head_multiple: int = 8
+    """What the head size is a multiple of: others it would pad, and so copy the whole pool"""
 
     def answers(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether it takes such tensors; shapes as of `radixgen.kernels.Attention`."""
         dim = q.shape[2]
         same = q.dtype == k.dtype == v.dtype and dim == v.shape[2]
-        return same and q.dtype in self.dtypes and dim % 8 == 0 and dim <= 256 and k.stride(2) == v.stride(2) == 1
+        return (
+            same
+            and q.dtype in self.dtypes
+            and dim % self.head_multiple == 0
+            and dim <= 256
+            and k.stride(2) == v.stride(2) == 1
+        )
 
 
 def installed() -> str:
