@@ -113,17 +113,25 @@ def load(device: torch.device) -> Package:
 @lru_cache
 def _load(hopper: bool) -> Package:
     if hopper and find_spec("flash_attn_interface"):
-        function = import_module("flash_attn_interface").flash_attn_varlen_func
+        function = _imported("flash_attn_interface").flash_attn_varlen_func
         # Its bulk copies bring whole blocks, of 256 keys at most (Dao-AILab/flash-attention issue 1745).
         return Package("flash-attn-3", _through(function), reads_beyond=256)
     if not find_spec("flash_attn"):
         raise ImportError("the flash-attn package is not installed")
-    package = import_module("flash_attn")
+    package = _imported("flash_attn")
     if not hasattr(package, "flash_attn_varlen_func"):
         raise ImportError("the flash-attn package has no flash_attn_varlen_func")
     if tuple(int(part) for part in package.__version__.split(".")[:2]) < _LEAST_VERSION:
         raise ImportError(f"flash-attn {package.__version__} is older than {'.'.join(map(str, _LEAST_VERSION))}")
     return Package("flash-attn", _through(package.flash_attn_varlen_func))
+
+
+def _imported(name: str) -> Any:
+    """A module whose binaries may be made for another PyTorch than ours."""
+    try:
+        return import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(f"{name} is installed, but broken: {error}") from error
 
 
 def _through(function: Callable[..., Any]) -> AttendVarlen:

@@ -1,16 +1,31 @@
 """The `flash` backend with plain twins in place of the flash-attn package, against float64 attention."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import invalidate_caches
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import families
 import numpy as np
 import pytest
 import torch
-from test_attention import CHEAP_UNITS, MASKS, MODES, Case, error, poison, random_case, random_tree, reference, tensors
+from test_attention import (
+    CHEAP_UNITS,
+    MASKS,
+    MIXED,
+    MODES,
+    Case,
+    error,
+    poison,
+    random_case,
+    random_tree,
+    reference,
+    tensors,
+)
 from test_exactness import Oracle, greedy, prompts
 from torch import Tensor
 
@@ -23,6 +38,7 @@ from radixgen.kernels.sequences import split
 from radixgen.scheduler.planner import CostModel, TileCost
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -80,6 +96,28 @@ def test_equals_float64(twin: Recorder, mode, cost, window, softcap, sinks, head
     case = random_case(rng, lengths, parents, rows=37)
     check(case, heads, (dim, dim), sinks, mode=mode, cost=cost, window=window, softcap=softcap)
     assert twin.calls or window is not None
+
+
+@pytest.mark.parametrize("mode", ["auto", "naive"])
+@pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (70, None, True), (None, 20.0, True)])
+def test_with_our_kernels_for_the_rest(
+    twin: Recorder, monkeypatch: pytest.MonkeyPatch, window, softcap, sinks, mode
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(flash_backend, "backend", lambda name, device: backend("triton", device))
+    rng = np.random.default_rng(3)
+    parents, lengths = random_tree(rng, nodes=14, longest=300)
+    case = random_case(rng, lengths, parents, rows=33)
+    q, k, v = (tensor.to(DEVICE) for tensor in tensors(case, (6, 2), (64, 64), torch.float16))
+    logits = torch.randn(6, device=DEVICE) if sinks else None
+    expected, expected_lse = reference(
+        case, q.cpu(), k.cpu(), v.cpu(), scale=0.125, dtype=torch.float64, window=window, softcap=softcap,
+        sinks=logits if logits is None else logits.cpu(),
+    )  # fmt: skip
+    poison(case, window, k, v)
+    out, lse = made(case, mode=mode, cost=MIXED, window=window, softcap=softcap)(q, k, v, sinks=logits)
+    assert error(out.cpu(), expected) < 2e-3 and error(lse.cpu(), expected_lse) < 2e-3
+    assert twin.calls
 
 
 @pytest.mark.parametrize("depth", [1, 2, 17, 64])
@@ -219,13 +257,12 @@ def test_rows_without_keys_give_zero(twin: Recorder) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_merge_kernel_equals_its_twin(dtype: torch.dtype, sinks: bool) -> None:
     pytest.importorskip("triton")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 29, 90)
-    tables = MergeTables.of(rows, rng.permutation(90), 30, device)
-    out = torch.randn(90, 6, 24, device=device).to(dtype)
-    lse = 5 * torch.randn(90, 6, device=device)
-    logits = torch.randn(6, device=device) if sinks else None
+    tables = MergeTables.of(rows, rng.permutation(90), 30, DEVICE)
+    out = torch.randn(90, 6, 24, device=DEVICE).to(dtype)
+    lse = 5 * torch.randn(90, 6, device=DEVICE)
+    logits = torch.randn(6, device=DEVICE) if sinks else None
     plain, plain_lse = flash_backend.merge_plainly(out, lse, tables, logits)
     merged, merged_lse = flash_backend.merge_by_kernel(out, lse, tables, logits)
     assert merged.dtype == dtype and error(merged, plain) < (1e-3 if dtype == torch.float16 else 1e-6)
@@ -251,6 +288,56 @@ def test_both_packages_are_called_by_their_own_names(function: Callable[..., Any
     out, lse = flash_backend._through(function)(q, k, k, *bounds, 3, 5, **options)
     plain, plain_lse = attend_plainly(q, k, k, *bounds, 3, 5, **options)
     assert torch.equal(out, plain) and torch.equal(lse, plain_lse) and lse.shape == (2, 3)
+
+
+FAKES = {
+    "flash_attn": """
+        __version__ = "2.8.3.post2"
+        def flash_attn_varlen_func(*arguments, dropout_p=0.0, return_attn_probs=False, **options): ...
+    """,
+    "flash_attn_interface": "def flash_attn_varlen_func(*arguments, seqused_q=None, **options): ...",
+}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str, str], None]]:
+    def write(name: str, text: str) -> None:
+        (tmp_path / f"{name}.py").write_text(dedent(text))
+        invalidate_caches()
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    flash_backend._load.cache_clear()
+    yield write
+    flash_backend._load.cache_clear()
+    for name in FAKES:
+        sys.modules.pop(name, None)
+
+
+def test_the_package_for_hopper_goes_first(fake: Callable[[str, str], None]) -> None:
+    for name, text in FAKES.items():
+        fake(name, text)
+    assert flash_backend._load(False).name == "flash-attn" and not flash_backend._load(False).reads_beyond
+    assert flash_backend._load(True).name == "flash-attn-3" and flash_backend._load(True).reads_beyond
+    assert not flash_backend.runs_on(CPU)
+    with pytest.raises(InvalidRequest, match="does not run on cpu"):
+        backend("flash", CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('__version__ = "2.6.3"\ndef flash_attn_varlen_func(): ...', "older than 2.7"),
+        ("raise ImportError('undefined symbol')", "broken: undefined symbol"),
+        ("raise OSError('no libcudart')", "broken: no libcudart"),
+        ("", "no flash_attn_varlen_func"),
+    ],
+)
+def test_a_package_of_no_use_is_as_good_as_none(fake: Callable[[str, str], None], text: str, reason: str) -> None:
+    fake("flash_attn", text)
+    with pytest.raises(InvalidRequest, match=f"attention='flash'.*{reason}"):
+        backend("flash", CPU)
+    assert backend("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.Attention
 
 
 @pytest.mark.skipif("not installed" not in flash_backend.installed(), reason="flash-attn is installed")
