@@ -115,8 +115,7 @@ def _join_chains(pieces: _Pieces, plan: Plan) -> list[tuple[_Pieces, bool]]:
     order = np.lexsort((pieces.first, pieces.starts))
     pieces = pieces[order]
     follows = plan.row_positions[pieces.first[1:]] == plan.row_positions[pieces.stop[:-1] - 1] + 1
-    joined = (np.diff(pieces.starts) == 0) & (pieces.first[1:] == pieces.stop[:-1]) & follows
-    return [(group, True) for group in _groups(pieces, joined)]
+    return [(group, True) for group in _groups(pieces, (np.diff(pieces.starts) == 0) & follows)]
 
 
 def _groups(pieces: _Pieces, joined: NDArray[np.bool_]) -> list[_Pieces]:

@@ -162,6 +162,14 @@ def test_rows_that_skip_positions_have_no_diagonal(twin: Recorder) -> None:
     assert not twin.calls
 
 
+def test_a_gap_between_tiles_parts_a_diagonal(twin: Recorder) -> None:
+    case = Case([-1], [[(2, 90)]], [0] * 6, [3, 4, 5, 7, 8, 9], 95)
+    cost = CostModel(tiles=(TileCost(3, 1.0, 1.0),))
+    assert made(case, cost=cost).plan.num_units == 2
+    check(case, (2, 1), (16, 16), cost=cost)
+    assert set(twin.calls) == {(1, True)}
+
+
 def test_a_diagonal_over_two_extents(twin: Recorder) -> None:
     case = Case([-1], [[(50, 30), (0, 40)]], [0] * 60, list(range(10, 70)), 90)
     check(case, (2, 1), (16, 16), mode="naive", cost=CostModel(tiles=(TileCost(9, 1.0, 1.0),)))
@@ -199,7 +207,8 @@ def test_every_key_is_in_one_part(mode, cost, window) -> None:
         ends = (sequences.starts + sequences.lengths)[within]
         assert (ends[:-1] <= sequences.starts[within][1:]).all() and len(set(sequences.causal[within])) == 1
     if rest is not None:
-        assert (rest.plan.row_extra >= 0).all()
+        units = [np.arange(*bounds) for bounds in rest.plan.unit_rows]
+        assert np.array_equal(rest.plan.row_extra + 1, np.bincount(np.concatenate(units)))
         for place, row in enumerate(rest.rows.tolist()):
             found[row] += _seen(rest.plan, place, window)
     assert [sorted(slots) for slots in found] == [sorted(slots) for slots in keys]
