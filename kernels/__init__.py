@@ -4,6 +4,7 @@ A backend is a module with two classes, each built once a step and called once a
 with `StaticAttention` where it can be captured. `backend` finds it by name and imports it only then.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BACKENDS = ("torch", "triton")
+    from radixgen.kernels.flash_backend import FlashCost
+
+BACKENDS = ("torch", "triton", "flash")
 
 
 class Attention(Protocol):
@@ -91,7 +94,7 @@ class Backend(NamedTuple):
     """What answers a step's layers."""
 
     name: str
-    attention: type[Attention]
+    attention: "Callable[[Plan, int | None, torch.device], Attention]"
     writes: type[Writes]
     static: type[StaticAttention] | None
     """Where there is one, `writes` reads a tensor of slots on the device anew at each call."""
@@ -103,15 +106,35 @@ def check_backend(name: str) -> None:
         raise InvalidRequest("attention", name, f"must be one of auto, {', '.join(BACKENDS)}")
 
 
-def backend(name: str, device: "torch.device") -> Backend:
-    """The backend called `name`; `"auto"` is the fastest one that runs on `device`. Raises `InvalidRequest`."""
+def backend(name: str, device: "torch.device", flash: "FlashCost | None" = None) -> Backend:
+    """The backend called `name`; `"auto"` is the fastest one that runs on `device`: `"triton"` or `"torch"`, but for
+    plans that the flash-attn package answers sooner, where it is installed and its cost `flash` is known. Raises
+    `InvalidRequest`.
+    """
     check_backend(name)
     if name == "auto":
-        name = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
+        own = _named("triton" if device.type == "cuda" and find_spec("triton") else "torch", device)
+        return own if flash is None else _choosing(own, flash, device)
+    return _named(name, device)
+
+
+def _named(name: str, device: "torch.device") -> Backend:
     try:
         module = import_module(f"radixgen.kernels.{name}_backend")
+        runs = module.runs_on(device)
     except ImportError as error:
         raise InvalidRequest("attention", name, f"cannot be imported: {error}") from error
-    if not module.runs_on(device):
+    if not runs:
         raise InvalidRequest("attention", name, f"does not run on {device.type}")
     return Backend(name, module.Attention, module.Writes, getattr(module, "StaticAttention", None))
+
+
+def _choosing(own: Backend, flash: "FlashCost", device: "torch.device") -> Backend:
+    """Our own backend, but for plans that flash-attn answers sooner."""
+    from radixgen.kernels import flash_backend
+
+    try:
+        usable = flash_backend.runs_on(device)
+    except ImportError:
+        usable = False
+    return own._replace(attention=flash_backend.Chooser(flash, own.attention)) if usable else own

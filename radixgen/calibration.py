@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.settings import cache_dir
 from radixgen.kernels import backend
+from radixgen.kernels.flash_backend import FlashCost
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.planner import Forest, PlanMode, plan
@@ -40,6 +41,8 @@ class Calibration:
     first_key: float
     """Likewise, of a distinct key"""
     merge: float
+    flash: FlashCost | None = None
+    """Of the flash-attn package, likewise but of the whole device, where it has been measured there"""
 
     def cost_models(self, geometry: Geometry) -> tuple[CostModel, ...]:
         """The costs of layers of this shape, one model a launch: those of keys and partials go with their bytes."""
@@ -72,9 +75,25 @@ def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ..
     """
     if not geometry.supported:
         return (CostModel(),)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    known = {entry.device: entry for path in (_SHIPPED, _kept(name)) for entry in _read(path)}
+    known = _known(name := _name(device))
     return known.get(name, next(iter(known.values()))).cost_models(geometry) or (CostModel(),)
+
+
+def flash_cost(device: torch.device, geometry: Geometry) -> FlashCost | None:
+    """Of the flash-attn package over layers of this shape; None where it has not been measured on such a device."""
+    found = _known(name := _name(device)).get(name)
+    if found is None or found.flash is None:
+        return None
+    return found.flash.scaled(geometry)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _known(name: str) -> dict[str, Calibration]:
+    """All that are shipped and the one kept for a device of this name, by name."""
+    return {entry.device: entry for path in (_SHIPPED, _kept(name)) for entry in _read(path)}
 
 
 def keep(calibration: Calibration) -> Path:
@@ -93,7 +112,13 @@ def _read(path: Path) -> list[Calibration]:
     if not path.is_file():
         return []
     return [
-        Calibration(**entry | {"launches": tuple(_launch(**launch) for launch in entry["launches"])})
+        Calibration(
+            **entry
+            | {
+                "launches": tuple(_launch(**launch) for launch in entry["launches"]),
+                "flash": FlashCost(**entry["flash"]) if entry.get("flash") else None,
+            }
+        )
         for entry in json.loads(path.read_text())
     ]
 

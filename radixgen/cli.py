@@ -185,6 +185,7 @@ def doctor() -> None:
 
     from radixgen.core.settings import cache_dir
     from radixgen.kernels import BACKENDS, backend
+    from radixgen.kernels.flash_backend import installed
     from radixgen.model.loader import resolve_device
     from radixgen.version import VERSION
 
@@ -199,6 +200,7 @@ def doctor() -> None:
         name = torch.cuda.get_device_name(index)
         table.add_row(f"cuda:{index}", f"{name}, {free >> 20:,} of {total >> 20:,} MiB free")
     table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes {backend('auto', resolve_device('auto')).name}")
+    table.add_row("flash-attn", installed())
     table.add_row("cache", str(cache_dir()))
     Console().print(table)
 

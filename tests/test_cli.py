@@ -120,4 +120,4 @@ def test_tree(model: Path, tmp_path: Path) -> None:
 
 def test_doctor() -> None:
     result = call("doctor")
-    assert result.exit_code == 0 and "torch" in result.output and "cache" in result.output
+    assert result.exit_code == 0 and all(name in result.output for name in ("torch", "flash-attn", "cache"))

@@ -1,5 +1,6 @@
 """What is loaded, and what is refused by name and with the reason."""
 
+from functools import partialmethod
 from pathlib import Path
 
 import families
@@ -108,3 +109,17 @@ def test_the_pool_is_sized_from_memory() -> None:
 
 def test_bytes_of_a_token() -> None:
     assert LayerShape(kv_heads=3, head_dim=64, v_head_dim=32, dtype=torch.bfloat16).bytes_per_token == 3 * 96 * 2
+
+
+def test_compiled_blocks_answer_as_they_did_and_are_given_back(monkeypatch) -> None:
+    """Twice, because a model that stayed compiled would be traced through the next engine's probe."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    model = families.build("llama")
+    asked = [[5, 6, 7, 8], [5, 6, 9]]
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    with Engine(model, kv_tokens=64) as engine:
+        expected = [output.outputs[0].token_ids for output in engine.generate(asked, params)]
+    for _ in range(2):
+        with Engine(model, kv_tokens=64, torch_compile=True) as engine:
+            assert [output.outputs[0].token_ids for output in engine.generate(asked, params)] == expected
+        assert all(module._compiled_call_impl is None for module in model.modules())

@@ -92,6 +92,7 @@ class TreeModel:
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
+        self._compiled: list[nn.Module] = []
         self._former_rotary: list[tuple[nn.Module, Any]] = []
         self._former_attention = model.config._attn_implementation
         AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -139,6 +140,7 @@ class TreeModel:
         for module in self.model.modules():
             if type(module).__name__ in (self.model._no_split_modules or ()):
                 module.compile(dynamic=True)
+                self._compiled.append(module)
 
     def layer_of(self, module: nn.Module) -> int:
         """The place of an attention module in the order of the first forward pass."""
@@ -148,6 +150,8 @@ class TreeModel:
 
     def release(self) -> None:
         """Give the model back as it was."""
+        for module in self._compiled:
+            module._compiled_call_impl = None
         for module in self.model.modules():
             module.__dict__.pop("radixgen_owner", None)
         for module, kinds in self._former_rotary:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
-from radixgen.calibration import cost_models
+from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan
 from radixgen.kernels import Attention, Backend, Writes, backend
 from radixgen.model.graphs import NotCapturable, StepGraphs
@@ -48,7 +48,8 @@ class ModelRunner:
         self._window_bytes: Counter[int | None] = Counter()
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
-        self._backend = backend(attention, model.device)
+        flash = flash_cost(model.device, model.geometry) if model.geometry else None
+        self._backend = backend(attention, model.device, flash)
         self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
         self.costs: tuple[CostModel, ...] = ()
         if self._backend.name == "triton" and model.geometry is not None:

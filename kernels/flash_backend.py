@@ -1,0 +1,422 @@
+"""Tree attention through the flash-attn package, where it is installed (arXiv 2205.14135, 2407.08608).
+
+It answers those segments of a unit that all rows of the unit see whole, and a span's own causal diagonal; all else
+goes to our own kernels (PyTorch without a GPU). A segment and its rows are one sequence of a call for sequences of any
+lengths. Units that read the same keys share one sequence, and sequences whose keys don't overlap share one call over
+the pool as it lies: the slots between them are sequences without rows. So there is one call for all levels of a tree
+that stores everything once, and one for the diagonals. The results are merged by their LSE.
+
+Partial results come from the package in the dtype of its inputs, 16 bits, where our own kernels keep float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from inspect import signature
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.core import Plan
+from radixgen.core.plan import Int64Array
+from radixgen.kernels import Attention as AnyAttention
+from radixgen.kernels import Writes as AnyWrites
+from radixgen.kernels import backend
+from radixgen.kernels.geometry import Geometry
+from radixgen.kernels.merge import apply_sinks, merge_partials
+from radixgen.kernels.sequences import Sequences, split
+
+TILE_ROWS = 128
+"""Query heads' rows that the package's kernels hold at once, which is what `FlashCost.key` is measured for."""
+
+_LEAST_VERSION = (2, 7)
+"""From which the LSE comes as `[q_heads, rows]`."""
+
+
+class AttendVarlen(Protocol):
+    """Attention of sequences that lie one behind the other."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        causal: bool,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Q `[rows, q_heads, head_dim]`, k `[keys, kv_heads, head_dim]`, v `[keys, kv_heads, v_head_dim]`. Sequence `i`
+        has rows `cu_seqlens_q[i]` up to `cu_seqlens_q[i + 1]` and likewise keys, int32 `[sequences + 1]`; either may
+        be none, but no row stands in a sequence without keys. `max_seqlen_q` and `max_seqlen_k`: the most of those
+        that have rows. `causal`: the last row of a sequence sees its last key, each row before it one key less.
+
+        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and the LSE `[q_heads, rows]` in float32 (natural log).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """What answers the sequences."""
+
+    name: str
+    attend: AttendVarlen
+    reads_beyond: int = 0
+    """Keys past the end of a sequence that are read, and multiplied by 0: they must not be NaN."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    head_multiple: int = 8
+    """What the head size is a multiple of: others it would pad, and so copy the whole pool"""
+
+    def answers(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether it takes such tensors; shapes as of `radixgen.kernels.Attention`."""
+        dim = q.shape[2]
+        same = q.dtype == k.dtype == v.dtype and dim == v.shape[2]
+        return (
+            same
+            and q.dtype in self.dtypes
+            and dim % self.head_multiple == 0
+            and dim <= 256
+            and k.stride(2) == v.stride(2) == 1
+        )
+
+
+def installed() -> str:
+    """Which flash-attn is installed, without importing it, for people to read."""
+    found = []
+    for name in ("flash-attn", "flash-attn-3"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found) or "not installed (optional)"
+
+
+def load(device: torch.device) -> Package:
+    """The package for a device: the one made for Hopper there, if it is installed. Raises ImportError."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return _load(hopper)
+
+
+@lru_cache
+def _load(hopper: bool) -> Package:
+    if hopper and find_spec("flash_attn_interface"):
+        function = _imported("flash_attn_interface").flash_attn_varlen_func
+        # Its bulk copies bring whole blocks, of 256 keys at most (Dao-AILab/flash-attention issue 1745).
+        return Package("flash-attn-3", _through(function), reads_beyond=256)
+    if not find_spec("flash_attn"):
+        raise ImportError("the flash-attn package is not installed")
+    package = _imported("flash_attn")
+    if not hasattr(package, "flash_attn_varlen_func"):
+        raise ImportError("the flash-attn package has no flash_attn_varlen_func")
+    if tuple(int(part) for part in package.__version__.split(".")[:2]) < _LEAST_VERSION:
+        raise ImportError(f"flash-attn {package.__version__} is older than {'.'.join(map(str, _LEAST_VERSION))}")
+    return Package("flash-attn", _through(package.flash_attn_varlen_func))
+
+
+def _imported(name: str) -> Any:
+    """A module whose binaries may be made for another PyTorch than ours."""
+    try:
+        return import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(f"{name} is installed, but broken: {error}") from error
+
+
+def _through(function: Callable[..., Any]) -> AttendVarlen:
+    """`flash_attn_varlen_func`, of either package, as `AttendVarlen`."""
+    # The first releases for Hopper give the LSE unasked.
+    asked = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        causal: bool,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = function(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            softmax_scale=scale, causal=causal, softcap=softcap or 0.0, **asked,
+        )  # fmt: skip
+        return out, lse
+
+    return attend
+
+
+def attend_plainly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of the package's call: one sequence after the other, in float32 or better."""
+    dtype = _accumulated(q.dtype)
+    group = q.shape[1] // k.shape[1]
+    out = q.new_zeros((*q.shape[:2], v.shape[2]))
+    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype, device=q.device)
+    edges = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    for (row, key), (row_end, key_end) in pairwise(edges):
+        rows, keys = row_end - row, key_end - key
+        if not rows:
+            continue
+        assert 0 < keys <= max_seqlen_k and rows <= max_seqlen_q
+        keys_of = k[key:key_end].to(dtype).repeat_interleave(group, 1)
+        values_of = v[key:key_end].to(dtype).repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[row:row_end].to(dtype), keys_of) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if causal:
+            hidden = torch.ones(rows, keys, dtype=torch.bool, device=q.device).triu(keys - rows + 1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        lse[:, row:row_end] = scores.logsumexp(-1)
+        out[row:row_end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values_of).to(q.dtype)
+    return out, lse
+
+
+def runs_on(device: torch.device) -> bool:
+    """CUDA devices from sm_80. Raises ImportError where the package is missing."""
+    load(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of the package, on the device."""
+
+    rows: Tensor
+    """`[partials]` int64: the plan's rows, sequence by sequence"""
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    first: int
+    stop: int
+    """Slots of the pool `[first, stop)` that the sequences tile, the gaps between their keys included"""
+    packing: tuple[Tensor, Tensor] | None
+    """Instead: slots to copy, and their places in a buffer of `stop` keys whose other keys are 0"""
+
+    def keys(self, pool: Tensor) -> Tensor:
+        """The keys or values that the sequences tile, `[stop - first, kv_heads, dim]`."""
+        if self.packing is None:
+            return pool[self.first : self.stop]
+        slots, places = self.packing
+        return pool.new_zeros((self.stop, *pool.shape[1:])).index_copy_(0, places, pool.index_select(0, slots))
+
+
+def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _Call:
+    """Every second sequence is one without rows, over the slots up to the next run or the zeros behind a packed one."""
+    members = np.flatnonzero(sequences.calls == index)
+    starts, lengths, sizes = sequences.starts[members], sequences.lengths[members], sequences.sizes[members]
+    packing, begins, first = None, starts, int(starts[0])
+    if reads_beyond:
+        first = 0
+        begins = np.cumsum(lengths + reads_beyond) - lengths - reads_beyond
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        packing = (
+            _to_device(np.repeat(starts, lengths) + within, device),
+            _to_device(np.repeat(begins, lengths) + within, device),
+        )
+    bounds = np.stack([begins, begins + lengths], axis=1).reshape(-1)
+    counts = np.stack([sizes, np.zeros_like(sizes)], axis=1).reshape(-1)[:-1]
+    return _Call(
+        rows=_to_device(sequences.rows[sequences.offsets[members[0]] : sequences.offsets[members[-1] + 1]], device),
+        cu_seqlens_q=_to_device(np.cumsum([0, *counts]).astype(np.int32), device),
+        cu_seqlens_k=_to_device((bounds - first).astype(np.int32), device),
+        max_seqlen_q=int(sizes.max()),
+        max_seqlen_k=int(lengths.max()),
+        causal=bool(sequences.causal[members[0]]),
+        first=first,
+        stop=int(bounds[-1]) + reads_beyond,
+        packing=packing,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTables:
+    """Which partials each row has, from the root down, as `_merge_by_kernel` reads them; int32."""
+
+    counts: Tensor
+    """`[2]`: the second is how many rows are merged"""
+    rows: Tensor
+    """`[rows]`"""
+    offsets: Tensor
+    """`[rows + 1]`: where each row's list begins among `partials`"""
+    partials: Tensor
+    """`[partials]`"""
+    most: int
+    """Partials of any one row"""
+
+    @classmethod
+    def of(cls, rows: Int64Array, turns: Int64Array, num_rows: int, device: torch.device) -> "MergeTables":
+        """Of partials `[partials]`, each of a row and with its turn among those of the row."""
+        order = np.lexsort((turns, rows))
+        offsets = np.searchsorted(rows[order], np.arange(num_rows + 1))
+        tables = (np.array([0, num_rows]), np.arange(num_rows), offsets, order)
+        counts, listed, begins, partials = (_to_device(table.astype(np.int32), device) for table in tables)
+        return cls(counts, listed, begins, partials, int(np.diff(offsets).max(initial=0)))
+
+
+def merge_plainly(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Partials `out [partials, q_heads, v_head_dim]` and `lse [partials, q_heads]` into `[rows, …]`: 0 and -inf where a
+    row has none.
+    """
+    offsets = tables.offsets.long()
+    lengths = offsets.diff()
+    order = []
+    for turn in range(tables.most):
+        rows = (lengths > turn).nonzero()[:, 0]
+        order.append((rows, tables.partials.long()[offsets[rows] + turn]))
+    merged, merged_lse = merge_partials(out.to(lse.dtype), lse, order, tables.rows.numel())
+    if sinks is not None:
+        merged = apply_sinks(merged, merged_lse, sinks)
+    return merged.to(out.dtype), merged_lse
+
+
+def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `merge_plainly`, in one launch."""
+    import triton
+
+    from radixgen.kernels import triton_kernels
+
+    _, q_heads, v_head_dim = out.shape
+    merged = out.new_empty((tables.rows.numel(), q_heads, v_head_dim))
+    merged_lse = lse.new_empty((tables.rows.numel(), q_heads))
+    partials = min(16, triton.next_power_of_2(max(tables.most, 1)))
+    heads = min(16 // partials, triton.next_power_of_2(q_heads))
+    triton_kernels.merge[(tables.rows.numel(), triton.cdiv(q_heads, heads))](
+        out, lse, merged, merged_lse, lse if sinks is None else sinks.float(), tables.counts, tables.rows,
+        tables.offsets, tables.partials, Q_HEADS=q_heads, V_HEAD_DIM=v_head_dim,
+        PADDED_V_DIM=max(16, triton.next_power_of_2(v_head_dim)), BLOCK_HEADS=heads, BLOCK_PARTIALS=partials,
+        SINKS=sinks is not None,
+    )  # fmt: skip
+    return merged, merged_lse
+
+
+class Writes:
+    """New keys and values into their slots, as our own kernels put them."""
+
+    def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
+        self._writes: AnyWrites = backend("auto", device).writes(slots, device)
+
+    def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
+        """As `radixgen.kernels.Writes`."""
+        self._writes(key, value, k, v)
+
+
+class Attention:
+    """A plan made ready for one window and device: built once a step, called once a layer."""
+
+    def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
+        self._whole, self._window, self._device = plan, window, device
+        trimmed = plan.within(window)
+        self._package = load(device)
+        self._own = backend("auto", device)
+        self._fallback: AnyAttention | None = None
+        sequences, rest = split(trimmed)
+        self._calls = [_call(sequences, i, self._package.reads_beyond, device) for i in range(sequences.num_calls)]
+        self._num_partials = sequences.rows.size
+        self._rest: AnyAttention | None = None
+        rows, turns = sequences.rows, np.repeat(sequences.positions, sequences.sizes)
+        if rest is not None and self._calls:
+            self._rest = self._own.attention(rest.plan, window, device)
+            self._rest_rows = _to_device(rest.rows, device)
+            rows = np.concatenate([rows, rest.rows])
+            turns = np.concatenate([turns, np.full(rest.rows.size, np.iinfo(np.int64).max)])
+        self._tables = MergeTables.of(rows, turns, plan.num_rows, device)
+        self._merge = merge_by_kernel if self._own.name == "triton" else merge_plainly
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `radixgen.kernels.Attention`; what the package does not take goes to our own kernels."""
+        if not self._calls or not self._package.answers(q, k, v):
+            if self._fallback is None:
+                self._fallback = self._own.attention(self._whole, self._window, self._device)
+            return self._fallback(q, k, v, scale, softcap, sinks)
+        out = q.new_empty((self._tables.partials.numel(), q.shape[1], v.shape[2]))
+        lse = torch.empty(out.shape[:2], dtype=_accumulated(q.dtype), device=q.device)
+        done = 0
+        for call in self._calls:
+            stop = done + call.rows.numel()
+            part, part_lse = self._package.attend(
+                q.index_select(0, call.rows), call.keys(k), call.keys(v), call.cu_seqlens_q, call.cu_seqlens_k,
+                call.max_seqlen_q, call.max_seqlen_k, causal=call.causal, scale=scale, softcap=softcap,
+            )  # fmt: skip
+            out[done:stop], lse[done:stop] = part, part_lse.T
+            done = stop
+        if self._rest is not None:
+            out[done:], lse[done:] = self._rest(q.index_select(0, self._rest_rows), k, v, scale, softcap)
+        return self._merge(out, lse, self._tables, sinks)
+
+
+@dataclass(frozen=True, slots=True)
+class FlashCost:
+    """What the flash-attn package takes, in microseconds of the whole device, for heads of 128 dimensions in 16 bit."""
+
+    call: float
+    """Of a launch; merging counts as one."""
+    key: float
+    """Of one key of one KV head, against at most `TILE_ROWS` query heads' rows"""
+    group: int = 1
+    kv_heads: int = 1
+
+    def scaled(self, geometry: Geometry) -> "FlashCost":
+        """For layers of this shape."""
+        return FlashCost(self.call, self.key * geometry.head_dim / 128, geometry.group, geometry.kv_heads)
+
+    def predict(self, sequences: Sequences) -> float:
+        """When attention should be done with one layer; a diagonal counts as if all its rows saw all its keys."""
+        tiles = -(-sequences.sizes * self.group // TILE_ROWS)
+        work = float((tiles * sequences.lengths).sum()) * self.kv_heads * self.key
+        return work + self.call * (sequences.num_calls + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """Attention of a plan by the package where all of it are sequences and the cost model says that this wins; by
+    `other` elsewhere.
+    """
+
+    cost: FlashCost
+    other: Callable[[Plan, int | None, torch.device], AnyAttention]
+
+    def __call__(self, plan: Plan, window: int | None, device: torch.device) -> AnyAttention:
+        """As `radixgen.kernels.Attention` is made."""
+        sequences, rest = split(plan.within(window))
+        if rest is None and self.cost.predict(sequences) < plan.predicted:
+            return Attention(plan, window, device)
+        return self.other(plan, window, device)
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
