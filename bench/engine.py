@@ -38,7 +38,7 @@ from radixgen.core import Limits
 from radixgen.scheduler.planner import PlanMode
 
 Prompt = list[int]
-MARGIN = 6 << 30
+MARGIN = 5 << 30
 """Bytes left for activations, logits and captured graphs."""
 
 
@@ -145,7 +145,7 @@ def w2(bench: Bench) -> None:
         prompts = [bench.tokens(0, prefix) + tail for tail in tails]
         grown = shared_prefix(batch, prefix, 4 + scale.new_tokens // 2)
         for label, plan, new in (("radixgen", "auto", scale.new_tokens), ("read unshared", "unshared", 8)):
-            pool = prefix + batch * (scale.new_tokens + 64)
+            pool = prefix + batch * (scale.new_tokens + 24)
             if missing := bench.missing_gb(pool):
                 bench.report.say(f"W2 {prefix} x {batch}, {label}: n/a ({missing:.0f} GB)")
                 continue
@@ -165,15 +165,16 @@ def w2(bench: Bench) -> None:
 
 
 def private(bench: Bench, prefix: int, tails: Sequence[Prompt]) -> None:
-    """Copies of their own for as many sequences as fit."""
-    each = prefix + 80
+    """Copies of their own for as many sequences as fit, and long enough that all of them decode together."""
+    new = 64
+    each = prefix + new + 24
     fits = len(tails)
     while fits > 1 and bench.missing_gb(fits * each):
         fits -= 1
     prompts = [bench.tokens(0, prefix) + tail for tail in tails[:fits]]
     with bench.engine(fits * each, share=False) as engine:
-        seconds = decode_seconds(engine, prompts, greedy(min(8, bench.scale.new_tokens)))
-    unshared: Tree = ([-1] * fits, [prefix + 8] * fits, list(range(fits)))
+        seconds = decode_seconds(engine, prompts, greedy(new))
+    unshared: Tree = ([-1] * fits, [prefix + new // 2] * fits, list(range(fits)))
     tell(bench, f"W2_{prefix}_private", f"W2 {prefix} x {fits}, private copies", seconds, fits, unshared)
 
 
