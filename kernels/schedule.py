@@ -1,5 +1,7 @@
 """Work items onto programs: longest first, each onto the least loaded (Graham, 1969: at most 4/3 of the best)."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,9 +21,14 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-def makespan(costs: Floats, programs: int) -> float:
-    """When the last program is done, in the unit of `costs`."""
-    return float(_place(-np.sort(-costs), programs)[1].max()) if costs.size else 0.0
+def makespan(costs: Floats, programs: int, copies: int = 1) -> float:
+    """When the last program is done with `copies` of each item, in the unit of `costs`. Shares of copies and programs
+    that are alike are done at the same time, so one is looked at.
+    """
+    if not costs.size:
+        return 0.0
+    shares = math.gcd(copies, programs)
+    return float(_place(-np.sort(-np.repeat(costs, copies // shares)), programs // shares)[1].max())
 
 
 @compiled

@@ -48,7 +48,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
         return Balance(whole, even + longest / 2 + merge, even)
-    least = makespan(np.repeat(costs, cost.kv_heads), cost.programs)
+    least = makespan(costs, cost.programs, cost.kv_heads)
     best = Balance(whole, least + merge, even)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     for part in _SHARES:
@@ -57,7 +57,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
         limits = _limits(costs, keys, part * even)
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
         split = costs / pieces + np.where(pieces > 1, cost.partial * cost.group * rows + cost.tiles[0].unit, 0.0)
-        least = makespan(np.repeat(np.repeat(split, pieces), cost.kv_heads), cost.programs)
+        least = makespan(np.repeat(split, pieces), cost.programs, cost.kv_heads)
         if least + cost.merge < best.time:
             best = Balance(limits, least + cost.merge, even)
     return best

@@ -77,9 +77,7 @@ def plan(
     """
     costs = [cost] if isinstance(cost, CostModel) else cost or [CostModel()]
     paths = walk_paths(forest, row_nodes, row_positions, max(one.least_run for one in costs))
-    choices = [_choose(paths, mode, one) for one in costs]
-    best = min(choices, key=lambda choice: choice.balance.time)
-    return _fill(paths, best)
+    return _fill(paths, _choose(paths, mode, costs))
 
 
 def walk_paths(forest: Forest, row_nodes: Int32Array, row_positions: Int32Array, least_run: int = 0) -> Paths:
@@ -111,19 +109,34 @@ class _Choice(NamedTuple):
     balance: Balance
 
 
-def _choose(paths: Paths, mode: PlanMode, cost: CostModel) -> _Choice:
+def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Choice:
+    """The shortest of all ways to launch; one whose even share of the work takes longer than the best so far is not
+    looked into.
+    """
+    if mode != "auto":
+        return min((_weigh(paths, cost, *_forced(paths, mode)) for cost in costs), key=_time)
+    first = [_weigh(paths, cost, *_cheapest(paths, cost, may_cut=True)) for cost in costs]
+    best = min(first, key=_time)
+    for choice in sorted(first, key=_time):
+        if choice.balance.even < best.balance.time:
+            best = min(best, _refine(paths, choice), key=_time)
+    return best
+
+
+def _refine(paths: Paths, best: _Choice) -> _Choice:
     """The least cost, found for all of a plan's units together, need not be the shortest time: that depends on how they
     spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
     """
-    if mode != "auto":
-        return _weigh(paths, cost, *_forced(paths, mode))
-    best = _weigh(paths, cost, *_cheapest(paths, cost, may_cut=True))
+    cost = best.cost
     if cost.programs == 1 or best.balance.time <= _SETTLED * best.balance.even:
         return best
     for ways in (_cheapest(paths, cost, may_cut=False), *(_forced(paths, other) for other in PLAN_MODES[1:])):
-        other = _weigh(paths, cost, *ways, to_beat=best.balance.time)
-        best = min(best, other, key=lambda choice: choice.balance.time)
+        best = min(best, _weigh(paths, cost, *ways, to_beat=best.balance.time), key=_time)
     return best
+
+
+def _time(choice: _Choice) -> float:
+    return choice.balance.time
 
 
 def _weigh(paths: Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array, to_beat: float = np.inf) -> _Choice:
