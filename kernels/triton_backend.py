@@ -191,6 +191,11 @@ class StaticAttention:
         self._plan, self._origin, self._slack = plan, plan.origin, plan.age + plan.slack
         return all(tables.load(self._lay_out(tables.geometry, tables.launch)) for tables in self._tables.values())
 
+    @staticmethod
+    def advance(positions: Tensor, slots: Tensor, rows: int) -> None:
+        """As `radixgen.kernels.StaticAttention.advance`."""
+        triton_kernels.advance[(triton.cdiv(rows, 1024),)](positions, slots, rows, BLOCK=1024)
+
     def _lay_out(self, geometry: Geometry, launch: Launch) -> Work:
         plan = self._plan.within(self._window)
         return lay_out(plan, launch, group=geometry.group, kv_heads=geometry.kv_heads, slack=self._plan.slack)

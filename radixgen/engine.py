@@ -77,6 +77,7 @@ class Engine:
         max_model_len: int | None = None,
         enforce_eager: bool = False,
         torch_compile: bool = False,
+        async_scheduling: bool = True,
         seed: int = 0,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -95,6 +96,8 @@ class Engine:
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         enforce_eager: never replay decoding steps from CUDA graphs.
         torch_compile: let PyTorch fuse the model's blocks; the first steps then take a minute.
+        async_scheduling: let the device begin a step while the host still reads the tokens of the one before, where
+            steps are captured. The tokens are the same.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
         clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
@@ -130,6 +133,7 @@ class Engine:
             limits=self.limits,
             plan=plan,
             costs=served.costs if isinstance(served, ModelRunner) else (),
+            async_scheduling=async_scheduling,
             seed=seed,
             debug=debug,
         )

@@ -10,8 +10,9 @@ from torch import Tensor
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import FinishReason, LimitReached, Limits, QueueFull, SamplingParams, SamplingState, Stats
 from radixgen.model.base import Model
-from radixgen.sampling import Drawn, fork_seed, sample, token_logprobs
-from radixgen.scheduler.batch import Batch, Scheduler, StepInput
+from radixgen.run_ahead import Ran, RunAhead
+from radixgen.sampling import Drawn, draw, fork_seed, report, sample, token_logprobs
+from radixgen.scheduler.batch import Batch, Scheduler
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
@@ -35,6 +36,7 @@ class EngineCore:
         limits: Limits,
         plan: PlanMode = "auto",
         costs: tuple[CostModel, ...] = (),
+        async_scheduling: bool = True,
         seed: int = 0,
         debug: bool = False,
     ) -> None:
@@ -44,6 +46,7 @@ class EngineCore:
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
         self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
+        self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
         self.requests: dict[str, Request] = {}
         self._ended: list[Sequence] = []
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -210,8 +213,7 @@ class EngineCore:
             return self.take_ended()
         self._attempts += 1
         try:
-            frozen = self.scheduler.freeze(batch)
-            logits = self.model.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
+            ran = self.ahead.claim(batch) or self._run(batch)
         except BaseException as error:
             self.scheduler.rollback(batch)
             if not isinstance(error, Exception) or isinstance(error, AssertionError):
@@ -222,10 +224,15 @@ class EngineCore:
         del self._suspects[:1]
         self._steps += 1
         self._computed_rows += batch.num_rows
-        self._logit_rows += frozen.logit_rows.size
-        self._score(batch, frozen, logits)
-        self._draw(batch, frozen, logits)
+        self._logit_rows += ran.logits.shape[0]
+        self._score(batch, ran)
+        self._draw(batch, ran)
         return self.take_ended() + batch.drawing
+
+    def _run(self, batch: Batch) -> Ran:
+        frozen = self.scheduler.freeze(batch)
+        logits = self.model.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
+        return Ran(logits, frozen.drawing, frozen.reading)
 
     def _schedule(self) -> Batch | None:
         """The next step: of all requests, or while there are suspects, of the first of them that can run."""
@@ -234,7 +241,11 @@ class EngineCore:
             if batch is not None:
                 return batch
             del self._suspects[0]
-        return self.scheduler.schedule()
+        batch = self.scheduler.schedule(admit=not self.ahead.pending)
+        if batch is None and self.ahead.pending:
+            self.ahead.drop()
+            batch = self.scheduler.schedule()
+        return batch
 
     def _suspect(self, batch: Batch, error: Exception) -> None:
         """The model raised: each request of the step is tried alone, and one that was alone is to blame."""
@@ -256,14 +267,14 @@ class EngineCore:
         while self._deadlines and self._deadlines[0][0] <= now:
             self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
 
-    def _score(self, batch: Batch, frozen: StepInput, logits: Tensor) -> None:
+    def _score(self, batch: Batch, ran: Ran) -> None:
         """Log-probabilities of prompt tokens; a request that wants nothing else ends with the last of them."""
         at = 0
         for request, rows in batch.reads:
-            index = frozen.reading[at : at + len(rows)]
+            index = ran.reading[at : at + len(rows)]
             at += len(rows)
             try:
-                self._score_one(request, logits[index])
+                self._score_one(request, ran.logits[index])
             except Exception as error:
                 logger.exception("the prompt of request %s could not be scored", request.id)
                 self.abort(request, "error", repr(error))
@@ -278,11 +289,11 @@ class EngineCore:
         if not request.reading and not request.max_output:
             self.abort(request, "length")
 
-    def _draw(self, batch: Batch, frozen: StepInput, logits: Tensor) -> None:
+    def _draw(self, batch: Batch, ran: Ran) -> None:
         """Draw tokens, end the sequences that are done, move the others' cursors."""
         if not batch.drawing:
             return
-        drawn = self._sample(logits, frozen.drawing, batch.drawing)
+        drawn = self._sample(batch, ran)
         going: list[tuple[Sequence, int]] = []
         for index, (sequence, token) in enumerate(zip(batch.drawing, drawn.tokens, strict=True)):
             if sequence.finish_reason is not None:
@@ -304,19 +315,27 @@ class EngineCore:
         self._generated += len(drawn.tokens)
         self.scheduler.advance(going)
 
-    def _sample(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Drawn:
-        """All draws at once; where that raises, one by one, and those that raise end with `error`."""
-        states = [sequence.sampling for sequence in sequences]
+    def _sample(self, batch: Batch, ran: Ran) -> Drawn:
+        """All draws at once, and the next step begun with them; where drawing raises, one by one, and those for whom it
+        raises end with `error`.
+        """
+        states = [sequence.sampling for sequence in batch.drawing]
         try:
-            return sample(logits, rows, states)
+            draws = draw(ran.logits, ran.drawing, states)
         except Exception:
-            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(rows))
+            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(states))
+            return self._sample_each(batch, ran)
+        if not self._suspects:
+            self.ahead.begin(batch, ran.drawing, draws)
+        return report(ran.logits, ran.drawing, states, draws.wait())
+
+    def _sample_each(self, batch: Batch, ran: Ran) -> Drawn:
         tokens, logprobs = [], {}
-        for index, (row, state) in enumerate(zip(rows, states, strict=True)):
+        for index, (row, sequence) in enumerate(zip(ran.drawing, batch.drawing, strict=True)):
             try:
-                one = sample(logits, [row], [state])
+                one = sample(ran.logits, [row], [sequence.sampling])
             except Exception:
-                logger.exception("request %s could not be sampled", sequences[index].request.id)
+                logger.exception("request %s could not be sampled", sequence.request.id)
                 tokens.append(-1)
                 continue
             tokens += one.tokens
@@ -335,6 +354,7 @@ class EngineCore:
             computed_prompt_tokens=scheduler.computed_prompt_tokens,
             computed_rows=self._computed_rows,
             logit_rows=self._logit_rows,
+            wasted_rows=self.ahead.wasted_rows,
             generated_tokens=self._generated,
             kv_tokens_total=pool.capacity,
             kv_tokens_used=pool.used - tree.reserved_tokens,

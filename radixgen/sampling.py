@@ -30,19 +30,51 @@ class Drawn:
     logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
 
 
+class Draws:
+    """Tokens on their way from the device."""
+
+    tokens: Tensor
+    """`[draws]` int64, on the device of the logits; -1 as in `Drawn`"""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = self._host = tokens
+        if tokens.is_cuda:
+            self._host = torch.empty_like(tokens, device="cpu", pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def wait(self) -> list[int]:
+        """The tokens. Work that was given to the device after them is not waited for."""
+        if self.tokens.is_cuda:
+            self._copied.synchronize()
+        tokens: list[int] = self._host.tolist()
+        return tokens
+
+
 def sample(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> Drawn:
     """Draw one token each: draw `i` from row `rows[i]` of float32 logits `[rows, vocab]`, for `states[i]`.
 
     A draw depends on its own row and state only, never on the rest of the batch.
     """
+    return report(logits, rows, states, draw(logits, rows, states).wait())
+
+
+def draw(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> Draws:
+    """As `sample`, without waiting for the device."""
     best, likeliest = logits.max(-1)
-    sound, choice = best.isfinite().tolist(), likeliest.tolist()
-    tokens: list[int] = [choice[row] if sound[row] else -1 for row in rows]
-    drawing = [i for i, state in enumerate(states) if not state.plain and tokens[i] >= 0]
+    choice = torch.where(best.isfinite(), likeliest, -1).index_select(0, _index(rows, logits))
+    drawing = [i for i, state in enumerate(states) if not state.plain]
     if drawing:
+        places = _index(drawing, logits)
         drawn = _draw(_pick(logits, [rows[i] for i in drawing]), [states[i] for i in drawing])
-        for i, token in zip(drawing, drawn, strict=True):
-            tokens[i] = token
+        sound = choice.index_select(0, places) >= 0
+        choice.index_copy_(0, places, torch.where(sound, drawn, -1))
+    return Draws(choice)
+
+
+def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> Drawn:
+    """What was drawn, with the log-probabilities that were asked for."""
     told = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
     if not told:
         return Drawn(tokens)
@@ -140,15 +172,14 @@ def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArra
 # -- inside -----------------------------------------------------------------------------------------------
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """One token a row, by the inverse of the cumulative distribution in the order of token ids.
+def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """One token a row, `[n]`, by the inverse of the cumulative distribution in the order of token ids.
 
     A uniform is at most 1 - 2**-53, so the target is less than the total, and the token found has a weight of its own.
     """
     cumulative = _weights(distribution(logits, states)).cumsum(-1)
     target = torch.from_numpy(uniform(states)).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    tokens: list[int] = torch.searchsorted(cumulative, target.long(), right=True)[:, 0].tolist()
-    return tokens
+    return torch.searchsorted(cumulative, target.long(), right=True)[:, 0]
 
 
 def _weights(probabilities: Tensor) -> Tensor:
@@ -159,7 +190,11 @@ def _weights(probabilities: Tensor) -> Tensor:
 
 
 def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    return logits.index_select(0, torch.tensor(rows, device=logits.device))
+    return logits.index_select(0, _index(rows, logits))
+
+
+def _index(places: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=like.device)
 
 
 def _likeliest(scores: Tensor, count: int) -> Tensor:

@@ -40,6 +40,8 @@ class Batch:
     """One step: its spans, and the sequences that read logits. `freeze` turns it into arrays and a plan."""
 
     step: int
+    admitting: bool = True
+    """Whether everyone was let in for whom there was room."""
     fence: int = 0
     """Slots released while the step is in flight wait behind this fence of the pool."""
     nodes: list[Node] = field(default_factory=list)
@@ -181,16 +183,17 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------------------------------------
 
-    def schedule(self, only: Request | None = None) -> Batch | None:
+    def schedule(self, only: Request | None = None, *, admit: bool = True) -> Batch | None:
         """The next step, or None where nothing can run. Slots are taken and new cursors set.
 
-        With `only`, nobody is admitted and none but that request's sequences take part.
+        With `only`, nobody is admitted and none but that request's sequences take part; without `admit`, nobody is
+        admitted.
         """
         self._steps += 1
-        batch = Batch(self._steps)
+        batch = Batch(self._steps, admitting=only is None and admit)
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
-        if only is None:
+        if batch.admitting:
             self._admit()
         budget = self.max_step_tokens
         for sequence in self._by_turn():

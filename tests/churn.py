@@ -153,7 +153,7 @@ class EngineMachine(RuleBasedStateMachine):
     """Requests come, branch, stop and vanish in a pool that is always full."""
 
     @initialize(
-        slots=st.sampled_from([48, 48, 52, 60, 60, 75, 100, 200]),
+        slots=st.sampled_from([48, 48, 52, 60, 60, 75, 100, 200, 400]),
         budget=st.sampled_from([1, 5, 16, 16, 64, 64]),
         share=st.sampled_from([True, True, True, True, False]),
         plan=st.sampled_from(["auto", "auto", "unshared", "naive"]),
@@ -326,8 +326,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.live[name] = Shadow.of(prompt, params, kind, namespace, self.now + (timeout or np.inf))
 
     def _step(self) -> None:
-        before = self.engine.stats()
-        rows = self.model.rows
+        before, rows = self.engine.stats(), self.model.rows
         outputs = self.engine.step()
         self.engine.check()
         for extent in self.engine.tree.pool.free_extents():
@@ -335,7 +334,9 @@ class EngineMachine(RuleBasedStateMachine):
         after = self.engine.stats()
         self.seen["evict"] += after.evicted_tokens - before.evicted_tokens
         self.seen["preempt"] += after.preemptions - before.preemptions
-        assert after.computed_rows - before.computed_rows == self.model.rows - rows
+        ahead = self.engine._core.ahead.pending
+        assert after.computed_rows + after.wasted_rows + ahead == self.model.rows + self.model.rows_ahead
+        self.seen["use what was begun"] += after.computed_rows - before.computed_rows and self.model.rows == rows
         for output in outputs:
             self._compare(output)
         for shadow in self.live.values():

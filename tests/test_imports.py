@@ -17,6 +17,7 @@ LAYERS = [
     {"scheduler"},
     {"calibration"},
     {"attention", "model", "sampling", "detokenize"},
+    {"run_ahead"},
     {"engine_core"},
     {"input_processor", "output_processor"},
     {"engine"},

@@ -31,8 +31,16 @@ class ClockedModel(StampModel):
 
     def run(self, plan: Plan, token_ids: Any, slots: Any, logit_rows: NDArray[np.int64]) -> Tensor:
         logits = super().run(plan, token_ids, slots, logit_rows)
-        self.now += 0.02 + 0.001 * plan.num_rows
+        self._spend(plan.num_rows)
         return logits
+
+    def run_ahead(self, tokens: Tensor) -> Tensor | None:
+        logits = super().run_ahead(tokens)
+        self._spend(0 if logits is None else tokens.shape[0])
+        return logits
+
+    def _spend(self, rows: int) -> None:
+        self.now += (0.02 + 0.001 * rows) if rows else 0.0
 
 
 @dataclass

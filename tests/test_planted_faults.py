@@ -11,9 +11,11 @@ from hypothesis.stateful import run_state_machine_as_test
 
 import radixgen.cache.tree as tree_module
 import radixgen.engine_core as core_module
+from radixgen import run_ahead
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.engine_core import EngineCore
 from radixgen.output_processor import OutputProcessor
+from radixgen.run_ahead import RunAhead
 from radixgen.scheduler.batch import Batch, Scheduler
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -179,9 +181,9 @@ def a_preempted_sequence_forgets_a_token(patch: Patch) -> None:
 
 
 def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
-    plain = core_module.sample
+    plain = core_module.draw
 
-    def sample(logits: Any, rows: Any, states: Any) -> Any:
+    def draw(logits: Any, rows: Any, states: Any) -> Any:
         kept = [state.index for state in states]
         for place, state in enumerate(states):
             state.index = place + 1
@@ -191,7 +193,21 @@ def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
             for state, index in zip(states, kept, strict=True):
                 state.index = index
 
-    patch.setattr(core_module, "sample", sample)
+    patch.setattr(core_module, "draw", draw)
+
+
+def rows_computed_ahead_are_taken_by_their_place(patch: Patch) -> None:
+    plain = RunAhead.claim
+
+    def claim(self: RunAhead, batch: Any) -> Any:
+        ran = plain(self, batch)
+        return ran and ran._replace(drawing=list(range(len(ran.drawing))))
+
+    patch.setattr(RunAhead, "claim", claim)
+
+
+def a_step_is_begun_without_slots_for_it(patch: Patch) -> None:
+    patch.setattr(run_ahead, "any", lambda _: False, raising=False)
 
 
 def a_prompt_is_scored_one_token_late(patch: Patch) -> None:
@@ -235,6 +251,8 @@ FAULTS = [
     a_fork_shares_the_list_of_tokens,
     a_preempted_sequence_forgets_a_token,
     randomness_follows_the_place_in_the_batch,
+    rows_computed_ahead_are_taken_by_their_place,
+    a_step_is_begun_without_slots_for_it,
     a_prompt_is_scored_one_token_late,
     seats_are_not_counted,
     anyone_may_be_overtaken_for_ever,

@@ -99,6 +99,14 @@ class Node:
     def reserved(self) -> int:
         return self.capacity - self.scheduled
 
+    @property
+    def next_slot(self) -> int:
+        """The slot that the next token would get of the reserved tail, where that lies in the last extent; else -1."""
+        spare = self.capacity - self.scheduled
+        if not spare or spare > self.extents[-1].length:
+            return -1
+        return self.extents[-1].end - spare
+
     def path(self) -> list["Node"]:
         """The nodes from the root to this one."""
         nodes = [self]
@@ -425,19 +433,16 @@ class RadixTree:
         """`schedule` for the one token that a leaf lacks, out of its reserved tail: its slot, or -1, with nothing
         changed, where the last extent has no slot in reserve.
         """
-        spare = node.capacity - node.scheduled
-        if spare == 0:
+        slot, spare = node.next_slot, node.capacity - node.scheduled
+        if slot < 0:
             return -1
-        start, length = node.extents[-1]
-        if spare > length:
-            return -1
-        if spare == length and len(node.extents) > 1:
+        if slot == node.extents[-1].start and len(node.extents) > 1:
             self.version += 1
         node.scheduled += 1
         self.unscheduled_tokens -= 1
         self.columns.scheduled[node.id] = node.scheduled
         self.columns.reserved[node.id] = spare - 1
-        return start + length - spare
+        return slot
 
     def commit(self, node: Node) -> None:
         """The step that held the node's scheduled tokens has retired: they are computed.

@@ -63,6 +63,8 @@ class Stats:
     """Rows that went through the model."""
     logit_rows: int
     """Rows whose logits were computed."""
+    wasted_rows: int
+    """Rows that were computed ahead of their tokens and that nobody needed; not among `computed_rows`."""
     generated_tokens: int
     kv_tokens_total: int
     kv_tokens_used: int

@@ -74,6 +74,7 @@ class StepGraphs:
         cuda = model.device.type == "cuda"
         self._capture = cuda_capture() if cuda else call
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._last: tuple[_Graph, Plan, int] | None = None
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, and most of its rows give logits, as in decoding. A graph
@@ -86,9 +87,11 @@ class StepGraphs:
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor:
         """As `Model.run`. The logits are overwritten by the next step. Raises `NotCapturable`."""
+        self._last = None
         key = bucket(plan.num_rows), plan.tile_rows
         graph = self._graphs.get(key)
         if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
+            self._remember(graph, plan, slots, logit_rows)
             return graph.replay()[: logit_rows.size]
         self._graphs.pop(key, None)
         graph = _Graph(self._model, self._storage, self._backend, key[0])
@@ -101,7 +104,24 @@ class StepGraphs:
         except Exception as error:
             raise NotCapturable(str(error)) from error
         self._graphs[key] = graph
+        self._remember(graph, plan, slots, logit_rows)
         return logits[: logit_rows.size]
+
+    def _remember(self, graph: "_Graph", plan: Plan, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]) -> None:
+        """A step that could be gone on from: every row is drawn for and grows in place."""
+        rows = plan.num_rows
+        if logit_rows.size == rows == plan.growing.size and slots.min() >= 0:
+            self._last = graph, plan, plan.slack
+
+    @torch.inference_mode()
+    def run_ahead(self, tokens: Tensor) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`."""
+        if self._last is None or self._last[2] < 1:
+            return None
+        graph, plan, slack = self._last
+        self._last = graph, plan, slack - 1
+        graph.advance(tokens)
+        return graph.replay()[: tokens.numel()]
 
 
 class _Graph:
@@ -127,6 +147,12 @@ class _Graph:
             return False
         self._inputs.load(token_ids, plan.row_positions, slots, logit_rows)
         return True
+
+    def advance(self, tokens: Tensor) -> None:
+        """Move every row on by one of `tokens` `[rows]`, in the order of the logit rows, with no work for the host."""
+        rows, inputs = tokens.numel(), self._inputs
+        inputs.token_ids.index_copy_(0, inputs.logit_rows[:rows], tokens)
+        self._new_attention.advance(inputs.positions, inputs.slots, rows)
 
     def forward(self) -> Tensor:
         inputs = self._inputs

@@ -45,6 +45,8 @@ class ModelRunner:
         self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
+        self._captured = False
+        """Whether the last step was"""
         self._window_bytes: Counter[int | None] = Counter()
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
@@ -75,17 +77,26 @@ class ModelRunner:
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
         """As `Model.run`; the logits stand until the next call."""
-        for window, size in self._window_bytes.items():
-            seen = plan.within(window)
-            self.kv_bytes_read += seen.kv_tokens_read * size
-            self.kv_bytes_unshared += seen.kv_tokens_unshared * size
-        if self._graphs is not None and self._graphs.takes(plan, logit_rows):
+        self.count(plan)
+        self._captured = self._graphs is not None and self._graphs.takes(plan, logit_rows)
+        if self._graphs is not None and self._captured:
             try:
                 return self._graphs.run(plan, token_ids, slots, logit_rows)
             except NotCapturable as error:
                 logger.warning("%s runs without CUDA graphs: %s", self.name, error)
-                self._graphs = None
+                self._graphs, self._captured = None, False
         return self._run_eagerly(plan, token_ids, slots, logit_rows)
+
+    def count(self, plan: Plan) -> None:
+        """Add what a step by `plan` reads to the totals."""
+        for window, size in self._window_bytes.items():
+            seen = plan.within(window)
+            self.kv_bytes_read += seen.kv_tokens_read * size
+            self.kv_bytes_unshared += seen.kv_tokens_unshared * size
+
+    def run_ahead(self, tokens: Tensor) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`: only after a captured step."""
+        return self._graphs.run_ahead(tokens) if self._graphs is not None and self._captured else None
 
     def _run_eagerly(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]

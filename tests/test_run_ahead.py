@@ -1,0 +1,91 @@
+"""Steps that are begun before their tokens are known: used where they turned out as foreseen, and never wrong."""
+
+import numpy as np
+import pytest
+from oracle import StampModel
+
+from radixgen import Engine, SamplingParams
+
+VOCAB = 50
+
+
+def serve(
+    params: list[SamplingParams], *, ahead: bool, slots: int = 4_000
+) -> tuple[list[list[int]], Engine, StampModel]:
+    """Outputs for prompts with a common beginning, by the oracle that checks every slot that is read."""
+    model = StampModel(VOCAB, 256, frozenset({0}))
+    engine = Engine(model, kv_tokens=slots, async_scheduling=ahead, debug=True)
+    outputs = engine.generate([[5, 6, 7, index % VOCAB] for index in range(len(params))], params)
+    engine.check()
+    return [output.outputs[0].token_ids for output in outputs], engine, model
+
+
+def many(count: int, **options: object) -> list[SamplingParams]:
+    return [SamplingParams(**({"max_tokens": 20 + 3 * index, "seed": index} | options)) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0, "ignore_eos": True},
+        {"temperature": 0.0},
+        {"temperature": 1.3},
+        {"temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"temperature": 0.0, "logprobs": 2},
+    ],
+)
+@pytest.mark.parametrize("slots", [60, 200, 4_000])
+def test_tokens_are_the_same(options: dict, slots: int) -> None:
+    expected, plain, _ = serve(many(9, **options), ahead=False, slots=slots)
+    found, engine, _ = serve(many(9, **options), ahead=True, slots=slots)
+    assert found == expected
+    assert plain.stats().wasted_rows == 0
+    assert plain.stats().computed_rows == engine.stats().computed_rows
+
+
+def test_most_steps_of_steady_decoding_were_begun_before() -> None:
+    _, engine, model = serve(many(8, max_tokens=100, temperature=0.0, ignore_eos=True), ahead=True)
+    assert model.rows_ahead > 0.8 * engine.stats().computed_rows
+    assert engine.stats().wasted_rows <= 8
+
+
+def test_rows_of_sequences_that_ended_are_wasted_and_no_others() -> None:
+    """One ends by its length at a time; the others' rows of the same step are used."""
+    _, engine, model = serve(many(8, temperature=0.0, ignore_eos=True), ahead=True)
+    assert 0 < engine.stats().wasted_rows <= 8
+    assert model.rows_ahead > 0.4 * engine.stats().computed_rows
+
+
+def test_a_request_that_arrives_waits_for_one_step_at_most() -> None:
+    model = StampModel(VOCAB, 256)
+    with Engine(model, kv_tokens=4_000, debug=True) as engine:
+        engine.submit([1, 2, 3], SamplingParams(max_tokens=60, ignore_eos=True))
+        for _ in range(5):
+            engine.step()
+        engine.submit([4, 5, 6], SamplingParams(max_tokens=3, ignore_eos=True), request_id="late")
+        told = [output.request_id for _ in range(2) for output in engine.step()]
+        assert "late" in told
+
+
+def test_a_request_cancelled_in_flight_leaves_the_others_as_they_were() -> None:
+    alone = serve(many(1, max_tokens=30, temperature=0.0, ignore_eos=True), ahead=False)[0][0]
+    model = StampModel(VOCAB, 256)
+    with Engine(model, kv_tokens=4_000, debug=True) as engine:
+        params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+        kept, gone = engine.submit([5, 6, 7, 0], params), engine.submit([5, 6, 7, 1], params)
+        for _ in range(6):
+            engine.step()
+        engine.cancel(gone)
+        outputs = {}
+        while engine.has_unfinished:
+            outputs |= {output.request_id: output for output in engine.step()}
+            engine.check()
+        assert outputs[kept].outputs[0].token_ids == alone
+
+
+def test_a_model_that_fails_ahead_is_asked_again(monkeypatch, caplog) -> None:
+    expected, _, _ = serve(many(3, temperature=0.0), ahead=False)
+    monkeypatch.setattr(StampModel, "run_ahead", lambda *_: np.zeros(1) / "x")
+    found, engine, _ = serve(many(3, temperature=0.0), ahead=True)
+    assert found == expected and engine.stats().wasted_rows == 0
+    assert "could not be begun" in caplog.text
