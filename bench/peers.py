@@ -44,7 +44,7 @@ Contender = tuple[str, Call, dict[str, Any]]
 PAGE_SIZE = 16
 PRIVATE_BYTES = 24 << 30
 """Private copies of the paths are made up to this size."""
-WORKSPACE_BYTES = 256 << 20
+WORKSPACE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
