@@ -1,6 +1,6 @@
 """Attention over the trees of published workloads, against the chip's limit and against its peers.
 
-    python -m bench.attention [--workloads W5 W12] [--check] [--save]
+    python -m bench.attention [--workloads W5 W12] [--without fa3_paged] [--check] [--save]
 
 Prints the ceilings measured in the same run; then, for each tree and head shape, the roofline (each distinct key
 read once, queries and results once, or the matrix products at the measured rate, whichever is longer) and, for each
@@ -19,7 +19,7 @@ extent a node, as a pool that was never full leaves them.
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.device import Ceilings, Timer
-from bench.peers import Call, Contender, peers
+from bench.peers import PEERS, Call, Contender, peers
 from bench.report import Report, benchmark_options, track
 from bench.trees import WORKLOADS, Tree, lay_out, path_tokens, shared_prefix
 from radixgen.calibration import cost_models
@@ -76,7 +76,7 @@ def roofline_us(tree: Tree, heads: tuple[int, int], ceilings: Ceilings) -> float
 
 
 def contenders(
-    tree: Tree, heads: tuple[int, int], cost: Sequence[CostModel], device: torch.device
+    tree: Tree, heads: tuple[int, int], cost: Sequence[CostModel], device: torch.device, without: Collection[str]
 ) -> Iterator[Contender]:
     """Our own plans first, then the peers."""
     forest, nodes, positions = lay_out(tree)
@@ -101,15 +101,15 @@ def contenders(
             lambda a=attention, p=queries: a(p, k, v, HEAD_DIM**-0.5)[0],
             facts,
         )
-    yield from peers(tree, q, k, v)
+    yield from peers(tree, q, k, v, without)
 
 
-def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device) -> None:
+def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device, without: Collection[str] = ()) -> None:
     """Every contender on one tree; of a peer that fails, its error is kept instead of its times."""
     geometry = Geometry(row.heads[1], row.heads[0] // row.heads[1], HEAD_DIM, HEAD_DIM, torch.bfloat16)
     cost = cost_models(device, geometry)
     reference: Tensor | None = None
-    for name, call, facts in contenders(tree, row.heads, cost, device):
+    for name, call, facts in contenders(tree, row.heads, cost, device, without):
         back = facts.pop("back", None)
         row.contenders[name] = facts
         try:
@@ -163,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workloads", nargs="+", default=["W5", "W1", "W12", "W7", "W8", "W9"], choices=list(WORKLOADS)
     )
+    parser.add_argument("--without", nargs="+", default=[], choices=list(PEERS), help="peers to leave out")
     options = parser.parse_args(arguments)
     report = Report("attention")
     if not torch.cuda.is_available():
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done: list[Row] = []
     for workload, name, heads, tree in track(rows_of(options.workloads), "attending"):
         row = Row(workload, name, heads, roofline_us(tree, heads, ceilings))
-        run_row(row, tree, timer, device)
+        run_row(row, tree, timer, device, options.without)
         done.append(row)
         report.say(describe(row))
     summarize(report, done)

@@ -23,7 +23,7 @@ batch, without the room that `use_cuda_graph` leaves for others: a graph that is
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,9 @@ Call = Callable[[], Tensor]
 """Attends once; gives outputs [rows, q_heads, head_dim]."""
 Contender = tuple[str, Call, dict[str, Any]]
 """A name, its call, and what else is known of it."""
+
+Contend = Callable[[Tree, Tensor, Tensor, Tensor], Iterator[Contender]]
+"""A peer: what it does with a tree, queries, keys and values."""
 
 PAGE_SIZE = 16
 PRIVATE_BYTES = 24 << 30
@@ -83,43 +86,44 @@ class Level:
     segments: Paged
 
 
-def peers(tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Contender]:
-    """Each peer that is here and can serve this tree. One that fails is given with a call that raises its error.
+def peers(tree: Tree, q: Tensor, k: Tensor, v: Tensor, without: Collection[str] = ()) -> Iterator[Contender]:
+    """Each peer that is here and can serve this tree, but for those in `without`. A failed one's call raises its error.
 
     q: [rows, q_heads, head_dim]; k, v: [slots, kv_heads, head_dim], each node's keys in one extent, in order of nodes.
     """
     if q.device.type != "cuda":
         return
-    for name, contend in _peers_here().items():
+    for name in names_here():
+        if name in without:
+            continue
         try:
-            yield from contend(tree, q, k, v)
+            yield from PEERS[name](tree, q, k, v)
         except Exception as error:
-            yield name, _raising(error), {}
+            yield f"{name}_setup", _raising(error), {}
 
 
-def _peers_here() -> dict[str, Callable[[Tree, Tensor, Tensor, Tensor], Iterator[Contender]]]:
-    found: dict[str, Callable[[Tree, Tensor, Tensor, Tensor], Iterator[Contender]]] = {"pytorch": pytorch}
-    if importlib.util.find_spec("flashinfer") is not None:
-        found["flashinfer_decode"] = _over_rows("flashinfer_decode", flashinfer_decode)
-        found["flashinfer_batch"] = _over_rows("flashinfer_batch", flashinfer_batch)
-        found["flashinfer_cascade"] = flashinfer_cascades
+def names_here() -> list[str]:
+    """The peers whose packages or libraries are installed."""
     library = flash_attention_3()
-    if library is not None and library.is_file():
-        torch.ops.load_library(str(library))
-        found["fa3_paged"] = _over_rows("fa3_paged", fa3_paged)
-    return found
+    missing = set()
+    if importlib.util.find_spec("flashinfer") is None:
+        missing.add("flashinfer")
+    if library is None or not library.is_file():
+        missing.add("fa3")
+    return [name for name in PEERS if name.split("_")[0] not in missing]
 
 
 def _raising(error: Exception) -> Call:
+    """Without the traceback, whose frames would keep their tensors."""
+    bare = error.with_traceback(None)
+
     def call() -> Tensor:
-        raise error
+        raise bare
 
     return call
 
 
-def _over_rows(
-    name: str, prepare: Callable[[Tensor, Paged], tuple[Call, dict[str, Any]]]
-) -> Callable[[Tree, Tensor, Tensor, Tensor], Iterator[Contender]]:
+def _over_rows(name: str, prepare: Callable[[Tensor, Paged], tuple[Call, dict[str, Any]]]) -> Contend:
     """A contender whose segments are the rows' whole paths, once for each way to hold them in pages."""
 
     def contend(tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Contender]:
@@ -320,6 +324,7 @@ def flashinfer_cascade(q: Tensor, levels: Sequence[Level], backend: str | None) 
 
 def fa3_paged(q: Tensor, rows: Paged) -> tuple[Call, dict[str, Any]]:
     """The number of splits is the library's to choose; what it schedules by is computed beforehand."""
+    torch.ops.load_library(str(flash_attention_3()))
     flash = torch.ops._vllm_fa3_C
     (q_heads, head_dim), kv_heads = q.shape[1:], rows.k.shape[2]
     cu_seqlens_q = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
@@ -353,6 +358,15 @@ def fa3_paged(q: Tensor, rows: Paged) -> tuple[Call, dict[str, Any]]:
         return out
 
     return call, {"plan_ms": plan_ms}
+
+
+PEERS: dict[str, Contend] = {
+    "pytorch": pytorch,
+    "flashinfer_decode": _over_rows("flashinfer_decode", flashinfer_decode),
+    "flashinfer_batch": _over_rows("flashinfer_batch", flashinfer_batch),
+    "flashinfer_cascade": flashinfer_cascades,
+    "fa3_paged": _over_rows("fa3_paged", fa3_paged),
+}
 
 
 def block_table(rows: Paged) -> Int32Array:

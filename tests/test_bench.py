@@ -142,7 +142,7 @@ def test_levels_of_a_cascade_add_up_to_each_rows_path(tree: Tree) -> None:
 
 
 def test_a_peer_that_fails_is_reported(monkeypatch) -> None:
-    def two(tree: Tree, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> object:
+    def two(tree: Tree, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, without: list) -> object:
         yield "broken", lambda: q[:, 0, 0, 0, 0], {"plan_ms": 1.0}
         yield "wrong", lambda: torch.ones_like(q), {}
 
