@@ -1,12 +1,12 @@
 """Attention over the trees of published workloads, against the chip's limit and against its peers.
 
-    python -m bench.attention [--workloads W5 W12] [--check] [--save]
+    python -m bench.attention [--workloads W5 W12] [--without fa3_paged] [--check] [--save]
 
 Prints the ceilings measured in the same run; then, for each tree and head shape, the roofline (each distinct key
 read once, queries and results once, or the matrix products at the measured rate, whichever is longer) and, for each
 contender, microseconds with a cold cache, the share of the roofline, and the error against float32. Contenders:
 radixgen's plan by the calibrated cost model; its own `unshared`, `prefix` and `naive` plans, run by the same kernels;
-and PyTorch's scaled_dot_product_attention over a private copy of every path, where that fits.
+and the peers that are installed (bench/peers.py). A peer that fails on a tree is reported so, and the run goes on.
 
 Times are of one layer in bfloat16, head_dim 128, in a CUDA graph, 192 MiB written before each call. Plans are
 made before, and their time is printed beside. Without a GPU the kernels run in Triton's interpreter on toy sizes, and
@@ -16,9 +16,10 @@ Bias. Our plan is calibrated on the device that is measured; the peers' own sett
 extent a node, as a pool that was never full leaves them.
 """
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.device import Ceilings, Timer
+from bench.peers import PEERS, Call, Contender, peers
 from bench.report import Report, benchmark_options, track
 from bench.trees import WORKLOADS, Tree, lay_out, path_tokens, shared_prefix
 from radixgen.calibration import cost_models
@@ -40,8 +42,9 @@ HEADS = {
     "W12": [(32, 8)],
 }  # fmt: skip
 HEAD_DIM = 128
-PRIVATE_BYTES = 24 << 30
-"""PyTorch's private copies of the paths are made up to this size."""
+OWN = ("radixgen", *PLAN_MODES)
+AGREEMENT = 0.02
+"""A peer whose outputs are off by more than this share of their norm has not done the work, and is not timed."""
 
 
 @dataclass
@@ -73,9 +76,9 @@ def roofline_us(tree: Tree, heads: tuple[int, int], ceilings: Ceilings) -> float
 
 
 def contenders(
-    tree: Tree, heads: tuple[int, int], cost: Sequence[CostModel], device: torch.device
-) -> Iterator[tuple[str, Callable[[], Tensor], dict[str, Any]]]:
-    """Each contender's name, call, and what else is known of it."""
+    tree: Tree, heads: tuple[int, int], cost: Sequence[CostModel], device: torch.device, without: Collection[str]
+) -> Iterator[Contender]:
+    """Our own plans first, then the peers."""
     forest, nodes, positions = lay_out(tree)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     slots = int(forest.lengths.sum())
@@ -98,50 +101,41 @@ def contenders(
             lambda a=attention, p=queries: a(p, k, v, HEAD_DIM**-0.5)[0],
             facts,
         )
-    yield from pytorch(tree, q, k, v)
+    yield from peers(tree, q, k, v, without)
 
 
-def pytorch(tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, Callable[[], Tensor], dict[str, Any]]]:
-    """Every row's path copied out, all paths of one length: what a caller without a tree would hold."""
-    forest, nodes, _ = lay_out(tree)
-    ends = (forest.starts + forest.lengths)[nodes]
-    size = nodes.size * int(ends.max()) * k.shape[1] * HEAD_DIM * 4
-    if ends.min() != ends.max() or size > PRIVATE_BYTES or q.device.type != "cuda":
-        return
-    slots = np.concatenate(
-        [forest.extent_starts[n] + np.arange(forest.lengths[n]) for n in _paths(forest.parents, nodes)]
-    )
-    index = torch.from_numpy(slots).to(q.device)
-    shape = (nodes.size, int(ends[0]), k.shape[1], HEAD_DIM)
-    keys, values = (pool[index].view(shape).transpose(1, 2).contiguous() for pool in (k, v))
-    queries = q.unsqueeze(2)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    yield "pytorch", lambda: attend(queries, keys, values, enable_gqa=True).squeeze(2), {"GB": size / 1e9}
-
-
-def _paths(parents: np.ndarray, nodes: np.ndarray) -> Iterator[int]:
-    for node in nodes.tolist():
-        path = []
-        while node >= 0:
-            path.append(node)
-            node = int(parents[node])
-        yield from reversed(path)
-
-
-def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device) -> None:
+def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device, without: Collection[str] = ()) -> None:
+    """Every contender on one tree; of a peer that fails, its error is kept instead of its times."""
     geometry = Geometry(row.heads[1], row.heads[0] // row.heads[1], HEAD_DIM, HEAD_DIM, torch.bfloat16)
     cost = cost_models(device, geometry)
     reference: Tensor | None = None
-    for name, call, facts in contenders(tree, row.heads, cost, device):
+    for name, call, facts in contenders(tree, row.heads, cost, device, without):
         back = facts.pop("back", None)
-        out = call().float()
-        out = out if back is None else out[back]
-        reference = out if reference is None else reference
-        found = facts | {"difference": float((out - reference).norm() / reference.norm())}
-        if timer is not None:
-            cold, warm = timer.cold(call), timer.warm(call)
-            found |= {"cold_us": cold.median, "cold_p10_us": cold.p10, "cold_p90_us": cold.p90, "warm_us": warm.median}
-        row.contenders[name] = found
+        row.contenders[name] = facts
+        try:
+            out = call().float()
+            out = out if back is None else out[back]
+            reference = out if reference is None else reference
+            facts |= compare(call, out, reference, timer, AGREEMENT if name not in OWN else math.inf)
+        except Exception as error:
+            if name in OWN:
+                raise
+            facts["error"] = f"{type(error).__name__}: {error}"[:300]
+        del call
+
+
+def compare(call: Call, out: Tensor, reference: Tensor, timer: Timer | None, agreement: float) -> dict[str, float]:
+    """How far a contender's output is from the reference, and its times if that is near enough."""
+    difference = float((out - reference).norm() / reference.norm())
+    if not difference <= agreement:
+        raise ValueError(f"differs by {difference:.2g}")
+    if timer is None:
+        return {"difference": difference}
+    cold, warm = timer.cold(call), timer.warm(call)
+    return {
+        "difference": difference, "cold_us": cold.median, "cold_p10_us": cold.p10, "cold_p90_us": cold.p90,
+        "warm_us": warm.median,
+    }  # fmt: skip
 
 
 def describe(row: Row) -> str:
@@ -150,7 +144,11 @@ def describe(row: Row) -> str:
         return f"{row.workload} {row.name}: {ours['units']} units, differences at most " + (
             f"{max(found['difference'] for found in row.contenders.values()):.1e}"
         )
-    others = ", ".join(f"{n} {f['cold_us']:.1f}" for n, f in row.contenders.items() if n != "radixgen")
+    others = ", ".join(
+        f"{n} {f['cold_us']:.1f}" if "cold_us" in f else f"{n} failed ({f['error']})"
+        for n, f in row.contenders.items()
+        if n != "radixgen"
+    )
     return (
         f"{row.workload} {row.heads[0]}/{row.heads[1]} {row.name:32s} roofline {row.roofline_us:7.1f} us; radixgen "
         f"{ours['cold_us']:7.1f} ({100 * row.roofline_us / ours['cold_us']:3.0f} %, "
@@ -165,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workloads", nargs="+", default=["W5", "W1", "W12", "W7", "W8", "W9"], choices=list(WORKLOADS)
     )
+    parser.add_argument("--without", nargs="+", default=[], choices=list(PEERS), help="peers to leave out")
     options = parser.parse_args(arguments)
     report = Report("attention")
     if not torch.cuda.is_available():
@@ -176,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done: list[Row] = []
     for workload, name, heads, tree in track(rows_of(options.workloads), "attending"):
         row = Row(workload, name, heads, roofline_us(tree, heads, ceilings))
-        run_row(row, tree, timer, device)
+        run_row(row, tree, timer, device, options.without)
         done.append(row)
         report.say(describe(row))
     summarize(report, done)

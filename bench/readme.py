@@ -57,13 +57,13 @@ def _table() -> str:
 
 
 def _attention() -> list[str]:
-    """Our plan on a GPU, against the other plans and PyTorch, by workload and head shape."""
+    """Our plan on a GPU, against the other plans and the peers, by workload and head shape."""
     found = json.loads((RESULTS / "attention.json").read_text(encoding="utf-8"))
     read, matrix = found["ceilings"]["read"], found["ceilings"]["matrix"]
     lines = [
         f"`bench.attention` on one {found['device']} ({read / 1e12:.2f} TB/s read, {matrix / 1e12:.0f} TFLOP/s, "
         f"measured; torch {found['torch']}, {found['date']}): one layer's attention, cold. The best other is the "
-        "fastest of our own unshared, one-prefix and naive plans by the same kernels, and PyTorch over private copies.",
+        f"fastest of our own unshared, one-prefix and naive plans by the same kernels, and {_peers(found['rows'])}.",
         "",
         "| workload | heads | trees | over the best other | over unshared | of the roofline |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -71,7 +71,9 @@ def _attention() -> list[str]:
     for workload, heads in dict.fromkeys((row["workload"], tuple(row["heads"])) for row in found["rows"]):
         rows = [row for row in found["rows"] if (row["workload"], tuple(row["heads"])) == (workload, heads)]
         ours = np.array([row["contenders"]["radixgen"]["cold_us"] for row in rows])
-        others = [[v["cold_us"] for k, v in row["contenders"].items() if k != "radixgen"] for row in rows]
+        others = [
+            [v["cold_us"] for k, v in row["contenders"].items() if k != "radixgen" and "cold_us" in v] for row in rows
+        ]
         unshared = np.array([row["contenders"]["unshared"]["cold_us"] for row in rows])
         best, share = np.array([min(times) for times in others]) / ours, [row["roofline_us"] for row in rows] / ours
         lines.append(
@@ -79,6 +81,13 @@ def _attention() -> list[str]:
             f"| {share.min():.0%} to {share.max():.0%} |"
         )
     return lines
+
+
+def _peers(rows: list[dict[str, Any]]) -> str:
+    """The other systems that were timed on any tree, in words."""
+    words = {"pytorch": "PyTorch over private copies", "flashinfer": "FlashInfer", "fa3": "FlashAttention-3"}
+    timed = {name.split("_")[0] for row in rows for name, one in row["contenders"].items() if "cold_us" in one}
+    return " and ".join(text for name, text in words.items() if name in timed)
 
 
 def _mean(ratios: Any) -> str:

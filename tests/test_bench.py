@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, calibrate, plan, simulate, step, tree
+from bench import attention, calibrate, peers, plan, simulate, step, tree
 from bench.report import Memory, Report
-from bench.trees import WORKLOADS
+from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,65 @@ def test_attention(capsys) -> None:
     assert set(row["contenders"]) == {"radixgen", "unshared", "prefix", "naive"}
     assert all(found["difference"] < 1e-6 for found in row["contenders"].values())
     assert calibrate.main([]) == 0
+
+
+TREES = [
+    shared_prefix(5, 48, 7), shared_prefix(3, 40, 16), shared_prefix(4, 32, 0), levels("1,2,6 / 3,1,20"), chain(4, 8),
+    ([-1, -1], [5, 16], [0, 1, 0]),
+]  # fmt: skip
+
+
+def held(pages: peers.Paged, segment: int) -> list[float]:
+    begin, end = pages.indptr[segment : segment + 2]
+    return pages.k[pages.indices[begin:end], :, 0, 0].flatten()[: pages.lengths[segment]].tolist()
+
+
+def slots_of(tree: Tree) -> tuple[list[list[int]], torch.Tensor]:
+    forest, nodes, _ = lay_out(tree)
+    pool = torch.arange(int(forest.lengths.sum()), dtype=torch.float32).view(-1, 1, 1)
+    return [peers.path_slots(forest, row).tolist() for row in peers.paths(forest, nodes.tolist())], pool
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_pages_hold_each_rows_path(tree: Tree, monkeypatch) -> None:
+    expected, pool = slots_of(tree)
+    found = dict(peers.paged_rows(tree, pool, -pool))
+    assert found and all(pages.private == (len(found) == 2 and not suffix) for suffix, pages in found.items())
+    for suffix, pages in found.items():
+        assert suffix in ("", f"_page{pages.page_size}")
+        assert [held(pages, row) for row in range(len(expected))] == expected
+        assert torch.equal(pages.v, -pages.k)
+        table = peers.block_table(pages)
+        for row, (begin, end) in enumerate(zip(pages.indptr, pages.indptr[1:], strict=False)):
+            assert np.array_equal(table[row, : end - begin], pages.indices[begin:end])
+            assert (end - begin - 1) * pages.page_size + pages.last_page_len[row] == pages.lengths[row]
+    monkeypatch.setattr(peers, "PRIVATE_BYTES", 0)
+    assert not any(pages.private for _, pages in peers.paged_rows(tree, pool, -pool))
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_levels_of_a_cascade_add_up_to_each_rows_path(tree: Tree) -> None:
+    expected, pool = slots_of(tree)
+    found: list[list[int]] = [[] for _ in expected]
+    cascade = peers.paged_levels(tree, pool, -pool)
+    for level in cascade:
+        assert level.qo_indptr[0] == 0 and level.qo_indptr[-1] == len(expected)
+        for segment, (begin, end) in enumerate(zip(level.qo_indptr, level.qo_indptr[1:], strict=False)):
+            for row in range(begin, end):
+                found[row] += held(level.segments, segment)
+    assert found == expected if cascade else tree in (TREES[4], TREES[5])
+
+
+def test_a_peer_that_fails_is_reported(monkeypatch) -> None:
+    def two(tree: Tree, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, without: list) -> object:
+        yield "broken", lambda: q[:, 0, 0, 0, 0], {"plan_ms": 1.0}
+        yield "wrong", lambda: torch.ones_like(q), {}
+
+    monkeypatch.setattr(attention, "peers", two)
+    row = attention.Row("toy", "a prefix", (4, 2), 0.0)
+    attention.run_row(row, shared_prefix(3, 20, 5), None, torch.device("cpu"))
+    assert "difference" in row.contenders["naive"] and "IndexError" in row.contenders["broken"]["error"]
+    assert row.contenders["wrong"]["error"].startswith("ValueError: differs by")
 
 
 def test_every_workload_has_its_trees() -> None:

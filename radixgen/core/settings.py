@@ -13,6 +13,12 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "radixgen"
 
 
+def flash_attention_3() -> Path | None:
+    """The library of FlashAttention-3 that benchmarks compare against: `RADIXGEN_FLASH_ATTENTION_3`."""
+    chosen = os.environ.get("RADIXGEN_FLASH_ATTENTION_3")
+    return Path(chosen).expanduser() if chosen else None
+
+
 def wait_without_spinning() -> None:
     """Let OpenMP's threads sleep while they wait, unless `OMP_WAIT_POLICY` says otherwise.
 
