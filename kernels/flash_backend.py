@@ -313,7 +313,7 @@ def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor
         out, lse, merged, merged_lse, lse if sinks is None else sinks.float(), tables.counts, tables.rows,
         tables.offsets, tables.partials, Q_HEADS=q_heads, V_HEAD_DIM=v_head_dim,
         PADDED_V_DIM=max(16, triton.next_power_of_2(v_head_dim)), BLOCK_HEADS=heads, BLOCK_PARTIALS=partials,
-        SINKS=sinks is not None,
+        SINKS=sinks is not None, PDL=False,
     )  # fmt: skip
     return merged, merged_lse
 

@@ -68,6 +68,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip) -> Launch:
         gather_stages=max(1, min(5, 1 + room // (32 * block_bytes))),
         programs=programs * chip.multiprocessors,
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
+        overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
     )
 
 
@@ -79,7 +80,7 @@ def constants(geometry: Geometry, launch: Launch, *, window: bool, softcap: bool
         "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": padded_dim, "PADDED_V_DIM": padded_v_dim,
         "TILES": launch.tiles, "BLOCK_KEYS": launch.block_keys, "GATHER_KEYS": launch.gather_keys,
         "STAGES": launch.num_stages, "GATHER_STAGES": launch.gather_stages, "BULK": launch.least_run > 0,
-        "WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks,
+        "WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "PDL": launch.overlap,
     }  # fmt: skip
 
 
@@ -237,13 +238,14 @@ def _attend(
 ) -> None:
     """Both launches; `out` and `lse` are written for the rows of the plan."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
+    early = {"launch_pdl": True} if launch.overlap else {}
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     triton_kernels.attend[(launch.programs,)](
         q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
         lse if sinks is None else sinks, positions, views["queue"], views["items"], views["runs"], *tables.keys,
         scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
         **constants(geometry, launch, window=window is not None, softcap=softcap is not None, sinks=sinks is not None),
-        num_warps=launch.num_warps,
+        num_warps=launch.num_warps, **early,
     )  # fmt: skip
     if not tables.most_merged:
         return
@@ -253,7 +255,7 @@ def _attend(
         tables.partial_out, tables.partial_lse, out, lse, lse if sinks is None else sinks, views["counts"],
         views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
-        SINKS=sinks is not None,
+        SINKS=sinks is not None, PDL=launch.overlap, **early,
     )  # fmt: skip
 
 

@@ -9,6 +9,9 @@ keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.1
 
 Everything about the plan is read from int32 tables (`radixgen.kernels.work`): a captured launch answers any plan that
 fits them.
+
+`PDL` is for chips where a launch may begin while the one before it ends (sm_90): what only the plan says is read first,
+and what earlier launches wrote after `gdc_wait`.
 """
 
 import triton
@@ -156,7 +159,7 @@ def attend(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1 and
     one more.
@@ -169,6 +172,9 @@ def attend(
     entry = queue + tl.program_id(0)
     task, coming = tl.load(entry), tl.load(entry + programs)
     first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, tile = _item(items, task, KV_HEADS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     while task >= 0:
         # Two entries of the queue and one item ahead, so that no item waits for its own description.
         entry += programs
@@ -213,7 +219,7 @@ def _item(items, task, KV_HEADS: tl.constexpr):
 def merge(
     partial_out, partial_lse, out, lse, sinks, counts, rows, offsets, partials,
     Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of each row that has them, in the order of its list, against their common maximum.
 
@@ -225,23 +231,21 @@ def merge(
         begin = tl.load(offsets + index)
         end = tl.load(offsets + index + 1)
         final = tl.load(rows + index) * Q_HEADS + head
-        given_lse, given_out = _partials(
-            partial_out, partial_lse, partials, begin, end, head, Q_HEADS, V_HEAD_DIM, PADDED_V_DIM, BLOCK_PARTIALS
-        )
+        place, inside = _places(partials, begin, end, head, Q_HEADS, BLOCK_PARTIALS)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        given_lse, given_out = _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM, PADDED_V_DIM)
         top = tl.max(given_lse, 1)
         for first in range(begin + BLOCK_PARTIALS, end, BLOCK_PARTIALS):
-            more_lse, _ = _partials(
-                partial_out, partial_lse, partials, first, end, head, Q_HEADS, V_HEAD_DIM, PADDED_V_DIM, BLOCK_PARTIALS
-            )
-            top = tl.maximum(top, tl.max(more_lse, 1))
+            place, inside = _places(partials, first, end, head, Q_HEADS, BLOCK_PARTIALS)
+            top = tl.maximum(top, tl.max(tl.load(partial_lse + place, mask=inside, other=float("-inf")), 1))
         base = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp(given_lse - base[:, None])
         total = tl.sum(weight, 1)
         values = tl.sum(weight[:, :, None] * given_out, 1)
         for first in range(begin + BLOCK_PARTIALS, end, BLOCK_PARTIALS):
-            more_lse, more_out = _partials(
-                partial_out, partial_lse, partials, first, end, head, Q_HEADS, V_HEAD_DIM, PADDED_V_DIM, BLOCK_PARTIALS
-            )
+            place, inside = _places(partials, first, end, head, Q_HEADS, BLOCK_PARTIALS)
+            more_lse, more_out = _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM, PADDED_V_DIM)
             weight = tl.exp(more_lse - base[:, None])
             total += tl.sum(weight, 1)
             values += tl.sum(weight[:, :, None] * more_out, 1)
@@ -251,21 +255,24 @@ def merge(
         if SINKS:
             values = values * tl.sigmoid(row_lse - tl.load(sinks + head, mask=real, other=0.0))[:, None]
         _store(values, row_lse, out, lse, final, real, V_HEAD_DIM, PADDED_V_DIM)
+    if PDL:
+        # A launch without rows to merge must not end before the one that it follows.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def _partials(
-    partial_out, partial_lse, partials, first, end, head, Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    PADDED_V_DIM: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
-):  # fmt: skip
-    """LSE `[heads, BLOCK_PARTIALS]` and values `[heads, BLOCK_PARTIALS, PADDED_V_DIM]` of a list's partials from
-    `first` on; -inf and 0 beyond its end.
-    """
-    v_dim = tl.arange(0, PADDED_V_DIM)
+def _places(partials, first, end, head, Q_HEADS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr):
+    """Where the partials of a list lie from `first` on, `[heads, BLOCK_PARTIALS]`, and which of them there are."""
     turn = first + tl.arange(0, BLOCK_PARTIALS)
     listed = turn < end
     place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
-    inside = listed[None, :] & (head < Q_HEADS)[:, None]
+    return place, listed[None, :] & (head < Q_HEADS)[:, None]
+
+
+@triton.jit
+def _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr):
+    """LSE `[heads, partials]` and values `[heads, partials, PADDED_V_DIM]` at these places; -inf and 0 outside."""
+    v_dim = tl.arange(0, PADDED_V_DIM)
     source = partial_out + place[:, :, None] * V_HEAD_DIM + v_dim[None, None, :]
     given = tl.load(source, mask=inside[:, :, None] & (v_dim < V_HEAD_DIM)[None, None, :], other=0.0)
     return tl.load(partial_lse + place, mask=inside, other=float("-inf")), given

@@ -39,6 +39,8 @@ class Launch:
     programs: int
     least_run: int
     """Keys in a row that all rows of a tile see, from which they are copied in bulk; 0 where none are."""
+    overlap: bool = False
+    """Whether a launch begins while the one before it ends"""
 
 
 @dataclass(frozen=True, slots=True)
