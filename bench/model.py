@@ -3,7 +3,8 @@
     python -m bench.model [--shape 8B] [--check] [--save]
 
 Around attention: transformers' modelling on 1 to 1,024 rows in a CUDA graph, attention answered by a stub that returns
-its queries, with and without `torch.compile` of the blocks. The limit is reading the weights once or multiplying
+its queries: as it comes; with the layers that share an input fused, as the engine has them; and with `torch.compile`
+of the blocks besides. The limit is reading the weights once or multiplying
 the rows by them, whichever is longer. Whole: `ModelRunner.run` over a shared prefix with a suffix of 64 tokens a row,
 as the engine decodes; its limit adds each layer's attention: every distinct key read once, queries and results once.
 
@@ -105,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = TreeModel(network, options.shape, None)
         runner = ModelRunner(model, "auto", frozenset())
         runner.allocate(PREFIX + 1024 * SUFFIX)
-        for label in track(("eager", "compiled"), "running"):
+        for label in track(("eager", "fused", "compiled"), "running"):
+            if label == "fused":
+                model.fuse_linears()
             if label == "compiled":
                 model.compile_blocks()
             report_around(report, timer, ceilings, model, label)

@@ -545,9 +545,11 @@ def _served(
         return model, tokenizer
     loaded = _loaded(model, tokenizer, dtype, device)
     tree_model = TreeModel(loaded.model, loaded.name, max_model_len)
-    if torch_compile:
-        tree_model.compile_blocks()
     try:
+        if loaded.model.device.type == "cuda":
+            tree_model.fuse_linears()
+        if torch_compile:
+            tree_model.compile_blocks()
         return ModelRunner(tree_model, attention, _eos_tokens(loaded.model), graphs=graphs), loaded.tokenizer
     except BaseException:
         tree_model.release()

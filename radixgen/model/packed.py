@@ -16,6 +16,7 @@ from radixgen.cache.storage import LayerShape
 from radixgen.core import InvalidRequest, UnsupportedModel
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
+from radixgen.model.fused_linear import fuse_linears, restore_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,6 +143,10 @@ class TreeModel:
                 module.compile(dynamic=True)
                 self._compiled.append(module)
 
+    def fuse_linears(self) -> None:
+        """Multiply by the weights of layers with the same input at once."""
+        fuse_linears(self.model)
+
     def layer_of(self, module: nn.Module) -> int:
         """The place of an attention module in the order of the first forward pass."""
         if module not in self._layers:
@@ -152,6 +157,7 @@ class TreeModel:
         """Give the model back as it was."""
         for module in self._compiled:
             module._compiled_call_impl = None
+        restore_linears(self.model)
         for module in self.model.modules():
             module.__dict__.pop("radixgen_owner", None)
         for module, kinds in self._former_rotary:

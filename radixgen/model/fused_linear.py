@@ -1,0 +1,96 @@
+"""Linear layers that read the same input, multiplied as one.
+
+A product with few rows is bound by reading its weights, and a narrow one does not keep the whole chip reading. The
+modules around stay as they are: the first layer that is asked multiplies for all, and the others hand out their share.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that transformers' models feed the same tensor, side by side in one module."""
+
+
+class FusedLinear:
+    """The stacked weights of layers with one input. Their own weights become views of these."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._sizes = [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.weight.data for layer in layers])
+        for layer, rows in zip(layers, torch.split(self._weight, self._sizes), strict=True):
+            layer.weight.data = rows
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = torch.cat([bias.data for bias in biases]) if biases else None
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor] = []
+        self._due = 0
+
+    def share(self, index: int, given: Tensor) -> Tensor:
+        """What layer `index` makes of `given`; kept for its siblings until each has asked once."""
+        if given is not self._input:
+            self._input, self._due = given, len(self._sizes)
+            self._outputs = list(torch.split(linear(given, self._weight, self._bias), self._sizes, -1))
+        output = self._outputs[index]
+        self._due -= 1
+        if not self._due:
+            self._input, self._outputs = None, []
+        return output
+
+
+class Share(nn.Module):
+    """Stands where one of the layers stood."""
+
+    def __init__(self, fused: FusedLinear, index: int, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self._fused, self._index = fused, index
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self._fused.share(self._index, given)
+
+
+def fuse_linears(model: nn.Module) -> None:
+    """Put `Share`s in the place of all layers that can be fused; `restore_linears` takes them out again."""
+    for module in list(model.modules()):
+        for names in SIBLINGS:
+            layers = [module._modules.get(name) for name in names]
+            if _alike(layers):
+                found = [layer for layer in layers if isinstance(layer, nn.Linear)]
+                fused = FusedLinear(found)
+                for index, (name, layer) in enumerate(zip(names, found, strict=True)):
+                    module._modules[name] = Share(fused, index, layer)
+
+
+def restore_linears(model: nn.Module) -> None:
+    """The layers themselves, where `fuse_linears` found them."""
+    for module, name, share in list(_shares(model)):
+        module._modules[name] = share.layer
+
+
+def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, Share]]:
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if isinstance(child, Share):
+                yield module, name, child
+
+
+def _alike(layers: Sequence[nn.Module | None]) -> bool:
+    """Plain linear layers that nobody watches, of one input size, dtype and device, with a bias all or none."""
+    kinds = {
+        (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None)
+        if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+        else None
+        for layer in layers
+    }
+    return len(kinds) == 1 and None not in kinds
