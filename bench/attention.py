@@ -4,9 +4,10 @@
 
 Prints the ceilings measured in the same run; then, for each tree and head shape, the roofline (each distinct key
 read once, queries and results once, or the matrix products at the measured rate, whichever is longer) and, for each
-contender, microseconds with a cold cache, the share of the roofline, and the error against float32. Contenders:
-radixgen's plan by the calibrated cost model; its own `unshared`, `prefix` and `naive` plans, run by the same kernels;
-and the peers that are installed (bench/peers.py). A peer that fails on a tree is reported so, and the run goes on.
+contender, microseconds with a cold cache, the share of the roofline, and the error: the norm of the difference from
+our kernels in float32 under the naive plan, over the norm of that. Contenders: radixgen's plan by the calibrated cost
+model; its own `unshared`, `prefix` and `naive` plans, run by the same kernels; and the peers that are installed
+(bench/peers.py). A peer that fails on a tree is reported so, and the run goes on.
 
 Times are of one layer in bfloat16, head_dim 128, in a CUDA graph, 192 MiB written before each call. Plans are
 made before, and their time is printed beside. Without a GPU the kernels run in Triton's interpreter on toy sizes, and
@@ -35,7 +36,7 @@ from radixgen.calibration import cost_models
 from radixgen.kernels import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.cost import CostModel
-from radixgen.scheduler.planner import PLAN_MODES, plan
+from radixgen.scheduler.planner import PLAN_MODES, PlanMode, plan
 
 HEADS = {
     "W1": [(8, 1)], "W5": [(32, 32), (32, 8), (16, 1)], "W7": [(32, 8)], "W8": [(32, 8)], "W9": [(32, 32)],
@@ -75,47 +76,56 @@ def roofline_us(tree: Tree, heads: tuple[int, int], ceilings: Ceilings) -> float
     return 1e6 * max(read / ceilings.read, 4 * HEAD_DIM * heads[0] * unshared / ceilings.matrix)
 
 
-def contenders(
-    tree: Tree, heads: tuple[int, int], cost: Sequence[CostModel], device: torch.device, without: Collection[str]
-) -> Iterator[Contender]:
-    """Our own plans first, then the peers."""
-    forest, nodes, positions = lay_out(tree)
+def inputs(tree: Tree, heads: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k, v; on a GPU in bfloat16."""
+    forest, nodes, _ = lay_out(tree)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     slots = int(forest.lengths.sum())
     generator = torch.Generator(device).manual_seed(0)
     q = torch.randn(nodes.size, heads[0], HEAD_DIM, device=device, dtype=dtype, generator=generator)
     k, v = torch.randn(2, slots, heads[1], HEAD_DIM, device=device, dtype=dtype, generator=generator)
+    return q, k, v
+
+
+def own(
+    tree: Tree, q: Tensor, k: Tensor, v: Tensor, mode: PlanMode, cost: Sequence[CostModel]
+) -> tuple[Call, dict[str, Any]]:
+    """One of our own plans, as a call whose rows come in the plan's order: `back` puts them in the tree's."""
+    forest, nodes, positions = lay_out(tree)
+    begin = time.perf_counter()
+    made = plan(forest, nodes, positions, mode=mode, cost=cost)
+    seconds = time.perf_counter() - begin
+    attention = backend("triton", q.device).attention(made, None, q.device)
+    order = torch.from_numpy(made.row_order).to(q.device)
+    queries, back = q[order], torch.argsort(order)
+    return lambda: attention(queries, k, v, HEAD_DIM**-0.5)[0], {
+        "plan_ms": 1e3 * seconds, "units": made.num_units, "keys_read": made.kv_tokens_read,
+        "predicted_us": made.predicted, "back": back,
+    }  # fmt: skip
+
+
+def contenders(
+    tree: Tree, q: Tensor, k: Tensor, v: Tensor, cost: Sequence[CostModel], without: Collection[str]
+) -> Iterator[Contender]:
+    """Our own plans first, then the peers."""
     for mode in PLAN_MODES:
-        begin = time.perf_counter()
-        made = plan(forest, nodes, positions, mode=mode, cost=cost)
-        seconds = time.perf_counter() - begin
-        attention = backend("triton", device).attention(made, None, device)
-        order = torch.from_numpy(made.row_order).to(device)
-        queries, back = q[order], torch.argsort(order)
-        facts = {
-            "plan_ms": 1e3 * seconds, "units": made.num_units, "keys_read": made.kv_tokens_read,
-            "predicted_us": made.predicted, "back": back,
-        }  # fmt: skip
-        yield (
-            ("radixgen" if mode == "auto" else mode),
-            lambda a=attention, p=queries: a(p, k, v, HEAD_DIM**-0.5)[0],
-            facts,
-        )
+        yield "radixgen" if mode == "auto" else mode, *own(tree, q, k, v, mode, cost)
     yield from peers(tree, q, k, v, without)
 
 
 def run_row(row: Row, tree: Tree, timer: Timer | None, device: torch.device, without: Collection[str] = ()) -> None:
     """Every contender on one tree; of a peer that fails, its error is kept instead of its times."""
     geometry = Geometry(row.heads[1], row.heads[0] // row.heads[1], HEAD_DIM, HEAD_DIM, torch.bfloat16)
-    cost = cost_models(device, geometry)
-    reference: Tensor | None = None
-    for name, call, facts in contenders(tree, row.heads, cost, device, without):
+    q, k, v = inputs(tree, row.heads, device)
+    call, exact = own(tree, q.float(), k.float(), v.float(), "naive", [CostModel()])
+    reference = call()[exact["back"]]
+    del call
+    for name, call, facts in contenders(tree, q, k, v, cost_models(device, geometry), without):
         back = facts.pop("back", None)
         row.contenders[name] = facts
         try:
             out = call().float()
             out = out if back is None else out[back]
-            reference = out if reference is None else reference
             facts |= compare(call, out, reference, timer, AGREEMENT if name not in OWN else math.inf)
         except Exception as error:
             if name in OWN:
@@ -179,8 +189,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done.append(row)
         report.say(describe(row))
     summarize(report, done)
+    keep_errors(report, done)
     report.keep(ceilings=asdict(ceilings), rows=[vars(row) for row in done])
     return report.finish(check=options.check, save=options.save)
+
+
+def keep_errors(report: Report, done: Sequence[Row]) -> None:
+    """Our error next to FlashAttention-3's on the unshared layout, or PyTorch's where that is not there."""
+    pairs = []
+    for row in done:
+        theirs = [row.contenders[name].get("difference") for name in ("fa3_paged", "pytorch") if name in row.contenders]
+        if theirs and theirs[0]:
+            pairs.append((row.contenders["radixgen"]["difference"], theirs[0]))
+    if pairs:
+        worst = max(ours / other for ours, other in pairs)
+        mean = float(np.mean([ours for ours, _ in pairs]))
+        report.figure(
+            "error_over_flash", worst,
+            f"errors against float32: {mean:.1e} on average, at most {worst:.2f} x flash attention's unshared",
+            at_most=1.0,
+        )  # fmt: skip
 
 
 def summarize(report: Report, done: Sequence[Row]) -> None:

@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 Item = TypeVar("Item")
 
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = ("bench/results", "docs", "README.md")
+"""What benchmarks themselves write; all else that differs from a commit makes its results `-dirty`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +168,21 @@ def benchmark_options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def surroundings() -> dict[str, str]:
-    """Date, commit, processor and versions."""
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """Date, commit, processor, versions, and the GPU where there is one."""
+    commit = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{name}" for name in WRITTEN))
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    gpu = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit or "unknown",
+        "commit": (commit or "unknown") + ("-dirty" if changed else ""),
         "processor": f"{models[0] if models else platform.machine()}, {len(models)} cores",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "numpy")},

@@ -44,9 +44,9 @@ class Attention(Protocol):
     ) -> "tuple[Tensor, Tensor]":
         """
         Rows come in the plan's order: q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v
-        `[slots, kv_heads, v_head_dim]` are the whole pool, in any floating dtype. Scores are multiplied by `scale`,
-        then capped: `softcap * tanh(score / softcap)`. `sinks [q_heads]` are logits that take weight and give no
-        value, one a head.
+        `[slots, kv_heads, v_head_dim]` are the whole pool, in any floating dtype. Scores are multiplied by `scale`, a
+        positive number, then capped: `softcap * tanh(score / softcap)`. `sinks [q_heads]` are logits that take weight
+        and give no value, one a head.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]` (natural log, without sinks)
         in float32, or in float64 for float64 inputs; sums are float32 or better. A row that sees no key gives 0 and

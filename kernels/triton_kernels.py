@@ -44,23 +44,31 @@ def expand_keys(pieces, counts, key_slots, key_positions, key_rows, BLOCK: tl.co
 
 @triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
-    """`[rows, keys]` float32 scores, times log2(e)."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    """`[rows, keys]` float32 scores, which `_unit` times are powers of two."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         # tanh by one exponential; the argument is bounded because tanh is flat beyond it
-        doubled = tl.minimum(tl.maximum(2.0 * scores / softcap, -30.0), 30.0)
+        doubled = tl.minimum(tl.maximum(2.0 * scale * scores / softcap, -30.0), 30.0)
         growth = tl.exp2(doubled * LOG2_E)
         scores = softcap * ((growth - 1.0) / (growth + 1.0))
-    return scores * LOG2_E
+    return scores
 
 
 @triton.jit
-def _accumulate(scores, v, top, total, out):
+def _unit(scale, SOFTCAP: tl.constexpr):
+    """What is left to multiply scores by, positive: put off until the maximum is taken off, it costs nothing."""
+    if SOFTCAP:
+        return LOG2_E + 0.0 * scale
+    return scale * LOG2_E
+
+
+@triton.jit
+def _accumulate(scores, unit, v, top, total, out):
     """One block of the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * unit)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp2(top - base)
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores * unit - base[:, None])
     total = total * shrink + tl.sum(weights, 1)
     out = out * shrink[:, None]
     out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
@@ -109,6 +117,7 @@ def _attend_tile(
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     values = tl.zeros([BLOCK_ROWS, PADDED_V_DIM], tl.float32)
+    unit = _unit(scale, SOFTCAP)
 
     if BULK:
         for run in range(run_begin, run_end):
@@ -118,7 +127,7 @@ def _attend_tile(
                 key = k_blocks.load([slot, head * HEAD_DIM])
                 scores = _scores(queries, key, scale, softcap, SOFTCAP)
                 value = v_blocks.load([slot, head * V_HEAD_DIM])
-                top, total, values = _accumulate(scores, value, top, total, values)
+                top, total, values = _accumulate(scores, unit, value, top, total, values)
 
     for begin in tl.range(key_begin, key_end, GATHER_KEYS, num_stages=GATHER_STAGES):
         place = begin + tl.arange(0, GATHER_KEYS)
@@ -137,7 +146,7 @@ def _attend_tile(
         )
         scores = tl.where(seen, scores, float("-inf"))
         value = _gather(v, slot, written, V_HEAD_DIM, PADDED_V_DIM, KV_HEADS, head)
-        top, total, values = _accumulate(scores, value, top, total, values)
+        top, total, values = _accumulate(scores, unit, value, top, total, values)
 
     empty = total == 0.0
     values = values / tl.where(empty, 1.0, total)[:, None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, calibrate, peers, plan, simulate, step, tree
+from bench import attention, calibrate, engine, gpu, model, peers, plan, plots, simulate, step, tree
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 
@@ -92,6 +92,47 @@ def test_attention(capsys) -> None:
     assert set(row["contenders"]) == {"radixgen", "unshared", "prefix", "naive"}
     assert all(found["difference"] < 1e-6 for found in row["contenders"].values())
     assert calibrate.main([]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real ones take minutes on a GPU")
+def test_model_and_engine(capsys) -> None:
+    assert model.main([]) == 0
+    assert last_line(capsys)["rows"] == 3
+    assert engine.main([]) == 0
+    figures = last_line(capsys)
+    assert {f"W2_{prefix}_{plan}" for prefix in (16, 32) for plan in ("auto", "unshared", "private")} <= set(figures)
+    assert {"W3_auto", "W3_prefix", "W3_unshared", "W4_3_seconds", "W10_C_radixgen"} <= set(figures)
+    assert gpu.main([]) == 0
+
+
+def test_a_stage_is_kept_for_its_commit_and_device(monkeypatch, tmp_path) -> None:
+    now = {"commit": "abc", "device": "chip", "torch": "2"}
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "surroundings", lambda: now)
+    assert not gpu.kept("model")
+    (tmp_path / "model.json").write_text(json.dumps(now))
+    assert gpu.kept("model")
+    monkeypatch.setattr(gpu, "surroundings", lambda: now | {"device": "another"})
+    assert not gpu.kept("model")
+    (tmp_path / "model.json").write_text(json.dumps(now | {"commit": "abc-dirty"}))
+    monkeypatch.setattr(gpu, "surroundings", lambda: now | {"commit": "abc-dirty"})
+    assert not gpu.kept("model")
+
+
+def test_plots(tmp_path) -> None:
+    def row(workload: str, **times: float) -> dict:
+        contenders = {name: {"cold_us": time} for name, time in times.items()} | {"failed": {"error": "x"}}
+        return {"workload": workload, "name": "t", "heads": [4, 2], "roofline_us": 1.0, "contenders": contenders}
+
+    rows = [
+        row("A", radixgen=2, unshared=5, prefix=4, naive=3, peer=4),
+        row("B", radixgen=2, unshared=3, prefix=4, naive=5),
+    ]
+    found = {"device": "chip", "date": "today", "commit": "abc", "rows": rows}
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    assert plots.main(["--results", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == 0
+    drawn = {path.name for path in tmp_path.glob("attention_*")}
+    assert drawn == {f"attention_{name}.{kind}" for name in ("speedup", "roofline") for kind in ("png", "svg")}
 
 
 TREES = [

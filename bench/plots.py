@@ -1,0 +1,96 @@
+"""Pictures of `bench/results/attention.json`, one for each measure: by tree and head shape.
+
+    python -m bench.plots [--out docs]
+
+`attention_speedup` shows how many times as fast as the fastest other contender our plan is, peers and our own other
+plans apart; `attention_roofline` what share of the roofline it reaches. Each as PNG and SVG.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.report import RESULTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OWN = ("radixgen", "unshared", "prefix", "naive")
+COLOURS = {"peers": "#0b6e99", "our other plans": "#b4b8bd", "roofline": "#0b6e99"}
+
+
+def cold(row: dict[str, Any], names: Sequence[str]) -> float:
+    """Microseconds of the fastest of these contenders; nan where none was timed."""
+    return min((row["contenders"][n]["cold_us"] for n in names if "cold_us" in row["contenders"][n]), default=np.nan)
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['name']}  {row['heads'][0]}/{row['heads'][1]}"
+
+
+def draw_speedup(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    ours = np.array([cold(row, ["radixgen"]) for row in rows])
+    place = np.arange(len(rows))
+    others = {
+        "peers": [cold(row, [n for n in row["contenders"] if n not in OWN]) for row in rows],
+        "our other plans": [cold(row, OWN[1:]) for row in rows],
+    }
+    for name, times in others.items():
+        axes.plot(np.array(times) / ours, place, "o", color=COLOURS[name], label=name)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 5, 10], labels=["½", "1", "2", "5", "10"])
+    axes.minorticks_off()
+    axes.set_xlabel("times as fast as the fastest of them")
+    axes.legend(loc="lower right")
+
+
+def draw_roofline(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    share = [100 * row["roofline_us"] / cold(row, ["radixgen"]) for row in rows]
+    axes.barh(np.arange(len(rows)), share, color=COLOURS["roofline"], height=0.6)
+    axes.axvline(100.0, color="black", linewidth=0.8)
+    axes.set_xlabel("percent of the roofline")
+
+
+PICTURES = {"attention_speedup": draw_speedup, "attention_roofline": draw_roofline}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "radixgen"
+    from matplotlib import pyplot
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "attention.json")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs")
+    options = parser.parse_args(arguments)
+    found = json.loads(options.results.read_text(encoding="utf-8"))
+    workloads = list(dict.fromkeys(row["workload"] for row in found["rows"]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        groups = [[row for row in found["rows"] if row["workload"] == workload] for workload in workloads]
+        figure, columns = pyplot.subplots(
+            1, len(groups), figsize=(5 * len(groups), 1.6 + 0.2 * max(map(len, groups))), squeeze=False
+        )
+        for workload, axes, rows in zip(workloads, columns[0], groups, strict=True):
+            draw(axes, rows)
+            axes.set_yticks(range(len(rows)), labels=[label(row) for row in rows], fontsize=7)
+            axes.invert_yaxis()
+            axes.set_title(workload)
+            axes.grid(axis="x", alpha=0.3)
+        figure.suptitle(f"{found['device']}, {found['date']}, {found['commit']}", fontsize=8)
+        figure.tight_layout()
+        figure.savefig(options.out / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(options.out / f"{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
