@@ -357,12 +357,16 @@ class Scheduler:
 
     def _reserve(self, node: Node, count: int) -> int:
         """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow; a fair share of
-        what is free or could be evicted.
+        what is free or could be evicted. A leaf grows until a step at which others run out of room too, because a
+        plan is made anew for a thousand of them as for one.
         """
         share = (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
         ahead = node.known - node.scheduled - count
-        growth = min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE)
-        return min(share, ahead if ahead else growth)
+        if ahead:
+            return min(share, ahead)
+        period = 1 << (min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE).bit_length() - 1)
+        growth = period - 1 - self._steps % period
+        return min(share, growth if 2 * growth >= period else growth + period)
 
     # -- admission ----------------------------------------------------------------------------------------
 

@@ -56,6 +56,20 @@ def test_rows_of_sequences_that_ended_are_wasted_and_no_others() -> None:
     assert model.rows_ahead > 0.4 * engine.stats().computed_rows
 
 
+def test_leaves_run_out_of_room_together() -> None:
+    """Sequences that began at any step: most steps need no new slots, so they are begun before."""
+    model = StampModel(VOCAB, 512)
+    with Engine(model, kv_tokens=20_000, debug=True) as engine:
+        for index in range(40):
+            engine.submit([1, index], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True))
+            for _ in range(1 + index % 3):
+                engine.step()
+        before = model.rows_ahead
+        for _ in range(100):
+            engine.step()
+        assert model.rows_ahead - before >= 0.85 * 100 * 40
+
+
 def test_a_request_that_arrives_waits_for_one_step_at_most() -> None:
     model = StampModel(VOCAB, 256)
     with Engine(model, kv_tokens=4_000, debug=True) as engine:
