@@ -1,11 +1,11 @@
-"""What the attention kernel takes of a chip, compiled for it on any machine: no GPU is needed.
+"""What the kernels take of a chip, compiled for it on any machine: no GPU is needed.
 
     python -m bench.kernels [--save]
 
-One line for each launch that the backend can choose and each chip: registers a thread, spilled bytes, shared memory,
-and how many matrix (`HGMMA` on sm_90, `HMMA`), bulk copy (`UTMALDG`) and asynchronous copy (`LDGSTS`) instructions its
-machine code holds. The limits are the chip's own: 255 registers a thread, 227 KiB of shared memory on sm_90, 163 on
-sm_80.
+One line for each launch of attention that the backend can choose, plain and with the masks that models have, for each
+other kernel, and for each chip: registers a thread, spilled bytes, shared memory, and how many matrix (`HGMMA` on
+sm_90, `HMMA`), bulk copy (`UTMALDG`) and asynchronous copy (`LDGSTS`) instructions its machine code holds. The limits
+are the chip's own: 255 registers a thread, 227 KiB of shared memory on sm_90, 163 on sm_80.
 """
 
 import re
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +31,76 @@ from radixgen.kernels.work import Launch
 CHIPS = (80, 90)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
+MASKS: dict[int, tuple[str, ...]] = {64: ("window", "sinks"), 128: ("window", "softcap"), 256: ("window", "softcap")}
+"""Of models with such heads, like gpt-oss and gemma 2"""
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def configurations() -> Iterator[tuple[Geometry, Launch, int]]:
-    """Every launch of the head shapes that models have, for both chips; bfloat16 stands for float16 too."""
+def configurations() -> Iterator[tuple[Geometry, Launch, int, tuple[str, ...]]]:
+    """Every launch of the head shapes that models have, for both chips, without masks and with those that models with
+    such heads have; bfloat16 stands for float16 too.
+    """
     shapes = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
-    for chip in CHIPS:
-        for head_dim, v_head_dim in shapes:
-            for group, tile_rows in ((4, 16), (4, 64), (1, 64), (71, 128)):
-                geometry = Geometry(8, group, head_dim, v_head_dim, torch.bfloat16)
-                if not geometry.supported:
-                    continue
-                yield geometry, choose_launch(geometry, tile_rows, Chip(chip, 132)), chip
+    tiles = [(4, 16), (4, 64), (1, 64), (71, 128)]
+    for chip, (head_dim, v_head_dim), (group, tile_rows) in product(CHIPS, shapes, tiles):
+        geometry = Geometry(8, group, head_dim, v_head_dim, torch.bfloat16)
+        if not geometry.supported:
+            continue
+        for masks in dict.fromkeys([(), MASKS.get(head_dim, ())]):
+            launch = choose_launch(geometry, tile_rows, Chip(chip, 132), windowed="window" in masks)
+            yield geometry, launch, chip, masks
 
 
-def examine(geometry: Geometry, launch: Launch, chip: int) -> dict[str, Any]:
-    """Compile one configuration and read its machine code."""
-    fixed = constants(geometry, launch, window=False, softcap=False, sinks=False)
-    names = triton_kernels.attend.arg_names
-    types = {name: "constexpr" if name in fixed else _type(name, geometry, launch) for name in names}
-    aligned = {(place,): ALIGNED for place, name in enumerate(names) if str(types[name]).startswith("*")}
-    source = ASTSource(triton_kernels.attend, types, fixed, aligned)
-    options = {"num_warps": launch.num_warps}
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+def examine(geometry: Geometry, launch: Launch, chip: int, masks: tuple[str, ...]) -> dict[str, Any]:
+    """Compile one configuration of the attention kernel and read its machine code."""
+    fixed = constants(geometry, launch, **{name: name in masks for name in ("window", "softcap", "sinks")})
+    types = {
+        name: _type(name, geometry, launch) for name in triton_kernels.attend.arg_names if name not in fixed
+    }  # fmt: skip
+    return {
+        "kernel": "attend", "chip": chip, "head_dim": geometry.head_dim, "v_head_dim": geometry.v_head_dim,
+        "group": geometry.group, "masks": masks, "tiles": launch.tiles, "warps": launch.num_warps,
+        **_compiled(triton_kernels.attend, types, fixed, launch.num_warps, chip),
+    }  # fmt: skip
+
+
+def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
+    """The remaining kernels, for 32 query heads of 8 KV heads; merging in its narrowest and widest form."""
+    pool = {"k": "*bf16", "v": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16", "slots": "*i64"}
+    floats = dict.fromkeys(("partial_out", "partial_lse", "lse", "sinks"), "*fp32")
+    strides = dict.fromkeys(("key_row", "key_head", "value_row", "value_head", "rows"), "i32")
+    dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": head_dim}
+    merging = {"Q_HEADS": 32, "V_HEAD_DIM": head_dim, "PADDED_V_DIM": triton.next_power_of_2(head_dim), "SINKS": True}
+    width = triton.next_power_of_2(8 * head_dim)
+    for kernel, fixed in (
+        (triton_kernels.expand_keys, {"BLOCK": 128}),
+        (triton_kernels.advance, {"BLOCK": 1024}),
+        (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width}),
+        (triton_kernels.merge, merging | {"BLOCK_HEADS": 16, "BLOCK_PARTIALS": 1, "PDL": chip >= 90}),
+        (triton_kernels.merge, merging | {"BLOCK_HEADS": 1, "BLOCK_PARTIALS": 64, "PDL": chip >= 90}),
+    ):
+        known = pool | floats | strides
+        if kernel is triton_kernels.advance:
+            known["row_positions"] = "*i64"
+        if kernel is triton_kernels.merge:
+            known["rows"] = "*i32"
+        types = {name: known.get(name, "*i32") for name in kernel.arg_names if name not in fixed}
+        name = kernel.fn.__name__
+        yield {"kernel": name, "chip": chip, "head_dim": head_dim, **_compiled(kernel, types, fixed, 4, chip)}
+
+
+def _compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], warps: int, chip: int) -> dict[str, Any]:
+    """What one kernel's machine code takes and holds; pointers are taken to be aligned."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(place,): ALIGNED for place, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps})
     usage, code = _dump(compiled.asm["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     return {
-        "chip": chip, "head_dim": geometry.head_dim, "v_head_dim": geometry.v_head_dim, "group": geometry.group,
-        "tiles": launch.tiles, "warps": launch.num_warps, "registers": int(registers), "spilled": int(stack),
-        "shared": compiled.metadata.shared, **{name: len(re.findall(rf"\b{name}", code)) for name in INSTRUCTIONS},
+        "registers": int(registers), "spilled": int(stack), "shared": compiled.metadata.shared,
+        **{name: len(re.findall(rf"\b{name}", code)) for name in INSTRUCTIONS},
     }  # fmt: skip
 
 
@@ -93,13 +134,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     report = Report("kernels")
     found = []
-    for geometry, launch, chip in track(list(configurations())[: options.first], "compiling"):
-        found.append(one := examine(geometry, launch, chip))
+    for geometry, launch, chip, masks in track(list(configurations())[: options.first], "compiling"):
+        found.append(one := examine(geometry, launch, chip, masks))
         report.say(
             f"sm_{chip} {one['head_dim']:3d}/{one['v_head_dim']:3d} group {one['group']:2d} tiles {one['tiles']!s:14s} "
+            f"{'+'.join(masks) or 'plain':14s} "
             f"{one['warps']} warps: {one['registers']} registers, {one['spilled']} bytes spilled, "
             f"{one['shared']} shared; " + ", ".join(f"{one[name]} {name}" for name in INSTRUCTIONS)
         )
+    for chip in CHIPS:
+        for head_dim in (64, 128, 256):
+            for one in others(head_dim, chip):
+                found.append(one)
+                report.say(
+                    f"sm_{chip} {one['kernel']:11s} {head_dim:3d}: {one['registers']} registers, "
+                    f"{one['spilled']} bytes spilled, {one['shared']} shared"
+                )
     report.keep(configurations=found)
     return report.finish(check=options.check, save=options.save)
 

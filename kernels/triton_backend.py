@@ -38,11 +38,12 @@ class Chip:
         return (208 if self.capability >= 90 else 144) * 1024
 
 
-def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip) -> Launch:
+def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: bool = False) -> Launch:
     """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, 64, or 128.
 
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
-    launch with narrow tiles without spilling; 128 are for groups of more than 64 heads.
+    launch with narrow tiles without spilling; 128 are for groups of more than 64 heads. A window's masks leave no
+    registers for a fifth stage.
     """
     narrow = max(tile_rows, geometry.group) <= 16
     large = max(geometry.padded) > 128
@@ -65,7 +66,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip) -> Launch:
         gather_keys=32,
         num_warps=warps,
         num_stages=max(1, min(3, room // (block_keys * block_bytes))),
-        gather_stages=max(1, min(5, 1 + room // (32 * block_bytes))),
+        gather_stages=max(1, min(4 if windowed else 5, 1 + room // (32 * block_bytes))),
         programs=programs * chip.multiprocessors,
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
@@ -163,7 +164,8 @@ class Attention:
                 self._torch = torch_backend.Attention(self._whole, self._window, self._device)
             return self._torch(q, k, v, scale, softcap, sinks)
         if geometry not in self._tables:
-            launch = choose_launch(geometry, self._plan.tile_rows, Chip.of(self._device))
+            chip, windowed = Chip.of(self._device), self._window is not None
+            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry] = Tables(work, geometry, launch, self._device, roomy=False)
         out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
@@ -209,7 +211,8 @@ class StaticAttention:
         if not answers(geometry, q, k, v):
             raise ValueError(f"no kernel for {geometry}")
         if geometry not in self._tables:
-            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device))
+            windowed = self._window is not None
+            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), windowed=windowed)
             self._tables[geometry] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
             out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
             self._results[geometry] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)

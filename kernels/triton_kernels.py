@@ -47,10 +47,8 @@ def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
     """`[rows, keys]` float32 scores, which `_unit` times are powers of two."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
-        # tanh by one exponential; the argument is bounded because tanh is flat beyond it
-        doubled = tl.minimum(tl.maximum(2.0 * scale * scores / softcap, -30.0), 30.0)
-        growth = tl.exp2(doubled * LOG2_E)
-        scores = softcap * ((growth - 1.0) / (growth + 1.0))
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), also where the exponential overflows
+        scores = softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * LOG2_E * scale / softcap)) + 1.0)
     return scores
 
 

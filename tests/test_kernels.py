@@ -87,9 +87,11 @@ def test_sizes(rows: int, length: int) -> None:
         check(case, (8, 2), (64, 64), torch.float32, mode=mode, cost=COST)
 
 
-def test_a_long_extent() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["auto", "naive", "unshared"])
+def test_a_long_extent(mode, dtype) -> None:
     case = Case([-1, 0, 0], [[(5, 4097)], [(4200, 70)], [(4300, 1)]], [1, 2, 2], None, 4400)
-    check(case, (4, 1), (128, 128), torch.float16, mode="naive", cost=COST)
+    check(case, (4, 1), (128, 128), dtype, mode=mode, cost=COST)
 
 
 def test_a_span_has_its_own_diagonal() -> None:
