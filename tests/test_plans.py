@@ -1,10 +1,11 @@
 """Plans of all published trees and of 10,000 random ones: what their rows see, what they cost, how they spread."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from numpy.typing import NDArray
 
 from bench.trees import WORKLOADS, lay_out
@@ -14,9 +15,10 @@ from radixgen.core.plan import Int32Array, reduce_ranges
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.schedule import makespan
 from radixgen.scheduler.balance import ENOUGH, LEAST_KEYS
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
+from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, plan
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Laid = tuple[Forest, Int32Array, Int32Array]
 """A forest, and each row's node and position."""
 
@@ -32,9 +34,9 @@ COSTS: dict[str, Sequence[CostModel]] = {"default": (CostModel(),)} | {
 BATCHES, BATCH = 10, 1000
 
 
-def random_tree(seed: int) -> Laid:
+def random_tree(seed: int, *, inside: bool) -> Laid:
     """Up to 24 nodes, bushy or deep, of 0 to 4,096 keys in up to 3 extents that lie in any order, and up to 40 rows,
-    at the ends of nodes and inside them.
+    at the ends of nodes and some `inside` them.
     """
     rng = np.random.default_rng(seed)
     size, reach = int(rng.integers(1, 25)), int(rng.choice([1, 2, 4, 24]))
@@ -54,15 +56,15 @@ def random_tree(seed: int) -> Laid:
     slots = np.empty_like(extents)
     slots[order] = np.cumsum(extents[order] + rng.integers(0, 2, extents.size)) - extents[order]
     nodes = rng.integers(0, size, rng.integers(1, 41)).astype(np.int32)
-    back = rng.integers(0, np.maximum(lengths[nodes], 1)) * rng.integers(0, 2, nodes.size)
+    back = rng.integers(0, np.maximum(lengths[nodes], 1)) * rng.integers(0, 1 + inside, nodes.size)
     positions = (starts + lengths)[nodes] - 1 - back
     narrow = [array.astype(np.int32) for array in (parents, starts, lengths, extents, positions)]
     return Forest(*narrow[:3], offsets, slots, narrow[3]), nodes, narrow[4]
 
 
-def random_trees(batch: int) -> Iterator[tuple[int, Laid]]:
+def random_trees(batch: int, *, inside: bool) -> Iterator[tuple[int, Laid]]:
     for seed in range(batch * BATCH, (batch + 1) * BATCH):
-        yield seed, random_tree(seed)
+        yield seed, random_tree(seed, inside=inside)
 
 
 # -- what the rows see ------------------------------------------------------------------------------------
@@ -144,7 +146,168 @@ def test_each_published_tree_is_read_once(tree: str, heads: str) -> None:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_each_random_tree_is_read_once(batch: int) -> None:
-    for seed, laid in random_trees(batch):
-        heads = list(COSTS)[seed % len(COSTS)]
+    for seed, laid in random_trees(batch, inside=True):
+        costs = list(COSTS.values())[seed % len(COSTS)]
         for mode in ("auto", PLAN_MODES[1 + seed // len(COSTS) % 3]):
-            assert_covers(plan(*laid, mode=mode, cost=COSTS[heads]), *laid)
+            assert_covers(plan(*laid, mode=mode, cost=costs), *laid)
+
+
+# -- what they cost ---------------------------------------------------------------------------------------
+
+TIES = 1 + 1e-9
+Clock = Callable[[Plan, Sequence[CostModel]], float]
+
+
+def launch(found: Plan, costs: Sequence[CostModel]) -> CostModel:
+    """The cost model that the plan was made under."""
+    return next(cost for cost in costs if cost.tiles[-1].rows == found.tile_rows)
+
+
+def unit_costs(found: Plan, cost: CostModel) -> Floats:
+    """`[units]`: `Plan.unit_cost` less what it charges for rows that only one unit covers and that have no partial."""
+    rows = np.diff(found.unit_rows, axis=1)[:, 0]
+    before = np.concatenate([[0], np.cumsum(found.row_extra > 0)])
+    partials = np.diff(before[found.unit_rows], axis=1)[:, 0]
+    return found.unit_cost - cost.partial * cost.group * np.where(partials > 0, rows - partials, 0)
+
+
+def makespan_of(found: Plan, cost: CostModel) -> float:
+    """When the last program is done with the units that the plan holds, partials included, merging not."""
+    return makespan(unit_costs(found, cost), cost.programs, cost.kv_heads)
+
+
+def even_share(found: Plan, cost: CostModel) -> float:
+    """When all programs would be done, were the same units shared out evenly, or the dearest piece that can't be split
+    further, whichever takes longer.
+    """
+    keys = np.add.reduceat(found.segment_lengths.astype(np.int64), found.unit_segments[:, 0])
+    rows = np.diff(found.unit_rows, axis=1)[:, 0].astype(np.int64)
+    least = cost.unit_costs(rows, np.minimum(keys, LEAST_KEYS), np.zeros_like(keys)) + cost.partial * cost.group * rows
+    return max(float(unit_costs(found, cost).sum()) * cost.kv_heads / cost.programs, float(least.max()))
+
+
+def finished(found: Plan, costs: Sequence[CostModel]) -> float:
+    """When all units that the plan holds are done and merged, no sooner than each distinct key can be read."""
+    cost = launch(found, costs)
+    first_reads = cost.first_key * int(found.nodes.lengths.sum()) * cost.kv_heads / cost.programs
+    return max(makespan_of(found, cost), first_reads) + (0.0 if found.single else cost.merge)
+
+
+def predicted(found: Plan, _: Sequence[CostModel]) -> float:
+    return found.predicted
+
+
+def ratio_to_others(
+    laid: Laid, costs: Sequence[CostModel], time: Callable[[Plan, Sequence[CostModel]], float]
+) -> float:
+    """The automatic plan's `time` over the least of the other modes'."""
+    auto, *others = [time(plan(*laid, mode=mode, cost=costs), costs) for mode in PLAN_MODES]
+    return auto / min(others)
+
+
+def cases(failing: dict[tuple[str, str], float], reason: str) -> list[ParameterSet]:
+    """Every published tree under every cost; those known to fail, with the figure that they miss by."""
+    return [
+        pytest.param(
+            tree,
+            heads,
+            marks=[pytest.mark.xfail(strict=True, reason=f"{failing[tree, heads]} {reason}")]
+            if (tree, heads) in failing
+            else [],
+        )
+        for tree in TREES
+        for heads in COSTS
+    ]
+
+
+PREDICTED_LATER = {
+    ("W5 F3", "default"): 1.0241,
+    ("W5 F8", "default"): 1.0030,
+    ("W5 F8", "32/32"): 1.0020,
+    ("W7 binary, depth 6, 1024", "32/32"): 1.0048,
+    ("W12 one-token nodes", "default"): 1.0073,
+}
+"""Partial results are no part of the prediction; other ways are not looked into where they could win 5 % at most."""
+
+
+@pytest.mark.parametrize(("tree", "heads"), cases(PREDICTED_LATER, "times the prediction of another mode"))
+def test_no_other_mode_is_predicted_to_be_faster(tree: str, heads: str) -> None:
+    assert ratio_to_others(lay_out(TREES[tree]), COSTS[heads], predicted) <= TIES
+
+
+FINISHED_LATER = {
+    ("W5 F6", "32/8"): 1.121,
+    ("W5 F7", "16/1"): 1.358,
+    ("W5 F8", "16/1"): 1.125,
+    ("W5 F9", "32/32"): 1.558,
+    ("W5 F9", "32/8"): 1.525,
+    ("W7 binary, root 4096, others 512", "32/32"): 1.475,
+    ("W7 binary, root 4096, others 512", "32/8"): 1.459,
+    ("W7 binary, root 4096, others 2048", "32/8"): 1.084,
+    ("W7 root 122880, 4 leaves of 2048", "32/8"): 1.038,
+    ("W7 binary, depth 6, 1024", "32/32"): 1.001,
+    ("W7 binary, depth 6, 1024", "32/8"): 1.008,
+    ("W8 thoughts, set", "32/32"): 1.048,
+    ("W8 thoughts, keyword", "32/8"): 1.062,
+    ("W8 draft of 64", "32/8"): 1.048,
+}
+"""The balance takes the pieces of a split unit to be alike, but those with the keys that only some rows see are dearer;
+and it leaves out the partials of units that were cut.
+"""
+
+
+@pytest.mark.parametrize(("tree", "heads"), cases(FINISHED_LATER, "times the time of another mode's finished units"))
+def test_no_other_modes_units_are_done_sooner(tree: str, heads: str) -> None:
+    costs = COSTS[heads]
+    assert ratio_to_others(lay_out(TREES[tree]), costs, finished) <= TIES
+
+
+UNEVEN = {
+    ("W5 F1", "32/32"): 2.062,
+    ("W5 F6", "32/8"): 1.882,
+    ("W5 F6", "16/1"): 1.300,
+    ("W5 F9", "32/32"): 1.581,
+    ("W5 F9", "32/8"): 1.314,
+    ("W7 binary, root 4096, others 128", "32/8"): 1.244,
+    ("W7 binary, root 4096, others 128", "16/1"): 1.227,
+    ("W7 binary, root 4096, others 512", "32/32"): 1.381,
+    ("W7 binary, root 4096, others 512", "32/8"): 1.525,
+    ("W7 root 122880, 4 leaves of 2048", "32/32"): 1.684,
+    ("W7 root 122880, 4 leaves of 2048", "32/8"): 2.336,
+    ("W7 root 122880, 16 leaves of 2048", "32/32"): 1.207,
+    ("W8 few-shot, 20 wide", "16/1"): 1.168,
+    ("W8 few-shot, 30 wide", "32/8"): 1.206,
+    ("W8 few-shot, 50 wide", "32/8"): 1.273,
+    ("W8 thoughts, merge", "16/1"): 1.205,
+    ("W8 thoughts, set", "32/32"): 1.197,
+    ("W8 thoughts, set", "32/8"): 1.328,
+    ("W8 thoughts, set", "16/1"): 1.502,
+    ("W8 thoughts, keyword", "32/32"): 1.481,
+    ("W8 thoughts, keyword", "32/8"): 1.435,
+    ("W8 thoughts, keyword", "16/1"): 1.502,
+    ("W8 draft of 64", "32/8"): 1.188,
+    ("W8 draft of 256", "32/32"): 1.441,
+    ("W8 draft of 256", "16/1"): 1.224,
+    ("W12 two roots, 64 leaves", "32/32"): 1.729,
+    ("W12 zipf 256", "16/1"): 1.330,
+    ("W12 chain of 64", "32/8"): 1.293,
+    ("W12 one giant leaf", "16/1"): 1.290,
+}
+
+
+@pytest.mark.parametrize(("tree", "heads"), cases(UNEVEN, "times the even share"))
+def test_programs_are_done_at_about_the_same_time(tree: str, heads: str) -> None:
+    """Units that nothing merges may take a merging launch longer, which splitting them would need."""
+    found = plan(*lay_out(TREES[tree]), cost=COSTS[heads])
+    cost = launch(found, COSTS[heads])
+    spared = cost.merge if found.single else 0.0
+    assert makespan_of(found, cost) <= ENOUGH * even_share(found, cost) + spared
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_no_other_mode_is_faster_on_random_trees(batch: int) -> None:
+    """Under the default cost by the finished units, on the H100 by the prediction."""
+    for seed, laid in random_trees(batch, inside=False):
+        default, *shipped = COSTS.values()
+        assert ratio_to_others(laid, default, finished) <= TIES, seed
+        assert ratio_to_others(laid, shipped[seed % len(shipped)], predicted) <= TIES, seed
