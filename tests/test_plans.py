@@ -1,11 +1,14 @@
-"""Plans of all published trees and of 10,000 random ones: what their rows see, what they cost, how they spread."""
+"""Plans of all published trees and of 10,000 random ones: what their rows see, what they cost, how they spread.
+
+The figures of what is known to fail hold for the costs that are shipped: a new calibration moves them.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from numpy.typing import NDArray
 
 from bench.trees import WORKLOADS, lay_out
@@ -152,6 +155,27 @@ def test_each_random_tree_is_read_once(batch: int) -> None:
             assert_covers(plan(*laid, mode=mode, cost=costs), *laid)
 
 
+FAULTS = {
+    "a key twice": {"segment_positions": -1, "segment_lengths": 1},
+    "a key left out": {"segment_positions": 1, "segment_lengths": -1},
+    "a wrong slot": {"segment_starts": 1},
+    "a row that should not see": {"segment_rows": np.array([0, 1])},
+    "a row that does not see": {"segment_rows": np.array([1, 0])},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault: str) -> None:
+    laid = lay_out(TREES["W5 F6"])
+    found = plan(*laid, mode="naive")
+    middle = 3
+    changed = {name: getattr(found, name).copy() for name in FAULTS[fault]}
+    for name, by in FAULTS[fault].items():
+        changed[name][middle] += by
+    with pytest.raises(AssertionError):
+        assert_covers(replace(found, **changed), *laid)
+
+
 # -- what they cost ---------------------------------------------------------------------------------------
 
 TIES = 1 + 1e-9
@@ -205,7 +229,7 @@ def ratio_to_others(
     return auto / min(others)
 
 
-def cases(failing: dict[tuple[str, str], float], reason: str) -> list[ParameterSet]:
+def cases(failing: dict[tuple[str, str], float], reason: str) -> list[object]:
     """Every published tree under every cost; those known to fail, with the figure that they miss by."""
     return [
         pytest.param(
