@@ -135,14 +135,14 @@ def lay_out(tree: Tree) -> tuple[Forest, Int32Array, Int32Array]:
 def path_tokens(tree: Tree) -> tuple[int, int]:
     """Keys that must be read at least once, and keys of all rows' paths together."""
     parents, lengths, rows = tree
-    below = _rows_below(parents, rows)
+    below = rows_below(parents, rows)
     return (
         sum(length for length, count in zip(lengths, below, strict=True) if count),
         sum(length * count for length, count in zip(lengths, below, strict=True)),
     )
 
 
-def _rows_below(parents: Sequence[int], rows: Sequence[int]) -> list[int]:
+def rows_below(parents: Sequence[int], rows: Sequence[int]) -> list[int]:
     below = [0] * len(parents)
     for row in rows:
         below[row] += 1

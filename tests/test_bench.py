@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import attention, calibrate, engine, gpu, model, peers, plan, plots, simulate, step, tree
+from bench import attention, calibrate, engine, gpu, loads, model, peers, plan, plots, simulate, step, tree
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
+from radixgen.scheduler import planner
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +202,27 @@ def test_every_workload_has_its_trees() -> None:
         for parents, lengths, standing in built:
             assert len(parents) == len(lengths) and max(standing) < len(parents)
             assert all(parent < node for node, parent in enumerate(parents))
+
+
+def test_loads(capsys, monkeypatch) -> None:
+    for published, counted in loads.COUNTED.values():
+        assert loads.by_tiles(published) == pytest.approx(counted, abs=0.005)
+    toy = {"fits a tile": (shared_prefix(8, 64, 16), 9.0), "many": (levels("1,4,64 / 256,8,8"), 0.5)}
+    monkeypatch.setattr(loads, "COUNTED", toy)
+    monkeypatch.setattr(loads, "FASTTREE", {"F": "1,4 / 40,8"})
+    assert loads.main([]) == 0
+    figures = last_line(capsys)
+    for name in (*toy, "F"):
+        assert 1 <= figures[f"{name}: keys"] <= figures[f"{name}: loads"] and figures[f"{name}: units"] >= 1
+    assert figures["missed"] == ["many: loads"] and figures["F: theirs"] == 1
+
+
+def test_bytes_loaded_count_partials_twice() -> None:
+    tree = shared_prefix(8, 640, 16)
+    naive = planner.plan(*lay_out(tree), mode="naive")
+    keys, partials = loads.loads(naive, 640 + 8 * 16)
+    assert keys == 1 and naive.num_units == 9
+    assert partials == 2 * (8 * 2) * 32 * 129 * 4 / ((640 + 8 * 16) * 8 * 256 * 2)
 
 
 def test_step(capsys, monkeypatch) -> None:

@@ -4,12 +4,15 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import trees
 from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.calibration import cost_models
 from radixgen.core import Plan
+from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.partition import partition
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan, walk_paths
 
@@ -253,8 +256,8 @@ def inside(node: int, parents: list[int], lengths: list[int], own: list[int]) ->
 def small_trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
     size = draw(st.integers(1, 12))
     parents = [draw(st.integers(max(-1, i - 4), i - 1)) for i in range(size)]
-    lengths = [draw(st.sampled_from([1, 1, 2, 5, 9, 40])) for _ in range(size)]
-    rows = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=9))
+    lengths = [draw(st.sampled_from([1, 1, 2, 5, 9, 40, 150, 2000])) for _ in range(size)]
+    rows = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=24))
     return parents, lengths, rows
 
 
@@ -266,8 +269,16 @@ def _cheapest_cost(tree: tuple[list[int], list[int], list[int]], cost: CostModel
     return float(partition(paths.walk, paths.keys, allowed, cost.mix, *cost.columns(), price, depth)[0][0, 0])
 
 
-@given(small_trees(), st.sampled_from([cost for cost in COSTS if cost.programs == 1]))
-@settings(max_examples=400, deadline=None)
+SHIPPED = [
+    replace(cost, programs=1)
+    for kv_heads, group in ((32, 1), (8, 4), (1, 16))
+    for cost in cost_models(torch.device("cpu"), Geometry(kv_heads, group, 128, 128, torch.bfloat16))
+]
+"""Of the H100; with one program, a plan's cost is the sum of its units'."""
+
+
+@given(small_trees(), st.sampled_from([cost for cost in COSTS if cost.programs == 1] + SHIPPED))
+@settings(max_examples=600, deadline=None)
 def test_the_partition_costs_the_least_of_all(tree, cost) -> None:
     own = [tree[2].count(node) for node in range(len(tree[0]))]
     found = plan(*trees.lay_out(tree), cost=cost)
