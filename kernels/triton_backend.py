@@ -43,7 +43,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: b
 
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
     launch with narrow tiles without spilling; 128 are for groups of more than 64 heads. A window's masks leave no
-    registers for a fifth stage.
+    registers for a fifth stage in wide tiles.
     """
     narrow = max(tile_rows, geometry.group) <= 16
     large = max(geometry.padded) > 128
@@ -66,7 +66,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: b
         gather_keys=32,
         num_warps=warps,
         num_stages=max(1, min(3, room // (block_keys * block_bytes))),
-        gather_stages=max(1, min(4 if windowed else 5, 1 + room // (32 * block_bytes))),
+        gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (32 * block_bytes))),
         programs=programs * chip.multiprocessors,
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,

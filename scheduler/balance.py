@@ -22,7 +22,7 @@ class Balance(NamedTuple):
     """Units split so that the modelled time is least."""
 
     limits: Int64Array
-    """`[units]`: how many keys one piece may have, a multiple of 64; 0 where the unit stays whole"""
+    """`[units]`: keys of one piece at most, mixed ones weighted, a multiple of 64; 0 where the unit stays whole"""
     time: float
     """When the last program is done, merging included"""
     even: float
@@ -36,10 +36,11 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     the makespan is within 1.15 of what no balance could beat; the best is taken. Where even work would take longer than
     `to_beat`, nothing is tried. What is bound by memory slows all programs alike.
     """
-    rows, keys, mixed = units[:, 1] - units[:, 0], units[:, 7], units[:, 8]
-    costs = cost.unit_costs(rows, keys, mixed)
+    rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
+    costs = cost.unit_costs(rows, units[:, 7], units[:, 8])
+    costs += cost.partial * cost.group * partial_rows(units[:, :2], num_rows)
     work = max(float(costs.sum()) * cost.kv_heads / cost.programs, 1e-9)
-    even = max(work, cost.first_key * unique * cost.kv_heads / cost.programs)
+    even = max(work, cost.first_reads(unique))
     costs *= even / work
     merge = 0.0 if int(rows.sum()) == num_rows else cost.merge
     whole = np.zeros(len(units), np.int64)
@@ -56,11 +57,31 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
             break
         limits = _limits(costs, keys, part * even)
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
-        split = costs / pieces + np.where(pieces > 1, cost.partial * cost.group * rows + cost.tiles[0].unit, 0.0)
-        least = makespan(np.repeat(split, pieces), cost.programs, cost.kv_heads)
+        split = _pieces(costs, keys, limits, pieces, cost.partial * cost.group * rows, cost.tiles[0].unit)
+        least = makespan(split, cost.programs, cost.kv_heads)
         if least + cost.merge < best.time:
             best = Balance(limits, least + cost.merge, even)
     return best
+
+
+def _pieces(
+    costs: Floats, keys: Int64Array, limits: Int64Array, pieces: Int64Array, partials: Floats, unit: float
+) -> Floats:
+    """What every piece of every unit costs: in proportion to its keys, and a `unit` and `partials` for each piece."""
+    whole = pieces == 1
+    by_key = np.where(whole, 0.0, (costs - unit) / np.maximum(keys, 1))
+    fixed = np.where(whole, costs, unit + partials)
+    split = np.repeat(fixed + by_key * limits, pieces)
+    split[np.cumsum(pieces) - 1] = fixed + by_key * (keys - limits * (pieces - 1))
+    return split
+
+
+def partial_rows(ranges: Int64Array, num_rows: int) -> Int64Array:
+    """Of the rows of each unit, `[units, 2]`, how many another unit covers too: they have partial results."""
+    begun, ended = (np.bincount(side, minlength=num_rows + 1) for side in ranges.T)
+    before = np.concatenate([[0], np.cumsum(np.cumsum(begun - ended)[:-1] > 1)])
+    counts: Int64Array = before[ranges[:, 1]] - before[ranges[:, 0]]
+    return counts
 
 
 def _limits(costs: Floats, keys: Int64Array, longest: float) -> Int64Array:

@@ -49,6 +49,15 @@ class CostModel:
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
+    def first_reads(self, keys: int) -> float:
+        """How long it takes at least to read so many distinct keys, all programs together."""
+        return self.first_key * keys * self.kv_heads / self.programs
+
+    @property
+    def mixed_weight(self) -> int:
+        """Keys that all rows of a tile see, to which a mixed key comes, at the most and about."""
+        return max(1, *(round(t.mixed / t.key) for t in self.tiles if t.mixed is not None and t.key), 1)
+
     def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Rows of the tree `[classes]`, and cost of a unit, a key and a mixed key `[3, classes]`, of each class that
         holds a row at all.

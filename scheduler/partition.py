@@ -440,15 +440,16 @@ def highest_positions(walk: Ints, positions: Ints) -> Ints:
 @compiled
 def fill_segments(
     units: Ints, limits: Ints, nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, positions: Ints, least_run: int,
-    unit_table: Ints, segment_table: Ints,
+    weight: int, unit_table: Ints, segment_table: Ints,
 ) -> tuple[int, int]:  # fmt: skip
     """The segments of every unit, root first, and the units anew, those with a limit split along their keys.
 
-    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, 0 for no limit; an extent
-    of fewer than `least_run` keys counts as mixed; the rest as in `Paths`. Fills
-    `unit_table [pieces, 8]`: first row, row behind the last, first segment and the one behind the last, rank, piece,
-    keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, rows that see it (from, to),
-    whether it grows, room. Returns how many units and segments there are, whether or not the tables hold them all.
+    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, a mixed one counted
+    `weight` times, 0 for no limit; an extent of fewer than `least_run` keys counts as mixed; the rest as in `Paths`.
+    Fills `unit_table [pieces, 8]`: first row, row behind the last, first segment and the one behind the last, rank,
+    piece, keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, the rows that see it
+    (from, to), whether it grows, room. Returns how many units and segments there are, whether or not the tables hold
+    them all.
     """
     highest = highest_positions(walk, positions)
     chain = np.empty(walk.shape[0], np.int64)
@@ -465,7 +466,7 @@ def fill_segments(
         for member in range(pending):
             _read_node(
                 chain[member], first_row, stop_row, newest, False, limit, state, units, unit, nodes, extents, lowest,
-                walk, least_run, unit_table, segment_table,
+                walk, least_run, weight, unit_table, segment_table,
             )  # fmt: skip
         for at in range(units[unit, 4], units[unit, 5]):
             low, high = max(first_row, walk[at, 5]), min(stop_row, walk[at, 5] + walk[at, 3])
@@ -473,7 +474,7 @@ def fill_segments(
             seen = min(newest, highest[at])
             _read_node(
                 at, low, high, seen, masked, limit, state, units, unit, nodes, extents, lowest, walk, least_run,
-                unit_table, segment_table,
+                weight, unit_table, segment_table,
             )  # fmt: skip
         _close(state, units, unit, unit_table)
     return state[UNITS], state[SEGMENTS]
@@ -482,7 +483,8 @@ def fill_segments(
 @compiled
 def _read_node(
     at: int, low: int, high: int, newest: int, masked: bool, limit: int, state: Ints, units: Ints, unit: int,
-    nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, least_run: int, unit_table: Ints, segment_table: Ints,
+    nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, least_run: int, weight: int, unit_table: Ints,
+    segment_table: Ints,
 ) -> None:  # fmt: skip
     """The segments of all nodes that stand at place `at`, up to position `newest`, for the rows `[low, high)`."""
     alone = walk[at, 3] == 1 and walk[at, 4] == 1
@@ -494,11 +496,12 @@ def _read_node(
         for extent in range(nodes[node, FIRST_EXTENT], nodes[node, STOP_EXTENT]):
             slot, length = extents[extent, 0], min(extents[extent, 1], newest - position + 1)
             short = masked or extents[extent, 1] < least_run
+            each = weight if short else 1
             while length > 0:
-                if state[LEFT] == 0:
+                if state[LEFT] < each:
                     _close(state, units, unit, unit_table)
                     state[PIECE], state[LEFT] = state[PIECE] + 1, limit
-                part = min(length, state[LEFT])
+                part = min(length, state[LEFT] // each)
                 made = state[SEGMENTS]
                 if made < len(segment_table):
                     grows = alone and step == 0 and position + part == end
@@ -508,7 +511,7 @@ def _read_node(
                 state[SEGMENTS] += 1
                 state[KEYS] += part
                 state[MIXED_KEYS] += part if short else 0
-                state[LEFT] -= part
+                state[LEFT] -= part * each
                 slot, position, length = slot + part, position + part, length - part
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from radixgen.cache import RadixTree
 from radixgen.core import NodeSummary, Plan
-from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
-from radixgen.scheduler.balance import Balance, balance
+from radixgen.core.plan import Int32Array, Int64Array
+from radixgen.scheduler.balance import Balance, balance, partial_rows
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.partition import (
     FIRST_EXTENT,
@@ -33,10 +33,6 @@ __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost
 
 PlanMode = Literal["auto", "unshared", "prefix", "naive"]
 PLAN_MODES: tuple[PlanMode, ...] = ("auto", "unshared", "prefix", "naive")
-
-
-_SETTLED = 1.05
-"""Times the work shared out evenly: a plan that takes no longer can't be beaten by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +124,7 @@ def _refine(paths: Paths, best: _Choice) -> _Choice:
     spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
     """
     cost = best.cost
-    if cost.programs == 1 or best.balance.time <= _SETTLED * best.balance.even:
+    if cost.programs == 1 or best.balance.time <= cost.first_reads(int(paths.keys[:, 0].sum())):
         return best
     for ways in (_cheapest(paths, cost, may_cut=False), *(_forced(paths, other) for other in PLAN_MODES[1:])):
         best = min(best, _weigh(paths, cost, *ways, to_beat=best.balance.time), key=_time)
@@ -170,7 +166,8 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
     """The plan's arrays."""
     cost, walk, positions = choice.cost, paths.walk, paths.positions
     layout = (
-        choice.units, choice.balance.limits, paths.nodes, paths.extents, paths.lowest, walk, positions, cost.least_run
+        choice.units, choice.balance.limits, paths.nodes, paths.extents, paths.lowest, walk, positions, cost.least_run,
+        cost.mixed_weight,
     )  # fmt: skip
     num_units, num_segments = 2 * len(choice.units), 2 * (len(choice.units) + len(paths.extents))
     table, segments = np.empty((0, 8), np.int64), np.empty((0, 7), np.int64)
@@ -182,7 +179,7 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
     ended = np.bincount(table[:, 1], minlength=positions.size + 1)
     extra = np.cumsum(begun - ended)[:-1] - 1
     rows = table[:, 1] - table[:, 0]
-    partials = np.where(reduce_ranges(np.maximum, extra, table[:, :2]) > 0, rows, 0)
+    partials = partial_rows(table[:, :2], positions.size)
     return Plan(
         row_positions=positions.astype(np.int32),
         row_order=paths.order,

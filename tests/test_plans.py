@@ -187,17 +187,9 @@ def launch(found: Plan, costs: Sequence[CostModel]) -> CostModel:
     return next(cost for cost in costs if cost.tiles[-1].rows == found.tile_rows)
 
 
-def unit_costs(found: Plan, cost: CostModel) -> Floats:
-    """`[units]`: `Plan.unit_cost` less what it charges for rows that only one unit covers and that have no partial."""
-    rows = np.diff(found.unit_rows, axis=1)[:, 0]
-    before = np.concatenate([[0], np.cumsum(found.row_extra > 0)])
-    partials = np.diff(before[found.unit_rows], axis=1)[:, 0]
-    return found.unit_cost - cost.partial * cost.group * np.where(partials > 0, rows - partials, 0)
-
-
 def makespan_of(found: Plan, cost: CostModel) -> float:
     """When the last program is done with the units that the plan holds, partials included, merging not."""
-    return makespan(unit_costs(found, cost), cost.programs, cost.kv_heads)
+    return makespan(found.unit_cost, cost.programs, cost.kv_heads)
 
 
 def even_share(found: Plan, cost: CostModel) -> float:
@@ -207,14 +199,17 @@ def even_share(found: Plan, cost: CostModel) -> float:
     keys = np.add.reduceat(found.segment_lengths.astype(np.int64), found.unit_segments[:, 0])
     rows = np.diff(found.unit_rows, axis=1)[:, 0].astype(np.int64)
     least = cost.unit_costs(rows, np.minimum(keys, LEAST_KEYS), np.zeros_like(keys)) + cost.partial * cost.group * rows
-    return max(float(unit_costs(found, cost).sum()) * cost.kv_heads / cost.programs, float(least.max()))
+    return max(float(found.unit_cost.sum()) * cost.kv_heads / cost.programs, float(least.max()))
 
 
 def finished(found: Plan, costs: Sequence[CostModel]) -> float:
-    """When all units that the plan holds are done and merged, no sooner than each distinct key can be read."""
+    """When all units that the plan holds are done and merged. Where each distinct key can't be read as fast as the
+    programs work, all of them are slowed alike.
+    """
     cost = launch(found, costs)
-    first_reads = cost.first_key * int(found.nodes.lengths.sum()) * cost.kv_heads / cost.programs
-    return max(makespan_of(found, cost), first_reads) + (0.0 if found.single else cost.merge)
+    work = float(found.unit_cost.sum()) * cost.kv_heads / cost.programs
+    slowed = max(1.0, cost.first_reads(int(found.nodes.lengths.sum())) / work)
+    return slowed * makespan_of(found, cost) + (0.0 if found.single else cost.merge)
 
 
 def predicted(found: Plan, _: Sequence[CostModel]) -> float:
@@ -244,40 +239,22 @@ def cases(failing: dict[tuple[str, str], float], reason: str) -> list[object]:
     ]
 
 
-PREDICTED_LATER = {
-    ("W5 F3", "default"): 1.0241,
-    ("W5 F8", "default"): 1.0030,
-    ("W5 F8", "32/32"): 1.0020,
-    ("W7 binary, depth 6, 1024", "32/32"): 1.0048,
-    ("W12 one-token nodes", "default"): 1.0073,
-}
-"""Partial results are no part of the prediction; other ways are not looked into where they could win 5 % at most."""
-
-
-@pytest.mark.parametrize(("tree", "heads"), cases(PREDICTED_LATER, "times the prediction of another mode"))
+@pytest.mark.parametrize("heads", COSTS)
+@pytest.mark.parametrize("tree", TREES)
 def test_no_other_mode_is_predicted_to_be_faster(tree: str, heads: str) -> None:
     assert ratio_to_others(lay_out(TREES[tree]), COSTS[heads], predicted) <= TIES
 
 
 FINISHED_LATER = {
-    ("W5 F6", "32/8"): 1.121,
-    ("W5 F7", "16/1"): 1.358,
-    ("W5 F8", "16/1"): 1.125,
-    ("W5 F9", "32/32"): 1.558,
-    ("W5 F9", "32/8"): 1.525,
-    ("W7 binary, root 4096, others 512", "32/32"): 1.475,
-    ("W7 binary, root 4096, others 512", "32/8"): 1.459,
-    ("W7 binary, root 4096, others 2048", "32/8"): 1.084,
+    ("W5 F6", "32/8"): 1.026,
+    ("W7 binary, root 4096, others 512", "32/32"): 1.187,
+    ("W7 binary, root 4096, others 512", "32/8"): 1.181,
     ("W7 root 122880, 4 leaves of 2048", "32/8"): 1.038,
-    ("W7 binary, depth 6, 1024", "32/32"): 1.001,
-    ("W7 binary, depth 6, 1024", "32/8"): 1.008,
-    ("W8 thoughts, set", "32/32"): 1.048,
-    ("W8 thoughts, keyword", "32/8"): 1.062,
+    ("W8 few-shot, 50 wide", "16/1"): 1.042,
     ("W8 draft of 64", "32/8"): 1.048,
+    ("W12 chain of 64", "16/1"): 1.058,
 }
-"""The balance takes the pieces of a split unit to be alike, but those with the keys that only some rows see are dearer;
-and it leaves out the partials of units that were cut.
-"""
+"""The balance knows what pieces cost from their unit's keys; whether these are mixed ones, on average alone."""
 
 
 @pytest.mark.parametrize(("tree", "heads"), cases(FINISHED_LATER, "times the time of another mode's finished units"))
@@ -288,35 +265,30 @@ def test_no_other_modes_units_are_done_sooner(tree: str, heads: str) -> None:
 
 UNEVEN = {
     ("W5 F1", "32/32"): 2.062,
-    ("W5 F6", "32/8"): 1.882,
-    ("W5 F6", "16/1"): 1.300,
-    ("W5 F9", "32/32"): 1.581,
-    ("W5 F9", "32/8"): 1.314,
-    ("W7 binary, root 4096, others 128", "32/8"): 1.244,
+    ("W5 F6", "32/32"): 1.34,
+    ("W5 F6", "32/8"): 2.062,
+    ("W5 F7", "16/1"): 2.016,
     ("W7 binary, root 4096, others 128", "16/1"): 1.227,
-    ("W7 binary, root 4096, others 512", "32/32"): 1.381,
-    ("W7 binary, root 4096, others 512", "32/8"): 1.525,
-    ("W7 root 122880, 4 leaves of 2048", "32/32"): 1.684,
-    ("W7 root 122880, 4 leaves of 2048", "32/8"): 2.336,
-    ("W7 root 122880, 16 leaves of 2048", "32/32"): 1.207,
-    ("W8 few-shot, 20 wide", "16/1"): 1.168,
-    ("W8 few-shot, 30 wide", "32/8"): 1.206,
-    ("W8 few-shot, 50 wide", "32/8"): 1.273,
+    ("W8 few-shot, 20 wide", "32/8"): 1.216,
+    ("W8 few-shot, 20 wide", "16/1"): 1.202,
+    ("W8 few-shot, 30 wide", "32/8"): 1.465,
+    ("W8 few-shot, 50 wide", "32/8"): 1.282,
+    ("W8 thoughts, merge", "32/8"): 1.208,
     ("W8 thoughts, merge", "16/1"): 1.205,
-    ("W8 thoughts, set", "32/32"): 1.197,
-    ("W8 thoughts, set", "32/8"): 1.328,
-    ("W8 thoughts, set", "16/1"): 1.502,
-    ("W8 thoughts, keyword", "32/32"): 1.481,
-    ("W8 thoughts, keyword", "32/8"): 1.435,
-    ("W8 thoughts, keyword", "16/1"): 1.502,
+    ("W8 thoughts, set", "16/1"): 1.227,
+    ("W8 thoughts, keyword", "16/1"): 1.782,
     ("W8 draft of 64", "32/8"): 1.188,
-    ("W8 draft of 256", "32/32"): 1.441,
-    ("W8 draft of 256", "16/1"): 1.224,
-    ("W12 two roots, 64 leaves", "32/32"): 1.729,
-    ("W12 zipf 256", "16/1"): 1.330,
-    ("W12 chain of 64", "32/8"): 1.293,
-    ("W12 one giant leaf", "16/1"): 1.290,
+    ("W8 draft of 256", "32/32"): 1.372,
+    ("W8 draft of 256", "16/1"): 1.23,
+    ("W12 zipf 256", "16/1"): 1.33,
+    ("W12 chain of 64", "32/8"): 1.152,
+    ("W12 one giant leaf", "16/1"): 1.161,
 }
+
+
+"""Pieces, partials and the merging launch that an even share would take cost more than it saves, or shares finer than
+an eighth of the work would be needed.
+"""
 
 
 @pytest.mark.parametrize(("tree", "heads"), cases(UNEVEN, "times the even share"))
@@ -343,7 +315,7 @@ def test_no_other_mode_is_faster_on_random_trees(batch: int) -> None:
         pytest.param(
             heads, marks=pytest.mark.xfail(strict=True, reason=f"up to {worst} times the time of another mode")
         )
-        for heads, worst in (("32/32", 2.006), ("32/8", 2.101), ("16/1", 2.093))
+        for heads, worst in (("32/32", 1.263), ("32/8", 1.241), ("16/1", 1.03))
     ],
 )
 def test_no_other_modes_units_are_done_sooner_on_random_trees(heads: str) -> None:
