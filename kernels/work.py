@@ -142,7 +142,8 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
         axis=1,
     )
     counts = np.array([len(pieces), merged[0].size])
-    queue = _queue(np.repeat(plan.unit_cost[tiles.unit], kv_heads), launch.programs)
+    first_slots = plan.segment_starts[plan.unit_segments[tiles.unit, 0]]
+    queue = _queue(plan.unit_cost[tiles.unit], first_slots, kv_heads, launch.programs)
     tables = tuple(_aligned(table) for table in (counts, queue, items, runs, pieces, *merged))
     sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
     return Work(tables, sizes, len(pieces), merged[0].size, int(np.diff(merged[1]).max(initial=0)))
@@ -155,14 +156,17 @@ def _aligned(table: Int64Array) -> Int32Array:
     return flat
 
 
-def _queue(costs: NDArray[np.float64], programs: int) -> Int64Array:
+def _queue(costs: NDArray[np.float64], first_slots: Int64Array, kv_heads: int, programs: int) -> Int64Array:
     """Each program's items in turn, in rounds of one entry a program, ending with two rounds of -1: the kernel looks
-    that far ahead.
+    that far ahead. Tiles of equal cost `[tiles]` that begin with the same keys go together, so that these come from
+    memory once.
     """
-    offsets, items = assign(costs, programs)
-    turns = np.arange(items.size) - np.repeat(offsets[:-1], np.diff(offsets))
+    order = np.argsort(first_slots, kind="stable")
+    ordered = (kv_heads * order[:, None] + np.arange(kv_heads)).reshape(-1)
+    offsets, places = assign(np.repeat(costs[order], kv_heads), programs)
+    turns = np.arange(places.size) - np.repeat(offsets[:-1], np.diff(offsets))
     queue = np.full((int(np.diff(offsets).max(initial=0)) + 2, programs), -1, np.int64)
-    queue[turns, np.repeat(np.arange(programs), np.diff(offsets))] = items
+    queue[turns, np.repeat(np.arange(programs), np.diff(offsets))] = ordered[places]
     return queue
 
 

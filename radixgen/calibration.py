@@ -193,9 +193,12 @@ class _Measure:
         return max(taken[1] - taken[0], 0.0) / (rows * _GROUP * _KV_HEADS * 7)
 
     def merge(self) -> float:
-        """What the launch that merges adds: two short nodes as two units, and as one."""
-        parents, rows, keys = np.array([-1, 0]), np.array([0, 1]), np.full(2, 64)
-        return max(self._time(parents, keys, rows, 16, "naive") - self._time(parents, keys, rows, 16, "unshared"), 0.0)
+        """What the launch that merges adds: a row over two short nodes as two units, which run at the same time, and
+        over one.
+        """
+        row, keys = np.array([0]), np.full(2, 64)
+        both = self._time(np.array([-1, 0]), keys, np.array([0, 1]), 16, "naive")
+        return max(both - self._time(np.array([-1]), keys[:1], row, 16, "unshared"), 0.0)
 
     def _time(
         self,
