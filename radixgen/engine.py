@@ -1,5 +1,6 @@
 """`Engine`: requests in, text and tokens out, one radix tree in between."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+logger = logging.getLogger(__name__)
+
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
 """How much of the free memory the KV pool takes where `kv_tokens` does not say."""
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
@@ -91,7 +94,8 @@ class Engine:
         attention: `"auto"` or a backend of `radixgen.kernels.BACKENDS`.
         plan: `"auto"`; `"unshared"` reads the same tree one path a row.
         share: False gives every sequence a tree of its own, so that nothing is stored or computed in common.
-        kv_tokens: slots of the KV pool; by default what a share of the free memory holds.
+        kv_tokens: slots of the KV pool; by default what 85 % of a GPU's free memory holds, or 25 % of the machine's,
+            and fewer where that can't be had.
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         enforce_eager: never replay decoding steps from CUDA graphs.
@@ -120,8 +124,7 @@ class Engine:
             graphs=not enforce_eager,
             torch_compile=torch_compile,
         )
-        slots = kv_tokens or _default_slots(served, self.limits)
-        _allocate(served, slots)
+        slots = _allocate(served, kv_tokens, self.limits)
         self.share = share
         self.max_model_len = served.max_model_len
         self._model = served
@@ -571,12 +574,24 @@ def _loaded(
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)
 
 
-def _allocate(model: Model, slots: int) -> None:
-    try:
-        model.allocate(slots)
-    except (MemoryError, RuntimeError, ValueError) as error:
-        model.release()
-        raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
+def _allocate(model: Model, asked: int | None, limits: Limits) -> int:
+    """Give the model the KV slots that were asked for; by default what a share of the free memory should hold, and
+    where it does not, a quarter less and again, down to an eighth. Returns how many there are.
+    """
+    slots = asked or _default_slots(model, limits)
+    least = asked or slots // 8
+    while True:
+        try:
+            model.allocate(slots)
+        except (MemoryError, RuntimeError, ValueError) as error:
+            fewer = slots * 3 // 4
+            if not isinstance(error, ValueError) and fewer >= max(least, 1):
+                logger.warning("no memory for %d KV slots (%s); trying %d", slots, error, fewer)
+                slots = fewer
+                continue
+            model.release()
+            raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
+        return slots
 
 
 def _eos_tokens(model: "PreTrainedModel") -> frozenset[int]:

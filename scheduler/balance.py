@@ -57,7 +57,8 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
             break
         limits = _limits(costs, keys, part * even)
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
-        split = _pieces(costs, keys, limits, pieces, cost.partial * cost.group * rows, cost.tiles[0].unit)
+        partials = (cost.partial * cost.group) * rows.astype(np.float64)
+        split = _pieces(costs, keys, limits, pieces, partials, cost.tiles[0].unit)
         least = makespan(split, cost.programs, cost.kv_heads)
         if least + cost.merge < best.time:
             best = Balance(limits, least + cost.merge, even)
@@ -71,7 +72,7 @@ def _pieces(
     whole = pieces == 1
     by_key = np.where(whole, 0.0, (costs - unit) / np.maximum(keys, 1))
     fixed = np.where(whole, costs, unit + partials)
-    split = np.repeat(fixed + by_key * limits, pieces)
+    split: Floats = np.repeat(fixed + by_key * limits, pieces)
     split[np.cumsum(pieces) - 1] = fixed + by_key * (keys - limits * (pieces - 1))
     return split
 

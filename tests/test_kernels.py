@@ -9,6 +9,7 @@ import torch
 from test_attention import Case, error, poison, random_case, random_tree, reference, tensors
 from test_exactness import Oracle, greedy, prompts
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from radixgen import Engine, TreeAttention
 from radixgen.kernels import backend
@@ -213,6 +214,37 @@ def test_captured_steps_give_the_tokens_of_eager_ones(name: str) -> None:
     with Engine(families.build(name).to(DEVICE), attention="triton", kv_tokens=512, debug=True) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(asked, params)] == expected
         engine.check()
+
+
+class Traced(TorchDispatchMode):
+    """The operators of PyTorch that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stands a plain function in for the graph's replay")
+def test_where_lengths_grow_a_step_allocates_nothing(monkeypatch) -> None:
+    """Before the graph is replayed, only the inputs are moved on, where they lie."""
+    with Engine(families.build("llama"), attention="triton", kv_tokens=512) as engine:
+        for index in range(3):
+            engine.submit([5, 6, index], greedy(60))
+        graphs = engine._model._graphs
+        while graphs._last is None or graphs._last[2] < 2:
+            engine.step()
+        logits = torch.zeros(4, families.VOCAB)
+        monkeypatch.setattr(graphs._last[0], "replay", lambda: logits)
+        monkeypatch.setattr(triton_backend.StaticAttention, "advance", lambda *_: None)
+        monkeypatch.setattr(triton_backend, "lay_out", lambda *_: pytest.fail("laid out anew"))
+        tokens = torch.tensor([7, 8, 9])
+        with Traced() as traced:
+            assert graphs.run_ahead(tokens) is not None
+        assert traced.names <= {"index_copy_", "slice", "select"}
 
 
 def test_a_model_that_can_not_be_captured_runs_eagerly(monkeypatch, caplog) -> None:

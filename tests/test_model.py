@@ -6,9 +6,10 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from oracle import StampModel
 from transformers import PreTrainedModel
 
-from radixgen import Engine, InvalidRequest, ModelNotFound, SamplingParams, UnsupportedModel
+from radixgen import Engine, InvalidRequest, Limits, ModelNotFound, SamplingParams, UnsupportedModel
 from radixgen.cache.storage import LayerShape
 
 UNSUPPORTED = families.build_unsupported()
@@ -105,6 +106,35 @@ def test_the_pool_is_sized_from_memory() -> None:
     model: PreTrainedModel = families.build("llama")
     with Engine(model, max_model_len=8) as engine:
         assert engine.stats().kv_tokens_total == engine.limits.max_num_seqs * 8
+
+
+class Cramped(StampModel):
+    """No memory for more than `room` slots."""
+
+    room = 100
+
+    def allocate(self, slots: int) -> None:
+        if slots > self.room:
+            raise torch.OutOfMemoryError(f"{slots} slots")
+        super().allocate(slots)
+
+
+def test_a_pool_that_does_not_fit_is_made_smaller(caplog) -> None:
+    limits = Limits(max_num_seqs=3)
+    with Engine(Cramped(max_model_len=64), limits=limits) as engine:
+        assert engine.stats().kv_tokens_total == 3 * 64 * 3 // 4 * 3 // 4 * 3 // 4
+        assert engine.generate([[1, 2]], SamplingParams(max_tokens=3))[0].finished
+    assert caplog.text.count("no memory for") == 3
+
+
+def test_a_pool_of_which_an_eighth_does_not_fit_is_an_error() -> None:
+    with pytest.raises(InvalidRequest, match="kv_tokens"):
+        Engine(Cramped(max_model_len=100_000))
+
+
+def test_a_pool_that_was_asked_for_is_not_made_smaller() -> None:
+    with pytest.raises(InvalidRequest, match=r"kv_tokens.*101"):
+        Engine(Cramped(), kv_tokens=101)
 
 
 def test_bytes_of_a_token() -> None:

@@ -246,13 +246,13 @@ def test_no_other_mode_is_predicted_to_be_faster(tree: str, heads: str) -> None:
 
 
 FINISHED_LATER = {
-    ("W5 F6", "32/8"): 1.026,
-    ("W7 binary, root 4096, others 512", "32/32"): 1.187,
-    ("W7 binary, root 4096, others 512", "32/8"): 1.181,
-    ("W7 root 122880, 4 leaves of 2048", "32/8"): 1.038,
-    ("W8 few-shot, 50 wide", "16/1"): 1.042,
-    ("W8 draft of 64", "32/8"): 1.048,
-    ("W12 chain of 64", "16/1"): 1.058,
+    ("W5 F9", "32/8"): 1.16,
+    ("W7 binary, root 4096, others 512", "32/32"): 1.151,
+    ("W7 binary, root 4096, others 512", "32/8"): 1.205,
+    ("W7 root 122880, 4 leaves of 2048", "32/8"): 1.033,
+    ("W8 thoughts, sorting", "32/8"): 1.008,
+    ("W8 draft of 64", "32/8"): 1.135,
+    ("W12 chain of 64", "16/1"): 1.033,
 }
 """The balance knows what pieces cost from their unit's keys; whether these are mixed ones, on average alone."""
 
@@ -265,24 +265,23 @@ def test_no_other_modes_units_are_done_sooner(tree: str, heads: str) -> None:
 
 UNEVEN = {
     ("W5 F1", "32/32"): 2.062,
-    ("W5 F6", "32/32"): 1.34,
-    ("W5 F6", "32/8"): 2.062,
-    ("W5 F7", "16/1"): 2.016,
-    ("W7 binary, root 4096, others 128", "16/1"): 1.227,
-    ("W8 few-shot, 20 wide", "32/8"): 1.216,
-    ("W8 few-shot, 20 wide", "16/1"): 1.202,
-    ("W8 few-shot, 30 wide", "32/8"): 1.465,
-    ("W8 few-shot, 50 wide", "32/8"): 1.282,
-    ("W8 thoughts, merge", "32/8"): 1.208,
-    ("W8 thoughts, merge", "16/1"): 1.205,
-    ("W8 thoughts, set", "16/1"): 1.227,
-    ("W8 thoughts, keyword", "16/1"): 1.782,
-    ("W8 draft of 64", "32/8"): 1.188,
-    ("W8 draft of 256", "32/32"): 1.372,
-    ("W8 draft of 256", "16/1"): 1.23,
-    ("W12 zipf 256", "16/1"): 1.33,
-    ("W12 chain of 64", "32/8"): 1.152,
-    ("W12 one giant leaf", "16/1"): 1.161,
+    ("W5 F6", "32/32"): 1.341,
+    ("W5 F7", "16/1"): 2.062,
+    ("W7 binary, root 4096, others 128", "16/1"): 1.247,
+    ("W8 few-shot, 20 wide", "32/8"): 1.217,
+    ("W8 few-shot, 20 wide", "16/1"): 1.203,
+    ("W8 few-shot, 30 wide", "32/8"): 1.474,
+    ("W8 few-shot, 50 wide", "32/8"): 1.297,
+    ("W8 few-shot, 50 wide", "16/1"): 1.237,
+    ("W8 thoughts, merge", "32/8"): 1.198,
+    ("W8 thoughts, merge", "16/1"): 1.206,
+    ("W8 thoughts, set", "16/1"): 1.247,
+    ("W8 thoughts, keyword", "16/1"): 1.768,
+    ("W8 draft of 64", "32/8"): 1.189,
+    ("W8 draft of 256", "32/32"): 1.363,
+    ("W8 draft of 256", "16/1"): 1.2,
+    ("W12 zipf 256", "16/1"): 1.345,
+    ("W12 one giant leaf", "16/1"): 1.163,
 }
 
 
@@ -315,7 +314,7 @@ def test_no_other_mode_is_faster_on_random_trees(batch: int) -> None:
         pytest.param(
             heads, marks=pytest.mark.xfail(strict=True, reason=f"up to {worst} times the time of another mode")
         )
-        for heads, worst in (("32/32", 1.263), ("32/8", 1.241), ("16/1", 1.03))
+        for heads, worst in (("32/32", 1.255), ("32/8", 1.244), ("16/1", 1.088))
     ],
 )
 def test_no_other_modes_units_are_done_sooner_on_random_trees(heads: str) -> None:

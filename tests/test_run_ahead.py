@@ -5,6 +5,7 @@ import pytest
 from oracle import StampModel
 
 from radixgen import Engine, SamplingParams
+from radixgen.scheduler.batch import Scheduler
 
 VOCAB = 50
 
@@ -54,6 +55,21 @@ def test_rows_of_sequences_that_ended_are_wasted_and_no_others() -> None:
     _, engine, model = serve(many(8, temperature=0.0, ignore_eos=True), ahead=True)
     assert 0 < engine.stats().wasted_rows <= 8
     assert model.rows_ahead > 0.4 * engine.stats().computed_rows
+
+
+def test_while_only_lengths_grow_nothing_is_planned_or_laid_out(monkeypatch) -> None:
+    model = StampModel(VOCAB, 256)
+    with Engine(model, kv_tokens=4_000) as engine:
+        for index in range(5):
+            engine.submit([1, index], SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True))
+        while model.rows_ahead < 20:
+            engine.step()
+        begun = model.rows_ahead
+        for name in ("freeze", "_admit", "_make_room"):
+            monkeypatch.setattr(Scheduler, name, lambda *_, name=name: pytest.fail(name))
+        for _ in range(8):
+            assert len(engine.step()) == 5
+        assert model.rows_ahead - begun == 8 * 5
 
 
 def test_leaves_run_out_of_room_together() -> None:
