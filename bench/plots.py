@@ -46,7 +46,6 @@ def draw_speedup(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xticks([0.5, 1, 2, 5, 10], labels=["½", "1", "2", "5", "10"])
     axes.minorticks_off()
     axes.set_xlabel("times as fast as the fastest of them")
-    axes.legend(loc="lower right")
 
 
 def draw_roofline(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
@@ -75,15 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         groups = [[row for row in found["rows"] if row["workload"] == workload] for workload in workloads]
-        figure, columns = pyplot.subplots(
-            1, len(groups), figsize=(5 * len(groups), 1.6 + 0.2 * max(map(len, groups))), squeeze=False
-        )
-        for workload, axes, rows in zip(workloads, columns[0], groups, strict=True):
+        columns = min(3, len(groups))
+        longest = [max(map(len, groups[i : i + columns])) for i in range(0, len(groups), columns)]
+        figure, cells = pyplot.subplots(
+            len(longest), columns, figsize=(5 * columns, sum(1.2 + 0.17 * count for count in longest)), squeeze=False,
+            height_ratios=[4 + count for count in longest],
+        )  # fmt: skip
+        for axes in cells.flat[len(groups) :]:
+            axes.axis("off")
+        for workload, axes, rows in zip(workloads, cells.flat, groups, strict=False):
             draw(axes, rows)
             axes.set_yticks(range(len(rows)), labels=[label(row) for row in rows], fontsize=7)
             axes.invert_yaxis()
             axes.set_title(workload)
             axes.grid(axis="x", alpha=0.3)
+        if cells.flat[0].get_legend_handles_labels()[0]:
+            cells.flat[0].legend(loc="upper right", fontsize=8)
         figure.suptitle(f"{found['device']}, {found['date']}, {found['commit']}", fontsize=8)
         figure.tight_layout()
         figure.savefig(options.out / f"{name}.png", dpi=110, metadata={"Software": None})

@@ -53,7 +53,9 @@ def _table() -> str:
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
         places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
-    return "\n".join([*rows, "", "; ".join(dict.fromkeys(places)) + ".", "", *_simulated(), "", *_attention()])
+    return "\n".join(
+        [*rows, "", "; ".join(dict.fromkeys(places)) + ".", "", *_simulated(), "", *_attention(), "", *_model()]
+    )
 
 
 def _attention() -> list[str]:
@@ -81,6 +83,25 @@ def _attention() -> list[str]:
             f"| {share.min():.0%} to {share.max():.0%} |"
         )
     return lines
+
+
+def _model() -> list[str]:
+    """A model's step on a GPU, by the number of rows, as multiples of its limit."""
+    found = json.loads((RESULTS / "model.json").read_text(encoding="utf-8"))
+    kinds = {
+        "eager": "transformers' own", "fused": "layers with one input fused", "compiled": "and compiled",
+        "step": "whole step",
+    }  # fmt: skip
+    counts = [key.removeprefix("eager_") for key in found if re.fullmatch(r"eager_\d+", key)]
+    return [
+        f"`bench.model` on one {found['device']} (torch {found['torch']}, {found['date']}): Llama of {found['shape']} "
+        "in CUDA graphs without attention, against reading its weights or multiplying by them; and a whole compiled "
+        "step, each row with 64 tokens of its own on 4,096 shared ones, against that and reading each distinct key.",
+        "",
+        f"| rows | {' | '.join(kinds.values())} |",
+        "| --- |" + " --- |" * len(kinds),
+        *(f"| {rows} | " + " | ".join(f"{found[f'{kind}_{rows}']:.2f}×" for kind in kinds) + " |" for rows in counts),
+    ]
 
 
 def _peers(rows: list[dict[str, Any]]) -> str:
