@@ -11,7 +11,8 @@
 The limit of a decoding step: the weights read once (or multiplied, whichever is longer), and in each layer every
 distinct key read once. Contenders: radixgen; the same stored tree read path by path (`plan="unshared"`); one common
 prefix only (`plan="prefix"`, W3); private copies (`share=False`) at the largest batch that fits. What does not fit
-is printed as `n/a (GB)`. Ceilings are measured in the same run.
+is printed as `n/a (GB)`. Ceilings are measured in the same run. Each workload ends with a JSON line of its own, kept as
+`engine_W2.json` and so on.
 
 Bias. Weights are random, so text means nothing and sampled candidates part at once. End-of-sequence is ignored.
 W3 decodes 64 tokens rather than 512, unshared contenders 8. Without a GPU a toy model runs each workload at toy size.
@@ -309,15 +310,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     options = parser.parse_args(arguments)
-    report = Report("engine")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ceilings = None
-    if device.type == "cuda":
-        ceilings = Timer(device).ceilings()
-        report.say(f"limit: {torch.cuda.get_device_name()} {ceilings.describe()}")
-        report.keep(device=torch.cuda.get_device_name(), ceilings=asdict(ceilings))
-    network, built = None, ""
+    ceilings = Timer(device).ceilings() if device.type == "cuda" else None
+    network, built, missed = None, "", 0
     for name in options.workloads:
+        report = Report(f"engine_{name}")
+        if ceilings:
+            report.say(f"limit: {torch.cuda.get_device_name()} {ceilings.describe()}")
+            report.keep(ceilings=asdict(ceilings))
         run, shape = WORKLOADS[name]
         shape = shape if ceilings else "toy"
         if shape != built:
@@ -328,7 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ceilings:
             torch.cuda.reset_peak_memory_stats()
         run(Bench(network, SHAPES[shape], ceilings, FULL if ceilings else TOY, report))
-    return report.finish(check=options.check, save=options.save)
+        missed |= report.finish(check=options.check, save=options.save)
+    return missed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Everything that a GPU is needed for, in one command: check, time, keep, draw.
 
-    python -m bench.gpu [--full] [--stages checks calibration attention model engine] [--minutes 10] [--again]
+    python -m bench.gpu [--full] [--stages NAME ...] [--minutes 10] [--again]
 
 Stages run one after the other, each in a process of its own, with its output in between. A stage whose results were
 kept at this commit on this device is not run again, unless `--again`: an interrupted run goes on where it stopped. No
@@ -13,8 +13,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
@@ -36,38 +37,51 @@ def checks(*, full: bool) -> int:
     return done.returncode
 
 
-def benchmark(name: str, *core: str) -> Callable[..., int]:
-    """A benchmark in a process of its own; `core` narrows it down."""
+class Stage(NamedTuple):
+    """A benchmark with its arguments, in a process of its own; `core` narrows it down."""
 
-    def stage(*, full: bool) -> int:
-        command = [sys.executable, "-m", f"bench.{name}", "--save", *([] if full else core)]
-        return subprocess.run(command, cwd=RESULTS.parent.parent, check=False).returncode
+    module: str
+    arguments: tuple[str, ...] = ()
+    core: tuple[str, ...] = ()
 
-    return stage
+    def command(self, *, full: bool) -> list[str]:
+        return ["--save", *self.arguments, *(() if full else self.core)]
 
 
-STAGES: dict[str, Callable[..., int]] = {
-    "checks": checks,
-    "calibration": benchmark("calibrate"),
-    "attention": benchmark("attention", "--workloads", "W5", "W12"),
-    "model": benchmark("model"),
-    "engine": benchmark("engine", "--workloads", "W2"),
+CHECKING = "checks"
+STAGES = {
+    "calibration": Stage("calibrate"),
+    "attention": Stage("attention", core=("--workloads", "W5", "W12")),
+    "model": Stage("model"),
+    **{f"engine_{name}": Stage("engine", ("--workloads", name)) for name in ("W2", "W3", "W4", "W10")},
 }
+CORE = [CHECKING, "calibration", "attention", "model", "engine_W2"]
 
 
-def kept(name: str) -> bool:
-    """Whether the stage's results are of this commit, unchanged, and of this device."""
+def run(name: str, *, full: bool) -> int:
+    """The exit status of one stage."""
+    if name == CHECKING:
+        return checks(full=full)
+    stage = STAGES[name]
+    command = [sys.executable, "-m", f"bench.{stage.module}", *stage.command(full=full)]
+    return subprocess.run(command, cwd=RESULTS.parent.parent, check=False).returncode
+
+
+def kept(name: str, *, full: bool) -> bool:
+    """Whether the stage's results are of this commit, unchanged, of this device, and of the same arguments."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return False
     found, now = json.loads(path.read_text(encoding="utf-8")), surroundings()
-    same = all(found.get(key) == now.get(key) for key in ("commit", "device", "torch"))
+    if name != CHECKING:
+        now["arguments"] = " ".join(STAGES[name].command(full=full))
+    same = all(found.get(key) == now.get(key) for key in ("commit", "device", "torch", "arguments"))
     return same and not now["commit"].endswith("-dirty")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=[CHECKING, *STAGES])
     parser.add_argument("--full", action="store_true", help="every workload and test")
     parser.add_argument("--minutes", type=float, default=10.0, help="no stage begins later than this")
     parser.add_argument("--again", action="store_true", help="run what was run before, too")
@@ -76,20 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no CUDA device: nothing is checked or timed")
         return 0
     begin, failed = time.monotonic(), []
-    for place, name in enumerate(options.stages, 1):
-        label = f"[{place}/{len(options.stages)}] {name}"
-        if kept(name) and not options.again:
+    stages = options.stages or ([CHECKING, *STAGES] if options.full else CORE)
+    for place, name in enumerate(stages, 1):
+        label = f"[{place}/{len(stages)}] {name}"
+        if kept(name, full=options.full) and not options.again:
             print(f"{label}: kept from before", flush=True)
         elif time.monotonic() - begin > 60 * options.minutes:
             print(f"{label}: not begun, {options.minutes:g} minutes are over; run the command again", flush=True)
             failed.append(name)
         else:
             print(f"{label}: {(time.monotonic() - begin) / 60:.1f} minutes in", flush=True)
-            if STAGES[name](full=options.full):
+            if run(name, full=options.full):
                 failed.append(name)
     if find_spec("matplotlib") is None:
         print("no pictures: matplotlib is not installed (python -m bench.plots draws them later)")
-    elif "attention" in options.stages and "attention" not in failed:
+    elif "attention" in stages and "attention" not in failed:
         plots.main([])
     print(f"failed or left out: {', '.join(failed)}" if failed else "all done")
     return int(bool(failed))

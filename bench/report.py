@@ -174,13 +174,14 @@ def _git(*arguments: str) -> str:
 
 
 def surroundings() -> dict[str, str]:
-    """Date, commit, processor, versions, and the GPU where there is one."""
+    """Arguments, date, commit, processor, versions, and the GPU where there is one."""
     commit = _git("describe", "--always")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{name}" for name in WRITTEN))
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     gpu = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         **gpu,
+        "arguments": " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": (commit or "unknown") + ("-dirty" if changed else ""),
         "processor": f"{models[0] if models else platform.machine()}, {len(models)} cores",

@@ -100,24 +100,29 @@ def test_model_and_engine(capsys) -> None:
     assert model.main([]) == 0
     assert last_line(capsys)["rows"] == 3
     assert engine.main([]) == 0
-    figures = last_line(capsys)
-    assert {f"W2_{prefix}_{plan}" for prefix in (16, 32) for plan in ("auto", "unshared", "private")} <= set(figures)
-    assert {"W3_auto", "W3_prefix", "W3_unshared", "W4_3_seconds", "W10_C_radixgen"} <= set(figures)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["benchmark"] for line in lines] == ["engine_W2", "engine_W3", "engine_W4", "engine_W10"]
+    figures = {key for line in lines for key in line}
+    assert {f"W2_{prefix}_{plan}" for prefix in (16, 32) for plan in ("auto", "unshared", "private")} <= figures
+    assert {"W3_auto", "W3_prefix", "W3_unshared", "W4_3_seconds", "W10_C_radixgen"} <= figures
     assert gpu.main([]) == 0
 
 
-def test_a_stage_is_kept_for_its_commit_and_device(monkeypatch, tmp_path) -> None:
-    now = {"commit": "abc", "device": "chip", "torch": "2"}
+def test_a_stage_is_kept_for_its_commit_device_and_arguments(monkeypatch, tmp_path) -> None:
+    now = {"commit": "abc", "device": "chip", "torch": "2", "arguments": "--save"}
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "surroundings", lambda: now)
-    assert not gpu.kept("model")
-    (tmp_path / "model.json").write_text(json.dumps(now))
-    assert gpu.kept("model")
-    monkeypatch.setattr(gpu, "surroundings", lambda: now | {"device": "another"})
-    assert not gpu.kept("model")
+
+    def kept(name: str, *, full: bool = False, **here: str) -> bool:
+        monkeypatch.setattr(gpu, "surroundings", lambda: now | here)
+        return gpu.kept(name, full=full)
+
+    assert not kept("model")
+    for name in ("model", "attention"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(now))
+    assert kept("model") and not kept("model", device="another") and not kept("model", commit="abd")
+    assert kept("attention", full=True) and not kept("attention")
     (tmp_path / "model.json").write_text(json.dumps(now | {"commit": "abc-dirty"}))
-    monkeypatch.setattr(gpu, "surroundings", lambda: now | {"commit": "abc-dirty"})
-    assert not gpu.kept("model")
+    assert not kept("model", commit="abc-dirty")
 
 
 def test_plots(tmp_path) -> None:
