@@ -43,7 +43,7 @@ HEADS = {
     "W12": [(32, 8)],
 }  # fmt: skip
 HEAD_DIM = 128
-OWN = ("radixgen", *PLAN_MODES)
+OWN = ("radixgen", *PLAN_MODES[1:])
 AGREEMENT = 0.02
 """A peer whose outputs are off by more than this share of their norm has not done the work, and is not timed."""
 

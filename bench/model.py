@@ -4,9 +4,9 @@
 
 Around attention: transformers' modelling on 1 to 1,024 rows in a CUDA graph, attention answered by a stub that returns
 its queries: as it comes; with the layers that share an input fused, as the engine has them; and with `torch.compile`
-of the blocks besides. The limit is reading the weights once or multiplying
-the rows by them, whichever is longer. Whole: `ModelRunner.run` over a shared prefix with a suffix of 64 tokens a row,
-as the engine decodes; its limit adds each layer's attention: every distinct key read once, queries and results once.
+of the blocks besides. The limit is reading the weights once or multiplying the rows by them, whichever is longer.
+Whole: `ModelRunner.run` over a shared prefix with a suffix of 64 tokens a row, as the engine decodes; its limit adds
+each layer's attention: every distinct key read once, queries and results once.
 
 Bias. Weights are random and the sampling of tokens is left out. Inputs are the same in every replay.
 """

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench.attention import OWN
 from bench.report import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OWN = ("radixgen", "unshared", "prefix", "naive")
 COLOURS = {"peers": "#0b6e99", "our other plans": "#b4b8bd", "roofline": "#0b6e99"}
 
 

@@ -38,7 +38,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     """
     rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
     costs = cost.unit_costs(rows, units[:, 7], units[:, 8])
-    costs += cost.partial * cost.group * partial_rows(units[:, :2], num_rows)
+    costs += cost.partial * cost.group * partial_rows(units[:, :2], units_over(units[:, :2], num_rows))
     work = max(float(costs.sum()) * cost.kv_heads / cost.programs, 1e-9)
     even = max(work, cost.first_reads(unique))
     costs *= even / work
@@ -77,10 +77,18 @@ def _pieces(
     return split
 
 
-def partial_rows(ranges: Int64Array, num_rows: int) -> Int64Array:
-    """Of the rows of each unit, `[units, 2]`, how many another unit covers too: they have partial results."""
+def units_over(ranges: Int64Array, num_rows: int) -> Int64Array:
+    """How many of the units with these rows `[units, 2]` cover each row, `[rows]`."""
     begun, ended = (np.bincount(side, minlength=num_rows + 1) for side in ranges.T)
-    before = np.concatenate([[0], np.cumsum(np.cumsum(begun - ended)[:-1] > 1)])
+    counts: Int64Array = np.cumsum(begun - ended)[:-1]
+    return counts
+
+
+def partial_rows(ranges: Int64Array, over: Int64Array) -> Int64Array:
+    """Of the rows of each unit, `[units, 2]`, how many other units cover too, `over` as of `units_over`: they have
+    partial results.
+    """
+    before = np.concatenate([[0], np.cumsum(over > 1)])
     counts: Int64Array = before[ranges[:, 1]] - before[ranges[:, 0]]
     return counts
 

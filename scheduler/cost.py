@@ -56,7 +56,7 @@ class CostModel:
     @property
     def mixed_weight(self) -> int:
         """Keys that all rows of a tile see, to which a mixed key comes, at the most and about."""
-        return max(1, *(round(t.mixed / t.key) for t in self.tiles if t.mixed is not None and t.key), 1)
+        return max([1, *(round(t.mixed / t.key) for t in self.tiles if t.mixed is not None and t.key)])
 
     def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Rows of the tree `[classes]`, and cost of a unit, a key and a mixed key `[3, classes]`, of each class that

@@ -12,7 +12,7 @@ import numpy as np
 from radixgen.cache import RadixTree
 from radixgen.core import NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.balance import Balance, balance, partial_rows
+from radixgen.scheduler.balance import Balance, balance, partial_rows, units_over
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.partition import (
     FIRST_EXTENT,
@@ -175,15 +175,12 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
         table, segments = np.empty((num_units, 8), np.int64), np.empty((num_segments, 7), np.int64)
         num_units, num_segments = fill_segments(*layout, table, segments)
     table, segments = table[:num_units], segments[:num_segments]
-    begun = np.bincount(table[:, 0], minlength=positions.size + 1)
-    ended = np.bincount(table[:, 1], minlength=positions.size + 1)
-    extra = np.cumsum(begun - ended)[:-1] - 1
-    rows = table[:, 1] - table[:, 0]
-    partials = partial_rows(table[:, :2], positions.size)
+    over = units_over(table[:, :2], positions.size)
+    rows, partials = table[:, 1] - table[:, 0], partial_rows(table[:, :2], over)
     return Plan(
         row_positions=positions.astype(np.int32),
         row_order=paths.order,
-        row_extra=extra.astype(np.int32),
+        row_extra=(over - 1).astype(np.int32),
         unit_rows=table[:, :2].astype(np.int32),
         unit_segments=table[:, 2:4].astype(np.int32),
         unit_rank=(table[:, 4] * (table[:, 5].max(initial=0) + 1) + table[:, 5]).astype(np.int32),
