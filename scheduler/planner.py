@@ -28,6 +28,7 @@ from radixgen.scheduler.partition import (
     partition,
     preorder,
 )
+from radixgen.scheduler.revise import Followed, follow, revise
 
 __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost", "active_forest", "plan"]
 
@@ -214,7 +215,8 @@ def _path_rows(walk: Int64Array, tile_rows: int) -> Int32Array:
 
 
 class Planner:
-    """Plans the steps of one tree, and carries a plan over where only lengths grew.
+    """Plans the steps of one tree. Where the leaves of the step before, or some of them, have grown by a token each, its
+    plan is carried over or revised; it is made anew once much has changed.
 
     The first one on a machine takes some seconds to make: it compiles what plans are made with.
     """
@@ -226,6 +228,7 @@ class Planner:
         self.mode = mode
         self.cost = cost or CostModel()
         self._last: Plan | None = None
+        self._built: _Built | None = None
         self._version = -1
         self._node_ids = np.empty(0, np.int32)
         self._row_positions = np.empty(0, np.int32)
@@ -235,7 +238,9 @@ class Planner:
         """So that everything is compiled before the first request waits for it."""
         ids, ones = np.arange(2, dtype=np.int32), np.ones(2, np.int32)
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
-        plan(forest, ones, ones, mode=self.mode, cost=self.cost)
+        made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
+        follow(self.tree.columns, 0, ids, ids, ids, ids)
+        revise(made, Followed(ids >= 0, np.full(2, -1), ones, 0))
 
     @property
     def last(self) -> Plan | None:
@@ -244,33 +249,54 @@ class Planner:
 
     def plan(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
         """Plan rows that stand at `row_positions` `[rows]` in the tree nodes with these ids, `node_ids` `[rows]`."""
-        if self._last is not None and self._only_grew(node_ids, row_positions):
-            self._last = self._last.advance()
-        else:
-            forest, row_nodes = active_forest(self.tree, node_ids)
-            self._last = plan(forest, row_nodes, row_positions, mode=self.mode, cost=self.cost)
+        found = self._carry(node_ids, row_positions)
+        if found is None:
+            forest, row_nodes, active = active_forest(self.tree, node_ids)
+            found = plan(forest, row_nodes, row_positions, mode=self.mode, cost=self.cost)
+            self._built = _Built(found, active)
+        self._last = found
         self._version = self.tree.version
         self._node_ids, self._row_positions = node_ids, row_positions
-        return self._last
+        return found
 
-    def _only_grew(self, node_ids: Int32Array, row_positions: Int32Array) -> bool:
-        """Whether each row is its leaf's last token, in the same leaf as before and one token further."""
-        assert self._last is not None
-        if self._version != self.tree.version or node_ids.size != self._node_ids.size:
-            return False
-        if self._last.growing.size != node_ids.size:
-            return False
-        columns = self.tree.columns
-        ends = columns.start[node_ids] + columns.scheduled[node_ids]
-        return (
-            np.array_equal(node_ids, self._node_ids)
-            and np.array_equal(row_positions, self._row_positions + 1)
-            and np.array_equal(row_positions, ends - 1)
-        )
+    def _carry(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan | None:
+        """The last plan, advanced or revised; None where one must be made anew."""
+        last, built, columns = self._last, self._built, self.tree.columns
+        if last is None or built is None or last.growing.size != self._node_ids.size:
+            return None
+        if (columns.changed[built.nodes] > self._version).any():
+            return None
+        followed = follow(columns, self._version, self._node_ids, self._row_positions, node_ids, row_positions)
+        if followed is None:
+            return None
+        built.steps += 1
+        if last.slack and node_ids.size == last.num_rows and not followed.num_extended:
+            return last.advance()
+        return None if built.outgrown(node_ids.size) else revise(last, followed)
 
 
-def active_forest(tree: RadixTree, node_ids: Int32Array) -> tuple[Forest, Int32Array]:
-    """The nodes on the paths of `node_ids`, renumbered with parents first, and each row's new number."""
+class _Built:
+    """What the last plan that was made anew was made for."""
+
+    def __init__(self, made: Plan, nodes: Int64Array) -> None:
+        self.nodes = nodes
+        """Ids of all that it reads"""
+        self.steps = 0
+        """For which it was advanced or revised"""
+        self._rows = made.num_rows
+        self._most_steps = _FEW_STEPS + made.kv_tokens_read // (8 * made.num_rows)
+
+    def outgrown(self, rows: int) -> bool:
+        """Whether an eighth of the rows have ended, or lengths have grown by an eighth: another plan may be better."""
+        return 8 * rows < 7 * self._rows or self.steps > self._most_steps
+
+
+_FEW_STEPS = 16
+"""After which no plan counts as outgrown, however short."""
+
+
+def active_forest(tree: RadixTree, node_ids: Int32Array) -> tuple[Forest, Int32Array, Int64Array]:
+    """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all."""
     columns = tree.columns
     ids = np.sort(np.array(tree.with_ancestors(node_ids.tolist()), np.int64))
     # Roots hold no token, so a root's children start where it does.
@@ -285,7 +311,7 @@ def active_forest(tree: RadixTree, node_ids: Int32Array) -> tuple[Forest, Int32A
     offsets, starts, lengths = _extents(tree, active, scheduled)
     rooms = columns.reserved[active]
     forest = Forest(parents, columns.start[active], scheduled, offsets, starts, lengths, rooms)
-    return forest, local[np.searchsorted(ids, node_ids)]
+    return forest, local[np.searchsorted(ids, node_ids)], ids
 
 
 def _extents(tree: RadixTree, active: Int64Array, scheduled: Int32Array) -> tuple[Int64Array, Int64Array, Int32Array]:

@@ -4,15 +4,18 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from churn import EngineMachine
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from numpy.typing import NDArray
 
 import radixgen.cache.tree as tree_module
 import radixgen.engine_core as core_module
 from radixgen import run_ahead
 from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.core import Plan
 from radixgen.engine_core import EngineCore
 from radixgen.output_processor import OutputProcessor
 from radixgen.run_ahead import RunAhead
@@ -136,7 +139,15 @@ def namespaces_share_a_root(patch: Patch) -> None:
 
 
 def a_stale_plan_is_carried_on(patch: Patch) -> None:
-    patch.setattr(Planner, "_only_grew", lambda self, node_ids, _: node_ids.size == self._node_ids.size)
+    def carry(self: Planner, node_ids: NDArray[np.int32], _: object) -> Plan | None:
+        last = self._last
+        return last.advance() if last and last.growing.size and node_ids.size == last.num_rows else None
+
+    patch.setattr(Planner, "_carry", carry)
+
+
+def a_new_extent_is_missed(patch: Patch) -> None:
+    patch.setattr(RadixTree, "_extended", lambda tree, node, slot: None)
 
 
 def a_read_row_writes(patch: Patch) -> None:
@@ -244,6 +255,7 @@ FAULTS = [
     a_failed_step_is_not_rolled_back,
     namespaces_share_a_root,
     a_stale_plan_is_carried_on,
+    a_new_extent_is_missed,
     a_read_row_writes,
     a_cancelled_request_takes_a_shared_chunk_along,
     a_cancelled_request_goes_on,

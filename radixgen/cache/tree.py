@@ -196,6 +196,12 @@ class Columns:
         self.reserved = np.zeros(64, np.int32)
         self.num_extents = np.zeros(64, np.int32)
         self.first_slot = np.zeros(64, np.int64)
+        self.extended = np.zeros(64, np.int64)
+        """The tree's version when the last scheduled token got a slot that does not follow the one before it"""
+        self.extension = np.zeros(64, np.int64)
+        """That slot"""
+        self.changed = np.zeros(64, np.int64)
+        """The tree's version when a plan last became wrong by anything else"""
 
     def fit(self, size: int) -> None:
         """Grow every column to hold ids below `size`."""
@@ -219,7 +225,8 @@ class Columns:
 class RadixTree:
     """A forest of radix trees, one root a namespace, over one `ExtentPool`.
 
-    `version` changes whenever a plan made before could be wrong in more than lengths.
+    `version` counts the times that a plan made before could have become wrong in more than lengths; `columns.changed`
+    and `columns.extended` say by which nodes.
     """
 
     def __init__(
@@ -356,6 +363,7 @@ class RadixTree:
         self._adopt(upper)
         upper.serial = node.serial
         self.columns.write(node)
+        self._changed(node)
         return upper
 
     def advance(self, locks: Sequence[Lock], token: int) -> Node:
@@ -426,7 +434,7 @@ class RadixTree:
         before = max(first - 1, 0)
         slots = node.slots(before, node.scheduled)
         if slots[-1] - slots[0] != slots.size - 1:
-            self.version += 1  # a plan that lengthens the extent before would miss the next one
+            self._extended(node, int(slots[-1]))
         return slots[first - before :]
 
     def schedule_next(self, node: Node) -> int:
@@ -437,7 +445,7 @@ class RadixTree:
         if slot < 0:
             return -1
         if slot == node.extents[-1].start and len(node.extents) > 1:
-            self.version += 1
+            self._extended(node, slot)
         node.scheduled += 1
         self.unscheduled_tokens -= 1
         self.columns.scheduled[node.id] = node.scheduled
@@ -468,7 +476,7 @@ class RadixTree:
                 self.unscheduled_tokens += above.scheduled - above.computed
                 above.scheduled = above.computed
                 self.columns.write(above)
-                self.version += 1
+                self._changed(above)
             above = above.parent
 
     def reclaim_reserves(self, count: int) -> None:
@@ -602,8 +610,17 @@ class RadixTree:
         self._serial += 1
         node.serial = self._serial
         self.columns.write(node)
-        self.version += 1
+        self._changed(node)
         return node
+
+    def _changed(self, node: Node) -> None:
+        self.version += 1
+        self.columns.changed[node.id] = self.version
+
+    def _extended(self, node: Node, slot: int) -> None:
+        """A plan that lengthens the extent before would miss the one that begins with `slot`."""
+        self.version += 1
+        self.columns.extended[node.id], self.columns.extension[node.id] = self.version, slot
 
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
         self._cut_extents(parent, parent.scheduled)
@@ -661,7 +678,8 @@ class RadixTree:
         node.children[child.first_token] = child
         self.columns.write(node)
         self.columns.write(child)
-        self.version += 1
+        self._changed(node)
+        self._changed(child)
 
     def _move_head(self, lower: Node, upper: Node, count: int) -> None:
         """Hand the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
