@@ -217,8 +217,8 @@ def _path_rows(walk: Int64Array, tile_rows: int) -> Int32Array:
 class Planner:
     """Plans the steps of one tree.
 
-    Where the leaves of the step before, or some of them, have grown by a token each, its plan is carried over or revised;
-    it is made anew once much has changed.
+    Where the leaves of the step before, or some of them, have grown by a token each, its plan is carried over or
+    revised; it is made anew once much has changed.
 
     The first one on a machine takes some seconds to make: it compiles what plans are made with.
     """
