@@ -1,6 +1,6 @@
 """Whole engines on models of true shapes with random weights: tokens per second against the step's limit.
 
-    python -m bench.engine [--workloads W2 W3 W4 W10] [--check] [--save]
+    python -m bench.engine [--workloads W2 W3 W4 W10] [--quick] [--check] [--save]
 
 - W2: one prefix, a short question of its own for each sequence, decoding alone is timed (Hydragen, section 4.2).
 - W3: a root of 2,400 tokens, 8 problems of 300, 128 sampled candidates each.
@@ -11,8 +11,8 @@
 The limit of a decoding step: the weights read once (or multiplied, whichever is longer), and in each layer every
 distinct key read once. Contenders: radixgen; the same stored tree read path by path (`plan="unshared"`); one common
 prefix only (`plan="prefix"`, W3); private copies (`share=False`) at the largest batch that fits. What does not fit
-is printed as `n/a (GB)`. Ceilings are measured in the same run. Each workload ends with a JSON line of its own, kept as
-`engine_W2.json` and so on.
+is printed as `n/a (GB)`. With `--quick`, W2 and W10 run radixgen alone. Ceilings are measured in the same run. Each
+workload ends with a JSON line of its own, kept as `engine_W2.json` and so on.
 
 Bias. Weights are random, so text means nothing and sampled candidates part at once. End-of-sequence is ignored.
 W3 decodes 64 tokens rather than 512, unshared contenders 8. Without a GPU a toy model runs each workload at toy size.
@@ -73,6 +73,8 @@ class Bench:
     ceilings: Ceilings | None
     scale: Scale
     report: Report
+    quick: bool = False
+    """Without contenders"""
 
     def engine(self, kv_tokens: int, *, plan: PlanMode = "auto", share: bool = True) -> Engine:
         cuda = self.network.device.type == "cuda"
@@ -145,7 +147,10 @@ def w2(bench: Bench) -> None:
     for prefix in scale.prefixes:
         prompts = [bench.tokens(0, prefix) + tail for tail in tails]
         grown = shared_prefix(batch, prefix, 4 + scale.new_tokens // 2)
-        for label, plan, new in (("radixgen", "auto", scale.new_tokens), ("read unshared", "unshared", 8)):
+        contenders: list[tuple[str, PlanMode, int]] = [("radixgen", "auto", scale.new_tokens)]
+        if not bench.quick:
+            contenders.append(("read unshared", "unshared", 8))
+        for label, plan, new in contenders:
             pool = prefix + batch * (scale.new_tokens + 24)
             if missing := bench.missing_gb(pool):
                 bench.report.say(f"W2 {prefix} x {batch}, {label}: n/a ({missing:.0f} GB)")
@@ -161,7 +166,8 @@ def w2(bench: Bench) -> None:
                     f"W2 {prefix}: {median / medians[prefix]:.1f} times as fast as reading unshared",
                     at_least=30.0 if prefix == FULL.prefixes[-1] else None,
                 )  # fmt: skip
-        private(bench, prefix, tails)
+        if not bench.quick:
+            private(bench, prefix, tails)
     judge(bench, medians)
 
 
@@ -258,7 +264,7 @@ def w10(bench: Bench) -> None:
             tell_burst(bench, name, "radixgen", len(prompts) * new, burst_seconds(engine, prompts, new))
         engine.reset_prefix_cache()
         tell_burst(bench, "C", "radixgen", bench.scale.requests * new, chat_seconds(bench, engine, new))
-    if bench.ceilings is not None:
+    if bench.ceilings is not None and not bench.quick:
         for name, prompts in bursts.items():
             continuous_batching(bench, name, prompts, new)
 
@@ -283,14 +289,27 @@ def chat_seconds(bench: Bench, engine: Engine, new: int) -> float:
 
 
 def continuous_batching(bench: Bench, name: str, prompts: Sequence[Prompt], new: int) -> None:
-    """What transformers itself does on the same weights."""
+    """What transformers itself does on the same weights, with half of what memory is left for its cache: it needs the
+    other half for activations.
+    """
     former = bench.network.config._attn_implementation
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    gc.collect()
+    torch.cuda.empty_cache()
     try:
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        memory = ContinuousBatchingConfig(max_memory_percent=0.5)
         bench.network.set_attn_implementation("paged|sdpa")
         begin = time.perf_counter()
-        bench.network.generate_batch(inputs=list(prompts), generation_config=config)  # type: ignore[operator]
-        tell_burst(bench, name, "transformers", len(prompts) * new, time.perf_counter() - begin)
+        answers = bench.network.generate_batch(  # type: ignore[operator]
+            inputs=list(prompts), generation_config=config, continuous_batching_config=memory
+        )
+        seconds = time.perf_counter() - begin
+        generated = sum(len(answer.generated_tokens) for answer in answers.values())
+        if generated != len(prompts) * new:
+            raise RuntimeError(f"{generated} of {len(prompts) * new} tokens were generated")
+        tell_burst(bench, name, "transformers", generated, seconds)
     except Exception as error:
         bench.report.say(f"W10 {name}, transformers: did not run: {error!r:.200}")
         bench.report.keep(**{f"W10_{name}_transformers": repr(error)})
@@ -309,6 +328,7 @@ WORKLOADS = {"W2": (w2, "13B"), "W3": (w3, "8B"), "W4": (w4, "6B"), "W10": (w10,
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--quick", action="store_true", help="radixgen alone")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = Timer(device).ceilings() if device.type == "cuda" else None
@@ -327,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assert network is not None
         if ceilings:
             torch.cuda.reset_peak_memory_stats()
-        run(Bench(network, SHAPES[shape], ceilings, FULL if ceilings else TOY, report))
+        run(Bench(network, SHAPES[shape], ceilings, FULL if ceilings else TOY, report, options.quick))
         missed |= report.finish(check=options.check, save=options.save)
     return missed
 

@@ -1,10 +1,11 @@
 """A decoding step of a true-sized model against the chip's limit: around attention alone, and whole.
 
-    python -m bench.model [--shape 8B] [--check] [--save]
+    python -m bench.model [--shape 8B] [--quick] [--check] [--save]
 
 Around attention: transformers' modelling on 1 to 1,024 rows in a CUDA graph, attention answered by a stub that returns
 its queries: as it comes; with the layers that share an input fused, as the engine has them; and with `torch.compile`
-of the blocks besides. The limit is reading the weights once or multiplying the rows by them, whichever is longer.
+of the blocks besides (`--quick`: only that). The limit is reading the weights once or multiplying the rows by them,
+whichever is longer.
 Whole: `ModelRunner.run` over a shared prefix with a suffix of 64 tokens a row, as the engine decodes; its limit adds
 each layer's attention: every distinct key read once, queries and results once.
 
@@ -90,6 +91,7 @@ def report_steps(report: Report, timer: Timer, ceilings: Ceilings, runner: Model
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="8B")
+    parser.add_argument("--quick", action="store_true", help="only as the engine has it")
     options = parser.parse_args(arguments)
     report = Report("model")
     cuda = torch.cuda.is_available()
@@ -111,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model.fuse_linears()
             if label == "compiled":
                 model.compile_blocks()
-            report_around(report, timer, ceilings, model, label)
+            if label == "compiled" or not options.quick:
+                report_around(report, timer, ceilings, model, label)
         report_steps(report, timer, ceilings, runner, shape)
     return report.finish(check=options.check, save=options.save)
 
