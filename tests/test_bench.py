@@ -116,13 +116,13 @@ def test_a_stage_is_kept_for_its_commit_device_and_arguments(monkeypatch, tmp_pa
         monkeypatch.setattr(gpu, "surroundings", lambda: now | here)
         return gpu.kept(name, full=full)
 
-    assert not kept("model")
-    for name in ("model", "attention"):
+    assert not kept("calibration")
+    for name in ("calibration", "attention"):
         (tmp_path / f"{name}.json").write_text(json.dumps(now))
-    assert kept("model") and not kept("model", device="another") and not kept("model", commit="abd")
+    assert kept("calibration") and not kept("calibration", device="another") and not kept("calibration", commit="abd")
     assert kept("attention", full=True) and not kept("attention")
     (tmp_path / "model.json").write_text(json.dumps(now | {"commit": "abc-dirty"}))
-    assert not kept("model", commit="abc-dirty")
+    assert not kept("calibration", commit="abc-dirty")
 
 
 def test_plots(tmp_path) -> None:
