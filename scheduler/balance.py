@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int64Array
 from radixgen.kernels.schedule import makespan
 from radixgen.scheduler.cost import CostModel
@@ -38,7 +39,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     """
     rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
     costs = cost.unit_costs(rows, units[:, 7], units[:, 8])
-    costs += cost.partial * cost.group * partial_rows(units[:, :2], units_over(units[:, :2], num_rows))
+    costs += cost.partial * cost.group * coverage(units, num_rows)[1]
     work = max(float(costs.sum()) * cost.kv_heads / cost.programs, 1e-9)
     even = max(work, cost.first_reads(unique))
     costs *= even / work
@@ -77,20 +78,22 @@ def _pieces(
     return split
 
 
-def units_over(ranges: Int64Array, num_rows: int) -> Int64Array:
-    """How many of the units with these rows `[units, 2]` cover each row, `[rows]`."""
-    begun, ended = (np.bincount(side, minlength=num_rows + 1) for side in ranges.T)
-    counts: Int64Array = np.cumsum(begun - ended)[:-1]
-    return counts
-
-
-def partial_rows(ranges: Int64Array, over: Int64Array) -> Int64Array:
-    """Of the rows of each unit, `[units, 2]`, how many other units cover too, `over` as of `units_over`: they have
-    partial results.
+@compiled
+def coverage(ranges: NDArray[np.integer], num_rows: int) -> tuple[Int64Array, Int64Array]:
+    """Of units with these rows `[units, 2]`: how many cover each row, `[rows]`, and how many rows of each unit have
+    partial results, because other units cover them too, `[units]`.
     """
-    before = np.concatenate([[0], np.cumsum(over > 1)])
-    counts: Int64Array = before[ranges[:, 1]] - before[ranges[:, 0]]
-    return counts
+    over, before = np.zeros(num_rows + 1, np.int64), np.zeros(num_rows + 1, np.int64)
+    for unit in range(len(ranges)):
+        over[ranges[unit, 0]] += 1
+        over[ranges[unit, 1]] -= 1
+    for row in range(num_rows):
+        over[row + 1] += over[row]
+        before[row + 1] = before[row] + (over[row] > 1)
+    partials = np.empty(len(ranges), np.int64)
+    for unit in range(len(ranges)):
+        partials[unit] = before[ranges[unit, 1]] - before[ranges[unit, 0]]
+    return over[:num_rows], partials
 
 
 def _limits(costs: Floats, keys: Int64Array, longest: float) -> Int64Array:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.core.compiled import compiled
+
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class TileCost:
@@ -70,15 +74,21 @@ class CostModel:
             np.array([(t.unit, t.key, t.key if t.mixed is None else t.mixed) for t in usable], np.float64).T.copy(),
         )
 
-    def unit_costs(
-        self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
+    def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]) -> Floats:
         """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys,
         and how many of the keys are mixed.
         """
-        costs = np.full(rows.size, np.inf)
-        tile_rows, prices = self.columns()
-        for most, (unit, key, mixed_key) in zip(tile_rows, prices.T, strict=True):
-            cost = unit + (keys - mixed) * key + mixed * mixed_key
-            costs = np.where(rows <= most, np.minimum(costs, cost), costs)
-        return costs
+        units = np.stack([rows, keys, mixed], axis=1).astype(np.int64, copy=False)
+        return _unit_costs(units, *self.columns())
+
+
+@compiled
+def _unit_costs(units: NDArray[np.int64], tile_rows: NDArray[np.int64], prices: NDArray[np.float64]) -> Floats:
+    costs = np.full(len(units), np.inf)
+    for unit in range(len(units)):
+        rows, keys, mixed = units[unit]
+        for kind in range(tile_rows.size):
+            if rows <= tile_rows[kind]:
+                cost = prices[0, kind] + (keys - mixed) * prices[1, kind] + mixed * prices[2, kind]
+                costs[unit] = min(costs[unit], cost)
+    return costs

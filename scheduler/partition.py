@@ -15,15 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core.compiled import compiled
+from radixgen.core.compiled import compiled, inlined
+from radixgen.core.plan import Int32Array
 
 FOLDED, CUT, MIXED = 0, 1, 2
 
 MAX_STATES = 16_000
 """Of `best`: bounds the pending nodes, and with them the time, where a tree is deep."""
-
-# What `fill_segments` counts.
-UNITS, SEGMENTS, PIECE, LEFT, BEGUN, KEYS, MIXED_KEYS = range(7)
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -52,24 +50,26 @@ class Paths(NamedTuple):
 
 @compiled
 def preorder(
-    parents: Ints, row_nodes: Ints, row_positions: Ints, lengths: Ints, short: Ints
-) -> tuple[Ints, Ints, Ints, Ints]:
+    nodes: Ints, short: Ints, row_nodes: Int32Array, row_positions: Int32Array
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """The depth-first walk over the nodes at or below which rows stand.
 
-    parents `[nodes]` come before their children; node 0 is the only root. A node without rows of its own and with one
-    child is counted as part of that child. Rows of a node without keys count for the nearest node above that has
-    some. Returns `lowest [n]`: the node at each place, the lowest where several are counted as one; `walk [n, 7]`: its
+    nodes `[nodes, 6]` as in `Paths`, parents before their children; node 0 is the only root, and `row_nodes` counts
+    from the one behind it. A node without rows of its own and with one child is counted as part of that child. Rows of
+    a node without keys count for the nearest node above that has some.
+
+    Returns `lowest [n]`: the node at each place, the lowest where several are counted as one; `walk [n, 7]`: its
     parent's place (-1 at the root), depth, places and rows at or below it, own rows, first row, and how many nodes it
     stands for; `keys [n, 2]`: the keys of these, and how many of them `short` [nodes] counts; `order [rows]`: which row
-    comes at each place, those of one node by position.
+    comes at each place, those of one node by position; `positions [rows]`, in that order.
     """
-    count = parents.size
-    home = np.zeros(count, np.int64)
-    own = np.zeros(count, np.int64)
+    count = len(nodes)
+    home, own = np.zeros((2, count), np.int64)
+    parents, lengths = nodes[:, PARENT].copy(), nodes[:, LENGTH].copy()
     for node in range(1, count):
         home[node] = node if lengths[node] > 0 else home[parents[node]]
     for row in range(row_nodes.size):
-        own[home[row_nodes[row]]] += 1
+        own[home[row_nodes[row] + 1]] += 1
     below, heirs = own.copy(), np.zeros(count, np.int64)
     for node in range(count - 1, 0, -1):
         below[parents[node]] += below[node]
@@ -108,16 +108,19 @@ def preorder(
         next_row[parent] += below[node]
         next_place[node] = at + 1
         next_row[node] = walk[at, 5] + own[node]
-    return lowest, walk, walk_keys, order_rows(row_nodes, row_positions, home, place, walk)
+    order, positions = order_rows(row_nodes, row_positions, home, place, walk)
+    return lowest, walk, walk_keys, order, positions
 
 
 @compiled
-def order_rows(row_nodes: Ints, row_positions: Ints, home: Ints, place: Ints, walk: Ints) -> Ints:
-    """Rows by node, those of one node by position."""
-    order = np.empty(row_nodes.size, np.int64)
+def order_rows(
+    row_nodes: Int32Array, row_positions: Int32Array, home: Ints, place: Ints, walk: Ints
+) -> tuple[Ints, Ints]:
+    """Rows by node, those of one node by position, and their positions."""
+    order, positions = np.empty((2, row_nodes.size), np.int64)
     taken = np.zeros(walk.shape[0], np.int64)
     for row in range(row_nodes.size):
-        at = place[home[row_nodes[row]]]
+        at = place[home[row_nodes[row] + 1]]
         order[walk[at, 5] + taken[at]] = row
         taken[at] += 1
     for at in range(walk.shape[0]):
@@ -129,10 +132,12 @@ def order_rows(row_nodes: Ints, row_positions: Ints, home: Ints, place: Ints, wa
         if not sorted_already:
             mine = order[first : first + own].copy()
             order[first : first + own] = mine[np.argsort(row_positions[mine], kind="mergesort")]
-    return order
+    for at in range(order.size):
+        positions[at] = row_positions[order[at]]
+    return order, positions
 
 
-@compiled
+@inlined
 def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats) -> tuple[float, int]:
     """The cheapest way to tile `rows` rows against `keys` keys, `short` of which are charged as mixed: its cost, and
     the rows of a full tile.
@@ -162,7 +167,6 @@ def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats)
 def partition(
     walk: Ints,
     keys: Ints,
-    may_cut: Ints,
     mix: bool,
     tile_rows: Ints,
     prices: Floats,
@@ -171,9 +175,8 @@ def partition(
 ) -> tuple[Floats, Ints, Ints]:
     """The table of least costs, and how they come about.
 
-    walk and keys as `preorder` gives them; may_cut `[n]`: 0 never, 1 where it pays; tile_rows `[classes]` and prices
-    `[3, classes]` as `CostModel.columns`; partial: of one row, all of its heads; most_pending: nodes folded one below
-    the other.
+    walk and keys as `preorder` gives them; tile_rows `[classes]` and prices `[3, classes]` as `CostModel.columns`;
+    partial: of one row, all of its heads; most_pending: nodes folded one below the other.
 
     Returns `best [n, most_pending + 1]`, inf where a state can't be; `cuts`, the same shape: 1 where the node is cut;
     `runs [n, most_pending + 1, 2]`: with so many nodes pending below the parent, the place behind the run that begins
@@ -183,15 +186,8 @@ def partition(
     best = np.full((count, most_pending + 1), np.inf)
     cuts = np.zeros((count, most_pending + 1), np.int64)
     runs = np.full((count, most_pending + 1, 2), -1, np.int64)
-    tokens = keys[:, 0].copy()
-    for node in range(count - 1, 0, -1):
-        if walk[node, 0] >= 0:
-            tokens[walk[node, 0]] += tokens[node]
-    folded = np.empty(most_pending + 2)
-    alone, least = np.empty((2, count + 2))
-    ends, rows, below_keys = np.empty((3, count + 2), np.int64)
-    queue = np.empty((tile_rows.size, count + 2), np.int64)
-    marks = np.empty((2, tile_rows.size), np.int64)
+    tokens, folded = _tokens_below(walk, keys), np.empty(most_pending + 2)
+    alone, least, ends, rows, below_keys, queue, marks = _scratch(count, tile_rows.size)
     for node in range(count - 1, -1, -1):
         parent, depth, own, below = walk[node, 0], walk[node, 1], walk[node, 4], walk[node, 3]
         if walk[node, 2] == 1:
@@ -211,7 +207,7 @@ def partition(
                 above = walk[above, 0]
             price = 0.0 if j == depth + 1 else partial
             folded[j] = _sequence(
-                node, j, pending, short, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
+                node, j, j, pending, short, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
                 below_keys, least, queue, marks,
             )  # fmt: skip
         pending = short = 0
@@ -223,7 +219,7 @@ def partition(
             read, short_read = pending + keys[node, 0], short + keys[node, 1]
             fold = folded[j + 1] if j < most_pending else np.inf
             cut = np.inf
-            if read > 0 and (may_cut[node] or j == most_pending):
+            if read > 0:
                 pieces = below - own if j == depth else below
                 cut = tile_cost(below, read, short_read, tile_rows, prices)[0] + pieces * partial + folded[0]
             elif fold == np.inf:
@@ -234,9 +230,64 @@ def partition(
 
 
 @compiled
+def partition_uncut(walk: Ints, keys: Ints, mix: bool, tile_rows: Ints, prices: Floats) -> tuple[Floats, Ints, Ints]:
+    """As `partition` where no node is cut, so that each row's whole path is pending: one column."""
+    count = walk.shape[0]
+    best, cuts, runs = np.empty((count, 1)), np.zeros((count, 1), np.int64), np.full((count, 1, 2), -1, np.int64)
+    tokens, path = _tokens_below(walk, keys), keys.copy()
+    for node in range(1, count):
+        path[node, 0] += path[walk[node, 0], 0]
+        path[node, 1] += path[walk[node, 0], 1]
+    alone, least, ends, rows, below_keys, queue, marks = _scratch(count, tile_rows.size)
+    for node in range(count - 1, -1, -1):
+        if walk[node, 2] == 1:
+            best[node, 0] = tile_cost(walk[node, 4], path[node, 0], path[node, 1], tile_rows, prices)[0]
+            continue
+        best[node, 0] = _sequence(
+            node, 1, 0, path[node, 0], path[node, 1], 0.0, walk, tokens, best, runs, mix, tile_rows, prices, alone,
+            ends, rows, below_keys, least, queue, marks,
+        )  # fmt: skip
+    return best, cuts, runs
+
+
+@compiled
+def unmixed_total(walk: Ints, keys: Ints, cuts: Ints, tile_rows: Ints, prices: Floats) -> float:
+    """What the units cost, but for partial results, where the nodes that `cuts` `[n, 1]` says are cut and all others
+    folded, each node's own rows apart.
+    """
+    total, above = 0.0, np.zeros((len(walk), 2), np.int64)
+    for node in range(len(walk)):
+        parent = max(walk[node, 0], 0)
+        read, short = above[parent, 0] + keys[node, 0], above[parent, 1] + keys[node, 1]
+        rows = walk[node, 3] if cuts[node, 0] else walk[node, 4]
+        if rows:
+            total += tile_cost(rows, read, short, tile_rows, prices)[0]
+        above[node, 0], above[node, 1] = (0, 0) if cuts[node, 0] else (read, short)
+    return total
+
+
+@inlined
+def _tokens_below(walk: Ints, keys: Ints) -> Ints:
+    """Keys at or below each node."""
+    tokens = keys[:, 0].copy()
+    for node in range(len(walk) - 1, 0, -1):
+        tokens[walk[node, 0]] += tokens[node]
+    return tokens
+
+
+@inlined
+def _scratch(count: int, kinds: int) -> tuple[Floats, Floats, Ints, Ints, Ints, Ints, Ints]:
+    """Room for `_sequence` over up to `count` children: alone, least, ends, rows, keys, queue, marks."""
+    floats, ints = np.empty((2, count + 2)), np.empty((3, count + 2), np.int64)
+    queue, marks = np.empty((kinds, count + 2), np.int64), np.empty((2, kinds), np.int64)
+    return floats[0], floats[1], ints[0], ints[1], ints[2], queue, marks
+
+
+@inlined
 def _sequence(
     node: int,
     j: int,
+    column: int,
     pending: int,
     short: int,
     price: float,
@@ -256,7 +307,8 @@ def _sequence(
     marks: Ints,
 ) -> float:
     """The least cost of `node`'s own rows (unless j is 0: then it was cut) and of its children, with `j` nodes of
-    `pending` keys, `short` of them in short extents, above them; writes where runs end.
+    `pending` keys, `short` of them in short extents, above them; of that tells `column` of `best` and `runs`. Writes
+    where runs end.
     """
     count = 0
     rows[0] = keys[0] = 0
@@ -267,7 +319,7 @@ def _sequence(
         count = 1
     child = node + 1
     while child < node + walk[node, 2]:
-        alone[count], ends[count] = best[child, j], child + walk[child, 2]
+        alone[count], ends[count] = best[child, column], child + walk[child, 2]
         rows[count + 1], keys[count + 1] = rows[count] + walk[child, 3], keys[count] + tokens[child]
         count += 1
         child += walk[child, 2]
@@ -301,9 +353,9 @@ def _sequence(
         least[i] = low
         first = ends[i - 1] if i else node + 1
         if i == 0 and j and walk[node, 4]:
-            runs[node, j, 1] = end
+            runs[node, column, 1] = end
         else:
-            runs[first, j, 0] = end
+            runs[first, column, 0] = end
     total: float = least[0]
     return total
 
@@ -315,15 +367,17 @@ def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, pri
 
     First row and the row behind the last; the lowest pending node and how many are pending; the first node of the
     unit's own and the one behind the last; its rank, ascending on every row's path; its keys, and how many of them are
-    charged as mixed. And, `[n, 2]` for each node, what became of it (FOLDED, CUT or MIXED) and how many units read it.
+    charged as mixed. And for each node `[n]` whether it is CUT.
     """
-    fates = np.zeros((walk.shape[0], 2), np.int64)
     count, columns = walk.shape[0], cuts.shape[1]
     most_pending = columns - 1 if columns > 1 else count
-    pending = np.full(count, -1, np.int64)
+    fates, pending = np.zeros(count, np.int64), np.full(count, -1, np.int64)
+    above = np.zeros((count, 2), np.int64)
+    before = np.zeros(count + 1, np.int64)
+    for node in range(count):
+        before[node + 1] = before[node] + keys[node, 0]
     units = np.empty((count + 64, 9), np.int64)
-    made = 0
-    node = 0
+    made = node = 0
     while node < count:
         if walk[node, 0] < 0:
             pending[node] = 0
@@ -332,198 +386,78 @@ def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, pri
             node += 1
             continue
         first, own, end, depth = walk[node, 5], walk[node, 4], node + walk[node, 2], walk[node, 1]
+        read, short = above[node, 0] + keys[node, 0], above[node, 1] + keys[node, 1]
         child, below = node + 1, 0
         if cuts[node, min(j, columns - 1)]:
-            fates[node, 0] = CUT
-            read, short = _keys_above(node, j + 1, walk, keys)
+            fates[node] = CUT
             tile = tile_cost(walk[node, 3], read, short, tile_rows, prices)[1]
-            units, made = _add(
-                units, made, first, walk[node, 3], tile, walk[node, 0], j, node, node + 1, depth, read, short
-            )
+            unit = first, first + walk[node, 3], walk[node, 0], j, node, child, depth, read, short
+            units, made = _add(units, made, tile, unit)
+            read = short = 0
         else:
             below = min(j + 1, most_pending)
             stop = runs[node, min(below, columns - 1), 1]
             if own and stop < 0:
-                read, short = _keys_above(node, below, walk, keys)
                 tile = tile_cost(own, read, short, tile_rows, prices)[1]
-                units, made = _add(units, made, first, own, tile, node, below, child, child, depth + 1, read, short)
+                unit = first, first + own, node, below, child, child, depth + 1, read, short
+                units, made = _add(units, made, tile, unit)
             elif own:
-                units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, walk, keys)
+                inner, last = before[stop] - before[child], _end_of_rows(child, stop, first + own, walk)
+                unit = first, last, node, below, child, stop, depth + 1, read + inner, short + inner
+                units, made = _add(units, made, last - first, unit)
                 child = stop
         while child < end:
             stop = runs[child, min(below, columns - 1), 0]
             if stop < 0:
-                pending[child] = below
+                pending[child], above[child, 0], above[child, 1] = below, read, short
                 child += walk[child, 2]
                 continue
             first = walk[child, 5]
-            units, made = _add_run(units, made, first, node, below, child, stop, depth + 1, walk, keys)
+            inner, last = before[stop] - before[child], _end_of_rows(child, stop, first, walk)
+            unit = first, last, node, below, child, stop, depth + 1, read + inner, short + inner
+            units, made = _add(units, made, last - first, unit)
             child = stop
         node += 1
-    _count_readers(units[:made], walk, fates)
     return units[:made], fates
 
 
-@compiled
-def _count_readers(units: Ints, walk: Ints, fates: Ints) -> None:
-    for unit in range(units.shape[0]):
-        node = units[unit, 2]
-        for _ in range(units[unit, 3]):
-            fates[node, 1] += 1
-            node = walk[node, 0]
-        for own in range(units[unit, 4], units[unit, 5]):
-            fates[own, 1] += 1
-            if fates[own, 0] != CUT:
-                fates[own, 0] = MIXED
+@inlined
+def _end_of_rows(node: int, end: int, row: int, walk: Ints) -> int:
+    """The row behind those of all subtrees from `node` to `end`, the first of them at `row`."""
+    while node < end:
+        row = walk[node, 5] + walk[node, 3]
+        node += walk[node, 2]
+    return row
 
 
-@compiled
-def _keys_above(node: int, count: int, walk: Ints, keys: Ints) -> tuple[int, int]:
-    """Keys of `node` and the nodes above it, `count` in all, and how many of them lie in short extents."""
-    read = short = 0
-    for _ in range(count):
-        read, short = read + keys[node, 0], short + keys[node, 1]
-        node = walk[node, 0]
-    return read, short
-
-
-@compiled
-def _add(
-    units: Ints, made: int, first: int, rows: int, tile: int, above: int, j: int, node: int, end: int, rank: int,
-    keys: int, mixed: int,
-) -> tuple[Ints, int]:  # fmt: skip
-    """Units of `rows` rows in tiles of at most `tile`."""
-    stop = first + rows
+@inlined
+def _add(units: Ints, made: int, tile: int, unit: tuple[int, ...]) -> tuple[Ints, int]:
+    """A unit, in tiles of at most `tile` rows."""
+    first, stop = unit[0], unit[1]
     while first < stop:
         if made == len(units):
-            grown = np.empty((2 * made, 9), np.int64)
-            grown[:made] = units
-            units = grown
+            units = np.concatenate((units, np.empty_like(units)))
+        for column, value in enumerate(unit):
+            units[made, column] = value
         units[made, 0], units[made, 1] = first, min(first + tile, stop)
-        units[made, 2], units[made, 3], units[made, 4], units[made, 5] = above, j, node, end
-        units[made, 6], units[made, 7], units[made, 8] = rank, keys, mixed
         made += 1
         first += tile
     return units, made
 
 
 @compiled
-def _add_run(
-    units: Ints, made: int, first: int, above: int, j: int, node: int, end: int, rank: int, walk: Ints, keys: Ints
-) -> tuple[Ints, int]:
-    """One unit: rows from `first` to the end of the last subtree before `end`."""
-    stop = first
-    last = node
-    while last < end:
-        stop = walk[last, 5] + walk[last, 3]
-        last += walk[last, 2]
-    if last == node:
-        stop = first + walk[above, 4]
-    read, mixed = _keys_above(above, j, walk, keys)
-    inner = keys[node:end, 0].sum()
-    rows = stop - first
-    return _add(units, made, first, rows, rows, above, j, node, end, rank, read + inner, mixed + inner)
-
-
-@compiled
-def highest_positions(walk: Ints, positions: Ints) -> Ints:
-    """Of the rows at or below each node, `[n]`; positions `[rows]`, in the walk's order."""
-    highest = np.full(walk.shape[0], -1, np.int64)
-    for at in range(walk.shape[0] - 1, -1, -1):
-        if walk[at, 4]:
-            highest[at] = max(highest[at], positions[walk[at, 5] + walk[at, 4] - 1])
-        if walk[at, 0] >= 0:
-            highest[walk[at, 0]] = max(highest[walk[at, 0]], highest[at])
-    return highest
-
-
-@compiled
-def fill_segments(
-    units: Ints, limits: Ints, nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, positions: Ints, least_run: int,
-    weight: int, unit_table: Ints, segment_table: Ints,
-) -> tuple[int, int]:  # fmt: skip
-    """The segments of every unit, root first, and the units anew, those with a limit split along their keys.
-
-    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, a mixed one counted
-    `weight` times, 0 for no limit; an extent of fewer than `least_run` keys counts as mixed; the rest as in `Paths`.
-    Fills `unit_table [pieces, 8]`: first row, row behind the last, first segment and the one behind the last, rank,
-    piece, keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, the rows that see it
-    (from, to), whether it grows, room. Returns how many units and segments there are, whether or not the tables hold
-    them all.
+def readers(units: Ints, walk: Ints, fates: Ints) -> tuple[Ints, Ints]:
+    """How many units read each node, `[n]`, and what became of it, `[n]`: FOLDED, CUT or MIXED; `fates` says which are
+    cut.
     """
-    highest = highest_positions(walk, positions)
-    chain = np.empty(walk.shape[0], np.int64)
-    state = np.zeros(7, np.int64)
+    counts, fates = np.zeros(len(walk), np.int64), fates.copy()
     for unit in range(units.shape[0]):
-        first_row, stop_row, pending = units[unit, 0], units[unit, 1], units[unit, 3]
-        newest = positions[first_row:stop_row].max()
-        limit = limits[unit] if limits[unit] else np.iinfo(np.int64).max
-        state[PIECE], state[LEFT] = 0, limit
-        at = units[unit, 2]
-        for member in range(pending - 1, -1, -1):
-            chain[member] = at
-            at = walk[at, 0]
-        for member in range(pending):
-            _read_node(
-                chain[member], first_row, stop_row, newest, False, limit, state, units, unit, nodes, extents, lowest,
-                walk, least_run, weight, unit_table, segment_table,
-            )  # fmt: skip
-        for at in range(units[unit, 4], units[unit, 5]):
-            low, high = max(first_row, walk[at, 5]), min(stop_row, walk[at, 5] + walk[at, 3])
-            masked = low > first_row or high < stop_row
-            seen = min(newest, highest[at])
-            _read_node(
-                at, low, high, seen, masked, limit, state, units, unit, nodes, extents, lowest, walk, least_run,
-                weight, unit_table, segment_table,
-            )  # fmt: skip
-        _close(state, units, unit, unit_table)
-    return state[UNITS], state[SEGMENTS]
-
-
-@compiled
-def _read_node(
-    at: int, low: int, high: int, newest: int, masked: bool, limit: int, state: Ints, units: Ints, unit: int,
-    nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, least_run: int, weight: int, unit_table: Ints,
-    segment_table: Ints,
-) -> None:  # fmt: skip
-    """The segments of all nodes that stand at place `at`, up to position `newest`, for the rows `[low, high)`."""
-    alone = walk[at, 3] == 1 and walk[at, 4] == 1
-    for step in range(walk[at, 6] - 1, -1, -1):
-        node = lowest[at]
-        for _ in range(step):
-            node = nodes[node, PARENT]
-        position, end = nodes[node, START], nodes[node, START] + nodes[node, LENGTH]
-        for extent in range(nodes[node, FIRST_EXTENT], nodes[node, STOP_EXTENT]):
-            slot, length = extents[extent, 0], min(extents[extent, 1], newest - position + 1)
-            short = masked or extents[extent, 1] < least_run
-            each = weight if short else 1
-            while length > 0:
-                if state[LEFT] < each:
-                    _close(state, units, unit, unit_table)
-                    state[PIECE], state[LEFT] = state[PIECE] + 1, limit
-                part = min(length, state[LEFT] // each)
-                made = state[SEGMENTS]
-                if made < len(segment_table):
-                    grows = alone and step == 0 and position + part == end
-                    segment_table[made, 0], segment_table[made, 1], segment_table[made, 2] = slot, part, position
-                    segment_table[made, 3], segment_table[made, 4], segment_table[made, 5] = low, high, grows
-                    segment_table[made, 6] = nodes[node, ROOM] if grows else 0
-                state[SEGMENTS] += 1
-                state[KEYS] += part
-                state[MIXED_KEYS] += part if short else 0
-                state[LEFT] -= part * each
-                slot, position, length = slot + part, position + part, length - part
-
-
-@compiled
-def _close(state: Ints, units: Ints, unit: int, unit_table: Ints) -> None:
-    """End the unit, or the piece of it, whose segments were read last."""
-    made = state[UNITS]
-    if made < len(unit_table):
-        unit_table[made, 0], unit_table[made, 1] = units[unit, 0], units[unit, 1]
-        unit_table[made, 2], unit_table[made, 3] = state[BEGUN], state[SEGMENTS]
-        unit_table[made, 4], unit_table[made, 5] = units[unit, 6], state[PIECE]
-        unit_table[made, 6], unit_table[made, 7] = state[KEYS], state[MIXED_KEYS]
-    state[UNITS] += 1
-    state[BEGUN] = state[SEGMENTS]
-    state[KEYS] = state[MIXED_KEYS] = 0
+        node = units[unit, 2]
+        for _ in range(units[unit, 3]):
+            counts[node] += 1
+            node = walk[node, 0]
+        for own in range(units[unit, 4], units[unit, 5]):
+            counts[own] += 1
+            if fates[own] != CUT:
+                fates[own] = MIXED
+    return counts, fates

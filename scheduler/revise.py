@@ -1,6 +1,5 @@
 """A plan for the same leaves a step later, where some of them have ended and some have gone on to a new extent."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +7,15 @@ from numpy.typing import NDArray
 
 from radixgen.cache import Columns
 from radixgen.core import Plan
-from radixgen.core.compiled import compiled
+from radixgen.core.compiled import compiled, inlined
 from radixgen.core.plan import Int32Array, Int64Array
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+_Units = tuple[
+    Int32Array, Int32Array, Int32Array, Floats, Int64Array, Int32Array, Int32Array, Int32Array, Int32Array, Int64Array,
+    Int32Array,
+]  # fmt: skip
 
 
 class Followed(NamedTuple):
@@ -29,11 +33,15 @@ class Followed(NamedTuple):
 @compiled
 def _follow(
     old_ids: Int32Array, old_positions: Int32Array, ids: Int32Array, positions: Int32Array, start: Int32Array,
-    scheduled: Int32Array, reserved: Int32Array, extended: Int64Array, extension: Int64Array, version: int,
+    scheduled: Int32Array, reserved: Int32Array, extended: Int64Array, extension: Int64Array, changed: Int64Array,
+    nodes: Int64Array, version: int,
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
     kept, slots = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
     found = num_extended = 0
+    for node in nodes:
+        if changed[node] > version:
+            return False, kept, slots, rooms, 0
     for row in range(old_ids.size):
         if found == ids.size or old_ids[row] != ids[found]:
             continue
@@ -51,6 +59,7 @@ def _follow(
 def follow(
     columns: Columns,
     version: int,
+    nodes: Int64Array,
     old_ids: Int32Array,
     old_positions: Int32Array,
     ids: Int32Array,
@@ -58,28 +67,20 @@ def follow(
 ) -> Followed | None:
     """What became of rows in the leaves `old_ids` at `old_positions` since the tree's `version`: `ids` `[n]` and
     `positions` are those of the step to come. None where these are not some of the leaves, in their order, each with
-    its row on its last token, one further than before.
+    its row on its last token, one further than before; or where any of `nodes`, all that the plan reads, has changed in
+    more than length.
     """
     follows, kept, slots, rooms, num_extended = _follow(
         old_ids, old_positions, ids, positions, columns.start, columns.scheduled, columns.reserved, columns.extended,
-        columns.extension, version,
+        columns.extension, columns.changed, nodes, version,
     )  # fmt: skip
     return Followed(kept, slots, rooms, num_extended) if follows else None
 
 
-@compiled
-def _shift(stays: Bools) -> Int64Array:
-    """How many rows stay before each one, and in all: `[rows + 1]`."""
-    before = np.zeros(stays.size + 1, np.int64)
-    for row in range(stays.size):
-        before[row + 1] = before[row] + stays[row]
-    return before
-
-
-@compiled
-def _remap(ranges: Int32Array, before: Int64Array) -> tuple[Int32Array, Int64Array]:
+@inlined
+def _remap(ranges: Int32Array, before: Int32Array) -> tuple[Int32Array, Int32Array]:
     """The ranges of rows `[n, 2]` that still hold some, by their new numbers, and which these are."""
-    rows, which = np.empty_like(ranges), np.empty(len(ranges), np.int64)
+    rows, which = np.empty_like(ranges), np.empty(len(ranges), np.int32)
     made = 0
     for index in range(len(ranges)):
         low, high = before[ranges[index, 0]], before[ranges[index, 1]]
@@ -90,30 +91,56 @@ def _remap(ranges: Int32Array, before: Int64Array) -> tuple[Int32Array, Int64Arr
 
 
 @compiled
-def _segments(
-    before: Int64Array, slots: Int64Array, rooms: Int32Array, positions: Int32Array, units: Int64Array,
-    unit_segments: Int32Array, starts: Int64Array, lengths: Int32Array, firsts: Int32Array, readers: Int32Array,
-    growing: Bools,
-) -> tuple[Int32Array, Int64Array, Int32Array, Int32Array, Int32Array, Int32Array, Int64Array]:  # fmt: skip
-    """The segments of `units` that still have readers, those that grow by one key more or with one behind them.
-
-    Returns each unit's range, starts, lengths, first positions, readers, rooms, and which of them grow.
+def _rows(
+    kept: Bools, slots: Int64Array, rooms: Int32Array, order: Int64Array, extra: Int32Array, positions: Int32Array
+) -> tuple[Int32Array, Int64Array, Int32Array, Int64Array, Int32Array, Int32Array]:
+    """In the plan's order: how many rows stay before each one, and in all, `[rows + 1]`; slots and rooms; of the rows
+    that stay, their new order, extra and positions.
     """
+    size = order.size
+    before, shift = np.zeros((2, size + 1), np.int32)
+    to_slots, to_order = np.empty((2, size), np.int64)
+    to_rooms, to_extra, to_positions = np.empty((3, size), np.int32)
+    for row in range(size):
+        shift[row + 1] = shift[row] + kept[row]
+    for row in range(size):
+        old, at = order[row], before[row]
+        to_slots[row], to_rooms[row] = slots[old], rooms[old]
+        to_order[at], to_extra[at], to_positions[at] = shift[old], extra[row], positions[row] + 1
+        before[row + 1] = at + kept[old]
+    made = before[size]
+    return before, to_slots, to_rooms, to_order[:made], to_extra[:made], to_positions[:made]
+
+
+@compiled
+def _units(
+    before: Int32Array, slots: Int64Array, rooms: Int32Array, positions: Int32Array, growing: Int64Array,
+    unit_rows: Int32Array, unit_segments: Int32Array, ranks: Int32Array, costs: Floats, starts: Int64Array,
+    lengths: Int32Array, firsts: Int32Array, readers: Int32Array, path_rows: Int32Array,
+) -> _Units:  # fmt: skip
+    """The units that still have rows, and of their segments those that still have readers; of these the growing ones
+    have one key more, or one with one key behind them.
+    """
+    rows, units = _remap(unit_rows, before)
     most = starts.size + positions.size
-    ranges, grown = np.empty((units.size, 2), np.int32), np.empty(positions.size, np.int64)
-    to_start, to_length, to_first = np.empty(most, np.int64), np.empty(most, np.int32), np.empty(most, np.int32)
+    ranges, to_ranks, to_costs = np.empty_like(rows), np.empty(units.size, np.int32), np.empty(units.size)
+    to_start, grown = np.empty(most, np.int64), np.empty(positions.size, np.int64)
+    to_length, to_first = np.empty((2, most), np.int32)
     to_readers, to_room = np.empty((most, 2), np.int32), np.zeros(most, np.int32)
-    made = grows = 0
+    made = grows = grew = 0
     for place in range(units.size):
-        ranges[place, 0] = made
-        for old in range(unit_segments[units[place], 0], unit_segments[units[place], 1]):
+        unit = units[place]
+        ranges[place, 0], to_ranks[place], to_costs[place] = made, ranks[unit], costs[unit]
+        for old in range(unit_segments[unit, 0], unit_segments[unit, 1]):
             row = readers[old, 0]
             low, high = before[row], before[readers[old, 1]]
             if low == high:
                 continue
             to_start[made], to_length[made], to_first[made] = starts[old], lengths[old], firsts[old]
             to_readers[made, 0], to_readers[made, 1] = low, high
-            if growing[old]:
+            while grew < growing.size and growing[grew] < old:
+                grew += 1
+            if grew < growing.size and growing[grew] == old:
                 if slots[row] < 0:
                     to_length[made] += 1
                 else:
@@ -124,7 +151,10 @@ def _segments(
                 grows += 1
             made += 1
         ranges[place, 1] = made
-    return ranges, to_start[:made], to_length[:made], to_first[:made], to_readers[:made], to_room[:made], grown[:grows]
+    return (
+        rows, ranges, to_ranks, to_costs, to_start[:made], to_length[:made], to_first[:made], to_readers[:made],
+        to_room[:made], grown[:grows], _remap(path_rows, before)[0],
+    )  # fmt: skip
 
 
 def revise(plan: Plan, followed: Followed) -> Plan:
@@ -133,34 +163,31 @@ def revise(plan: Plan, followed: Followed) -> Plan:
     Units left without rows are dropped, the others read what they read before: a revised plan is exact, and about as
     good as the one before it.
     """
-    kept, slots, rooms, _ = followed
-    order = plan.row_order
-    stays = kept[order]
-    before = _shift(stays)
-    unit_rows, units = _remap(plan.unit_rows, before)
-    grows = np.zeros(plan.segment_starts.size, np.bool_)
-    grows[plan.growing] = True
-    unit_segments, starts, lengths, positions, readers, room, growing = _segments(
-        before, slots[order], rooms[order], plan.row_positions, units, plan.unit_segments, plan.segment_starts,
-        plan.segment_lengths, plan.segment_positions, plan.segment_rows, grows,
+    before, slots, rooms, order, extra, positions = _rows(
+        followed.kept, followed.slots, followed.rooms, plan.row_order, plan.row_extra, plan.row_positions
+    )
+    units = _units(
+        before, slots, rooms, plan.row_positions, plan.growing, plan.unit_rows, plan.unit_segments, plan.unit_rank,
+        plan.unit_cost, plan.segment_starts, plan.segment_lengths, plan.segment_positions, plan.segment_rows,
+        plan.path_rows,
     )  # fmt: skip
-    return replace(
-        plan,
-        row_positions=plan.row_positions[stays] + np.int32(1),
-        row_order=_shift(kept)[order[stays]],
-        row_extra=plan.row_extra[stays],
+    unit_rows, unit_segments, ranks, costs, starts, lengths, firsts, readers, room, growing, path_rows = units
+    return Plan(
+        row_positions=positions,
+        row_order=order,
+        row_extra=extra,
         unit_rows=unit_rows,
         unit_segments=unit_segments,
-        unit_rank=plan.unit_rank[units],
-        unit_cost=plan.unit_cost[units],
+        unit_rank=ranks,
+        unit_cost=costs,
+        tile_rows=plan.tile_rows,
+        predicted=plan.predicted,
         segment_starts=starts,
         segment_lengths=lengths,
-        segment_positions=positions,
+        segment_positions=firsts,
         segment_rows=readers,
         segment_room=room,
         growing=growing,
-        path_rows=_remap(plan.path_rows, before)[0],
-        age=0,
-        _origin=None,
-        _windowed={},
+        path_rows=path_rows,
+        nodes=plan.nodes,
     )

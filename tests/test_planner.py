@@ -13,8 +13,9 @@ from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
 from radixgen.kernels.geometry import Geometry
+from radixgen.scheduler.forest import walk_paths
 from radixgen.scheduler.partition import partition
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan, walk_paths
+from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan
 
 COSTS = [
     CostModel(),
@@ -264,9 +265,8 @@ def small_trees(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
 def _cheapest_cost(tree: tuple[list[int], list[int], list[int]], cost: CostModel) -> float:
     forest, nodes, positions = trees.lay_out(tree)
     paths = walk_paths(forest, nodes, positions, cost.least_run)
-    allowed = np.ones(len(paths.walk), np.int64)
     price, depth = cost.partial * cost.group, len(paths.walk)
-    return float(partition(paths.walk, paths.keys, allowed, cost.mix, *cost.columns(), price, depth)[0][0, 0])
+    return float(partition(paths.walk, paths.keys, cost.mix, *cost.columns(), price, depth)[0][0, 0])
 
 
 SHIPPED = [

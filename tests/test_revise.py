@@ -168,17 +168,17 @@ def test_an_id_that_another_node_took_over_is_not_carried(monkeypatch: pytest.Mo
 @given(st.lists(st.booleans(), min_size=6, max_size=6), st.integers(0, 5))
 def test_rows_are_followed_by_leaf_and_position(drawn: list[bool], other: int) -> None:
     tree, cursors = grown(6, 2)
-    version, old = tree.version, rows(cursors)
+    version, old, nodes = tree.version, rows(cursors), rows(cursors)[0].astype(np.int64)
     stay = np.flatnonzero(drawn)
     step(tree, [cursors[i] for i in stay], 3)
     ids, positions = old[0][stay], old[1][stay] + 1
-    followed = follow(tree.columns, version, *old, ids, positions)
+    followed = follow(tree.columns, version, nodes, *old, ids, positions)
     assert followed is not None and followed.kept.tolist() == drawn
     if stay.size > 1:
-        assert follow(tree.columns, version, *old, ids[::-1].copy(), positions[::-1].copy()) is None
+        assert follow(tree.columns, version, nodes, *old, ids[::-1].copy(), positions[::-1].copy()) is None
     if other not in stay:
         more = np.append(ids, old[0][other]), np.append(positions, old[1][other] + 1)
-        assert follow(tree.columns, version, *old, *more) is None
+        assert follow(tree.columns, version, nodes, *old, *more) is None
     elif stay.size:
         positions[np.flatnonzero(stay == other)] -= 1
-        assert follow(tree.columns, version, *old, ids, positions) is None
+        assert follow(tree.columns, version, nodes, *old, ids, positions) is None

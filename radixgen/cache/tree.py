@@ -9,8 +9,7 @@ and, behind them, a reserved tail into which a leaf grows.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +28,6 @@ class Node:
 
     __slots__ = (
         "_buffer",
-        "_extent_array",
         "_heap_entry",
         "_offset",
         "_owns_tail",
@@ -66,7 +64,6 @@ class Node:
         self.last_used = 0
         self.serial = 0
         self.id = -1
-        self._extent_array: NDArray[np.int64] | None = None
         self._buffer = buffer
         self._offset = 0
         self._owns_tail = True
@@ -133,13 +130,6 @@ class Node:
             return pieces[0]
         return np.concatenate(pieces[::-1]) if pieces else np.empty(0, np.int64)
 
-    def extent_array(self) -> NDArray[np.int64]:
-        """The extents as `[extents, 2]`: start and length."""
-        if self._extent_array is None:
-            flat = np.fromiter(chain.from_iterable(self.extents), np.int64, 2 * len(self.extents))
-            self._extent_array = flat.reshape(-1, 2)
-        return self._extent_array
-
     def __repr__(self) -> str:
         return (
             f"Node(id={self.id}, start={self.start}, known={self.known}, scheduled={self.scheduled}, "
@@ -196,22 +186,31 @@ class Columns:
         self.reserved = np.zeros(64, np.int32)
         self.num_extents = np.zeros(64, np.int32)
         self.first_slot = np.zeros(64, np.int64)
+        self.first_extent = np.zeros(64, np.int64)
+        """Of a node with several extents, the place of the first in `extents`"""
+        self.extent_room = np.zeros(64, np.int32)
+        """How many have room there"""
+        self.place = np.full(64, -1, np.int64)
+        """For whoever renumbers nodes: -1 before and after"""
         self.extended = np.zeros(64, np.int64)
         """The tree's version when the last scheduled token got a slot that does not follow the one before it"""
         self.extension = np.zeros(64, np.int64)
         """That slot"""
         self.changed = np.zeros(64, np.int64)
         """The tree's version when a plan last became wrong by anything else"""
+        self.extents = np.zeros((64, 2), np.int64)
+        """Start and length, those of one node one after the other"""
+        self._num_extents = 0
 
     def fit(self, size: int) -> None:
         """Grow every column to hold ids below `size`."""
         if size > self.parent.size:
             for name, column in vars(self).items():
-                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+                if isinstance(column, np.ndarray) and column.ndim == 1:
+                    setattr(self, name, np.concatenate([column, np.full_like(column, -1 if name == "place" else 0)]))
 
     def write(self, node: Node) -> None:
         """Take over everything that the node says of itself, after any change of its extents."""
-        node._extent_array = None
         row = node.id
         self.parent[row] = node.parent.id if node.parent else -1
         self.start[row] = node.start
@@ -220,6 +219,19 @@ class Columns:
         self.num_extents[row] = len(node.extents)
         if node.extents:
             self.first_slot[row] = node.extents[0].start
+        if len(node.extents) > 1:
+            place = self._extent_place(row, len(node.extents))
+            self.extents[place : place + len(node.extents)] = node.extents
+
+    def _extent_place(self, row: int, count: int) -> int:
+        """Where the node's extents stand; with room for twice as many where `count` did not fit."""
+        if count > self.extent_room[row]:
+            stop = self._num_extents + 2 * count
+            while stop > len(self.extents):
+                self.extents = np.concatenate([self.extents, np.zeros_like(self.extents)])
+            self.first_extent[row], self.extent_room[row] = self._num_extents, 2 * count
+            self._num_extents = stop
+        return int(self.first_extent[row])
 
 
 class RadixTree:
@@ -270,18 +282,6 @@ class RadixTree:
 
     def nodes(self) -> Iterator[Node]:
         return (node for node in self._nodes if node is not None)
-
-    def with_ancestors(self, node_ids: Iterable[int]) -> list[int]:
-        """The ids of these nodes and of all nodes above them, each once."""
-        found = dict.fromkeys(node_ids)
-        waiting = list(found)
-        for node_id in waiting:
-            node = self._nodes[node_id]
-            above = node.parent if node else None
-            if above is not None and above.id not in found:
-                found[above.id] = None
-                waiting.append(above.id)
-        return waiting
 
     @property
     def num_nodes(self) -> int:
@@ -579,6 +579,10 @@ class RadixTree:
         assert columns.reserved[node.id] == node.reserved
         assert columns.num_extents[node.id] == len(node.extents)
         assert not node.extents or columns.first_slot[node.id] == node.extents[0].start
+        if len(node.extents) > 1:
+            place = columns.first_extent[node.id]
+            assert columns.extents[place : place + len(node.extents)].tolist() == [list(e) for e in node.extents]
+        assert columns.place[node.id] == -1
         if self._stamps is not None and node.computed:
             expected = self._prefix_stamps(node)[: node.computed]
             found = self._stamps[node.slots(0, node.computed)]

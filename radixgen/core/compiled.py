@@ -20,3 +20,13 @@ def compiled(function: Function) -> Function:
         return function
     result: Function = njit(cache=True, error_model="numpy")(function)
     return result
+
+
+def inlined(function: Function) -> Function:
+    """As `compiled`, for a part of compiled loops: its body stands in its caller's place, since handing over a dozen
+    arrays costs more than most of what is done with them.
+    """
+    if njit is None:
+        return function
+    result: Function = njit(cache=True, error_model="numpy", inline="always")(function)
+    return result
