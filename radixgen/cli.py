@@ -96,6 +96,8 @@ def generate(
                 "id": request.get("id", output.request_id),
                 "num_prompt_tokens": len(output.prompt_token_ids),
                 "num_cached_tokens": output.num_cached_tokens,
+                "num_shared_tokens": output.num_shared_tokens,
+                "sharing_ended": output.sharing_ended and asdict(output.sharing_ended),
                 "outputs": [asdict(one) for one in output.outputs],
             }
             print(json.dumps(line, ensure_ascii=False))

@@ -92,8 +92,8 @@ def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
         "AsyncEngine", "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "InvalidRequest",
         "LimitReached", "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed",
-        "RequestOutput", "SamplingParams", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel",
-        "__version__",
+        "RequestOutput", "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest",
+        "UnsupportedModel", "__version__",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):
