@@ -22,7 +22,7 @@ LAYERS = [
     {"input_processor", "output_processor"},
     {"engine"},
     {"async_engine"},
-    {"progress", "tree_view", "demo", "cli", "__main__"},
+    {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in (*ROOT.rglob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scheduler/*.py")))
