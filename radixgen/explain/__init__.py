@@ -74,13 +74,13 @@ class Report:
     @property
     def saving(self) -> float:
         """The share of tokens that sharing saves at the best."""
-        return 1 - self.distinct_tokens / max(self.tokens, 1)
+        return 1 - self.distinct_tokens / self.tokens if self.tokens else 0.0
 
     @property
     def saving_remedied(self) -> float:
         """The same with every divergence remedied."""
         saved = sum(one.saved_tokens for one in self.divergences)
-        return 1 - (self.distinct_tokens - saved) / max(self.tokens, 1)
+        return self.saving + saved / max(self.tokens, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """All but the tree, for JSON."""
@@ -141,12 +141,13 @@ def _told(pieces: Pieces, log: Sequence[Prompt], found: Found, alone: int, saved
     one, two = (log[edit.number].row for edit in found.examples)
     first, second = (edit.first for edit in found.examples)
     before = pieces.text_of(one[:first])
-    common = found.texts[0][: common_len(found.texts)]
+    common = common_len(found.texts)
+    above = before + found.texts[0][:common] + max((_breaks(text[common:]) for text in found.texts), key=len)
     here, there = _varying(found)
     return Divergence(
         kind=found.kind,
         remedy=_REMEDIES.get(found.kind, "moved to the end"),
-        line=1 + before.count("\n") + common.count("\n"),
+        line=1 + above.count("\n"),
         position=_tokens(pieces, one[:first]) + _common(pieces, one[first:], two[second:]),
         frame=found.frame.strip()[:_SHOWN_CHARACTERS],
         here=here[:_SHOWN_CHARACTERS],
@@ -157,6 +158,11 @@ def _told(pieces: Pieces, log: Sequence[Prompt], found: Found, alone: int, saved
         saved_alone=alone,
         saved_tokens=saved,
     )
+
+
+def _breaks(text: str) -> str:
+    """The white space that `text` begins with."""
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _varying(found: Found) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ _MIN_SHARE = 0.005
 """Of all tokens, how much must stand behind a divergence twice before it is looked at."""
 _MAX_PIECES = 8_000_000
 """Pieces looked at in one search, below the branches with the most tokens."""
-_MAX_ORDER = 512
-"""Pieces that may be in another order."""
+_MAX_ALIKE = 512
+"""Pieces that may differ in order or white space alone."""
 _SAMPLES = 64
 
 
@@ -143,10 +144,10 @@ class _Search:
             return None
         common = np.zeros(len(self.pieces.texts), np.bool_)
         common[held[(times > 1) & (2 * times > children[-1])]] = True
-        if size := _reordered(self.pieces, rests, children):
-            regions = [tuple(rest[:size].tolist()) for rest in rests]
-        else:
-            regions = [tuple(rest[: _first(common[rest])].tolist()) for rest in rests]
+        sizes = _respaced(self.pieces, rests, children) or _reordered(self.pieces, rests, children)
+        if sizes is None:
+            sizes = [_first(common[rest]) for rest in rests]
+        regions = [tuple(rest[:size].tolist()) for rest, size in zip(rests, sizes, strict=True)]
         found = self._healed(numbers, depth, regions)
         if found is not None:
             found.blocked_tokens = blocked
@@ -213,7 +214,9 @@ def heal(counts: Counter[str]) -> Healing:
         groups.setdefault(masked(text[window]), []).append(text)
     largest = max(groups.values(), key=lambda group: (len(group) > 1, sum(counts[text] for text in group)))
     if len(largest) > 1 and 2 * sum(counts[text] for text in largest) >= counts.total():
-        return _moved(difference(largest), texts)
+        differs = difference(largest)
+        if differs.kind != "text":
+            return _moved(differs, texts)
     if (same := _same_but(counts, in_order)) is not None:
         return Healing("order", in_order(next(iter(same))), same)
     return _moved(difference(texts), texts)
@@ -236,22 +239,54 @@ def _same_but(counts: Counter[str], form: Callable[[str], str]) -> dict[str, tup
     return {text: (chosen.setdefault(form(text), text), "") for text in common}
 
 
-def _reordered(pieces: Pieces, rests: list[Row], children: NDArray[np.int64]) -> int:
-    """How many pieces two of the branches, those of the most prompts, have in another order; 0 where they are not the
-    same pieces.
-    """
-    largest = np.argsort(-np.bincount(children), kind="stable")[:2]
-    one, two = (rests[int(np.searchsorted(children, child))][:_MAX_ORDER].tolist() for child in largest)
+def _respaced(pieces: Pieces, rests: list[Row], children: NDArray[np.int64]) -> list[int] | None:
+    """How many pieces of each of `rests` are the same but for white space; None where most branches differ in more."""
+    heads = [rests[int(np.searchsorted(children, child))] for child in _largest(children)[:_SAMPLES]]
+    same = _spaceless(pieces, heads[0])[0]
+    cuts = Counter(end for head in heads for end in _same_ends(pieces, head, same))
+    end = max(cuts, key=lambda one: (cuts[one], -one), default=0)
+    if not end or cuts[end] < 2 or 2 * cuts[end] < len(heads):
+        return None
+    return [_same_ends(pieces, rest, same[:end]).get(end, 0) for rest in rests]
+
+
+def _same_ends(pieces: Pieces, row: Row, same: str) -> dict[int, int]:
+    """Lengths of `same`, at which a piece of `row` ends that has begun with it but for white space, and which piece."""
+    text, ends = _spaceless(pieces, row)
+    length = common_len((text, same))
+    return {end: size for size, end in enumerate(ends, 1) if 0 < end <= length}
+
+
+def _spaceless(pieces: Pieces, row: Row) -> tuple[str, list[int]]:
+    parts = [without_spaces(pieces.texts[piece]) for piece in row[:_MAX_ALIKE]]
+    return "".join(parts), list(accumulate(map(len, parts)))
+
+
+def _reordered(pieces: Pieces, rests: list[Row], children: NDArray[np.int64]) -> list[int] | None:
+    """How many pieces of each of `rests` are the same in another order; None where no two branches have the same."""
+    heads = [rests[int(np.searchsorted(children, child))] for child in _largest(children)[:_SAMPLES]]
+    size = max((_balanced(pieces, heads[0], head) for head in heads[1:]), default=0)
+    return [min(size, rest.size) for rest in rests] if size > 1 else None
+
+
+def _balanced(pieces: Pieces, one: Row, two: Row) -> int:
+    """The number of first pieces, at least 1, that are the same in both, each as often, commas aside; 0 for none."""
     balance: Counter[str] = Counter()
-    for size, pair in enumerate(zip(one, two, strict=False), 1):
+    for size, pair in enumerate(zip(one[:_MAX_ALIKE], two[:_MAX_ALIKE], strict=False), 1):
         for piece, step in zip(pair, (1, -1), strict=True):
             key = pieces.texts[piece].strip().rstrip(",")
             balance[key] += step
             if not balance[key]:
                 del balance[key]
         if not balance:
-            return size if size > 1 else 0
+            return size
     return 0
+
+
+def _largest(children: NDArray[np.int64]) -> list[int]:
+    """The children, those of the most prompts first."""
+    found: list[int] = np.argsort(-np.bincount(children), kind="stable").tolist()
+    return found
 
 
 def _first(true: NDArray[np.bool_]) -> int:
