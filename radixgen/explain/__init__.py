@@ -108,20 +108,17 @@ def explain(prompts: Sequence[Written | Sequence[int]], tokenizer: "PreTrainedTo
     del rows
     least = max(1, int(_MIN_SAVING * tokens))
     found: list[Divergence] = []
-    now, left, vain = log, distinct, set[tuple[Kind, str]]()
+    now, left, candidates = log, distinct, divergences(pieces, log)
     for _ in range(_MAX_TRIALS):
-        candidates = [one for one in divergences(pieces, now) if (one.kind, one.frame) not in vain]
         if not candidates or len(found) == _MAX_DIVERGENCES:
             break
-        worst = candidates[0]
+        worst = candidates.pop(0)
         remedied = apply(now, worst.edits)
         fewer = _count(pieces, remedied)
-        if left - fewer < least:
-            vain.add((worst.kind, worst.frame))
-            continue
-        alone = left - fewer if now is log else distinct - _count(pieces, apply(log, worst.edits))
-        found.append(_told(pieces, log, worst, alone, left - fewer))
-        now, left = remedied, fewer
+        if left - fewer >= least:
+            alone = distinct - _count(pieces, apply(log, worst.edits)) if found else left - fewer
+            found.append(_told(pieces, log, worst, alone, left - fewer))
+            now, left, candidates = remedied, fewer, divergences(pieces, remedied)
     return Report(len(log), tokens, distinct, found, tree)
 
 
@@ -152,7 +149,7 @@ def _told(pieces: Pieces, log: Sequence[Prompt], found: Found, alone: int, saved
         frame=found.frame.strip()[:_SHOWN_CHARACTERS],
         here=here[:_SHOWN_CHARACTERS],
         there=there[:_SHOWN_CHARACTERS],
-        prompts=found.prompts,
+        prompts=len({edit.number for edit in found.edits}),
         variants=found.variants,
         blocked_tokens=found.blocked_tokens,
         saved_alone=alone,

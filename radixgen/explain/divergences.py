@@ -52,7 +52,6 @@ class Found:
     """What stands around the varying text."""
     blocked_tokens: int = 0
     """Tokens behind it that stand behind another of its branches too, once for each branch but the first"""
-    prompts: int = 0
     variants: int = 0
     edits: list[Edit] = field(default_factory=list)
     examples: tuple[Edit, ...] = ()
@@ -77,6 +76,8 @@ def apply(prompts: Sequence[Prompt], edits: Sequence[Edit]) -> list[Prompt]:
     for edit in edits:
         prompt = edited[edit.number]
         first, stop = np.searchsorted(prompt.origin, (edit.first, edit.stop)).tolist()
+        if not edit.moved and edit.pieces == tuple(prompt.row[first:stop].tolist()):
+            continue
         row = [*prompt.row[:first], *edit.pieces, *prompt.row[stop:]]
         origin = [*prompt.origin[:first], *[edit.first] * len(edit.pieces), *prompt.origin[stop:]]
         edited[edit.number] = Prompt(np.array(row, np.int32), np.array(origin, np.int32), prompt.moved + edit.moved)
@@ -94,9 +95,9 @@ def divergences(pieces: Pieces, prompts: Sequence[Prompt]) -> list[Found]:
         whole = groups.setdefault((found.kind, found.frame), found)
         if whole is not found:
             whole.blocked_tokens += found.blocked_tokens
-            whole.prompts += found.prompts
             whole.variants += found.variants
-            whole.edits += found.edits
+            edited = {edit.number: edit.stop for edit in whole.edits}
+            whole.edits += [edit for edit in found.edits if edit.first >= edited.get(edit.number, 0)]
     return sorted(groups.values(), key=lambda one: -one.blocked_tokens)
 
 
@@ -176,10 +177,8 @@ class _Search:
                 continue
             stop = _place(self.prompts[number].origin, depth + len(region))
             edit = Edit(number, place, stop, put[text], moved[text])
-            found.prompts += 1
             first_of.setdefault(text, edit)
-            if moved[text] or put[text] != region:
-                found.edits.append(edit)
+            found.edits.append(edit)
         found.variants = len(first_of)
         found.texts = tuple(text for text, _ in counts.most_common() if text in first_of)[:2]
         found.examples = tuple(first_of[text] for text in found.texts)

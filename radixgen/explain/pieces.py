@@ -26,7 +26,7 @@ _PROBE = "".join(
     )
 )
 """Every sort of place where a text may be cut."""
-_WORD = re.compile(r"[^\S\x1c-\x1f]*(?:\S|[\x1c-\x1f])+|\s+")
+_WORD = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")
 
 
 class Written(NamedTuple):

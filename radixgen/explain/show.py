@@ -14,7 +14,7 @@ _MARKS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "␍"})
 
 def shown(report: Report, decode: Decode) -> Iterator[RenderableType]:
     """The parts of the report, from the summary to what can be saved. `decode` turns tokens into text."""
-    yield picture(snapshot(report.tree, decode), children=4, depth=2)
+    yield picture(snapshot(report.tree, decode), children=4, depth=3)
     yield Text.assemble(
         f"{report.prompts:,} prompts of {report.tokens:,} tokens, {report.distinct_tokens:,} distinct: sharing saves ",
         (f"{report.saving:.1%}", "bold green"),
