@@ -285,6 +285,15 @@ def test_nothing_to_say(tokenizer: PreTrainedTokenizerFast) -> None:
     assert (report.tokens, report.saving, report.saving_remedied) == (0, 0, 0)
 
 
+def test_prompts_of_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A line that no other prompt has hid what it shares with them."""
+    keys = VARYING["uuid"][1]
+    prompts = [f"You help user {key}: {' '.join(RULES[:4])} Now answer. Number {n}?" for n, key in enumerate(keys)]
+    (found,) = told(tokenizer, prompts).divergences
+    assert (found.kind, found.line, found.here in keys) == ("id", 1, True)
+    assert found.saved_tokens > found.blocked_tokens / 2 > 0
+
+
 def test_token_ids_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     values = VARYING["uuid"][1]
     prompts = [tokenizer(prompt("You help.", f"Id: {value}", end=n))["input_ids"] for n, value in enumerate(values)]

@@ -42,7 +42,7 @@ class Divergence:
     position: int
     """The first token that differs, in one of the prompts"""
     frame: str
-    """What stands around the varying text"""
+    """What stands around the varying text; empty for white space and order"""
     here: str
     there: str
     """The varying text in two of the prompts"""
@@ -146,7 +146,7 @@ def _told(pieces: Pieces, log: Sequence[Prompt], found: Found, alone: int, saved
         remedy=_REMEDIES.get(found.kind, "moved to the end"),
         line=1 + above.count("\n"),
         position=_tokens(pieces, one[:first]) + _common(pieces, one[first:], two[second:]),
-        frame=found.frame.strip()[:_SHOWN_CHARACTERS],
+        frame="" if found.kind in _REMEDIES else found.frame.strip()[:_SHOWN_CHARACTERS],
         here=here[:_SHOWN_CHARACTERS],
         there=there[:_SHOWN_CHARACTERS],
         prompts=len({edit.number for edit in found.edits}),

@@ -57,7 +57,7 @@ class Found:
     examples: tuple[Edit, ...] = ()
     """Two prompts that part here"""
     texts: tuple[str, ...] = ()
-    """What they part in"""
+    """What they part in: the commonest, and another that parts from it early"""
 
 
 class _Branch(NamedTuple):
@@ -180,7 +180,8 @@ class _Search:
             first_of.setdefault(text, edit)
             found.edits.append(edit)
         found.variants = len(first_of)
-        found.texts = tuple(text for text, _ in counts.most_common() if text in first_of)[:2]
+        one, *others = (text for text, _ in counts.most_common() if text in first_of)
+        found.texts = one, min(others[:_SAMPLES], key=lambda other: common_len((one, other)))
         found.examples = tuple(first_of[text] for text in found.texts)
         return found
 

@@ -15,7 +15,7 @@ _DATE = (
 _CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm]\b)?(?: ?(?:Z|UTC|GMT)\b)?(?:[+-]\d{2}:?\d{2})?"
 _DAY = r"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b"
 _VARYING = re.compile(
-    rf"(?P<timestamp>\b(?:{_DAY})?,? ?(?:{_DATE})(?:T|,? (?:at )?)(?:{_CLOCK})|\b(?:(?:{_DAY}),? )?(?:{_DATE})(?!\w)"
+    rf"(?P<timestamp>\b(?:(?:{_DAY}),? )?(?:{_DATE})(?:(?:T|,? (?:at )?)(?:{_CLOCK})|(?!\w))"
     rf"|\b(?:{_CLOCK})(?!\w)|\b(?:{_DAY})\b|\b1[4-9]\d{{8}}(?:\d{{3}})?(?:\.\d+)?\b)"
     r"|(?P<id>\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"
     r"|\b(?=[A-Za-z_-]*\d)(?=[\d_-]*[A-Za-z])[A-Za-z0-9_-]{8,}\b)"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Row = NDArray[np.int32]
 """A prompt as the ids of its pieces."""
 
-_LONG_PIECE = 512
+_LONG_PIECE = 160
 """Characters beyond which a line of prose is cut at the ends of its sentences."""
 _SAMPLES = 32
 _PROBE = "".join(
@@ -27,6 +27,7 @@ _PROBE = "".join(
 )
 """Every sort of place where a text may be cut."""
 _WORD = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?;:])(?= \S)")
 
 
 class Written(NamedTuple):
@@ -54,6 +55,7 @@ class Pieces:
         self._ids: dict[str | bytes, int] = {}
         self._words: dict[str, list[int]] = {}
         self._breaks: dict[int, bool] = {}
+        self._sentences: dict[str, list[str]] = {}
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -103,7 +105,7 @@ class Pieces:
         """The special tokens before and after every prompt; None where a sample's pieces are not its tokens."""
         found: set[tuple[bytes, bytes]] = set()
         for text, tokens in zip(samples, whole, strict=True):
-            pieces = cut(text)
+            pieces = self._cut(text, cut)
             encoded = self._encode_words(pieces) if by_words else self._encode(pieces)
             inner = np.concatenate(encoded) if encoded else np.empty(0, np.int32)
             heads = range(tokens.size - inner.size + 1)
@@ -124,12 +126,26 @@ class Pieces:
         around: tuple[TokenArray, TokenArray],
     ) -> list[Row]:
         before, after = ([self._intern(one.tobytes(), "", one)] if one.size else [] for one in around)
-        pieces = [cut(text) for text in texts]
+        pieces = [self._cut(text, cut) for text in texts]
         new = [text for text in dict.fromkeys(chain.from_iterable(pieces)) if text not in self._ids]
         for text, tokens in zip(new, self._encode_words(new) if by_words else self._encode(new), strict=True):
             self._intern(text, text, tokens)
         ids = self._ids
         return [np.array([*before, *(ids[text] for text in one), *after], np.int32) for one in pieces]
+
+    def _cut(self, text: str, cut: Callable[[str], list[str]]) -> list[str]:
+        """Lines, and of long ones in prose the sentences, each with the blank before it."""
+        lines = cut(text)
+        if max(map(len, lines), default=0) <= _LONG_PIECE:
+            return lines
+        known = self._sentences
+        found: list[str] = []
+        for line in lines:
+            if len(line) > _LONG_PIECE and line not in known:
+                prose = not line.lstrip().startswith(("{", "[", '"'))
+                known[line] = _SENTENCE_END.split(line) if prose else [line]
+            found += known[line] if len(line) > _LONG_PIECE else [line]
+        return found
 
     def _cut_ids(self, tokens: TokenArray) -> Row:
         """Tokens cut after each one whose text ends a line."""
@@ -181,7 +197,7 @@ def _before_breaks(text: str) -> list[str]:
             pieces[-1] += piece
         else:
             pieces.append(piece)
-    return _sentences(pieces)
+    return pieces
 
 
 def _after_breaks(text: str) -> list[str]:
@@ -192,17 +208,4 @@ def _after_breaks(text: str) -> list[str]:
             pieces[-1] += piece
         else:
             pieces.append(piece)
-    return _sentences(pieces)
-
-
-def _sentences(pieces: list[str]) -> list[str]:
-    if max(map(len, pieces), default=0) <= _LONG_PIECE:
-        return pieces
-    found: list[str] = []
-    for piece in pieces:
-        prose = len(piece) > _LONG_PIECE and "\0" not in piece and not piece.lstrip().startswith(("{", "[", '"'))
-        found += _SENTENCE_END.sub("\\1\0", piece).split("\0") if prose else [piece]
-    return found
-
-
-_SENTENCE_END = re.compile(r"([.!?;,])(?= \S)")
+    return pieces

@@ -36,7 +36,7 @@ def _table(divergences: Sequence[Divergence], tokens: int) -> Table:
     for name in ("prompts", "would save"):
         table.add_column(name, justify="right")
     for number, one in enumerate(divergences, 1):
-        texts = Text.assemble(_marked(one.frame, one.kind), "\n", _pair(one))
+        texts = Text.assemble(_marked(one.frame, one.kind), "\n", _pair(one)) if one.frame else _pair(one)
         saved = f"{one.saved_tokens / tokens:.1%}"
         if number > 1:
             saved += f"\nalone {one.saved_alone / tokens:.1%}"
