@@ -1,5 +1,7 @@
 """What was evicted: the ends at which the tree went on, remembered for a while."""
 
+from collections import OrderedDict
+
 End = tuple[int | str, int]
 """A node's epoch and its end, or the root's namespace and 0."""
 
@@ -11,7 +13,7 @@ class Ghosts:
 
     def __init__(self, capacity: int = 65_536) -> None:
         self.capacity = capacity
-        self._tokens: dict[tuple[End, int], None] = {}
+        self._tokens: OrderedDict[tuple[End, int], None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -20,7 +22,7 @@ class Ghosts:
         return continuation in self._tokens
 
     def add(self, end: End, token: int) -> None:
-        self._tokens.pop((end, token), None)
         self._tokens[end, token] = None
+        self._tokens.move_to_end((end, token))
         if len(self._tokens) > self.capacity:
-            del self._tokens[next(iter(self._tokens))]
+            self._tokens.popitem(last=False)

@@ -523,7 +523,7 @@ class RadixTree:
             dropped += part
             self.evictable_tokens -= part
             kept = node.known - part
-            token = int(node.tokens[kept])
+            token = int(node._buffer[node._offset + kept])
             if kept:
                 self._cut_tokens(node, kept)
                 node.epoch = self._next_serial()
