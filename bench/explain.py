@@ -83,8 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer(sample)
         whole = (time.perf_counter() - begin) * len(texts) / len(sample)
         begin = time.perf_counter()
+        processor = time.process_time()
         found = explain([Written(request["prompt"]) for request in _requests(None, path)], load_tokenizer(chosen.model))
         seconds = time.perf_counter() - begin
+        report.keep(processor_seconds=time.process_time() - processor)
     report.keep(prompts=found.prompts, tokens=found.tokens, distinct_tokens=found.distinct_tokens)
     report.contender("seconds_whole", "tokenizing it whole", whole)
     report.contender("seconds_explain", "radixgen explain", seconds)

@@ -190,9 +190,13 @@ def distinct_tokens(rows: Iterable[TokenArray]) -> int:
 
 def _before_breaks(text: str) -> list[str]:
     """Lines, each with the line breaks before it; cut only between a character that is seen and white space."""
+    lines = text.split("\n")
+    seen = all(lines) and list(map(str.rstrip, lines)) == lines
+    lines[1:] = [f"\n{line}" for line in lines[1:]]
+    if seen:
+        return lines
     pieces: list[str] = []
-    for number, line in enumerate(text.split("\n")):
-        piece = f"\n{line}" if number else line
+    for piece in lines:
         if pieces and (not pieces[-1] or pieces[-1][-1].isspace()):
             pieces[-1] += piece
         else:
