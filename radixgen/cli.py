@@ -1,4 +1,4 @@
-"""The command line: `radixgen demo | generate | chat | tree | doctor`."""
+"""The command line: `radixgen demo | generate | chat | tree | explain | doctor`."""
 
 import json
 import sys
@@ -96,6 +96,8 @@ def generate(
                 "id": request.get("id", output.request_id),
                 "num_prompt_tokens": len(output.prompt_token_ids),
                 "num_cached_tokens": output.num_cached_tokens,
+                "num_shared_tokens": output.num_shared_tokens,
+                "sharing_ended": output.sharing_ended and asdict(output.sharing_ended),
                 "outputs": [asdict(one) for one in output.outputs],
             }
             print(json.dumps(line, ensure_ascii=False))
@@ -172,6 +174,42 @@ def tree(
             f"{len(locks)} prompts, {submitted} tokens, {distinct} distinct, "
             f"{radix.num_nodes} nodes: {submitted / max(distinct, 1):.2f}× shared"
         )
+
+
+@app.command()
+def explain(
+    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False)] = None,
+    model: Model = DEFAULT_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
+) -> None:
+    """Say what keeps the prompts of a log from being shared, and what it costs; a tokenizer is all that it takes.
+
+    Lines as for `generate`; --help there. What is said to be saved was counted: on the same prompts, with the
+    varying text moved to their end, or where white space or order is all that differs, made the same.
+    """
+    from radixgen.explain import Written, explain
+    from radixgen.explain.show import shown
+    from radixgen.input_processor import chat_text
+    from radixgen.model.loader import load_tokenizer
+
+    with _errors():
+        tokenizer = load_tokenizer(model)
+        if tokenizer is None:
+            raise InvalidRequest("model", model, "has no tokenizer")
+        prompts: list[Written | list[int]] = []
+        for request in _requests(None, file):
+            if "messages" in request:
+                prompts.append(Written(chat_text(tokenizer, request["messages"], request.get("tools")), special=False))
+            else:
+                prompt = request["prompt"]
+                prompts.append(Written(prompt) if isinstance(prompt, str) else prompt)
+        with waiting(Console(stderr=True)) as say:
+            say(f"comparing {len(prompts):,} prompts")
+            report = explain(prompts, tokenizer)
+        if as_json:
+            print(json.dumps(report.as_dict(), ensure_ascii=False))
+        else:
+            Console().print(*shown(report, tokenizer.decode), sep="\n")
 
 
 @app.command()

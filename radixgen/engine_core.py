@@ -129,6 +129,8 @@ class EngineCore:
             next_read=request.next_read,
             prompt_logprobs=list(request.prompt_logprobs),
             num_cached_tokens=request.num_cached_tokens,
+            num_shared_tokens=request.num_shared_tokens,
+            sharing_ended=request.sharing_ended,
         )
         for origin in request.sequences:
             before = origin.sampling
@@ -351,6 +353,7 @@ class EngineCore:
             steps=self._steps,
             prompt_tokens=scheduler.prompt_tokens,
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
+            sharing_ended=dict(scheduler.sharing_ended),
             computed_prompt_tokens=scheduler.computed_prompt_tokens,
             computed_rows=self._computed_rows,
             logit_rows=self._logit_rows,

@@ -106,15 +106,24 @@ class InputProcessor:
 
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages) -> list[int]:
     """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
+    ids: list[int] = _through_template(tokenizer, messages, tokenize=True)
+    return ids
+
+
+def chat_text(
+    tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Seq[Mapping[str, Any]] | None = None
+) -> str:
+    """The text whose tokens `chat_tokens` gives. Raises `InvalidRequest`."""
+    return str(_through_template(tokenizer, messages, tools=tools, tokenize=False))
+
+
+def _through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, **options: Any) -> Any:
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequest("messages", "…", "the model has no chat template")
     try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **options)
     except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
-    return ids
 
 
 def as_prompts(prompts: Prompt | Seq[Prompt], field: str = "prompts") -> list[Prompt]:

@@ -132,6 +132,8 @@ class OutputProcessor:
             outputs=[self._completion(sequence, kind == "delta") for sequence in told],
             finished=request.finished,
             num_cached_tokens=request.num_cached_tokens or 0,
+            num_shared_tokens=request.num_shared_tokens,
+            sharing_ended=request.sharing_ended,
             prompt_logprobs=self._prompt_logprobs(request, kind),
         )
 

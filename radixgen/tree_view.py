@@ -43,15 +43,17 @@ def snapshot(tree: RadixTree, decode: Decode) -> list[NodeView]:
     return [views[root] for root in tree.roots()]
 
 
-def picture(roots: Sequence[NodeView]) -> Tree:
-    """A rich tree; each line a node: its tokens, the sequences that share it, and its text."""
+def picture(roots: Sequence[NodeView], *, children: int = _SHOWN_CHILDREN, depth: int | None = None) -> Tree:
+    """A rich tree; each line a node: its tokens, the sequences that share it, and its text. Of each node so many
+    children, down to `depth`.
+    """
     drawing = Tree(Text("radix tree", style="bold"))
-    todo = [(drawing, root) for root in roots]
+    todo = [(drawing, root, 0) for root in roots]
     while todo:
-        branch, view = todo.pop()
-        shown = view.children[:_SHOWN_CHILDREN]
-        branches = [(branch.add(_label(child)), child) for child in shown]
-        if rest := view.children[_SHOWN_CHILDREN:]:
+        branch, view, level = todo.pop()
+        shown = view.children[: children if level != depth else 0]
+        branches = [(branch.add(_label(child)), child, level + 1) for child in shown]
+        if rest := view.children[len(shown) :]:
             tokens = sum(child.known for child in rest)
             branch.add(Text(f"… {len(rest)} more nodes of {tokens} tokens", style="dim"))
         todo.extend(branches)
@@ -61,7 +63,7 @@ def picture(roots: Sequence[NodeView]) -> Tree:
 def _label(view: NodeView) -> Text:
     shared = f"{view.live} live" if view.live else "cached"
     style = "bold green" if view.live > 1 else "green" if view.live else "bright_black"
-    label = Text.assemble((f"{view.known:>4} tokens  {shared:<8}", style), (view.text, "italic"))
+    label = Text.assemble((f"{view.known:>4} tokens  {shared:<7} ", style), (view.text, "italic"))
     label.no_wrap, label.overflow = True, "ellipsis"
     return label
 

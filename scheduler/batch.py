@@ -7,14 +7,14 @@ logits.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import ExtentPool, Node, RadixTree
-from radixgen.core import Limits, Plan
+from radixgen.cache import ExtentPool, Node, RadixTree, sharing_end
+from radixgen.core import Limits, Plan, SharingReason
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -150,6 +150,7 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
+        self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
         self.computed_prompt_tokens = 0
         self._steps = 0
 
@@ -408,6 +409,10 @@ class Scheduler:
         if request.num_cached_tokens is None:
             match = self.tree.match_prefix(tokens, sequence.namespace)
             request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
+            request.num_shared_tokens = match.length - match.evictable if match else 0
+            request.sharing_ended = end = sharing_end(self.tree, tokens, sequence.namespace, match)
+            if end is not None:
+                self.sharing_ended[end.reason] += 1
             self.prompt_tokens += request.prompt.size
             self.cached_prompt_tokens += request.num_cached_tokens
         sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from radixgen.cache import Lock, TokenArray
-from radixgen.core import FinishReason, SamplingParams, SamplingState
+from radixgen.core import FinishReason, SamplingParams, SamplingState, SharingEnd
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +30,9 @@ class Request:
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     num_cached_tokens: int | None = None
     """Prompt tokens that had their KV when the request was first admitted; None before."""
+    num_shared_tokens: int = 0
+    """Prompt tokens that running sequences or pins held then."""
+    sharing_ended: SharingEnd | None = None
     overtaken: int = 0
     """How many requests of its priority that came later were admitted before it."""
     num_forks: int = 0

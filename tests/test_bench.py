@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import texts
 import torch
 
-from bench import attention, calibrate, engine, gpu, loads, model, peers, plan, plots, simulate, step, tree
+from bench import attention, calibrate, engine, explain, gpu, loads, model, peers, plan, plots, simulate, step, tree
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from radixgen.scheduler import planner
@@ -220,6 +221,15 @@ def test_loads(capsys, monkeypatch) -> None:
     for name in (*toy, "F"):
         assert 1 <= figures[f"{name}: keys"] <= figures[f"{name}: loads"] and figures[f"{name}: units"] >= 1
     assert figures["missed"] == ["many: loads"] and figures["F: theirs"] == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--fresh"]])
+def test_explain(capsys, monkeypatch, options: list[str]) -> None:
+    monkeypatch.setattr(explain, "load_tokenizer", lambda name: texts.tokenizer())
+    assert explain.main(["--prompts", "30", "--tokens", "3000", *options]) == 0
+    figures = last_line(capsys)
+    assert figures["prompts"] == 30 and figures["distinct_tokens"] < figures["tokens"]
+    assert figures["timestamp_first"] == 1 and figures["divergences"][0]["prompts"] == 30
 
 
 def test_bytes_loaded_count_partials_twice() -> None:

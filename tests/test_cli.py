@@ -63,7 +63,7 @@ def test_generate_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> Non
         ('{"messages": ["hi"]}', "list of objects"),
     ],
 )
-@pytest.mark.parametrize("command", ["generate", "tree"])
+@pytest.mark.parametrize("command", ["generate", "tree", "explain"])
 def test_bad_lines_are_named_in_one_line(model: Path, command: str, stdin: str, says: str) -> None:
     result = call(command, "--model", model, stdin=stdin)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -92,7 +92,7 @@ def test_a_model_without_chat_template_takes_no_messages(tmp_path: Path) -> None
     plain.chat_template = None
     plain.save_pretrained(tmp_path)
     line = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
-    for command in (["generate", "--kv-tokens", 64], ["tree"]):
+    for command in (["generate", "--kv-tokens", 64], ["tree"], ["explain"]):
         result = call(*command, "--model", tmp_path, stdin=line)
         assert result.exit_code == 1 and "no chat template" in result.stderr.splitlines()[-1]
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"input_processor", "output_processor"},
     {"engine"},
     {"async_engine"},
-    {"progress", "tree_view", "demo", "cli", "__main__"},
+    {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in (*ROOT.rglob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scheduler/*.py")))
@@ -92,8 +92,8 @@ def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
         "AsyncEngine", "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "InvalidRequest",
         "LimitReached", "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed",
-        "RequestOutput", "SamplingParams", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel",
-        "__version__",
+        "RequestOutput", "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest",
+        "UnsupportedModel", "__version__",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):

@@ -2,14 +2,17 @@
 
     tree     tokens -> nodes -> extents: match, insert, split, advance, lock, evict
     pool     extents of slots: allocate, grow, release behind a fence
+    ghosts   what was evicted lately; sharing says why a prompt was not shared to its end
     policy   node -> sortable key: which leaf is evicted first
     storage  slots -> K and V of every layer
 
 Tree and pool hold integers and NumPy arrays only; they know no model and no device.
 """
 
+from radixgen.cache.ghosts import Ghosts
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
+from radixgen.cache.sharing import sharing_end
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
 from radixgen.cache.tree import Columns, Lock, Match, Node, RadixTree
 
@@ -18,6 +21,7 @@ __all__ = [
     "EvictionPolicy",
     "Extent",
     "ExtentPool",
+    "Ghosts",
     "Lock",
     "Match",
     "Node",
@@ -27,4 +31,5 @@ __all__ = [
     "common_prefix_len",
     "first_in",
     "least_recently_used",
+    "sharing_end",
 ]

@@ -9,12 +9,13 @@ and, behind them, a reserved tail into which a leaf grows.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Reversible, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.cache.ghosts import End, Ghosts
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
@@ -34,6 +35,7 @@ class Node:
         "capacity",
         "children",
         "computed",
+        "epoch",
         "extents",
         "id",
         "known",
@@ -63,6 +65,7 @@ class Node:
         self.priority = 0.0
         self.last_used = 0
         self.serial = 0
+        self.epoch = 0
         self.id = -1
         self._buffer = buffer
         self._offset = 0
@@ -82,6 +85,11 @@ class Node:
     def end(self) -> int:
         """Position after the node's last token."""
         return self.start + self.known
+
+    @property
+    def epoch_end(self) -> End:
+        """Names what ends here: as long as it is the same, so are all tokens up to the node's end."""
+        return self.namespace if self.parent is None else self.epoch, self.end
 
     @property
     def complete(self) -> bool:
@@ -255,6 +263,7 @@ class RadixTree:
         self.policy = policy
         self.version = 0
         self.columns = Columns()
+        self.ghosts = Ghosts()
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
@@ -274,6 +283,11 @@ class RadixTree:
 
     def roots(self) -> list[Node]:
         return list(self._roots.values())
+
+    @property
+    def namespaces(self) -> Reversible[str]:
+        """Of every root, the oldest first."""
+        return self._roots.keys()
 
     def node(self, node_id: int) -> Node:
         node = self._nodes[node_id]
@@ -508,11 +522,17 @@ class RadixTree:
             part = min(node.known, count - dropped)
             dropped += part
             self.evictable_tokens -= part
-            if part == node.known:
-                self._remove(node)
-            else:
-                self._cut_tokens(node, node.known - part)
+            kept = node.known - part
+            token = int(node._buffer[node._offset + kept])
+            if kept:
+                self._cut_tokens(node, kept)
+                node.epoch = self._next_serial()
+                self.ghosts.add(node.epoch_end, token)
                 heapq.heappush(self._heap, (key, entry, node))
+            else:
+                assert node.parent is not None
+                self.ghosts.add(node.parent.epoch_end, token)
+                self._remove(node)
         self.evicted_tokens += dropped
         return dropped
 
@@ -611,11 +631,14 @@ class RadixTree:
             node.id = len(self._nodes)
             self._nodes.append(node)
             self.columns.fit(len(self._nodes))
-        self._serial += 1
-        node.serial = self._serial
+        node.serial = node.epoch = self._next_serial()
         self.columns.write(node)
         self._changed(node)
         return node
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
 
     def _changed(self, node: Node) -> None:
         self.version += 1

@@ -17,7 +17,15 @@ from radixgen.core.errors import (
     check_integer,
 )
 from radixgen.core.limits import Limits
-from radixgen.core.outputs import CompletionOutput, FinishReason, OutputKind, RequestOutput, Stats
+from radixgen.core.outputs import (
+    CompletionOutput,
+    FinishReason,
+    OutputKind,
+    RequestOutput,
+    SharingEnd,
+    SharingReason,
+    Stats,
+)
 from radixgen.core.params import SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
 
@@ -42,6 +50,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SamplingState",
+    "SharingEnd",
+    "SharingReason",
     "Stats",
     "UnknownRequest",
     "UnsupportedModel",

@@ -1,5 +1,6 @@
 """What callers get back. Names follow vLLM's."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,11 +32,36 @@ OutputKind = Literal["cumulative", "delta", "final"]
 """What a request's outputs tell: everything so far, what is new, or nothing before the last one."""
 
 
+SharingReason = Literal["cold", "evicted", "namespace", "diverged"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharingEnd:
+    """Where and why a prompt was not shared any further, at the moment of its admission.
+
+    `position`: its first token that was not known. `prompt_tokens`: the tokens from there on, at most 8.
+    `reason`: `evicted` where this very continuation was known once and was evicted, as far back as is remembered;
+    `namespace` where nothing of the prompt is known in its own namespace, and another one knows these tokens;
+    `diverged` where what is known goes on otherwise, with `cached_tokens`, of several the ones in use or used last;
+    `cold` where nothing follows.
+
+    For who runs the engine: it tells of other requests, and with `namespace` of other tenants. Don't pass it on to
+    them.
+    """
+
+    reason: SharingReason
+    position: int
+    prompt_tokens: tuple[int, ...]
+    cached_tokens: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """A request as it stands after a step: everything generated so far, or what is new, as it was submitted.
 
-    `num_cached_tokens` counts the prompt tokens whose KV was already computed when the request was admitted.
+    `num_cached_tokens` counts the prompt tokens whose KV was already computed when the request was admitted;
+    `num_shared_tokens` those that were known and held by running requests or pins, computed or not; `sharing_ended`
+    says why there were no more, and is None where all of the prompt was known.
     `prompt_logprobs`, once complete: None for the first token, then one `{token id: natural-log probability}` a
     prompt token, its own first.
     """
@@ -45,6 +71,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    num_shared_tokens: int = 0
+    sharing_ended: SharingEnd | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
@@ -57,6 +85,8 @@ class Stats:
     """Prompt tokens of admitted requests."""
     cached_prompt_tokens: int
     """Of those, tokens whose KV was already computed at admission."""
+    sharing_ended: Mapping[SharingReason, int]
+    """Of admitted requests, how many were not shared to their end, by reason."""
     computed_prompt_tokens: int
     """Rows computed for sequences that had generated nothing yet."""
     computed_rows: int

@@ -1,0 +1,49 @@
+"""Why a prompt was not shared to its end: what the tree holds where the known part of it ends."""
+
+from itertools import islice
+
+from radixgen.cache.tokens import TokenArray
+from radixgen.cache.tree import Match, Node, RadixTree
+from radixgen.core import SharingEnd
+
+_SHOWN_TOKENS = 8
+_MAX_BRANCHES = 16
+"""Continuations, and roots of other namespaces, that are looked at, the newest of each."""
+
+
+def sharing_end(tree: RadixTree, tokens: TokenArray, namespace: str, match: Match | None) -> SharingEnd | None:
+    """Where and why sharing of `tokens` ended, `match` being what `namespace` knows of them; None where that is all.
+
+    Costs no more than a few prefix matches, whatever the tree holds.
+    """
+    position = match.length if match else 0
+    if position == tokens.size:
+        return None
+    following = tuple(tokens[position : position + _SHOWN_TOKENS].tolist())
+    inside = match is not None and match.offset < match.node.known
+    if not inside:
+        end = match.node.epoch_end if match else (namespace, 0)
+        if (end, following[0]) in tree.ghosts:
+            return SharingEnd("evicted", position, following)
+    if not position and _held_elsewhere(tree, tokens[:_SHOWN_TOKENS], namespace):
+        return SharingEnd("namespace", position, following)
+    if match and (inside or match.node.children):
+        return SharingEnd("diverged", position, following, _continuation(match.node, match.offset))
+    return SharingEnd("cold", position, following)
+
+
+def _held_elsewhere(tree: RadixTree, head: TokenArray, namespace: str) -> bool:
+    """Whether another of the newest namespaces knows all of `head`."""
+    others = (name for name in islice(reversed(tree.namespaces), _MAX_BRANCHES + 1) if name != namespace)
+    matches = (tree.match_prefix(head, name) for name in others)
+    return any(match is not None and match.length == head.size for match in matches)
+
+
+def _continuation(node: Node, offset: int) -> tuple[int, ...]:
+    """The tokens that follow `offset` tokens of `node`, by its children that are in use or were used last."""
+    found = node.tokens[offset : offset + _SHOWN_TOKENS].tolist()
+    while node.children and len(found) < _SHOWN_TOKENS:
+        newest = islice(reversed(node.children.values()), _MAX_BRANCHES)
+        node = max(newest, key=lambda child: (child.locked, child.last_used))
+        found += node.tokens[: _SHOWN_TOKENS - len(found)].tolist()
+    return tuple(found)

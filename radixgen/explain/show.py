@@ -1,0 +1,62 @@
+"""A report in the terminal."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from radixgen.explain import Divergence, Report
+from radixgen.tree_view import Decode, picture, snapshot
+
+_MARKS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "␍"})
+
+
+def shown(report: Report, decode: Decode) -> Iterator[RenderableType]:
+    """The parts of the report, from the summary to what can be saved. `decode` turns tokens into text."""
+    yield picture(snapshot(report.tree, decode), children=4, depth=3)
+    yield Text.assemble(
+        f"{report.prompts:,} prompts of {report.tokens:,} tokens, {report.distinct_tokens:,} distinct: sharing saves ",
+        (f"{report.saving:.1%}", "bold green"),
+        " at the best",
+    )
+    if not report.divergences:
+        yield Text("no divergence costs much: what comes after it differs too", style="dim")
+        return
+    yield _table(report.divergences, report.tokens)
+    yield Text.assemble(
+        "with all of them remedied, sharing would save ", (f"{report.saving_remedied:.1%}", "bold green")
+    )
+
+
+def _table(divergences: Sequence[Divergence], tokens: int) -> Table:
+    table = Table(title="What parts prompts that go on alike", title_justify="left", title_style="bold")
+    for name in ("", "differs", "where", "in"):
+        table.add_column(name)
+    for name in ("prompts", "would save"):
+        table.add_column(name, justify="right")
+    for number, one in enumerate(divergences, 1):
+        texts = Text.assemble(_marked(one.frame, one.kind), "\n", _pair(one)) if one.frame else _pair(one)
+        saved = f"{one.saved_tokens / tokens:.1%}"
+        if number > 1:
+            saved += f"\nalone {one.saved_alone / tokens:.1%}"
+        table.add_row(
+            str(number),
+            Text.assemble((one.kind, "bold"), f"\n{one.remedy}"),
+            f"line {one.line}\ntoken {one.position}",
+            texts,
+            f"{one.prompts:,}\n{one.variants:,} variants",
+            saved,
+        )
+    return table
+
+
+def _pair(one: Divergence) -> Text:
+    here, there = _marked(one.here, one.kind), _marked(one.there, one.kind)
+    return Text.assemble((here, "yellow"), (" / ", "dim"), (there, "cyan"))
+
+
+def _marked(text: str, kind: str) -> str:
+    """One line; where white space is what differs, each blank is seen."""
+    marked = text.translate(_MARKS)
+    return marked.replace(" ", "·") if kind == "white space" else marked
