@@ -18,10 +18,11 @@ from radixgen.core.errors import (
 )
 from radixgen.core.limits import Limits
 from radixgen.core.outputs import CompletionOutput, FinishReason, OutputKind, RequestOutput, Stats
-from radixgen.core.params import SamplingParams, SamplingState
+from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
 
 __all__ = [
+    "BeamSearchParams",
     "CompletionOutput",
     "DuplicateRequest",
     "EngineClosed",
