@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from radixgen.core import (
+    BeamSearchParams,
     CompletionOutput,
     DuplicateRequest,
     EngineClosed,
@@ -40,6 +41,7 @@ _LAZY = {
 
 __all__ = [
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "DuplicateRequest",
     "Engine",

@@ -5,7 +5,7 @@ import gc
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -14,9 +14,18 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from radixgen.core import EngineClosed, EngineDead, OutputKind, RequestOutput, SamplingParams, Stats, UnknownRequest
+from radixgen.core import (
+    BeamSearchParams,
+    EngineClosed,
+    EngineDead,
+    InvalidRequest,
+    OutputKind,
+    RequestOutput,
+    Stats,
+    UnknownRequest,
+)
 from radixgen.engine import Engine, scores_of
-from radixgen.input_processor import Prompt, as_prompts
+from radixgen.input_processor import Params, Prompt, as_prompts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -55,7 +64,7 @@ class AsyncEngine:
     async def generate(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -99,12 +108,19 @@ class AsyncEngine:
             stream = await self._begin(name, submit, cumulative=True)
             return scores_of([output async for output in self._receive(name, stream)][-1])
 
-        tasks = [asyncio.create_task(score_one(one)) for one in as_prompts(continuations)]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await _gather(score_one(one) for one in as_prompts(continuations))
+
+    async def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """As `Engine.beam_search`; other requests go on meanwhile. `generate` takes `BeamSearchParams` too, and gives
+        one output.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequest("params", params, "must be BeamSearchParams")
+
+        async def search(prompt: Prompt) -> RequestOutput:
+            return [output async for output in self.generate(prompt, params)][-1]
+
+        return await _gather(search(one) for one in as_prompts(prompts))
 
     async def fork(self, request_id: str, n: int = 1) -> list[AsyncGenerator[RequestOutput, None]]:
         """As `Engine.fork`: for each fork its outputs, the first of which tells what was generated before. They
@@ -338,6 +354,16 @@ class _Stream:
         if isinstance(output, EngineClosed):
             raise output
         return output
+
+
+async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all; where one raises or the caller is cancelled, the others are too."""
+    tasks = [asyncio.create_task(one) for one in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:

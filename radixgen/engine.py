@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from radixgen.cache import RadixTree, TokenArray
 from radixgen.core import (
+    BeamSearchParams,
     DuplicateRequest,
     EngineClosed,
     InvalidRequest,
@@ -32,7 +33,7 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.engine_core import EngineCore
-from radixgen.input_processor import InputProcessor, Messages, Prompt, as_params, as_prompts, chat_tokens
+from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, as_params, as_prompts, chat_tokens
 from radixgen.kernels import backend
 from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
@@ -156,7 +157,7 @@ class Engine:
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
-        params: SamplingParams | Seq[SamplingParams] | None = None,
+        params: Params | Seq[Params] | None = None,
         *,
         progress: Progress | None = None,
     ) -> list[RequestOutput]:
@@ -175,7 +176,22 @@ class Engine:
         submits = [partial(self._core_submit, ids, one) for ids, one in zip(tokens, each, strict=True)]
         return self._serve(submits, progress)
 
-    def chat(self, messages: Messages | Seq[Messages], params: SamplingParams | None = None) -> list[RequestOutput]:
+    def beam_search(
+        self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams, *, progress: Progress | None = None
+    ) -> list[RequestOutput]:
+        """Search the likeliest continuations of one prompt, or of many as one burst; outputs in the order of the
+        prompts, each with its hypotheses, best first, as `outputs`.
+
+        Beams are cursors: one that goes on moves nothing, one that goes on in several ways copies no KV, and a step
+        computes one row a beam. `submit`, `stream` and `generate` take `BeamSearchParams` too; of a search they tell
+        only its end. Raises `InvalidRequest`.
+        """
+        self._ensure_open()
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequest("params", params, "must be BeamSearchParams")
+        return self.generate(prompts, params, progress=progress)
+
+    def chat(self, messages: Messages | Seq[Messages], params: Params | None = None) -> list[RequestOutput]:
         """Serve one conversation, or many as one burst, through the model's chat template.
 
         A message is `{"role": …, "content": …}`. Raises `InvalidRequest`.
@@ -219,7 +235,7 @@ class Engine:
     def stream(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         cumulative: bool = False,
     ) -> "OutputStream":
@@ -236,7 +252,7 @@ class Engine:
     def submit(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -250,7 +266,8 @@ class Engine:
         namespace: requests of different namespaces share nothing.
         timeout: seconds from now; a request that has not ended by then ends with `abort` and the stop reason
             `"deadline"`, and keeps what it has generated.
-        output_kind: whether `step` tells everything so far, what is new, or only the last output.
+        output_kind: whether `step` tells everything so far, what is new, or only the last output; of a beam search
+            it is always the last.
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
@@ -318,10 +335,13 @@ class Engine:
         """`n` more requests that go on from where this one stands, each with draws of its own; their ids.
 
         No KV is copied and nothing is computed. Their first output tells what the request had generated before;
-        greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest`, `QueueFull`.
+        greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest` (for a beam search too),
+        `QueueFull`.
         """
         self._ensure_open()
         request = self._live(request_id)
+        if request.search is not None:
+            raise InvalidRequest("request_id", request_id, "a beam search is not forked")
         check_integer("n", n, 1, self.limits.max_n)
         self._core.require_room(n, n * request.prompt.size)
         forks = []
@@ -412,9 +432,7 @@ class Engine:
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _core_submit(
-        self, tokens: TokenArray, params: SamplingParams, kind: OutputKind = "final", **options: Any
-    ) -> str:
+    def _core_submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
         request = self._core.submit(tokens, params, share=self.share, **options)
         self._outputs.follow(request, kind)
         return request.id

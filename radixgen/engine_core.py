@@ -7,12 +7,23 @@ import math
 import numpy as np
 from torch import Tensor
 
+from radixgen.beam_search import BeamSearch
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
-from radixgen.core import FinishReason, LimitReached, Limits, QueueFull, SamplingParams, SamplingState, Stats
+from radixgen.core import (
+    BeamSearchParams,
+    FinishReason,
+    LimitReached,
+    Limits,
+    QueueFull,
+    SamplingParams,
+    SamplingState,
+    Stats,
+)
 from radixgen.model.base import Model
 from radixgen.run_ahead import Ran, RunAhead
-from radixgen.sampling import Drawn, draw, fork_seed, report, sample, token_logprobs
+from radixgen.sampling import Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
 from radixgen.scheduler.batch import Batch, Scheduler
+from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
@@ -63,7 +74,7 @@ class EngineCore:
     def submit(
         self,
         prompt: TokenArray,
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -72,13 +83,14 @@ class EngineCore:
         deadline: float = math.inf,
         score_from: int | None = None,
     ) -> Request:
-        """Queue a request with `n` sequences.
+        """Queue a request with `n` sequences, or with the one that a beam search begins with.
 
         `score_from` asks, instead of new tokens, for the log-probability of each prompt token after that
         position; the last one then needs no KV and does not enter the tree. Raises `QueueFull`.
         """
         self.require_room(1, prompt.size)
         self._serial += 1
+        beams, params = (params, params.sampling) if isinstance(params, BeamSearchParams) else (None, params)
         targets, first, max_output = None, 0, min(params.max_tokens, self.model.max_model_len - prompt.size)
         if score_from is not None:
             prompt, targets, first, max_output = prompt[:-1], prompt[1:], score_from, 0
@@ -100,6 +112,8 @@ class EngineCore:
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self.model.eos_token_ids
+        if beams is not None:
+            request.search = BeamSearch(beams, max_output, ends)
         for index in range(params.n):
             own = namespace if share else f"{namespace}\0{self._serial}.{index}"
             state = SamplingState(params, seed, index, prompt, [], ends)
@@ -168,6 +182,10 @@ class EngineCore:
 
     def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
         """End what is still live of a request; the next step returns it."""
+        if request.search is not None and not request.finished:
+            request.search.close(reason)
+            self._conclude(request, request.search, stop_reason)
+            return
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 self.end(sequence, reason, stop_reason)
@@ -228,13 +246,14 @@ class EngineCore:
         self._computed_rows += batch.num_rows
         self._logit_rows += ran.logits.shape[0]
         self._score(batch, ran)
+        self._branch(batch, ran)
         self._draw(batch, ran)
         return self.take_ended() + batch.drawing
 
     def _run(self, batch: Batch) -> Ran:
         frozen = self.scheduler.freeze(batch)
         logits = self.model.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
-        return Ran(logits, frozen.drawing, frozen.reading)
+        return Ran(logits, frozen.drawing, frozen.branching, frozen.reading)
 
     def _schedule(self) -> Batch | None:
         """The next step: of all requests, or while there are suspects, of the first of them that can run."""
@@ -290,6 +309,55 @@ class EngineCore:
         request.next_read = stop
         if not request.reading and not request.max_output:
             self.abort(request, "length")
+
+    def _branch(self, batch: Batch, ran: Ran) -> None:
+        """Beam searches go on by a generation."""
+        rows: dict[Request, dict[Sequence, int]] = {}
+        for sequence, row in zip(batch.branching, ran.branching, strict=True):
+            rows.setdefault(sequence.request, {})[sequence] = row
+        for request, found in rows.items():
+            assert request.search is not None
+            try:
+                self._branch_one(request, request.search, ran.logits, found)
+            except AssertionError:
+                raise
+            except Exception as error:
+                logger.exception("the beams of request %s could not go on", request.id)
+                self.abort(request, "error", repr(error))
+
+    def _branch_one(self, request: Request, search: BeamSearch, logits: Tensor, rows: dict[Sequence, int]) -> None:
+        """Beams that have their logits, by their rows, are parked until all of their generation have."""
+        for sequence, choices in zip(rows, likeliest(logits, list(rows.values()), search.num_choices), strict=True):
+            if not np.isfinite(choices.log_probs[0]):
+                self.abort(request, "error", "the model's logits are not finite")
+                return
+            sequence.choices = choices
+        self._generated += len(rows)
+        ready = [sequence.choices for sequence in request.sequences if sequence.choices is not None]
+        if len(ready) < len(request.sequences):
+            for sequence in rows:
+                self.scheduler.park(sequence)
+            return
+        beams = search.select(ready)
+        if search.done:
+            self._conclude(request, search)
+        else:
+            branch(self.scheduler, request, beams)
+
+    def _conclude(self, request: Request, search: BeamSearch, stop_reason: str | None = None) -> None:
+        """A search is over: its hypotheses take the place of its beams."""
+        state = request.sequences[0].sampling
+        for sequence in list(request.sequences):
+            self.scheduler.drop(sequence)
+            request.remove_sequence(sequence)
+        for index, found in enumerate(search.hypotheses):
+            own = SamplingState(state.params, state.seed, index, state.prompt, found.token_ids, state.stop_ids)
+            sequence = Sequence(request, index, request.namespace, own)
+            sequence.finish_reason = found.finish_reason
+            stops = found.finish_reason == "stop" and found.token_ids[-1] in state.params.stop_token_ids
+            sequence.stop_reason = found.token_ids[-1] if stops else stop_reason
+            request.add_sequence(sequence)
+        self._ended += request.sequences
 
     def _draw(self, batch: Batch, ran: Ran) -> None:
         """Draw tokens, end the sequences that are done, move the others' cursors."""
@@ -409,14 +477,19 @@ class EngineCore:
     def _check_states(self) -> None:
         waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
         live = [s for r in self.requests.values() for s in r.sequences if s.finish_reason is None]
-        assert len(waiting) + len(running) == len(live)
-        assert {*waiting, *running} == {*live}
+        parked = [s for s in live if s.choices is not None]
+        assert len(waiting) + len(running) + len(parked) == len(live)
+        assert {*waiting, *running, *parked} == {*live}
         for name, request in self.requests.items():
             assert request.id == name
             assert request.unfinished == sum(s.finish_reason is None for s in request.sequences)
             for sequence in request.sequences:
                 assert len(sequence.output) <= request.max_output
                 assert sequence.finish_reason is None or sequence.cursor is None
+                assert sequence.choices is None or sequence.cursor is None
+            if request.search is not None and not request.finished:
+                assert [s.output for s in request.sequences] == [beam.token_ids for beam in request.search.beams]
+                assert any(s.choices is None for s in request.sequences), "beams wait for nobody"
 
     def close(self) -> None:
         """Release the model; live requests end without a report."""

@@ -9,13 +9,14 @@ import numpy as np
 from jinja2 import TemplateError
 
 from radixgen.cache import TokenArray
-from radixgen.core import InvalidRequest, Limits, PromptTooLong, SamplingParams
+from radixgen.core import BeamSearchParams, InvalidRequest, Limits, PromptTooLong, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Seq[int] | TokenArray
 Messages = Seq[Mapping[str, Any]]
+Params = SamplingParams | BeamSearchParams
 
 
 class InputProcessor:
@@ -51,14 +52,15 @@ class InputProcessor:
         """What follows a prompt: no special tokens."""
         return self.tokenize(text, "continuations", special=False)
 
-    def check(self, prompt: TokenArray, params: SamplingParams) -> None:
+    def check(self, prompt: TokenArray, params: Params) -> None:
         """That the request could run, alone, in this engine."""
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest("params", params, "must be SamplingParams")
+        if not isinstance(params, Params):
+            raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
         params.validate(self.limits, self.vocab_size)
-        if params.n > self.limits.max_num_seqs:
-            raise InvalidRequest("n", params.n, f"at most {self.limits.max_num_seqs} sequences run at a time")
-        if params.stop_strings and self.tokenizer is None:
+        field, count = ("beam_width", params.beam_width) if isinstance(params, BeamSearchParams) else ("n", params.n)
+        if count > self.limits.max_num_seqs:
+            raise InvalidRequest(field, count, f"at most {self.limits.max_num_seqs} sequences run at a time")
+        if isinstance(params, SamplingParams) and params.stop_strings and self.tokenizer is None:
             raise InvalidRequest("stop", params.stop, "the model has no tokenizer: use stop_token_ids")
         if prompt.size == 0:
             raise InvalidRequest("prompt", [], "must hold at least one token")
@@ -140,12 +142,12 @@ def as_prompts(prompts: Prompt | Seq[Prompt], field: str = "prompts") -> list[Pr
     return list(prompts)
 
 
-def as_params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def as_params(params: Params | Seq[Params] | None, count: int) -> list[Params]:
     """One for each of `count` prompts."""
-    if params is None or isinstance(params, SamplingParams):
+    if params is None or isinstance(params, Params):
         return [params or SamplingParams()] * count
     if not isinstance(params, Seq):
-        raise InvalidRequest("params", params, "must be SamplingParams or a list of them")
+        raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams, or a list of them")
     if len(params) != count:
         raise InvalidRequest("len(params)", len(params), f"must be {count}, as many as prompts")
     return list(params)

@@ -39,16 +39,13 @@ class OutputProcessor:
         self._prompt_told: set[Request] = set()
 
     def follow(self, request: Request, kind: OutputKind) -> None:
+        """Of a beam search only the hypotheses are told, when it is over."""
+        if request.search is not None:
+            self._kinds[request] = "final"
+            return
         self._kinds[request] = kind
-        params = request.params
         for sequence in request.sequences:
-            detokenizer = None
-            if self._tokenizer is not None:
-                prompt = request.prompt[-16:].tolist()
-                detokenizer = Detokenizer(
-                    self._tokenizer, prompt, params.stop_strings, params.include_stop_str_in_output
-                )
-            self._told[sequence] = _Told(detokenizer)
+            self._begin(sequence)
 
     def follow_fork(self, origin: Request, fork: Request) -> None:
         """What `origin` has generated is told of `fork` too, in the first output of each of its sequences."""
@@ -61,6 +58,8 @@ class OutputProcessor:
         """Outputs of the requests whose sequences gained tokens or ended. Finished requests are forgotten."""
         groups: dict[Request, dict[Sequence, None]] = {}
         for sequence in touched:
+            if sequence not in self._told:
+                self._begin(sequence)
             self._read(sequence)
             groups.setdefault(sequence.request, {})[sequence] = None
         outputs = []
@@ -78,9 +77,17 @@ class OutputProcessor:
     def check(self) -> None:
         """Assert that every request that is not reported to its end is followed, and no other."""
         assert self._kinds.keys() == set(self._core.requests.values())
-        assert self._told.keys() == {s for request in self._kinds for s in request.sequences}
+        assert self._told.keys() == {s for r in self._kinds if r.search is None for s in r.sequences}
 
     # -- inside -------------------------------------------------------------------------------------------
+
+    def _begin(self, sequence: Sequence) -> None:
+        """From here on its tokens become text."""
+        detokenizer, params = None, sequence.request.params
+        if self._tokenizer is not None:
+            prompt = sequence.request.prompt[-16:].tolist()
+            detokenizer = Detokenizer(self._tokenizer, prompt, params.stop_strings, params.include_stop_str_in_output)
+        self._told[sequence] = _Told(detokenizer)
 
     def _read(self, sequence: Sequence) -> None:
         """Turn new tokens into text; a stop string ends the sequence."""
@@ -156,6 +163,9 @@ class OutputProcessor:
             output.logprobs = sequence.logprobs[tokens:]
             own = zip(sequence.logprobs, sequence.output, strict=True)
             output.cumulative_logprob = sum(found[token] for found, token in own)
+        if sequence.request.search is not None:
+            hypothesis = sequence.request.search.hypotheses[sequence.index]
+            output.cumulative_logprob, output.score = hypothesis.cumulative_logprob, hypothesis.score
         return output
 
     def _prompt_logprobs(self, request: Request, kind: OutputKind) -> list[dict[int, float] | None] | None:

@@ -29,6 +29,8 @@ class Ran(NamedTuple):
     """`[n, vocab]` float32"""
     drawing: list[int]
     """The row of the logits for each of `Batch.drawing`."""
+    branching: list[int]
+    """The same for `Batch.branching`."""
     reading: list[int]
     """The same for all rows of `Batch.reads`, one after the other."""
 
@@ -112,7 +114,7 @@ class RunAhead:
         self._begun, self._resumable = None, True
 
     def _found(self, begun: _Begun, batch: Batch) -> Ran | None:
-        if batch.reads or len(batch.last_row) != batch.num_rows:
+        if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
             return None
         tokens, which = begun.draws.wait(), {}
         for node, row in batch.last_row.items():
@@ -122,4 +124,4 @@ class RunAhead:
             if batch.row_tokens[row] != tokens[one.draw]:
                 return None
             which[row] = one.logits_row
-        return Ran(begun.logits, [which[row] for row in batch.drawing_rows], [])
+        return Ran(begun.logits, [which[row] for row in batch.drawing_rows], [], [])

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from radixgen.beam_search import Choices
 from radixgen.core import SamplingParams, SamplingState
 
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -100,6 +101,14 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
             tokens.tolist(), own, ids.tolist(), values.tolist(), top, strict=True
         )
     ]
+
+
+def likeliest(logits: Tensor, rows: Sequence[int], count: int) -> list[Choices]:
+    """The `count` likeliest tokens of rows of logits `[n, vocab]`, or all where the vocabulary has fewer."""
+    scores = _pick(logits, rows).log_softmax(-1)
+    ids = _likeliest(scores, min(count, scores.shape[1]))
+    found = scores.gather(-1, ids).cpu().numpy(), ids.cpu().numpy()
+    return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*found, strict=True)]
 
 
 def distribution(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

@@ -61,6 +61,10 @@ class Batch:
     """The sequences that draw a token."""
     drawing_rows: list[int] = field(default_factory=list)
     """The row whose logits each of them reads; those on one node read the same."""
+    branching: list[Sequence] = field(default_factory=list)
+    """The beams whose next tokens are chosen together."""
+    branching_rows: list[int] = field(default_factory=list)
+    """The row whose logits each of them reads."""
     reads: list[Read] = field(default_factory=list)
     num_reads: int = 0
     prompt_tokens: int = 0
@@ -102,8 +106,13 @@ class Batch:
         return row + inside if inside >= 0 else self.read_rows.get((node, offset))
 
     def draw(self, sequence: Sequence, row: int) -> None:
-        self.drawing.append(sequence)
-        self.drawing_rows.append(row)
+        """Have a sequence read the logits of `row`."""
+        if sequence.request.search is not None:
+            self.branching.append(sequence)
+            self.branching_rows.append(row)
+        else:
+            self.drawing.append(sequence)
+            self.drawing_rows.append(row)
 
     @property
     def num_rows(self) -> int:
@@ -129,6 +138,8 @@ class StepInput:
     """`[n]`, each row once"""
     drawing: list[int]
     """For each of `Batch.drawing`, the row of the logits `[n, vocab]` that it reads."""
+    branching: list[int]
+    """The same for `Batch.branching`."""
     reading: list[int]
     """The same for all rows of `Batch.reads`, one after the other."""
 
@@ -173,14 +184,17 @@ class Scheduler:
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out for good: it ended or was cancelled. Its tokens stay cached."""
-        if sequence.cursor is None:
+        if sequence.cursor is not None:
+            self._leave(sequence)
+        elif sequence.choices is None:
             self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self.tree.unlock(sequence.cursor)
-            sequence.cursor = None
         if sequence.namespace != sequence.request.namespace:
             self.tree.discard(sequence.namespace)
+
+    def park(self, sequence: Sequence) -> None:
+        """Let a beam that has its choices hold nothing while its siblings wait for theirs. Its tokens stay cached."""
+        assert sequence.choices is not None
+        self._leave(sequence)
 
     # -- one step -----------------------------------------------------------------------------------------
 
@@ -213,16 +227,19 @@ class Scheduler:
         order = plan.row_order
         place = np.empty_like(order)
         place[order] = np.arange(order.size)
-        wanted = batch.drawing_rows + [row for read in batch.reads for row in read.rows]
+        reading = [row for read in batch.reads for row in read.rows]
+        wanted = batch.drawing_rows + batch.branching_rows + reading
         rows, index = np.unique(np.array(wanted, np.int64), return_inverse=True)
         which = index.tolist()
+        drawn, branched = len(batch.drawing), len(batch.drawing) + len(batch.branching)
         return StepInput(
             plan=plan,
             token_ids=np.array(batch.row_tokens, np.int64)[order],
             slots=np.array(batch.row_slots, np.int64)[order],
             logit_rows=place[rows],
-            drawing=which[: len(batch.drawing)],
-            reading=which[len(batch.drawing) :],
+            drawing=which[:drawn],
+            branching=which[drawn:branched],
+            reading=which[branched:],
         )
 
     def requests_of(self, batch: Batch) -> list[Request]:
@@ -457,12 +474,15 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with its tokens kept; what it computed stays cached until it is evicted."""
+        self._leave(sequence)
+        self.waiting.add(sequence)
+        self.preemptions += 1
+
+    def _leave(self, sequence: Sequence) -> None:
         assert sequence.cursor is not None
         self.running.remove(sequence)
         self.tree.unlock(sequence.cursor)
         sequence.cursor = None
-        self.waiting.add(sequence)
-        self.preemptions += 1
 
 
 def _check_slots(plan: Plan, pool: ExtentPool) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from radixgen.beam_search import BeamSearch, Choices
 from radixgen.cache import Lock, TokenArray
 from radixgen.core import FinishReason, SamplingParams, SamplingState, SharingEnd
 
@@ -27,6 +28,8 @@ class Request:
     """Where the prompt's own tokens are scored, the token that follows each of its positions."""
     next_read: int = 0
     """The first position whose target is still to be scored."""
+    search: BeamSearch | None = None
+    """Where it searches: its sequences are then the beams, best first, and in the end the hypotheses."""
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     num_cached_tokens: int | None = None
     """Prompt tokens that had their KV when the request was first admitted; None before."""
@@ -62,6 +65,11 @@ class Request:
         self.sequences.append(sequence)
         self.unfinished += sequence.finish_reason is None
 
+    def remove_sequence(self, sequence: "Sequence") -> None:
+        """Forget a beam that goes on no more."""
+        self.sequences.remove(sequence)
+        self.unfinished -= 1
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -79,6 +87,8 @@ class Sequence:
     stop_reason: int | str | None = None
     scheduled_in: int = -1
     """The last step that this sequence has a part in."""
+    choices: Choices | None = None
+    """What may follow a beam that is parked: it has had its logits, others of its generation have not."""
 
     def __post_init__(self) -> None:
         self.output = self.sampling.output

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from oracle import StampModel, extend, logits_of, stamp_of
 from rich.progress import Progress
 
 from radixgen import (
+    BeamSearchParams,
     CompletionOutput,
     Engine,
     InvalidRequest,
@@ -32,9 +34,10 @@ from radixgen import (
     SamplingParams,
     UnknownRequest,
 )
+from radixgen.beam_search import BeamSearch, Hypothesis
 from radixgen.cache import Lock, Node
 from radixgen.core import SamplingState
-from radixgen.sampling import fork_seed, sample
+from radixgen.sampling import fork_seed, likeliest, sample
 
 VOCAB, CONTEXT = 3, 40
 LIMITS = Limits(max_waiting=24, max_waiting_tokens=400, max_num_seqs=12, max_pins=4, max_overtaken=6)
@@ -73,6 +76,18 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
     for name in draw(st.lists(st.sampled_from(sorted(extras)), max_size=2, unique=True)):
         chosen[name] = draw(extras[name])
     return SamplingParams(**chosen)
+
+
+@st.composite
+def beam_search_params(draw: st.DrawFn) -> BeamSearchParams:
+    return BeamSearchParams(
+        beam_width=draw(st.sampled_from([1, 2, 3, 6])),
+        max_tokens=draw(st.integers(1, 12)),
+        min_tokens=draw(st.integers(0, 1)),
+        length_penalty=draw(st.sampled_from([0.0, 1.0, 2.0])),
+        early_stopping=draw(st.sampled_from([True, False, "never"])),
+        ignore_eos=draw(st.booleans()),
+    )
 
 
 @dataclass
@@ -137,16 +152,60 @@ class Shadow:
     def fork(self, lengths: list[int]) -> "Shadow":
         """The same once more, to part from it where its sequences have generated so many tokens."""
         self.forks += 1
-        copy = Shadow.of(self.prompt, self.params, self.kind, self.namespace, self.deadline)
-        copy.started, copy.max_output = True, self.max_output
-        for old, new, length in zip(self.sequences, copy.sequences, lengths, strict=True):
+        forked = Shadow.of(self.prompt, self.params, self.kind, self.namespace, self.deadline)
+        forked.started, forked.max_output = True, self.max_output
+        for old, new, length in zip(self.sequences, forked.sequences, lengths, strict=True):
             seeds = {at: seed for at, seed in old.seeds.items() if at <= length}
             new.seeds = seeds | {length: fork_seed(seeds[max(seeds)], self.forks)}
-        return copy
+        return forked
 
     @property
     def finished(self) -> bool:
         return all(sequence.ended for sequence in self.sequences)
+
+
+@dataclass
+class ShadowSearch:
+    """One beam search that was accepted, run by itself as far as need be."""
+
+    prompt: list[int]
+    params: BeamSearchParams
+    deadline: float
+    finished = False
+    cancelled: bool = False
+    started: bool = False
+
+    def check(self, output: RequestOutput, now: float) -> None:
+        """It ended as it would alone, or tells how far it had come by some step."""
+        assert output.finished and output.prompt_token_ids == self.prompt
+        reasons = {one.finish_reason for one in output.outputs}
+        told = [(one.token_ids, one.score) for one in output.outputs]
+        search = self._begin()
+        if reasons <= {"stop", "length"}:
+            while not search.done:
+                self._step(search)
+            assert reasons <= {one.finish_reason for one in search.hypotheses}
+            assert told == [(one.token_ids, one.score) for one in search.hypotheses]
+            return
+        assert len(reasons) == 1 and len({one.stop_reason for one in output.outputs}) == 1
+        assert "error" in reasons or self.cancelled or now >= self.deadline
+        assert "abort" in reasons or output.outputs[0].stop_reason == repr(RuntimeError("planted"))
+        while told != [(one.token_ids, one.score) for one in self._ended(search)]:
+            assert not search.done, f"{told} was never reached"
+            self._step(search)
+
+    def _begin(self) -> BeamSearch:
+        ends = frozenset() if self.params.ignore_eos else frozenset({0})
+        return BeamSearch(self.params, min(self.params.max_tokens, CONTEXT - len(self.prompt)), ends)
+
+    def _step(self, search: BeamSearch) -> None:
+        rows = [logits_of(stamp_of(self.prompt + beam.token_ids), VOCAB) for beam in search.beams]
+        search.select(likeliest(torch.from_numpy(np.stack(rows)), range(len(rows)), search.num_choices))
+
+    def _ended(self, search: BeamSearch) -> list[Hypothesis]:
+        closed = copy(search)
+        closed.close("abort")
+        return closed.hypotheses
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -171,7 +230,7 @@ class EngineMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
             debug=True,
         )
-        self.live: dict[str, Shadow] = {}
+        self.live: dict[str, Shadow | ShadowSearch] = {}
         self.pins: list[int] = []
         self.texts: list[list[int]] = []
         self.seen: Counter[str] = Counter()
@@ -217,7 +276,7 @@ class EngineMachine(RuleBasedStateMachine):
             pass
         else:
             raise AssertionError("a request was cancelled twice")
-        if retry and shadow.max_output:
+        if retry and isinstance(shadow, Shadow) and shadow.max_output:
             self._submit(shadow.prompt, shadow.params, kind=shadow.kind)
 
     @precondition(lambda self: any(not s.finished and not s.cancelled for s in self.live.values()))
@@ -231,10 +290,38 @@ class EngineMachine(RuleBasedStateMachine):
             forks = self.engine.fork(name, n)
         except LimitReached:
             return
+        except InvalidRequest:
+            assert isinstance(self.live[name], ShadowSearch)
+            return
         assert self.model.rows == rows
         self.seen["fork"] += 1
         for fork in forks:
             self.live[fork] = self.live[name].fork(lengths)
+
+    @rule(
+        prompt=TOKENS,
+        params=beam_search_params(),
+        namespace=NAMESPACES,
+        priority=st.sampled_from([0, 0, 1]),
+        timeout=st.sampled_from([None, None, 4.0]),
+        kind=KINDS,
+    )
+    def search(
+        self,
+        prompt: list[int],
+        params: BeamSearchParams,
+        namespace: str,
+        priority: int,
+        timeout: float | None,
+        kind: str,
+    ) -> None:
+        try:
+            name = self.engine.submit(
+                prompt, params, namespace=namespace, priority=priority, timeout=timeout, output_kind=kind
+            )
+        except (InvalidRequest, LimitReached):
+            return
+        self.live[name] = ShadowSearch(prompt, params, self.now + (timeout or np.inf))
 
     @rule(prompt=TOKENS, continuations=st.lists(TOKENS.map(lambda t: t[:8]), min_size=1, max_size=3))
     def score(self, prompt: list[int], continuations: list[list[int]]) -> None:
@@ -339,6 +426,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.seen["use what was begun"] += after.computed_rows - before.computed_rows and self.model.rows == rows
         for output in outputs:
             self._compare(output)
+        self.seen["park"] += any(
+            s.choices is not None for r in self.engine._core.requests.values() for s in r.sequences
+        )
         for shadow in self.live.values():
             assert not shadow.cancelled and shadow.deadline > self.now, "a request outlives its end"
         for sequence in self.engine._core.scheduler.running:
@@ -347,6 +437,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _compare(self, output: RequestOutput) -> None:
         shadow = self.live[output.request_id]
+        if isinstance(shadow, ShadowSearch):
+            shadow.check(output, self.now)
+            self.seen["search"] += 1
+            del self.live[output.request_id]
+            return
         assert output.prompt_token_ids == shadow.prompt[: len(output.prompt_token_ids)]
         assert shadow.kind != "final" or output.finished
         for one in output.outputs:

@@ -81,15 +81,18 @@ CACHING = (
     machine_stage("test_tree_machine", "TreeMachine", examples=40, steps=60),
     *SCHEDULING,
 )
+SEARCHING = (pytest_stage("tests/test_beam_search.py", "-k", "not architectures and not smollm2"),)
 STORING = (pytest_stage("tests/test_model.py"),)
 
 SUITES: dict[str, tuple[Stage, ...]] = {
+    "radixgen/beam_search.py": SEARCHING,
     "radixgen/cache/policy.py": CACHING,
     "radixgen/cache/pool.py": CACHING,
     "radixgen/cache/storage.py": STORING,
     "radixgen/cache/tokens.py": CACHING,
     "radixgen/cache/tree.py": CACHING,
     "scheduler/batch.py": SCHEDULING,
+    "scheduler/beams.py": SEARCHING,
     "scheduler/pins.py": SCHEDULING,
     "scheduler/planner.py": CACHING,
     "scheduler/queue.py": SCHEDULING,

@@ -17,6 +17,7 @@ from oracle import StampModel
 from texts import tokenizer
 
 from radixgen import (
+    BeamSearchParams,
     DuplicateRequest,
     Engine,
     EngineClosed,
@@ -656,6 +657,7 @@ def test_unsupported_families_on_disk(tmp_path: Path, name: str) -> None:
 CLOSED: dict[str, Use] = {
     "generate": lambda engine: engine.generate(PROMPT),
     "generate nothing": lambda engine: engine.generate([]),
+    "beam_search": lambda engine: engine.beam_search(PROMPT, BeamSearchParams(beam_width=2)),
     "chat": lambda engine: engine.chat([{"role": "user", "content": "hello"}]),
     "score": lambda engine: engine.score(PROMPT, [[1]]),
     "stream": lambda engine: engine.stream(PROMPT),

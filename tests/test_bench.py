@@ -2,12 +2,28 @@
 
 import json
 
+import families
 import numpy as np
 import pytest
 import texts
 import torch
 
-from bench import attention, calibrate, engine, explain, gpu, loads, model, peers, plan, plots, simulate, step, tree
+from bench import (
+    attention,
+    beam,
+    calibrate,
+    engine,
+    explain,
+    gpu,
+    loads,
+    model,
+    peers,
+    plan,
+    plots,
+    simulate,
+    step,
+    tree,
+)
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from radixgen.scheduler import planner
@@ -49,6 +65,15 @@ def test_tree_on_a_file(capsys, tmp_path) -> None:
     figures = last_line(capsys)
     assert figures["prompt_tokens"] == 3000
     assert figures["unlimited_hit_percent"] == pytest.approx(100 * (1000 + 512) / 3000, abs=0.1)
+
+
+def test_beam_search(capsys, tmp_path) -> None:
+    families.build("llama").save_pretrained(tmp_path)
+    options = ["--widths", "2", "--prompt-tokens", "9", "--new-tokens", "5", "--repeats", "1"]
+    assert beam.main(options, tmp_path) == 0
+    figures = last_line(capsys)
+    assert figures["same_2"] == 2 and figures["rows_2"] == 9 + 2 * 4
+    assert figures["seconds_2_radixgen"] > 0 and figures["seconds_2_generate"] > 0
 
 
 def test_equal_ids_give_equal_tokens() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(radixgen.__file__).parent
 LAYERS = [
     {"core", "version"},
     {"kernels"},
-    {"cache"},
+    {"beam_search", "cache"},
     {"scheduler"},
     {"calibration"},
     {"attention", "model", "sampling", "detokenize"},
@@ -90,7 +90,8 @@ def test_importing_radixgen_is_light(module: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
-        "AsyncEngine", "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "InvalidRequest",
+        "AsyncEngine", "BeamSearchParams", "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed",
+        "EngineDead", "InvalidRequest",
         "LimitReached", "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed",
         "RequestOutput", "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest",
         "UnsupportedModel", "__version__",

@@ -26,10 +26,11 @@ from radixgen.core.outputs import (
     SharingReason,
     Stats,
 )
-from radixgen.core.params import SamplingParams, SamplingState
+from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
 
 __all__ = [
+    "BeamSearchParams",
     "CompletionOutput",
     "DuplicateRequest",
     "EngineClosed",

@@ -8,7 +8,7 @@ class Limits:
     """Bounds on one engine's requests. Counts unless a unit is given."""
 
     max_n: int = 128
-    """Sequences of one request."""
+    """Sequences of one request; beams of one search."""
     max_logprobs: int = 20
     """Alternatives reported for each token."""
     max_stop: int = 16

@@ -16,7 +16,8 @@ class CompletionOutput:
     alone. `stop_reason`: the stop token's id, the stop string, `"deadline"`, or what the error was.
     `cumulative_logprob` and
     `logprobs` (one `{token id: natural-log probability}` a generated token, the sampled one first) are
-    None unless `SamplingParams.logprobs` asked for them.
+    None unless `SamplingParams.logprobs` asked for them. A hypothesis of a beam search has `cumulative_logprob`, and
+    `score`, by which they are ordered: the same divided by `len(token_ids) ** length_penalty`.
     """
 
     index: int
@@ -26,6 +27,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, float]] | None = None
+    score: float | None = None
 
 
 OutputKind = Literal["cumulative", "delta", "final"]

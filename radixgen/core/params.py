@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,46 @@ class SamplingParams:
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 check_integer(name, count, 0, limits.max_logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """Parameters of one beam search, in place of `SamplingParams`. Names follow vLLM's and transformers'.
+
+    It finds what transformers' `generate(num_beams=beam_width, do_sample=False)` finds with the same `length_penalty`
+    and `early_stopping`: `beam_width` hypotheses, best first by score, which is the cumulative natural-log probability
+    divided by `len(token_ids) ** length_penalty`. Once there are `beam_width` of them, `early_stopping=True` ends the
+    search, False does when no beam that ended now would be better than the worst, and `"never"` when none could become
+    better by `max_tokens`. The model's end tokens (unless `ignore_eos`) and `stop_token_ids` end a hypothesis, none
+    before `min_tokens`.
+    """
+
+    beam_width: int
+    max_tokens: int = 16
+    min_tokens: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """What it has in common with greedy decoding."""
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+        )
+
+    def validate(self, limits: Limits, vocab_size: int) -> None:
+        """Raise `InvalidRequest` for the first field that is out of its range."""
+        check_integer("beam_width", self.beam_width, 1, limits.max_n)
+        _number("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
+            raise InvalidRequest("early_stopping", self.early_stopping, "must be True, False or 'never'")
+        self.sampling.validate(limits, vocab_size)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,0 +1,47 @@
+"""Cursors of a beam search: they move, branch and leave as the beams do."""
+
+from collections.abc import Sequence as Seq
+
+from radixgen.beam_search import Beam
+from radixgen.core import SamplingState
+from radixgen.scheduler.batch import Scheduler
+from radixgen.scheduler.sequence import Request, Sequence
+
+
+def branch(scheduler: Scheduler, request: Request, beams: Seq[Beam]) -> None:
+    """Bring the request's sequences, one for each beam of the generation before, to where `beams` are.
+
+    A sequence moves on with the best of the beams that come from its own, and is forked for each further one; one from
+    which none comes lets go of its cursor. No KV is copied. Those without a cursor go on from the queue.
+    """
+    parents = list(request.sequences)
+    followed = {beam.parent for beam in beams}
+    for place, parent in enumerate(parents):
+        if place not in followed:
+            scheduler.drop(parent)
+            request.remove_sequence(parent)
+    children: list[Sequence] = []
+    for beam in beams:
+        parent = parents[beam.parent]
+        children.append(_fork(scheduler, parent) if parent in children else parent)
+    request.sequences = children
+    for child, beam in zip(children, beams, strict=True):
+        if child.choices is not None and child.cursor is None:
+            scheduler.waiting.add(child)
+        child.choices = None
+        child.output.append(beam.token_ids[-1])
+    scheduler.advance([(child, child.output[-1]) for child in children if child.cursor is not None])
+
+
+def _fork(scheduler: Scheduler, origin: Sequence) -> Sequence:
+    """One more beam where `origin` stands."""
+    request, state = origin.request, origin.sampling
+    request.num_forks += 1
+    own = origin.namespace
+    if own != request.namespace:
+        own = f"{request.namespace}\0{request.serial}.{request.num_forks}"
+    copy = SamplingState(state.params, state.seed, request.num_forks, state.prompt, list(state.output), state.stop_ids)
+    sequence = Sequence(request, request.num_forks, own, copy)
+    request.add_sequence(sequence)
+    scheduler.fork(origin, sequence)
+    return sequence
