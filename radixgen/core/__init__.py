@@ -4,6 +4,7 @@ from radixgen.core.errors import (
     DuplicateRequest,
     EngineClosed,
     EngineDead,
+    GrammarFailed,
     InvalidRequest,
     LimitReached,
     ModelNotFound,
@@ -16,17 +17,23 @@ from radixgen.core.errors import (
     UnsupportedModel,
     check_integer,
 )
+from radixgen.core.grammar import Allowed, Grammar, GrammarKind, GrammarState
 from radixgen.core.limits import Limits
 from radixgen.core.outputs import CompletionOutput, FinishReason, OutputKind, RequestOutput, Stats
 from radixgen.core.params import SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
 
 __all__ = [
+    "Allowed",
     "CompletionOutput",
     "DuplicateRequest",
     "EngineClosed",
     "EngineDead",
     "FinishReason",
+    "Grammar",
+    "GrammarFailed",
+    "GrammarKind",
+    "GrammarState",
     "InvalidRequest",
     "LimitReached",
     "Limits",

@@ -62,6 +62,10 @@ class RequestFailed(RadixgenError):
     """A request ended with `error`, where its caller asked for nothing but its result."""
 
 
+class GrammarFailed(RadixgenError):
+    """A sequence cannot go on in its grammar: no token of the model fits, or a step would cost too much."""
+
+
 class UnsupportedModel(RadixgenError):
     """A model that cannot run on tree attention; the message names it and says why."""
 
