@@ -172,7 +172,7 @@ class AsyncEngine:
         """What takes time and needs no step to wait for it."""
         tokens = self._engine.tokenize(prompt)
         if params is not None:
-            self._engine.compile(params)
+            self._engine.compile_grammar(params)
         return tokens
 
     async def _begin(self, request_id: str, submit: Callable[[], object], cumulative: bool) -> "_Stream":

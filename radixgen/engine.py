@@ -193,7 +193,7 @@ class Engine:
         """`prompt` as checked token ids, int32. May be called from another thread. Raises `InvalidRequest`."""
         return self._inputs.tokenize(prompt)
 
-    def compile(self, params: SamplingParams) -> None:
+    def compile_grammar(self, params: SamplingParams) -> None:
         """Check `params` and compile the grammar that they ask for, so that no step waits for it. May be called from
         another thread. Raises `InvalidRequest`.
         """
