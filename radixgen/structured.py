@@ -3,6 +3,7 @@
 llguidance is the extra `structured`, and imported by the first request that has a grammar.
 """
 
+import json
 from copy import copy
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ _WHITE_SPACE = r"[ \n\r\t]{1,16}"
 _MOST_LEXER_STATES = 50_000
 """Of one grammar, 1 to 2 kB each"""
 _LONGEST_MESSAGE = 400
+_DEAD_END = "no token of the model goes on"
 
 
 class Grammars:
@@ -72,7 +74,7 @@ class Grammars:
 
         matcher = LLMatcher(self._tokens, _grammar(kind, text), log_level=0, limits=self._parser_limits)
         if matcher.is_error():
-            raise GrammarFailed(matcher.get_error())
+            raise _fault(matcher)
         grammar = CompiledGrammar(matcher, self._vocab_size, self._tokens.eos_token)
         state = grammar.start()
         state.allowed()
@@ -119,7 +121,7 @@ class CompiledGrammar:
         """What `matcher` allows. Raises `GrammarFailed`."""
         packed = matcher.compute_bitmask()
         if matcher.is_error():  # it would allow the end
-            raise GrammarFailed(matcher.get_error())
+            raise _fault(matcher)
         mask = np.frombuffer(packed, np.int32)[: -(-self._vocab_size // 32)].copy()
         if self._vocab_size % 32:
             mask[-1] &= (1 << self._vocab_size % 32) - 1
@@ -127,7 +129,7 @@ class CompiledGrammar:
             mask[self._end // 32] &= ~np.int32(1 << self._end % 32)
         accepts = matcher.is_accepting()
         if not accepts and not mask.any():
-            raise GrammarFailed("no token of the model goes on")
+            raise GrammarFailed(_DEAD_END)
         return Allowed(mask, accepts)
 
 
@@ -168,11 +170,27 @@ class MatcherState:
 
     def accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
-            raise GrammarFailed(self._matcher.get_error())
+            raise _fault(self._matcher)
         self._place = self._place.after(token)
 
     def fork(self) -> "MatcherState":
         return MatcherState(self._grammar, self._matcher.deep_copy(), self._place)
+
+
+def _fault(matcher: "LLMatcher") -> GrammarFailed:
+    """Why a matcher has failed, in its own words, but for the one that has none."""
+    words = matcher.get_error().replace("<non-verbose/>", "").strip()
+    return GrammarFailed(_DEAD_END if words.startswith("NoExtension") else words)
+
+
+def _says_white_space(schema: str) -> bool:
+    """Whether a schema rules its white space itself: a pattern would overrule that there be none."""
+    try:
+        found = json.loads(schema)
+    except (ValueError, RecursionError):
+        return False
+    own = found.get("x-guidance") if isinstance(found, dict) else None
+    return isinstance(own, dict) and "whitespace_flexible" in own
 
 
 def _grammar(kind: GrammarKind, text: str) -> str:
@@ -180,5 +198,6 @@ def _grammar(kind: GrammarKind, text: str) -> str:
     from llguidance import LLMatcher
 
     if kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
+        pattern = None if _says_white_space(text) else _WHITE_SPACE
+        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": pattern} if pattern else {})
     return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
