@@ -14,6 +14,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from radixgen.cache import TokenArray
 from radixgen.core import (
     BeamSearchParams,
     EngineClosed,
@@ -79,7 +80,7 @@ class AsyncEngine:
         fails as a whole.
         """
         request_id = request_id or self._new_id()
-        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+        tokens = await asyncio.to_thread(self._prepare, prompt, params)
         kind: OutputKind = "cumulative" if cumulative else "delta"
 
         def submit() -> None:
@@ -182,6 +183,13 @@ class AsyncEngine:
         await self.close()
 
     # -- in the callers' threads --------------------------------------------------------------------------
+
+    def _prepare(self, prompt: Prompt, params: Params | None) -> TokenArray:
+        """What takes time and needs no step to wait for it."""
+        tokens = self._engine.tokenize(prompt)
+        if params is not None:
+            self._engine.compile_grammar(params)
+        return tokens
 
     async def _begin(self, request_id: str, submit: Callable[[], object], cumulative: bool) -> "_Stream":
         """Submit; a caller that is cancelled meanwhile leaves nothing behind."""

@@ -65,6 +65,9 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    json_schema: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A JSON schema.")] = None,
+    regex: Annotated[str | None, typer.Option(help="What each output must match.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="What an output may be; once for each.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     kv_tokens: KVTokens = None,
@@ -80,7 +83,15 @@ def generate(
 
     with _errors():
         params = SamplingParams(
-            n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+            n=n,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            json_schema=_read(json_schema) if json_schema else None,
+            regex=regex,
+            choice=choice or None,
         )
         requests = list(_requests(prompts, file))
         with waiting(Console(stderr=True)) as say:

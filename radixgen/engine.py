@@ -209,6 +209,12 @@ class Engine:
         """`prompt` as checked token ids, int32. May be called from another thread. Raises `InvalidRequest`."""
         return self._inputs.tokenize(prompt)
 
+    def compile_grammar(self, params: SamplingParams) -> None:
+        """Check `params` and compile the grammar that they ask for, so that no step waits for it. May be called from
+        another thread. Raises `InvalidRequest`.
+        """
+        self._inputs.check_params(params)
+
     def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """Natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
         distribution.
@@ -433,7 +439,8 @@ class Engine:
     # -- inside -------------------------------------------------------------------------------------------
 
     def _core_submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
-        request = self._core.submit(tokens, params, share=self.share, **options)
+        grammar = self._inputs.grammar(params)
+        request = self._core.submit(tokens, params, share=self.share, grammar=grammar, **options)
         self._outputs.follow(request, kind)
         return request.id
 

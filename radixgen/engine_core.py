@@ -12,6 +12,7 @@ from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
     FinishReason,
+    Grammar,
     LimitReached,
     Limits,
     QueueFull,
@@ -82,8 +83,9 @@ class EngineCore:
         share: bool = True,
         deadline: float = math.inf,
         score_from: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
-        """Queue a request with `n` sequences, or with the one that a beam search begins with.
+        """Queue a request with `n` sequences, all in `grammar`, or with the one that a beam search begins with.
 
         `score_from` asks, instead of new tokens, for the log-probability of each prompt token after that
         position; the last one then needs no KV and does not enter the tree. Raises `QueueFull`.
@@ -91,6 +93,7 @@ class EngineCore:
         self.require_room(1, prompt.size)
         self._serial += 1
         beams, params = (params, params.sampling) if isinstance(params, BeamSearchParams) else (None, params)
+        assert grammar is not None or not params.structured, "a grammar was not compiled"
         targets, first, max_output = None, 0, min(params.max_tokens, self.model.max_model_len - prompt.size)
         if score_from is not None:
             prompt, targets, first, max_output = prompt[:-1], prompt[1:], score_from, 0
@@ -116,7 +119,7 @@ class EngineCore:
             request.search = BeamSearch(beams, max_output, ends)
         for index in range(params.n):
             own = namespace if share else f"{namespace}\0{self._serial}.{index}"
-            state = SamplingState(params, seed, index, prompt, [], ends)
+            state = SamplingState(params, seed, index, prompt, [], ends, grammar.start() if grammar else None)
             request.add_sequence(Sequence(request, index, own, state))
         self._register(request)
         self.scheduler.add(request)
@@ -149,8 +152,9 @@ class EngineCore:
         for origin in request.sequences:
             before = origin.sampling
             seed = fork_seed(before.seed, request.num_forks)
+            grammar = before.grammar.fork() if before.grammar else None
             state = SamplingState(
-                before.params, seed, before.index, before.prompt, list(before.output), before.stop_ids
+                before.params, seed, before.index, before.prompt, list(before.output), before.stop_ids, grammar
             )
             own = origin.namespace
             if own != request.namespace:
@@ -158,6 +162,7 @@ class EngineCore:
             sequence = Sequence(fork, origin.index, own, state)
             sequence.logprobs = list(origin.logprobs)
             sequence.finish_reason, sequence.stop_reason = origin.finish_reason, origin.stop_reason
+            sequence.ended_by_token = origin.ended_by_token
             fork.add_sequence(sequence)
             if sequence.finish_reason is None:
                 self.scheduler.fork(origin, sequence)
@@ -369,21 +374,48 @@ class EngineCore:
             if sequence.finish_reason is not None:
                 continue
             if token < 0:
-                self.end(sequence, "error", "the model's logits are not finite")
+                self.end(sequence, "error", drawn.faults.get(index, "the model's logits are not finite"))
                 continue
-            output = sequence.output
-            output.append(token)
-            if drawn.logprobs and index in drawn.logprobs:
-                sequence.logprobs.append(drawn.logprobs[index])
-            params = sequence.request.params
-            if token in sequence.sampling.stop_ids and len(output) > params.min_tokens:
-                self.end(sequence, "stop", token if token in params.stop_token_ids else None)
-            elif len(output) >= sequence.request.max_output:
-                self.end(sequence, "length")
-            else:
+            try:
+                goes_on = self._take(sequence, token, drawn.logprobs.get(index))
+            except AssertionError:
+                raise
+            except Exception as error:
+                logger.exception("request %s could not go on in its grammar", sequence.request.id)
+                self.end(sequence, "error", repr(error))
+                continue
+            if goes_on:
                 going.append((sequence, token))
         self._generated += len(drawn.tokens)
         self.scheduler.advance(going)
+
+    def _take(self, sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> bool:
+        """Give a sequence the token that was drawn for it, and end it where that is the last one. Returns whether it
+        goes on. Raises what its grammar raises; then the token is not taken.
+        """
+        request, state, output = sequence.request, sequence.sampling, sequence.output
+        grammar, params = state.grammar, request.params
+        is_end = token in state.stop_ids and (
+            len(output) >= params.min_tokens or (grammar is not None and not grammar.allows(token))
+        )
+        if grammar is not None and not is_end:
+            if grammar.complete:  # which its mask told, and there was no end token to draw
+                self.end(sequence, "stop")
+                return False
+            grammar.accept(token)
+        output.append(token)
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        if is_end:
+            sequence.ended_by_token = True
+            self.end(sequence, "stop", token if token in params.stop_token_ids else None)
+        elif grammar is not None and grammar.complete:
+            self.end(sequence, "stop")
+        elif len(output) >= request.max_output:
+            self.end(sequence, "length")
+        else:
+            return True
+        return False
 
     def _sample(self, batch: Batch, ran: Ran) -> Drawn:
         """All draws at once, and the next step begun with them; where drawing raises, one by one, and those for whom it
@@ -400,18 +432,19 @@ class EngineCore:
         return report(ran.logits, ran.drawing, states, draws.wait())
 
     def _sample_each(self, batch: Batch, ran: Ran) -> Drawn:
-        tokens, logprobs = [], {}
+        tokens, logprobs, faults = [], {}, {}
         for index, (row, sequence) in enumerate(zip(ran.drawing, batch.drawing, strict=True)):
             try:
                 one = sample(ran.logits, [row], [sequence.sampling])
-            except Exception:
+            except Exception as error:
                 logger.exception("request %s could not be sampled", sequence.request.id)
                 tokens.append(-1)
+                faults[index] = repr(error)
                 continue
             tokens += one.tokens
             if one.logprobs:
                 logprobs[index] = one.logprobs[0]
-        return Drawn(tokens, logprobs)
+        return Drawn(tokens, logprobs, faults)
 
     # -- the engine itself --------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import numpy as np
 from jinja2 import TemplateError
 
 from radixgen.cache import TokenArray
-from radixgen.core import BeamSearchParams, InvalidRequest, Limits, PromptTooLong, SamplingParams
+from radixgen.core import BeamSearchParams, Grammar, InvalidRequest, Limits, PromptTooLong, SamplingParams
+from radixgen.structured import Grammars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self.kv_tokens = kv_tokens
         self.limits = limits
+        self._grammars = Grammars(tokenizer, vocab_size, limits)
 
     def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:
         """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`."""
@@ -52,8 +54,8 @@ class InputProcessor:
         """What follows a prompt: no special tokens."""
         return self.tokenize(text, "continuations", special=False)
 
-    def check(self, prompt: TokenArray, params: Params) -> None:
-        """That the request could run, alone, in this engine."""
+    def check_params(self, params: Params) -> None:
+        """That they could be served to some prompt; a grammar is compiled."""
         if not isinstance(params, Params):
             raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
         params.validate(self.limits, self.vocab_size)
@@ -62,12 +64,21 @@ class InputProcessor:
             raise InvalidRequest(field, count, f"at most {self.limits.max_num_seqs} sequences run at a time")
         if isinstance(params, SamplingParams) and params.stop_strings and self.tokenizer is None:
             raise InvalidRequest("stop", params.stop, "the model has no tokenizer: use stop_token_ids")
+        self.grammar(params)
+
+    def check(self, prompt: TokenArray, params: Params) -> None:
+        """That the request could run, alone, in this engine."""
+        self.check_params(params)
         if prompt.size == 0:
             raise InvalidRequest("prompt", [], "must hold at least one token")
         if prompt.size >= self.max_model_len:
             limit = f"the context holds {self.max_model_len} tokens, one of them generated"
             raise PromptTooLong("len(prompt)", prompt.size, limit)
         self._check_slots("len(prompt) + max_tokens", prompt.size + params.max_tokens)
+
+    def grammar(self, params: Params) -> Grammar | None:
+        """What `params`, which were checked, ask for; compiled by the first who asks. May be called from any thread."""
+        return self._grammars.find(params) if isinstance(params, SamplingParams) else None
 
     def check_score(self, prompt: TokenArray, continuation: TokenArray) -> None:
         """That `continuation` could be scored after `prompt`."""

@@ -112,7 +112,7 @@ class OutputProcessor:
         """
         params = sequence.request.params
         count = len(sequence.output)
-        if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
+        if sequence.ended_by_token and not params.include_stop_str_in_output:
             count -= 1
         while told.read < count:
             token = sequence.output[told.read]

@@ -24,11 +24,13 @@ _KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[0x9E3779
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A token a draw; -1 where the row holds a NaN or +inf, or nothing finite. `logprobs` by draw, where asked for:
-    `{token id: natural-log probability}`, the drawn one first.
+    `{token id: natural-log probability}`, the drawn one first. `faults` by draw: why no token was drawn, where it
+    was not for the row.
     """
 
     tokens: list[int]
     logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
 
 
 class Draws:
@@ -135,13 +137,16 @@ def distribution(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Bias, penalties and `min_tokens`, in place, on float64 `[n, vocab]`. Returns `scores`."""
+    """Bias, penalties, grammars and `min_tokens`, in place, on float64 `[n, vocab]`. Returns `scores`.
+
+    Raises what a state's grammar raises.
+    """
     shaped = [state for state in states if state.shaped]
     if not shaped:
         return scores
     for state in shaped:
         state.update()
-    for change in (_add_bias, _penalize_repetition, _penalize_counts, _hold_back_ends):
+    for change in (_add_bias, _penalize_repetition, _penalize_counts, _keep_allowed, _hold_back_ends):
         change(scores, states)
     return scores
 
@@ -264,6 +269,35 @@ def _penalize_counts(scores: Tensor, states: Sequence[SamplingState]) -> None:
     counts = _values([count for i in some for count in states[i].counts.values()], scores)
     sizes = _sizes(used, scores)
     scores[rows, ids] -= presence.repeat_interleave(sizes) + frequency.repeat_interleave(sizes) * counts
+
+
+def _keep_allowed(scores: Tensor, states: Sequence[SamplingState]) -> None:
+    """Only what the grammars allow, and ends where they accept. A row of which nothing would be left stays as it is:
+    the grammar refuses what is drawn from it.
+    """
+    some = [(i, state.grammar.allowed()) for i, state in enumerate(states) if state.grammar is not None]
+    if not some:
+        return
+    distinct = {id(allowed): allowed.mask for _, allowed in some}
+    place = {key: at for at, key in enumerate(distinct)}
+    masks = _unpack(torch.from_numpy(np.stack(list(distinct.values()))).to(scores.device), scores.shape[1])
+    allows = masks.index_select(0, _index([place[id(allowed)] for _, allowed in some], scores))
+    ends = [(at, t) for at, (i, allowed) in enumerate(some) if allowed.accepts for t in states[i].stop_ids]
+    ends = [(at, token) for at, token in ends if token < scores.shape[1]]
+    if ends:
+        allows[[at for at, _ in ends], [token for _, token in ends]] = True
+    rows = _index([i for i, _ in some], scores)
+    before = scores.index_select(0, rows)
+    kept = before.masked_fill(~allows, float("-inf"))
+    nothing_left = kept.amax(-1, keepdim=True).isneginf()
+    scores.index_copy_(0, rows, torch.where(nothing_left, before, kept))
+
+
+def _unpack(masks: Tensor, width: int) -> Tensor:
+    """Packed `[n, words]`, the lowest bit first, to booleans `[n, width]`; what the words do not tell is false."""
+    bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)
+    flags = (bits & 1).bool().flatten(1)[:, :width]
+    return torch.nn.functional.pad(flags, (0, width - flags.shape[1]))
 
 
 def _hold_back_ends(scores: Tensor, states: Sequence[SamplingState]) -> None:

@@ -85,6 +85,8 @@ class Sequence:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    ended_by_token: bool = False
+    """Whether the last token of the output is an end, and no text."""
     scheduled_in: int = -1
     """The last step that this sequence has a part in."""
     choices: Choices | None = None

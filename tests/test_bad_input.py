@@ -2,6 +2,7 @@
 
 import math
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -340,6 +341,67 @@ def test_absurd_numbers(field: str, value: int, entry: str) -> None:
     check_refusal(uses[entry], field)
 
 
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "schema of a type unknown": {"json_schema": {"type": "objekt"}},
+    "schema cut short": {"json_schema": '{"type": '},
+    "schema that is a list": {"json_schema": "[1]"},
+    "schema that is false": {"json_schema": "false"},
+    "schema of nothing": {"json_schema": {"type": "integer", "minimum": 5, "maximum": 3}},
+    "schema with a bad pattern": {"json_schema": {"type": "string", "pattern": "("}},
+    "schema that points nowhere": {"json_schema": {"$ref": "#/nowhere"}},
+    "schema from elsewhere": {"json_schema": {"$ref": "http://example.com/schema"}},
+    "schema too deep": {"json_schema": '{"items":' * 1_000 + "{}" + "}" * 1_000},
+    "schema beyond the library": {"json_schema": {"type": "array", "uniqueItems": True}},
+    "regex": {"regex": "("},
+    "regex that looks ahead": {"regex": "(?=a)b"},
+    "regex of nothing": {"regex": "[^\\s\\S]"},
+    "regex of the empty text": {"regex": "(b{0})*"},
+    "regex without tokens": {"regex": "\x01"},
+    "half a character": {"regex": "\ud800"},
+    "grammar without names": {"grammar": "x"},
+    "grammar of an unknown name": {"grammar": "start: nobody"},
+    "grammar that nests": {"grammar": "start: " + "(" * 9_000 + '"a"' + ")" * 9_000},
+    "choice of half a character": {"choice": ["\ud800"]},
+    "response format": {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}}},
+}
+
+
+@names(GRAMMARS)
+def test_bad_grammars(case: dict[str, Any]) -> None:
+    """The library's own words; nothing is disturbed, and the next grammar is served."""
+    model = StampModel(families.VOCAB, CONTEXT)
+    with busy(Engine(model, tokenizer=tokenizer(), kv_tokens=SLOTS, debug=True)) as engine:
+        for use in (
+            lambda: engine.submit(PROMPT, SamplingParams(**case)),
+            lambda: engine.generate([PROMPT, PROMPT], [SamplingParams(), SamplingParams(**case)]),
+            lambda: engine.compile_grammar(SamplingParams(**case)),
+        ):
+            with pytest.raises(InvalidRequest) as caught:
+                use()
+            assert caught.value.field == next(iter(case)) and len(str(caught.value)) < 600
+            assert "llguidance says: " in caught.value.limit and len(caught.value.limit) > 20
+    with Engine(model, tokenizer=tokenizer(), kv_tokens=SLOTS, debug=True) as engine:
+        assert engine.generate(PROMPT, SamplingParams(choice=["fine"]))[0].outputs[0].text == "fine"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"json_schema": {}}, {"regex": "a"}, {"grammar": "x"}, {"choice": ["a"]}, {"response_format": {"type": "xml"}}],
+    ids=str,
+)
+def test_grammars_need_a_tokenizer(fields: dict[str, Any]) -> None:
+    error = check_refusal(lambda engine: engine.submit(PROMPT, SamplingParams(**fields)), next(iter(fields)))
+    assert "tokenizer" in error.limit or "type" in error.limit
+
+
+def test_grammars_need_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    engine = Engine(StampModel(families.VOCAB, CONTEXT), tokenizer=tokenizer(), kv_tokens=SLOTS)
+    says = r"regex='a': needs llguidance: pip install 'radixgen\[structured\]'"
+    with busy(engine), pytest.raises(InvalidRequest, match=says):
+        engine.submit(PROMPT, SamplingParams(regex="a"))
+
+
 PRIORITIES = ["high", "", 1.0, True, None, 2**31, -(2**31) - 1, 2**64, HUGE, NAN, [], np.int64(1)]
 NAMES = [5, True, b"a", ["a"], (), NAN, "x" * 257]
 SPANS = [0, -1, 0.0, -1e-9, NAN, INF, -INF, "", "1", True, [], 10**400, HUGE, 1j, np.float32(1), np.array([1.0])]
@@ -675,6 +737,7 @@ OPEN = {
     "chat_tokens",
     "check",
     "close",
+    "compile_grammar",
     "decode",
     "explain",
     "has_unfinished",

@@ -16,7 +16,7 @@ LAYERS = [
     {"beam_search", "cache"},
     {"scheduler"},
     {"calibration"},
-    {"attention", "model", "sampling", "detokenize"},
+    {"attention", "model", "sampling", "detokenize", "structured"},
     {"run_ahead"},
     {"engine_core"},
     {"input_processor", "output_processor"},

@@ -34,7 +34,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-2.0, 2.0),
 }
 FLAGS = ("include_stop_str_in_output", "ignore_eos")
-OPTIONAL = ("logit_bias", "seed", "logprobs", "prompt_logprobs")
+GRAMMARS = ("json_schema", "regex", "grammar", "choice", "response_format")
+OPTIONAL = ("logit_bias", "seed", "logprobs", "prompt_logprobs", *GRAMMARS)
 
 ODD: dict[str, Any] = {
     "-1": -1,
@@ -94,6 +95,11 @@ ACCEPTED: dict[str, set[str]] = {
     "seed": {"2**31", "2**63", "None"},
     "logprobs": {"None"},
     "prompt_logprobs": {"None"},
+    "json_schema": {"'1'", "str_", "{}", "None"},
+    "regex": {"'1'", "str_", "None"},
+    "grammar": {"'1'", "str_", "None"},
+    "choice": {"None"},
+    "response_format": {"None"},
 }
 """Of `ODD`, all that is taken; the rest is refused. NumPy's float64 and str_ are Python's own by inheritance."""
 
@@ -118,7 +124,7 @@ def check_refusal(error: InvalidRequest, field: str, value: object) -> None:
 
 def test_the_tables_name_every_field() -> None:
     assert set(ACCEPTED) == set(FIELDS)
-    assert {*INTEGERS, *NUMBERS, *FLAGS, "logit_bias", "stop", "stop_token_ids"} == set(FIELDS)
+    assert {*INTEGERS, *NUMBERS, *FLAGS, *GRAMMARS, "logit_bias", "stop", "stop_token_ids"} == set(FIELDS)
 
 
 def test_the_defaults_are_accepted() -> None:
@@ -181,7 +187,7 @@ def test_odd_values_are_accepted_or_named(field: str, name: str) -> None:
     if name in ACCEPTED[field]:
         validate(**{field: value})
         return
-    named = 1 if (field, name) == ("stop", "[1]") else value
+    named = 1 if (field, name) in (("stop", "[1]"), ("choice", "[1]")) else value
     check_refusal(refusal(**{field: value}), field, named)
 
 
@@ -257,6 +263,93 @@ def test_logit_bias_is_counted_before_it_is_read() -> None:
     SamplingParams(logit_bias=dict.fromkeys(range(most), 1.0)).validate(LIMITS, most)
     error = refusal(logit_bias=Halves(2**62))
     assert error.field == "len(logit_bias)" and str(most) in error.limit
+
+
+# -- grammars ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["json_schema", "regex", "grammar"])
+def test_grammars_end_at_their_limits(field: str) -> None:
+    most = LIMITS.max_grammar_chars
+    for text in ("x", "x" * most):
+        validate(**{field: text})
+    for text in ("", "x" * (most + 1)):
+        check_refusal(refusal(**{field: text}), field, text)
+
+
+def test_choices_end_at_their_limits() -> None:
+    most, longest = LIMITS.max_choices, LIMITS.max_grammar_chars
+    for choice in (["a"], ("a", "b"), ["x" * (longest // most)] * most, ["x" * longest], ["a", "a"], ["\0", "é🙂"]):
+        validate(choice=choice)
+    assert refusal(choice=["a"] * (most + 1)).field == "len(choice)"
+    check_refusal(refusal(choice=["x" * longest, "y"]), "choice", longest + 1)
+    for bad in ("", "x" * (longest + 1), b"a", None, 1, ["a"]):
+        check_refusal(refusal(choice=["a", bad]), "choice", bad)
+    for bad in ("ab", {"a"}, {"a": 1}, iter("a"), [], ()):
+        check_refusal(refusal(choice=bad), "choice", bad)
+
+
+def test_schemas_that_are_no_json() -> None:
+    itself: dict[str, Any] = {}
+    itself["items"] = itself
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"items": deep}
+    for bad in ({"enum": {1}}, {"minimum": NAN}, {(1, 2): 3}, itself, deep):
+        assert refusal(json_schema=bad).field == "json_schema"
+    for fine in ({"type": "object"}, MappingProxyType({"items": MappingProxyType({})}), {"const": None}):
+        validate(json_schema=fine)
+
+
+def test_a_schema_is_written_no_further_than_it_may_be_long() -> None:
+    """Shared parts: 60 objects that would be 2**60 in JSON."""
+    shared: dict[str, Any] = {}
+    for _ in range(60):
+        shared = {"items": shared, "contains": shared}
+    error = refusal(json_schema=shared)
+    assert error.field == "json_schema" and str(LIMITS.max_grammar_chars) in error.limit
+
+
+def test_at_most_one_grammar() -> None:
+    given: dict[str, Any] = {
+        "json_schema": {},
+        "regex": "a",
+        "grammar": 'start: "a"',
+        "choice": ["a"],
+        "response_format": {"type": "json_object"},
+    }
+    for first, second in zip(GRAMMARS, GRAMMARS[1:], strict=False):
+        error = refusal(**{first: given[first], second: given[second]})
+        assert error.field == second and first in error.limit
+    validate(regex="a", response_format={"type": "text"})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"type": "xml"},
+        {"type": ["json_object"]},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": None},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": "{}"}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": {1}}}},
+    ],
+)
+def test_response_formats_that_say_nothing(bad: dict[str, Any]) -> None:
+    assert refusal(response_format=bad).field == "response_format"
+
+
+def test_what_response_formats_ask_for() -> None:
+    def text(response_format: dict[str, Any]) -> str | None:
+        source = SamplingParams(response_format=response_format).grammar_source(LIMITS)
+        return source.text if source else None
+
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"type": "integer"}}}
+    assert text(asked) == '{"type": "integer"}'
+    assert text({"type": "json_object"}) == '{"type": "object"}'
+    assert text({"type": "text"}) is None and not SamplingParams(response_format={"type": "text"}).structured
 
 
 # -- what the fields mean ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from radixgen.core.errors import (
     DuplicateRequest,
     EngineClosed,
     EngineDead,
+    GrammarFailed,
     InvalidRequest,
     LimitReached,
     ModelNotFound,
@@ -16,6 +17,7 @@ from radixgen.core.errors import (
     UnsupportedModel,
     check_integer,
 )
+from radixgen.core.grammar import Allowed, Grammar, GrammarKind, GrammarState
 from radixgen.core.limits import Limits
 from radixgen.core.outputs import (
     CompletionOutput,
@@ -30,12 +32,17 @@ from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
 
 __all__ = [
+    "Allowed",
     "BeamSearchParams",
     "CompletionOutput",
     "DuplicateRequest",
     "EngineClosed",
     "EngineDead",
     "FinishReason",
+    "Grammar",
+    "GrammarFailed",
+    "GrammarKind",
+    "GrammarState",
     "InvalidRequest",
     "LimitReached",
     "Limits",

@@ -4,6 +4,8 @@
 names the field, the value and the limit. `assert` is kept for radixgen's own invariants.
 """
 
+from reprlib import Repr
+
 
 class RadixgenError(Exception):
     """Root of every error that radixgen raises on purpose."""
@@ -18,9 +20,13 @@ class InvalidRequest(RadixgenError, ValueError):
 
 
 def _shown(value: object) -> str:
-    """A value in at most 80 characters; its type where it cannot be printed, as an integer of 5,000 digits."""
+    """A value in at most 80 characters; its type where it cannot be printed, as an integer of 5,000 digits. No more of
+    it is written than is shown: shared parts can make a small object endless.
+    """
+    brief = Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother = 3, 80, 80
     try:
-        shown = repr(value)
+        shown = brief.repr(value)
     except Exception:
         return f"<{type(value).__name__}>"
     return shown if len(shown) <= 80 else shown[:77] + "..."
@@ -60,6 +66,10 @@ class QueueFull(LimitReached):
 
 class RequestFailed(RadixgenError):
     """A request ended with `error`, where its caller asked for nothing but its result."""
+
+
+class GrammarFailed(RadixgenError):
+    """A sequence cannot go on in its grammar: no token of the model fits, or a step would cost too much."""
 
 
 class UnsupportedModel(RadixgenError):

@@ -18,6 +18,11 @@ class Limits:
     max_stop_token_ids: int = 128
     max_logit_bias: int = 1_024
     """Tokens with a bias."""
+    max_grammar_chars: int = 1 << 16
+    """Characters of a schema, a regular expression or a grammar; of all choices together."""
+    max_choices: int = 1_024
+    max_grammars: int = 64
+    """Compiled grammars that are kept for requests to come."""
     max_prompt_chars: int = 1 << 22
     """Characters of a text prompt, before it is tokenized."""
     max_request_id_len: int = 256

@@ -9,6 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixgen.core.errors import InvalidRequest, check_integer
+from radixgen.core.grammar import (
+    GrammarSource,
+    GrammarState,
+    choice_source,
+    format_source,
+    only_one,
+    schema_source,
+    text_source,
+)
 from radixgen.core.limits import Limits
 
 
@@ -25,6 +34,11 @@ class SamplingParams:
     natural-log probability and the `k` likeliest alternatives, both of the model's own distribution, before all of
     the above; `prompt_logprobs=k` the same of the prompt's tokens. `seed` fixes the draws; without one the engine
     derives them from its own seed and the order of submission.
+
+    At most one of these makes every output a text of a grammar: `json_schema` (an object or its text), `regex`,
+    `grammar` (Lark), `choice` (one of some texts), or OpenAI's `response_format`. Only tokens that go on within it
+    are drawn, an end token exactly where the text is whole; a sequence whose text is whole and cannot be longer ends
+    with `stop`, `min_tokens` or not. `max_tokens`, `stop` and `stop_token_ids` may still cut it short.
     """
 
     n: int = 1
@@ -45,6 +59,11 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
+    response_format: Mapping[str, Any] | None = None
 
     @property
     def greedy(self) -> bool:
@@ -56,13 +75,21 @@ class SamplingParams:
 
     @property
     def shaped(self) -> bool:
-        """Whether anything changes the logits before the temperature."""
+        """Whether anything but a grammar changes the logits before the temperature."""
         return bool(
             self.logit_bias
             or self.min_tokens
             or self.repetition_penalty != 1.0
             or self.presence_penalty
             or self.frequency_penalty
+        )
+
+    @property
+    def structured(self) -> bool:
+        """Whether the output has to be a text of a grammar."""
+        asked = (self.json_schema, self.regex, self.grammar, self.choice)
+        return any(one is not None for one in asked) or (
+            self.response_format is not None and self.response_format.get("type") != "text"
         )
 
     def validate(self, limits: Limits, vocab_size: int) -> None:
@@ -90,6 +117,22 @@ class SamplingParams:
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 check_integer(name, count, 0, limits.max_logprobs)
+        self.grammar_source(limits)
+
+    def grammar_source(self, limits: Limits) -> GrammarSource | None:
+        """The grammar that is asked for, as text. Raises `InvalidRequest`."""
+        asked: list[GrammarSource] = []
+        if self.json_schema is not None:
+            asked.append(schema_source(self.json_schema, limits))
+        if self.regex is not None:
+            asked.append(text_source("regex", "regex", self.regex, limits))
+        if self.grammar is not None:
+            asked.append(text_source("grammar", "lark", self.grammar, limits))
+        if self.choice is not None:
+            asked.append(choice_source(self.choice, limits))
+        if self.response_format is not None and (source := format_source(self.response_format, limits)):
+            asked.append(source)
+        return only_one(asked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,17 +192,19 @@ class SamplingState:
     """Tokens generated so far; whoever draws appends to it."""
     stop_ids: frozenset[int]
     """Tokens that end the sequence, and are held back before `min_tokens`."""
+    grammar: GrammarState | None = None
+    """Stands behind the last token of `output`; whoever draws moves it on."""
     counts: dict[int, int] = field(default_factory=dict)
     """How often the output holds each token, as of the last `update`."""
     shaped: bool = field(init=False)
-    """`params.shaped`, asked once."""
+    """Whether anything changes the logits before the temperature."""
     plain: bool = field(init=False)
     """Whether the likeliest token is drawn, as the model gives it."""
     _counted: int = 0
     _prompt_ids: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        self.shaped = self.params.shaped
+        self.shaped = self.params.shaped or self.grammar is not None
         self.plain = self.params.greedy and not self.shaped
 
     def update(self) -> None:

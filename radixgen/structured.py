@@ -1,0 +1,203 @@
+"""Structured output: grammars by llguidance, compiled once, and where each sequence stands in one.
+
+llguidance is the extra `structured`, and imported by the first request that has a grammar.
+"""
+
+import json
+from copy import copy
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from radixgen.core import Allowed, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_END = "<|radixgen:end|>"
+"""A token that no model knows: where a grammar allows it, the text may end."""
+_WHITE_SPACE = r"[ \n\r\t]{1,16}"
+"""What may stand between two tokens of JSON; a model that likes it better than what follows gets out of it again."""
+_MOST_LEXER_STATES = 50_000
+"""Of one grammar, 1 to 2 kB each"""
+_LONGEST_MESSAGE = 400
+_DEAD_END = "no token of the model goes on"
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer and a model with `vocab_size` tokens, and keeps the last
+    `Limits.max_grammars`. Thread-safe; the GIL is released meanwhile.
+
+    A JSON schema may say more by llguidance's own key `x-guidance`: `{"whitespace_flexible": false}` for JSON without
+    white space, `{"coerce_one_of": true}` to take `oneOf` as `anyOf`, `{"lenient": true}` to ignore what llguidance
+    cannot hold.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int, limits: Limits) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._limits = limits
+        self._compiled = lru_cache(limits.max_grammars)(self._compile)
+
+    def find(self, params: SamplingParams) -> "CompiledGrammar | None":
+        """The grammar that `params` asks for; None where it asks for none. Raises `InvalidRequest`."""
+        source = params.grammar_source(self._limits)
+        if source is None:
+            return None
+        try:
+            self._require(source.field, params)
+            return self._compiled(source.kind, source.text)
+        except (GrammarFailed, ValueError) as error:
+            if isinstance(error, InvalidRequest):
+                raise
+            reason = " ".join(str(error).split())[:_LONGEST_MESSAGE]
+            raise InvalidRequest(source.field, getattr(params, source.field), f"llguidance says: {reason}") from error
+
+    def _require(self, field: str, params: SamplingParams) -> None:
+        """That there is a tokenizer, and the library."""
+        value = getattr(params, field)
+        if self._tokenizer is None:
+            raise InvalidRequest(field, value, "the model has no tokenizer, so its tokens have no text")
+        if not hasattr(self._tokenizer, "backend_tokenizer"):
+            raise InvalidRequest(field, value, "the model's tokenizer is none of the tokenizers library's")
+        try:
+            import llguidance  # noqa: F401
+        except ImportError as error:
+            raise InvalidRequest(field, value, "needs llguidance: pip install 'radixgen[structured]'") from error
+
+    def _compile(self, kind: GrammarKind, text: str) -> "CompiledGrammar":
+        """Raises `GrammarFailed` or ValueError with llguidance's own words."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokens, _grammar(kind, text), log_level=0, limits=self._parser_limits)
+        if matcher.is_error():
+            raise _fault(matcher)
+        grammar = CompiledGrammar(matcher, self._vocab_size, self._tokens.eos_token)
+        state = grammar.start()
+        state.allowed()
+        if state.complete:
+            raise GrammarFailed("nothing but the empty text fits")
+        return grammar
+
+    @cached_property
+    def _parser_limits(self) -> "LLParserLimits":
+        """The library's own bounds on the work of a grammar (20 ms) and of a mask (14 ms), and less memory."""
+        from llguidance import LLParserLimits
+
+        return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
+
+    @cached_property
+    def _tokens(self) -> "LLTokenizer":
+        """The tokenizer as llguidance reads it, with `_END` as its only end: the model's own ends are the sampler's."""
+        from llguidance import LLTokenizer
+
+        backend: Any = copy(self._tokenizer.backend_tokenizer)  # type: ignore[union-attr]
+        backend.no_padding()
+        backend.no_truncation()
+        known = set(backend.get_vocab(with_added_tokens=True).values())
+        backend.add_special_tokens([_END])
+        end = backend.token_to_id(_END)
+        if end in known:
+            raise ValueError(f"the tokenizer's ids have holes: there is no room for a token {end}")
+        return LLTokenizer(backend.to_str(), n_vocab=max(self._vocab_size, end + 1), eos_token=end)
+
+
+class CompiledGrammar:
+    """A grammar, and what its sequences have in common: those that took the same tokens stand on one `_Place`."""
+
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, end: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._end = end
+        self._root = _Place()
+
+    def start(self) -> "MatcherState":
+        return MatcherState(self, self._matcher.deep_copy(), self._root)
+
+    def read(self, matcher: "LLMatcher") -> Allowed:
+        """What `matcher` allows. Raises `GrammarFailed`."""
+        packed = matcher.compute_bitmask()
+        if matcher.is_error():  # it would allow the end
+            raise _fault(matcher)
+        mask = np.frombuffer(packed, np.int32)[: -(-self._vocab_size // 32)].copy()
+        if self._vocab_size % 32:
+            mask[-1] &= (1 << self._vocab_size % 32) - 1
+        if self._end < self._vocab_size:
+            mask[self._end // 32] &= ~np.int32(1 << self._end % 32)
+        accepts = matcher.is_accepting()
+        if not accepts and not mask.any():
+            raise GrammarFailed(_DEAD_END)
+        return Allowed(mask, accepts)
+
+
+class _Place:
+    """What follows after some tokens of one grammar. It lives while a sequence stands on it."""
+
+    def __init__(self) -> None:
+        self.allowed: Allowed | None = None
+        self._next: WeakValueDictionary[int, _Place] = WeakValueDictionary()
+
+    def after(self, token: int) -> "_Place":
+        place = self._next.get(token)
+        if place is None:
+            place = self._next[token] = _Place()
+        return place
+
+
+class MatcherState:
+    """A `GrammarState` by llguidance's matcher. The mask is computed once for all sequences on one place."""
+
+    def __init__(self, grammar: CompiledGrammar, matcher: "LLMatcher", place: _Place) -> None:
+        self._grammar = grammar
+        self._matcher = matcher
+        self._place = place
+
+    @property
+    def complete(self) -> bool:
+        allowed = self._place.allowed
+        return self._matcher.is_stopped() or (allowed is not None and not allowed.mask.any())
+
+    def allowed(self) -> Allowed:
+        if self._place.allowed is None:
+            self._place.allowed = self._grammar.read(self._matcher)
+        return self._place.allowed
+
+    def allows(self, token: int) -> bool:
+        return self._matcher.validate_tokens([token]) == 1
+
+    def accept(self, token: int) -> None:
+        if not self._matcher.consume_token(token):
+            raise _fault(self._matcher)
+        self._place = self._place.after(token)
+
+    def fork(self) -> "MatcherState":
+        return MatcherState(self._grammar, self._matcher.deep_copy(), self._place)
+
+
+def _fault(matcher: "LLMatcher") -> GrammarFailed:
+    """Why a matcher has failed, in its own words, but for the one that has none."""
+    words = matcher.get_error().replace("<non-verbose/>", "").strip()
+    return GrammarFailed(_DEAD_END if words.startswith("NoExtension") else words)
+
+
+def _says_white_space(schema: str) -> bool:
+    """Whether a schema rules its white space itself: a pattern would overrule that there be none."""
+    try:
+        found = json.loads(schema)
+    except (ValueError, RecursionError):
+        return False
+    own = found.get("x-guidance") if isinstance(found, dict) else None
+    return isinstance(own, dict) and "whitespace_flexible" in own
+
+
+def _grammar(kind: GrammarKind, text: str) -> str:
+    """As llguidance wants it."""
+    from llguidance import LLMatcher
+
+    if kind == "json_schema":
+        pattern = None if _says_white_space(text) else _WHITE_SPACE
+        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": pattern} if pattern else {})
+    return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
