@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from radixgen.core import (
     CompletionOutput,
+    ContextOverflow,
     DuplicateRequest,
     EngineClosed,
     EngineDead,
@@ -27,23 +28,32 @@ from radixgen.version import VERSION
 if TYPE_CHECKING:
     from radixgen.async_engine import AsyncEngine
     from radixgen.attention import TreeAttention
+    from radixgen.chat_history import HistoryBreak
+    from radixgen.conversation import AsyncConversation, Conversation
     from radixgen.engine import Engine
 
 __version__ = VERSION
 
 _LAZY = {
+    "AsyncConversation": "radixgen.conversation",
     "AsyncEngine": "radixgen.async_engine",
+    "Conversation": "radixgen.conversation",
     "Engine": "radixgen.engine",
+    "HistoryBreak": "radixgen.chat_history",
     "TreeAttention": "radixgen.attention",
 }
 
 __all__ = [
+    "AsyncConversation",
     "AsyncEngine",
     "CompletionOutput",
+    "ContextOverflow",
+    "Conversation",
     "DuplicateRequest",
     "Engine",
     "EngineClosed",
     "EngineDead",
+    "HistoryBreak",
     "InvalidRequest",
     "LimitReached",
     "Limits",

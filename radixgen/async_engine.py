@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
+from radixgen.conversation import AsyncConversation, Options
 from radixgen.core import EngineClosed, EngineDead, OutputKind, RequestOutput, SamplingParams, Stats, UnknownRequest
-from radixgen.engine import Engine, scores_of
-from radixgen.input_processor import Prompt, as_prompts
+from radixgen.engine import PRELOADING, Engine, scores_of
+from radixgen.input_processor import InputProcessor, Prompt, as_prompts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -125,18 +126,59 @@ class AsyncEngine:
         return await self._call(partial(self._cancel, request_id))
 
     async def pin(
-        self, prompt: Prompt, *, namespace: str = "", priority: int = 0, ttl: float | None = None
+        self,
+        prompt: Prompt,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        ttl: float | None = None,
+        replaces: int | None = None,
     ) -> int | None:
         """As `Engine.pin`."""
         tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-        pin = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl)
+        pin = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl, replaces=replaces)
         return await self._call(pin)
+
+    async def preload(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        ttl: float | None = None,
+    ) -> list[int | None]:
+        """As `Engine.preload`; other requests go on meanwhile. Where they take the last pins, none of these stays."""
+
+        async def preload_one(prompt: Prompt) -> int | None:
+            tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+            async with aclosing(self.generate(tokens, PRELOADING, namespace=namespace, priority=priority)) as outputs:
+                async for _ in outputs:
+                    pass
+            return await self.pin(tokens, namespace=namespace, priority=priority, ttl=ttl)
+
+        done = await asyncio.gather(*map(preload_one, as_prompts(prompts)), return_exceptions=True)
+        failures = [one for one in done if isinstance(one, BaseException)]
+        if failures:
+            for pin in done:
+                if isinstance(pin, int):
+                    await self.unpin(pin)
+            raise failures[0]
+        return [one for one in done if not isinstance(one, BaseException)]
+
+    def conversation(self, system: str | None = None, **options: Unpack[Options]) -> AsyncConversation:
+        """As `Engine.conversation`; `AsyncConversation.load` brings a saved one back."""
+        return AsyncConversation(self, system, **options)
 
     async def unpin(self, pin: int) -> bool:
         """As `Engine.unpin`."""
         return await self._call(partial(self._engine.unpin, pin))
 
     # -- the engine itself --------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """What tokenizes and checks requests."""
+        return self._engine.inputs
 
     async def stats(self) -> Stats:
         return await self._call(self._engine.stats)

@@ -1,6 +1,7 @@
 """The nouns: requests, parameters, outputs, plans, errors, limits. No torch here."""
 
 from radixgen.core.errors import (
+    ContextOverflow,
     DuplicateRequest,
     EngineClosed,
     EngineDead,
@@ -23,6 +24,7 @@ from radixgen.core.plan import NodeSummary, Plan
 
 __all__ = [
     "CompletionOutput",
+    "ContextOverflow",
     "DuplicateRequest",
     "EngineClosed",
     "EngineDead",
