@@ -80,7 +80,7 @@ class ChatTemplate:
         """The assistant's message. `raw` is the answer with its special tokens.
 
         Where the tokenizer has a `response_template`, transformers reads reasoning and tool calls by it; else, and
-        where that fails, the content is `text`, the answer without special tokens.
+        where that fails or finds nothing, the content is `text`, the answer without special tokens.
         """
         plain = {"role": "assistant", "content": text}
         if getattr(self.tokenizer, "response_template", None) is None:
@@ -90,7 +90,8 @@ class ChatTemplate:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             logger.warning("an answer could not be parsed by the tokenizer's response template: %s", error)
             return plain
-        return {"role": "assistant", **parsed} if isinstance(parsed, dict) else plain
+        found = isinstance(parsed, dict) and parsed.keys() - {"role"}
+        return {"role": "assistant", "content": "", **parsed} if found else plain
 
     def _decode(self, token_ids: Seq[int], special: bool) -> str:
         ids = list(token_ids)
