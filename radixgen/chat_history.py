@@ -9,7 +9,7 @@ Texts are compared, never tokens: while the render of a longer chat begins with 
 only what follows is tokenized. Where it does not, the template has rewritten history: a break.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from radixgen.core import CompletionOutput, InvalidRequest, check_integer
 HistoryMode = Literal["template", "exact"]
 HISTORY_MODES = ("template", "exact")
 _EXCERPT = 160
-"""Characters of either text that a break shows."""
+"""Characters, and tokens, of either text that a break shows at the most."""
 _MARK = "radixgen-answer"
 _TAIL = 16
 
@@ -33,8 +33,8 @@ class HistoryBreak:
     """A place where the chat template writes an earlier turn otherwise than it stood.
 
     `turn`: the turn, from 1, whose prompt showed it. `position`: how many tokens from the beginning on stay as they
-    were. `before`, `after`: the text of the history and the template's from there on, up to 160 characters of each.
-    `followed`: whether the history is now what the template writes; else its tokens are kept.
+    were. `before`, `after`: what the history said from that token on and what the template writes, up to 160 characters
+    of each. `followed`: whether the history is now what the template writes; else its tokens are kept.
     """
 
     turn: int
@@ -194,7 +194,7 @@ class ChatHistory:
         else:
             followed, prompt = self._follow(exchanges, parts), parts[-1]
         prompt_ids = self._prompt_ids(prompt, text.removesuffix(prompt), end)
-        found = self._break(exchanges, Draft(messages, followed, prompt, prompt_ids), said, text)
+        found = self._break(exchanges, Draft(messages, followed, prompt, prompt_ids))
         if parts is None or not exact:
             return Draft(messages, followed, prompt, prompt_ids, found)
         kept = tuple(
@@ -244,7 +244,7 @@ class ChatHistory:
             if prompt != exchange.prompt:
                 prompt_ids = self.template.tokenize(prompt, said)
             if answer != exchange.answer:
-                answer_ids = self._piece(exchange, answer) or self.template.tokenize(answer, said + prompt)
+                answer_ids = self._rewritten(exchange, answer, said + prompt)
             followed.append(Exchange(prompt, prompt_ids, answer, answer_ids, exchange.at))
             said += prompt + answer
         return tuple(followed)
@@ -259,33 +259,55 @@ class ChatHistory:
             text = text[len(exchange.text) :]
         return tuple(followed), text
 
-    def _piece(self, exchange: Exchange, text: str) -> tuple[int, ...]:
-        """The generated tokens that say `text`, a part of the answer; none where it begins or ends inside a token."""
-        ids, before = exchange.answer_ids, exchange.prompt_ids
+    def _rewritten(self, exchange: Exchange, text: str, said: str) -> tuple[int, ...]:
+        """The answer's tokens where the template makes `text` of it: those that were generated as far as they say the
+        same, the rest tokenized.
+        """
+        ids: tuple[int, ...] = ()
+        done = 0
+        for first, stop, place in self._kept(exchange, text):
+            kept = exchange.answer_ids[first:stop]
+            own = self.template.text(kept, exchange.prompt_ids + exchange.answer_ids[:first])
+            if place < done or text[place : place + len(own)] != own:
+                return self.template.tokenize(text, said)
+            ids += self.template.tokenize(text[done:place], said + text[:done]) + kept
+            done = place + len(own)
+        return ids + self.template.tokenize(text[done:], said + text[:done])
 
-        def token_at(character: int) -> int:
-            return bisect_left(
-                range(len(ids)), character, key=lambda count: len(self.template.text(ids[:count], before))
-            )
+    def _kept(self, exchange: Exchange, text: str) -> Iterator[tuple[int, int, int]]:
+        """Runs of the answer's tokens that lie wholly in what `text` has of it, each with its place there: all of
+        `text` where that is a part of the answer, else what both begin with and what both end with.
+        """
+        answer = exchange.answer
+        begin = answer.rfind(text)
+        if begin >= 0:
+            runs = [(begin, begin + len(text), 0)]
+        else:
+            head = num_common(answer, text)
+            tail = num_common(answer[head:][::-1], text[head:][::-1])
+            runs = [(0, head, 0), (len(answer) - tail, len(answer), len(text) - tail)]
 
-        begin = exchange.answer.rfind(text)
-        if begin < 0:
-            return ()
-        first, stop = token_at(begin), token_at(begin + len(text))
-        found = ids[first:stop]
-        return found if self.template.text(found, before + ids[:first]) == text else ()
+        def characters(count: int) -> int:
+            return len(self.template.text(exchange.answer_ids[:count], exchange.prompt_ids))
 
-    def _break(self, exchanges: Seq[Exchange], now: Draft, said: str, text: str) -> HistoryBreak:
+        counts = range(len(exchange.answer_ids) + 1)
+        for low, high, place in runs:
+            first = bisect_left(counts, low, key=characters)
+            last = characters(bisect_right(counts, high, key=characters) - 1)
+            stop = bisect_left(counts, last, key=characters)
+            if first < stop:
+                yield first, stop, place + characters(first) - low
+
+    def _break(self, exchanges: Seq[Exchange], now: Draft) -> HistoryBreak:
         same = num_common([one.text for one in exchanges], [one.text for one in now.exchanges])
-        position = sum(len(exchange.token_ids) for exchange in exchanges[:same])
         old = list(chain.from_iterable(exchange.token_ids for exchange in exchanges[same:]))
         new = [*chain.from_iterable(exchange.token_ids for exchange in now.exchanges[same:]), *now.prompt_ids]
-        at = num_common(said, text)
+        common = num_common(old, new)
         return HistoryBreak(
             turn=self.num_turns + 1,
-            position=position + num_common(old, new),
-            before=said[at : at + _EXCERPT],
-            after=text[at : at + _EXCERPT],
+            position=sum(len(exchange.token_ids) for exchange in exchanges[:same]) + common,
+            before=self.template.text(old[common : common + _EXCERPT])[:_EXCERPT],
+            after=self.template.text(new[common : common + _EXCERPT])[:_EXCERPT],
             followed=True,
         )
 
