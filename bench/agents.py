@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--system-tokens", type=int, default=600)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--model", type=Path, help="a directory; by default SmolLM2")
+    parser.add_argument("--alone", action="store_true", help="no other contenders: they take most of the time")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     path = chosen.model or smollm2.fetch()
@@ -223,9 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.figure("rows_over_distinct", rows / distinct, f"{text}{rows / distinct:.4f}", at_most=1.02)
     report.figure("submitted_over_rows", submitted / rows, f"prompt tokens over rows: {submitted / rows:.1f}")
 
-    others = {"generate": ("transformers generate", agents.generate(Generate(path).model, list(quiet)))}
-    unshared, _ = serve(agents, model, tokenizer, slots, share=False)
-    others["unshared"] = ("radixgen, share=False", unshared)
+    others = {}
+    if not chosen.alone:
+        others["generate"] = ("transformers generate", agents.generate(Generate(path).model, list(quiet)))
+        others["unshared"] = ("radixgen, share=False", serve(agents, model, tokenizer, slots, share=False)[0])
     for key, (name, took) in others.items():
         report.contender(f"seconds_{key}", name, took)
         report.figure(f"{key}_over_shared", took / seconds, f"against {name}: {took / seconds:.2f}×")

@@ -148,22 +148,35 @@ class AsyncEngine:
         ttl: float | None = None,
     ) -> list[int | None]:
         """As `Engine.preload`; other requests go on meanwhile. Where they take the last pins, none of these stays."""
+        asked = as_prompts(prompts)
+        self.inputs.check_seconds("ttl", ttl)
+        pins: list[int | None] = [None] * len(asked)
 
-        async def preload_one(prompt: Prompt) -> int | None:
+        async def preload_one(index: int, prompt: Prompt) -> None:
             tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
             async with aclosing(self.generate(tokens, PRELOADING, namespace=namespace, priority=priority)) as outputs:
                 async for _ in outputs:
                     pass
-            return await self.pin(tokens, namespace=namespace, priority=priority, ttl=ttl)
 
-        done = await asyncio.gather(*map(preload_one, as_prompts(prompts)), return_exceptions=True)
-        failures = [one for one in done if isinstance(one, BaseException)]
-        if failures:
-            for pin in done:
-                if isinstance(pin, int):
-                    await self.unpin(pin)
-            raise failures[0]
-        return [one for one in done if not isinstance(one, BaseException)]
+            def pin() -> None:
+                pins[index] = self._engine.pin(tokens, namespace=namespace, priority=priority, ttl=ttl)
+
+            await self._call(pin)
+
+        def release() -> None:
+            for pin in pins:
+                if pin is not None:
+                    self._engine.unpin(pin)
+
+        tasks = [asyncio.create_task(preload_one(index, prompt)) for index, prompt in enumerate(asked)]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            self._post(_Command(release))
+            raise
+        return pins
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> AsyncConversation:
         """As `Engine.conversation`; `AsyncConversation.load` brings a saved one back."""

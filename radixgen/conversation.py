@@ -152,7 +152,8 @@ class Dialogue(Generic[E]):
         on_overflow: where a turn does not fit: `"error"` raises `ContextOverflow`. `"drop_oldest"` leaves out the
             oldest turns, never a system message, until there is room for `max_tokens` or a quarter of the context; a
             function from messages to messages does the same in its own way.
-        on_break: called once for each break; the first is also logged as a warning.
+        on_break: called once for each break; the first is also logged as a warning. An `AsyncConversation` calls this
+            and `on_overflow` in a thread of its own.
 
         Raises `InvalidRequest`.
         """
@@ -490,7 +491,9 @@ class AsyncConversation(Dialogue[AsyncServes]):
     async def say(
         self, message: Said = None, params: SamplingParams | None = None, *, timeout: float | None = None
     ) -> RequestOutput:
-        """As `Conversation.say`. Where the caller is cancelled, the conversation is as before."""
+        """As `Conversation.say`. Where the caller is cancelled before the answer is whole, the conversation is as
+        before.
+        """
         self._claim()
         async with AsyncTurnStream(self, message, params, timeout, whole=True) as stream:
             async for _ in stream:
@@ -522,9 +525,10 @@ class AsyncConversation(Dialogue[AsyncServes]):
                 (pin,) = await self._engine.preload(
                     [prefix], namespace=self.namespace, priority=self.priority, ttl=self._retain or None
                 )
-                await self._release()
-                self._pin = pin
-                if self._retain == 0:
+                old, self._pin = self._pin, pin
+                if old is not None:
+                    await self._engine.unpin(old)
+                if self._retain == 0 or self._closed:
                     await self._release()
         finally:
             self._busy = False

@@ -991,8 +991,16 @@ def test_async_preload() -> None:
         pins = await engine.preload([[1, 2, 3], [1, 2, 4], [9]], ttl=60)
         assert None not in pins and (await engine.stats()).computed_rows == 5
         assert all([await engine.unpin(pin) for pin in pins])
-        with pytest.raises(InvalidRequest):
-            await engine.preload([[1], []])
+        for prompts, ttl in (([[1], []], None), ([[1]], -1), (5, None)):
+            with pytest.raises(InvalidRequest):
+                await engine.preload(prompts, ttl=ttl)
+        assert (await engine.stats()).num_pins == 0
+        for delay in (0, 0, 0.001, 0.003, 0.01):
+            task = asyncio.create_task(engine.preload([[name, *range(40)] for name in range(6)]))
+            await asyncio.sleep(delay)
+            if not task.cancel():
+                assert all([await engine.unpin(pin) for pin in await task])
+            await asyncio.wait([task])
         assert (await engine.stats()).num_pins == 0
 
     run(test)
