@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from radixgen.core import (
     BeamSearchParams,
     CompletionOutput,
+    ContextOverflow,
     DuplicateRequest,
     EngineClosed,
     EngineDead,
@@ -29,24 +30,33 @@ from radixgen.version import VERSION
 if TYPE_CHECKING:
     from radixgen.async_engine import AsyncEngine
     from radixgen.attention import TreeAttention
+    from radixgen.chat_history import HistoryBreak
+    from radixgen.conversation import AsyncConversation, Conversation
     from radixgen.engine import Engine
 
 __version__ = VERSION
 
 _LAZY = {
+    "AsyncConversation": "radixgen.conversation",
     "AsyncEngine": "radixgen.async_engine",
+    "Conversation": "radixgen.conversation",
     "Engine": "radixgen.engine",
+    "HistoryBreak": "radixgen.chat_history",
     "TreeAttention": "radixgen.attention",
 }
 
 __all__ = [
+    "AsyncConversation",
     "AsyncEngine",
     "BeamSearchParams",
     "CompletionOutput",
+    "ContextOverflow",
+    "Conversation",
     "DuplicateRequest",
     "Engine",
     "EngineClosed",
     "EngineDead",
+    "HistoryBreak",
     "InvalidRequest",
     "LimitReached",
     "Limits",

@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from radixgen.cache import TokenArray
+from radixgen.conversation import AsyncConversation, Options
 from radixgen.core import (
     BeamSearchParams,
     EngineClosed,
@@ -25,8 +26,8 @@ from radixgen.core import (
     Stats,
     UnknownRequest,
 )
-from radixgen.engine import Engine, scores_of
-from radixgen.input_processor import Params, Prompt, as_prompts
+from radixgen.engine import PRELOADING, Engine, scores_of
+from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -142,18 +143,72 @@ class AsyncEngine:
         return await self._call(partial(self._cancel, request_id))
 
     async def pin(
-        self, prompt: Prompt, *, namespace: str = "", priority: int = 0, ttl: float | None = None
+        self,
+        prompt: Prompt,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        ttl: float | None = None,
+        replaces: int | None = None,
     ) -> int | None:
         """As `Engine.pin`."""
         tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-        pin = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl)
+        pin = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl, replaces=replaces)
         return await self._call(pin)
+
+    async def preload(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        ttl: float | None = None,
+    ) -> list[int | None]:
+        """As `Engine.preload`; other requests go on meanwhile. Where they take the last pins, none of these stays."""
+        asked = as_prompts(prompts)
+        self.inputs.check_seconds("ttl", ttl)
+        pins: list[int | None] = [None] * len(asked)
+
+        async def preload_one(index: int, prompt: Prompt) -> None:
+            tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+            async with aclosing(self.generate(tokens, PRELOADING, namespace=namespace, priority=priority)) as outputs:
+                async for _ in outputs:
+                    pass
+
+            def pin() -> None:
+                pins[index] = self._engine.pin(tokens, namespace=namespace, priority=priority, ttl=ttl)
+
+            await self._call(pin)
+
+        def release() -> None:
+            for pin in pins:
+                if pin is not None:
+                    self._engine.unpin(pin)
+
+        tasks = [asyncio.create_task(preload_one(index, prompt)) for index, prompt in enumerate(asked)]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            self._post(_Command(release))
+            raise
+        return pins
+
+    def conversation(self, system: str | None = None, **options: Unpack[Options]) -> AsyncConversation:
+        """As `Engine.conversation`; `AsyncConversation.load` brings a saved one back."""
+        return AsyncConversation(self, system, **options)
 
     async def unpin(self, pin: int) -> bool:
         """As `Engine.unpin`."""
         return await self._call(partial(self._engine.unpin, pin))
 
     # -- the engine itself --------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """What tokenizes and checks requests."""
+        return self._engine.inputs
 
     async def stats(self) -> Stats:
         return await self._call(self._engine.stats)

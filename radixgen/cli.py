@@ -127,7 +127,7 @@ def chat(
     device: Device = "auto",
     kv_tokens: KVTokens = None,
 ) -> None:
-    """Talk to a model; each turn sends the whole conversation again, and finds it in the cache."""
+    """Talk to a model; what was said before is found in the cache, token for token."""
     from radixgen.engine import Engine
 
     console = Console()
@@ -136,20 +136,13 @@ def chat(
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
             engine = Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens)
-        with engine:
-            messages: list[dict[str, str]] = []
-            if system is not None:
-                messages.append({"role": "system", "content": system})
+        with engine, engine.conversation(system, params=params) as talk:
             while (said := _ask(console)) is not None:
-                messages.append({"role": "user", "content": said})
-                prompt = engine.chat_tokens(messages)
-                answer, cached = "", 0
-                for delta in engine.stream(prompt, params):
-                    console.print(delta.outputs[0].text, end="", markup=False, highlight=False)
-                    answer += delta.outputs[0].text
-                    cached = delta.num_cached_tokens
-                console.print(f"\n[dim]{cached} of {len(prompt)} prompt tokens were cached[/]")
-                messages.append({"role": "assistant", "content": answer})
+                with talk.stream(said) as answer:
+                    for delta in answer:
+                        console.print(delta.outputs[0].text, end="", markup=False, highlight=False)
+                cached, asked = delta.num_cached_tokens, len(delta.prompt_token_ids)
+                console.print(f"\n[dim]{cached} of {asked} prompt tokens were cached[/]")
 
 
 @app.command()

@@ -8,13 +8,14 @@ from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from radixgen.cache import RadixTree, TokenArray
+from radixgen.conversation import Conversation, Options
 from radixgen.core import (
     BeamSearchParams,
     DuplicateRequest,
@@ -54,6 +55,8 @@ _CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
 """How much of the free memory the KV pool takes where `kv_tokens` does not say."""
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
 _SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
+PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
+"""The one token is drawn and forgotten: it never enters the tree."""
 
 
 class Engine:
@@ -201,6 +204,13 @@ class Engine:
         conversations: Any = messages if many else [messages]
         return self.generate([self.chat_tokens(one) for one in conversations], params)
 
+    def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
+        """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
+        `radixgen.conversation.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
+        """
+        self._ensure_open()
+        return Conversation(self, system, **options)
+
     def chat_tokens(self, messages: Messages) -> list[int]:
         """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
         return chat_tokens(self.tokenizer, messages)
@@ -244,13 +254,19 @@ class Engine:
         params: Params | None = None,
         *,
         cumulative: bool = False,
+        priority: int = 0,
+        namespace: str = "",
+        timeout: float | None = None,
     ) -> "OutputStream":
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
-        Other requests go on meanwhile. Leaving the iterator early cancels the request. Raises
-        `InvalidRequest` or `QueueFull`.
+        Other requests go on meanwhile. Leaving the iterator early cancels the request. The options, and the errors,
+        are those of `submit`.
         """
-        request_id = self.submit(prompt, params, output_kind="cumulative" if cumulative else "delta")
+        kind: OutputKind = "cumulative" if cumulative else "delta"
+        request_id = self.submit(
+            prompt, params, priority=priority, namespace=namespace, timeout=timeout, output_kind=kind
+        )
         return OutputStream(self, request_id)
 
     # -- request by request -------------------------------------------------------------------------------
@@ -357,17 +373,26 @@ class Engine:
             forks.append(fork.id)
         return forks
 
-    def pin(self, prompt: Prompt, *, namespace: str = "", priority: int = 0, ttl: float | None = None) -> int | None:
+    def pin(
+        self,
+        prompt: Prompt,
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        ttl: float | None = None,
+        replaces: int | None = None,
+    ) -> int | None:
         """Keep what is cached of `prompt` although no request may hold it; None where nothing of it is cached.
 
         A pin lasts until `unpin`, for `ttl` seconds, or until a request needs its memory and nothing else can give
-        way: the lowest priority first. Raises `InvalidRequest`, `LimitReached`.
+        way: the lowest priority first. The pin that it `replaces` is let go of at the same moment. Raises
+        `InvalidRequest`, `LimitReached`.
         """
         self._ensure_open()
         tokens = self._inputs.tokenize(prompt)
-        self._inputs.check_name("namespace", namespace)
-        check_integer("priority", priority, -(2**31), 2**31 - 1)
-        expires = self._clock() + self._inputs.check_seconds("ttl", ttl)
+        expires = self._check_pin(namespace, priority, ttl)
+        if replaces is not None:
+            self.unpin(replaces)
         pin = self._core.pin(tokens, namespace, priority, expires)
         return pin.id if pin else None
 
@@ -375,6 +400,30 @@ class Engine:
         """Let go of a pin. False where it is gone already."""
         self._ensure_open()
         return isinstance(pin, int) and self._core.unpin(pin)
+
+    def preload(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        *,
+        namespace: str = "",
+        priority: int = 0,
+        ttl: float | None = None,
+    ) -> list[int | None]:
+        """Compute prompts (system prompts, documents) that requests will begin with, as one burst, and pin them; the
+        pins in the order of the prompts, None where memory was too short for any of it.
+
+        Nothing stays but the prompts' own KV. Raises `InvalidRequest`, and `LimitReached` where there may not be so
+        many pins; then nothing is pinned.
+        """
+        self._ensure_open()
+        tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
+        for ids in tokens:
+            self._inputs.check(ids, PRELOADING)
+        self._check_pin(namespace, priority, ttl)
+        self._core.require_pins(len(tokens))
+        submit = partial(self._core_submit, params=PRELOADING, namespace=namespace, priority=priority)
+        self._serve([partial(submit, ids) for ids in tokens], None)
+        return [self.pin(ids, namespace=namespace, priority=priority, ttl=ttl) for ids in tokens]
 
     @property
     def num_steps(self) -> int:
@@ -392,6 +441,11 @@ class Engine:
     def tree(self) -> RadixTree:
         """The live tree, to be read."""
         return self._core.tree
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """What tokenizes and checks requests. May be used from another thread."""
+        return self._inputs
 
     @property
     def model_name(self) -> str:
@@ -491,6 +545,14 @@ class Engine:
                 self._core.abort(self._core.requests[request_id])
         self._undelivered += self._outputs.process(self._core.take_ended())
         self._undelivered = [output for output in self._undelivered if output.request_id not in request_ids]
+
+    def _check_pin(self, namespace: str, priority: int, ttl: float | None) -> float:
+        """When a pin of these expires. Lets go of those that have expired."""
+        self._inputs.check_name("namespace", namespace)
+        check_integer("priority", priority, -(2**31), 2**31 - 1)
+        lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()
+        self._core.scheduler.pins.expire(now)
+        return now + lifetime
 
     def _check_id(self, request_id: str | None) -> None:
         if request_id is None:

@@ -210,10 +210,14 @@ class EngineCore:
 
     def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
         """Keep what is cached of `tokens`; None where nothing of it is. Raises `LimitReached`."""
-        if len(self.scheduler.pins) >= self.limits.max_pins:
-            limit = f"at most {self.limits.max_pins} prefixes are pinned"
-            raise LimitReached("pins", len(self.scheduler.pins) + 1, limit)
+        self.require_pins(1)
         return self.scheduler.pins.add(tokens, namespace, priority, expires)
+
+    def require_pins(self, count: int) -> None:
+        """Raise `LimitReached` where there may not be so many pins more."""
+        pins = len(self.scheduler.pins) + count
+        if pins > self.limits.max_pins:
+            raise LimitReached("pins", pins, f"at most {self.limits.max_pins} prefixes are pinned")
 
     def unpin(self, pin_id: int) -> bool:
         """False where the pin is gone already."""

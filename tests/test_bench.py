@@ -9,6 +9,7 @@ import texts
 import torch
 
 from bench import (
+    agents,
     attention,
     beam,
     calibrate,
@@ -272,3 +273,14 @@ def test_step(capsys, monkeypatch) -> None:
     figures = last_line(capsys)
     for case in ("greedy", "temperature", "top_p", "detokenized"):
         assert figures[f"{case}_ms"] > 0 and len(figures[f"{case}_pieces_ms"]) == 7
+
+
+def test_agents(capsys, tmp_path) -> None:
+    families.build("llama").save_pretrained(tmp_path)
+    texts.tokenizer().save_pretrained(tmp_path)
+    toy = ["--agents", "3", "--turns", "2", "--system-tokens", "30", "--new-tokens", "3"]
+    assert agents.main([*toy, "--check", "--model", str(tmp_path)]) == 0
+    figures = last_line(capsys)
+    assert figures["benchmark"] == "agents" and figures["computed_rows"] == figures["distinct_tokens"]
+    assert figures["generated_tokens"] == 3 * 2 * 3 and figures["prompt_tokens"] > figures["computed_rows"]
+    assert all(figures[f"{name}_over_shared"] > 0 for name in ("generate", "unshared"))

@@ -20,6 +20,10 @@ LAYERS = [
     {"run_ahead"},
     {"engine_core"},
     {"input_processor", "output_processor"},
+    {"chat_template"},
+    {"chat_history"},
+    {"saved_history"},
+    {"conversation"},
     {"engine"},
     {"async_engine"},
     {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
@@ -90,11 +94,10 @@ def test_importing_radixgen_is_light(module: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
-        "AsyncEngine", "BeamSearchParams", "CompletionOutput", "DuplicateRequest", "Engine", "EngineClosed",
-        "EngineDead", "InvalidRequest",
-        "LimitReached", "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed",
-        "RequestOutput", "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest",
-        "UnsupportedModel", "__version__",
+        "AsyncConversation", "AsyncEngine", "BeamSearchParams", "CompletionOutput", "ContextOverflow", "Conversation",
+        "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "HistoryBreak", "InvalidRequest", "LimitReached",
+        "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed", "RequestOutput",
+        "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):

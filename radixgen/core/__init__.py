@@ -1,6 +1,7 @@
 """The nouns: requests, parameters, outputs, plans, errors, limits. No torch here."""
 
 from radixgen.core.errors import (
+    ContextOverflow,
     DuplicateRequest,
     EngineClosed,
     EngineDead,
@@ -35,6 +36,7 @@ __all__ = [
     "Allowed",
     "BeamSearchParams",
     "CompletionOutput",
+    "ContextOverflow",
     "DuplicateRequest",
     "EngineClosed",
     "EngineDead",

@@ -44,6 +44,10 @@ class PromptTooLong(InvalidRequest):
     """Prompt plus `max_tokens` exceeds the context or the whole KV pool."""
 
 
+class ContextOverflow(PromptTooLong):
+    """A conversation has grown beyond the context or the KV pool: `value` tokens where `limit` says how many fit."""
+
+
 class UnknownRequest(InvalidRequest):
     """No live request has this id."""
 

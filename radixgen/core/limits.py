@@ -37,3 +37,9 @@ class Limits:
     """Sequences that run at the same time."""
     max_pins: int = 1_024
     """Pinned prefixes."""
+    max_messages: int = 16_384
+    """Messages of one conversation."""
+    max_tools: int = 1_024
+    """Tools of one conversation."""
+    max_saved_chars: int = 1 << 26
+    """Characters of a saved conversation."""

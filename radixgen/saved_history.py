@@ -1,0 +1,144 @@
+"""A chat's history as JSON and back. What comes back is checked as anything from outside is.
+
+Each turn is written as what it adds to the turn before: how many of that one's messages and exchanges it keeps, and the
+others.
+"""
+
+import json
+from collections.abc import Sequence as Seq
+from operator import is_
+from typing import Any, cast
+
+from radixgen.chat_history import ChatHistory, Exchange, HistoryMode, State, num_common
+from radixgen.chat_template import ChatTemplate, Message, as_messages
+from radixgen.core import InvalidRequest, Limits
+
+VERSION = 1
+_FIELDS = {
+    "version": int, "history": str, "namespace": str, "tools": list, "template_options": dict, "turns": list,
+}  # fmt: skip
+_TURN = {"kept_messages": int, "messages": list, "kept_exchanges": int, "exchanges": list, "end": int}
+_EXCHANGE = {"prompt": str, "prompt_ids": list, "answer": str, "answer_ids": list, "at": int}
+_OPTIONAL = {"tools", "end"}
+
+
+def dump(history: ChatHistory, namespace: str) -> str:
+    """Messages and token ids of every turn, with the tools and the namespace, as one JSON text."""
+    turns, before = [], State()
+    for state in (*history.turns, history.state):
+        turns.append(_turn(state, before))
+        before = state
+    saved = {
+        "version": VERSION,
+        "history": history.mode,
+        "namespace": namespace,
+        "tools": history.template.tools,
+        "template_options": history.template.options,
+        "turns": turns,
+    }
+    return json.dumps(saved, ensure_ascii=False)
+
+
+def parse(text: object, limits: Limits) -> dict[str, Any]:
+    """The fields of what `dump` wrote. Raises `InvalidRequest`."""
+    if not isinstance(text, str):
+        raise InvalidRequest("saved", text, "must be text, as save() gives it")
+    if len(text) > limits.max_saved_chars:
+        raise InvalidRequest("len(saved)", len(text), f"at most {limits.max_saved_chars} characters")
+    try:
+        saved = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("saved", text, f"is not JSON: {error}") from error
+    _check(saved, _FIELDS, "saved")
+    if saved["version"] != VERSION:
+        raise InvalidRequest("version", saved["version"], f"must be {VERSION}")
+    return cast("dict[str, Any]", saved)
+
+
+def restore(saved: dict[str, Any], template: ChatTemplate, vocab_size: int) -> ChatHistory:
+    """The history that `dump` wrote, if this tokenizer reads its answers alike. Raises `InvalidRequest`."""
+    history = ChatHistory(template, mode=cast("HistoryMode", saved["history"]))
+    if not saved["turns"] or len(saved["turns"]) > template.limits.max_messages:
+        raise InvalidRequest("len(turns)", len(saved["turns"]), f"must be from 1 to {template.limits.max_messages}")
+    states, before = [], State()
+    for turn in saved["turns"]:
+        before = _state(turn, before, template, vocab_size)
+        states.append(before)
+    history.turns, history.state = states[:-1] or [State()], states[-1]
+    if history.mode == "template":
+        _check_answers(history, template)
+    return history
+
+
+def _turn(state: State, before: State) -> dict[str, Any]:
+    messages = num_common(state.messages, before.messages, is_)
+    exchanges = num_common(state.exchanges, before.exchanges, is_)
+    return {
+        "kept_messages": messages,
+        "messages": state.messages[messages:],
+        "kept_exchanges": exchanges,
+        "exchanges": [{name: getattr(one, name) for name in _EXCHANGE} for one in state.exchanges[exchanges:]],
+        "end": state.end,
+    }
+
+
+def _state(turn: object, before: State, template: ChatTemplate, vocab_size: int) -> State:
+    found = _check(turn, _TURN, "turns")
+    messages = (
+        *_kept(before.messages, found["kept_messages"]),
+        *as_messages("messages", found["messages"], template.limits),
+    )
+    exchanges = list(_kept(before.exchanges, found["kept_exchanges"]))
+    for written in found["exchanges"]:
+        exchanges.append(_exchange(written, messages, vocab_size, exchanges[-1].at if exchanges else -1))
+    if len(messages) > template.limits.max_messages:
+        raise InvalidRequest("len(messages)", len(messages), f"at most {template.limits.max_messages}")
+    if any(exchange.at >= len(messages) for exchange in exchanges):
+        raise InvalidRequest("at", exchanges[-1].at, "names no message")
+    end = found["end"]
+    if end is not None:
+        _check_ids("end", [end], vocab_size)
+    return State(messages, tuple(exchanges), end)
+
+
+def _kept(before: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    if not 0 <= count <= len(before):
+        raise InvalidRequest("kept", count, f"the turn before has {len(before)}")
+    return before[:count]
+
+
+def _exchange(written: object, messages: Seq[Message], vocab_size: int, after: int) -> Exchange:
+    found = _check(written, _EXCHANGE, "exchanges")
+    if not after < found["at"] < len(messages):
+        raise InvalidRequest("at", found["at"], "must name a message after the answer before")
+    for field in ("prompt_ids", "answer_ids"):
+        _check_ids(field, found[field], vocab_size)
+        found[field] = tuple(found[field])
+    return Exchange(**found)
+
+
+def _check(value: object, fields: dict[str, type], name: str) -> dict[str, Any]:
+    """That `value` is an object with exactly these fields, each of its type."""
+    if not isinstance(value, dict) or value.keys() != fields.keys():
+        raise InvalidRequest(name, value, f"must be an object of {', '.join(fields)}")
+    for field, kind in fields.items():
+        found = value[field]
+        if type(found) is not kind and not (found is None and field in _OPTIONAL):
+            raise InvalidRequest(field, found, f"must be {kind.__name__}")
+    return value
+
+
+def _check_ids(field: str, ids: list[Any], vocab_size: int) -> None:
+    bad = next((token for token in ids if type(token) is not int or not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(field, bad, f"must be from 0 to {vocab_size - 1}")
+
+
+def _check_answers(history: ChatHistory, template: ChatTemplate) -> None:
+    """A history that follows its template has the tokens of its text, so a different tokenizer shows."""
+    before: list[int] = []
+    for exchange in history.state.exchanges:
+        before += exchange.prompt_ids
+        if template.text(exchange.answer_ids, before) != exchange.answer:
+            raise InvalidRequest("answer_ids", exchange.answer, "was written with another tokenizer")
+        before += exchange.answer_ids
