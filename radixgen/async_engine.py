@@ -14,6 +14,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from radixgen.cache import TokenArray
 from radixgen.core import EngineClosed, EngineDead, OutputKind, RequestOutput, SamplingParams, Stats, UnknownRequest
 from radixgen.engine import Engine, scores_of
 from radixgen.input_processor import Prompt, as_prompts
@@ -91,20 +92,29 @@ class AsyncEngine:
 
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """As `Engine.score`; other requests go on meanwhile."""
-        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-
-        async def score_one(continuation: Prompt) -> list[float]:
-            name = self._new_id()
-            submit = partial(self._engine.submit_score, tokens, continuation, request_id=name, namespace=namespace)
-            stream = await self._begin(name, submit, cumulative=True)
-            return scores_of([output async for output in self._receive(name, stream)][-1])
-
-        tasks = [asyncio.create_task(score_one(one)) for one in as_prompts(continuations)]
+        tokens = await self.tokenize(prompt)
+        each = as_prompts(continuations)
+        tasks = [asyncio.create_task(self.score_one(tokens, one, namespace=namespace)) for one in each]
         try:
-            return await asyncio.gather(*tasks)
+            return [scores_of(output) for output in await asyncio.gather(*tasks)]
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def score_one(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
+        """The whole output of scoring one continuation, of which `scores_of` reads the log-probabilities."""
+        name = self._new_id()
+        submit = partial(self._engine.submit_score, prompt, continuation, request_id=name, namespace=namespace)
+        stream = await self._begin(name, submit, cumulative=True)
+        return [output async for output in self._receive(name, stream)][-1]
+
+    async def tokenize(self, prompt: Prompt, *, special: bool = True) -> TokenArray:
+        """As `Engine.tokenize`."""
+        return await asyncio.to_thread(partial(self._engine.tokenize, prompt, special=special))
+
+    async def decode(self, token_ids: Seq[int]) -> str:
+        """As `Engine.decode`."""
+        return await asyncio.to_thread(self._engine.decode, token_ids)
 
     async def fork(self, request_id: str, n: int = 1) -> list[AsyncGenerator[RequestOutput, None]]:
         """As `Engine.fork`: for each fork its outputs, the first of which tells what was generated before. They

@@ -189,9 +189,11 @@ class Engine:
         """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
         return chat_tokens(self.tokenizer, messages)
 
-    def tokenize(self, prompt: Prompt) -> TokenArray:
-        """`prompt` as checked token ids, int32. May be called from another thread. Raises `InvalidRequest`."""
-        return self._inputs.tokenize(prompt)
+    def tokenize(self, prompt: Prompt, *, special: bool = True) -> TokenArray:
+        """`prompt` as checked token ids, int32; text with the tokenizer's special tokens where `special`. May be called
+        from another thread. Raises `InvalidRequest`.
+        """
+        return self._inputs.tokenize(prompt, special=special)
 
     def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """Natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
@@ -354,6 +356,11 @@ class Engine:
     def num_steps(self) -> int:
         """Steps that ran or failed."""
         return self._core.num_attempts
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Requests whose last output was not made yet."""
+        return len(self._core.requests)
 
     @property
     def has_unfinished(self) -> bool:

@@ -22,6 +22,7 @@ LAYERS = [
     {"input_processor", "output_processor"},
     {"engine"},
     {"async_engine"},
+    {"thoughts"},
     {"progress", "tree_view", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

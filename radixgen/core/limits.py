@@ -32,3 +32,5 @@ class Limits:
     """Sequences that run at the same time."""
     max_pins: int = 1_024
     """Pinned prefixes."""
+    max_thoughts: int = 1 << 20
+    """Thoughts of one search."""
