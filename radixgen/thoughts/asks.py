@@ -26,8 +26,8 @@ _END = "\n"
 """What ends a step on a path."""
 
 
-def lines(text: str) -> list[str]:
-    """Each line that is not blank, stripped."""
+def lines(text: str, thought: Thought) -> list[str]:
+    """Each line of an answer about a thought that is not blank, stripped."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -38,13 +38,13 @@ class Propose:
     ask: the question; by default none, so that the model goes on with the path.
     n: answers, drawn independently.
     params: how to draw them; `n` and `seed` are set by the search.
-    parse: the steps that one answer holds.
+    parse: the steps that one answer about a thought holds.
     """
 
     ask: Question = ""
     n: int = 1
     params: SamplingParams = field(default=SamplingParams(max_tokens=32, stop="\n"))
-    parse: Callable[[str], Steps] = lines
+    parse: Callable[[str, Thought], Steps] = lines
 
     def __post_init__(self) -> None:
         """Raises `InvalidRequest`."""
@@ -59,7 +59,7 @@ class Propose:
         output = await asking.generate(prompt, self.n, self.params)
         found: list[Step] = []
         for one in output.outputs:
-            steps = [as_step(step) for step in self.parse(one.text)]
+            steps = [as_step(step) for step in self.parse(one.text, thought)]
             if not self.ask and len(steps) == 1 and steps[0].text == one.text.strip():
                 steps = [replace(steps[0], token_ids=await asking.line(one))]
             found += steps
@@ -71,11 +71,11 @@ class Evaluate:
     """Ask the model for a judgement, and read a number out of it.
 
     n: answers, drawn independently; the score is the mean of the numbers in them, and 0 where there is none.
-    parse: the number that one answer holds, or None.
+    parse: the number that one answer about a thought holds, or None.
     """
 
     ask: Question
-    parse: Callable[[str], float | None]
+    parse: Callable[[str, Thought], float | None]
     n: int = 1
     params: SamplingParams = field(default=SamplingParams(max_tokens=16, stop="\n"))
 
@@ -89,7 +89,7 @@ class Evaluate:
 
     async def score(self, thought: Thought, asking: "Asking") -> float:
         output = await asking.generate(await asking.prompt(self.ask, thought), self.n, self.params)
-        numbers = [number for one in output.outputs if (number := self.parse(one.text)) is not None]
+        numbers = [number for one in output.outputs if (number := self.parse(one.text, thought)) is not None]
         return math.fsum(numbers) / len(numbers) if numbers else 0.0
 
 
@@ -225,8 +225,8 @@ def most_tokens(what: object) -> int:
 
 
 def derive_seed(seed: int, thought: Thought, purpose: str) -> int:
-    """64 bits out of a search's seed, the path to a thought and what is asked of it."""
-    parts = [str(seed), purpose, *thought.steps]
+    """64 bits out of a search's seed, the whole path to a thought, and what is asked of it."""
+    parts = [str(seed), purpose, thought.problem, *thought.steps]
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 

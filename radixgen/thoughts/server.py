@@ -107,7 +107,7 @@ class SteppedServer:
         self._engine = engine
         self._namespace = namespace
         self._waiting: dict[str, asyncio.Future[RequestOutput]] = {}
-        self._stepping: asyncio.Task[None] | None = None
+        self._stepping = asyncio.create_task(self._step())
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         tokens: list[int] = self._engine.tokenize(text, special=special).tolist()
@@ -130,15 +130,13 @@ class SteppedServer:
     async def close(self) -> None:
         """Stop stepping."""
         assert not self._waiting
-        if self._stepping is not None:
-            self._stepping.cancel()
-            await asyncio.gather(self._stepping, return_exceptions=True)
+        await drop([self._stepping])
 
     async def _finish(self, submit: Callable[[], str]) -> RequestOutput:
         request_id = await self._submit(submit)
         future: asyncio.Future[RequestOutput] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
-        if self._stepping is None or self._stepping.done():
+        if self._stepping.done():
             self._stepping = asyncio.create_task(self._step())
         try:
             return await future
@@ -151,7 +149,7 @@ class SteppedServer:
             try:
                 return submit()
             except QueueFull:
-                if self._stepping is None or self._stepping.done():
+                if self._stepping.done():
                     raise
                 await asyncio.sleep(0)
 
