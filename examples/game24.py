@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from scripted import ScriptedModel, tokenizer
+from scripted_model import ScriptedModel, tokenizer
 
 from radixgen import Engine, SamplingParams, thoughts
 from radixgen.progress import announce_loading, waiting

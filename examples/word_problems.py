@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scripted import ScriptedModel, tokenizer
+from scripted_model import ScriptedModel, tokenizer
 
 from radixgen import Engine, SamplingParams, thoughts
 from radixgen.progress import announce_loading, waiting

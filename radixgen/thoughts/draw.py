@@ -101,10 +101,14 @@ def _state(thought: Thought) -> str:
 
 def _short(text: str, most: int = _SHOWN_CHARS) -> str:
     """One line; the end of a long one, where a problem stands after its examples."""
-    text = " ⏎ ".join(text.split("\n")).strip()
+    text = _printable(" ⏎ ".join(text.split("\n")).strip())
     return text if len(text) <= most else "…" + text[-most + 1 :]
 
 
 def _escaped(text: str) -> str:
-    """Text for XML, which knows no control characters."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "�" for c in text))
+    return escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Text without what XML does not know and a terminal obeys."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

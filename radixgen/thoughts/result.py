@@ -90,8 +90,7 @@ class Result:
         if not isinstance(record, dict) or record.get("version") != _VERSION:
             raise InvalidRequest("version", text, f"must be a search in version {_VERSION}")
         records = _field(record, "thoughts", list)
-        if not 0 < len(records) <= (most := Limits().max_thoughts):
-            raise InvalidRequest("len(thoughts)", len(records), f"must be from 1 to {most}")
+        check_integer("len(thoughts)", len(records), 1, Limits().max_thoughts)
         ended = _field(record, "ended", str)
         if ended not in ENDED:
             raise InvalidRequest("ended", ended, f"must be one of {', '.join(ENDED)}")

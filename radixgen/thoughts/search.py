@@ -200,6 +200,7 @@ class _Search:
         result.computed_rows = await self._server.computed_rows() - before
 
     async def _follow(self, strategy: Strategy) -> None:
+        self._tell()
         for burst in strategy.plan(self._result.root):
             await self._expand([thought for thought in burst if not thought.expanded])
             if len(self._result.solutions) >= self._budget.solutions:

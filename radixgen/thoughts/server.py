@@ -128,7 +128,7 @@ class SteppedServer:
         return self._engine.decode(token_ids)
 
     async def close(self) -> None:
-        """Stop stepping."""
+        """Stop stepping. Nobody may wait any more."""
         assert not self._waiting
         await drop([self._stepping])
 
@@ -175,9 +175,9 @@ class SteppedServer:
 
 
 def completed(output: RequestOutput) -> RequestOutput:
-    """`output`, of which no sequence ended with `error`. Raises `RequestFailed`."""
+    """`output`, of which every sequence ended by itself. Raises `RequestFailed`."""
     for one in output.outputs:
-        if one.finish_reason == "error":
+        if one.finish_reason in ("abort", "error"):
             raise RequestFailed(f"request {output.request_id} failed: {one.stop_reason}")
     return output
 
