@@ -1,15 +1,10 @@
 """The token-stamp oracle with a script: it checks every slot that it is told to read, and writes what a script says."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from oracle import ROOT, StampModel, extend
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-
 from scripted_model import CHARACTERS, Script, next_logits, tokenizer
 
 __all__ = ["ScriptedStamps", "tokenizer"]

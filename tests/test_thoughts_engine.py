@@ -173,6 +173,13 @@ def test_each_distinct_token_is_computed_once(engine: Engine, monkeypatch: pytes
     assert sum((one.cost for one in result.thoughts), thoughts.Cost()) == result.cost
 
 
+@pytest.mark.parametrize("breadth", [1, 2, 9])
+def test_a_level_is_two_bursts(engine: Engine, breadth: int) -> None:
+    """However broad: a letter and an end of line are drawn in two steps, and all are judged in one."""
+    spell(engine, BreadthFirst(breadth=breadth, depth=3), goal=None)
+    assert engine.stats().steps == 3 * (2 + 1)
+
+
 def test_questions_stand_behind_the_path(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log(monkeypatch)
     spell(engine, BreadthFirst(breadth=1, depth=2), goal=None)

@@ -64,7 +64,7 @@ def sample(
 
 
 async def sample_async(
-    engine: "AsyncEngine | Engine",
+    engine: "AsyncEngine | Engine | Server",
     prompt: "Root",
     n: int,
     *,

@@ -91,7 +91,7 @@ def search(
 
 
 async def search_async(
-    engine: "AsyncEngine | Engine",
+    engine: "AsyncEngine | Engine | Server",
     root: "Root",
     *,
     propose: Propose | Proposer,
@@ -105,8 +105,8 @@ async def search_async(
     stop: Stop | None = None,
     resume: Result | None = None,
 ) -> Result:
-    """As `search`, for coroutines: on an `AsyncEngine`, or on an `Engine` of this thread, which is then stepped between
-    whatever else the event loop does. A task that is cancelled leaves nothing behind.
+    """As `search`, for coroutines: on an `AsyncEngine`; on an `Engine` of this thread, which is then stepped between
+    whatever else the event loop does; or on a `Server` of your own. A task that is cancelled leaves nothing behind.
     """
     check_integer("seed", seed, 0, 2**64 - 1)
     async with serving(engine, namespace) as server:
@@ -182,6 +182,7 @@ class _Search:
         self._progress = progress
         self._stop = stop
         self._known = {thought.state for thought in result.thoughts}
+        self._solved = len(result.solutions)
         self._began = time.monotonic() - result.seconds
 
     async def run(self, strategy: Strategy) -> None:
@@ -203,7 +204,7 @@ class _Search:
         self._tell()
         for burst in strategy.plan(self._result.root):
             await self._expand([thought for thought in burst if not thought.expanded])
-            if len(self._result.solutions) >= self._budget.solutions:
+            if self._solved >= self._budget.solutions:
                 raise _Ended("solved")
             children = [child for thought in burst for child in thought.children]
             await self._judge([child for child in children if child.score is None and child.error is None])
@@ -263,6 +264,7 @@ class _Search:
                 child.id = len(tree)
                 tree.append(child)
                 thought.children.append(child)
+                self._solved += child.solved
         self._known.update(new)
         thought.merged = len(children) - len(new)
         thought.expanded = True

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from radixgen.core import InvalidRequest, QueueFull, RequestFailed, RequestOutput, SamplingParams
 
@@ -19,6 +19,7 @@ _FULL_SECONDS = 0.01
 """How long to wait before a full queue is tried again."""
 
 
+@runtime_checkable
 class Server(Protocol):
     """Answers requests. One that is cancelled leaves nothing behind. A full queue is waited for."""
 
@@ -44,8 +45,8 @@ class Server(Protocol):
 
 
 @asynccontextmanager
-async def serving(engine: "Engine | AsyncEngine", namespace: str) -> AsyncIterator[Server]:
-    """A server over either engine. Raises `InvalidRequest`."""
+async def serving(engine: "Engine | AsyncEngine | Server", namespace: str) -> AsyncIterator[Server]:
+    """A server over either engine; another is taken as it is. Raises `InvalidRequest`."""
     from radixgen.async_engine import AsyncEngine
     from radixgen.engine import Engine
 
@@ -57,6 +58,8 @@ async def serving(engine: "Engine | AsyncEngine", namespace: str) -> AsyncIterat
             yield server
         finally:
             await server.close()
+    elif isinstance(engine, Server):
+        yield engine
     else:
         raise InvalidRequest("engine", engine, "must be an Engine or an AsyncEngine")
 
