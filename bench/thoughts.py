@@ -1,6 +1,6 @@
 """Game of 24 by a tree of thoughts on SmolLM2: what sharing saves in rows and in seconds.
 
-    python -m bench.thoughts [--check] [--save] [--puzzles N] [--breadth N] [--depth N] [--proposals N]
+    python -m bench.thoughts [--check] [--save] [--quick] [--puzzles N] [--breadth N] [--depth N] [--proposals N]
 
 Breadth-first search as in the Tree of Thoughts paper (arXiv 2305.10601), with the prompts of `examples/game24.py`: each
 thought is proposed from `--proposals` times and judged by the odds of three words. One thread, one process, float32.
@@ -10,6 +10,7 @@ and of their logits, at the rate of one large product measured in the same run; 
 in it. Rows are counted by a hook on the model's embedding. Contenders: radixgen; the same search with `share=False`;
 and transformers, which is given the very same requests burst by burst, each burst as padded batches of up to
 `--batch` sequences, once from the start and once with the KV of what all prompts begin with kept from a first pass.
+With `--quick`, radixgen alone.
 
 Bias: all lines are kept, right or wrong, so that a model of this size has a full tree to search. transformers draws as
 many tokens a sequence as the longest of its batch took in the search, greedily; and the search itself, tokenization
@@ -241,6 +242,7 @@ def replay_seconds(model: Any, searched: Searched, prefix: Tokens, size: int) ->
 
 def main(arguments: list[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
+    parser.add_argument("--quick", action="store_true", help="radixgen alone, without contenders")
     parser.add_argument("--model", type=Path, help="a directory; by default SmolLM2")
     parser.add_argument("--puzzles", type=int, default=1)
     parser.add_argument("--breadth", type=int, default=5)
@@ -263,35 +265,43 @@ def main(arguments: list[str] | None = None) -> int:
         expansions=sum(result.expansions for result in shared.results), header_characters=len(HEADER),
     )  # fmt: skip
 
-    model = Generate(path).model
-    row, logit_row = layer_operations(model)
+    row, logit_row = layer_operations(Generate(path).model)
     limit = (distinct * row + shared.logit_rows * logit_row) / matrix_rate(512)
     report.limit(f"matrix products of {distinct:,} distinct tokens", limit)
     report.contender("seconds_shared", "radixgen", shared.seconds)
-    unshared = search_all(path, games, chosen, share=False)
-    report.contender("seconds_unshared", "radixgen, share=False", unshared.seconds)
-    whole = replay_seconds(model, shared, [], chosen.batch)
-    report.contender("seconds_generate", "transformers", whole)
-    prefix = common_prefix(asked)
-    kept = replay_seconds(model, shared, prefix, chosen.batch)
-    report.contender("seconds_generate_prefix", f"transformers, {len(prefix)} kept", kept)
-
     submitted = shared.prompt_tokens
     report.figure("prompt_tokens", submitted, f"prompt tokens submitted, each sequence by itself: {submitted:,}")
-    report.figure("rows_unshared", unshared.rows, f"rows computed with share=False: {unshared.rows:,}")
     report.figure("rows", shared.rows, f"rows computed: {shared.rows:,}")
     over = shared.rows / distinct
     report.figure("rows_over_distinct", over, f"rows over distinct tokens: {over:.4f}", at_most=1.02)
-    for key, name, seconds in (
-        ("unshared", "share=False", unshared.seconds),
-        ("generate", "transformers", whole),
-        ("generate_prefix", "transformers with the common prefix kept", kept),
-    ):
-        gain = seconds / shared.seconds
+    if not chosen.quick:
+        compare(report, path, games, chosen, shared)
+    return report.finish(check=chosen.check, save=chosen.save)
+
+
+def compare(report: Report, path: Path, games: Sequence[Numbers], chosen: Any, shared: Searched) -> None:
+    """The contenders, and how many times as long they take."""
+    prefix = common_prefix([one for burst in shared.bursts for one in burst])
+    model = Generate(path).model
+    seconds = {
+        "generate_prefix": replay_seconds(model, shared, prefix, chosen.batch),
+        "generate": replay_seconds(model, shared, [], chosen.batch),
+    }
+    unshared = search_all(path, games, chosen, share=False)
+    seconds["unshared"] = unshared.seconds
+    report.figure("rows_unshared", unshared.rows, f"rows computed with share=False: {unshared.rows:,}")
+    names = {
+        "generate_prefix": f"transformers, {len(prefix)} kept",
+        "generate": "transformers",
+        "unshared": "radixgen, share=False",
+    }
+    for key, name in names.items():
+        report.contender(f"seconds_{key}", name, seconds[key])
+    for key, name in names.items():
+        gain = seconds[key] / shared.seconds
         report.figure(f"{key}_over_shared", gain, f"against {name}: {gain:.2f}×")
     texts = [[one.text for one in result.thoughts] for result in shared.results]
     report.keep(equal_trees=texts == [[one.text for one in result.thoughts] for result in unshared.results])
-    return report.finish(check=chosen.check, save=chosen.save)
 
 
 if __name__ == "__main__":

@@ -139,9 +139,11 @@ class Log:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.proposed: list[RequestOutput] = []
         self.scored: list[list[int]] = []
+        self.seeds: list[int | None] = []
         generate, score = SteppedServer.generate, SteppedServer.score
 
         async def logged(server: SteppedServer, prompt: list[int], params: SamplingParams) -> RequestOutput:
+            self.seeds.append(params.seed)
             self.proposed.append(output := await generate(server, prompt, params))
             return output
 
@@ -259,6 +261,16 @@ def test_a_seed_fixes_the_tree(noisy: Engine, strategy: Any) -> None:
             return await thoughts.search_async(engine, ROOT, strategy=strategy, seed=5, **RANDOM)
 
     assert tree(asyncio.run(whole())) == tree(first)
+
+
+def test_every_request_has_a_seed_of_its_own(noisy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the search's seed, the problem, the path and the purpose; pins that siblings don't draw the same."""
+    log = Log(monkeypatch)
+    judge = Evaluate(ask="?", parse=lambda text, _: len(text))
+    result = spell(noisy, STRATEGIES[0], **RANDOM | {"evaluate": judge})
+    spell(noisy, STRATEGIES[0], seed=1, budget=Budget(thoughts=9), **RANDOM)
+    thoughts.search(noisy, "Other.\n", strategy=BreadthFirst(depth=1), **RANDOM)
+    assert len(log.seeds) == len(set(log.seeds)) > len(result.thoughts)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
