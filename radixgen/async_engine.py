@@ -102,15 +102,9 @@ class AsyncEngine:
 
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """As `Engine.score`; other requests go on meanwhile."""
-        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-
-        async def score_one(continuation: Prompt) -> list[float]:
-            name = self._new_id()
-            submit = partial(self._engine.submit_score, tokens, continuation, request_id=name, namespace=namespace)
-            stream = await self._begin(name, submit, cumulative=True)
-            return scores_of([output async for output in self._receive(name, stream)][-1])
-
-        return await _gather(score_one(one) for one in as_prompts(continuations))
+        tokens = await self.tokenize(prompt)
+        each = as_prompts(continuations)
+        return [scores_of(one) for one in await _gather(self.score_one(tokens, c, namespace=namespace) for c in each)]
 
     async def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
         """As `Engine.beam_search`; other requests go on meanwhile. `generate` takes `BeamSearchParams` too, and gives
@@ -123,6 +117,21 @@ class AsyncEngine:
             return [output async for output in self.generate(prompt, params)][-1]
 
         return await _gather(search(one) for one in as_prompts(prompts))
+
+    async def score_one(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
+        """The whole output of scoring one continuation, of which `scores_of` reads the log-probabilities."""
+        name = self._new_id()
+        submit = partial(self._engine.submit_score, prompt, continuation, request_id=name, namespace=namespace)
+        stream = await self._begin(name, submit, cumulative=True)
+        return [output async for output in self._receive(name, stream)][-1]
+
+    async def tokenize(self, prompt: Prompt, *, special: bool = True) -> TokenArray:
+        """As `Engine.tokenize`."""
+        return await asyncio.to_thread(partial(self._engine.tokenize, prompt, special=special))
+
+    async def decode(self, token_ids: Seq[int]) -> str:
+        """As `Engine.decode`."""
+        return await asyncio.to_thread(self._engine.decode, token_ids)
 
     async def fork(self, request_id: str, n: int = 1) -> list[AsyncGenerator[RequestOutput, None]]:
         """As `Engine.fork`: for each fork its outputs, the first of which tells what was generated before. They

@@ -215,11 +215,13 @@ class Engine:
         """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
         return chat_tokens(self.tokenizer, messages)
 
-    def tokenize(self, prompt: Prompt) -> TokenArray:
-        """`prompt` as checked token ids, int32. May be called from another thread. Raises `InvalidRequest`."""
-        return self._inputs.tokenize(prompt)
+    def tokenize(self, prompt: Prompt, *, special: bool = True) -> TokenArray:
+        """`prompt` as checked token ids, int32; text with the tokenizer's special tokens where `special`. May be called
+        from another thread. Raises `InvalidRequest`.
+        """
+        return self._inputs.tokenize(prompt, special=special)
 
-    def compile_grammar(self, params: SamplingParams) -> None:
+    def compile_grammar(self, params: Params) -> None:
         """Check `params` and compile the grammar that they ask for, so that no step waits for it. May be called from
         another thread. Raises `InvalidRequest`.
         """
@@ -429,6 +431,11 @@ class Engine:
     def num_steps(self) -> int:
         """Steps that ran or failed."""
         return self._core.num_attempts
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Requests whose last output was not made yet."""
+        return len(self._core.requests)
 
     @property
     def has_unfinished(self) -> bool:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import texts
 import torch
+from scripted_model import tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import (
     agents,
@@ -23,6 +25,7 @@ from bench import (
     plots,
     simulate,
     step,
+    thoughts,
     tree,
 )
 from bench.report import Memory, Report
@@ -284,3 +287,47 @@ def test_agents(capsys, tmp_path) -> None:
     assert figures["benchmark"] == "agents" and figures["computed_rows"] == figures["distinct_tokens"]
     assert figures["generated_tokens"] == 3 * 2 * 3 and figures["prompt_tokens"] > figures["computed_rows"]
     assert all(figures[f"{name}_over_shared"] > 0 for name in ("generate", "unshared"))
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=1024, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_thoughts(capsys, tmp_path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    sizes = ["--puzzles", "2", "--breadth", "2", "--depth", "2", "--proposals", "3", "--new-tokens", "4"]
+    assert thoughts.main(["--model", str(tmp_path), "--batch", "5", *sizes]) == 0
+    figures = last_line(capsys)
+    assert 2 < figures["expansions"] <= 2 * 3 and figures["sequences"] <= 2 * (3 * 3 + 3 * 3 * 3)
+    assert figures["distinct_tokens"] <= figures["rows"] <= 1.02 * figures["distinct_tokens"]
+    assert figures["rows_unshared"] > figures["prompt_tokens"] > 10 * figures["rows"]
+    assert figures["equal_trees"] and not figures["missed"]
+    for name in ("shared", "unshared", "generate", "generate_prefix"):
+        assert figures[f"seconds_{name}"] > 0
+
+
+@torch.inference_mode()
+def test_replays_on_a_kept_prefix_are_the_same(capsys) -> None:
+    """Padding between the prefix and a prompt's rest, or behind it, changes nothing."""
+    model, prefix = tiny_llama(), list(range(40, 60))
+    rests = [[1, 2, 3], [4, 5, 6, 7], [9]]
+    for scored in (False, True):
+        batch = [thoughts.Asked(prefix + rest, [10, 11][: 1 + len(rest) % 2], scored) for rest in rests]
+        assert thoughts.common_prefix(batch) == prefix
+        whole, kept = (thoughts.Replay(model, p).run(batch) for p in ([], prefix))
+        for row, one in enumerate(batch):
+            (alone,) = thoughts.Replay(model, []).run([one])
+            if scored:
+                at, size = len(one.prompt) - min(len(o.prompt) for o in batch), len(one.rest)
+                for found in (whole, kept):
+                    torch.testing.assert_close(found[row, at : at + size], alone[:size], atol=1e-5, rtol=0)
+            else:
+                for found in (whole, kept):
+                    assert found[row, -2:].tolist()[: len(alone) - len(one.prompt)] == alone[len(one.prompt) :].tolist()
+    assert thoughts.distinct_tokens(batch) == 20 + sum(map(len, rests)) + 2 and not capsys.readouterr().out

@@ -43,3 +43,5 @@ class Limits:
     """Tools of one conversation."""
     max_saved_chars: int = 1 << 26
     """Characters of a saved conversation."""
+    max_thoughts: int = 1 << 20
+    """Thoughts of one search."""
