@@ -121,3 +121,15 @@ def test_tree(model: Path, tmp_path: Path) -> None:
 def test_doctor() -> None:
     result = call("doctor")
     assert result.exit_code == 0 and all(name in result.output for name in ("torch", "flash-attn", "cache"))
+
+
+def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
+    options = ("generate", "--model", model, "--kv-tokens", 512, "--max-tokens", 100, "--temperature", 1, "--seed", 1)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, "b"]}, "maxItems": 3}')
+    assert lines(call(*options, "--choice", "yes", "--choice", "no", "abc"))[0]["outputs"][0]["text"] in ("yes", "no")
+    assert lines(call(*options, "--regex", "[xy]{4}", "abc"))[0]["outputs"][0]["text"].strip("xy") == ""
+    written = json.loads(lines(call(*options, "--json-schema", schema, "abc"))[0]["outputs"][0]["text"])
+    assert len(written) <= 3 and all(one in (1, "b") for one in written)
+    refused = call(*options, "--regex", "(", "abc")
+    assert refused.exit_code == 1 and "llguidance says" in " ".join(refused.stderr.split())

@@ -1,4 +1,4 @@
-"""Structured output: random weights that write valid JSON, a mask by trial of every token as twin, faults in place."""
+"""Structured output: random weights that write valid JSON, masks by trial of every token, faults in their place."""
 
 import asyncio
 import json
@@ -181,7 +181,7 @@ def engine() -> Any:
         yield engine
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_any_schema_is_kept_to(engine: Engine, schema: Any, seed: int) -> None:
     for one in run(engine, asking(json_schema=schema, n=3, seed=seed, max_tokens=900, temperature=2.0))[0]:
@@ -294,9 +294,9 @@ def test_forks_go_on_in_the_grammar(at: int) -> None:
 
 MIXED = [
     asking(json_schema=NESTED, n=8, max_tokens=60),
-    asking(regex="[a-d]{5,40}", n=8, seed=2),
+    asking(regex="[a-d]{5,40}", n=8, seed=2, max_tokens=60),
     asking(max_tokens=30, seed=3),
-    asking(choice=["abcabcabc", "abcabcabd", "b"], n=8, temperature=0.0),
+    asking(choice=["abcabcabc", "abcabcabd", "b"], n=8, temperature=0.0, max_tokens=60),
     asking(grammar=SUM, n=2, seed=5, max_tokens=40, logprobs=2),
     asking(json_schema=NESTED, seed=6, max_tokens=50, stop=['"'], include_stop_str_in_output=True),
 ]
@@ -428,7 +428,7 @@ def test_white_space_in_json_is_bounded() -> None:
         dense = NESTED | {"x-guidance": {"whitespace_flexible": False}}
         one = run(engine, asking(json_schema=dense, logit_bias={space: 50.0}))[0][0]
         check_json(one.text, NESTED)
-        assert not re.search(r"[{}\[\],:] ", one.text)
+        assert one.text == json.dumps(json.loads(one.text), separators=(",", ":"), ensure_ascii=False)
 
 
 # -- once -------------------------------------------------------------------------------------------------
