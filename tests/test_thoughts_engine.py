@@ -227,7 +227,8 @@ def test_a_path_that_grows_too_long_is_a_dead_end() -> None:
 
 def test_one_answer_that_is_too_long_takes_the_others_along() -> None:
     """Pins that what a failed question had asked besides is cancelled."""
-    with Engine(ScriptedStamps(script, 40), tokenizer=tokenizer(), kv_tokens=512, debug=True) as engine:
+    model = ScriptedStamps(script, 40)
+    with Engine(model, tokenizer=tokenizer(), kv_tokens=512, max_step_tokens=1, debug=True) as engine:
         judge = Choose(ask="Good?", values={" yes": 1.0, " no" * 20: 0.0})
         result = spell(engine, BreadthFirst(depth=2), propose=lambda _: ["c"], evaluate=judge)
         assert result.ended == "complete" and "context" in result.thoughts[1].error
