@@ -225,6 +225,16 @@ def test_a_path_that_grows_too_long_is_a_dead_end() -> None:
         check_clean(engine)
 
 
+def test_one_answer_that_is_too_long_takes_the_others_along() -> None:
+    """Pins that what a failed question had asked besides is cancelled."""
+    model = ScriptedStamps(script, 40)
+    with Engine(model, tokenizer=tokenizer(), kv_tokens=512, max_step_tokens=1, debug=True) as engine:
+        judge = Choose(ask="Good?", values={" yes": 1.0, " no" * 20: 0.0})
+        result = spell(engine, BreadthFirst(depth=2), propose=lambda _: ["c"], evaluate=judge)
+        assert result.ended == "complete" and "context" in result.thoughts[1].error
+        check_clean(engine)
+
+
 # -- seeds, budgets, resumption ---------------------------------------------------------------------------
 
 RANDOM = {"propose": Propose(n=3, params=SamplingParams(max_tokens=3)), "evaluate": JUDGE, "goal": None}
@@ -307,8 +317,10 @@ def test_a_verifier_does_not_stall_the_engine(engine: Engine) -> None:
 
     async def verify(thought: Thought) -> float:
         begun = engine.num_steps
-        while engine.num_steps < begun + 50:
+        for _ in range(100_000):
             await asyncio.sleep(0)
+            if engine.num_steps >= begun + 50:
+                break
         steps.append(engine.num_steps - begun)
         return 1.0
 
