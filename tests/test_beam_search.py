@@ -482,3 +482,23 @@ def test_an_end_held_back_is_given_where_nothing_else_is_left() -> None:
     search = BeamSearch(BeamSearchParams(beam_width=2, min_tokens=3), 8, frozenset([0, 1]))
     search.select([choices(-1, -2, -np.inf)])
     assert [one.token_ids for one in search.hypotheses] == [[0], [1]] and search.done
+
+
+@pytest.mark.parametrize(
+    ("early", "penalty", "done"), [(True, 1.0, True), (False, 1.0, True), ("never", 1.0, False), ("never", -1.0, True)]
+)
+def test_when_a_search_is_over(early: Any, penalty: float, done: bool) -> None:
+    """Two hypotheses are at hand; the best beam is worse than both as it stands, and better had it 16 tokens."""
+    params = BeamSearchParams(beam_width=2, early_stopping=early, length_penalty=penalty)
+    search = BeamSearch(params, 16, frozenset([0]))
+    search.select([choices(-1, -1.1, -3, -9)])
+    assert not search.done
+    search.select([choices(-1.9, -2.1, -9, -9), choices(-9, -9, -9, -9)])
+    assert [one.token_ids for one in search.hypotheses] == [[0], [1, 0]] and search.done is done
+
+
+@pytest.mark.parametrize("early", EARLY)
+def test_a_search_of_width_one_is_greedy(early: Any) -> None:
+    search = BeamSearch(BeamSearchParams(beam_width=1, early_stopping=early), 16, frozenset([0]))
+    search.select([choices(-1, -1.1)])
+    assert search.done and [one.token_ids for one in search.hypotheses] == [[0]]
