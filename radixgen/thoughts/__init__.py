@@ -5,6 +5,7 @@ what comes of it and goes to JSON, `draw` shows it, and `server` is all that is 
 """
 
 from radixgen.thoughts.asks import Choose, Evaluate, Propose
+from radixgen.thoughts.beam import beam, beam_async
 from radixgen.thoughts.budget import Budget, Ended
 from radixgen.thoughts.draw import picture, svg
 from radixgen.thoughts.result import Result
@@ -30,6 +31,8 @@ __all__ = [
     "Step",
     "Strategy",
     "Thought",
+    "beam",
+    "beam_async",
     "picture",
     "sample",
     "sample_async",
