@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def beam(engine: "Engine", prompt: "Prompt", width: int, **options: Any) -> list[CompletionOutput]:
-    """`width` hypotheses, best first by `score`. The options are those of `BeamSearchParams`. Raises `InvalidRequest`."""
+    """`width` hypotheses, best first; the options are those of `BeamSearchParams`. Raises `InvalidRequest`."""
     (output,) = engine.beam_search(prompt, BeamSearchParams(beam_width=width, **options))
     return output.outputs
 
