@@ -218,14 +218,17 @@ class Planner:
 
     def plan(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
         """Plan rows that stand at `row_positions` `[rows]` in the tree nodes with these ids, `node_ids` `[rows]`."""
-        found = self._carry(node_ids, row_positions)
-        if found is None:
-            forest, row_nodes, active = active_forest(self.tree, node_ids)
-            found = plan(forest, row_nodes, row_positions, mode=self.mode, cost=self.cost)
-            self._built = _Built(found, active)
+        found = self._carry(node_ids, row_positions) or self.plan_anew(node_ids, row_positions)
         self._last = found
         self._version = self.tree.version
         self._node_ids, self._row_positions = node_ids, row_positions
+        return found
+
+    def plan_anew(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
+        """As `plan`, from nothing."""
+        forest, row_nodes, active = active_forest(self.tree, node_ids)
+        found = plan(forest, row_nodes, row_positions, mode=self.mode, cost=self.cost)
+        self._built = _Built(found, active)
         return found
 
     def _carry(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan | None:

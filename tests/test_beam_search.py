@@ -31,6 +31,7 @@ from radixgen import (
 )
 from radixgen.beam_search import BeamSearch, Choices
 from radixgen.model import smollm2
+from radixgen.thoughts import beam, beam_async
 
 WIDTHS = [1, 2, 4, 8]
 EARLY = [False, True, "never"]
@@ -429,6 +430,18 @@ def test_text_of_hypotheses() -> None:
         for one in outputs:
             shown = one.token_ids[:-1] if one.finish_reason == "stop" else one.token_ids
             assert one.text == engine.decode(shown)
+
+
+def test_beams_by_their_short_name() -> None:
+    prompt, engine = some(9, vocab=24), serve()
+    (whole,) = engine.beam_search(prompt, BeamSearchParams(beam_width=3, max_tokens=5, length_penalty=0.5))
+    assert beam(engine, prompt, 3, max_tokens=5, length_penalty=0.5) == whole.outputs
+
+    async def search() -> list[CompletionOutput]:
+        async with AsyncEngine(serve()) as served:
+            return await beam_async(served, prompt, 3, max_tokens=5, length_penalty=0.5)
+
+    assert asyncio.run(search()) == whole.outputs
 
 
 def test_async_searches_go_on_beside_others() -> None:
