@@ -29,9 +29,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 def run(test: Callable[[AsyncEngine], Awaitable[Any]], model: StampModel | None = None, **options: Any) -> Any:
     """Run `test` on an engine of its own, and see that nothing is left of it in the end."""
+    engine = Engine(model or StampModel(VOCAB, 256), **({"kv_tokens": 512, "debug": True} | options))
 
     async def whole() -> Any:
-        engine = Engine(model or StampModel(VOCAB, 256), **({"kv_tokens": 512, "debug": True} | options))
         async with AsyncEngine(engine) as served:
             result = await test(served)
             while (await served.stats()).num_running:
