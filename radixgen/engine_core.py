@@ -363,6 +363,7 @@ class EngineCore:
             own = SamplingState(state.params, state.seed, index, state.prompt, found.token_ids, state.stop_ids)
             sequence = Sequence(request, index, request.namespace, own)
             sequence.finish_reason = found.finish_reason
+            sequence.ended_by_token = found.finish_reason == "stop"
             stops = found.finish_reason == "stop" and found.token_ids[-1] in state.params.stop_token_ids
             sequence.stop_reason = found.token_ids[-1] if stops else stop_reason
             request.add_sequence(sequence)
