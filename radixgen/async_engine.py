@@ -37,7 +37,8 @@ _STALL_SECONDS = 0.01
 
 
 class AsyncEngine:
-    """Serves an `Engine` to the coroutines of any number of event loops. It owns the engine and closes it.
+    """Serves an `Engine` to the coroutines of any number of event loops. It owns the engine and closes it. What the
+    process holds when it begins is left out of garbage collections until it ends (`gc.freeze`).
 
     ```python
     async with AsyncEngine(Engine("smollm2")) as engine:
@@ -320,6 +321,7 @@ class AsyncEngine:
             if command is not None:
                 command.fail(end)
         self._engine.close()
+        gc.unfreeze()
 
     def _serve(self) -> None:
         idle = True

@@ -39,6 +39,8 @@ OnBreak = Callable[[HistoryBreak], object]
 
 logger = logging.getLogger(__name__)
 
+_MAX_TOKENS = 256
+"""Of an answer, where nothing else was asked for."""
 _ANSWER_SHARE = 4
 """Where history is shortened, one part in so many of the context is room enough for an answer."""
 
@@ -143,7 +145,7 @@ class Dialogue(Generic[E]):
     ) -> None:
         """
         tools: JSON schemas, or functions with annotations and a docstring, for the chat template.
-        params: of turns that are given none.
+        params: of turns that are given none; by default those of `SamplingParams` with 256 tokens.
         retain: seconds for which the path of the last turn is pinned; None: until `close`; 0: not at all. It gives way
             when a request needs its memory and nothing else can, lower `priority` first; then it is computed again.
         history: what is done where the template rewrites an earlier turn (drops its thinking, say): `"template"`
@@ -151,7 +153,7 @@ class Dialogue(Generic[E]):
         template_options: more arguments of the chat template (`enable_thinking`, `date_string` …).
         on_overflow: where a turn does not fit: `"error"` raises `ContextOverflow`. `"drop_oldest"` leaves out the
             oldest turns, never a system message, until there is room for `max_tokens` or a quarter of the context; a
-            function from messages to messages does the same in its own way.
+            function from messages to messages does the same in its own way. A warning is logged.
         on_break: called once for each break; the first is also logged as a warning. An `AsyncConversation` calls this
             and `on_overflow` in a thread of its own.
 
@@ -172,7 +174,7 @@ class Dialogue(Generic[E]):
             raise InvalidRequest("on_break", on_break, "must be a function of a HistoryBreak")
         template = ChatTemplate(inputs.tokenizer, tools, template_options, inputs.limits)
         first = [] if system is None else [{"role": "system", "content": system}]
-        self.params = params or SamplingParams()
+        self.params = params or SamplingParams(max_tokens=_MAX_TOKENS)
         self.namespace = namespace
         self.priority = priority
         self.breaks: list[HistoryBreak] = []
@@ -190,7 +192,7 @@ class Dialogue(Generic[E]):
     @classmethod
     def load(cls, engine: E, saved: str, **options: Unpack[LoadOptions]) -> Self:
         """The conversation that `save` wrote, in this engine: with its messages and its very tokens, its tools, its
-        namespace and its turns. Nothing is computed before the next turn, or `preload`. Raises `InvalidRequest`.
+        namespace and its turns; `params` are given again. Nothing is computed before the next turn, or `preload`. Raises `InvalidRequest`.
         """
         found = saved_history.parse(saved, engine.inputs.limits)
         template = {name: found[name] for name in ("tools", "template_options", "namespace", "history")}
@@ -218,7 +220,7 @@ class Dialogue(Generic[E]):
     @property
     def token_ids(self) -> list[int]:
         """Every token up to the end of the last answer. The next prompt begins with them, but where `breaks` tells
-        otherwise; of the last one alone the KV may not have been computed.
+        otherwise or `on_overflow` shortens it; of the last one alone the KV may not have been computed.
         """
         return self._history.state.token_ids
 
@@ -255,7 +257,9 @@ class Dialogue(Generic[E]):
     def _begin(self, message: Said, params: SamplingParams | None) -> "Turn":
         """The turn that `message` begins. Changes nothing but `breaks`; may run in another thread."""
         params = self.params if params is None else params
-        if isinstance(params, SamplingParams) and params.n != 1:
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest("params", params, "must be SamplingParams")
+        if params.n != 1:
             raise InvalidRequest("n", params.n, "a turn has one answer: fork the conversation for more")
         draft = self._fit(self._history.draft(as_messages("message", message, self._inputs.limits)), params)
         self._report(draft.found)
@@ -304,8 +308,11 @@ class Dialogue(Generic[E]):
 
     def _fit(self, draft: Draft, params: SamplingParams) -> Draft:
         """The draft, shortened where it must be and may be."""
-        if self._on_overflow != "error" and isinstance(params, SamplingParams):
-            draft = self._shorten(draft, params)
+        if self._on_overflow != "error":
+            whole, draft = draft, self._shorten(draft, params)
+            if draft is not whole:
+                dropped = len(whole.token_ids), len(draft.token_ids)
+                logger.warning("turn %d: history was shortened from %d to %d tokens", self.num_turns + 1, *dropped)
         refusal = self._refusal(draft, params)
         if refusal is not None:
             raise ContextOverflow("len(conversation)", len(draft.token_ids), refusal.limit) from refusal

@@ -459,7 +459,9 @@ class Engine:
         return self._model.name
 
     def explain(self) -> str:
-        """The last step's plan, in bytes of KV over all layers."""
+        """The last step's plan, in bytes of KV over all layers. Why a prompt was not shared, its output's
+        `sharing_ended` tells.
+        """
         last = self._core.planner.last
         return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
 
