@@ -192,7 +192,8 @@ class Dialogue(Generic[E]):
     @classmethod
     def load(cls, engine: E, saved: str, **options: Unpack[LoadOptions]) -> Self:
         """The conversation that `save` wrote, in this engine: with its messages and its very tokens, its tools, its
-        namespace and its turns; `params` are given again. Nothing is computed before the next turn, or `preload`. Raises `InvalidRequest`.
+        namespace and its turns; `params` are given again. Nothing is computed before the next turn, or `preload`.
+        Raises `InvalidRequest`.
         """
         found = saved_history.parse(saved, engine.inputs.limits)
         template = {name: found[name] for name in ("tools", "template_options", "namespace", "history")}

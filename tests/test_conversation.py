@@ -20,6 +20,7 @@ from oracle import StampModel, expected_logits
 from radixgen import (
     AsyncConversation,
     AsyncEngine,
+    BeamSearchParams,
     ContextOverflow,
     Conversation,
     Engine,
@@ -359,7 +360,7 @@ def test_overflow_of_a_pool() -> None:
         engine.conversation(params=LETTERS).say("x" * 80)
 
 
-def test_the_oldest_turns_are_dropped() -> None:
+def test_the_oldest_turns_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     with serve(context=200) as engine:
         talk = engine.conversation("Be kind.", params=LETTERS, on_overflow="drop_oldest")
         answers = []
@@ -372,7 +373,7 @@ def test_the_oldest_turns_are_dropped() -> None:
         assert talk.messages[0] == {"role": "system", "content": "Be kind."}
         said = [exchange.answer_ids for exchange in talk._history.state.exchanges]
         assert said == answers[8 - len(kept) :], "generated tokens stay"
-        assert not talk.breaks
+        assert not talk.breaks and "history was shortened" in caplog.text
         assert CHATML.decode(output.prompt_token_ids) == talk._history.template.render(talk.messages[:-1])
         talk.rollback(1)
         assert [one["content"] for one in talk.messages if one["role"] == "user"] == ["hi 0"]
@@ -680,7 +681,7 @@ def test_bad_turns_are_named_and_change_nothing(engine: Engine) -> None:
         talk.say()
     talk.say("hi")
     before = talk.save()
-    for params in (SamplingParams(n=2), SamplingParams(max_tokens=0), {}, "x", 5):
+    for params in (SamplingParams(n=2), SamplingParams(max_tokens=0), BeamSearchParams(beam_width=2), {}, "x", 5):
         with pytest.raises(InvalidRequest):
             talk.say("there", params)
     for timeout in (0, -1, "x", float("nan")):
