@@ -273,6 +273,10 @@ FAULTS = [
 ]
 
 
+LONGER = settings(PROFILE, max_examples=4 * PROFILE.max_examples)
+"""A rare fault takes a while to show."""
+
+
 def test_without_a_fault_nothing_is_seen() -> None:
     run_state_machine_as_test(EngineMachine, settings=PROFILE)
 
@@ -281,4 +285,4 @@ def test_without_a_fault_nothing_is_seen() -> None:
 def test_a_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
     fault(monkeypatch)
     with pytest.raises((AssertionError, KeyError, ExceptionGroup)):
-        run_state_machine_as_test(EngineMachine, settings=PROFILE)
+        run_state_machine_as_test(EngineMachine, settings=LONGER)
