@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from heapq import heappop, heappush
 from itertools import product
 from typing import Any
@@ -336,6 +337,20 @@ def test_a_verifier_that_never_answers_ends_with_the_time(engine: Engine) -> Non
     assert result.best is result.thoughts[1]
 
 
+def test_the_best_has_a_score(engine: Engine) -> None:
+    """A budget that ended between proposals and scores made the first of those that nobody judged the best."""
+    result = grow(engine, BreadthFirst(breadth=3, depth=2), lambda path: float(path[-1]), budget=Budget(thoughts=7))
+    assert result.ended == "thoughts" and [one.depth for one in result.thoughts] == [0, 1, 1, 1, 2, 2, 2]
+    assert result.best is result.thoughts[3]
+    result.thoughts[5].score = -1.0
+    assert result.best is result.thoughts[5]
+    result.thoughts[2].solved, result.thoughts[2].score = True, None
+    assert result.best is result.thoughts[2]
+    for thought in result.thoughts:
+        thought.solved, thought.score = False, None
+    assert result.best is result.thoughts[4]
+
+
 def test_progress_tells_of_the_same_tree(engine: Engine) -> None:
     seen: list[tuple[int, str]] = []
     kept: set[int] = set()
@@ -374,16 +389,49 @@ def test_bad_arguments_are_named(engine: Engine) -> None:
     for bad in (
         {"seed": -1}, {"engine": 5}, {"propose": 5}, {"propose": thoughts.Choose(ask="?", values={"a": 1.0})},
         {"evaluate": thoughts.Propose()}, {"root": []}, {"root": 5}, {"root": [[1]]},
-        {"evaluate": lambda _: math.nan}, {"evaluate": lambda _: None}, {"propose": lambda _: [5]},
+        {"strategy": BreadthFirst}, {"strategy": "bfs"}, {"budget": 10}, {"budget": 0}, {"resume": "{}"},
+        {"resume": {}}, {"goal": "24"}, {"progress": True}, {"stop": 5},
     ):  # fmt: skip
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(InvalidRequest) as error:
             thoughts.search(**(good | bad))
+        assert [error.value.field] == list(bad)
+    for bad, field in (
+        ({"propose": lambda _: [5]}, "step"), ({"propose": lambda _: None}, "steps"),
+        ({"propose": lambda _: "a"}, "steps"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequest) as error:
+            thoughts.search(**(good | bad))
+        assert error.value.field == field
     result = thoughts.search(**good)
     for bad in ({"root": "other"}, {"seed": 1}):
         with pytest.raises(InvalidRequest, match="resumed"):
             thoughts.search(**(good | bad), resume=result)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as own:
         thoughts.search(**(good | {"evaluate": lambda _: 1 / 0}))
+    assert own.value.__context__ is None, "it once came with `no running event loop`"
+
+
+@pytest.mark.parametrize("score", [2, np.float32(2), np.float64(2), np.int8(2), np.array(2.0), Fraction(2)])
+def test_any_real_number_is_a_score(engine: Engine, score: Any) -> None:
+    result = thoughts.search(engine, "", propose=branch, evaluate=lambda _: score, strategy=BreadthFirst(depth=1))
+    assert {repr(one.score) for one in result.thoughts[1:]} == {"2.0"}
+    assert Result.from_json(result.to_json()).thoughts[1].score == 2.0
+
+
+@pytest.mark.parametrize(
+    "score", [True, np.True_, None, "2", 2j, math.nan, -math.inf, np.float32("inf"), np.array(math.nan), np.ones(1)]
+)
+def test_what_is_no_finite_number_is_no_score(engine: Engine, score: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^score="):
+        thoughts.search(engine, "", propose=branch, evaluate=lambda _: score)
+
+
+@pytest.mark.parametrize("prompt", [[], 5, [[1]], [{"role": "user", "content": "Hello"}]])
+def test_a_prompt_is_named_as_its_caller_does(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt=.*engine\.chat_tokens\(messages\)"):
+        thoughts.sample(engine, prompt, 2)
+    with pytest.raises(InvalidRequest, match=r"^root=.*engine\.chat_tokens\(messages\)"):
+        thoughts.search(engine, prompt, propose=branch, evaluate=lambda _: 0.0)
 
 
 def test_within_a_loop_the_twin_is_named(engine: Engine) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams, check_integer
@@ -59,7 +60,7 @@ class Propose:
         output = await asking.generate(prompt, self.n, self.params)
         found: list[Step] = []
         for one in output.outputs:
-            steps = [as_step(step) for step in self.parse(one.text, thought)]
+            steps = as_steps(self.parse(one.text, thought))
             if not self.ask and len(steps) == 1 and steps[0].text == one.text.strip():
                 steps = [replace(steps[0], token_ids=await asking.line(one))]
             found += steps
@@ -193,19 +194,26 @@ async def steps_after(what: Propose | Proposer, thought: Thought, asking: Asking
     """The steps that may follow `thought`."""
     if isinstance(what, Propose):
         return await what.steps(thought, asking)
-    return [as_step(step) for step in await called(what, thought)]
+    return as_steps(await called(what, thought))
 
 
 async def score_of(what: "Evaluate | Choose | Evaluator", thought: Thought, asking: Asking) -> float:
-    """How good `thought` is. Raises `InvalidRequest` where that is no finite number."""
+    """How good `thought` is. Raises `InvalidRequest` where that is no finite number; NumPy's are numbers."""
     score: Any = await (what.score(thought, asking) if isinstance(what, Evaluate | Choose) else called(what, thought))
-    if not isinstance(score, int | float) or not math.isfinite(score):
+    number = score.item() if getattr(score, "ndim", None) == 0 else score
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
         raise InvalidRequest("score", score, "must be a finite number")
-    return float(score)
+    return float(number)
 
 
-def as_step(step: str | Step) -> Step:
+def as_steps(found: object) -> list[Step]:
     """Raises `InvalidRequest`."""
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise InvalidRequest("steps", found, "must be a list of texts or Steps")
+    return [_step(one) for one in found]
+
+
+def _step(step: object) -> Step:
     if isinstance(step, str):
         return Step(step)
     if not isinstance(step, Step) or not isinstance(step.text, str):

@@ -58,12 +58,14 @@ class Result:
 
     @property
     def best(self) -> Thought:
-        """The best solution, or else the best of the deepest thoughts; of equals, the one that came first."""
+        """The best solution; without one, of the thoughts that have a score the best of the deepest, for a score is
+        compared within its level alone; without scores, the deepest. Of equals, the one that came first.
+        """
 
-        def merit(thought: Thought) -> tuple[bool, int, float, int]:
+        def merit(thought: Thought) -> tuple[bool, bool, int, float, int]:
             depth = 0 if thought.solved else thought.depth
             score = -math.inf if thought.score is None else thought.score
-            return thought.solved, depth, score, -thought.id
+            return thought.solved, thought.score is not None, depth, score, -thought.id
 
         return max(self.thoughts, key=merit)
 

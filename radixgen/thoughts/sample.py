@@ -81,7 +81,7 @@ async def sample_async(
     if scorer is not None:
         check_evaluator("scorer", scorer)
     async with serving(engine, namespace) as server:
-        root = await root_of(prompt, server)
+        root = await root_of(prompt, server, "prompt")
         asking = Asking(server, derive_seed(seed, root, "sample"), lambda _: None)
         output = await asking.generate(await asking.path(root), n, params or SamplingParams(max_tokens=256))
         answers = [Sample(one.text, one.token_ids) for one in output.outputs]

@@ -109,6 +109,18 @@ async def search_async(
     whatever else the event loop does; or on a `Server` of your own. A task that is cancelled leaves nothing behind.
     """
     check_integer("seed", seed, 0, 2**64 - 1)
+    if not isinstance(propose, Propose):
+        _check_callable("propose", propose, "Propose or a callable")
+    check_evaluator("evaluate", evaluate)
+    if strategy is not None and (isinstance(strategy, type) or not callable(getattr(strategy, "plan", None))):
+        raise InvalidRequest("strategy", strategy, "must be a strategy, such as BreadthFirst()")
+    if budget is not None and not isinstance(budget, Budget):
+        raise InvalidRequest("budget", budget, "must be a Budget, such as Budget(thoughts=10)")
+    if resume is not None and not isinstance(resume, Result):
+        raise InvalidRequest("resume", resume, "must be a Result: of text, `Result.from_json(text)`")
+    for name, function in (("goal", goal), ("progress", progress), ("stop", stop)):
+        if function is not None:
+            _check_callable(name, function, "a callable")
     async with serving(engine, namespace) as server:
         result = resume or Result([await root_of(root, server)], seed)
         if resume is not None:
@@ -123,22 +135,30 @@ def run_alone(job: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(job)
-    job.close()
-    raise RadixgenError("an event loop runs in this thread already: await the function's `_async` twin")
+        pass
+    else:
+        job.close()
+        raise RadixgenError("an event loop runs in this thread already: await the function's `_async` twin")
+    return asyncio.run(job)
 
 
-async def root_of(root: "Root", server: Server) -> Thought:
+async def root_of(root: "Root", server: Server, field: str = "root") -> Thought:
     """The thought that a tree begins with. Raises `InvalidRequest`."""
     if isinstance(root, str):
         root = Step(root)
     if not isinstance(root, Step):
         ids = np.asarray(root)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
-            raise InvalidRequest("root", root, "must be text, token ids or a Step")
+            limit = "must be text, token ids (of messages: `engine.chat_tokens(messages)`) or a Step"
+            raise InvalidRequest(field, root, limit)
         root = Step(await server.decode(ids.tolist()), token_ids=tuple(ids.tolist()))
     token_ids = None if root.token_ids is None else list(root.token_ids)
     return Thought(root.text, root.state or "", id=0, token_ids=token_ids)
+
+
+def _check_callable(field: str, value: object, kinds: str) -> None:
+    if not callable(value):
+        raise InvalidRequest(field, value, f"must be {kinds}")
 
 
 async def _check_resumed(result: Result, root: "Root", seed: int, server: Server) -> None:
@@ -170,9 +190,6 @@ class _Search:
         progress: Progress | None,
         stop: Stop | None,
     ) -> None:
-        if not isinstance(propose, Propose) and not callable(propose):
-            raise InvalidRequest("propose", propose, "must be Propose or a callable")
-        check_evaluator("evaluate", evaluate)
         self._server = server
         self._result = result
         self._propose = propose
