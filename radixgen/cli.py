@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,7 +76,7 @@ def generate(
     """Serve prompts as one burst; write one JSON line for each, in their order.
 
     A line of --file or of standard input is the prompt's text, or a JSON object with "prompt" (text or token
-    ids) or "messages".
+    ids) or "messages" (and "tools").
     """
     from rich.progress import Progress
 
@@ -98,7 +99,10 @@ def generate(
             announce_loading(say, model)
             engine = Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens)
         with engine:
-            asked = [engine.chat_tokens(r["messages"]) if "messages" in r else r["prompt"] for r in requests]
+            asked = [
+                engine.chat_tokens(one["messages"], one.get("tools")) if "messages" in one else one["prompt"]
+                for one in requests
+            ]
             with Progress(console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("generating", total=len(asked))
                 outputs = engine.generate(asked, params, progress=lambda done, _: bar.update(task, completed=done))
@@ -150,7 +154,11 @@ def tree(
     file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False)] = None,
     model: Model = DEFAULT_MODEL,
 ) -> None:
-    """Draw the tree that prompts make, with a tokenizer alone. Lines as for `generate`; --help there."""
+    """Draw the tree that prompts make, with a tokenizer alone.
+
+    A line of FILE or of standard input is the prompt's text, or a JSON object with "prompt" (text or token ids)
+    or "messages" (and "tools").
+    """
     from radixgen.cache import ExtentPool, RadixTree
     from radixgen.input_processor import chat_tokens
     from radixgen.model.loader import load_tokenizer
@@ -165,7 +173,7 @@ def tree(
         locks = []
         for request in _requests(None, file):
             if "messages" in request:
-                tokens = chat_tokens(tokenizer, request["messages"])
+                tokens = chat_tokens(tokenizer, request["messages"], request.get("tools"))
             else:
                 prompt = request["prompt"]
                 tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -188,10 +196,12 @@ def explain(
 ) -> None:
     """Say what keeps the prompts of a log from being shared, and what it costs; a tokenizer is all that it takes.
 
-    Lines as for `generate`; --help there. What is said to be saved was counted: on the same prompts, with the
-    varying text moved to their end, or where white space or order is all that differs, made the same.
+    A line of FILE or of standard input is the prompt's text, or a JSON object with "prompt" (text or token ids)
+    or "messages" (and "tools"). What is said to be saved was counted: on the same prompts, with the varying text
+    moved to their end, or where white space or order is all that differs, made the same. Line numbers are those of
+    the rendered prompt: the chat template's own lines count.
     """
-    from radixgen.explain import Written, explain
+    from radixgen.explain import BLANK, Written, explain
     from radixgen.explain.show import shown
     from radixgen.input_processor import chat_text
     from radixgen.model.loader import load_tokenizer
@@ -201,15 +211,22 @@ def explain(
         if tokenizer is None:
             raise InvalidRequest("model", model, "has no tokenizer")
         prompts: list[Written | list[int]] = []
+        templates: dict[tuple[str, ...], Written] = {}
         for request in _requests(None, file):
             if "messages" in request:
-                prompts.append(Written(chat_text(tokenizer, request["messages"], request.get("tools")), special=False))
+                messages = request["messages"]
+                prompts.append(Written(chat_text(tokenizer, messages, request.get("tools")), special=False))
+                roles = tuple(str(one.get("role")) for one in messages)
+                if roles not in templates:
+                    blank = [{"role": role, "content": BLANK} for role in roles]
+                    with suppress(InvalidRequest):
+                        templates[roles] = Written(chat_text(tokenizer, blank), special=False)
             else:
                 prompt = request["prompt"]
                 prompts.append(Written(prompt) if isinstance(prompt, str) else prompt)
         with waiting(Console(stderr=True)) as say:
             say(f"comparing {len(prompts):,} prompts")
-            report = explain(prompts, tokenizer)
+            report = explain(prompts, tokenizer, list(templates.values()))
         if as_json:
             print(json.dumps(report.as_dict(), ensure_ascii=False))
         else:
@@ -256,13 +273,16 @@ def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str
     for number, line in enumerate(_read(file).split("\n"), 1):
         if not line.strip():
             continue
-        if not line.lstrip().startswith("{"):
+        if not line.lstrip().startswith(("{", "[", '"')):
             yield {"prompt": line}
             continue
         try:
             request = json.loads(line)
-        except ValueError as error:
-            raise InvalidRequest(f"line {number}", line, f"is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            if line.lstrip().startswith("{"):
+                raise InvalidRequest(f"line {number}", line, f"is not JSON: {error}") from error
+            yield {"prompt": line}
+            continue
         if fault := _fault(request):
             raise InvalidRequest(f"line {number}", line, fault)
         yield request
@@ -275,8 +295,10 @@ def _read(file: Path | None) -> str:
         raise InvalidRequest("file", str(file or "stdin"), f"is not text: {error}") from error
 
 
-def _fault(request: dict[str, Any]) -> str | None:
-    """What is wrong with a line's object, if anything."""
+def _fault(request: Any) -> str | None:
+    """What is wrong with what a line holds as JSON, if anything."""
+    if not isinstance(request, dict):
+        return 'must be text that is not JSON, or an object: {"prompt": …} or {"messages": […]}'
     if ("prompt" in request) == ("messages" in request):
         return 'must hold "prompt" or "messages"'
     if "messages" in request:

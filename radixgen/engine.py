@@ -34,7 +34,7 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.engine_core import EngineCore
-from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, as_params, as_prompts, chat_tokens
+from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, as_prompts, chat_tokens
 from radixgen.kernels import backend
 from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
@@ -211,9 +211,11 @@ class Engine:
         self._ensure_open()
         return Conversation(self, system, **options)
 
-    def chat_tokens(self, messages: Messages) -> list[int]:
-        """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
-        return chat_tokens(self.tokenizer, messages)
+    def chat_tokens(self, messages: Messages, tools: Tools = None) -> list[int]:
+        """The conversation as token ids, ending where the model's answer begins; `tools`, JSON schemas of functions, go
+        to the chat template. Raises `InvalidRequest`.
+        """
+        return chat_tokens(self.tokenizer, messages, tools)
 
     def tokenize(self, prompt: Prompt, *, special: bool = True) -> TokenArray:
         """`prompt` as checked token ids, int32; text with the tokenizer's special tokens where `special`. May be called

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Seq[int] | TokenArray
 Messages = Seq[Mapping[str, Any]]
+Tools = Seq[Mapping[str, Any]] | None
 Params = SamplingParams | BeamSearchParams
 
 
@@ -117,15 +118,13 @@ class InputProcessor:
             raise PromptTooLong(field, tokens, f"needs {needed} of the pool's {self.kv_tokens} slots")
 
 
-def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages) -> list[int]:
+def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> list[int]:
     """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
-    ids: list[int] = _through_template(tokenizer, messages, tokenize=True)
+    ids: list[int] = _through_template(tokenizer, messages, tools=tools, tokenize=True)
     return ids
 
 
-def chat_text(
-    tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Seq[Mapping[str, Any]] | None = None
-) -> str:
+def chat_text(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> str:
     """The text whose tokens `chat_tokens` gives. Raises `InvalidRequest`."""
     return str(_through_template(tokenizer, messages, tools=tools, tokenize=False))
 

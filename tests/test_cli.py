@@ -61,6 +61,9 @@ def test_generate_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> Non
         ('{"messages": []}', "list of objects"),
         ('{"messages": "hi"}', "list of objects"),
         ('{"messages": ["hi"]}', "list of objects"),
+        ('ok\n[{"role": "user", "content": "hi"}]', "line 2"),
+        ('"Hello"', "an object"),
+        ("[1, 2, 3]", '{"prompt"'),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "tree", "explain"])
@@ -116,6 +119,26 @@ def test_tree(model: Path, tmp_path: Path) -> None:
     result = call("tree", file, "--model", model)
     assert result.exit_code == 0, result.output
     assert "2 prompts, 30 tokens, 18 distinct" in result.output and "shared head" in result.output
+
+
+@pytest.mark.parametrize("line", ["[INST] hi", '"Hello" said', "[" * 100_000], ids=["inst", "quoted", "deep"])
+def test_a_line_that_is_not_json_is_text(model: Path, line: str) -> None:
+    result = call("tree", "--model", model, stdin=line)
+    assert result.exit_code == 0 and f"1 prompts, {len(line)} tokens" in result.output
+
+
+def test_tools_reach_the_template(tmp_path: Path) -> None:
+    """Only `explain` gave them to it."""
+    families.build("llama").save_pretrained(tmp_path)
+    tokenizer = texts.tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t['name'] }}{% endfor %}" + texts.TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    line = json.dumps({"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "search"}]})
+    count = len("searchu:hi;a:")
+    (found,) = lines(call("generate", "--model", tmp_path, "--kv-tokens", 64, "--max-tokens", 1, stdin=line))
+    assert found["num_prompt_tokens"] == count
+    for command in ("tree", "explain"):
+        assert f"{count} tokens" in call(command, "--model", tmp_path, stdin=line).output
 
 
 def test_doctor() -> None:

@@ -339,6 +339,72 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
         assert said in result.stdout, result.stdout
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASKED = [
+    "Where is my order?",
+    "I want a refund.",
+    "Do you ship to Norway?",
+    "It is broken",
+    "May I pay later?",
+    "Hello",
+]
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chatml")
+    families.build("llama").config.save_pretrained(path)
+    plain = gpt2()
+    plain.chat_template = CHATML
+    plain.save_pretrained(path)
+    return path
+
+
+def explained(model: Path, chats: list[list[str]]) -> dict:
+    roles = ["system", *["user", "assistant"] * 4]
+    written = [[{"role": role, "content": said} for role, said in zip(roles, chat, strict=False)] for chat in chats]
+    log = "\n".join(json.dumps({"messages": messages}) for messages in written)
+    result = CliRunner().invoke(app, ["explain", "--model", str(model), "--json"], input=log)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    "chats",
+    [
+        [["You help.\nBe brief.", asked] for asked in ASKED],
+        [["You help.\nBe brief.", f"Hi {n}\n{asked}"] for n, asked in enumerate(ASKED)],
+        [["You help.", asked, asked[::-1], f"And {n}?"] for n, asked in enumerate(ASKED)],
+    ],
+    ids=["one question", "two lines", "turns"],
+)
+def test_what_the_template_writes_is_not_shared(chatml: Path, chats: list[list[str]]) -> None:
+    """Questions were to be moved behind `<|im_start|>assistant`, which then was shared."""
+    found = explained(chatml, chats)
+    assert found["divergences"] == [] and found["saving_remedied"] == found["saving"] > 0
+
+
+@pytest.mark.parametrize("asked", [ASKED, ASKED[:1]], ids=["different", "the same"])
+def test_a_timestamp_before_questions(chatml: Path, tokenizer: PreTrainedTokenizerFast, asked: list[str]) -> None:
+    """What moves goes behind what is said last: the template's tail behind it is nothing saved."""
+    times = VARYING["iso"][1]
+    rules = "\n".join(RULES)
+    chats = [[f"You help.\nTime: {time}\n{rules}", asked[n % len(asked)]] for n, time in enumerate(times)]
+    found = explained(chatml, chats)
+    (one,) = found["divergences"]
+    assert (one["kind"], one["line"], one["frame"]) == ("timestamp", 3, "Time: …")
+    text = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>{}\n<|im_start|>assistant\n"
+    before = [tokenizer(text.format(*chat, ""))["input_ids"] for chat in chats]
+    moved = [
+        tokenizer(text.format(f"You help.\nTime: \n{rules}", said, f"\n{time}"))["input_ids"]
+        for time, (_, said) in zip(times, chats, strict=True)
+    ]
+    assert one["saved_tokens"] == one["saved_alone"] == counted(before) - counted(moved)
+
+
 def test_the_command_for_machines(model: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     result = CliRunner().invoke(app, ["explain", "--model", str(model), "--json"], input=log())
     assert result.exit_code == 0, result.output

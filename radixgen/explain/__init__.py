@@ -15,12 +15,12 @@ import numpy as np
 from radixgen.cache import ExtentPool, RadixTree, TokenArray, common_prefix_len
 from radixgen.explain.divergences import Found, Prompt, apply, divergences
 from radixgen.explain.kinds import Kind, common_len, difference
-from radixgen.explain.pieces import Pieces, Row, Written, distinct_tokens
+from radixgen.explain.pieces import BLANK, Pieces, Row, Written, distinct_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Divergence", "Report", "Written", "explain"]
+__all__ = ["BLANK", "Divergence", "Report", "Written", "explain"]
 
 _MAX_DIVERGENCES = 8
 _MAX_TRIALS = 12
@@ -38,7 +38,7 @@ class Divergence:
     remedy: str
     """What the saving supposes of the varying text: `moved to the end`, or another for white space and order"""
     line: int
-    """Of the prompt's text, from 1"""
+    """Of the prompt's text, from 1; of a chat's as the template renders it, the template's own lines too"""
     position: int
     """The first token that differs, in one of the prompts"""
     frame: str
@@ -94,14 +94,23 @@ class Report:
         }
 
 
-def explain(prompts: Sequence[Written | Sequence[int]], tokenizer: "PreTrainedTokenizerBase") -> Report:
+def explain(
+    prompts: Sequence[Written | Sequence[int]],
+    tokenizer: "PreTrainedTokenizerBase",
+    templates: Sequence[Written] = (),
+) -> Report:
     """What `prompts`, texts or token ids, share, and the divergences that cost most.
+
+    `templates` are chats as the prompts are, with `BLANK` for every content: what the template writes between messages
+    and behind the last is the same whatever is said, so it counts as nothing that a divergence keeps from being shared.
 
     Time and again the divergence that blocks the most tokens is remedied and the tree counted anew, so that one
     behind another is seen too; at most 8 are reported.
     """
     pieces = Pieces(tokenizer)
-    log = [Prompt(row, np.arange(row.size, dtype=np.int32)) for row in pieces.rows(prompts)]
+    cut = pieces.rows([*prompts, *templates])
+    pieces.add_templates(cut[len(prompts) :])
+    log = [Prompt(row, np.arange(row.size, dtype=np.int32)) for row in cut[: len(prompts)]]
     rows = [pieces.tokens_of(prompt.row) for prompt in log]
     tree = _grown(rows)
     tokens, distinct = sum(row.size for row in rows), sum(node.known for node in tree.nodes())
@@ -130,8 +139,13 @@ def _grown(rows: Iterable[TokenArray]) -> RadixTree:
 
 
 def _count(pieces: Pieces, prompts: Sequence[Prompt]) -> int:
-    """Distinct tokens of the prompts with what was moved behind them."""
-    return distinct_tokens(pieces.tokens_of([*prompt.row.tolist(), *prompt.moved]) for prompt in prompts)
+    """Distinct tokens of the prompts with what was moved behind all that is said in them."""
+    return distinct_tokens(pieces.tokens_of(_whole(pieces, prompt)) for prompt in prompts)
+
+
+def _whole(pieces: Pieces, prompt: Prompt) -> list[int]:
+    end = prompt.row.size - pieces.tail(prompt.row)
+    return [*prompt.row[:end].tolist(), *prompt.moved, *prompt.row[end:].tolist()]
 
 
 def _told(pieces: Pieces, log: Sequence[Prompt], found: Found, alone: int, saved: int) -> Divergence:

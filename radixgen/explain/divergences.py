@@ -140,6 +140,8 @@ class _Search:
         heads = np.array([rest[0] if rest.size else -1 for rest in rests])
         children = np.cumsum(np.concatenate([[0], heads[1:] != heads[:-1]]))
         held, times = self._held(rests, children)
+        said = ~np.isin(held, list(self.pieces.template))
+        held, times = held[said], times[said]
         blocked = int((self.lengths[held] * (times - 1)).sum())
         if blocked < self.least:
             return None

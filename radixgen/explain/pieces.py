@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Row = NDArray[np.int32]
 """A prompt as the ids of its pieces."""
 
+BLANK = "\ufffc"
+"""Stands for a message's content."""
 _LONG_PIECE = 160
 """Characters beyond which a line of prose is cut at the ends of its sentences."""
 _SAMPLES = 32
@@ -51,6 +53,8 @@ class Pieces:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.texts: list[str] = []
         self.tokens: list[TokenArray] = []
+        self.template: set[int] = set()
+        """Pieces that a chat template writes around whatever is said"""
         self._tokenizer = tokenizer
         self._ids: dict[str | bytes, int] = {}
         self._words: dict[str, list[int]] = {}
@@ -72,6 +76,14 @@ class Pieces:
             rows |= zip(texts, self._written(list(texts.values()), special), strict=True)
         rows |= {n: self._cut_ids(as_tokens(one)) for n, one in enumerate(prompts) if not isinstance(one, Written)}
         return [rows[n] for n in range(len(prompts))]
+
+    def add_templates(self, rows: Iterable[Row]) -> None:
+        """Take the pieces of these prompts, in which `BLANK` stands for all that is said, for the template's."""
+        self.template.update(piece for row in rows for piece in row.tolist() if BLANK not in self.texts[piece])
+
+    def tail(self, row: Row) -> int:
+        """How many pieces at the end of a prompt are the template's."""
+        return next((n for n, piece in enumerate(row[::-1].tolist()) if piece not in self.template), row.size)
 
     def add(self, texts: Iterable[str]) -> list[int]:
         """The ids of texts that stand by themselves."""

@@ -31,6 +31,7 @@ def shown(report: Report, decode: Decode) -> Iterator[RenderableType]:
 
 def _table(divergences: Sequence[Divergence], tokens: int) -> Table:
     table = Table(title="What parts prompts that go on alike", title_justify="left", title_style="bold")
+    table.caption, table.caption_justify = "lines and tokens of prompts as rendered, chat template and all", "left"
     for name in ("", "differs", "where", "in"):
         table.add_column(name)
     for name in ("prompts", "would save"):
