@@ -125,7 +125,7 @@ class Report:
             (at_most, at_most is None or value <= at_most, "at most"),
         ):
             if limit is not None:
-                self.bounds.append([text, f"{word} {limit:,.12g}"])
+                self.bounds.append([text, f"{word} {limit:,.12g}{'' if holds else ': missed'}"])
                 text += f"  [{word} {limit:g}: {'holds' if holds else 'MISSED'}]"
             if not holds:
                 self.missed.append(key)
