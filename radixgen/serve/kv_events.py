@@ -7,13 +7,13 @@
 An event is `BlockStored`, `BlockRemoved` or `AllBlocksCleared`: a map with its name under `type`, or the same values as
 an array. A batch holds what happened in one interval, in order, and sequences count batches from 0.
 
-Who misses batches sees a gap in the sequence and asks for a replay from there. Where `start` is in the buffer no more, or
-lies beyond the last batch (a worker that began anew counts from 0 again; -1 asks on purpose), the replay is one batch
-with the last sequence: `AllBlocksCleared`, then everything that is held. Who joins late asks for 0, or for -1. What comes
-twice does no harm: the last event of a block says whether it is held.
+Who misses batches sees a gap in the sequence and asks for a replay from there. Where `start` is in the buffer no more,
+or lies beyond the last batch (a worker that began anew counts from 0 again; -1 asks on purpose), the replay is a single
+batch with the last sequence: `AllBlocksCleared`, then everything that is held. Who joins late asks for 0, or for -1.
+What comes twice does no harm: the last event of a block says whether it is held.
 
-The engine's thread only appends to a bounded queue. A thread of its own sends, keeps what it sent for replays, and keeps
-what is held for those who come too late for one.
+The engine's thread only appends to a bounded queue. A thread of its own sends, keeps what it sent for replays, and
+keeps what is held for those who come too late for one.
 """
 
 import logging
