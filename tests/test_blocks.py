@@ -7,8 +7,8 @@ import pytest
 from consumer import Consumer, blocks_of
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, rule
-from test_tree_machine import TreeMachine
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from test_tree_machine import NAMESPACES, TOKENS, TreeMachine
 
 import radixgen.cache.blocks as module
 from radixgen.cache import (
@@ -22,6 +22,8 @@ from radixgen.cache import (
     first_in,
     least_recently_used,
 )
+
+BRANCHES = st.lists(st.integers(0, 11), max_size=3)
 
 
 class BlockMachine(TreeMachine):
@@ -43,6 +45,24 @@ class BlockMachine(TreeMachine):
             self.losing -= 1
             return False
         return self.consumer(event)
+
+    @precondition(lambda self: not self.in_flight)
+    @rule(tokens=TOKENS, namespace=NAMESPACES, branches=BRANCHES, fail=st.booleans(), stay=st.booleans())
+    def serve(self, tokens: list[int], namespace: str, branches: list[int], fail: bool, stay: bool) -> None:
+        """A prompt is computed, in flight others that part from it come and split it; then it stays cached."""
+        lock = self.tree.insert(tokens, namespace)
+        self.in_flight = self._schedule(lock.held, 100, 0)
+        locks = [self.tree.insert([*tokens[:length], 0], namespace) for length in branches]
+        self.retire(fail)
+        for one in locks if stay else [*locks, lock]:
+            self.tree.unlock(one)
+        if stay:
+            self.held[lock] = (namespace, tokens)
+
+    @precondition(lambda self: self.tree.evictable_tokens)
+    @rule(count=st.integers(1, 4))
+    def evict_some(self, count: int) -> None:
+        self.tree.evict(count)
 
     @rule(count=st.integers(1, 2))
     def lose(self, count: int) -> None:
@@ -66,7 +86,7 @@ class BlockMachine(TreeMachine):
 
 
 TestBlockMachine = BlockMachine.TestCase
-TestBlockMachine.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestBlockMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def tree_of(*prompts: list[int], namespace: str = "") -> RadixTree:

@@ -151,7 +151,7 @@ def test_a_router_follows_a_pool_that_is_always_full(encoding: str) -> None:
         router.follow(served.tree)
         assert isinstance(router.consumer.events[-1], Cleared) and not router.consumer.held
         stats = events.stats()
-    assert stats.batches and not stats.blocks and not stats.dropped_events and not stats.lagged_batches
+    assert stats.batches and not stats.blocks and not stats.dropped_events and not stats.lags
 
 
 def test_routers_join_late_and_miss_batches() -> None:
@@ -226,7 +226,7 @@ def test_a_sender_that_does_not_keep_up_loses_events_and_tells_all_anew(caplog: 
         with caplog.at_level(logging.WARNING):
             served.generate(prompts(0), GREEDY)
         events._queue.take = take
-        assert events.stats().dropped_events and "do not keep up" not in caplog.text and "dropped" in caplog.text
+        assert events.stats().dropped_events and "does not keep up" in caplog.text
         events._queue.limit = 10**6
         served.generate([prompts(1)[0]], GREEDY)
         router.follow(served.tree)
@@ -259,17 +259,23 @@ def test_a_subscriber_that_lags_is_counted_and_the_others_get_all() -> None:
         for socket in (slow, good):
             socket.connect(publisher.endpoint)
             socket.subscribe(b"")
-        received, number = 0, 0
-        while publisher.stats().lagged_batches < 3:
+        sequences, number = [], 0
+        while not publisher.stats().lags or number < 20:
             queue.put(Stored([number], None, as_tokens(np.arange(200_000)), ""))
             number += 1
-            assert number < 2_000, "nobody lags"
+            assert number < 200, "nobody lags"
             while publisher.stats().batches < number:
                 time.sleep(0.001)
-            while good.poll(200 if received < 3 else 20):
-                received += 1
-                good.recv_multipart()
-        assert received >= number - 3, "the one that reads lost batches too"
+            while not sequences or sequences[-1] < number - 1:  # the first ones may come before the subscription
+                if good.poll(1_000):
+                    sequences.append(int.from_bytes(good.recv_multipart()[1], "big"))
+                elif not sequences:
+                    break
+        assert sequences == [*range(sequences[0], number)], "the one that reads lost batches too"
+        late = []
+        while slow.poll(500):
+            late.append(int.from_bytes(slow.recv_multipart()[1], "big"))
+        assert late == sorted(late) and len(late) < number - 1
     publisher.close()
 
 

@@ -111,8 +111,8 @@ class KVEventsStats:
     """Held, as far as was published"""
     dropped_events: int
     """Never sent. The sender did not keep up, and everything held was told anew; or it failed, and replays do that"""
-    lagged_batches: int
-    """Batches that some subscriber, too far behind, did not get"""
+    lags: int
+    """Times that a subscriber fell too far behind; it then misses batches until it reads again, and sees a gap"""
     replays: int
     snapshots: int
     """Replays that began with everything held"""
@@ -244,7 +244,7 @@ class _Publisher:
         self._sent_bytes = 0
         self._snapshot: tuple[int, bytes] | None = None
         self._batches = self._events = self._failed = 0
-        self._lagged = self._replays = self._snapshots = self._cut_replays = self._bad_requests = 0
+        self._lags = self._replays = self._snapshots = self._cut_replays = self._bad_requests = 0
         self._closing = threading.Event()
         self._context = zmq.Context()
         self._replay: zmq.Socket[bytes] | None = None
@@ -274,7 +274,7 @@ class _Publisher:
             events=self._events,
             blocks=len(self._held),
             dropped_events=self._queue.dropped + self._failed,
-            lagged_batches=self._lagged,
+            lags=self._lags,
             replays=self._replays,
             snapshots=self._snapshots,
             cut_replays=self._cut_replays,
@@ -341,13 +341,12 @@ class _Publisher:
                 parent = one
 
     def _send(self, frames: list[bytes]) -> None:
-        """Send to all; to one that is too far behind, not."""
+        """Send to all but those too far behind. ZeroMQ tells when one falls behind, not what it misses from then on."""
         try:
             self._pub.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            self._lagged += 1
-            if self._lagged & (self._lagged - 1) == 0:
-                logger.warning("a subscriber of cache events lags behind: %d batches lost to it", self._lagged)
+            self._lags += 1
+            logger.warning("a subscriber of cache events fell behind and misses some from %d on", self._batches)
             self._pub.set(zmq.XPUB_NODROP, 0)
             self._pub.send_multipart(frames, zmq.NOBLOCK)
             self._pub.set(zmq.XPUB_NODROP, 1)
