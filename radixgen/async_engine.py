@@ -14,7 +14,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from radixgen.cache import TokenArray
+from radixgen.cache import RadixTree, TokenArray
 from radixgen.conversation import AsyncConversation, Options
 from radixgen.core import (
     BeamSearchParams,
@@ -214,6 +214,12 @@ class AsyncEngine:
         return await self._call(partial(self._engine.unpin, pin))
 
     # -- the engine itself --------------------------------------------------------------------------------
+
+    def with_tree(self, function: Callable[[RadixTree], object]) -> None:
+        """As `Engine.with_tree`, in the engine's thread between two steps; returns at once. An engine that was closed
+        calls nothing.
+        """
+        self._post(_Command(partial(self._engine.with_tree, function)))
 
     @property
     def inputs(self) -> InputProcessor:

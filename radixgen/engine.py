@@ -451,6 +451,10 @@ class Engine:
         """The live tree, to be read."""
         return self._core.tree
 
+    def with_tree(self, function: Callable[[RadixTree], object]) -> None:
+        """Call `function` with the live tree. It may read it, and may listen to it."""
+        function(self._core.tree)
+
     @property
     def inputs(self) -> InputProcessor:
         """What tokenizes and checks requests. May be used from another thread."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from consumer import Consumer
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -35,7 +36,7 @@ from radixgen import (
     UnknownRequest,
 )
 from radixgen.beam_search import BeamSearch, Hypothesis
-from radixgen.cache import Lock, Node
+from radixgen.cache import BlockProjection, Lock, Node
 from radixgen.core import SamplingState
 from radixgen.sampling import fork_seed, likeliest, sample
 
@@ -216,8 +217,9 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 5, 16, 16, 64, 64]),
         share=st.sampled_from([True, True, True, True, False]),
         plan=st.sampled_from(["auto", "auto", "unshared", "naive"]),
+        block_size=st.sampled_from([1, 2, 3, 5]),
     )
-    def begin(self, slots: int, budget: int, share: bool, plan: str) -> None:
+    def begin(self, slots: int, budget: int, share: bool, plan: str, block_size: int) -> None:
         self.now = 0.0
         self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
         self.engine = Engine(
@@ -234,6 +236,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.pins: list[int] = []
         self.texts: list[list[int]] = []
         self.seen: Counter[str] = Counter()
+        self.router = Consumer(block_size)
+        self.blocks = BlockProjection(self.engine.tree, self.router, block_size)
         self._watch()
 
     # -- what callers do ----------------------------------------------------------------------------------
@@ -416,6 +420,7 @@ class EngineMachine(RuleBasedStateMachine):
         before, rows = self.engine.stats(), self.model.rows
         outputs = self.engine.step()
         self.engine.check()
+        self.router.check(self.engine.tree)
         for extent in self.engine.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
         after = self.engine.stats()
@@ -527,8 +532,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.engine.has_unfinished and not self.live, "the engine does not drain"
         while self.pins:
             self.unpin()
+        self.blocks.check()
         self.engine.reset_prefix_cache()
         self.engine.check()
+        assert not self.router.held and not len(self.blocks)
         pool = self.engine.tree.pool
         assert pool.free == pool.capacity and self.engine.tree.num_nodes == 0
         self.engine.close()

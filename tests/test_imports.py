@@ -26,7 +26,7 @@ LAYERS = [
     {"conversation"},
     {"engine"},
     {"async_engine"},
-    {"thoughts"},
+    {"serve", "thoughts"},
     {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

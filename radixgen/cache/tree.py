@@ -10,7 +10,7 @@ and, behind them, a reserved tail into which a leaf grows.
 
 import heapq
 from collections.abc import Iterator, Reversible, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ class Node:
         "_heap_entry",
         "_offset",
         "_owns_tail",
+        "block_hashes",
         "capacity",
         "children",
         "computed",
@@ -67,6 +68,8 @@ class Node:
         self.serial = 0
         self.epoch = 0
         self.id = -1
+        self.block_hashes: tuple[int, ...] = ()
+        """Of the blocks that end in it; the listener's to write"""
         self._buffer = buffer
         self._offset = 0
         self._owns_tail = True
@@ -184,6 +187,18 @@ class Match(NamedTuple):
     evictable: int
 
 
+class Listener(Protocol):
+    """Is told of what is computed, as it happens. It may read the tree, and must not change it."""
+
+    def changed(self, node: Node) -> None:
+        """The node has more computed tokens than before, or fewer. Those before it are all computed, and none behind
+        it is where it has fewer.
+        """
+
+    def moved(self, lower: Node, upper: Node, count: int) -> None:
+        """The first `count` tokens of `lower` have passed to the end of `upper`, its parent."""
+
+
 class Columns:
     """The planner's view of the nodes, as arrays indexed by node id; rows of dead ids are stale."""
 
@@ -263,6 +278,7 @@ class RadixTree:
         self.policy = policy
         self.version = 0
         self.columns = Columns()
+        self.listener: Listener | None = None
         self.ghosts = Ghosts()
         self.evicted_tokens = 0
         self.evictable_tokens = 0
@@ -471,13 +487,16 @@ class RadixTree:
 
         So are those of its ancestors: a part that was split off the node in flight is one of them.
         """
-        above: Node | None = node
-        while above is not None and (above is node or above.computed < above.scheduled):
+        parts = [node]
+        while (above := parts[-1].parent) is not None and above.computed < above.scheduled:
+            parts.append(above)
+        for part in reversed(parts):
+            first, part.computed = part.computed, part.scheduled
             if self._stamps is not None:
-                stamps = self._prefix_stamps(above)[above.computed : above.scheduled]
-                self._stamps[above.slots(above.computed, above.scheduled)] = stamps
-            above.computed = above.scheduled
-            above = above.parent
+                stamps = self._prefix_stamps(part)[first : part.computed]
+                self._stamps[part.slots(first, part.computed)] = stamps
+            if self.listener is not None:
+                self.listener.changed(part)
 
     def rollback(self, node: Node) -> None:
         """The step that held the node's scheduled tokens, and those of its ancestors, failed.
@@ -664,6 +683,8 @@ class RadixTree:
             self.pool.release(extent)
         node.extents, node.capacity = [], 0
         node.known = node.scheduled = node.computed = 0
+        if self.listener is not None:
+            self.listener.changed(node)
         parent = node.parent
         if parent is not None:
             del parent.children[node.first_token]
@@ -726,6 +747,8 @@ class RadixTree:
         lower.known -= count
         lower.start += count
         lower._offset += count
+        if self.listener is not None:
+            self.listener.moved(lower, upper, count)
 
     def _take(self, node: Node, count: int, reserve: int) -> None:
         """Grow the node's extents so that `count` more tokens fit, with up to `reserve` slots behind."""
@@ -792,9 +815,12 @@ class RadixTree:
 
     def _cut_tokens(self, node: Node, known: int) -> None:
         self.unscheduled_tokens -= node.known - node.scheduled
+        computed = node.computed
         node.known = known
         node.scheduled = min(node.scheduled, known)
-        node.computed = min(node.computed, known)
+        node.computed = min(computed, known)
+        if self.listener is not None and node.computed < computed:
+            self.listener.changed(node)
         self._cut_extents(node, node.scheduled)
         self.columns.scheduled[node.id] = node.scheduled
 

@@ -1,0 +1,210 @@
+"""The engine as a worker of NVIDIA Dynamo: `python -m radixgen.serve.dynamo --model smollm2`, with `radixgen[dynamo]`.
+
+Dynamo's worker owns discovery, the request plane, signals and the grace period; its frontend owns text: templates,
+tokens, stop strings. Here are token ids in and out, cache events for its router, and what is open when it stops.
+"""
+
+import argparse
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from itertools import count
+from typing import Any, Self
+
+from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
+from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
+from dynamo.common.backend.run import run
+from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
+
+from radixgen.async_engine import AsyncEngine
+from radixgen.core import EngineClosed, InvalidRequest
+from radixgen.core.settings import wait_without_spinning
+from radixgen.engine import Engine
+from radixgen.model import smollm2
+from radixgen.serve.dynamo_requests import Chunk, Usage, chunks, sampling_params
+from radixgen.serve.kv_events import KVEvents, KVEventsConfig
+
+logger = logging.getLogger(__name__)
+
+_SNAPSHOT_SECONDS = 0.5
+
+
+class DynamoEngine(LLMEngine):  # type: ignore[misc]
+    """`dynamo.common.backend.LLMEngine` on an `AsyncEngine`."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._engine: AsyncEngine | None = None
+        self._events: KVEvents | None = None
+        self._snapshots: asyncio.Task[None] | None = None
+        self._publisher: Any = None
+        self._room = 0
+        """Tokens that a prompt and its output may have"""
+        self._open: dict[str, set[str]] = {}
+        """Our names of the requests under each of Dynamo's, which clients may choose"""
+        self._serial = count(1)
+
+    @classmethod
+    async def from_args(cls, argv: list[str] | None = None) -> tuple[Self, Any]:
+        """The engine, not yet loaded, and what Dynamo's worker has to know."""
+        options = _parser().parse_args(argv)
+        options.served_model_name = options.served_model_name or options.model
+        if options.model == smollm2.NAME:
+            options.model = str(await asyncio.to_thread(smollm2.fetch))
+        config = WorkerConfig(
+            namespace=options.namespace,
+            component=options.component,
+            endpoint=options.endpoint,
+            model_name=options.model,
+            served_model_name=options.served_model_name,
+            endpoint_types="chat,completions",
+            discovery_backend=options.discovery_backend,
+            request_plane=options.request_plane,
+            event_plane=options.event_plane,
+        )
+        return cls(options), config
+
+    async def start(self, worker_id: int) -> Any:
+        """Load the model. What Dynamo registers of it."""
+        del worker_id
+        options = self._options
+        inner = await asyncio.to_thread(
+            Engine,
+            options.model,
+            dtype=options.dtype,
+            device=options.device,
+            kv_tokens=options.kv_tokens,
+            max_model_len=options.max_model_len,
+            max_step_tokens=options.max_step_tokens,
+        )
+        slots = inner.stats().kv_tokens_total
+        self._room = min(inner.max_model_len, slots)
+        self._text_of = lambda token: inner.decode([token])
+        self._engine = AsyncEngine(inner)
+        config = KVEventsConfig(endpoint=options.kv_events_endpoint, block_size=options.block_size)
+        self._events = KVEvents(self._engine, config)
+        if self._publisher is not None:
+            self._snapshots = asyncio.create_task(self._tell_snapshots(self._engine))
+        return EngineConfig(
+            model=options.model,
+            served_model_name=options.served_model_name,
+            llm=LlmRegistration(
+                context_length=self._room,
+                kv_cache_block_size=options.block_size,
+                total_kv_blocks=slots // options.block_size,
+                max_num_seqs=inner.limits.max_num_seqs,
+                max_num_batched_tokens=options.max_step_tokens,
+            ),
+        )
+
+    async def generate(self, request: dict[str, Any], context: Any) -> AsyncGenerator[Chunk, None]:
+        """The chunks of one request. Raises Dynamo's `InvalidArgument` and `EngineShutdown`."""
+        engine, name = self._engine, context.id()
+        if engine is None:
+            raise EngineShutdown("the engine is closed")
+        own = f"dynamo-{next(self._serial)}"
+        self._open.setdefault(name, set()).add(own)
+        try:
+            prompt = request["token_ids"]
+            params = sampling_params(request, self._room - len(prompt))
+            usage = Usage(len(prompt))
+            async with aclosing(engine.generate(prompt, params, request_id=own)) as outputs:
+                async for output in outputs:
+                    for chunk in chunks(output, usage, self._text_of):
+                        yield chunk
+        except InvalidRequest as error:
+            raise InvalidArgument(str(error)) from error
+        except EngineClosed as error:
+            raise EngineShutdown(str(error)) from error
+        finally:
+            self._open[name].discard(own)
+            if not self._open[name]:
+                del self._open[name]
+
+    async def abort(self, context: Any) -> None:
+        """End what goes by this name; its last chunk then says `cancelled`."""
+        for own in list(self._open.get(context.id(), ())):
+            if self._engine is not None:
+                await self._engine.abort(own)
+
+    async def cleanup(self) -> None:
+        """Let open requests end, for as long as `--drain-timeout` says, and close. May be called twice, and after a
+        start that failed.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._options.drain_timeout):
+                while self._open:
+                    await asyncio.sleep(0.05)
+        snapshots, self._snapshots = self._snapshots, None
+        if snapshots is not None:
+            snapshots.cancel()
+        events, self._events = self._events, None
+        if events is not None:
+            await asyncio.to_thread(events.close)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+
+    # -- for the router and for metrics -------------------------------------------------------------------
+
+    async def kv_event_sources(self) -> list[Any]:
+        """Where the worker subscribes to the cache events that it forwards."""
+        return [ZmqSource(endpoint=self._events.endpoint)] if self._events is not None else []
+
+    def component_metrics_dp_ranks(self) -> list[int]:
+        """One rank is measured."""
+        return [0]
+
+    def attach_snapshot_publisher(self, publisher: Any) -> None:
+        """Have it told how full the pool is, and what share of prompts was cached."""
+        self._publisher = publisher
+        if self._engine is not None and self._snapshots is None:
+            self._snapshots = asyncio.get_running_loop().create_task(self._tell_snapshots(self._engine))
+
+    async def _tell_snapshots(self, engine: AsyncEngine) -> None:
+        size = self._options.block_size
+        with suppress(EngineClosed):
+            while True:
+                stats = await engine.stats()
+                hit = stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else None
+                snapshot = ComponentSnapshot(
+                    kv_used_blocks=stats.kv_tokens_used // size,
+                    kv_total_blocks=stats.kv_tokens_total // size,
+                    gpu_cache_usage=stats.kv_tokens_used / stats.kv_tokens_total,
+                    dp_rank=0,
+                    kv_cache_hit_rate=hit,
+                )
+                self._publisher.publish(0, snapshot)
+                await asyncio.sleep(_SNAPSHOT_SECONDS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until Dynamo's worker stops."""
+    wait_without_spinning()
+    run(DynamoEngine, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("radixgen.serve.dynamo", description=__doc__)
+    parser.add_argument("--model", default=smollm2.NAME, help="smollm2, a directory or a hub id")
+    parser.add_argument("--served-model-name", help="by default that of the model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--kv-tokens", type=int, help="slots of the KV pool")
+    parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
+    parser.add_argument("--max-step-tokens", type=int, default=2048, help="rows of one step at the most")
+    parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
+    parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")
+    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds that open requests have to end in")
+    parser.add_argument("--namespace", default="dynamo")
+    parser.add_argument("--component", default="backend")
+    parser.add_argument("--endpoint", default="generate")
+    parser.add_argument("--discovery-backend", default="etcd", choices=["etcd", "file", "mem", "kubernetes"])
+    parser.add_argument("--request-plane", default="tcp", choices=["tcp", "nats", "http"])
+    parser.add_argument("--event-plane", choices=["nats", "zmq"])
+    return parser
+
+
+if __name__ == "__main__":
+    main()

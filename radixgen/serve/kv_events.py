@@ -1,0 +1,467 @@
+"""Cache events over ZeroMQ, in the form that vLLM publishes and SGLang, Dynamo and llm-d consume.
+
+    PUB     [topic, sequence (8 bytes, big-endian), payload]
+    ROUTER  [b"", start (8 bytes)]  ->  [b"", topic, sequence, payload] …, [b"", b"", -1, b""]
+    payload [time, [event, …], rank]  as MessagePack
+
+An event is `BlockStored`, `BlockRemoved` or `AllBlocksCleared`: a map with its name under `type`, or the same values as
+an array. A batch holds what happened in one interval, in order, and sequences count batches from 0.
+
+Who misses batches sees a gap in the sequence and asks for a replay from there. Where `start` is in the buffer no more,
+or lies beyond the last batch (a worker that began anew counts from 0 again; -1 asks on purpose), the replay is a single
+batch with the last sequence: `AllBlocksCleared`, then everything that is held. Who joins late asks for 0, or for -1.
+What comes twice does no harm: the last event of a block says whether it is held.
+
+The engine's thread only appends to a bounded queue. A thread of its own sends, keeps what it sent for replays, and
+keeps what is held for those who come too late for one.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
+
+import msgspec
+import numpy as np
+import zmq
+
+from radixgen.async_engine import AsyncEngine
+from radixgen.cache import BlockEvent, BlockProjection, Cleared, RadixTree, Removed, Stored, TokenArray
+from radixgen.core import InvalidRequest
+from radixgen.core.errors import check_integer
+from radixgen.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+MEDIUM = "GPU"
+"""Where blocks lie, in vLLM's words: in the memory that attention reads."""
+
+_INTERVAL_MS = 10
+_MAX_BATCH_BLOCKS = 4_096
+_LINGER_MS = 500
+_END = (-1).to_bytes(8, "big", signed=True)
+_LOOPBACK = {"127.0.0.1", "localhost", "[::1]", "::1"}
+_EVERYWHERE = {"*", "0.0.0.0", "[::]", "::"}
+
+
+class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What to publish and where; the names, where vLLM has one, are those of its `--kv-events-config`."""
+
+    enable_kv_cache_events: bool = True
+    publisher: Literal["zmq", "null"] = "zmq"
+    endpoint: str = "tcp://127.0.0.1:5557"
+    """`ipc://…`, a loopback address or `tcp://*:port` is bound, another host connected to; port `*` is a free one."""
+    replay_endpoint: str | None = None
+    topic: str = ""
+    block_size: int = 16
+    encoding: Literal["map", "array"] = "map"
+    rank: int = 0
+    """Of this engine among the data-parallel ones of one worker"""
+    buffer_steps: int = 10_000
+    """Batches kept for replays at the most"""
+    buffer_bytes: int = 1 << 26
+    """Their payloads' bytes at the most"""
+    hwm: int = 10_000
+    """Batches on their way to one subscriber at the most; one that lags further behind misses some"""
+    max_queue_size: int = 100_000
+    """Blocks on their way from the engine to the sender; there is always room for the whole pool twice"""
+    allow_insecure_tcp: bool = False
+    """Let token ids leave the machine as clear text, to whoever connects."""
+
+    @classmethod
+    def parse(cls, text: str) -> "KVEventsConfig":
+        """From JSON. Raises `InvalidRequest`."""
+        try:
+            return msgspec.json.decode(text.encode("utf-8", "surrogatepass"), type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise InvalidRequest("kv_events_config", text, str(error)) from error
+
+    @property
+    def enabled(self) -> bool:
+        return self.enable_kv_cache_events and self.publisher != "null"
+
+    def check(self) -> None:
+        """Raise `InvalidRequest` for what cannot be meant, or must be allowed first."""
+        check_integer("block_size", self.block_size, 1, 1 << 16)
+        check_integer("rank", self.rank, 0, 1 << 16)
+        for field in ("buffer_steps", "hwm", "max_queue_size"):
+            check_integer(field, getattr(self, field), 1, 1 << 24)
+        check_integer("buffer_bytes", self.buffer_bytes, 1, 1 << 40)
+        if self.encoding not in ("map", "array"):
+            raise InvalidRequest("encoding", self.encoding, "must be map or array")
+        if len(self.topic) > 256:
+            raise InvalidRequest("topic", self.topic, "must be text of at most 256 characters")
+        for field in ("endpoint", "replay_endpoint"):
+            where = getattr(self, field)
+            if where is not None:
+                _check_endpoint(field, where, self.allow_insecure_tcp)
+
+
+@dataclass(frozen=True, slots=True)
+class KVEventsStats:
+    """What was published and what was not."""
+
+    batches: int
+    events: int
+    blocks: int
+    """Held, as far as was published"""
+    dropped_events: int
+    """Never sent. The sender did not keep up, and everything held was told anew; or it failed, and replays do that"""
+    lags: int
+    """Times that a subscriber fell too far behind; it then misses batches until it reads again, and sees a gap"""
+    replays: int
+    snapshots: int
+    """Replays that began with everything held"""
+    cut_replays: int
+    """Replays whose reader went away or did not read"""
+    bad_requests: int
+    """Replay requests that were none"""
+
+
+class KVEvents:
+    """Publishes which blocks an engine's cache holds, from now until `close`.
+
+    ```python
+    engine = Engine("smollm2")
+    with KVEvents(engine, KVEventsConfig(endpoint="tcp://127.0.0.1:5557")) as events:
+        engine.generate("Hello")
+    ```
+    """
+
+    def __init__(self, engine: Engine | AsyncEngine, config: KVEventsConfig | None = None) -> None:
+        """Begins with `AllBlocksCleared` and what is cached already. Raises `InvalidRequest`, also where an endpoint is
+        taken.
+        """
+        self.config = config or KVEventsConfig()
+        self.config.check()
+        self._engine = engine
+        self._queue = _Queue(self.config.max_queue_size)
+        self._projection: BlockProjection | None = None
+        self._publisher = _Publisher(self.config, self._queue)
+        try:
+            engine.with_tree(self._listen)
+        except BaseException:
+            self._publisher.close()
+            raise
+
+    @property
+    def endpoint(self) -> str:
+        """Where subscribers connect, with its port."""
+        return self._publisher.endpoint
+
+    @property
+    def replay_endpoint(self) -> str | None:
+        """Where replays are asked for, with its port."""
+        return self._publisher.replay_endpoint
+
+    def stats(self) -> KVEventsStats:
+        return self._publisher.stats()
+
+    def close(self) -> None:
+        """Publish what is on its way, and stop. May be called twice."""
+        self._engine.with_tree(self._leave)
+        self._publisher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _listen(self, tree: RadixTree) -> None:
+        if tree.listener is not None:
+            logger.error("cache events are published already: this publisher has nothing to tell")
+            raise InvalidRequest("engine", self._engine, "its cache events are published already")
+        self._queue.limit = max(self._queue.limit, 2 * tree.pool.capacity // self.config.block_size)
+        self._projection = BlockProjection(tree, self._queue.put, self.config.block_size)
+
+    def _leave(self, tree: RadixTree) -> None:
+        if self._projection is not None and tree.listener is self._projection:
+            self._projection.close()
+
+
+class _Queue:
+    """Events from the engine's thread to the sender's, `limit` blocks at the most. Neither thread ever waits."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.dropped = 0
+        self._events: deque[BlockEvent] = deque()
+        # The engine's thread alone writes the first two, the sender's the third.
+        self._put = 0
+        self._cut = 0
+        self._taken = 0
+
+    def put(self, event: BlockEvent) -> bool:
+        """False where there is no room: then all that waits is dropped too, and must be told anew."""
+        if self._put - self._cut - self._taken < self.limit:
+            self._put += _num_blocks(event)
+            self._events.append(event)
+            return True
+        dropped = 1
+        with suppress(IndexError):
+            while True:
+                self._cut += _num_blocks(self._events.popleft())
+                dropped += 1
+        self.dropped += dropped
+        logger.warning("%d cache events were dropped: the sender does not keep up; all is told anew", dropped)
+        return False
+
+    def take(self) -> list[BlockEvent]:
+        """The oldest events, of so many blocks as make a batch."""
+        events: list[BlockEvent] = []
+        blocks = 0
+        with suppress(IndexError):
+            while blocks < _MAX_BATCH_BLOCKS:
+                events.append(self._events.popleft())
+                blocks += _num_blocks(events[-1])
+        self._taken += blocks
+        return events
+
+
+class _Block(NamedTuple):
+    """A block that is held."""
+
+    parent: int | None
+    tokens: TokenArray
+    namespace: str
+
+
+class _Publisher:
+    """The sockets, and the thread that owns them from its start on."""
+
+    def __init__(self, config: KVEventsConfig, queue: _Queue) -> None:
+        self._config = config
+        self._queue = queue
+        self._topic = config.topic.encode("utf-8", "replace")
+        self._held: dict[int, _Block] = {}
+        """As the batches sent so far say; each block after the one before it."""
+        self._sent: deque[tuple[int, bytes]] = deque()
+        self._sent_bytes = 0
+        self._snapshot: tuple[int, bytes] | None = None
+        self._batches = self._events = self._failed = 0
+        self._lags = self._replays = self._snapshots = self._cut_replays = self._bad_requests = 0
+        self._closing = threading.Event()
+        self._context = zmq.Context()
+        self._replay: zmq.Socket[bytes] | None = None
+        self.replay_endpoint: str | None = None
+        try:
+            self._pub = self._context.socket(zmq.PUB)
+            self._pub.set(zmq.SNDHWM, config.hwm)
+            self._pub.set(zmq.XPUB_NODROP, 1)
+            self.endpoint = _open(self._pub, "endpoint", config.endpoint)
+            if config.replay_endpoint is not None:
+                self._replay = self._context.socket(zmq.ROUTER)
+                self._replay.set(zmq.ROUTER_MANDATORY, 1)
+                self._replay.set(zmq.SNDHWM, config.buffer_steps + 2)
+                self._replay.set(zmq.MAXMSGSIZE, 1024)
+                self.replay_endpoint = _open(self._replay, "replay_endpoint", config.replay_endpoint)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        if config.allow_insecure_tcp:
+            logger.warning("cache events, which tell all prompts, leave as clear text from %s", self.endpoint)
+        self._thread = threading.Thread(target=self._run, name="radixgen-kv-events", daemon=True)
+        self._thread.start()
+
+    def stats(self) -> KVEventsStats:
+        return KVEventsStats(
+            batches=self._batches,
+            events=self._events,
+            blocks=len(self._held),
+            dropped_events=self._queue.dropped + self._failed,
+            lags=self._lags,
+            replays=self._replays,
+            snapshots=self._snapshots,
+            cut_replays=self._cut_replays,
+            bad_requests=self._bad_requests,
+        )
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    # -- in the sender's thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        if self._replay is not None:
+            poller.register(self._replay, zmq.POLLIN)
+        open_ = True
+        while open_:
+            open_ = not self._closing.is_set()
+            asked = poller.poll(_INTERVAL_MS)
+            while events := self._queue.take():
+                self._publish(events)
+            if asked and self._replay is not None:
+                try:
+                    self._answer(self._replay)
+                except Exception:
+                    logger.exception("a replay of cache events failed")
+        self._context.destroy(linger=_LINGER_MS)
+
+    def _publish(self, events: list[BlockEvent]) -> None:
+        """One batch. If it fails its sequence is missing, and replays begin with everything held."""
+        try:
+            for event in events:
+                self._apply(event)
+            payload = self._encode(_joined(events))
+            self._send([self._topic, self._batches.to_bytes(8, "big"), payload])
+            self._keep(payload)
+        except Exception:
+            logger.exception("%d cache events could not be sent", len(events))
+            self._failed += len(events)
+            self._sent.clear()
+            self._sent_bytes = 0
+        self._batches += 1
+        self._events += len(events)
+
+    def _keep(self, payload: bytes) -> None:
+        """For replays."""
+        self._sent.append((self._batches, payload))
+        self._sent_bytes += len(payload)
+        while len(self._sent) > self._config.buffer_steps or self._sent_bytes > self._config.buffer_bytes:
+            self._sent_bytes -= len(self._sent.popleft()[1])
+
+    def _apply(self, event: BlockEvent) -> None:
+        """What is held after an event."""
+        if isinstance(event, Cleared):
+            self._held.clear()
+        elif isinstance(event, Removed):
+            for one in event.hashes:
+                self._held.pop(one, None)
+        else:
+            parent, size = event.parent, self._config.block_size
+            for index, one in enumerate(event.hashes):
+                self._held[one] = _Block(parent, event.tokens[index * size : (index + 1) * size], event.namespace)
+                parent = one
+
+    def _send(self, frames: list[bytes]) -> None:
+        """Send to all but those too far behind. ZeroMQ tells when one falls behind, not what it misses from then on."""
+        try:
+            self._pub.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            self._lags += 1
+            logger.warning("a subscriber of cache events fell behind and misses some from %d on", self._batches)
+            self._pub.set(zmq.XPUB_NODROP, 0)
+            self._pub.send_multipart(frames, zmq.NOBLOCK)
+            self._pub.set(zmq.XPUB_NODROP, 1)
+
+    def _answer(self, replay: "zmq.Socket[bytes]") -> None:
+        """One request for a replay."""
+        frames = replay.recv_multipart(zmq.NOBLOCK)
+        if len(frames) != 3 or frames[1] or len(frames[2]) != 8:
+            self._bad_requests += 1
+            logger.warning("%d requests for a replay of cache events were none", self._bad_requests)
+            return
+        peer, start = frames[0], int.from_bytes(frames[2], "big")
+        self._replays += 1
+        try:
+            for sequence, payload in self._from(start):
+                replay.send_multipart([peer, b"", self._topic, sequence.to_bytes(8, "big"), payload], zmq.NOBLOCK)
+            replay.send_multipart([peer, b"", b"", _END, b""], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self._cut_replays += 1
+            logger.warning("a replay of cache events was cut: %s", error)
+
+    def _from(self, start: int) -> Iterable[tuple[int, bytes]]:
+        """The batches from `start` on, or everything held where they are not known."""
+        if start == self._batches or (self._sent and self._sent[0][0] <= start < self._batches):
+            return [one for one in self._sent if one[0] >= start]
+        if not self._batches:
+            return []
+        self._snapshots += 1
+        if self._snapshot is None or self._snapshot[0] != self._batches - 1:
+            held = [Stored([one], *block) for one, block in self._held.items()]
+            self._snapshot = self._batches - 1, self._encode(_joined([Cleared(), *held]))
+        return [self._snapshot]
+
+    def _encode(self, events: Iterable[BlockEvent]) -> bytes:
+        fields = [_fields(event, self._config.block_size) for event in events]
+        form: list[Any] = fields if self._config.encoding == "map" else [[*one.values()] for one in fields]
+        return msgspec.msgpack.encode([time.time(), form, self._config.rank])
+
+
+def _fields(event: BlockEvent, block_size: int) -> dict[str, Any]:
+    """An event on the wire: the fields of vLLM's, in their order, without what is at its default at the end."""
+    if isinstance(event, Cleared):
+        return {"type": "AllBlocksCleared"}
+    if isinstance(event, Removed):
+        return {"type": "BlockRemoved", "block_hashes": event.hashes, "medium": MEDIUM}
+    fields = {
+        "type": "BlockStored",
+        "block_hashes": event.hashes,
+        "parent_block_hash": event.parent,
+        "token_ids": event.tokens.tolist(),
+        "block_size": block_size,
+        "lora_id": None,
+        "medium": MEDIUM,
+        "lora_name": None,
+    }
+    if event.namespace and event.parent is None:  # as vLLM does with a salt: in the first block, which all others chain
+        own = event.namespace.encode("utf-8", "replace").decode()
+        fields["extra_keys"] = [[own]] + [None] * (len(event.hashes) - 1)
+    return fields
+
+
+def _joined(events: Iterable[BlockEvent]) -> Iterator[BlockEvent]:
+    """The same with neighbours made one: blocks that continue each other, and blocks that go."""
+    group: list[Any] = []
+    for event in events:
+        if group and not _continues(group[-1], event):
+            yield _join(group)
+            group = []
+        group.append(event)
+    if group:
+        yield _join(group)
+
+
+def _continues(before: BlockEvent, event: BlockEvent) -> bool:
+    if isinstance(before, Stored) and isinstance(event, Stored):
+        return event.parent == before.hashes[-1]
+    return isinstance(before, Removed) and isinstance(event, Removed)
+
+
+def _join(group: list[Any]) -> BlockEvent:
+    first: BlockEvent = group[0]
+    if len(group) == 1 or isinstance(first, Cleared):
+        return first
+    hashes = [one for event in group for one in event.hashes]
+    if isinstance(first, Removed):
+        return Removed(hashes)
+    return first._replace(hashes=hashes, tokens=np.concatenate([event.tokens for event in group]))
+
+
+def _num_blocks(event: BlockEvent) -> int:
+    """What an event weighs."""
+    return 1 if isinstance(event, Cleared) else len(event.hashes)
+
+
+def _host(endpoint: str) -> str | None:
+    """Of a TCP endpoint; None of another kind."""
+    return endpoint.removeprefix("tcp://").rpartition(":")[0] if endpoint.startswith("tcp://") else None
+
+
+def _check_endpoint(field: str, endpoint: str, allow_insecure_tcp: bool) -> None:
+    host = _host(endpoint)
+    if host is None and not endpoint.startswith("ipc://"):
+        raise InvalidRequest(field, endpoint, "must begin with tcp:// or ipc://")
+    if host is not None and host not in _LOOPBACK and not allow_insecure_tcp:
+        raise InvalidRequest(field, endpoint, "tells all prompts in clear text: loopback, ipc, or allow_insecure_tcp")
+
+
+def _open(socket: "zmq.Socket[bytes]", field: str, endpoint: str) -> str:
+    """Bind or connect. Returns where, with its port."""
+    host = _host(endpoint)
+    try:
+        if host is None or host in _LOOPBACK | _EVERYWHERE:
+            socket.bind(endpoint.replace("tcp://localhost:", "tcp://127.0.0.1:"))
+        else:
+            socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise InvalidRequest(field, endpoint, f"cannot be opened: {error}") from error
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
