@@ -30,6 +30,7 @@ TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes the draws.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+TensorParallel = Annotated[int, typer.Option("--tp", help="Processes, and GPUs where there are any, to shard it over.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
 InputFile = Annotated[
     Path | None,
@@ -71,6 +72,7 @@ def generate(
     choice: Annotated[list[str] | None, typer.Option(help="What an output may be; once for each.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tp: TensorParallel = 1,
     kv_tokens: KVTokens = None,
 ) -> None:
     """Serve prompts as one burst; write one JSON line for each, in their order.
@@ -97,7 +99,7 @@ def generate(
         requests = list(_requests(prompts, file))
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
-            engine = Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens)
+            engine = Engine(model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens)
         with engine:
             asked = [
                 engine.chat_tokens(one["messages"], one.get("tools")) if "messages" in one else one["prompt"]
@@ -129,6 +131,7 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tp: TensorParallel = 1,
     kv_tokens: KVTokens = None,
 ) -> None:
     """Talk to a model; what was said before is found in the cache, token for token."""
@@ -139,7 +142,7 @@ def chat(
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
-            engine = Engine(model, dtype=dtype, device=device, kv_tokens=kv_tokens)
+            engine = Engine(model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens)
         with engine, engine.conversation(system, params=params) as talk:
             while (said := _ask(console)) is not None:
                 with talk.stream(said) as answer:

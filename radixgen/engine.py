@@ -1,7 +1,6 @@
 """`Engine`: requests in, text and tokens out, one radix tree in between."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from radixgen.cache import RadixTree, TokenArray
+from radixgen.cache.storage import kv_room
 from radixgen.conversation import Conversation, Options
 from radixgen.core import (
     BeamSearchParams,
@@ -39,6 +39,7 @@ from radixgen.kernels import backend
 from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
+from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import ModelRunner
 from radixgen.output_processor import OutputProcessor
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode
@@ -51,8 +52,6 @@ Progress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
-_CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
-"""How much of the free memory the KV pool takes where `kv_tokens` does not say."""
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
 _SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
@@ -76,6 +75,7 @@ class Engine:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
+        tensor_parallel_size: int = 1,
         attention: str = "auto",
         plan: PlanMode = "auto",
         share: bool = True,
@@ -95,6 +95,8 @@ class Engine:
         anything that has the methods of `radixgen.model.base.Model`.
         tokenizer: for a model given as an object; a model without one serves token ids.
         dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
+        tensor_parallel_size: processes that a model given by name is sharded over, this one and those that it starts,
+            with a GPU each where the machine has any.
         attention: `"auto"` or a backend of `radixgen.kernels.BACKENDS`.
         plan: `"auto"`; `"unshared"` reads the same tree one path a row.
         share: False gives every sequence a tree of its own, so that nothing is stored or computed in common.
@@ -111,13 +113,14 @@ class Engine:
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
             and check before every step that its plan names no free slot.
 
-        Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`.
+        Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`; `EngineDead` where a process can't be started.
         """
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
         check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
         backend(attention, resolve_device(device))
         self.limits = limits or Limits()
+        check_integer("tensor_parallel_size", tensor_parallel_size, 1, self.limits.max_ranks)
         served, self.tokenizer = _served(
             model,
             tokenizer,
@@ -125,6 +128,7 @@ class Engine:
             device,
             attention,
             max_model_len,
+            ranks=tensor_parallel_size,
             graphs=not enforce_eager,
             torch_compile=torch_compile,
         )
@@ -139,7 +143,7 @@ class Engine:
             max_step_tokens=max_step_tokens,
             limits=self.limits,
             plan=plan,
-            costs=served.costs if isinstance(served, ModelRunner) else (),
+            costs=served.costs if isinstance(served, ModelRunner | ParallelModel) else (),
             async_scheduling=async_scheduling,
             seed=seed,
             debug=debug,
@@ -642,10 +646,19 @@ def _served(
     attention: str,
     max_model_len: int | None,
     *,
+    ranks: int,
     graphs: bool,
     torch_compile: bool,
 ) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
     """The model behind the engine's interface, and its tokenizer."""
+    if ranks > 1:
+        if not isinstance(model, str | Path):
+            raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
+        if torch_compile:
+            raise InvalidRequest("torch_compile", torch_compile, "must be False where tensor_parallel_size is above 1")
+        options: dict[str, Any] = {"attention": attention, "max_model_len": max_model_len}
+        sharded, loaded = shard(model, ranks, dtype=dtype, device=device, **options)
+        return sharded, loaded.tokenizer
     if isinstance(model, Model):
         return model, tokenizer
     loaded = _loaded(model, tokenizer, dtype, device)
@@ -655,7 +668,7 @@ def _served(
             tree_model.fuse_linears()
         if torch_compile:
             tree_model.compile_blocks()
-        return ModelRunner(tree_model, attention, _eos_tokens(loaded.model), graphs=graphs), loaded.tokenizer
+        return ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs), loaded.tokenizer
     except BaseException:
         tree_model.release()
         raise
@@ -696,24 +709,14 @@ def _allocate(model: Model, asked: int | None, limits: Limits) -> int:
         return slots
 
 
-def _eos_tokens(model: "PreTrainedModel") -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
-
-
 def _default_slots(model: Model, limits: Limits) -> int:
     """As many tokens as a share of the free memory holds."""
-    if isinstance(model, ModelRunner) and model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0] * _CUDA_SHARE
+    if isinstance(model, ParallelModel):
+        room = model.kv_room
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE
+        room = kv_room(model.device if isinstance(model, ModelRunner) else torch.device("cpu"))
     most = limits.max_num_seqs * model.max_model_len
-    slots = min(int(free) // model.kv_bytes_per_token, most)
+    slots = min(room // model.kv_bytes_per_token, most)
     if slots < 1:
         raise UnsupportedModel(f"{model.name}: no memory is left for its KV cache")
     return slots

@@ -11,6 +11,7 @@ from radixgen.beam_search import BeamSearch
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
+    EngineDead,
     FinishReason,
     Grammar,
     LimitReached,
@@ -233,8 +234,8 @@ class EngineCore:
         twice.
 
         Where the model raises, the step is undone. The requests that had a part in it then run alone, one step
-        each, and one for which it raises again ends with `error`. A failed assertion of our own goes on to the
-        caller.
+        each, and one for which it raises again ends with `error`. A failed assertion of our own, and `EngineDead`, go
+        on to the caller.
         """
         self._expire(now)
         batch = self._schedule()
@@ -245,7 +246,7 @@ class EngineCore:
             ran = self.ahead.claim(batch) or self._run(batch)
         except BaseException as error:
             self.scheduler.rollback(batch)
-            if not isinstance(error, Exception) or isinstance(error, AssertionError):
+            if not isinstance(error, Exception) or isinstance(error, AssertionError | EngineDead):
                 raise
             self._suspect(batch, error)
             return self.take_ended()

@@ -83,6 +83,14 @@ def test_a_layer_that_somebody_watches_stays_alone() -> None:
     assert shares(module) == 0
 
 
+def test_a_layer_that_was_sharded_stays_alone() -> None:
+    """transformers puts a `forward` of its own on the instance; the product of its weight alone would be half of it."""
+    module = block(gate_proj=nn.Linear(8, 5), up_proj=nn.Linear(8, 5))
+    module.up_proj.forward = module.up_proj.forward
+    fuse_linears(module)
+    assert shares(module) == 0
+
+
 def test_each_input_is_multiplied_anew_and_none_is_kept() -> None:
     module = block(gate_proj=nn.Linear(8, 5), up_proj=nn.Linear(8, 3))
     gate, up = module.gate_proj, module.up_proj

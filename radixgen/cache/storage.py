@@ -1,9 +1,13 @@
 """The tensors behind the slots: K and V of every layer."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+_CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
+"""How much of the free memory a pool takes where nobody says how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +30,10 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
         self.keys = [torch.empty((slots, s.kv_heads, s.head_dim), dtype=s.dtype, device=device) for s in layers]
         self.values = [torch.empty((slots, s.kv_heads, s.v_head_dim), dtype=s.dtype, device=device) for s in layers]
+
+
+def kv_room(device: torch.device) -> int:
+    """Bytes of `device` that a pool takes by default: a share of a GPU's free memory, or of the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)

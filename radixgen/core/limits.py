@@ -35,6 +35,8 @@ class Limits:
     """Later requests of its priority that may be admitted before a request."""
     max_num_seqs: int = 1_024
     """Sequences that run at the same time."""
+    max_ranks: int = 64
+    """Processes that one model is sharded over."""
     max_pins: int = 1_024
     """Pinned prefixes."""
     max_messages: int = 16_384

@@ -1,6 +1,8 @@
 """The one place where environment variables are read or set."""
 
 import os
+import socket
+import sys
 from pathlib import Path
 
 
@@ -26,3 +28,19 @@ def wait_without_spinning() -> None:
     imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def use_loopback() -> None:
+    """Let the ranks of a model talk over this machine's loopback, unless `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME`
+    say otherwise.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+
+
+def rank_environment(rank: int) -> dict[str, str]:
+    """As this process's, with its import path, and with `LOCAL_RANK`, by which transformers takes a GPU."""
+    path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
+    return os.environ | {"LOCAL_RANK": str(rank), "PYTHONPATH": path}

@@ -86,10 +86,13 @@ def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, Share]]:
 
 
 def _alike(layers: Sequence[nn.Module | None]) -> bool:
-    """Plain linear layers that nobody watches, of one input size, dtype and device, with a bias all or none."""
+    """Plain linear layers that nobody watches or has sharded, of one input size, dtype and device, with a bias all or
+    none.
+    """
     kinds = {
         (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None)
-        if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+        if type(layer) is nn.Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
         else None
         for layer in layers
     }

@@ -27,6 +27,16 @@ class LoadedModel:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase | None"
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        generation = getattr(self.model, "generation_config", None)
+        eos = getattr(generation, "eos_token_id", None)
+        if eos is None:
+            eos = self.model.config.get_text_config().eos_token_id
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
 
 def resolve_device(device: str) -> torch.device:
     """`"auto"` is CUDA where there is one, else the CPU. Raises `InvalidRequest`."""
@@ -52,10 +62,11 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> LoadedModel:
+def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", *, ranks: int = 1) -> LoadedModel:
     """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id.
 
-    Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
+    With `ranks` above 1, this process's share of what `check_shards` found fit; all ranks of the process group load at
+    the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
     """
     place, target = resolve_device(device), resolve_dtype(dtype)
     source, options = _found(name)
@@ -65,6 +76,10 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
             raise UnsupportedModel(f"{name} ({config.model_type}): an encoder-decoder model")
         if "gguf_file" in options:
             options["quantization_config"] = GgufConfig(dequantize=True)
+        if ranks > 1:
+            from transformers.distributed import DistributedConfig
+
+            options["distributed_config"] = DistributedConfig(tp_size=ranks)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 source, dtype=target, output_loading_info=True, **options
@@ -74,7 +89,26 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedModel(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
         tokenizer = _tokenizer(source, options)
-    return LoadedModel(str(name), model.to(place).eval(), tokenizer)
+    return LoadedModel(str(name), (model if ranks > 1 else model.to(place)).eval(), tokenizer)
+
+
+def check_shards(name: str | Path, ranks: int) -> None:
+    """Raise `UnsupportedModel`, by name and with the reason, where `name` can't be sharded over `ranks` processes."""
+    source, options = _found(name)
+    with quiet_transformers():
+        config = _config(name, source, options).get_text_config()
+    name = f"{name} ({config.model_type})"
+    if options:
+        raise UnsupportedModel(f"{name}: a GGUF file is not sharded; save the model as safetensors first")
+    plan = config.base_model_tp_plan
+    if not plan:
+        raise UnsupportedModel(f"{name}: transformers has no tensor-parallel plan for it")
+    if not any("att" in layer and style == "colwise" for layer, style in plan.items()):
+        return
+    heads = config.num_attention_heads
+    for kind, count in ("query", heads), ("KV", getattr(config, "num_key_value_heads", None) or heads):
+        if count % ranks:
+            raise UnsupportedModel(f"{name}: its {count} {kind} heads can't be dealt evenly to {ranks} ranks")
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":

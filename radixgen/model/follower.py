@@ -1,0 +1,66 @@
+"""A rank of a sharded model that is not rank 0: `python -m radixgen.model.follower FD`.
+
+It holds its share of the weights and of the KV, and does what rank 0 says on the socket `FD`. What a step raises ends
+it: ranks that no longer run the same step can't be brought together again.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+
+from radixgen.cache.storage import kv_room
+from radixgen.model.base import Model
+from radixgen.model.lockstep import Channel, Closed, Job, Kind, unpack, unpack_step
+from radixgen.model.parallel import share_of
+from radixgen.model.ranks import await_hangup, join
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Signals that a terminal or a supervisor sends to all processes are for rank 0, which decides when to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    threading.Thread(target=await_hangup, args=([channel.socket.fileno()], _quit), daemon=True).start()
+    job = Job.from_bytes(channel.receive())
+    try:
+        channel.answer(started=1)
+        join(job)
+        runner, _ = share_of(job)
+        channel.answer(kv_bytes_per_token=runner.kv_bytes_per_token, kv_room=kv_room(runner.device))
+        follow(channel, runner)
+    except Closed:
+        return
+    except BaseException as error:
+        logger.critical("rank %d ends", job.rank, exc_info=error)
+        with suppress(Closed):
+            channel.answer(raised=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def follow(channel: Channel, model: Model) -> None:
+    """Do as rank 0 says until it hangs up. Raises `Closed` then, and what `model` raises in a step."""
+    while True:
+        kind, arrays = unpack(channel.receive())
+        if kind is Kind.RUN:
+            model.run(*unpack_step(arrays))
+            continue
+        try:
+            model.allocate(int(arrays[0][0]))
+        except (MemoryError, RuntimeError, ValueError) as error:
+            channel.answer(refused=f"{type(error).__name__}: {error}")
+        else:
+            channel.answer(allocated=1)
+
+
+def _quit() -> None:
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What the ranks of a sharded model say to each other beside torch.distributed: frames on a socket.
+
+A frame is a length and bytes. Rank 0 sends typed arrays under a kind, so that every rank runs the same step; the others
+answer with JSON. Nothing on the way is code.
+"""
+
+import json
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixgen.core import Plan
+from radixgen.core.plan import NodeSummary
+
+MAX_FRAME = 1 << 30
+"""Bytes of one frame."""
+_LENGTH = struct.Struct("<Q")
+_HEAD = struct.Struct("<BB6x")
+_SHAPE = struct.Struct("<BB6xII")
+_ALIGNMENT = 8
+_DTYPES = tuple(np.dtype(name) for name in ("<i4", "<i8", "<f8"))
+
+COLUMNS = (
+    "row_positions",
+    "row_order",
+    "row_extra",
+    "unit_rows",
+    "unit_segments",
+    "unit_rank",
+    "unit_cost",
+    "segment_starts",
+    "segment_lengths",
+    "segment_positions",
+    "segment_rows",
+    "segment_room",
+    "growing",
+    "path_rows",
+)
+"""The arrays of a `Plan` that travel: all but what only `explain` reads."""
+
+Array = NDArray[Any]
+
+
+class Kind(IntEnum):
+    """What rank 0 asks of the others."""
+
+    ALLOCATE = 1
+    RUN = 2
+
+
+class Closed(Exception):
+    """The other end of a channel is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every rank has to know to load its share."""
+
+    rank: int
+    size: int
+    store: str
+    """A file in a folder of ours, where the ranks find each other."""
+    model: str
+    dtype: str
+    device: str
+    attention: str
+    max_model_len: int | None
+    threads: int
+    """Of PyTorch, in each rank."""
+
+    def as_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, frame: bytearray) -> "Job":
+        return cls(**json.loads(frame))
+
+
+class Step(NamedTuple):
+    """The arguments of `Model.run`."""
+
+    plan: Plan
+    token_ids: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    logit_rows: NDArray[np.int64]
+
+
+class Channel:
+    """Frames over a connected stream socket."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+
+    def send(self, frame: bytes) -> None:
+        """Raises `Closed`."""
+        try:
+            self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
+        except OSError as error:
+            raise Closed(str(error)) from error
+
+    def receive(self, seconds: float | None = None) -> bytearray:
+        """The next frame. Raises `Closed`, and `TimeoutError` after `seconds` without a byte."""
+        try:
+            self.socket.settimeout(seconds)
+            (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+            if length > MAX_FRAME:
+                raise Closed(f"a frame of {length} bytes; at most {MAX_FRAME} are read")
+            return self._exactly(length)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise Closed(str(error)) from error
+        finally:
+            if self.socket.fileno() >= 0:
+                self.socket.settimeout(None)
+
+    def answer(self, **facts: int | str) -> None:
+        self.send(json.dumps(facts).encode())
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _exactly(self, count: int) -> bytearray:
+        frame = bytearray(count)
+        view = memoryview(frame)
+        while view:
+            read = self.socket.recv_into(view)
+            if not read:
+                raise Closed("the other end is gone")
+            view = view[read:]
+        return frame
+
+
+def pack(kind: Kind, arrays: Sequence[Array] = ()) -> bytes:
+    """Arrays of one or two dimensions: int32, int64 or float64."""
+    parts = [_HEAD.pack(kind, len(arrays))]
+    for array in arrays:
+        rows, columns = array.shape if array.ndim == 2 else (array.size, 1)
+        padding = bytes(-array.nbytes % _ALIGNMENT)
+        parts += [_SHAPE.pack(_DTYPES.index(array.dtype), array.ndim, rows, columns), array.tobytes(), padding]
+    return b"".join(parts)
+
+
+def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
+    """What `pack` packed; the arrays are views of `frame`. Raises `ValueError` where it did not."""
+    try:
+        kind, count = _HEAD.unpack_from(frame)
+        at, arrays = _HEAD.size, []
+        for _ in range(count):
+            code, dimensions, rows, columns = _SHAPE.unpack_from(frame, at)
+            at += _SHAPE.size
+            array = np.frombuffer(frame, _DTYPES[code], rows * columns, at)
+            at += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+            arrays.append(array.reshape((rows, columns) if dimensions == 2 else rows))
+        if at != len(frame):
+            raise ValueError(f"{len(frame) - at} bytes too many")
+        return Kind(kind), arrays
+    except (struct.error, IndexError) as error:
+        raise ValueError(f"not a frame: {error}") from error
+
+
+def pack_step(step: Step) -> bytes:
+    """A step as a frame, less what of its plan only `explain` reads."""
+    plan = step.plan
+    assert plan.window is None
+    counts = np.array([plan.tile_rows, plan.age], np.int64)
+    columns = [getattr(plan, name) for name in COLUMNS]
+    return pack(Kind.RUN, [*step[1:], counts, np.array([plan.predicted]), *columns])
+
+
+def unpack_step(arrays: Sequence[Array]) -> Step:
+    """The arrays of a `Kind.RUN`."""
+    token_ids, slots, logit_rows, counts, predicted, *columns = arrays
+    by_name: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
+    plan = Plan(
+        **by_name,
+        tile_rows=int(counts[0]),
+        age=int(counts[1]),
+        predicted=float(predicted[0]),
+        nodes=_unexplained(),
+    )
+    return Step(plan, token_ids, slots, logit_rows)
+
+
+def _unexplained() -> NodeSummary:
+    none = np.empty(0, np.int32)
+    return NodeSummary(none, none, none, np.empty(0, np.int8), none)

@@ -1,0 +1,174 @@
+"""Tensor parallelism: one model, sharded over several processes that run the same steps.
+
+transformers shards the weights by the plan in a model's config. Each rank has its share of the heads, and a KV pool of
+the same slots for those heads. Tree, scheduler and sampling are rank 0's: `ParallelModel` tells the others each call,
+then takes part in it. Within a step the ranks meet in torch.distributed, after which each has all logits.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.cache.storage import kv_room
+from radixgen.core import EngineDead, InvalidRequest, Plan, RadixgenError
+from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
+from radixgen.model.lockstep import Closed, Job, Kind, Step, pack, pack_step
+from radixgen.model.packed import TreeModel
+from radixgen.model.ranks import START_SECONDS, Followers, bound_steps, join, leave
+from radixgen.model.runner import ModelRunner
+
+
+class ParallelModel:
+    """A `Model` over the share of rank 0 and those of its followers.
+
+    Ranks that don't run the same step wait for each other in vain, so a step that fails on any of them, for whatever
+    reason, is the end: `EngineDead`, then and ever after. Steps are not captured in CUDA graphs.
+    """
+
+    def __init__(self, runner: ModelRunner, followers: Followers, kv_room: int) -> None:
+        """`kv_room`: bytes that the pools of all ranks may take together."""
+        self.name = runner.name
+        self.vocab_size = runner.vocab_size
+        self.max_model_len = runner.max_model_len
+        self.eos_token_ids = runner.eos_token_ids
+        self.costs = runner.costs
+        self.kv_room = kv_room
+        self.runner = runner
+        self.followers = followers
+        self._size = followers.job.size
+        self.kv_bytes_per_token = self._size * runner.kv_bytes_per_token
+        """Of all ranks, as every count of bytes here."""
+        self.kv_bytes_read = 0
+        self.kv_bytes_unshared = 0
+        self._dead = ""
+        """Why it is."""
+
+    def allocate(self, slots: int) -> None:
+        """As `Model.allocate`. Where any rank has no memory, none keeps any slots, and what it raised is raised."""
+        try:
+            self._allocate(slots)
+        except (MemoryError, RuntimeError, ValueError):
+            self._allocate(0)
+            raise
+
+    def run(
+        self,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
+    ) -> Tensor:
+        """As `Model.run`. Raises `EngineDead` where any rank fails."""
+        if self._dead:
+            raise EngineDead(self._dead)
+        try:
+            self.followers.send(pack_step(Step(plan, token_ids, slots, logit_rows)))
+            logits = self.runner.run(plan, token_ids, slots, logit_rows)
+            if self.runner.device.type == "cuda":
+                _finish_on_gpu()
+        except Exception as error:
+            how = self.followers.obituary() or f"rank 0 raised {error!r}"
+            self._die(f"a step failed: {how}")
+            raise EngineDead(self._dead) from error
+        except BaseException as error:
+            self._die(f"a step was broken off by {error!r}")
+            raise
+        self.kv_bytes_read = self._size * self.runner.kv_bytes_read
+        self.kv_bytes_unshared = self._size * self.runner.kv_bytes_unshared
+        return logits
+
+    def release(self) -> None:
+        """End the other ranks and give back the model."""
+        self._die("it was released")
+        self.runner.release()
+
+    def _allocate(self, slots: int) -> None:
+        self.followers.send(pack(Kind.ALLOCATE, [np.array([slots])]))
+        failure: Exception | None = None
+        try:
+            self.runner.allocate(slots)
+        except (MemoryError, RuntimeError, ValueError) as error:
+            failure = error
+        for rank, answer in enumerate(self.followers.answers(START_SECONDS), 1):
+            if "refused" in answer and failure is None:
+                failure = RuntimeError(f"rank {rank}: {answer['refused']}")
+        if failure is not None:
+            raise failure
+
+    def _die(self, reason: str) -> None:
+        self._dead = self._dead or f"{self.name}: {reason}"
+        self.followers.stop()
+
+
+def shard(
+    name: str | Path,
+    ranks: int,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    max_model_len: int | None = None,
+) -> tuple[ParallelModel, LoadedModel]:
+    """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
+
+    Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
+    """
+    place = _place(device, ranks)
+    check_shards(name, ranks)
+    job = Job(
+        rank=0,
+        size=ranks,
+        store="",
+        model=str(name),
+        dtype=str(dtype).removeprefix("torch."),
+        device=place,
+        attention=attention,
+        max_model_len=max_model_len,
+        threads=torch.get_num_threads(),
+    )
+    followers = Followers(job)
+    try:
+        followers.answers(START_SECONDS)
+        join(followers.job)
+        runner, loaded = share_of(followers.job)
+        rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
+        if place == "cuda":
+            followers.on_end(leave)
+        return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
+    except BaseException as error:
+        how = followers.obituary() if isinstance(error, Exception) else ""
+        followers.stop()
+        if not isinstance(error, Exception) or (isinstance(error, RadixgenError) and (not how or str(error) in how)):
+            raise
+        raise EngineDead(f"{name}: {ranks} ranks did not start: {how or f'rank 0 raised {error!r}'}") from error
+
+
+def share_of(job: Job) -> tuple[ModelRunner, LoadedModel]:
+    """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
+    loaded = load(job.model, job.dtype, job.device, ranks=job.size)
+    tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len)
+    bound_steps(loaded.model)
+    return ModelRunner(tree_model, job.attention, loaded.eos_token_ids, graphs=False), loaded
+
+
+def _place(device: str, ranks: int) -> str:
+    """`"cpu"` or `"cuda"`. Raises `InvalidRequest` where that can't be had."""
+    gpus = torch.cuda.device_count()
+    if resolve_device(device) != torch.device("cuda" if gpus else "cpu"):
+        raise InvalidRequest("device", device, "must be auto: ranks take the first GPUs of a machine that has any")
+    if gpus and gpus < ranks:
+        raise InvalidRequest("tensor_parallel_size", ranks, f"must be at most {gpus}, the number of GPUs")
+    if dist.is_initialized():
+        raise InvalidRequest("tensor_parallel_size", ranks, "this process is in a process group already")
+    return "cuda" if gpus else "cpu"
+
+
+def _finish_on_gpu() -> None:
+    """Wait for the logits. A rank that ended would leave the others waiting: `leave` has then set this one free."""
+    torch.cuda.current_stream().synchronize()
+    if not dist.is_initialized():
+        raise Closed("a rank ended within the step")

@@ -1,0 +1,497 @@
+"""A model sharded over two processes serves what one process serves, and none of its processes outlives it."""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple, NoReturn
+
+import families
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from oracle import StampModel
+
+from radixgen import (
+    AsyncEngine,
+    BeamSearchParams,
+    Engine,
+    EngineDead,
+    InvalidRequest,
+    RequestOutput,
+    SamplingParams,
+    UnsupportedModel,
+)
+from radixgen.core import Plan
+from radixgen.core.settings import rank_environment
+from radixgen.model import ranks
+from radixgen.model.follower import follow
+from radixgen.model.lockstep import (
+    COLUMNS,
+    MAX_FRAME,
+    Channel,
+    Closed,
+    Job,
+    Kind,
+    Step,
+    pack,
+    pack_step,
+    unpack,
+    unpack_step,
+)
+from radixgen.model.parallel import ParallelModel
+from radixgen.model.ranks import Followers
+
+ARCHITECTURES = ("llama", "qwen3-moe", "gemma2")
+TIGHT = {"kv_tokens": 96, "max_step_tokens": 16}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+LONG = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+
+
+def prompts() -> list[list[int]]:
+    """Prefixes shared at several depths, one prompt twice, one alone."""
+    rng = np.random.default_rng(0)
+    base, middle, end, alone = (rng.integers(3, families.VOCAB, count).tolist() for count in (24, 9, 13, 40))
+    return [base, base + middle, base + middle + end, base + middle + end, base[:12] + end, alone]
+
+
+def saved(name: str, folder: Path) -> Path:
+    families.build(name).save_pretrained(folder)
+    return folder
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
+    return [[one.token_ids for one in output.outputs] for output in outputs]
+
+
+def serve(engine: Engine) -> list[list[list[int]]]:
+    """Greedy requests step by step, samples of one prompt, and beams."""
+    for prompt in prompts():
+        engine.submit(prompt, GREEDY, output_kind="final")
+    found: dict[str, RequestOutput] = {}
+    while engine.has_unfinished:
+        found |= {output.request_id: output for output in engine.step()}
+        engine.check()
+    drawn = engine.generate(prompts()[1], SamplingParams(n=4, temperature=1.0, seed=5, max_tokens=12, ignore_eos=True))
+    beams = engine.beam_search(prompts()[0], BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True))
+    engine.check()
+    return tokens([found[name] for name in sorted(found)] + drawn + beams)
+
+
+class Pair(NamedTuple):
+    """One model in two engines."""
+
+    architecture: str
+    plain: Engine
+    sharded: Engine
+
+    @property
+    def model(self) -> ParallelModel:
+        return self.sharded._model
+
+    @property
+    def follower(self) -> "subprocess.Popen[bytes]":
+        return self.model.followers.processes[0]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """For the tests of a module in their order: the last one breaks it."""
+    model = saved(request.param, tmp_path_factory.mktemp(request.param))
+    with Engine(model, **TIGHT) as plain, Engine(model, **TIGHT, tensor_parallel_size=2) as sharded:
+        found = Pair(request.param, plain, sharded)
+        yield found
+    assert found.follower.poll() is not None and not dist.is_initialized()
+    assert not Path(found.model.followers.job.store).parent.exists()
+
+
+def test_two_ranks_equal_one_process(pair: Pair) -> None:
+    """Through a pool that is always full: chunks, evictions and preemptions are the same too."""
+    expected = serve(pair.plain)
+    assert len({str(one) for one in expected}) == len(expected) - 1
+    assert serve(pair.sharded) == expected
+    stats = pair.plain.stats()
+    assert stats.preemptions > 0 and stats.evicted_tokens > 0
+    assert pair.sharded.stats() == stats
+
+
+def test_two_ranks_score_as_one_process(pair: Pair) -> None:
+    wanted, found = (engine.score(prompts()[0], [[5, 6, 7], [5, 9]]) for engine in (pair.plain, pair.sharded))
+    assert [len(one) for one in found] == [3, 2]
+    assert np.concatenate(found) == pytest.approx(np.concatenate(wanted), abs=1e-4)
+
+
+def test_a_rank_has_its_share_of_the_heads(pair: Pair) -> None:
+    shapes = pair.plain._model.model.layer_shapes
+    shares = pair.model.runner.model.layer_shapes
+    assert [replace(share, kv_heads=2 * share.kv_heads) for share in shares] == shapes
+    assert pair.model.kv_bytes_per_token == pair.plain._model.kv_bytes_per_token
+
+
+def test_signals_to_all_processes_are_for_rank_0(pair: Pair) -> None:
+    for one in signal.SIGINT, signal.SIGTERM:
+        pair.follower.send_signal(one)
+    pair.sharded.generate(prompts()[0], GREEDY)
+    assert pair.follower.poll() is None
+
+
+def kill(pair: Pair) -> None:
+    pair.follower.kill()
+
+
+def freeze(pair: Pair) -> None:
+    ranks.bound_steps(pair.model.runner.model.model)
+    pair.follower.send_signal(signal.SIGSTOP)
+
+
+def fail(pair: Pair) -> None:
+    def run(*_: object) -> NoReturn:
+        raise IndexError("no such slot")
+
+    pair.model.runner.run = run
+
+
+FAULTS = dict(
+    zip(
+        ARCHITECTURES,
+        [(kill, "rank 1 was killed by signal 9"), (freeze, "Timed out"), (fail, "IndexError")],
+        strict=True,
+    )
+)
+
+
+def test_what_breaks_a_rank_ends_every_request(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is killed or frozen; or a step raises, in which the other ranks then wait in vain."""
+    monkeypatch.setattr(ranks, "STEP_SECONDS", 0.5)
+    monkeypatch.setattr(ranks, "_STOP_SECONDS", 0.5)
+    fault, says = FAULTS[pair.architecture]
+
+    async def read(engine: AsyncEngine, prompt: list[int], begun: asyncio.Event) -> str:
+        try:
+            async for _ in engine.generate(prompt, LONG):
+                begun.set()
+        except EngineDead as error:
+            return str(error)
+        return "finished"
+
+    async def run() -> list[str]:
+        begun = asyncio.Event()
+        async with AsyncEngine(pair.sharded) as engine:
+            reads = [asyncio.create_task(read(engine, prompt, begun)) for prompt in prompts()]
+            await begun.wait()
+            fault(pair)
+            ends = await asyncio.wait_for(asyncio.gather(*reads), 120)
+            with pytest.raises(EngineDead):
+                await anext(engine.generate([3, 4]))
+        return ends
+
+    ends = asyncio.run(run())
+    assert len(ends) == len(prompts()) and all(says in end for end in ends), ends
+    assert pair.follower.poll() is not None
+
+
+# -- processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("llama", tmp_path_factory.mktemp("llama"))
+
+
+SCRIPT = """
+import sys, torch
+from radixgen import Engine, SamplingParams
+torch.set_num_threads(1)
+engine = Engine(sys.argv[1], kv_tokens=256, tensor_parallel_size=2)
+print("ready", flush=True)
+while True:
+    engine.generate([3, 4, 5])
+"""
+
+
+def test_no_rank_outlives_a_killed_engine(llama: Path) -> None:
+    """Its followers hold its standard error, which ends when the last of them does."""
+    command = [sys.executable, "-c", SCRIPT, str(llama)]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, env=rank_environment(0)) as engine:
+        assert engine.stdout is not None and engine.stdout.readline() == b"ready\n"
+        engine.kill()
+        engine.communicate(timeout=120)
+
+
+def test_ranks_that_were_forgotten_end(tmp_path: Path) -> None:
+    followers = Followers(a_job(tmp_path))
+    (process,) = followers.processes
+    home = Path(followers.job.store).parent
+    del followers
+    gc.collect()
+    assert process.poll() is not None and not home.exists()
+
+
+def test_what_no_rank_can_run_is_refused_once_by_name(tmp_path: Path) -> None:
+    """Cohere norms queries and keys by a weight for each head, which transformers' plan does not shard."""
+    with pytest.raises(UnsupportedModel, match=r"cohere.*does not run"):
+        Engine(saved("cohere", tmp_path), kv_tokens=64, tensor_parallel_size=2)
+    assert not dist.is_initialized()
+
+
+# -- refusals, before any process is started ------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "says"),
+    [
+        ("gpt2", 2, r"gpt2.*no tensor-parallel plan"),
+        ("starcoder2", 2, r"starcoder2.*1 KV heads"),
+        ("llama", 3, r"llama.*2 KV heads"),
+        ("llama", 4, r"llama.*6 query heads"),
+    ],
+)
+@pytest.mark.usefixtures("no_process")
+def test_models_that_cannot_be_sharded(family: str, size: int, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=says):
+        Engine(saved(family, tmp_path), kv_tokens=64, tensor_parallel_size=size)
+
+
+@pytest.mark.usefixtures("no_process")
+def test_gguf_files_are_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radixgen.model.loader._config", lambda *_: families.build("llama").config)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UnsupportedModel, match="GGUF"):
+        Engine(tmp_path, kv_tokens=64, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 65}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 2, "torch_compile": True}, "torch_compile"),
+        ({"tensor_parallel_size": 2, "device": "cuda:1"}, "device"),
+        ({"tensor_parallel_size": 2, "dtype": "int3"}, "dtype"),
+    ],
+)
+@pytest.mark.usefixtures("no_process")
+def test_options_that_cannot_be(options: dict, field: str, llama: Path) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        Engine(llama, **({"kv_tokens": 64} | options))
+
+
+@pytest.mark.parametrize("model", [StampModel(), families.build("llama")], ids=["Model", "transformers"])
+@pytest.mark.usefixtures("no_process")
+def test_a_model_in_this_process_cannot_be_sharded(model: object) -> None:
+    with pytest.raises(InvalidRequest, match="model="):
+        Engine(model, kv_tokens=64, tensor_parallel_size=2)
+
+
+@pytest.mark.usefixtures("no_process")
+def test_a_process_group_of_the_callers_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        with pytest.raises(InvalidRequest, match="process group"):
+            Engine(llama, kv_tokens=64, tensor_parallel_size=2)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+# -- what the ranks say to each other -------------------------------------------------------------------------
+
+columns = st.sampled_from([np.int32, np.int64, np.float64]).flatmap(
+    lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=5))
+)
+
+
+@given(st.sampled_from(Kind), st.lists(columns, max_size=6))
+def test_frames_carry_arrays_as_they_are(kind: Kind, sent: list[np.ndarray]) -> None:
+    got_kind, got = unpack(bytearray(pack(kind, sent)))
+    assert got_kind is kind and len(got) == len(sent)
+    for one, other in zip(sent, got, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert one.tobytes() == other.tobytes() and other.flags.aligned and other.flags.writeable
+
+
+@given(st.data(), st.lists(columns, max_size=3))
+def test_frames_that_were_cut_or_changed_are_refused_or_read(data: st.DataObject, sent: list[np.ndarray]) -> None:
+    frame = bytearray(pack(Kind.RUN, sent))
+    with pytest.raises(ValueError, match=r"not a frame|buffer|bytes too many"):
+        unpack(frame[: data.draw(st.integers(0, len(frame) - 1))])
+    frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
+    with suppress(ValueError):
+        unpack(frame)
+
+
+class Recorder(StampModel):
+    """Sends each step through the frames of the ranks, and answers what came out."""
+
+    seen = 0
+
+    def run(self, plan: Plan, token_ids: np.ndarray, slots: np.ndarray, logit_rows: np.ndarray) -> torch.Tensor:
+        kind, sent = unpack(bytearray(pack_step(Step(plan, token_ids, slots, logit_rows))))
+        got = unpack_step(sent)
+        assert kind is Kind.RUN
+        for name in COLUMNS:
+            one, other = getattr(plan, name), getattr(got.plan, name)
+            assert (one.dtype, one.shape) == (other.dtype, other.shape), name
+            assert np.array_equal(one, other), name
+        assert replace(got.plan, nodes=plan.nodes, **{name: getattr(plan, name) for name in COLUMNS}) == replace(
+            plan, _origin=None, _windowed={}
+        )
+        self.seen += 1
+        return super().run(*got)
+
+
+def test_a_step_comes_out_as_it_went_in() -> None:
+    known = {*COLUMNS, "tile_rows", "age", "predicted", "window", "nodes", "_origin", "_windowed"}
+    assert {field.name for field in fields(Plan)} == known, "say whether the new field travels"
+    model = Recorder(vocab_size=families.VOCAB)
+    with Engine(model, **TIGHT) as engine:
+        engine.generate(prompts(), SamplingParams(max_tokens=12))
+    assert model.seen > 10
+
+
+@pytest.fixture
+def channels() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Channel(ours), Channel(theirs)
+
+
+def test_a_channel_ends_with_its_other_end(channels: tuple[Channel, Channel]) -> None:
+    ours, theirs = channels
+    with pytest.raises(TimeoutError):
+        ours.receive(0.01)
+    theirs.send(b"")
+    assert ours.receive(1.0) == b""
+    theirs.socket.sendall((MAX_FRAME + 1).to_bytes(8, "little"))
+    with pytest.raises(Closed, match="at most"):
+        ours.receive(1.0)
+    theirs.socket.sendall(b"half")
+    theirs.close()
+    with pytest.raises(Closed, match="gone"):
+        ours.receive(1.0)
+    with pytest.raises(Closed):
+        ours.send(b"x")
+
+
+class Failing(StampModel):
+    """No memory for more than 50 slots, and raises in its first step."""
+
+    def allocate(self, slots: int) -> None:
+        if slots > 50:
+            raise torch.OutOfMemoryError(f"{slots} slots")
+        super().allocate(slots)
+
+    def run(self, *_: object) -> torch.Tensor:
+        raise IndexError("no such slot")
+
+
+def test_a_follower_answers_for_its_memory_and_ends_with_what_a_step_raises(channels: tuple[Channel, Channel]) -> None:
+    ours, theirs = channels
+    for slots in 100, 50:
+        ours.send(pack(Kind.ALLOCATE, [np.array([slots])]))
+    ours.send(a_step())
+    with pytest.raises(IndexError, match="no such slot"):
+        follow(theirs, Failing())
+    assert ours.receive() == b'{"refused": "OutOfMemoryError: 100 slots"}'
+    assert ours.receive() == b'{"allocated": 1}'
+
+
+class Company:
+    """Followers that have room for `room` slots."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.asked = room, []
+        self.job = SimpleNamespace(size=2)
+
+    def send(self, frame: bytes) -> None:
+        kind, sent = unpack(bytearray(frame))
+        assert kind is Kind.ALLOCATE
+        self.asked.append(int(sent[0][0]))
+
+    def answers(self, _: float) -> list[dict]:
+        return [{"allocated": 1} if self.asked[-1] <= self.room else {"refused": "OutOfMemoryError: too many"}]
+
+    def stop(self) -> None: ...
+
+
+class Runner(StampModel):
+    costs = ()
+    runner_slots = 0
+
+    def allocate(self, slots: int) -> None:
+        self.runner_slots = slots
+        super().allocate(slots)
+
+
+def test_a_pool_is_as_large_as_the_least_rank_has_room_for(caplog: pytest.LogCaptureFixture) -> None:
+    """By default: what one rank can't hold, no rank keeps."""
+    company, runner = Company(room=300), Runner()
+    model = ParallelModel(runner, company, kv_room=400 * 2 * runner.kv_bytes_per_token)
+    with Engine(model) as engine:
+        assert company.asked == [400, 0, 300] and runner.runner_slots == 300
+        assert engine.stats().kv_tokens_total == 300
+    assert "rank 1: OutOfMemoryError" in caplog.text
+    with pytest.raises(InvalidRequest, match=r"kv_tokens=301.*rank 1"):
+        Engine(model, kv_tokens=301)
+    assert runner.runner_slots == 0
+
+
+def a_job(folder: Path) -> Job:
+    return Job(
+        rank=0,
+        size=2,
+        store="",
+        model=str(folder / "nothing"),
+        dtype="auto",
+        device="cpu",
+        attention="auto",
+        max_model_len=None,
+        threads=1,
+    )
+
+
+def a_step() -> bytes:
+    """The first step of some request."""
+    sent: list[bytes] = []
+
+    class Sending(StampModel):
+        def run(self, *step: object) -> torch.Tensor:
+            sent.append(pack_step(Step(*step)))
+            return super().run(*step)
+
+    with Engine(Sending(), kv_tokens=64) as engine:
+        engine.generate([0, 1, 2], SamplingParams(max_tokens=1))
+    return sent[0]
+
+
+def test_the_job_comes_as_it_was_sent(tmp_path: Path) -> None:
+    job = replace(a_job(tmp_path), max_model_len=7)
+    assert Job.from_bytes(bytearray(job.as_bytes())) == job
+
+
+def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", ["", "/somewhere"])
+    found = rank_environment(3)
+    assert found["LOCAL_RANK"] == "3"
+    assert found["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/somewhere"
