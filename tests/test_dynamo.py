@@ -108,7 +108,7 @@ def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: Mo
         prompt = [*range(1, 10)]
         for cached in (0, 9):
             told = [chunk async for chunk in served.generate(asked(prompt), Context("one"))]
-            assert [len(chunk["token_ids"]) for chunk in told] == [1] * 5
+            assert sum(len(chunk["token_ids"]) for chunk in told) == 5
             assert all("finish_reason" not in chunk and chunk["index"] == 0 for chunk in told[:-1])
             assert told[-1]["finish_reason"] == "length"
             assert told[-1]["completion_usage"] == {
