@@ -4,10 +4,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on the CPU, in NumPy.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")
