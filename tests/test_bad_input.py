@@ -750,6 +750,7 @@ OPEN = {
     "stats",
     "tokenize",
     "tree",
+    "with_tree",
 }
 """What may still be asked of a closed engine."""
 
