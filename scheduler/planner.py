@@ -126,12 +126,12 @@ def _cheapest(paths: Paths, cost: CostModel) -> _Way:
     most_pending = int(min(walk[:, 1].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
     price = cost.partial * cost.group
     best, cuts, runs = partition(walk, paths.keys, cost.mix, *cost.columns(), price, most_pending)
-    return _Way(cost, cuts, runs, float(best[0, 0]))
+    return _Way(cost, cuts, runs, float(best[:1, 0].sum()))
 
 
 def _uncut(paths: Paths, cost: CostModel) -> _Way:
     best, cuts, runs = partition_uncut(paths.walk, paths.keys, cost.mix, *cost.columns())
-    return _Way(cost, cuts, runs, float(best[0, 0]))
+    return _Way(cost, cuts, runs, float(best[:1, 0].sum()))
 
 
 def _forced(paths: Paths, cost: CostModel, mode: PlanMode) -> _Way:
