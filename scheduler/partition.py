@@ -206,13 +206,10 @@ def partition(
                 pending, short = pending + keys[above, 0], short + keys[above, 1]
                 above = walk[above, 0]
             price = 0.0 if j == depth + 1 else partial
-            if mix:
-                folded[j] = _sequence(
-                    node, j, j, pending, short, price, walk, tokens, best, runs, tile_rows, prices, alone, ends, rows,
-                    below_keys, least, queue, marks,
-                )  # fmt: skip
-            else:
-                folded[j] = _apart(node, j, j, pending, short, price, walk, best, tile_rows, prices)
+            folded[j] = _sequence(
+                node, j, j, pending, short, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
+                below_keys, least, queue, marks,
+            )  # fmt: skip
         pending = short = 0
         above = parent
         for j in range(min(depth, most_pending) + 1):
@@ -246,13 +243,10 @@ def partition_uncut(walk: Ints, keys: Ints, mix: bool, tile_rows: Ints, prices: 
         if walk[node, 2] == 1:
             best[node, 0] = tile_cost(walk[node, 4], path[node, 0], path[node, 1], tile_rows, prices)[0]
             continue
-        if mix:
-            best[node, 0] = _sequence(
-                node, 1, 0, path[node, 0], path[node, 1], 0.0, walk, tokens, best, runs, tile_rows, prices, alone, ends,
-                rows, below_keys, least, queue, marks,
-            )  # fmt: skip
-        else:
-            best[node, 0] = _apart(node, 1, 0, path[node, 0], path[node, 1], 0.0, walk, best, tile_rows, prices)
+        best[node, 0] = _sequence(
+            node, 1, 0, path[node, 0], path[node, 1], 0.0, walk, tokens, best, runs, mix, tile_rows, prices, alone,
+            ends, rows, below_keys, least, queue, marks,
+        )  # fmt: skip
     return best, cuts, runs
 
 
@@ -290,22 +284,6 @@ def _scratch(count: int, kinds: int) -> tuple[Floats, Floats, Ints, Ints, Ints, 
 
 
 @inlined
-def _apart(
-    node: int, j: int, column: int, pending: int, short: int, price: float, walk: Ints, best: Floats, tile_rows: Ints,
-    prices: Floats,
-) -> float:  # fmt: skip
-    """As `_sequence` where no unit may hold several subtrees."""
-    total = 0.0
-    if j and walk[node, 4]:
-        total = tile_cost(walk[node, 4], pending, short, tile_rows, prices)[0] + walk[node, 4] * price
-    child = node + 1
-    while child < node + walk[node, 2]:
-        total += best[child, column]
-        child += walk[child, 2]
-    return total
-
-
-@inlined
 def _sequence(
     node: int,
     j: int,
@@ -317,6 +295,7 @@ def _sequence(
     tokens: Ints,
     best: Floats,
     runs: Ints,
+    mix: bool,
     tile_rows: Ints,
     prices: Floats,
     alone: Floats,
@@ -345,7 +324,7 @@ def _sequence(
         count += 1
         child += walk[child, 2]
     least[count] = 0.0
-    kinds = tile_rows.size
+    kinds = tile_rows.size if mix else 0
     for kind in range(kinds):
         marks[0, kind] = marks[1, kind] = 0
     for i in range(count - 1, -1, -1):
