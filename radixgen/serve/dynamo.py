@@ -18,7 +18,7 @@ from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
 from radixgen.async_engine import AsyncEngine
-from radixgen.core import EngineClosed, InvalidRequest
+from radixgen.core import EngineClosed, InvalidRequest, Stats
 from radixgen.core.settings import wait_without_spinning
 from radixgen.engine import Engine
 from radixgen.model import smollm2
@@ -84,8 +84,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         self._engine = AsyncEngine(inner)
         config = KVEventsConfig(endpoint=options.kv_events_endpoint, block_size=options.block_size)
         self._events = KVEvents(self._engine, config)
-        if self._publisher is not None:
-            self._snapshots = asyncio.create_task(self._tell_snapshots(self._engine))
+        self._snapshots = asyncio.create_task(self._tell_snapshots(self._engine))
         return EngineConfig(
             model=options.model,
             served_model_name=options.served_model_name,
@@ -157,26 +156,29 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         return [0]
 
     def attach_snapshot_publisher(self, publisher: Any) -> None:
-        """Have it told how full the pool is, and what share of prompts was cached."""
+        """Have it told how full the pool is, and what share of prompts was cached. Comes in a thread of Dynamo's."""
         self._publisher = publisher
-        if self._engine is not None and self._snapshots is None:
-            self._snapshots = asyncio.get_running_loop().create_task(self._tell_snapshots(self._engine))
 
     async def _tell_snapshots(self, engine: AsyncEngine) -> None:
-        size = self._options.block_size
-        with suppress(EngineClosed):
+        try:
             while True:
-                stats = await engine.stats()
-                hit = stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else None
-                snapshot = ComponentSnapshot(
-                    kv_used_blocks=stats.kv_tokens_used // size,
-                    kv_total_blocks=stats.kv_tokens_total // size,
-                    gpu_cache_usage=stats.kv_tokens_used / stats.kv_tokens_total,
-                    dp_rank=0,
-                    kv_cache_hit_rate=hit,
-                )
-                self._publisher.publish(0, snapshot)
+                if self._publisher is not None:
+                    self._publisher.publish(0, self._snapshot(await engine.stats()))
                 await asyncio.sleep(_SNAPSHOT_SECONDS)
+        except EngineClosed:
+            return
+        except Exception:
+            logger.exception("Dynamo is told no more how full the pool is")
+
+    def _snapshot(self, stats: Stats) -> Any:
+        size = self._options.block_size
+        return ComponentSnapshot(
+            kv_used_blocks=stats.kv_tokens_used // size,
+            kv_total_blocks=stats.kv_tokens_total // size,
+            gpu_cache_usage=stats.kv_tokens_used / stats.kv_tokens_total,
+            dp_rank=0,
+            kv_cache_hit_rate=stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else None,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
