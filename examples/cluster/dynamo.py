@@ -5,7 +5,8 @@
 
 Some conversations take turns. The router hears from each worker which blocks it holds, so that every later turn goes
 to the worker that holds the turns before it, which reports them as cached. Then a worker is killed in mid-stream: the
-client is told at once, and the other worker goes on. Exits with 1 where any of this does not hold.
+client is told at once, and the other worker goes on. At last that one is asked to stop in mid-stream: it ends what it
+has begun. Exits with 1 where any of this does not hold.
 """
 
 import argparse
@@ -138,64 +139,93 @@ class Cluster:
         raise SystemExit(f"{what} did not come up in {self.patience:.0f} s\n{logs}")
 
 
-def converse(cluster: Cluster, talks: int, turns: int, max_tokens: int) -> list[str]:
+class Talk:
+    """A conversation, which should stay with the worker that had its first turn."""
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.history = [_system(topic)]
+        self.home = -1
+        self.turns = 0
+        self.prompt = 0
+        self.cached = 0
+        self.faults: list[str] = []
+
+    def turn(self, cluster: Cluster, max_tokens: int) -> None:
+        """One question and its answer."""
+        self.turns += 1
+        self.history.append({"role": "user", "content": f"Tell me thing number {self.turns} about {self.topic}."})
+        answer, worker, prompt, self.cached = cluster.chat(self.history, max_tokens)
+        self.history.append({"role": "assistant", "content": answer})
+        if self.turns == 1:
+            self.home = worker
+        elif worker != self.home:
+            self.faults.append(f"turn {self.turns} about {self.topic} went to another worker")
+        elif self.cached < self.prompt:
+            self.faults.append(f"turn {self.turns} about {self.topic}: {self.cached} cached of {self.prompt} known")
+        self.prompt = prompt
+        time.sleep(0.2)  # for the router to hear of it
+
+
+def converse(cluster: Cluster, talks: list[Talk], turns: int, max_tokens: int) -> list[str]:
     """Turn by turn, all conversations. Returns what did not hold."""
     table = Table("conversation", "turn", "worker", "prompt tokens", "cached")
-    faults, homes, lengths = [], {}, {}
     names = {worker: f"{index}" for index, worker in enumerate(cluster.workers, 1)}
-    histories = {topic: [_system(topic)] for topic in TOPICS[:talks]}
-    for turn in range(1, turns + 1):
-        for topic, history in histories.items():
-            history.append({"role": "user", "content": f"Tell me thing number {turn} about {topic}."})
-            answer, worker, prompt, cached = cluster.chat(history, max_tokens)
-            history.append({"role": "assistant", "content": answer})
-            table.add_row(topic, str(turn), names[worker], str(prompt), str(cached))
-            if worker != homes.setdefault(topic, worker):
-                faults.append(f"turn {turn} about {topic} went to another worker")
-            if turn > 1 and cached < lengths[topic]:
-                faults.append(f"turn {turn} about {topic}: {cached} tokens cached, {lengths[topic]} known")
-            lengths[topic] = prompt
-            time.sleep(0.2)  # for the router to hear of it
+    for _ in range(turns):
+        for talk in talks:
+            talk.turn(cluster, max_tokens)
+            table.add_row(talk.topic, str(talk.turns), names[talk.home], str(talk.prompt), str(talk.cached))
     Console().print(table)
-    if talks > len(cluster.workers) and len({*homes.values()}) < 2:
+    faults = [fault for talk in talks for fault in talk.faults]
+    if len(talks) > len(cluster.workers) and len({talk.home for talk in talks}) < 2:
         faults.append("all conversations went to one worker")
     return faults
 
 
-def kill_one(cluster: Cluster, within: float) -> list[str]:
-    """Kill the worker that streams. Returns what did not hold."""
-    messages = [_system("storms"), {"role": "user", "content": "Tell me a very long story."}]
-    faults, heard, killed, victim = [], 0, 0.0, -1
+def kill_one(cluster: Cluster, talks: list[Talk], within: float) -> list[str]:
+    """Kill a worker that streams. Returns what did not hold."""
+    story = [*talks[0].history, {"role": "user", "content": "Tell me a very long story."}]
+    victim, faults, killed = talks[0].home, [], 0.0
     try:
-        for event in cluster.stream(messages, 2_000):
-            heard += 1
-            victim = ((event.get("nvext") or {}).get("worker_id") or {}).get("decode_worker_id", victim)
-            if heard >= 5 and not killed and victim in cluster.workers:
-                cluster.workers[victim].kill()
-                killed = time.monotonic()
+        for heard, event in enumerate(cluster.stream(story, 2_000), 1):
             if "error" in event:
                 break
+            if heard == 5:
+                cluster.workers[victim].kill()
+                killed = time.monotonic()
         else:
-            faults.append("the stream ended as if nothing had happened")
+            faults.append("the stream of a killed worker ended as if nothing had happened")
     except OSError as error:
         print(f"the stream broke: {error!r}")
     seconds = time.monotonic() - killed
-    if not killed:
-        return ["no worker was killed: the stream told no worker"]
-    print(f"after kill -9 of a worker the client was told in {seconds:.2f} s")
+    print(f"a client whose worker was killed was told in {seconds:.2f} s")
     if seconds > within:
         faults.append(f"the client was told after {seconds:.1f} s")
-    deadline = time.monotonic() + cluster.patience
-    while time.monotonic() < deadline:
-        try:
-            _, worker, _, _ = cluster.chat(messages, 8)
-        except OSError:
-            time.sleep(0.2)
-            continue
-        if worker != victim:
-            print(f"the other worker went on {time.monotonic() - killed:.1f} s after it")
-            return faults
-    return [*faults, "the other worker did not go on"]
+    for talk in talks:
+        if talk.home != victim:
+            talk.turn(cluster, 8)
+            faults += talk.faults
+            print(f"the other worker went on with {talk.topic}: {talk.cached} of {talk.prompt} tokens cached")
+            break
+    del cluster.workers[victim]
+    return faults
+
+
+def drain_one(cluster: Cluster, talks: list[Talk]) -> list[str]:
+    """Ask the worker that streams to stop. Returns what did not hold."""
+    ((home, process),) = cluster.workers.items()
+    talk = next(talk for talk in talks if talk.home == home)
+    story = [*talk.history, {"role": "user", "content": "Tell me a long story."}]
+    reasons = []
+    for heard, event in enumerate(cluster.stream(story, 60), 1):
+        if heard == 5:
+            process.terminate()
+        if "error" in event:
+            return [f"the stream of a worker that was asked to stop ended with {event}"]
+        reasons += [choice["finish_reason"] for choice in event["choices"] if choice.get("finish_reason")]
+    code = process.wait(60)
+    print(f"a worker that was asked to stop ended its stream with {reasons} and exited with {code}")
+    return [] if reasons == ["length"] and code == 0 else ["a worker that was asked to stop did not end its stream"]
 
 
 def _system(topic: str) -> Message:
@@ -213,17 +243,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--talks", type=int, default=4, help=f"conversations, at most {len(TOPICS)}")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--within", type=float, default=1.0, help="seconds in which a client hears of a killed worker")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds for anything to come up or answer")
     options = parser.parse_args()
-    with Cluster(options.workers, options.patience) as cluster:
-        faults = converse(cluster, options.talks, options.turns, options.max_tokens)
-        if options.workers > 1:
-            faults += kill_one(cluster, options.within)
+    with Cluster(2, options.patience) as cluster:
+        talks = [Talk(topic) for topic in TOPICS[: options.talks]]
+        faults = converse(cluster, talks, options.turns, options.max_tokens)
+        if not faults:
+            faults = kill_one(cluster, talks, options.within) + drain_one(cluster, talks)
     for fault in faults:
         print(f"does not hold: {fault}")
     return 1 if faults else 0
