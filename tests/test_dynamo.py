@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -191,6 +192,9 @@ def test_a_reader_that_leaves_frees_its_request(dynamo: ModuleType) -> None:
 def test_cleanup_waits_for_open_requests_then_ends_them(dynamo: ModuleType) -> None:
     async def main() -> None:
         served = await started(dynamo)
+        inner = served._engine._engine
+        step = inner.step
+        inner.step = lambda: time.sleep(0.02) or step()
         short = asyncio.create_task(_last(served.generate(asked([1, 2]), Context("short"))))
         held = served.generate(asked([5, 6], max_tokens=100), Context("nobody reads"))
         await anext(held)

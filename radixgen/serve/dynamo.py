@@ -28,6 +28,8 @@ from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_SECONDS = 0.5
+_DRAIN_HELP = """seconds, after Dynamo's grace of 5, that open requests have to end in; 35 after a signal Dynamo kills
+what has not ended (DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS, DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT)"""
 
 
 class DynamoEngine(LLMEngine):  # type: ignore[misc]
@@ -198,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-step-tokens", type=int, default=2048, help="rows of one step at the most")
     parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
     parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds that open requests have to end in")
+    parser.add_argument("--drain-timeout", type=float, default=25.0, help=_DRAIN_HELP)
     parser.add_argument("--namespace", default="dynamo")
     parser.add_argument("--component", default="backend")
     parser.add_argument("--endpoint", default="generate")
