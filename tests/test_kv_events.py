@@ -315,6 +315,17 @@ def test_a_reader_that_goes_away_in_a_replay_is_counted(monkeypatch: pytest.Monk
         assert events.stats().cut_replays == 1
 
 
+@pytest.mark.parametrize("replay_endpoint", [None, "tcp://127.0.0.1:*"])
+def test_an_idle_publisher_sleeps(replay_endpoint: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poller without sockets returns at once: a publisher without replays took a whole core."""
+    calls = []
+    take = kv_events._Queue.take
+    monkeypatch.setattr(kv_events._Queue, "take", lambda queue: calls.append(1) or take(queue))
+    with engine() as served, KVEvents(served, config(replay_endpoint=replay_endpoint)):
+        time.sleep(0.3)
+    assert 2 <= len(calls) < 100
+
+
 def test_one_publisher_an_engine_and_one_an_endpoint() -> None:
     with engine() as served, KVEvents(served, config()) as events:
         with pytest.raises(InvalidRequest, match="published already"):

@@ -487,16 +487,15 @@ class RadixTree:
 
         So are those of its ancestors: a part that was split off the node in flight is one of them.
         """
-        parts = [node]
-        while (above := parts[-1].parent) is not None and above.computed < above.scheduled:
-            parts.append(above)
-        for part in reversed(parts):
-            first, part.computed = part.computed, part.scheduled
-            if self._stamps is not None:
-                stamps = self._prefix_stamps(part)[first : part.computed]
-                self._stamps[part.slots(first, part.computed)] = stamps
-            if self.listener is not None:
-                self.listener.changed(part)
+        above = node.parent
+        if above is not None and above.computed < above.scheduled:
+            parts = []
+            while above is not None and above.computed < above.scheduled:
+                parts.append(above)
+                above = above.parent
+            for part in reversed(parts):
+                self._compute(part)
+        self._compute(node)
 
     def rollback(self, node: Node) -> None:
         """The step that held the node's scheduled tokens, and those of its ancestors, failed.
@@ -667,6 +666,15 @@ class RadixTree:
         """A plan that lengthens the extent before would miss the one that begins with `slot`."""
         self.version += 1
         self.columns.extended[node.id], self.columns.extension[node.id] = self.version, slot
+
+    def _compute(self, node: Node) -> None:
+        """What is scheduled of the node is computed; all before it is."""
+        if self._stamps is not None:
+            stamps = self._prefix_stamps(node)[node.computed : node.scheduled]
+            self._stamps[node.slots(node.computed, node.scheduled)] = stamps
+        node.computed = node.scheduled
+        if self.listener is not None:
+            self.listener.changed(node)
 
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
         self._cut_extents(parent, parent.scheduled)

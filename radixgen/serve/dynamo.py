@@ -18,7 +18,7 @@ from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
 from radixgen.async_engine import AsyncEngine
-from radixgen.core import EngineClosed, InvalidRequest
+from radixgen.core import EngineClosed, InvalidRequest, Stats
 from radixgen.core.settings import wait_without_spinning
 from radixgen.engine import Engine
 from radixgen.model import smollm2
@@ -28,6 +28,8 @@ from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_SECONDS = 0.5
+_DRAIN_HELP = """seconds, after Dynamo's grace of 5, that open requests have to end in; 35 after a signal Dynamo kills
+what has not ended (DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS, DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT)"""
 
 
 class DynamoEngine(LLMEngine):  # type: ignore[misc]
@@ -84,8 +86,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         self._engine = AsyncEngine(inner)
         config = KVEventsConfig(endpoint=options.kv_events_endpoint, block_size=options.block_size)
         self._events = KVEvents(self._engine, config)
-        if self._publisher is not None:
-            self._snapshots = asyncio.create_task(self._tell_snapshots(self._engine))
+        self._snapshots = asyncio.create_task(self._tell_snapshots(self._engine))
         return EngineConfig(
             model=options.model,
             served_model_name=options.served_model_name,
@@ -157,26 +158,29 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         return [0]
 
     def attach_snapshot_publisher(self, publisher: Any) -> None:
-        """Have it told how full the pool is, and what share of prompts was cached."""
+        """Have it told how full the pool is, and what share of prompts was cached. Comes in a thread of Dynamo's."""
         self._publisher = publisher
-        if self._engine is not None and self._snapshots is None:
-            self._snapshots = asyncio.get_running_loop().create_task(self._tell_snapshots(self._engine))
 
     async def _tell_snapshots(self, engine: AsyncEngine) -> None:
-        size = self._options.block_size
-        with suppress(EngineClosed):
+        try:
             while True:
-                stats = await engine.stats()
-                hit = stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else None
-                snapshot = ComponentSnapshot(
-                    kv_used_blocks=stats.kv_tokens_used // size,
-                    kv_total_blocks=stats.kv_tokens_total // size,
-                    gpu_cache_usage=stats.kv_tokens_used / stats.kv_tokens_total,
-                    dp_rank=0,
-                    kv_cache_hit_rate=hit,
-                )
-                self._publisher.publish(0, snapshot)
+                if self._publisher is not None:
+                    self._publisher.publish(0, self._snapshot(await engine.stats()))
                 await asyncio.sleep(_SNAPSHOT_SECONDS)
+        except EngineClosed:
+            return
+        except Exception:
+            logger.exception("Dynamo is told no more how full the pool is")
+
+    def _snapshot(self, stats: Stats) -> Any:
+        size = self._options.block_size
+        return ComponentSnapshot(
+            kv_used_blocks=stats.kv_tokens_used // size,
+            kv_total_blocks=stats.kv_tokens_total // size,
+            gpu_cache_usage=stats.kv_tokens_used / stats.kv_tokens_total,
+            dp_rank=0,
+            kv_cache_hit_rate=stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else None,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-step-tokens", type=int, default=2048, help="rows of one step at the most")
     parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
     parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")
-    parser.add_argument("--drain-timeout", type=float, default=30.0, help="seconds that open requests have to end in")
+    parser.add_argument("--drain-timeout", type=float, default=25.0, help=_DRAIN_HELP)
     parser.add_argument("--namespace", default="dynamo")
     parser.add_argument("--component", default="backend")
     parser.add_argument("--endpoint", default="generate")

@@ -288,21 +288,25 @@ class _Publisher:
     # -- in the sender's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        if self._replay is not None:
-            poller.register(self._replay, zmq.POLLIN)
         open_ = True
         while open_:
             open_ = not self._closing.is_set()
-            asked = poller.poll(_INTERVAL_MS)
+            self._wait()
             while events := self._queue.take():
                 self._publish(events)
-            if asked and self._replay is not None:
+            if self._replay is not None and self._replay.poll(0):
                 try:
                     self._answer(self._replay)
                 except Exception:
                     logger.exception("a replay of cache events failed")
         self._context.destroy(linger=_LINGER_MS)
+
+    def _wait(self) -> None:
+        """For a request, at the most for an interval."""
+        if self._replay is not None:
+            self._replay.poll(_INTERVAL_MS)
+        else:
+            self._closing.wait(_INTERVAL_MS / 1_000)
 
     def _publish(self, events: list[BlockEvent]) -> None:
         """One batch. If it fails its sequence is missing, and replays begin with everything held."""
