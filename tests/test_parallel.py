@@ -221,16 +221,20 @@ while True:
 """
 
 
-def test_no_rank_outlives_a_killed_engine(llama: Path) -> None:
-    """Its followers hold its standard error, which ends when the last of them does."""
+def test_no_rank_outlives_a_killed_engine(llama: Path, tmp_path: Path) -> None:
+    """Its followers hold its standard error, which ends when the last of them does. Nor does their folder stay."""
     command = [sys.executable, "-c", SCRIPT, str(llama)]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, env=rank_environment(0)) as engine:
+    environment = rank_environment(0) | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=-1, stderr=-1, env=environment) as engine:
         assert engine.stdout is not None and engine.stdout.readline() == b"ready\n"
         engine.kill()
         engine.communicate(timeout=120)
+    assert not list(tmp_path.glob("radixgen-*"))
 
 
-def test_ranks_that_were_forgotten_end(tmp_path: Path) -> None:
+def test_ranks_that_were_forgotten_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they have begun to listen too."""
+    monkeypatch.setattr(ranks, "_STOP_SECONDS", 0.2)
     followers = Followers(a_job(tmp_path))
     (process,) = followers.processes
     home = Path(followers.job.store).parent

@@ -6,11 +6,14 @@ it: ranks that no longer run the same step can't be brought together again.
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 from radixgen.cache.storage import kv_room
 from radixgen.model.base import Model
@@ -26,8 +29,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=await_hangup, args=([channel.socket.fileno()], _quit), daemon=True).start()
-    job = Job.from_bytes(channel.receive())
+    try:
+        job = Job.from_bytes(channel.receive())
+    except Closed:
+        return
+    end = partial(_end, Path(job.store).parent)
+    threading.Thread(target=await_hangup, args=([channel.socket.fileno()], end), daemon=True).start()
     try:
         channel.answer(started=1)
         join(job)
@@ -35,7 +42,7 @@ def main() -> None:
         channel.answer(kv_bytes_per_token=runner.kv_bytes_per_token, kv_room=kv_room(runner.device))
         follow(channel, runner)
     except Closed:
-        return
+        end()
     except BaseException as error:
         logger.critical("rank %d ends", job.rank, exc_info=error)
         with suppress(Closed):
@@ -58,7 +65,9 @@ def follow(channel: Channel, model: Model) -> None:
             channel.answer(allocated=1)
 
 
-def _quit() -> None:
+def _end(store: Path) -> None:
+    """Rank 0 is gone, perhaps without a chance to tidy up."""
+    shutil.rmtree(store, ignore_errors=True)
     os._exit(0)
 
 
