@@ -5,7 +5,7 @@ import gc
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -81,6 +81,31 @@ class AsyncEngine:
         The arguments are those of `Engine.submit`, and so are the errors. Raises `EngineDead` where the engine
         fails as a whole.
         """
+        outputs = await self.open(
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            namespace=namespace,
+            timeout=timeout,
+            cumulative=cumulative,
+        )
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def open(
+        self,
+        prompt: Prompt,
+        params: Params | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        timeout: float | None = None,
+        cumulative: bool = False,
+    ) -> "AsyncOutputs":
+        """As `generate`, but the request is queued, or refused, before anything is received."""
         request_id = request_id or self._new_id()
         tokens = await asyncio.to_thread(self._prepare, prompt, params)
         kind: OutputKind = "cumulative" if cumulative else "delta"
@@ -97,9 +122,7 @@ class AsyncEngine:
             )
 
         stream = await self._begin(request_id, submit, cumulative)
-        async with aclosing(self._receive(request_id, stream)) as outputs:
-            async for output in outputs:
-                yield output
+        return AsyncOutputs(stream, partial(self._post, _Command(partial(self._leave, request_id, stream))))
 
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """As `Engine.score`; other requests go on meanwhile."""
@@ -225,6 +248,20 @@ class AsyncEngine:
     def inputs(self) -> InputProcessor:
         """What tokenizes and checks requests."""
         return self._engine.inputs
+
+    @property
+    def model_name(self) -> str:
+        return self._engine.model_name
+
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """Steps that ran or failed, and whether there is work; it waits for no step."""
+        return self._engine.num_steps, self._engine.has_unfinished
+
+    @property
+    def closed(self) -> bool:
+        """Whether the engine was closed or died, and takes no more requests."""
+        return self._end is not None
 
     async def stats(self) -> Stats:
         return await self._call(self._engine.stats)
@@ -367,6 +404,28 @@ class AsyncEngine:
         except UnknownRequest:
             return False
         return True
+
+
+class AsyncOutputs(AsyncIterator[RequestOutput]):
+    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended."""
+
+    def __init__(self, stream: "_Stream", leave: Callable[[], object]) -> None:
+        self._stream = stream
+        self._leave = leave
+        self._open = True
+
+    async def __anext__(self) -> RequestOutput:
+        if not self._open:
+            raise StopAsyncIteration
+        output = await self._stream.get()
+        self._open = not output.finished
+        return output
+
+    async def aclose(self) -> None:
+        """May be called twice."""
+        if self._open:
+            self._open = False
+            self._leave()
 
 
 class _Command:

@@ -513,7 +513,9 @@ class Engine:
 
     def _core_submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
         grammar = self._inputs.grammar(params)
-        request = self._core.submit(tokens, params, share=self.share, grammar=grammar, **options)
+        request = self._core.submit(
+            tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options
+        )
         self._outputs.follow(request, kind)
         return request.id
 

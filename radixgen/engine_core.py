@@ -82,6 +82,7 @@ class EngineCore:
         priority: int = 0,
         namespace: str = "",
         share: bool = True,
+        arrived: float = 0.0,
         deadline: float = math.inf,
         score_from: int | None = None,
         grammar: Grammar | None = None,
@@ -108,6 +109,7 @@ class EngineCore:
             max_output=max_output,
             priority=priority,
             namespace=namespace,
+            arrived=arrived,
             deadline=deadline,
             targets=targets,
             next_read=first,
@@ -238,6 +240,7 @@ class EngineCore:
         on to the caller.
         """
         self._expire(now)
+        self.scheduler.now = now
         batch = self._schedule()
         if batch is None:
             return self.take_ended()
@@ -456,6 +459,7 @@ class EngineCore:
 
     def stats(self) -> Stats:
         tree, pool, scheduler = self.tree, self.tree.pool, self.scheduler
+        held = pool.used - tree.reserved_tokens - tree.evictable_tokens + tree.unscheduled_tokens
         return Stats(
             steps=self._steps,
             prompt_tokens=scheduler.prompt_tokens,
@@ -480,6 +484,8 @@ class EngineCore:
             num_waiting=scheduler.waiting.num_sequences,
             num_waiting_tokens=scheduler.waiting.num_tokens,
             num_pins=len(scheduler.pins),
+            num_nodes=tree.num_nodes,
+            shared_tokens=max(scheduler.path_tokens - held, 0),
         )
 
     def check(self) -> None:

@@ -142,6 +142,7 @@ class OutputProcessor:
             num_shared_tokens=request.num_shared_tokens,
             sharing_ended=request.sharing_ended,
             prompt_logprobs=self._prompt_logprobs(request, kind),
+            queue_seconds=request.queue_seconds,
         )
 
     def _completion(self, sequence: Sequence, delta: bool) -> CompletionOutput:

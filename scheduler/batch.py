@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import ExtentPool, Node, RadixTree, sharing_end
+from radixgen.cache import ExtentPool, Lock, Node, RadixTree, sharing_end
 from radixgen.core import Limits, Plan, SharingReason
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
@@ -158,6 +158,8 @@ class Scheduler:
         self.running: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
         self.pins = Pins(tree)
         self.debug = debug
+        self.now = 0.0
+        """Seconds on the engine's clock when the step began that is made"""
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
@@ -181,6 +183,12 @@ class Scheduler:
             return
         sequence.cursor = self.tree.fork(origin.cursor)
         self.running.add(sequence)
+
+    @property
+    def path_tokens(self) -> int:
+        """Tokens on the paths of cursors and pins, each path for itself."""
+        cursors: list[Lock] = [sequence.cursor for sequence in self.running if sequence.cursor is not None]
+        return sum(cursor.held.end for cursor in cursors) + sum(pin.num_tokens for pin in self.pins)
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out for good: it ended or was cancelled. Its tokens stay cached."""
@@ -426,6 +434,7 @@ class Scheduler:
         if request.num_cached_tokens is None:
             match = self.tree.match_prefix(tokens, sequence.namespace)
             request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
+            request.queue_seconds = max(self.now - request.arrived, 0.0)
             request.num_shared_tokens = match.length - match.evictable if match else 0
             request.sharing_ended = end = sharing_end(self.tree, tokens, sequence.namespace, match)
             if end is not None:

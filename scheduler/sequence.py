@@ -22,8 +22,9 @@ class Request:
     """Tokens that each sequence may generate; 0 where only the prompt is scored."""
     priority: int = 0
     namespace: str = ""
+    arrived: float = 0.0
     deadline: float = math.inf
-    """Seconds on the engine's clock."""
+    """Seconds on the engine's clock, as `arrived`."""
     targets: TokenArray | None = None
     """Where the prompt's own tokens are scored, the token that follows each of its positions."""
     next_read: int = 0
@@ -33,6 +34,8 @@ class Request:
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     num_cached_tokens: int | None = None
     """Prompt tokens that had their KV when the request was first admitted; None before."""
+    queue_seconds: float = 0.0
+    """From its arrival to then."""
     num_shared_tokens: int = 0
     """Prompt tokens that running sequences or pins held then."""
     sharing_ended: SharingEnd | None = None

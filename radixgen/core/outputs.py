@@ -65,7 +65,7 @@ class RequestOutput:
     `num_shared_tokens` those that were known and held by running requests or pins, computed or not; `sharing_ended`
     says why there were no more, and is None where all of the prompt was known.
     `prompt_logprobs`, once complete: None for the first token, then one `{token id: natural-log probability}` a
-    prompt token, its own first.
+    prompt token, its own first. `queue_seconds`: from submission to admission.
     """
 
     request_id: str
@@ -76,6 +76,7 @@ class RequestOutput:
     num_shared_tokens: int = 0
     sharing_ended: SharingEnd | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    queue_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +121,8 @@ class Stats:
     num_waiting_tokens: int
     """Prompt tokens of the requests that wait."""
     num_pins: int
+    num_nodes: int
+    """Of the radix tree"""
+    shared_tokens: int
+    """What sharing saves at this moment: the tokens of all sequences that run and of all pins, less those of the tree
+    that they hold."""
