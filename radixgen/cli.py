@@ -1,10 +1,11 @@
-"""The command line: `radixgen demo | generate | chat | tree | explain | doctor`."""
+"""The command line: `radixgen demo | generate | chat | serve | tree | explain | doctor`."""
 
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,6 +151,83 @@ def chat(
                         console.print(delta.outputs[0].text, end="", markup=False, highlight=False)
                 cached, asked = delta.num_cached_tokens, len(delta.prompt_token_ids)
                 console.print(f"\n[dim]{cached} of {asked} prompt tokens were cached[/]")
+
+
+@app.command()
+def serve(
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
+    model: Model = DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others reach needs --api-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 8000,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tp: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", help="Processes to shard the model over.")] = 1,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at the same time.")] = None,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    kv_tokens: KVTokens = None,
+    enforce_eager: Annotated[bool, typer.Option(help="Never replay steps from CUDA graphs.")] = False,
+    seed: Annotated[int, typer.Option(help="Of requests that have none.")] = 0,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What requests call the model; once for each name.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A caller's key, once for each; also RADIXGEN_API_KEY.")
+    ] = None,
+    operator_key: Annotated[
+        list[str] | None, typer.Option(help="Key for the routes that concern all callers, once for each.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Sequences that wait; beyond, 429.")] = 1024,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
+    stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
+    metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics under vLLM's names too.")] = None,
+    access_log: Annotated[bool, typer.Option(help="A line of log for each request.")] = True,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a model over HTTP, to clients of OpenAI's API."""
+    from radixgen.core import Limits
+    from radixgen.core.settings import api_keys
+
+    with _errors():
+        _require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+        from radixgen.async_engine import AsyncEngine
+        from radixgen.engine import Engine
+        from radixgen.serve.http import server
+        from radixgen.serve.http.app import ServeOptions
+
+        limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
+        options = ServeOptions(
+            names=served_model_name or [name or model],
+            api_keys=[*(api_key or []), *api_keys()],
+            operator_keys=operator_key or [],
+            max_open=limits.max_num_seqs + max_queue,
+            request_timeout=request_timeout,
+            stall_timeout=stall_timeout,
+            metrics_compat=metrics_compat,
+        )
+        binding = server.Binding(
+            host=host, port=port, drain_timeout=drain_timeout, log_level=log_level, access_log=access_log
+        )
+        options.check()
+        binding.check([*options.api_keys, *options.operator_keys])
+        with waiting(Console(stderr=True)) as say:
+            announce_loading(say, name or model)
+            engine = Engine(
+                name or model,
+                dtype=dtype,
+                device=device,
+                tensor_parallel_size=tp,
+                max_model_len=max_model_len,
+                max_step_tokens=max_num_batched_tokens,
+                kv_tokens=kv_tokens,
+                enforce_eager=enforce_eager,
+                seed=seed,
+                limits=limits,
+            )
+        server.serve(AsyncEngine(engine), options, binding)
 
 
 @app.command()
@@ -318,6 +396,13 @@ def _ask(console: Console) -> str | None:
         return console.input("[bold cyan]> [/]")
     except (EOFError, KeyboardInterrupt):
         return None
+
+
+def _require_extra(extra: str, *modules: str) -> None:
+    """That the packages of an optional part are there."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise RadixgenError(f"{', '.join(missing)} not installed: pip install 'radixgen[{extra}]'")
 
 
 class _errors:  # noqa: N801

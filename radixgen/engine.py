@@ -513,9 +513,7 @@ class Engine:
 
     def _core_submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
         grammar = self._inputs.grammar(params)
-        request = self._core.submit(
-            tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options
-        )
+        request = self._core.submit(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
         self._outputs.follow(request, kind)
         return request.id
 

@@ -15,21 +15,21 @@ class InvalidRequest(RadixgenError, ValueError):
     """A request that cannot be served as written; nothing else is disturbed."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        super().__init__(f"{field}={_shown(value)}: {limit}")
+        super().__init__(f"{field}={shown(value)}: {limit}")
         self.field, self.value, self.limit = field, value, limit
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in at most 80 characters; its type where it cannot be printed, as an integer of 5,000 digits. No more of
     it is written than is shown: shared parts can make a small object endless.
     """
     brief = Repr()
     brief.maxlevel, brief.maxstring, brief.maxother = 3, 80, 80
     try:
-        shown = brief.repr(value)
+        text = brief.repr(value)
     except Exception:
         return f"<{type(value).__name__}>"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_integer(field: str, value: object, low: int, high: int) -> None:

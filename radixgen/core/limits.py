@@ -47,3 +47,11 @@ class Limits:
     """Characters of a saved conversation."""
     max_thoughts: int = 1 << 20
     """Thoughts of one search."""
+    max_body_bytes: int = 1 << 25
+    """Bytes of one HTTP request's body."""
+    max_prompts: int = 128
+    """Prompts of one HTTP request."""
+    max_salt_len: int = 4_096
+    """Characters of a cache salt."""
+    max_sessions: int = 1_024
+    """Conversations that an HTTP server keeps; beyond, the one used last longest ago is forgotten."""

@@ -21,6 +21,11 @@ def flash_attention_3() -> Path | None:
     return Path(chosen).expanduser() if chosen else None
 
 
+def api_keys() -> list[str]:
+    """Keys that callers of the HTTP server have: `RADIXGEN_API_KEY`, several with commas between them."""
+    return [key.strip() for key in os.environ.get("RADIXGEN_API_KEY", "").split(",") if key.strip()]
+
+
 def wait_without_spinning() -> None:
     """Let OpenMP's threads sleep while they wait, unless `OMP_WAIT_POLICY` says otherwise.
 

@@ -1,0 +1,138 @@
+"""The application: an engine behind OpenAI's routes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from fastapi import APIRouter, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from radixgen.core import InvalidRequest, RadixgenError, check_integer
+from radixgen.serve.http.access_log import AccessLog
+from radixgen.serve.http.admission import Admission
+from radixgen.serve.http.auth import Gate, Keys, check_routes, check_site
+from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.chat import chat_routes
+from radixgen.serve.http.completions import completion_routes
+from radixgen.serve.http.context import Context
+from radixgen.serve.http.errors import ErrorHandlers
+from radixgen.serve.http.health import Health
+from radixgen.serve.http.info import description_route, info_routes
+from radixgen.serve.http.logprobs import TokenTexts
+from radixgen.serve.http.metrics import Metrics
+from radixgen.serve.http.openapi import describe
+from radixgen.serve.http.sessions import Sessions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """How an application serves.
+
+    names: of the model, all that callers may ask for; by default the engine's name for it.
+    api_keys, operator_keys: as `auth.Keys`; without any, everybody is served.
+    max_open: sequences that run and wait at the same time; what is beyond is refused with 429.
+    request_timeout: seconds that a request may take, waiting included; None: as long as it takes.
+    send_timeout: seconds after which a client that takes nothing counts as gone.
+    stall_timeout: seconds without progress after which `/health` fails.
+    metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
+    """
+
+    names: Sequence[str] = ()
+    api_keys: Sequence[str] = ()
+    operator_keys: Sequence[str] = ()
+    max_open: int = 1_024
+    request_timeout: float | None = None
+    send_timeout: float = 60.0
+    stall_timeout: float = 60.0
+    metrics_compat: str | None = None
+
+    def check(self) -> None:
+        """Raise `InvalidRequest` for the first that is out of its range."""
+        check_integer("max_open", self.max_open, 1, 1 << 20)
+        for field in ("request_timeout", "send_timeout", "stall_timeout"):
+            seconds = getattr(self, field)
+            if seconds is not None and not 0 < seconds < 1e9:
+                raise InvalidRequest(field, seconds, "must be a number of seconds above 0")
+        if any(not name for name in self.names):
+            raise InvalidRequest("served_model_name", self.names, "must not be empty")
+
+
+def create_app(engine: Backend, options: ServeOptions | None = None, *routers: APIRouter) -> FastAPI:
+    """The application over `engine`, which it closes in the end. `routers`: more routes, for operators alone.
+
+    Raises `InvalidRequest`.
+    """
+    options = options or ServeOptions()
+    options.check()
+    keys = Keys(options.api_keys, options.operator_keys)
+    names = tuple(options.names) or (engine.model_name,)
+    metrics = Metrics(names[0], options.metrics_compat)
+    health = Health(engine, options.stall_timeout)
+    context = Context(
+        engine=engine,
+        names=names,
+        created=int(time.time()),
+        keys=keys,
+        admission=Admission(options.max_open),
+        metrics=metrics,
+        sessions=Sessions(engine.inputs.limits),
+        texts=TokenTexts(engine.inputs.tokenizer),
+        request_timeout=options.request_timeout,
+        send_timeout=options.send_timeout,
+    )
+    gate = Gate(keys)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        app.openapi()
+        watching = asyncio.create_task(health.watch())
+        try:
+            yield
+        finally:
+            health.draining = True
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            await engine.close()
+
+    app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    own = (completion_routes(context, gate), chat_routes(context, gate), info_routes(context, health, gate))
+    for router in (*own, description_route(app, gate)):
+        check_routes(router)
+        app.include_router(router)
+    for router in routers:
+        app.include_router(router, dependencies=[gate.operator])
+    describe(app)
+    handlers = ErrorHandlers(context.admission.retry_after)
+    for kind in (RadixgenError, HTTPException, Exception):
+        app.add_exception_handler(kind, handlers.handle)
+    app.add_middleware(_OwnSite, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(AccessLog, metrics=metrics)
+    app.state.context, app.state.health = context, health
+    return app
+
+
+class _OwnSite:
+    """Refuses what pages of other sites ask for."""
+
+    def __init__(self, app: ASGIApp, *, keys_needed: bool, handlers: ErrorHandlers) -> None:
+        self._app = app
+        self._keys_needed = keys_needed
+        self._handlers = handlers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            check_site(request, keys_needed=self._keys_needed)
+        except RadixgenError as error:
+            refusal = await self._handlers.handle(request, error)
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)

@@ -1,0 +1,95 @@
+"""Request bodies: read within bounds, decoded as types, and what is wrong with them said by field."""
+
+import asyncio
+import re
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from radixgen.core import InvalidRequest, Limits
+from radixgen.serve.http.errors import ClientGone, Refused
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_READ_SECONDS = 30.0
+"""In which a body must have come."""
+_SMALL = 1 << 16
+"""Bytes that are decoded at once; more is decoded in a thread."""
+_PLACE = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
+_UNKNOWN = re.compile(r"unknown field `(.*?)`")
+_MISSING = re.compile(r"missing required field `(.*?)`")
+
+
+async def read(request: Request, kind: type[T], limits: Limits) -> T:
+    """The body as `kind`. Raises `InvalidRequest` with the first field that is wrong, `Refused`, `ClientGone`."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Refused(
+            415, f"content-type={media_type}: must be application/json", field="content-type", value=media_type
+        )
+    data = await _read_bytes(request, limits.max_body_bytes)
+    if len(data) <= _SMALL:
+        return decode(data, kind)
+    return await asyncio.to_thread(decode, data, kind)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Strictly: no text for numbers, no unknown field. Raises `InvalidRequest`."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except Exception as error:  # UnicodeDecodeError and RecursionError are none of msgspec's
+        raise _named(str(error), data, kind) from None
+
+
+async def _read_bytes(request: Request, most: int) -> bytes:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and len(length) < 20 and int(length) > most:
+        raise _too_large(int(length), most)
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_READ_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise _too_large(size, most)
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"the body did not come within {_READ_SECONDS:g} seconds") from None
+    except ClientDisconnect:
+        raise ClientGone("before its request was read") from None
+    return b"".join(parts)
+
+
+def _too_large(size: int, most: int) -> Refused:
+    limit = f"at most {most} bytes"
+    return Refused(413, f"len(body)={size}: {limit}", field="len(body)", value=size, limit=limit)
+
+
+def _named(message: str, data: bytes, kind: type[msgspec.Struct]) -> InvalidRequest:
+    """What msgspec says as a field, its value and a limit."""
+    place = _PLACE.search(message)
+    path, says = (place[1], message[: place.start()]) if place else ("", message)
+    if missing := _MISSING.search(says):
+        return InvalidRequest(f"{path}.{missing[1]}".strip("."), None, "is required")
+    if unknown := _UNKNOWN.search(says):
+        near = "" if path else get_close_matches(unknown[1], kind.__struct_fields__, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return InvalidRequest(f"{path}.{unknown[1]}".strip("."), "…", f"is no field that is known here{hint}")
+    if place:
+        return InvalidRequest(path or "body", _value_at(path, data), says[0].lower() + says[1:])
+    return InvalidRequest("body", data[:80].decode("utf-8", "replace"), f"must be a JSON object: {says}")
+
+
+def _value_at(path: str, data: bytes) -> Any:
+    """What the body holds there, where that is easily told."""
+    if len(data) > _SMALL or "[...]" in path:
+        return "…"
+    try:
+        value = msgspec.json.decode(data)
+        for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+            value = value[int(index)] if index else value[name]
+    except Exception:
+        return "…"
+    return value

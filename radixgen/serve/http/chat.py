@@ -1,0 +1,260 @@
+"""`POST /v1/chat/completions`."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from fastapi import APIRouter
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from radixgen.chat_template import ChatTemplate, as_messages
+from radixgen.core import CompletionOutput, InvalidRequest, Limits, SamplingParams
+from radixgen.serve.http.auth import Caller, Gate
+from radixgen.serve.http.body import read
+from radixgen.serve.http.context import Context
+from radixgen.serve.http.generation import Asked, Generation
+from radixgen.serve.http.logprobs import chat_logprobs
+from radixgen.serve.http.openapi import described
+from radixgen.serve.http.protocol import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+    ChunkChoice,
+    Delta,
+    Message,
+    Reason,
+    TokenizeRequest,
+    ToolCall,
+)
+from radixgen.serve.http.sessions import Turn
+from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
+from radixgen.serve.http.tools import Piece, Reader, reader_of, schema_of, template_message, template_tools
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A chat that was asked for, and the session's turn where it has one."""
+
+    asked: Asked
+    turn: Turn | None
+
+
+def chat_routes(context: Context, gate: Gate) -> APIRouter:
+    """Chats."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
+    async def chat(request: Request) -> Response:
+        """Answer a chat."""
+        context.admission.check()
+        body = await read(request, ChatRequest, context.limits)
+        context.check_model(body.model)
+        chat = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+        generation = await Generation.start(context, chat.asked)
+        answer = _Answer(context, body, generation, chat.turn)
+        if body.streams:
+            return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
+        async with generation:
+            return json_response(await while_connected(request.receive, answer.whole()))
+
+    return router
+
+
+def prepared_messages(body: ChatRequest | TokenizeRequest, limits: Limits) -> tuple[Mapping[str, Any], ...]:
+    """The messages as chat templates take them. Raises `InvalidRequest`."""
+    messages = as_messages("messages", body.messages, limits)
+    if not messages:
+        raise InvalidRequest("messages", [], "must hold at least one message")
+    return tuple(template_message(one) for one in messages)
+
+
+def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTemplate:
+    """The model's chat template, with what the request gives it. Raises `InvalidRequest`."""
+    tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
+    return ChatTemplate(context.engine.inputs.tokenizer, tools, body.chat_template_kwargs, context.limits)
+
+
+def _prepare(context: Context, caller: Caller, body: ChatRequest) -> _Chat:
+    """Raises `InvalidRequest` for whatever is wrong with `body`."""
+    _check_served(body)
+    inputs = context.engine.inputs
+    namespace = context.namespace(caller, body.cache_salt)
+    messages, template = prepared_messages(body, context.limits), template_of(context, body)
+    turn = None
+    if body.session_id is None:
+        ids = list(template.tokenize(template.render(messages)))
+    else:
+        inputs.check_name("session_id", body.session_id)
+        turn = context.sessions.begin((namespace, body.session_id), template, messages)
+        ids = turn.draft.token_ids
+    tokens = inputs.tokenize(ids, "messages")
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = _params(body, context.answer_tokens(asked, tokens.size))
+    inputs.check(tokens, params)
+    return _Chat(Asked([tokens], params, namespace, context.priority(body.priority)), turn)
+
+
+def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.params(max_tokens, logprobs)
+    schema = schema_of(body)
+    if schema is None:
+        return params
+    if params.structured:
+        raise InvalidRequest("tool_choice", "…", "a request has one grammar, and response_format asks for another")
+    return replace(params, json_schema=schema, response_format=None)
+
+
+def _check_served(body: ChatRequest) -> None:
+    _ = body.streams
+    reader_of(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs", body.top_logprobs, "is for logprobs=true")
+    if any(one != "text" for one in body.modalities or []):
+        raise InvalidRequest("modalities", body.modalities, 'must be ["text"]')
+    if body.session_id is not None and (body.n or 1) != 1:
+        raise InvalidRequest("n", body.n, "a turn of a session has one answer")
+
+
+class _Choice:
+    """One choice, read as it comes."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.output: CompletionOutput | None = None
+        """All that came"""
+        self.content = ""
+        self.calls: list[ToolCall] = []
+        self.logprobs: list[Any] = []
+
+    def push(self, new: CompletionOutput) -> Piece:
+        """What is new of the message."""
+        piece = self.reader.push(new.text)
+        if new.finish_reason is not None:
+            rest = self.reader.finish()
+            piece = Piece(piece.content + rest.content, piece.calls + rest.calls)
+        self.content += piece.content
+        for call in piece.calls:
+            self._take(call)
+        old = self.output
+        self.output = (
+            new if old is None else replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids)
+        )
+        return piece
+
+    @property
+    def reason(self) -> Reason | None:
+        reason = self.output.finish_reason if self.output else None
+        return "tool_calls" if reason == "stop" and self.reader.calls else reason
+
+    def message(self) -> AnswerMessage:
+        if not self.calls:
+            return AnswerMessage(content=self.content)
+        return AnswerMessage(content=self.content.strip() or None, tool_calls=self.calls)
+
+    def _take(self, call: ToolCall) -> None:
+        if call.id is UNSET:
+            last = self.calls[-1].function
+            last.arguments += call.function.arguments
+        else:
+            function = msgspec.structs.replace(call.function)
+            self.calls.append(ToolCall(id=call.id, type=call.type, function=function))
+
+
+class _Answer:
+    """The choices of one request, as they come."""
+
+    def __init__(self, context: Context, body: ChatRequest, generation: Generation, turn: Turn | None) -> None:
+        self._context = context
+        self._body = body
+        self._generation = generation
+        self._turn = turn
+        self._choices = [_Choice(reader_of(body)) for _ in range(generation.asked.params.n)]
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": context.names[0],
+        }
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        chunk = partial(ChatChunk, **self._head)
+        roles = [
+            ChunkChoice(index=index, delta=Delta(role="assistant", content="")) for index in range(len(self._choices))
+        ]
+        yield event(chunk(choices=roles, prompt_token_ids=self._prompt_ids()))
+        async for _, output in self._generation.outputs():
+            told = [self._chunk(one) for one in output.outputs]
+            if told := [one for one in told if one is not None]:
+                yield event(chunk(choices=told))
+        self._end_turn()
+        if self._body.counts_usage:
+            yield event(chunk(choices=[], usage=self._generation.usage()))
+
+    async def whole(self) -> ChatResponse:
+        async for _, output in self._generation.outputs():
+            for one in output.outputs:
+                self._choices[one.index].push(one)
+                if found := self._logprobs(one):
+                    self._choices[one.index].logprobs += found.content
+        self._end_turn()
+        return ChatResponse(
+            **self._head,
+            choices=[self._whole_choice(index, one) for index, one in enumerate(self._choices)],
+            usage=self._generation.usage(),
+            prompt_token_ids=self._prompt_ids(),
+        )
+
+    def _chunk(self, output: CompletionOutput) -> ChunkChoice | None:
+        """What is new of a choice; None where that is nothing to tell."""
+        choice = self._choices[output.index]
+        piece = choice.push(output)
+        ended, logprobs, ids = output.finish_reason is not None, self._logprobs(output), self._body.return_token_ids
+        if not (piece.content or piece.calls or ended or logprobs or ids):
+            return None
+        return ChunkChoice(
+            index=output.index,
+            delta=Delta(content=piece.content or UNSET, tool_calls=piece.calls or UNSET),
+            logprobs=logprobs,
+            finish_reason=choice.reason if ended else None,
+            stop_reason=output.stop_reason if ended else UNSET,
+            token_ids=output.token_ids if ids else UNSET,
+        )
+
+    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
+        output = choice.output
+        assert output is not None
+        return ChatChoice(
+            index=index,
+            message=choice.message(),
+            logprobs=ChatLogprobs(choice.logprobs) if self._body.logprobs else None,
+            finish_reason=choice.reason,
+            stop_reason=output.stop_reason,
+            token_ids=output.token_ids if self._body.return_token_ids else UNSET,
+        )
+
+    def _logprobs(self, output: CompletionOutput) -> ChatLogprobs | None:
+        if not output.logprobs:
+            return None
+        return chat_logprobs(output, self._body.top_logprobs or 0, self._context.texts)
+
+    def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
+        return self._generation.asked.prompts[0].tolist() if self._body.return_token_ids else UNSET
+
+    def _end_turn(self) -> None:
+        """The session keeps the answer."""
+        (output,) = [self._choices[0].output] if self._turn else [None]
+        if self._turn is None or output is None:
+            return
+        told: Message = template_message(msgspec.to_builtins(self._choices[0].message()))
+        include = self._generation.asked.params.include_stop_str_in_output
+        self._context.sessions.end(self._turn, output, told, include_stop=include)

@@ -1,0 +1,159 @@
+"""`POST /v1/completions`."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from uuid import uuid4
+
+from fastapi import APIRouter
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from radixgen.core import CompletionOutput, InvalidRequest
+from radixgen.input_processor import Prompt
+from radixgen.serve.http.auth import Caller, Gate
+from radixgen.serve.http.body import read
+from radixgen.serve.http.context import Context
+from radixgen.serve.http.generation import Asked, Generation
+from radixgen.serve.http.logprobs import completion_logprobs
+from radixgen.serve.http.openapi import described
+from radixgen.serve.http.protocol import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionResponse,
+    Usage,
+)
+from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
+
+_MAX_TOKENS = 16
+
+
+def completion_routes(context: Context, gate: Gate) -> APIRouter:
+    """Completions."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/completions", dependencies=[gate.caller], openapi_extra=described(CompletionRequest, CompletionResponse)
+    )
+    async def completions(request: Request) -> Response:
+        """Continue texts."""
+        context.admission.check()
+        body = await read(request, CompletionRequest, context.limits)
+        context.check_model(body.model)
+        asked = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+        generation = await Generation.start(context, asked)
+        answer = _Answer(context, body, generation)
+        if body.streams:
+            return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
+        async with generation:
+            return json_response(await while_connected(request.receive, answer.whole()))
+
+    return router
+
+
+def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> Asked:
+    """Raises `InvalidRequest` for whatever is wrong with `body`."""
+    _check_served(body)
+    inputs = context.engine.inputs
+    special = body.add_special_tokens is not False
+    prompts = [inputs.tokenize(one, special=special) for one in _prompts(body.prompt, context.limits.max_prompts)]
+    params = body.params(_MAX_TOKENS if body.max_tokens is None else body.max_tokens, body.logprobs)
+    for prompt in prompts:
+        inputs.check(prompt, params)
+    namespace = context.namespace(caller, body.cache_salt)
+    return Asked(prompts, params, namespace, context.priority(body.priority))
+
+
+def _check_served(body: CompletionRequest) -> None:
+    _ = body.streams
+    if body.echo:
+        raise InvalidRequest("echo", body.echo, "is not served")
+    if body.suffix:
+        raise InvalidRequest("suffix", body.suffix, "is not served")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequest("best_of", body.best_of, "must be n: all choices are told")
+
+
+def _prompts(given: str | Sequence[str | int | Sequence[int]], most: int) -> list[Prompt]:
+    """One or several, of one kind."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise InvalidRequest("prompt", given, "must hold at least one token or prompt")
+    if all(isinstance(one, int) for one in given):
+        return [given]  # type: ignore[list-item]
+    if len(given) > most:
+        raise InvalidRequest("len(prompt)", len(given), f"at most {most} prompts")
+    if not all(isinstance(one, str) for one in given) and not all(isinstance(one, list) for one in given):
+        raise InvalidRequest("prompt", given, "must be text, token ids, a list of texts, or a list of lists of ids")
+    return list(given)  # type: ignore[arg-type]
+
+
+class _Answer:
+    """The choices of one request, as they come."""
+
+    def __init__(self, context: Context, body: CompletionRequest, generation: Generation) -> None:
+        self._context = context
+        self._body = body
+        self._generation = generation
+        self._lengths: dict[int, int] = {}
+        self._untold = set(range(len(generation.asked.prompts) * generation.asked.params.n))
+        """Choices of which nothing was told"""
+        self._response = partial(
+            CompletionResponse, id=f"cmpl-{uuid4().hex}", created=int(time.time()), model=context.names[0]
+        )
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        async for prompt, output in self._generation.outputs():
+            choices = [self._choice(prompt, one) for one in output.outputs]
+            told = [one for one in choices if one.text or one.finish_reason or one.token_ids or one.logprobs]
+            if told:
+                yield event(self._response(choices=told))
+        if self._body.counts_usage:
+            yield event(self._response(choices=[], usage=self._generation.usage()))
+
+    async def whole(self) -> CompletionResponse:
+        found: dict[int, CompletionChoice] = {}
+        async for prompt, output in self._generation.outputs():
+            for one in output.outputs:
+                new = self._choice(prompt, one)
+                old = found.setdefault(new.index, new)
+                if old is not new:
+                    _extend(old, new)
+        usage: Usage = self._generation.usage()
+        return self._response(choices=[found[index] for index in sorted(found)], usage=usage)
+
+    def _choice(self, prompt: int, output: CompletionOutput) -> CompletionChoice:
+        """What is new of one."""
+        index = prompt * self._generation.asked.params.n + output.index
+        first, ids = index in self._untold, self._body.return_token_ids
+        self._untold.discard(index)
+        before = self._lengths.get(index, 0)
+        self._lengths[index] = before + len(output.text)
+        logprobs = None
+        if self._body.logprobs is not None and output.logprobs:
+            logprobs = completion_logprobs(output, self._body.logprobs, self._context.texts, before)
+        return CompletionChoice(
+            index=index,
+            text=output.text,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            token_ids=output.token_ids if ids else UNSET,
+            prompt_token_ids=self._generation.asked.prompts[prompt].tolist() if ids and first else UNSET,
+        )
+
+
+def _extend(choice: CompletionChoice, new: CompletionChoice) -> None:
+    choice.text += new.text
+    choice.finish_reason, choice.stop_reason = new.finish_reason, new.stop_reason
+    if choice.token_ids is not UNSET and new.token_ids is not UNSET:
+        choice.token_ids = choice.token_ids + new.token_ids
+    if new.logprobs is not None:
+        told = choice.logprobs or CompletionLogprobs([], [], [], [])
+        for name in told.__struct_fields__:
+            setattr(told, name, getattr(told, name) + getattr(new.logprobs, name))
+        choice.logprobs = told

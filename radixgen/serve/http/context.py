@@ -1,0 +1,60 @@
+"""What the routes share: the engine, its bounds, and who may what."""
+
+from dataclasses import dataclass
+
+from radixgen.core import InvalidRequest, Limits
+from radixgen.serve.http.admission import Admission
+from radixgen.serve.http.auth import Caller, Keys
+from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.errors import Refused
+from radixgen.serve.http.logprobs import TokenTexts
+from radixgen.serve.http.metrics import Metrics
+from radixgen.serve.http.sessions import Sessions
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One server's parts. `names`: of the model, the first is told; `created`: seconds of the epoch."""
+
+    engine: Backend
+    names: tuple[str, ...]
+    created: int
+    keys: Keys
+    admission: Admission
+    metrics: Metrics
+    sessions: Sessions
+    texts: TokenTexts
+    request_timeout: float | None
+    send_timeout: float
+
+    @property
+    def limits(self) -> Limits:
+        return self.engine.inputs.limits
+
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt and its answer have together: the last one needs no slot."""
+        inputs = self.engine.inputs
+        return min(inputs.max_model_len, inputs.kv_tokens + 1)
+
+    def check_model(self, name: str | None) -> None:
+        """That it is served here. Raises `Refused`."""
+        if name is not None and name not in self.names:
+            limit = f"must be one of {', '.join(self.names)}"
+            raise Refused(
+                404, f"model={name!r}: {limit}", field="model", value=name, limit=limit, code="model_not_found"
+            )
+
+    def namespace(self, caller: Caller, cache_salt: str | None) -> str:
+        """Where a caller's requests share. Raises `InvalidRequest`."""
+        return self.keys.namespace(caller, cache_salt, self.limits)
+
+    def answer_tokens(self, asked: int | None, prompt: int) -> int:
+        """How many an answer may have where nothing is asked for: what the prompt leaves."""
+        return max(self.room - prompt, 1) if asked is None else asked
+
+    def priority(self, asked: int | None) -> int:
+        """As vLLM's: the lower goes first. Raises `InvalidRequest`."""
+        if asked is not None and not -(2**31) < asked < 2**31:
+            raise InvalidRequest("priority", asked, f"must be from {-(2**31) + 1} to {2**31 - 1}")
+        return -(asked or 0)

@@ -1,0 +1,146 @@
+"""An accepted HTTP request: its prompts' outputs as they come, counted, timed, and aborted when it is left."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from radixgen.cache import TokenArray
+from radixgen.core import CompletionOutput, GrammarFailed, RequestOutput, SamplingParams
+from radixgen.serve.http.backend import Outputs
+from radixgen.serve.http.context import Context
+from radixgen.serve.http.errors import Refused, failed
+from radixgen.serve.http.metrics import Meter
+from radixgen.serve.http.protocol import PromptTokensDetails, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be generated. Checked, with grammars compiled."""
+
+    prompts: list[TokenArray]
+    params: SamplingParams
+    namespace: str
+    priority: int
+
+
+class Generation:
+    """Yields `(prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
+
+    @classmethod
+    async def start(cls, context: Context, asked: Asked) -> "Generation":
+        """Queue all prompts, or none. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
+        begin = asyncio.get_running_loop().time()
+        count = len(asked.prompts) * asked.params.n
+        context.admission.enter(count)
+        opened: list[Outputs] = []
+        try:
+            for prompt in asked.prompts:
+                outputs = await context.engine.open(
+                    prompt,
+                    asked.params,
+                    priority=asked.priority,
+                    namespace=asked.namespace,
+                    timeout=context.request_timeout,
+                )
+                opened.append(outputs)
+        except BaseException:
+            for one in opened:
+                await one.aclose()
+            context.admission.leave(count, asyncio.get_running_loop().time() - begin)
+            raise
+        return cls(context, asked, opened, begin)
+
+    def __init__(self, context: Context, asked: Asked, opened: Sequence[Outputs], begin: float) -> None:
+        self.asked = asked
+        self.cached_tokens = [0] * len(opened)
+        self._context = context
+        self._opened = opened
+        self._begin = begin
+        self._loop = asyncio.get_running_loop()
+        self._meters = [Meter(context.metrics, begin) for _ in opened]
+        self._left = False
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Raises `Refused` where a sequence fails, `EngineClosed` where the engine does."""
+        async with aclosing(_merge(self._opened)) as merged:
+            async for prompt, output in merged:
+                self._meters[prompt].see(output, self._loop.time())
+                self.cached_tokens[prompt] = output.num_cached_tokens
+                for one in output.outputs:
+                    if one.finish_reason == "error":
+                        raise _failure(one)
+                yield prompt, output
+
+    def usage(self) -> Usage:
+        """Of what came until now."""
+        prompt_tokens = sum(prompt.size for prompt in self.asked.prompts)
+        completion_tokens = sum(meter.tokens for meter in self._meters)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens)),
+        )
+
+    async def aclose(self) -> None:
+        """Abort what has not ended. May be called twice."""
+        if self._left:
+            return
+        self._left = True
+        self._context.admission.leave(len(self._opened) * self.asked.params.n, self._loop.time() - self._begin)
+        for one in self._opened:
+            await one.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+async def _merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """The outputs of all as they come. A slow reader holds back those who write, and the engine then merges deltas."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(len(streams))
+
+    async def pump(index: int, stream: Outputs) -> None:
+        try:
+            async for output in stream:
+                await queue.put((index, output))
+        except Exception as error:
+            await queue.put((index, error))
+        else:
+            await queue.put((index, None))
+
+    tasks = [asyncio.create_task(pump(*pair)) for pair in enumerate(streams)]
+    try:
+        going = len(tasks)
+        while going:
+            index, item = await queue.get()
+            if item is None:
+                going -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failure(output: CompletionOutput) -> Refused:
+    """Where no token fits a grammar, that is the caller's to mend."""
+    reason = str(output.stop_reason)
+    if reason.startswith(GrammarFailed.__name__):
+        return Refused(400, f"the grammar could not be followed: {reason}", code="grammar_failed")
+    return failed(reason)

@@ -1,0 +1,68 @@
+"""Whether the engine gets on, and whether the server takes requests yet, or still."""
+
+import asyncio
+import logging
+
+from radixgen.core import RadixgenError, SamplingParams
+from radixgen.serve.http.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 0.25
+_WARM_UP = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+
+
+class Health:
+    """Watches an engine. `stalled`: there has been work, and nothing done, for `stall_seconds`."""
+
+    def __init__(self, engine: Backend, stall_seconds: float) -> None:
+        self.warm = False
+        self.draining = False
+        self._engine = engine
+        self._stall_seconds = stall_seconds
+        self._steps = -1
+        self._moved = 0.0
+
+    @property
+    def stalled(self) -> bool:
+        return self._steps >= 0 and asyncio.get_running_loop().time() - self._moved > self._stall_seconds
+
+    def look(self) -> None:
+        """See how far the engine is."""
+        steps, busy = self._engine.progress
+        if steps != self._steps or not busy:
+            self._steps, self._moved = steps, asyncio.get_running_loop().time()
+
+    def fault(self) -> str | None:
+        """Why the engine serves nobody, if it is so."""
+        if self._engine.closed:
+            return "the engine is closed"
+        self.look()
+        return "there is work and no progress" if self.stalled else None
+
+    def unready(self) -> str | None:
+        """Why no requests should be sent here now."""
+        if self.draining:
+            return "the server is going down"
+        return self.fault() or (None if self.warm else "the model is warming up")
+
+    async def watch(self) -> None:
+        """Warm the engine up, then look at it until cancelled."""
+        try:
+            await self._warm_up()
+        except RadixgenError as error:
+            logger.warning("warming up failed: %s", error)
+        self.warm = True
+        while True:
+            self.look()
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    async def _warm_up(self) -> None:
+        """One short request: what is compiled, captured or fetched at first is there afterwards."""
+        tokens = self._engine.inputs.tokenize([0])
+        outputs = await self._engine.open(tokens, _WARM_UP, priority=0, namespace="warm-up", timeout=None)
+        try:
+            async for _ in outputs:
+                pass
+        finally:
+            await outputs.aclose()

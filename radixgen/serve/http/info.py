@@ -1,0 +1,167 @@
+"""Models, tokens, health, metrics: the routes that generate nothing."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI
+from msgspec import UNSET
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from radixgen.core import InvalidRequest, PromptTooLong, Stats
+from radixgen.serve.http.auth import Gate
+from radixgen.serve.http.body import read
+from radixgen.serve.http.chat import prepared_messages, template_of
+from radixgen.serve.http.context import Context
+from radixgen.serve.http.health import Health
+from radixgen.serve.http.openapi import described
+from radixgen.serve.http.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    Model,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from radixgen.serve.http.stream import json_response
+from radixgen.version import VERSION
+
+_STATS_SECONDS = 1.0
+"""How long figures of the engine are waited for; a step may take longer."""
+
+
+def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
+    """All but the description."""
+    router = APIRouter()
+
+    @router.get("/health", dependencies=[gate.open], openapi_extra=described(None))
+    async def healthy() -> Response:
+        """200 while the engine gets on, or has nothing to do."""
+        return _state(health.fault())
+
+    @router.get("/ready", dependencies=[gate.open], openapi_extra=described(None))
+    async def ready() -> Response:
+        """200 once the model is warm, until the server goes down."""
+        return _state(health.unready())
+
+    @router.get("/version", dependencies=[gate.open], openapi_extra=described(None))
+    async def version() -> Response:
+        """Of radixgen."""
+        return JSONResponse({"version": VERSION})
+
+    @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
+    async def metrics() -> Response:
+        """For Prometheus."""
+        text = context.metrics.expose(await _stats(context))
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/v1/models", dependencies=[gate.caller], openapi_extra=described(None, ModelList))
+    async def models() -> Response:
+        """The model that is served, under each of its names."""
+        return json_response(ModelList(data=[_model(context, name) for name in context.names]))
+
+    @router.get("/v1/models/{name:path}", dependencies=[gate.caller], openapi_extra=described(None, Model))
+    async def model(name: str) -> Response:
+        """One of these."""
+        context.check_model(name)
+        return json_response(_model(context, name))
+
+    @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
+    async def tokenize(request: Request) -> Response:
+        """Text, or a chat, as token ids."""
+        body = await read(request, TokenizeRequest, context.limits)
+        context.check_model(body.model)
+        return json_response(await asyncio.to_thread(_tokenize, context, body))
+
+    @router.post(
+        "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)
+    )
+    async def detokenize(request: Request) -> Response:
+        """Token ids as text, special tokens included."""
+        body = await read(request, DetokenizeRequest, context.limits)
+        context.check_model(body.model)
+        return json_response(await asyncio.to_thread(_detokenize, context, body))
+
+    @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
+    async def server_info() -> Response:
+        """What is served, and within which bounds."""
+        return JSONResponse(_server_info(context, await _stats(context)))
+
+    @router.post("/reset_prefix_cache", dependencies=[gate.operator], openapi_extra=described(None))
+    async def reset_prefix_cache() -> Response:
+        """Forget what no live request and no pin holds."""
+        return JSONResponse({"tokens_dropped": await context.engine.reset_prefix_cache()})
+
+    return router
+
+
+def description_route(app: FastAPI, gate: Gate) -> APIRouter:
+    """`/openapi.json` of `app`."""
+    router = APIRouter()
+
+    @router.get("/openapi.json", dependencies=[gate.open], include_in_schema=False)
+    async def description() -> Response:
+        return JSONResponse(app.openapi())
+
+    return router
+
+
+def _state(fault: str | None) -> Response:
+    return JSONResponse({"status": fault or "ok"}, 503 if fault else 200)
+
+
+async def _stats(context: Context) -> Stats | None:
+    """The engine's figures; those of the last time where they don't come soon."""
+    try:
+        async with asyncio.timeout(_STATS_SECONDS):
+            return await context.engine.stats()
+    except TimeoutError:
+        return context.metrics.stats
+
+
+def _model(context: Context, name: str) -> Model:
+    inputs = context.engine.inputs
+    return Model(id=name, created=context.created, root=context.engine.model_name, max_model_len=inputs.max_model_len)
+
+
+def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
+    inputs = context.engine.inputs
+    return {
+        "version": VERSION,
+        "model": context.engine.model_name,
+        "served_model_names": list(context.names),
+        "max_model_len": inputs.max_model_len,
+        "vocab_size": inputs.vocab_size,
+        "kv_tokens": inputs.kv_tokens,
+        "max_open": context.admission.most,
+        "open": context.admission.open,
+        "sessions": len(context.sessions),
+        "limits": asdict(inputs.limits),
+        "stats": None if stats is None else msgspec.to_builtins(stats),
+    }
+
+
+def _tokenize(context: Context, body: TokenizeRequest) -> TokenizeResponse:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("prompt", body.prompt, "give either prompt or messages")
+    inputs = context.engine.inputs
+    if body.prompt is not None:
+        tokens = inputs.tokenize(body.prompt, special=body.add_special_tokens is not False).tolist()
+    else:
+        template = template_of(context, body)
+        tokens = list(template.tokenize(template.render(prepared_messages(body, context.limits))))
+    texts = [context.texts.text(token) for token in tokens] if body.return_token_strs else UNSET
+    return TokenizeResponse(count=len(tokens), max_model_len=inputs.max_model_len, tokens=tokens, token_strs=texts)
+
+
+def _detokenize(context: Context, body: DetokenizeRequest) -> DetokenizeResponse:
+    inputs = context.engine.inputs
+    if len(body.tokens) > inputs.max_model_len:
+        raise PromptTooLong("len(tokens)", len(body.tokens), f"at most {inputs.max_model_len}, as the context")
+    tokens = inputs.tokenize(body.tokens, "tokens").tolist()
+    if inputs.tokenizer is None:
+        raise InvalidRequest("tokens", "…", "the model has no tokenizer")
+    return DetokenizeResponse(inputs.tokenizer.decode(tokens))

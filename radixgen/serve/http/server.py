@@ -1,0 +1,114 @@
+"""`serve`: the application behind uvicorn, until it is told to stop."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+
+from radixgen.core import InvalidRequest
+from radixgen.serve.http.app import ServeOptions, create_app
+from radixgen.serve.http.auth import is_loopback
+from radixgen.serve.http.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_MAX_CONNECTIONS = 4_096
+_KEEP_ALIVE_SECONDS = 30
+_SWITCH_SECONDS = 0.001
+"""How long the engine's thread may keep the interpreter from the event loop's, where both want it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """Where to listen. `drain_timeout`: seconds that open requests have to end in when the server goes down; then they
+    are told its end.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_timeout: float = 30.0
+    log_level: str = "info"
+    access_log: bool = True
+
+    def check(self, keys: Sequence[str]) -> None:
+        """Raise `InvalidRequest` for an address that others reach where there is no key."""
+        if self.log_level not in LOG_LEVELS:
+            raise InvalidRequest("log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
+        if not 0 <= self.drain_timeout < 1e9:
+            raise InvalidRequest("drain_timeout", self.drain_timeout, "must be a number of seconds from 0")
+        if not 0 <= self.port < 1 << 16:
+            raise InvalidRequest("port", self.port, "must be from 0 to 65535")
+        if not keys and not is_loopback(self.host):
+            raise InvalidRequest("host", self.host, "others reach it, so there must be an API key: --api-key")
+
+
+class Server(uvicorn.Server):
+    """Going down, it takes no more connections, lets open requests end, and ends what has not ended in time."""
+
+    def __init__(self, app: FastAPI, binding: Binding) -> None:
+        config = uvicorn.Config(
+            app,
+            host=binding.host,
+            port=binding.port,
+            log_level=binding.log_level,
+            access_log=False,
+            log_config=_log_config(binding),
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=None,
+            server_header=False,
+            date_header=False,
+            ws="none",
+        )
+        super().__init__(config)
+        self._app = app
+        self._drain_timeout = binding.drain_timeout
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.health.draining = True
+        deadline = asyncio.create_task(self._end_in_time())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            deadline.cancel()
+
+    async def _end_in_time(self) -> None:
+        """Whoever still waits is told that the engine is closed, as its request's one end."""
+        await asyncio.sleep(self._drain_timeout)
+        logger.warning("open requests did not end within %g seconds", self._drain_timeout)
+        await self._app.state.context.engine.close()
+
+
+def serve(engine: Backend, options: ServeOptions, binding: Binding, *routers: APIRouter) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`, and what keeps the engine or the address from it."""
+    binding.check([*options.api_keys, *options.operator_keys])
+    app = create_app(engine, options, *routers)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    # uvicorn drains on the first signal, and raises it again when that is done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        Server(app, binding).run()
+
+
+def _log_config(binding: Binding) -> dict[str, object]:
+    """Everything to stderr, a line each, access logs on request."""
+    level = binding.log_level.upper()
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "loggers": {
+            "uvicorn": {"handlers": ["stderr"], "level": level, "propagate": False},
+            "radixgen": {"handlers": ["stderr"], "level": level, "propagate": False},
+            "radixgen.access": {"level": level if binding.access_log else "WARNING"},
+        },
+    }
