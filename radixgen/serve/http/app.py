@@ -23,7 +23,7 @@ from radixgen.serve.http.errors import ErrorHandlers
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.logprobs import TokenTexts
-from radixgen.serve.http.metrics import Metrics
+from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.sessions import Sessions
 
@@ -57,6 +57,9 @@ class ServeOptions:
             seconds = getattr(self, field)
             if seconds is not None and not 0 < seconds < 1e9:
                 raise InvalidRequest(field, seconds, "must be a number of seconds above 0")
+        if self.metrics_compat is not None and self.metrics_compat not in COMPAT:
+            raise InvalidRequest("metrics_compat", self.metrics_compat, f"must be one of {', '.join(COMPAT)}")
+        Keys(self.api_keys, self.operator_keys)
         if any(not name for name in self.names):
             raise InvalidRequest("served_model_name", self.names, "must not be empty")
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from radixgen.core import FinishReason, InvalidRequest, RequestOutput, Stats
+from radixgen.core import FinishReason, RequestOutput, Stats
 
 COMPAT = ("vllm",)
 _OWN = "radixgen:"
@@ -44,9 +44,7 @@ class Metrics(Collector):
     """What the server saw of its requests, and the engine's own `Stats` as of the last time they were had."""
 
     def __init__(self, model: str, compat: str | None = None) -> None:
-        """compat: `"vllm"` adds its names. Raises `InvalidRequest`."""
-        if compat is not None and compat not in COMPAT:
-            raise InvalidRequest("metrics_compat", compat, f"must be one of {', '.join(COMPAT)}")
+        """compat: of `COMPAT`, whose names are added."""
         self.first_token = Histogram(_LONG)
         self.inter_token = Histogram(_SHORT)
         self.end_to_end = Histogram(_LONG)

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import logging.config
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
@@ -58,9 +60,8 @@ class Server(uvicorn.Server):
             app,
             host=binding.host,
             port=binding.port,
-            log_level=binding.log_level,
             access_log=False,
-            log_config=_log_config(binding),
+            log_config=None,
             limit_concurrency=_MAX_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=None,
@@ -91,6 +92,7 @@ def serve(engine: Backend, options: ServeOptions, binding: Binding, *routers: AP
     """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`, and what keeps the engine or the address from it."""
     binding.check([*options.api_keys, *options.operator_keys])
     app = create_app(engine, options, *routers)
+    logging.config.dictConfig(_log_config(binding))
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -98,7 +100,7 @@ def serve(engine: Backend, options: ServeOptions, binding: Binding, *routers: AP
         Server(app, binding).run()
 
 
-def _log_config(binding: Binding) -> dict[str, object]:
+def _log_config(binding: Binding) -> dict[str, Any]:
     """Everything to stderr, a line each, access logs on request."""
     level = binding.log_level.upper()
     return {

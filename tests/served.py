@@ -1,0 +1,108 @@
+"""A server of a tiny model, in this process: over its application alone, or over a socket."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import families
+import httpx
+import texts
+from fastapi import FastAPI
+from scripted import ScriptedStamps, tokenizer
+
+from radixgen import AsyncEngine, Engine, Limits
+from radixgen.serve.http.app import ServeOptions, create_app
+from radixgen.serve.http.server import Binding, Server
+
+CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def tiny(**options: Any) -> Engine:
+    """A llama of random weights, and one token a byte."""
+    return Engine(
+        families.build("llama"), tokenizer=texts.tokenizer(), **({"kv_tokens": 2048, "debug": True} | options)
+    )
+
+
+def scripted(script: Callable[[str, str], dict[str, float]], template: str = CHAT, **options: Any) -> Engine:
+    """A model that writes the lines of a script."""
+    text = tokenizer()
+    text.chat_template = template
+    return Engine(ScriptedStamps(script), tokenizer=text, **({"kv_tokens": 2048, "debug": True} | options))
+
+
+def limited(**limits: int) -> Limits:
+    return Limits(**limits)
+
+
+@dataclass
+class Served:
+    url: str
+    app: FastAPI
+    engine: AsyncEngine
+
+    def wait_idle(self) -> None:
+        """Until nothing runs; then nothing is held for anybody."""
+        stop = time.monotonic() + 30
+        while self.engine.progress[1] or self.app.state.context.admission.open:
+            assert time.monotonic() < stop, "requests never end"
+            time.sleep(0.002)
+
+    def check(self) -> None:
+        """Nothing is left of any request."""
+        self.wait_idle()
+        asyncio.run(self.engine.check())
+        stats = asyncio.run(self.engine.stats())
+        assert not stats.num_running and not stats.num_waiting and not stats.kv_tokens_pinned
+        assert not self.engine._streams
+
+
+@contextmanager
+def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
+    """A server in a thread of its own; in the end nothing is left of its requests."""
+    drain = options.pop("drain_timeout", 10.0)
+    served = AsyncEngine(engine)
+    app = create_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
+    server = Server(app, Binding(port=0, drain_timeout=drain))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server does not start"
+            time.sleep(0.002)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        found = Served(f"http://127.0.0.1:{port}", app, served)
+        while not app.state.health.warm:
+            time.sleep(0.002)
+        yield found
+        if not served.closed:
+            found.check()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def in_process(test: Callable[[httpx.AsyncClient, Served], Any], engine: Engine, **options: Any) -> Any:
+    """Run `test` on the application itself; in the end nothing is left of its requests."""
+
+    async def whole() -> Any:
+        served = AsyncEngine(engine)
+        app = create_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with app.router.lifespan_context(app):
+            while not app.state.health.warm:
+                await asyncio.sleep(0.001)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
+                result = await test(client, Served("", app, served))
+            while served.progress[1] or app.state.context.admission.open:
+                await asyncio.sleep(0.001)
+            await served.check()
+            assert not served._streams
+        return result
+
+    return asyncio.run(asyncio.wait_for(whole(), 120))
