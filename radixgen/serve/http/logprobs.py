@@ -48,7 +48,9 @@ def completion_logprobs(output: CompletionOutput, count: int, texts: TokenTexts,
         text = texts.text(own)
         told.tokens.append(text)
         told.token_logprobs.append(_finite(found[own]))
-        told.top_logprobs.append({texts.text(t): _finite(found[t]) for t in likeliest(found, count)} if count else None)
+        # Several tokens may have one text: the likeliest stands for it, so it is written last.
+        top = {texts.text(t): _finite(found[t]) for t in reversed(likeliest(found, count))}
+        told.top_logprobs.append(dict(reversed(top.items())) if count else None)
         told.text_offset.append(offset)
         offset += len(text)
     return told
