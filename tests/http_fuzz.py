@@ -1,0 +1,224 @@
+"""Schemathesis against the application's own description, in a server of its own process: no 5xx, no stall.
+
+`python tests/http_fuzz.py [--cases 10000] [--stall-ms 50] [--seed N]`
+
+Half of the cases fit the description, half do not. The server's event loop is looked at every 5 ms: how late it comes
+to look is how long something held it up. It counts as ours where the process was on a processor for that long, and as
+the machine's where others were. Exit status 1 where any answer is 500 or above, or the loop was held up by us for
+longer than allowed; each is printed with its request.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import schemathesis
+from fastapi import APIRouter
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import Case, GenerationMode
+
+HERE = Path(__file__).parent
+_LOOK_SECONDS = 0.005
+
+
+class Stalls:
+    """How late an event loop comes to look at the clock."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, float, float]] = []
+        """Of each that was late by 10 ms or more since the last time they were taken: seconds, and how many of them
+        the loop's thread and the whole process were on a processor"""
+
+    async def watch(self) -> None:
+        while True:
+            begin = self._clocks()
+            await asyncio.sleep(_LOOK_SECONDS)
+            late, own, process = (now - then for now, then in zip(self._clocks(), begin, strict=True))
+            if late - _LOOK_SECONDS > 0.01:
+                self.found.append((late - _LOOK_SECONDS, own, process))
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float]:
+        return time.perf_counter(), time.thread_time(), time.process_time()
+
+    def take(self) -> list[tuple[float, float, float]]:
+        found, self.found = self.found, []
+        return found
+
+    def router(self) -> APIRouter:
+        """`GET /stalls` begins to watch, and tells what was seen since the last time."""
+        router, watching = APIRouter(), []
+
+        @router.get("/stalls", include_in_schema=False)
+        async def stalls() -> list[tuple[float, float, float]]:
+            if not watching:
+                watching.append(asyncio.create_task(self.watch()))
+            return self.take()
+
+        return router
+
+
+@dataclass
+class Found:
+    """What came of some cases."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    by_route: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    stalls: list[tuple[float, str]] = field(default_factory=list)
+    """Seconds by which the process held its own loop up"""
+    others: int = 0
+    """How often others did"""
+
+
+def fuzz(url: str, cases: int, number: int, *, stall_seconds: float | None = None) -> Found:
+    """Ask `cases` requests of the server at `url`."""
+    description = httpx.get(f"{url}/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(description)
+    found = Found()
+    operations = [one.ok() for one in schema.get_all_operations()]
+    bodies = [one for one in operations if one.method.upper() == "POST" and one.body]
+    share = max(cases // (2 * len(bodies)), 1)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for operation in operations:
+            asks = any(operation is one for one in bodies)
+            most = share if asks else max(share // 20, 1)
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if asks else (GenerationMode.POSITIVE,):
+
+                @seed(number)
+                @settings(
+                    max_examples=most,
+                    database=None,
+                    deadline=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                )
+                @given(operation.as_strategy(generation_mode=mode))
+                def ask(case: Case) -> None:
+                    _ask(client, case, found, stall_seconds)
+
+                ask()
+    return found
+
+
+def _ask(client: httpx.Client, case: Case, found: Found, stall_seconds: float | None) -> None:
+    asked = _request(client, case)
+    if asked is None:
+        return
+    answer = client.send(asked)
+    found.statuses[answer.status_code] += 1
+    found.by_route[f"{case.method} {case.path}"] += 1
+    told = f"{asked.method} {asked.url} {asked.content[:400]!r}"
+    if answer.status_code >= 500 and answer.status_code != 503:
+        found.failures.append(f"{answer.status_code} {answer.text[:200]} <- {told}")
+    if answer.status_code >= 400:
+        assert set(answer.json()) == {"error"}, told
+    elif answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.text.endswith("data: [DONE]\n\n"), told
+        if '"server_error"' in answer.text:
+            found.failures.append(f"{answer.text[-300:]} <- {told}")
+    if stall_seconds is not None:
+        late = [(min(late, process), late) for late, _, process in client.get("/stalls").json()]
+        found.stalls += [(own, told) for own, _ in late if own > stall_seconds]
+        found.others += sum(own <= stall_seconds < late for own, late in late)
+
+
+def _request(client: httpx.Client, case: Case) -> httpx.Request | None:
+    """What `case` asks for; None where it is no HTTP."""
+    given = case.as_transport_kwargs(base_url=str(client.base_url))
+    headers = {str(name): str(value) for name, value in (given.get("headers") or {}).items()}
+    headers = {name: value for name, value in headers.items() if name.lower() not in ("host", "origin")}
+    options: dict[str, Any] = {"params": given.get("params") or None}
+    if "json" in given:
+        options["content"] = json.dumps(given["json"]).encode()
+        headers = {name: value for name, value in headers.items() if name.lower() != "content-type"}
+        headers["content-type"] = "application/json"
+    elif given.get("data") is not None:
+        data = given["data"]
+        options["content"] = data if isinstance(data, bytes) else str(data).encode()
+    try:
+        return client.build_request(given["method"], given["url"], headers=headers, **options)
+    except (UnicodeEncodeError, httpx.InvalidURL, ValueError):
+        return None
+
+
+# -- the server -----------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """A tiny model on a free port, which is printed."""
+    import served
+    import torch
+
+    from radixgen import AsyncEngine
+    from radixgen.serve.http.app import ServeOptions, create_app
+    from radixgen.serve.http.server import Binding, Server
+
+    torch.set_num_threads(1)
+    sys.setswitchinterval(0.001)
+    engine = served.tiny(debug=False, limits=served.limited(max_n=8))
+    server = Server(create_app(AsyncEngine(engine), ServeOptions(names=["tiny"]), Stalls().router()), Binding(port=0))
+
+    def tell() -> None:
+        while not server.started:
+            time.sleep(0.01)
+        print(server.servers[0].sockets[0].getsockname()[1], flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    server.run()
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Its address."""
+    command = [sys.executable, str(Path(__file__)), "--serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(child.stdout.readline())}"
+        finally:
+            child.terminate()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--stall-ms", type=float, default=50.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "examples")]
+    if chosen.serve:
+        serve()
+        return 0
+    with server() as url:
+        while httpx.get(f"{url}/ready").status_code != 200:
+            time.sleep(0.05)
+        httpx.get(f"{url}/stalls")
+        begin = time.monotonic()
+        found = fuzz(url, chosen.cases, chosen.seed, stall_seconds=chosen.stall_ms / 1e3)
+        seconds = time.monotonic() - begin
+    for failure in found.failures:
+        print(failure)
+    for seconds, told in found.stalls:
+        print(f"held up for {1e3 * seconds:.0f} ms: {told}")
+    print(f"{sum(found.statuses.values()):,} cases in {seconds:.0f} s: {dict(sorted(found.statuses.items()))}")
+    print(
+        f"{len(found.failures)} answers of 500 and above, {len(found.stalls)} stalls over {chosen.stall_ms:g} ms, {found.others} by others"
+    )
+    return int(bool(found.failures or found.stalls))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
