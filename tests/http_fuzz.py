@@ -211,12 +211,11 @@ def main() -> int:
         seconds = time.monotonic() - begin
     for failure in found.failures:
         print(failure)
-    for seconds, told in found.stalls:
-        print(f"held up for {1e3 * seconds:.0f} ms: {told}")
+    for late, told in found.stalls:
+        print(f"held up for {1e3 * late:.0f} ms: {told}")
     print(f"{sum(found.statuses.values()):,} cases in {seconds:.0f} s: {dict(sorted(found.statuses.items()))}")
-    print(
-        f"{len(found.failures)} answers of 500 and above, {len(found.stalls)} stalls over {chosen.stall_ms:g} ms, {found.others} by others"
-    )
+    print(f"{len(found.failures)} answers of 500 and above")
+    print(f"{len(found.stalls)} stalls over {chosen.stall_ms:g} ms, and {found.others} by others on the machine")
     return int(bool(found.failures or found.stalls))
 
 
