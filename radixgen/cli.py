@@ -5,9 +5,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
 from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
 from radixgen.progress import announce_loading, waiting
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -316,7 +320,7 @@ def explain(
 
 @app.command()
 def doctor() -> None:
-    """Print versions, devices, attention backends and cache paths."""
+    """Print versions, devices, which attention backends are used and why, and cache paths."""
     import platform
 
     import torch
@@ -324,7 +328,7 @@ def doctor() -> None:
     from rich.table import Table
 
     from radixgen.core.settings import cache_dir
-    from radixgen.kernels import BACKENDS, backend
+    from radixgen.kernels import BACKENDS
     from radixgen.kernels.flash_backend import installed
     from radixgen.model.loader import resolve_device
     from radixgen.version import VERSION
@@ -334,15 +338,45 @@ def doctor() -> None:
     table.add_row("python", platform.python_version())
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     table.add_row("transformers", transformers.__version__)
-    table.add_row("device", str(resolve_device("auto")))
+    for extra, packages in _EXTRAS.items():
+        table.add_row(f"extra {extra}", ", ".join(map(_version, packages)))
+    device = resolve_device("auto")
+    table.add_row("device", f"{device}{'' if torch.cuda.is_available() else ': PyTorch sees no CUDA device'}")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         table.add_row(f"cuda:{index}", f"{name}, {free >> 20:,} of {total >> 20:,} MiB free")
-    table.add_row("attention", f"{', '.join(BACKENDS)}; auto takes {backend('auto', resolve_device('auto')).name}")
+    for name in BACKENDS:
+        table.add_row(f"attention: {name}", _why(name, device))
     table.add_row("flash-attn", installed())
     table.add_row("cache", str(cache_dir()))
     Console().print(table)
+
+
+_EXTRAS = {"structured": ["llguidance"], "serve": ["fastapi", "uvicorn", "prometheus-client"]}
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} is not installed"
+
+
+def _why(name: str, device: "torch.device") -> str:
+    """Whether a backend is used where none is asked for, and if not, why."""
+    from radixgen.kernels import backend
+
+    chosen = backend("auto", device).name
+    if name == chosen:
+        return "used: the fastest that runs here"
+    try:
+        backend(name, device)
+    except InvalidRequest as error:
+        return f"not used: {error.limit}"
+    if name == "flash":
+        return f"not used unless asked for, or where a calibration says that it answers sooner than {chosen}"
+    return f"not used unless asked for: {chosen} is faster here"
 
 
 def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:

@@ -65,10 +65,10 @@ class Served:
 @contextmanager
 def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
     """A server in a thread of its own; in the end nothing is left of its requests."""
-    drain = options.pop("drain_timeout", 10.0)
+    drain, port = options.pop("drain_timeout", 10.0), options.pop("port", 0)
     served = AsyncEngine(engine)
     app = create_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
-    server = Server(app, Binding(port=0, drain_timeout=drain))
+    server = Server(app, Binding(port=port, drain_timeout=drain))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,6 +1,9 @@
 """The benchmarks of tree and planner run to their end at toy size. Nothing here looks at a clock."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import families
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import texts
 import torch
 from scripted_model import tokenizer
+from served import over_socket
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import (
@@ -18,18 +22,21 @@ from bench import (
     engine,
     explain,
     gpu,
+    http,
     loads,
     model,
     peers,
     plan,
     plots,
     simulate,
+    soak,
     step,
     thoughts,
     tree,
 )
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
+from radixgen import Engine, Limits
 from radixgen.scheduler import planner
 
 
@@ -69,6 +76,49 @@ def test_tree_on_a_file(capsys, tmp_path) -> None:
     figures = last_line(capsys)
     assert figures["prompt_tokens"] == 3000
     assert figures["unlimited_hit_percent"] == pytest.approx(100 * (1000 + 512) / 3000, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer and a chat template."""
+    path = tmp_path_factory.mktemp("spoken")
+    families.build("llama").save_pretrained(path)
+    texts.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def in_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of benchmarks are threads of this process, which begin at once."""
+
+    @contextmanager
+    def server(path: Path, port: int, *options: str, core: int | None = None) -> Iterator[str]:
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        seats, queue = int(given.get("--max-num-seqs", 64)), int(given.get("--max-queue", 64))
+        built = Engine(path, kv_tokens=int(given["--kv-tokens"]), limits=Limits(max_num_seqs=seats))
+        with over_socket(built, port=port, max_open=seats + queue) as served:
+            yield served.url
+
+    for module in (http, soak):
+        monkeypatch.setattr(module, "server", server)
+
+
+@pytest.mark.usefixtures("in_thread")
+def test_http(capsys, spoken) -> None:
+    options = ["--streams", "2", "--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "1"]
+    assert http.main(options, spoken) == 0
+    figures = last_line(capsys)
+    assert figures["events_2"] == 1 and figures["ratio_2"] > 0 and len(figures["ttft_ms_2_http"]) == 2
+
+
+@pytest.mark.usefixtures("in_thread")
+def test_soak(capsys, spoken) -> None:
+    """Held against what time has no part in."""
+    options = ["--seconds", "2", "--warm-up", "0.3", "--max-tokens", "6", "--kv-tokens", "512"]
+    assert soak.main(options, spoken) == 0
+    figures = last_line(capsys)
+    assert figures["faults"] == figures["left"] == 0
+    assert figures["statuses"]["200"] and figures["asked"]["whole"] and not set(figures["missed"]) & {"faults", "left"}
 
 
 def test_beam_search(capsys, tmp_path) -> None:

@@ -143,7 +143,39 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
 
 def test_doctor() -> None:
     result = call("doctor")
-    assert result.exit_code == 0 and all(name in result.output for name in ("torch", "flash-attn", "cache"))
+    assert result.exit_code == 0 and all(name in result.output for name in ("torch", "flash-attn", "cache", "fastapi"))
+    told = " ".join(result.output.replace("│", " ").split())
+    assert "attention: torch used: the fastest" in told or "attention: triton used: the fastest" in told
+    assert "attention: flash not used" in told
+
+
+def test_serve_refuses_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RADIXGEN_API_KEY", raising=False)
+    absent = tmp_path / "absent"
+    for arguments, says in (
+        (["--host", "0.0.0.0"], "others reach it, so there must be an API key: --api-key"),
+        (["--metrics-compat", "x"], "must be one of vllm"),
+        (["--port", "70000"], "65535"),
+        (["--api-key", "a b "], "printable ASCII"),
+        (["--max-queue", "-2000"], "max_open"),
+    ):
+        result = call("serve", absent, *arguments)
+        assert result.exit_code == 1 and says in result.stderr and result.stderr.count("\n") == 1
+    result = call("serve", absent, "--host", "0.0.0.0", "--api-key", "k")
+    assert result.exit_code == 1 and "ModelNotFound" in result.stderr
+    monkeypatch.setenv("RADIXGEN_API_KEY", "one, two")
+    assert "ModelNotFound" in call("serve", absent, "--host", "0.0.0.0").stderr
+
+
+def test_serve_knows_near_names_of_its_options() -> None:
+    result = call("serve", "--max-model-length", 5)
+    assert result.exit_code == 2 and "--max-model-len" in result.stderr
+
+
+def test_serve_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radixgen.cli.find_spec", lambda name: None if name == "uvicorn" else name)
+    result = call("serve", "absent")
+    assert result.exit_code == 1 and "uvicorn not installed: pip install 'radixgen[serve]'" in result.stderr
 
 
 def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
