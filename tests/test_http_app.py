@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import families
@@ -17,7 +18,7 @@ from radixgen import AsyncEngine, Engine, InvalidRequest, SamplingParams
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys, access_of, is_loopback
 from radixgen.serve.http.body import decode
-from radixgen.serve.http.protocol import ChatRequest, CompletionRequest
+from radixgen.serve.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from radixgen.serve.http.server import Binding
 
 GREEDY = {"temperature": 0, "max_tokens": 4}
@@ -764,9 +765,25 @@ def test_a_bug_of_ours_tells_nothing(caplog: pytest.LogCaptureFixture, monkeypat
         monkeypatch.setattr("radixgen.serve.http.completions._prepare", broken)
         answer = await post(client, "/v1/completions", {"prompt": "a"}, **{"x-request-id": "mine"})
         assert answer.status_code == 500 and "secret" not in answer.text
+        assert answer.headers["x-request-id"] == "mine" and answer.json()["error"]["type"] == "server_error"
         assert "request mine failed" in caplog.text and "secret" in caplog.text
 
     in_process(test, tiny())
+
+
+def test_the_page_names_every_field_and_metric() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "http.md").read_text(encoding="utf-8")
+    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+        for name in kind.__struct_fields__:
+            assert f"`{name}`" in page or f"`{name}." in page, name
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        text = (await client.get("/metrics")).text
+        for family in text_string_to_metric_families(text):
+            name = family.name.removeprefix("radixgen:").removeprefix("vllm:")
+            assert name.startswith("process_") or f"`{name}`" in page or f"`{name}_total`" in page, name
+
+    in_process(test, tiny(), metrics_compat="vllm")
 
 
 def test_options_are_checked() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
@@ -111,16 +111,16 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *routers: A
         app.include_router(router, dependencies=[gate.operator])
     describe(app)
     handlers = ErrorHandlers(context.admission.retry_after)
-    for kind in (RadixgenError, HTTPException, Exception):
+    for kind in (RadixgenError, HTTPException):
         app.add_exception_handler(kind, handlers.handle)
-    app.add_middleware(_OwnSite, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
     app.add_middleware(AccessLog, metrics=metrics)
     app.state.context, app.state.health = context, health
     return app
 
 
-class _OwnSite:
-    """Refuses what pages of other sites ask for."""
+class _Boundary:
+    """Refuses what pages of other sites ask for; what no route foresaw ends the one request that it belongs to."""
 
     def __init__(self, app: ASGIApp, *, keys_needed: bool, handlers: ErrorHandlers) -> None:
         self._app = app
@@ -131,11 +131,18 @@ class _OwnSite:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive)
+        request, begun = Request(scope, receive), False
+
+        async def told(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
             check_site(request, keys_needed=self._keys_needed)
-        except RadixgenError as error:
+            await self._app(scope, receive, told)
+        except Exception as error:
+            if begun:
+                raise
             refusal = await self._handlers.handle(request, error)
             await refusal(scope, receive, send)
-            return
-        await self._app(scope, receive, send)

@@ -196,7 +196,8 @@ class _Answer:
             told = [self._chunk(one) for one in output.outputs]
             if told := [one for one in told if one is not None]:
                 yield event(chunk(choices=told))
-        self._end_turn()
+        if self._turn is not None:
+            await asyncio.to_thread(self._end_turn, self._turn)
         if self._body.counts_usage:
             yield event(chunk(choices=[], usage=self._generation.usage()))
 
@@ -206,7 +207,8 @@ class _Answer:
                 self._choices[one.index].push(one)
                 if found := self._logprobs(one):
                     self._choices[one.index].logprobs += found.content
-        self._end_turn()
+        if self._turn is not None:
+            await asyncio.to_thread(self._end_turn, self._turn)
         return ChatResponse(
             **self._head,
             choices=[self._whole_choice(index, one) for index, one in enumerate(self._choices)],
@@ -250,11 +252,10 @@ class _Answer:
     def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
         return self._generation.asked.prompts[0].tolist() if self._body.return_token_ids else UNSET
 
-    def _end_turn(self) -> None:
+    def _end_turn(self, turn: Turn) -> None:
         """The session keeps the answer."""
-        (output,) = [self._choices[0].output] if self._turn else [None]
-        if self._turn is None or output is None:
-            return
-        told: Message = template_message(msgspec.to_builtins(self._choices[0].message()))
-        include = self._generation.asked.params.include_stop_str_in_output
-        self._context.sessions.end(self._turn, output, told, include_stop=include)
+        (choice,) = self._choices
+        if choice.output is not None:
+            told: Message = template_message(msgspec.to_builtins(choice.message()))
+            include = self._generation.asked.params.include_stop_str_in_output
+            self._context.sessions.end(turn, choice.output, told, include_stop=include)

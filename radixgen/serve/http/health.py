@@ -58,7 +58,7 @@ class Health:
             await asyncio.sleep(_WATCH_SECONDS)
 
     async def _warm_up(self) -> None:
-        """One short request: what is compiled, captured or fetched at first is there afterwards."""
+        """One short request, of which nothing stays: what is compiled or captured at first is there afterwards."""
         tokens = self._engine.inputs.tokenize([0])
         outputs = await self._engine.open(tokens, _WARM_UP, priority=0, namespace="warm-up", timeout=None)
         try:
@@ -66,3 +66,4 @@ class Health:
                 pass
         finally:
             await outputs.aclose()
+        await self._engine.reset_prefix_cache()

@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from radixgen.chat_history import ChatHistory, Draft
@@ -44,13 +45,14 @@ class Turn:
 
 
 class Sessions:
-    """At most `Limits.max_sessions` of them; one that was not used for an hour is forgotten. Used by several threads:
-    a turn works on copies, and which of two at the same time ends last is kept.
+    """At most `Limits.max_sessions` of them; one that was not used for an hour is forgotten. May be used by several
+    threads: a turn works on copies, and which of two at the same time ends last is kept.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._most = limits.max_sessions
         self._sessions: OrderedDict[Key, _Session] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -78,10 +80,11 @@ class Sessions:
         session.told[len(turn.draft.messages)] = told
         session.history.answer(turn.draft, output, include_stop=include_stop)
         session.used = now
-        self._sessions[turn.key] = session
-        self._sessions.move_to_end(turn.key)
-        while len(self._sessions) > self._most or next(iter(self._sessions.values())).used < now - _KEEP_SECONDS:
-            self._sessions.popitem(last=False)
+        with self._lock:
+            self._sessions[turn.key] = session
+            self._sessions.move_to_end(turn.key)
+            while len(self._sessions) > self._most or next(iter(self._sessions.values())).used < now - _KEEP_SECONDS:
+                self._sessions.popitem(last=False)
 
 
 def _same_template(one: ChatTemplate, other: ChatTemplate) -> bool:
