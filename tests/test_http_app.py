@@ -434,18 +434,43 @@ def test_beyond_what_is_open_is_refused_before_the_body_is_read() -> None:
         admission = served.app.state.context.admission
         answer = await post(client, "/v1/completions", {"prompt": "a", "n": 5})
         assert answer.status_code == 400 and "4 sequences" in answer.json()["error"]["message"]
-        admission.enter(4)
+        admission.take(4)
         answer = await client.post("/v1/completions", content=b"not read")
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "overloaded"
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         admission.leave(4, 7.5)
-        admission.enter(3)
+        admission.take(3)
         answer = await post(client, "/v1/completions", {"prompt": "a", "n": 2})
         assert answer.status_code == 429 and answer.headers["retry-after"] == "8"
         assert (await complete(client, prompt="a"))["choices"]
         admission.leave(3, 0.0)
 
     in_process(test, tiny(), max_open=4)
+
+
+def test_bodies_that_do_not_come_take_places() -> None:
+    """Whoever is still being read counts: a body has up to 32 MiB."""
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        begun, let_go = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> Any:
+            begun.set()
+            yield b"{"
+            await let_go.wait()
+            yield b"}"
+
+        kind = {"content-type": "application/json"}
+        first = asyncio.create_task(client.post("/v1/completions", content=slow(), headers=kind))
+        await begun.wait()
+        while not served.app.state.context.admission.open:
+            await asyncio.sleep(0)
+        assert (await post(client, "/v1/completions", {"prompt": "a"})).status_code == 429
+        let_go.set()
+        assert (await first).status_code == 400
+        assert (await complete(client, prompt="a"))["choices"]
+
+    in_process(test, tiny(), max_open=1)
 
 
 def test_the_engines_own_queue_is_full() -> None:

@@ -56,13 +56,13 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
     async def chat(request: Request) -> Response:
         """Answer a chat."""
-        context.admission.check()
-        body = await read(request, ChatRequest, context.limits)
-        context.check_model(body.model)
-        chat = await asyncio.to_thread(_prepare, context, request.state.caller, body)
-        generation = await Generation.start(context, chat.asked)
+        with context.admission.enter() as place:
+            body = await read(request, ChatRequest, context.limits)
+            context.check_model(body.model)
+            chat = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+            generation = await Generation.start(context, chat.asked, place)
         answer = _Answer(context, body, generation, chat.turn)
-        if body.streams:
+        if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
         async with generation:
             return json_response(await while_connected(request.receive, answer.whole()))
@@ -116,7 +116,7 @@ def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
 
 
 def _check_served(body: ChatRequest) -> None:
-    _ = body.streams
+    body.check_stream()
     reader_of(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "is for logprobs=true")

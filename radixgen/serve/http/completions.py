@@ -40,13 +40,13 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         """Continue texts."""
-        context.admission.check()
-        body = await read(request, CompletionRequest, context.limits)
-        context.check_model(body.model)
-        asked = await asyncio.to_thread(_prepare, context, request.state.caller, body)
-        generation = await Generation.start(context, asked)
+        with context.admission.enter() as place:
+            body = await read(request, CompletionRequest, context.limits)
+            context.check_model(body.model)
+            asked = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+            generation = await Generation.start(context, asked, place)
         answer = _Answer(context, body, generation)
-        if body.streams:
+        if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
         async with generation:
             return json_response(await while_connected(request.receive, answer.whole()))
@@ -68,7 +68,7 @@ def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> Asked
 
 
 def _check_served(body: CompletionRequest) -> None:
-    _ = body.streams
+    body.check_stream()
     if body.echo:
         raise InvalidRequest("echo", body.echo, "is not served")
     if body.suffix:

@@ -1,6 +1,7 @@
 """An accepted HTTP request: its prompts' outputs as they come, counted, timed, and aborted when it is left."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Self
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, GrammarFailed, RequestOutput, SamplingParams
+from radixgen.serve.http.admission import Place
 from radixgen.serve.http.backend import Outputs
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import Refused, failed
@@ -30,11 +32,9 @@ class Generation:
     """Yields `(prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
 
     @classmethod
-    async def start(cls, context: Context, asked: Asked) -> "Generation":
-        """Queue all prompts, or none. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
-        begin = asyncio.get_running_loop().time()
-        count = len(asked.prompts) * asked.params.n
-        context.admission.enter(count)
+    async def start(cls, context: Context, asked: Asked, place: Place) -> "Generation":
+        """Queue all prompts, or none; then it keeps the place. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
+        place.keep(len(asked.prompts) * asked.params.n)
         opened: list[Outputs] = []
         try:
             for prompt in asked.prompts:
@@ -49,25 +49,21 @@ class Generation:
         except BaseException:
             for one in opened:
                 await one.aclose()
-            context.admission.leave(count, asyncio.get_running_loop().time() - begin)
             raise
-        return cls(context, asked, opened, begin)
+        return cls(asked, opened, place, [Meter(context.metrics, place.begin) for _ in opened])
 
-    def __init__(self, context: Context, asked: Asked, opened: Sequence[Outputs], begin: float) -> None:
+    def __init__(self, asked: Asked, opened: Sequence[Outputs], place: Place, meters: Sequence[Meter]) -> None:
         self.asked = asked
         self.cached_tokens = [0] * len(opened)
-        self._context = context
         self._opened = opened
-        self._begin = begin
-        self._loop = asyncio.get_running_loop()
-        self._meters = [Meter(context.metrics, begin) for _ in opened]
-        self._left = False
+        self._place = place
+        self._meters = meters
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Raises `Refused` where a sequence fails, `EngineClosed` where the engine does."""
         async with aclosing(_merge(self._opened)) as merged:
             async for prompt, output in merged:
-                self._meters[prompt].see(output, self._loop.time())
+                self._meters[prompt].see(output, time.monotonic())
                 self.cached_tokens[prompt] = output.num_cached_tokens
                 for one in output.outputs:
                     if one.finish_reason == "error":
@@ -87,10 +83,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what has not ended. May be called twice."""
-        if self._left:
-            return
-        self._left = True
-        self._context.admission.leave(len(self._opened) * self.asked.params.n, self._loop.time() - self._begin)
+        self._place.leave()
         for one in self._opened:
             await one.aclose()
 

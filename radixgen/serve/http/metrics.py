@@ -171,7 +171,7 @@ def _usage(stats: Stats) -> float:
 
 
 class Meter:
-    """Times one prompt's outputs, by the event loop's clock."""
+    """Times one prompt's outputs, from `begin`, on the monotonic clock."""
 
     def __init__(self, metrics: Metrics, begin: float) -> None:
         self.begin = begin

@@ -111,12 +111,10 @@ class Sampled(Ignored, kw_only=True):
     cache_salt: str | None = None
     return_token_ids: bool | None = None
 
-    @property
-    def streams(self) -> bool:
+    def check_stream(self) -> None:
         """Raises `InvalidRequest` for options of a stream that is none."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options", "…", "is for stream=true")
-        return bool(self.stream)
 
     @property
     def counts_usage(self) -> bool:
