@@ -181,7 +181,8 @@ class FrontEnd:
                 self._poll()
         except Exception as error:
             logger.critical("the front end failed; every open request ends", exc_info=error)
-            self._end = EngineDead(f"the front end failed: {error!r}")
+            with self._lock:
+                self._end = EngineDead(f"the front end failed: {error!r}")
         with self._closing:
             self._run_jobs()
             for engine in list(self.engines.values()):

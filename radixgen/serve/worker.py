@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -104,6 +105,10 @@ class Worker:
                 os.eventfd_write(self._wake_fd, 1)
 
     @property
+    def draining(self) -> bool:
+        return self._signals > 0
+
+    @property
     def healthy(self) -> bool:
         """False once the engine failed, and while it has work and has finished no step for too long."""
         return self._stepper.failure is None and not self._stepper.stalled(self._timeouts[1])
@@ -121,6 +126,7 @@ class Worker:
             stack.callback(self._stop)
             for session in self._sessions:
                 session.dial()
+                logger.info("worker %d dials %s", self.engine_index, session.address)
             return self._serve()
 
     def open_link(self, link: Link) -> None:
@@ -148,6 +154,7 @@ class Worker:
                 logger.warning("stopped at once")
                 return False
             if self._signals and deadline is None:
+                logger.info("draining for %g seconds at the most", drain_timeout)
                 deadline = now + drain_timeout
                 self._stepper.post(self._begin_drain)
             elif deadline is not None and self._drained(now, deadline):
@@ -366,6 +373,7 @@ class _Session:
             self._hang_up(now)
         else:
             self._worker.counters.handshakes += 1
+            logger.info("%s: linked", self.address)
             socket.socket.send(wire.encode(wire.Status("READY")), zmq.DONTWAIT)
             socket.close(LINGER_SECONDS)
             self._socket = None
@@ -411,3 +419,16 @@ class _Session:
 
 def _service(engine: Engine, stepper: Stepper) -> Service:
     return Service(engine, secrets.token_bytes(32), compile_grammar=stepper.compile_grammar)
+
+
+def run_until_signalled(worker: Worker) -> bool:
+    """As `Worker.run`, from the main thread: SIGTERM and SIGINT drain, and the second of them ends the process."""
+
+    def stop(*_: object) -> None:
+        if worker.draining:
+            os._exit(1)
+        worker.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return worker.run()
