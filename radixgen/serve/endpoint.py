@@ -148,25 +148,25 @@ def open_socket(
 
 
 class Watched:
-    """A socket, and since when it has had no connection."""
+    """A socket with one connection, whose end is the end: what was under way then may be lost."""
 
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
         self.socket = socket
         self.monitor = socket.get_monitor_socket(_EVENTS)
         self.connected = False
-        self.due = time.monotonic() + PATIENCE_SECONDS
-        """Since when there has been no connection where there should be one."""
+        self._broken = False
+        self._due = time.monotonic() + PATIENCE_SECONDS
 
     def watch(self) -> None:
         """Take note of what has happened to the connection."""
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)["event"]
+            self._broken = self._broken or (self.connected and event == zmq.EVENT_DISCONNECTED)
             self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self.due = time.monotonic()
 
-    def down_for(self, now: float) -> float:
-        """Seconds without a connection."""
-        return 0.0 if self.connected else now - self.due
+    def lost(self, now: float) -> bool:
+        """Whether the connection has ended, or has never come."""
+        return self._broken or (not self.connected and now > self._due)
 
     def close(self, linger: float = 0.0) -> None:
         self.socket.disable_monitor()

@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_MS, _RETRY_MS = 100, 5
 _BURST = 256
-DEAD_SECONDS = 0.5
-"""How long a worker may be without a connection before its requests are given up."""
 
 
 class Inbox(Protocol):
@@ -96,6 +94,8 @@ class FrontEnd:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._serial = 0
         self._outputs = 0
+        self._standby: set[bytes] = set()
+        """Names under which another worker has said HELLO"""
         self._lock = threading.Lock()
         self._end: RadixgenError | None = None
         self._thread = threading.Thread(target=self._run, name="radixgen-front", daemon=True)
@@ -223,7 +223,7 @@ class FrontEnd:
         if engine.output.monitor in happened:
             engine.output.watch()
         self._flush(engine)
-        if engine.output.down_for(now) > DEAD_SECONDS:
+        if engine.output.lost(now):
             self._give_up(engine, EngineDead(f"worker {engine.index} is gone"))
 
     def _run_jobs(self) -> None:
@@ -243,12 +243,15 @@ class FrontEnd:
                 self._drop(identity, error)
 
     def _greet(self, identity: bytes, frame: bytes) -> None:
-        """HELLO and READY. A HELLO from the name of a worker that is there is not answered."""
-        if wire.decode(frame, wire.Status).status == "READY" or len(identity) != 2:
-            return
+        """HELLO and READY. A HELLO in the name of a worker that is there is answered when that one is gone."""
+        if len(identity) == 2 and wire.decode(frame, wire.Status).status == "HELLO":
+            self._welcome(identity)
+
+    def _welcome(self, identity: bytes) -> None:
         known = self.engines.get(identity)
         if known is not None and known.output.connected:
-            logger.error("a second worker of index %d is not taken: give it an --engine-index of its own", known.index)
+            logger.warning("another worker of index %d waits for the end of the first", known.index)
+            self._standby.add(identity)
             return
         if known is not None:
             self._give_up(known, EngineDead(f"worker {known.index} began anew"))
@@ -321,6 +324,9 @@ class FrontEnd:
         engine.output.close()
         with self.changed:
             self.changed.notify_all()
+        if engine.identity in self._standby and self._end is None:
+            self._standby.discard(engine.identity)
+            self._welcome(engine.identity)
 
     def _drop(self, identity: bytes, error: Exception) -> None:
         if not self.dropped:

@@ -75,9 +75,9 @@ class Link:
         """Bytes that could not be sent yet."""
         return self._outbox_bytes
 
-    def down_for(self, now: float) -> float:
-        """Seconds without one of the connections."""
-        return max(self.input.down_for(now), self.output.down_for(now))
+    def lost(self, now: float) -> bool:
+        """Whether the front end is gone."""
+        return self.input.lost(now) or self.output.lost(now)
 
     def watch(self) -> None:
         self.input.watch()

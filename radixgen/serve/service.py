@@ -91,7 +91,10 @@ class Service:
         """Queue a request. One that can't be served ends at once, with `error`, which says why."""
         name = request.request_id
         if name in peer.tickets:
-            logger.warning("%s: a request under the id of a live one is dropped", peer.name)
+            if not peer.counters.duplicates:
+                logger.warning(
+                    "%s: dropped a request under the id of a live one, and will not mention others", peer.name
+                )
             peer.counters.duplicates += 1
             return
         if self.draining:

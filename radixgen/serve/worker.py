@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from math import inf
 
 import zmq
 
@@ -57,7 +58,6 @@ class Worker:
         insecure_tcp: bool = False,
         drain_timeout: float = 30.0,
         stall_timeout: float = 60.0,
-        front_timeout: float = 3.0,
     ) -> None:
         """
         handshakes: one address for each front end, ipc in a folder of this user's alone, or TCP on loopback; other TCP
@@ -65,7 +65,6 @@ class Worker:
         engine_index: the worker's name on the wire, of its own among all workers of a front end.
         drain_timeout: seconds that requests have to end in once `drain` is called.
         stall_timeout: seconds without a finished step, where there is work, after which the worker is unhealthy.
-        front_timeout: seconds after which a front end that is gone has its requests aborted.
 
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """
@@ -81,7 +80,7 @@ class Worker:
         self.curve = curve
         self.insecure_tcp = insecure_tcp
         self.context: Context = zmq.Context()
-        self._timeouts = drain_timeout, stall_timeout, front_timeout
+        self._timeouts = drain_timeout, stall_timeout
         self._signals = 0
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stalled = False
@@ -142,13 +141,13 @@ class Worker:
         return self.counters.peers.setdefault(name, PeerCounters())
 
     def _serve(self) -> bool:
-        drain_timeout, _, front_timeout = self._timeouts
+        drain_timeout, _ = self._timeouts
         deadline: float | None = None
         while self._stepper.failure is None:
             self._poll()
             now = time.monotonic()
             for session in self._sessions:
-                session.attend(now, front_timeout)
+                session.attend(now)
             self._check_health()
             if self._signals > 1:
                 logger.warning("stopped at once")
@@ -340,10 +339,10 @@ class _Session:
         socket.connect(self.address)
         socket.send(wire.encode(wire.Status("HELLO", local=True, headless=True)), zmq.DONTWAIT)
 
-    def attend(self, now: float, front_timeout: float) -> None:
+    def attend(self, now: float) -> None:
         """Go on with the handshake, or see whether the front end is still there."""
         if self._links:
-            if max(link.down_for(now) for link in self._links) > front_timeout:
+            if any(link.lost(now) for link in self._links):
                 self._lose(now)
         elif self._socket is None:
             if now >= self._redial_at:
@@ -357,12 +356,11 @@ class _Session:
             self._socket = None
 
     def _shake(self, socket: Watched, now: float) -> None:
-        was = socket.connected
         socket.watch()
         try:
             frames = socket.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
-            if was and not socket.connected:  # it was told HELLO, and went away
+            if socket.lost(-inf):  # it was told HELLO, and went away
                 self._hang_up(now)
             return
         try:
