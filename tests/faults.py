@@ -187,7 +187,7 @@ def duplicate_ids(rng: random.Random) -> None:
             assert front.tokens["bystander-0"][:200] == greedy([1, 1], 200)
             counters = served.worker.counters.peers[front.address + "#0"]
             assert counters.duplicates + counters.accepted == 101 and counters.malformed == 1
-            assert len(front.ends["bystander-0"]) == counters.accepted + counters.refused
+            assert len(front.ends["bystander-0"]) == counters.accepted + counters.unread
 
 
 def past_limits(rng: random.Random) -> None:

@@ -101,4 +101,4 @@ def serving(fronts: int = 1, *, model: Any = None, ends: bool = True, **options:
             worker.drain()
             assert served.join()
             for counters in worker.counters.peers.values():
-                counters.check(0)
+                counters.check(0, settled=True)

@@ -21,11 +21,14 @@ class PeerCounters:
     duplicates: int = 0
     """Requests under the id of a live one; dropped."""
     refused: int = 0
-    """Requests that ended with `error` before they began, unreadable ones among them."""
+    """Requests that ended with `error` before they began."""
+    unread: int = 0
+    """Requests of which no more than the id could be read, and that ended with `error` likewise."""
     turned_away: int = 0
     """Requests that came while the worker drained, and ended with `abort`."""
     accepted: int = 0
-    """Requests and forks that the engine took."""
+    """Requests that the engine took, forks among them."""
+    forks: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     """Accepted requests by how they ended."""
     overflows: int = 0
@@ -40,9 +43,12 @@ class PeerCounters:
     def dropped(self) -> int:
         return self.malformed + self.unknown
 
-    def check(self, live: int) -> None:
-        """Assert that they add up, where `live` of its requests have not ended and no message is under way."""
-        assert self.received == self.adds + self.aborts + self.calls + self.ignored + self.dropped, self
+    def check(self, live: int, *, settled: bool = False) -> None:
+        """Assert that they add up, where `live` of its requests have not ended. `settled`: no message is under way."""
+        read = self.adds + self.aborts + self.calls + self.ignored + self.dropped
+        done = self.accepted - self.forks + self.refused + self.turned_away + self.duplicates
+        assert read <= self.received and done <= self.adds, self
+        assert not settled or (read == self.received and done == self.adds), self
         assert self.accepted == sum(self.finished.values()) + live, (self, live)
 
 

@@ -84,6 +84,8 @@ class Service:
         self._scorings: dict[str, _Scoring] = {}
         self._messages: deque[tuple[Peer, Message]] = deque()
         self._serial = 0
+        self._started = 0
+        self._reported = 0, 0, 0
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -158,12 +160,13 @@ class Service:
     def refuse(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request that never began."""
         peer.counters.refused += 1
-        self._tell(peer, wire.Output(name, [], finish_reason=_FINISH["error"], stop_reason=_said(error)))
+        self._tell(peer, _refusal(name, error))
 
     def refuse_unread(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request of which only the name could be read; not where that is a live one's."""
         if name not in peer.tickets:
-            self.refuse(peer, name[: self.engine.limits.max_request_id_len], error)
+            peer.counters.unread += 1
+            self._tell(peer, _refusal(name, error))
 
     def fork(self, peer: Peer, name: str, names: list[str]) -> None:
         """As `Engine.fork`; the forks' names are the peer's. Raises what that raises, and `InvalidRequest`."""
@@ -175,6 +178,7 @@ class Service:
             if one in peer.tickets or names.count(one) > 1:
                 raise InvalidRequest("names", one, "is taken")
         for one, fork in zip(names, self.engine.fork(ticket.id, len(names)), strict=True):
+            peer.counters.forks += 1
             self._open(Ticket(peer, one, fork, ticket.params, ticket.eos_token_id))
 
     def abort(self, peer: Peer, names: Iterable[str], stop_reason: str | None = None) -> None:
@@ -292,9 +296,13 @@ class Service:
         return messages
 
     def load(self) -> wire.Load:
+        """Of this moment; what was found in the cache, since this was last asked for."""
         stats = self.engine.stats()
         used = (stats.kv_tokens_used + stats.kv_tokens_reserved) / max(stats.kv_tokens_total, 1)
-        return wire.Load(stats.num_running, stats.num_waiting, used)
+        admitted = self._started, stats.prompt_tokens, stats.cached_prompt_tokens
+        requests, queries, hits = (now - then for now, then in zip(admitted, self._reported, strict=True))
+        self._reported = admitted
+        return wire.Load(stats.num_running, stats.num_waiting, used, wire.PrefixCacheStats(requests, queries, hits))
 
     def ready(self) -> wire.Ready:
         """What a front end is told of the engine."""
@@ -373,6 +381,7 @@ class Service:
             told.new_prompt_logprobs = wire.pack_logprobs(found, ticket.params.prompt_logprobs or 0)
         if not ticket.started:
             ticket.started = True
+            self._started += 1
             prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
             told.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
         if output.finished:
@@ -418,6 +427,10 @@ def _as_array(tokens: list[int], most: int) -> TokenArray:
         return np.array(tokens, np.int64)
     except OverflowError:
         raise InvalidRequest("prompt_token_ids", "…", "holds an integer of more than 64 bits") from None
+
+
+def _refusal(name: str, error: Exception) -> wire.Output:
+    return wire.Output(name, [], finish_reason=_FINISH["error"], stop_reason=_said(error))
 
 
 def _said(error: Exception) -> str:

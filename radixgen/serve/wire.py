@@ -206,7 +206,7 @@ class PrefillStats(Struct):
     num_external_cached_tokens: int = 0
 
 
-class Output(Struct, array_like=True, omit_defaults=True, gc=False):
+class Output(Struct, array_like=True, gc=False):
     """What is new of one request, by position."""
 
     request_id: str
@@ -227,18 +227,40 @@ class Output(Struct, array_like=True, omit_defaults=True, gc=False):
         return self.finish_reason is not None
 
 
+class PrefixCacheStats(Struct):
+    """Of the requests that were admitted since the last report: their prompt tokens, and those that were cached."""
+
+    requests: int = 0
+    queries: int = 0
+    hits: int = 0
+    reset: bool = False
+    preempted_requests: int = 0
+    preempted_queries: int = 0
+    preempted_hits: int = 0
+
+
 class Load(Struct):
-    """What the wire calls scheduler statistics: gauges of this moment."""
+    """What the wire calls scheduler statistics: gauges of this moment. SMG drops a message that lacks one of these."""
 
     num_running_reqs: int
     num_waiting_reqs: int
     kv_cache_usage: float
     """From 0 to 1"""
+    prefix_cache_stats: PrefixCacheStats
+    num_skipped_waiting_reqs: int = 0
     step_counter: int = 0
     current_wave: int = 0
+    connector_prefix_cache_stats: None = None
+    kv_cache_eviction_events: list[None] = []
+    spec_decoding_stats: None = None
+    kv_connector_stats: None = None
+    waiting_lora_adapters: dict[str, int] = {}
+    running_lora_adapters: dict[str, int] = {}
+    cudagraph_stats: None = None
+    perf_stats: None = None
 
 
-class Reply(Struct, array_like=True, omit_defaults=True):
+class Reply(Struct, array_like=True):
     """The answer to a `Call`: `result` is `(None, value)` unless it failed."""
 
     call_id: int
@@ -246,7 +268,7 @@ class Reply(Struct, array_like=True, omit_defaults=True):
     result: tuple[None, Any] | None = None
 
 
-class Outputs(Struct, array_like=True, omit_defaults=True):
+class Outputs(Struct, array_like=True):
     """A message of an engine, by position: outputs of one step, or one reply."""
 
     engine_index: int = 0
