@@ -83,7 +83,7 @@ def test_salts_part_what_is_cached() -> None:
             front.ended(name)
             cached.append(front.outputs_of[name][0][11]["num_cached_tokens"])
             assert front.tokens[name] == greedy([1, 2, 3, 4, 5])
-        assert cached == [0, 4, 0, 0, 4, 4]
+        assert cached == [0, 5, 0, 0, 5, 5]
         spaces = served.inside(lambda: {root.namespace for root in served.worker._stepper.service.engine.tree.roots()})
         assert len(spaces) == 3 and not any("x" in space for space in spaces)
 
@@ -103,7 +103,7 @@ def test_utilities() -> None:
         assert other.call("unpin", pin) is False, "another front end's pin"
         assert front.call("reset_prefix_cache", False, False) is True
         assert front.call("stats")["engine"]["kv_tokens_pinned"] == 3
-        assert [node[2] for node in front.call("tree", 2)] == [0, 3] and front.call("unpin", pin) is True
+        assert front.call("tree", 2) == [[-1, [], 0, 0, 0], [0, [1, 2], 2, 2, 0]] and front.call("unpin", pin) is True
         assert front.call("is_healthy") is True and "rows" in front.call("explain")
         assert front.call("counters")["peers"][front.address + "#0"]["forks"] == 2
         for method, arguments, said in (

@@ -180,10 +180,10 @@ def ready(watched: Sequence[Interest], milliseconds: int) -> set[object]:
 
 
 def _split(address: str) -> SplitResult:
-    parts = urlsplit(address) if isinstance(address, str) else SplitResult("", "", "", "", "")
-    path = address.removeprefix("ipc://")
-    if (parts.scheme == "ipc" and path.startswith("/")) or (parts.scheme == "tcp" and parts.hostname):
-        return parts
+    if isinstance(address, str):
+        parts = urlsplit(address)
+        if address.startswith("ipc:///") or (parts.scheme == "tcp" and parts.hostname):
+            return parts
     raise InvalidRequest("address", address, "must be ipc:///PATH or tcp://HOST:PORT")
 
 

@@ -113,18 +113,14 @@ class FrontEnd:
         found = [one for one in self.live() if index is None or one.index == index]
         if not found:
             raise EngineDead("no worker is there" if index is None else f"worker {index} is not there")
-        return min(found, key=lambda one: len(one.requests) + len(one.unsent))
+        return min(found, key=lambda one: len(one.requests))
 
     def add(self, engine: Engine, request: wire.Add, inbox: Inbox) -> None:
         """Send a request; what is told of it goes to `inbox`. Raises `QueueFull` where the worker takes no more."""
         payload = wire.encode(request)
         self._require_room(engine, payload)
-
-        def send() -> None:
-            engine.requests[request.request_id] = inbox
-            self._send(engine, [wire.ADD, payload])
-
-        self._post(engine, send, inbox)
+        engine.requests[request.request_id] = inbox  # at once, for `choose` to count it
+        self._post(engine, lambda: self._send(engine, [wire.ADD, payload]), inbox)
 
     def expect(self, engine: Engine, request_id: str, inbox: Inbox) -> None:
         """Have what is told of a request that was not added, a fork, go to `inbox`."""
