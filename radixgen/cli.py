@@ -261,17 +261,16 @@ def worker(
                 max_model_len=max_model_len,
                 max_step_tokens=max_step_tokens,
             )
-        with engine:
-            served = Worker(
-                engine,
-                addresses,
-                engine_index=engine_index,
-                curve=keys,
-                insecure_tcp=allow_insecure_tcp,
-                drain_timeout=drain_timeout,
-                stall_timeout=stall_timeout,
-            )
-            drained = run_until_signalled(served)
+        served = Worker(
+            engine,
+            addresses,
+            engine_index=engine_index,
+            curve=keys,
+            insecure_tcp=allow_insecure_tcp,
+            drain_timeout=drain_timeout,
+            stall_timeout=stall_timeout,
+        )
+        drained = run_until_signalled(served)
     raise typer.Exit(0 if drained else 1)
 
 

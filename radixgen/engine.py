@@ -459,6 +459,13 @@ class Engine:
         return self._model.name
 
     @property
+    def dtype(self) -> str:
+        """Of the weights; of the logits where the model is not transformers'."""
+        if not isinstance(self._model, ModelRunner):
+            return "float32"
+        return str(self._model.model.model.dtype).removeprefix("torch.")
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """The model's own end tokens."""
         return self._model.eos_token_ids

@@ -66,16 +66,10 @@ def process(folder: str, served: Callable[[str], None], requests: int) -> "Itera
 
 
 def _a_process_goes(how: int, rng: random.Random) -> None:
-    from radixgen.serve.worker import _Session
-
     with serving() as served, tempfile.TemporaryDirectory() as folder:
         (front,) = served.fronts
 
-        def dial(address: str) -> None:
-            served.worker._sessions.append(_Session(served.worker, address))
-            served.worker.wake()
-
-        with bystanders(served, front, rng), process(folder + "/front", dial, 8) as child:
+        with bystanders(served, front, rng), process(folder + "/front", served.worker.dial, 8) as child:
             child.send_signal(how)
             settled(served, live=6)
             lost = [peer for name, peer in served.worker.counters.peers.items() if folder in name]
@@ -122,13 +116,11 @@ def never_reads(rng: random.Random) -> None:
     all it finds one end for each, and is served again.
     """
     with serving(1, limits=Limits(max_outbox_bytes=20_000)) as served:
-        from radixgen.serve.worker import _Session
-
         (other,) = served.fronts
         with tempfile.TemporaryDirectory() as folder:
             front = FakeFront(Path(folder) / "front", high_water=1)
             try:
-                served.worker._sessions.append(_Session(served.worker, front.address))
+                served.worker.dial(front.address)
                 front.accept()
                 peer = next(p for name, p in served.worker.counters.peers.items() if folder in name)
                 with bystanders(served, other, rng):

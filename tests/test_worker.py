@@ -1,6 +1,7 @@
 """A worker before front ends: the wire in use, utilities, faults, health, the end."""
 
 import random
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -92,11 +93,13 @@ def test_utilities() -> None:
     with serving(2) as served:
         front, other = served.fronts
         assert front.call("get_supported_tasks") == ["generate"] and front.call("is_sleeping") is False
-        front.add("trunk", [1, 2, 3], max_tokens=300)
+        front.add("trunk", [1, 2, 3], max_tokens=LONG)
         front.until(lambda: len(front.tokens.get("trunk", ())) > 3)
         assert front.call("fork", "trunk", ["left", "right"]) is None
+        front.until(lambda: all(len(front.tokens.get(name, ())) > 60 for name in ("trunk", "left", "right")))
+        front.abort("trunk", "left", "right")
         front.ended("trunk", "left", "right")
-        assert front.tokens["trunk"] == front.tokens["left"] == front.tokens["right"] == greedy([1, 2, 3], 300)
+        assert all(tokens[:60] == greedy([1, 2, 3], 60) for tokens in front.tokens.values())
         (scores, more) = front.call("score", [1, 2], [[3, 4], [5]], None)
         assert len(scores) == 2 and len(more) == 1 and all(score < 0 for score in scores)
         pin = front.call("pin", [1, 2, 3], None, 0, 60.0)
@@ -123,25 +126,20 @@ def test_utilities() -> None:
 
 def test_each_process_of_a_front_end_hears_its_own() -> None:
     """Pins that the client index, which anyone can set, decides nothing."""
-    with serving(0 + 1) as served:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            front = FakeFront(Path(folder) / "two", processes=2)
-            from radixgen.serve.worker import _Session
-
-            served.worker._sessions.append(_Session(served.worker, front.address))
-            front.accept()
-            front.add("same", [1], process=0)
-            front.add("same", [2], process=1)
-            front.until(lambda: len(front.ends.get("same", ())) == 2)
-            first = served.worker.counters.peers
-            assert [peer.accepted for name, peer in first.items() if folder in name] == [1, 1]
-            front.close()
-            deadline = time.monotonic() + 30
-            while not all(peer.lost for name, peer in first.items() if folder in name):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+    with serving() as served, tempfile.TemporaryDirectory() as folder:
+        front = FakeFront(Path(folder) / "two", processes=2)
+        served.worker.dial(front.address)
+        front.accept()
+        front.add("same", [1], process=0)
+        front.add("same", [2], process=1)
+        front.until(lambda: len(front.ends.get("same", ())) == 2)
+        first = served.worker.counters.peers
+        assert [peer.accepted for name, peer in first.items() if folder in name] == [1, 1]
+        front.close()
+        deadline = time.monotonic() + 30
+        while not all(peer.lost for name, peer in first.items() if folder in name):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_structured_output_and_its_refusals() -> None:
@@ -264,11 +262,9 @@ def test_drain_twice_stops_at_once() -> None:
 
 
 def test_bad_handshakes_are_counted_and_tried_again(tmp_path: Path) -> None:
-    with serving(0 + 1) as served:
-        from radixgen.serve.worker import _Session
-
+    with serving() as served:
         front = FakeFront(tmp_path / "front")
-        served.worker._sessions.append(_Session(served.worker, front.address))
+        served.worker.dial(front.address)
         good = front.init
         try:
             for bad in (

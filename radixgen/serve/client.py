@@ -163,6 +163,7 @@ class _Face:
         self._workers = workers
         self._timeout = timeout
         self._tag = uuid4().hex[:12]
+        self._waited = False
 
     @property
     def address(self) -> str:
@@ -333,8 +334,6 @@ class Client(_Face):
             self.wait()
             self._waited = True
 
-    _waited = False
-
     def _call(self, engine: Engine, method: str, *arguments: Any) -> Any:
         inbox = _Queue()
         self._front.call(engine, method, arguments, inbox)
@@ -383,6 +382,8 @@ class Stream(Iterator[RequestOutput]):
 
 class AsyncClient(_Face):
     """As `Client`, for the coroutines of one event loop."""
+
+    _courier: _Courier | None = None
 
     async def wait(self) -> None:
         """As `Client.wait`."""
@@ -447,9 +448,6 @@ class AsyncClient(_Face):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    _waited = False
-    _courier: _Courier | None = None
 
     def _inbox(self) -> _Waiter:
         if self._courier is None:

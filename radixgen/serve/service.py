@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from radixgen.engine import Engine, scores_of
 from radixgen.serve import wire
 from radixgen.serve.counters import PeerCounters
 from radixgen.serve.utility import PENDING, UTILITIES
+from radixgen.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -194,9 +196,11 @@ class Service:
         self.abort(peer, list(peer.tickets), stop_reason)
 
     def abort_all(self, stop_reason: str) -> None:
-        """End every request with `abort`."""
+        """End every request with `abort`, and every call that is not answered yet."""
         for ticket in list(self._tickets.values()):
             self._abort(ticket, stop_reason)
+        for scoring in {id(one): one for one in self._scorings.values()}.values():
+            self._give_up(scoring, stop_reason)
 
     def leave(self, peer: Peer) -> None:
         """A front end is gone: what it had is let go of, and nothing is told it."""
@@ -310,6 +314,9 @@ class Service:
         return wire.Ready(
             max_model_len=self.max_len,
             num_gpu_blocks=slots // wire.BLOCK_SIZE,
+            dtype=self.engine.dtype,
+            instance_id=uuid4().hex,
+            radixgen_version=VERSION,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.engine.max_step_tokens,
             kv_cache_size_tokens=slots,
@@ -400,12 +407,15 @@ class Service:
         try:
             scoring.scores[output.request_id] = scores_of(output)
         except RadixgenError as error:
-            for name in list(scoring.waiting):
-                self._cancel(name)
-            self._tell(scoring.peer, wire.Reply(scoring.call_id, _said(error)))
+            self._give_up(scoring, _said(error))
             return
         if not scoring.waiting:
             self._tell(scoring.peer, wire.Reply(scoring.call_id, None, (None, list(scoring.scores.values()))))
+
+    def _give_up(self, scoring: _Scoring, reason: str) -> None:
+        for name in scoring.waiting:
+            self._cancel(name)
+        self._tell(scoring.peer, wire.Reply(scoring.call_id, reason))
 
     def _tell(self, peer: Peer, message: Message) -> None:
         if not peer.gone:

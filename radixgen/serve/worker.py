@@ -84,12 +84,19 @@ class Worker:
         self._signals = 0
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stalled = False
+        self._aborting = False
         self._links: dict[Peer, Link] = {}
         self._stepper = Stepper(partial(_service, engine), self.wake)
         self.greeting = self._stepper.service.ready()
         self._sessions = [_Session(self, address) for address in handshakes]
 
     # -- from any thread ----------------------------------------------------------------------------------
+
+    def dial(self, address: str) -> None:
+        """Serve one more front end. Raises `InvalidRequest`, `InsecureEndpoint`."""
+        check_endpoint(address, curve=self.curve, insecure_tcp=self.insecure_tcp)
+        self._sessions.append(_Session(self, address))
+        self.wake()
 
     def drain(self) -> None:
         """Take no more requests, end those that are open within the drain timeout, and return from `run`. Called once
@@ -123,16 +130,13 @@ class Worker:
             stack.callback(self.context.destroy, 0)
             self._stepper.start()
             stack.callback(self._stop)
-            for session in self._sessions:
-                session.dial()
-                logger.info("worker %d dials %s", self.engine_index, session.address)
             return self._serve()
 
     def open_link(self, link: Link) -> None:
         self._links[link.peer] = link
 
     def drop_link(self, link: Link) -> None:
-        """Its front end is gone, or this one is."""
+        """Its front end is gone."""
         del self._links[link.peer]
         self._stepper.post(partial(self._stepper.service.leave, link.peer))
         link.close()
@@ -235,6 +239,7 @@ class Worker:
             call = wire.decode(payload, wire.Call)
             peer.counters.calls += 1
             if call.method == "is_healthy":
+                self._check_health()
                 self._tell(link, [wire.Reply(call.call_id, None, (None, self.healthy))])
             elif call.method == "counters":
                 self._tell(link, [wire.Reply(call.call_id, None, (None, self.counters.as_dict()))])
@@ -287,8 +292,6 @@ class Worker:
             self._stepper.post(partial(self._stepper.service.abort_all, "the worker stops"))
         return now > deadline + LINGER_SECONDS
 
-    _aborting = False
-
     def _end(self) -> bool:
         """Tell the front ends that the engine is no more. Whether every request was told its end."""
         for link in self._links.values():
@@ -331,6 +334,7 @@ class _Session:
     def dial(self) -> None:
         """Say HELLO; a front end that is not there yet gets it when it comes."""
         worker = self._worker
+        logger.info("worker %d dials %s", worker.engine_index, self.address)
         identity = worker.engine_index.to_bytes(2, "little")
         socket = open_socket(worker.context, zmq.DEALER, worker.limits, identity=identity)
         if worker.curve is not None and self.address.startswith("tcp:"):
