@@ -46,6 +46,7 @@ class FakeFront:
         socket.setsockopt(zmq.RCVHWM, high_water)
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.bind(address)
         return socket
 

@@ -124,10 +124,12 @@ def open_socket(
     identity: bytes | None = None,
     payloads: bool = False,
     heartbeat: float = 0.0,
+    once: bool = False,
 ) -> "zmq.Socket[bytes]":
     """A socket with every bound set, neither bound nor connected. `payloads`: its messages may be large.
 
     heartbeat: seconds between pings, after five of which without an answer a connection is given up; 0 sends none.
+    once: it does not connect again where its connection is lost.
     """
     socket = context.socket(kind)
     marks = _PAYLOADS if payloads else _MESSAGES
@@ -135,7 +137,7 @@ def open_socket(
     socket.setsockopt(zmq.RCVHWM, marks)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL, -1 if once else 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)

@@ -63,7 +63,9 @@ class Link:
         for address, kind in zip(addresses, (zmq.DEALER, zmq.PUSH), strict=True):
             identity = engine_index.to_bytes(2, "little") if kind == zmq.DEALER else None
             payloads = kind == zmq.DEALER
-            socket = open_socket(context, kind, limits, identity=identity, payloads=payloads, heartbeat=heartbeat)
+            socket = open_socket(
+                context, kind, limits, identity=identity, payloads=payloads, heartbeat=heartbeat, once=True
+            )
             if curve is not None and address.startswith("tcp:"):
                 curve.dial(socket)
             sockets.append(Watched(socket))
