@@ -1,4 +1,4 @@
-"""The command line: `radixgen demo | generate | chat | tree | explain | doctor`."""
+"""The command line: `radixgen demo | generate | chat | tree | explain | worker | doctor`."""
 
 import json
 import sys
@@ -234,6 +234,64 @@ def explain(
             print(json.dumps(report.as_dict(), ensure_ascii=False))
         else:
             Console().print(*shown(report, tokenizer.decode), sep="\n")
+
+
+@app.command()
+def worker(
+    model: Model = DEFAULT_MODEL,
+    backend: Annotated[str, typer.Option(help="zmq: vLLM's EngineCore wire, docs/wire.md.")] = "zmq",
+    handshake: Annotated[list[str] | None, typer.Option(help="A front end's ipc:// or tcp://; once for each.")] = None,
+    smg: Annotated[str | None, typer.Option(help="The ipc:// that SMG was given as --worker-urls.")] = None,
+    engine_index: Annotated[int, typer.Option(help="Its own among all workers of a front end.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    kv_tokens: KVTokens = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
+    max_step_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
+    curve_server: Annotated[Path | None, typer.Option(exists=True, help="The front end's public key.")] = None,
+    allow_insecure_tcp: Annotated[bool, typer.Option(help="TCP without keys, for whoever reaches it.")] = False,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests have to end in after SIGTERM.")] = 30.0,
+    stall_timeout: Annotated[float, typer.Option(help="Seconds without a step that make it unhealthy.")] = 60.0,
+) -> None:
+    """Serve a model to front ends: SMG, or radixgen.Client. SIGTERM drains; a second one stops at once."""
+    import logging
+
+    from radixgen.engine import Engine
+    from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
+    from radixgen.serve.worker import Worker, run_until_signalled
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with _errors():
+        if backend != "zmq":
+            raise InvalidRequest("backend", backend, "must be zmq")
+        if bool(curve_secret) != bool(curve_server):
+            raise InvalidRequest("curve_secret", curve_secret, "goes with --curve-server")
+        keys = Curve(curve_secret, curve_server) if curve_secret and curve_server else None
+        addresses = [*(handshake or ()), *([smg_handshake(smg)] if smg else ())]
+        for address in addresses:
+            check_endpoint(address, curve=keys, insecure_tcp=allow_insecure_tcp)
+        with waiting(Console(stderr=True)) as say:
+            announce_loading(say, model)
+            engine = Engine(
+                model,
+                dtype=dtype,
+                device=device,
+                kv_tokens=kv_tokens,
+                max_model_len=max_model_len,
+                max_step_tokens=max_step_tokens,
+            )
+        served = Worker(
+            engine,
+            addresses,
+            engine_index=engine_index,
+            curve=keys,
+            insecure_tcp=allow_insecure_tcp,
+            drain_timeout=drain_timeout,
+            stall_timeout=stall_timeout,
+        )
+        drained = run_until_signalled(served)
+    raise typer.Exit(0 if drained else 1)
 
 
 @app.command()
