@@ -259,6 +259,7 @@ def worker(
 
     from radixgen.engine import Engine
     from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
+    from radixgen.serve.sentinel import Sentinel
     from radixgen.serve.worker import Worker, run_until_signalled
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -281,16 +282,18 @@ def worker(
                 max_model_len=max_model_len,
                 max_step_tokens=max_step_tokens,
             )
-        served = Worker(
-            engine,
-            addresses,
-            engine_index=engine_index,
-            curve=keys,
-            insecure_tcp=allow_insecure_tcp,
-            drain_timeout=drain_timeout,
-            stall_timeout=stall_timeout,
-        )
-        drained = run_until_signalled(served)
+        with Sentinel(keys) as sentinel:
+            served = Worker(
+                engine,
+                addresses,
+                engine_index=engine_index,
+                curve=keys,
+                insecure_tcp=allow_insecure_tcp,
+                drain_timeout=drain_timeout,
+                stall_timeout=stall_timeout,
+                sentinel=sentinel,
+            )
+            drained = run_until_signalled(served)
     raise typer.Exit(0 if drained else 1)
 
 

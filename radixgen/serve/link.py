@@ -49,6 +49,7 @@ class Link:
     ) -> None:
         """addresses: the front end's input and output."""
         self.peer = peer
+        self.output_address = addresses[1]
         self.overflowed = False
         """Whether more waited than may, and not all of what is left was taken."""
         self._engine_index = engine_index

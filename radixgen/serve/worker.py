@@ -28,6 +28,7 @@ from radixgen.serve.endpoint import (
     ready,
 )
 from radixgen.serve.link import OVERFLOW, Link
+from radixgen.serve.sentinel import Sentinel
 from radixgen.serve.service import Message, Peer, Service
 from radixgen.serve.stepper import Stepper
 
@@ -58,6 +59,7 @@ class Worker:
         insecure_tcp: bool = False,
         drain_timeout: float = 30.0,
         stall_timeout: float = 60.0,
+        sentinel: Sentinel | None = None,
     ) -> None:
         """
         handshakes: one address for each front end, ipc in a folder of this user's alone, or TCP on loopback; other TCP
@@ -65,6 +67,7 @@ class Worker:
         engine_index: the worker's name on the wire, of its own among all workers of a front end.
         drain_timeout: seconds that requests have to end in once `drain` is called.
         stall_timeout: seconds without a finished step, where there is work, after which the worker is unhealthy.
+        sentinel: is kept told whom it has to tell, should this process be killed.
 
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """
@@ -81,6 +84,7 @@ class Worker:
         self.insecure_tcp = insecure_tcp
         self.context: Context = zmq.Context()
         self._timeouts = drain_timeout, stall_timeout
+        self._sentinel = sentinel
         self._signals = 0
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stalled = False
@@ -134,10 +138,12 @@ class Worker:
 
     def open_link(self, link: Link) -> None:
         self._links[link.peer] = link
+        self._inform_sentinel()
 
     def drop_link(self, link: Link) -> None:
         """Its front end is gone."""
         del self._links[link.peer]
+        self._inform_sentinel()
         self._stepper.post(partial(self._stepper.service.leave, link.peer))
         link.close()
 
@@ -276,6 +282,10 @@ class Worker:
         elif self._stalled and not stalled:
             logger.warning("healthy again")
         self._stalled = stalled
+
+    def _inform_sentinel(self) -> None:
+        if self._sentinel is not None:
+            self._sentinel.watch([link.output_address for link in self._links.values()])
 
     # -- the end ------------------------------------------------------------------------------------------
 
