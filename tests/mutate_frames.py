@@ -9,7 +9,7 @@ import resource
 import time
 
 import zmq
-from fake_front import ABORT, ADD, UTILITY, FakeFront, encode
+from fake_front import ABORT, ADD, ERROR, UTILITY, FakeFront, encode
 from serving import VOCAB, Served, greedy, serving
 
 from radixgen import Limits
@@ -109,9 +109,18 @@ def _forget(front: FakeFront) -> None:
 
 
 def _serve_bystander(front: FakeFront, name: str) -> None:
-    front.add(name, [1, 2, 3])
-    front.ended(name)
-    assert front.tokens[name] == greedy([1, 2, 3])
+    """Again where the queue was full, and only then."""
+    for attempt in range(1_000):
+        own = f"{name}-{attempt}"
+        front.add(own, [1, 2, 3])
+        front.ended(own)
+        ((finish, said),) = front.ends[own]
+        if finish != ERROR:
+            assert front.tokens[own] == greedy([1, 2, 3]), (front.tokens[own], finish, said)
+            return
+        assert "QueueFull" in said, said
+        time.sleep(0.01)
+    raise AssertionError("a bystander was never served")
 
 
 def main() -> None:
