@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import zmq
 from fake_front import ABORTED, ADD, ERROR, LENGTH, PATIENCE, FakeFront, encode
 from serving import VOCAB, Served, greedy, serving
 
-from radixgen import Limits
+from radixgen import Client, EngineDead, Limits, SamplingParams
 
 LONG = 3_000
 
@@ -248,12 +249,64 @@ def oversized_frame(rng: random.Random) -> None:
             assert front.tokens["after"] == greedy([4, 4])
 
 
+@contextmanager
+def stamp_workers(address: str, count: int) -> "Iterator[list[subprocess.Popen[bytes]]]":
+    """Workers of the oracle in processes of their own."""
+    script = str(Path(__file__).parent / "stamp_worker.py")
+    children = [subprocess.Popen([sys.executable, script, address, str(index)]) for index in range(count)]
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+@contextmanager
+def _a_worker_goes(how: signal.Signals, rng: random.Random) -> "Iterator[tuple[Client, subprocess.Popen[bytes]]]":
+    """Of two workers with streams one is sent a signal: its streams end with an error, the other's as they should."""
+    lasting, enough = (SamplingParams(temperature=0.0, max_tokens=count) for count in (3_000, 400))
+    with Client(workers=2, timeout=180) as client, stamp_workers(client.address, 2) as children:
+        client.wait()
+        prompts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))] for _ in range(4)]
+        doomed = [client.stream(prompt, lasting, worker=0) for prompt in prompts]
+        others = [client.stream(prompt, enough, worker=1) for prompt in prompts]
+        begun = [next(stream).outputs[0].token_ids for stream in (*doomed, *others)]
+        children[0].send_signal(how)
+        for stream in doomed:
+            with pytest.raises(EngineDead, match="worker 0"):
+                list(stream)
+        assert list(client.workers) == [1]
+        for prompt, stream, first in zip(prompts, others, begun[4:], strict=True):
+            assert first + stream.whole().outputs[0].token_ids == greedy(prompt, 400)
+        yield client, children[0]
+
+
+def worker_killed(rng: random.Random) -> None:
+    """kill -9 of a worker."""
+    with _a_worker_goes(signal.SIGKILL, rng) as (client, _):
+        client.call("check", worker=1)
+
+
+def worker_stopped(rng: random.Random) -> None:
+    """SIGSTOP of a worker is as if it were gone; after SIGCONT it comes back, without what it had."""
+    with _a_worker_goes(signal.SIGSTOP, rng) as (client, child):
+        child.send_signal(signal.SIGCONT)
+        client.wait()
+        (output,) = client.generate([[4]], SamplingParams(temperature=0.0, max_tokens=12), worker=0)
+        assert output.outputs[0].token_ids == greedy([4])
+        for number in range(2):
+            client.call("check", worker=number)
+
+
 FAULTS: dict[str, Callable[[random.Random], None]] = {
     one.__name__: one
     for one in (
         front_killed,
         front_stopped,
         front_closed,
+        worker_killed,
+        worker_stopped,
         never_reads,
         abort_storm,
         duplicate_ids,

@@ -2,8 +2,6 @@
 
 import asyncio
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import pytest
 import torch
 import zmq
 import zmq.auth
+from faults import stamp_workers
 from oracle import StampModel, expected_logits
 from serving import VOCAB, greedy
 
@@ -279,38 +278,14 @@ def test_what_workers_tell_is_read_with_care() -> None:
         intruder.close(0)
 
 
-def test_workers_that_are_killed_stopped_and_asked_to_end() -> None:
-    """kill -9 ends the requests of that worker with an error, and nobody else's; so does SIGSTOP, and SIGCONT brings
-    the worker back; SIGTERM lets everything end first.
-    """
-    with Client(workers=2, timeout=180) as client:
-        script = str(Path(__file__).parent / "stamp_worker.py")
-        children = [subprocess.Popen([sys.executable, script, client.address, str(index)]) for index in range(2)]
-        try:
-            client.wait()
-            doomed, other = (client.stream([1, 2], lasting(3_000), worker=index) for index in range(2))
-            begun = next(doomed), next(other)
-            children[0].kill()
-            with pytest.raises(EngineDead, match="worker 0"):
-                list(doomed)
-            with pytest.raises(EngineDead):
-                client.generate([[1]], worker=0)
-            assert client.generate([[4]], GREEDY)[0].outputs[0].token_ids == greedy([4])
-            children[1].send_signal(signal.SIGSTOP)
-            with pytest.raises(EngineDead, match="worker 1"):
-                list(other)
-            assert len(begun) == 2 and not client.workers
-            children[1].send_signal(signal.SIGCONT)
-            client._front.wait(1, 120)
-            going = client.stream([5], lasting(500), worker=1)
-            tokens = next(going).outputs[0].token_ids
-            children[1].send_signal(signal.SIGTERM)
-            with suppress(EngineDead):  # it has ended already
-                end = client.generate([[6]], GREEDY, worker=1)[0].outputs[0]
-                assert end.token_ids == greedy([6]) or (end.finish_reason, end.stop_reason) == ("abort", "draining")
-            assert tokens + going.whole().outputs[0].token_ids == greedy([5], 500)
-            assert children[1].wait(120) == 0
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
+def test_a_worker_that_is_asked_to_end_lets_everything_end_first() -> None:
+    with Client(timeout=180) as client, stamp_workers(client.address, 1) as (child,):
+        client.wait()
+        going = client.stream([5], lasting(500))
+        tokens = next(going).outputs[0].token_ids
+        child.send_signal(signal.SIGTERM)
+        with suppress(EngineDead):  # it has ended already
+            end = client.generate([[6]], GREEDY)[0].outputs[0]
+            assert end.token_ids == greedy([6]) or (end.finish_reason, end.stop_reason) == ("abort", "draining")
+        assert tokens + going.whole().outputs[0].token_ids == greedy([5], 500)
+        assert child.wait(120) == 0
