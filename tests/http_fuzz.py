@@ -28,6 +28,8 @@ from fastapi import APIRouter
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import Case, GenerationMode
 
+from radixgen.serve.http.auth import Gate
+
 HERE = Path(__file__).parent
 _LOOK_SECONDS = 0.005
 
@@ -56,11 +58,11 @@ class Stalls:
         found, self.found = self.found, []
         return found
 
-    def router(self) -> APIRouter:
+    def routes(self, gate: Gate) -> APIRouter:
         """`GET /stalls` begins to watch, and tells what was seen since the last time."""
         router, watching = APIRouter(), []
 
-        @router.get("/stalls", include_in_schema=False)
+        @router.get("/stalls", include_in_schema=False, dependencies=[gate.open])
         async def stalls() -> list[tuple[float, float, float]]:
             if not watching:
                 watching.append(asyncio.create_task(self.watch()))
@@ -168,7 +170,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     sys.setswitchinterval(0.001)
     engine = served.tiny(debug=False, limits=served.limited(max_n=8))
-    server = Server(create_app(AsyncEngine(engine), ServeOptions(names=["tiny"]), Stalls().router()), Binding(port=0))
+    server = Server(create_app(AsyncEngine(engine), ServeOptions(names=["tiny"]), Stalls().routes), Binding(port=0))
 
     def tell() -> None:
         while not server.started:

@@ -557,15 +557,25 @@ def test_a_route_without_access_is_no_route() -> None:
         check_routes(double)
 
 
-def test_further_routes_are_for_operators() -> None:
+def test_further_routes_declare_access_too() -> None:
     from fastapi import APIRouter
 
-    router = APIRouter()
-    router.add_api_route("/more", lambda: {"ok": True})
+    def more(gate: Gate) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/more", lambda: {"ok": True}, dependencies=[gate.operator])
+        return router
+
+    def careless(gate: Gate) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/less", lambda: {"ok": True})
+        return router
+
     served = AsyncEngine(tiny())
+    with pytest.raises(AssertionError, match="/less declares 0"):
+        create_app(served, None, careless)
 
     async def test() -> None:
-        app = create_app(served, ServeOptions(api_keys=["a"], operator_keys=["b"]), router)
+        app = create_app(served, ServeOptions(api_keys=["a"], operator_keys=["b"]), more)
         transport = httpx.ASGITransport(app)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
             for key, status in (("a", 403), ("b", 200)):

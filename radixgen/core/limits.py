@@ -51,7 +51,19 @@ class Limits:
     """Bytes of one HTTP request's body."""
     max_prompts: int = 128
     """Prompts of one HTTP request."""
-    max_salt_len: int = 4_096
-    """Characters of a cache salt."""
     max_sessions: int = 1_024
     """Conversations that an HTTP server keeps; beyond, the one used last longest ago is forgotten."""
+    max_frame_bytes: int = 1 << 23
+    """Bytes of one frame that a front end sends: a prompt of a million tokens has five millions."""
+    max_frames: int = 64
+    """Frames of one message."""
+    max_backlog: int = 4_096
+    """Messages of front ends that the engine has not taken yet; beyond, their sockets are not read."""
+    max_backlog_bytes: int = 1 << 26
+    """Bytes of such messages."""
+    max_outbox_bytes: int = 1 << 24
+    """Bytes that wait for one front end; beyond, its requests are aborted."""
+    max_salt_len: int = 4_096
+    """Characters of a cache salt."""
+    max_method_len: int = 64
+    """Characters of a utility's name."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -26,6 +26,8 @@ from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.sessions import Sessions
+
+Routes = Callable[[Gate], APIRouter]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +66,12 @@ class ServeOptions:
             raise InvalidRequest("served_model_name", self.names, "must not be empty")
 
 
-def create_app(engine: Backend, options: ServeOptions | None = None, *routers: APIRouter) -> FastAPI:
-    """The application over `engine`, which it closes in the end. `routers`: more routes, for operators alone.
+def create_app(engine: Backend, options: ServeOptions | None = None, *more: Routes) -> FastAPI:
+    """The application over `engine`, which it closes in the end. `more`: makers of further routes, each of which
+    declares its access by a dependency of the gate.
 
-    Raises `InvalidRequest`.
+    What must end for open requests to end, because it goes on for ever by itself, is called from
+    `app.state.before_drain`. Raises `InvalidRequest`.
     """
     options = options or ServeOptions()
     options.check()
@@ -104,11 +108,9 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *routers: A
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     own = (completion_routes(context, gate), chat_routes(context, gate), info_routes(context, health, gate))
-    for router in (*own, description_route(app, gate)):
+    for router in (*own, description_route(app, gate), *(routes(gate) for routes in more)):
         check_routes(router)
         app.include_router(router)
-    for router in routers:
-        app.include_router(router, dependencies=[gate.operator])
     describe(app)
     handlers = ErrorHandlers(context.admission.retry_after)
     for kind in (RadixgenError, HTTPException):
@@ -116,6 +118,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *routers: A
     app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
     app.add_middleware(AccessLog, metrics=metrics)
     app.state.context, app.state.health = context, health
+    app.state.before_drain = []
     return app
 
 

@@ -6,16 +6,16 @@ import logging.config
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 
 from radixgen.core import InvalidRequest
-from radixgen.serve.http.app import ServeOptions, create_app
+from radixgen.serve.http.app import Routes, ServeOptions, create_app
 from radixgen.serve.http.auth import is_loopback
 from radixgen.serve.http.backend import Backend
 
@@ -75,6 +75,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.health.draining = True
+        for end in self._app.state.before_drain:
+            end()
         deadline = asyncio.create_task(self._end_in_time())
         try:
             await super().shutdown(sockets)
@@ -88,10 +90,20 @@ class Server(uvicorn.Server):
         await self._app.state.context.engine.close()
 
 
-def serve(engine: Backend, options: ServeOptions, binding: Binding, *routers: APIRouter) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`, and what keeps the engine or the address from it."""
+def serve(
+    engine: Backend,
+    options: ServeOptions,
+    binding: Binding,
+    *more: Routes,
+    before_drain: Sequence[Callable[[], object]] = (),
+) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`.
+
+    `more` as `create_app`'s; `before_drain` ends what goes on for ever by itself, in the event loop.
+    """
     binding.check([*options.api_keys, *options.operator_keys])
-    app = create_app(engine, options, *routers)
+    app = create_app(engine, options, *more)
+    app.state.before_drain += before_drain
     logging.config.dictConfig(_log_config(binding))
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.
