@@ -54,6 +54,8 @@ class HermesReader:
         self._held = ""
         self._inside = False
         self._count = 0
+        self._blank: str | None = None
+        """White space since the last call, where there was nothing else"""
 
     def push(self, text: str) -> Piece:
         piece = Piece()
@@ -69,7 +71,7 @@ class HermesReader:
         if self._inside:
             self._close(held, _OPEN + held, piece)
         else:
-            piece.content = held
+            self._say(held, piece)
         return piece
 
     def _advance(self, piece: Piece) -> bool:
@@ -91,18 +93,24 @@ class HermesReader:
         return bool(found)
 
     def _say(self, text: str, piece: Piece) -> None:
-        """White space between calls is layout."""
-        if text.strip() or not self.calls:
+        """White space between calls, and after the last, is layout."""
+        if self._blank is None:
             piece.content += text
+            return
+        self._blank += text
+        if self._blank.strip():
+            piece.content += self._blank
+            self._blank = None
 
     def _close(self, text: str, whole: str, piece: Piece) -> None:
         self._inside = False
         call = as_call(text, self._count)
         if call is None:
-            piece.content += whole
+            self._say(whole, piece)
             return
         self._count += 1
         self.calls = True
+        self._blank = ""
         piece.calls.append(call)
 
 
