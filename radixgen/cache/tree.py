@@ -310,6 +310,16 @@ class RadixTree:
         assert node is not None, f"node {node_id} was removed"
         return node
 
+    def find(self, node_id: int) -> Node | None:
+        """The node, or None where no node has this id."""
+        return self._nodes[node_id] if 0 <= node_id < len(self._nodes) else None
+
+    def node_ids(self) -> NDArray[np.int64]:
+        """The ids of all nodes, ascending. Costs what the tree held at its largest."""
+        alive = np.ones(len(self._nodes), np.bool_)
+        alive[self._free_ids] = False
+        return np.flatnonzero(alive)
+
     def nodes(self) -> Iterator[Node]:
         return (node for node in self._nodes if node is not None)
 

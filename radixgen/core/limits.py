@@ -47,3 +47,9 @@ class Limits:
     """Characters of a saved conversation."""
     max_thoughts: int = 1 << 20
     """Thoughts of one search."""
+    max_viewers: int = 16
+    """Who may watch the live page at the same time."""
+    max_shown_nodes: int = 2_000
+    """Nodes of the tree that the live page draws."""
+    max_shown_chars: int = 1 << 20
+    """Characters of their text in all that it is told."""
