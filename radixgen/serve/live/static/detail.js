@@ -73,21 +73,21 @@ export class Detail {
     return put($("text"), found.text + cut + found.tail);
   }
 
-  #links(item) {
+  #links(item, state) {
     const path = pathOf(item);
     const children = [...item.children].sort((a, b) => b.live - a.live).slice(0, SHOWN);
     const lists = [...path, null, ...children].map((one) => one && `${one.id}.${one.live}.${one.record.text.length}`).join();
     if (lists === this.#lists) return;
     this.#lists = lists;
     const focused = document.activeElement?.dataset?.node;
-    $("path").replaceChildren(...path.map((one) => this.#link(one, one === item)));
-    $("children").replaceChildren(...children.map((one) => this.#link(one, false)));
+    $("path").replaceChildren(...path.map((one) => this.#link(one, state, one === item)));
+    $("children").replaceChildren(...children.map((one) => this.#link(one, state, false)));
     $("children-title").hidden = !children.length;
     const again = focused && document.querySelector(`#detail [data-node="${CSS.escape(focused)}"]`);
     if (again) again.focus();
   }
 
-  #link(item, current) {
+  #link(item, state, current) {
     const entry = document.createElement("li");
     const button = document.createElement("button");
     const text = document.createElement("span");
@@ -95,7 +95,7 @@ export class Detail {
     button.type = "button";
     button.dataset.node = String(item.id);
     if (current) button.setAttribute("aria-current", "true");
-    put(text, item.row[KNOWN] ? line(item.record.text || "…") : "(root)");
+    put(text, item.row[KNOWN] ? line(item.record.text || "…") : `namespace “${line(state.names.get(item.id) ?? "")}”`);
     put(size, item.live ? `${count(item.live)} live` : shared(item));
     button.append(text, size);
     button.addEventListener("click", () => (current ? this.zoom(item.id) : this.select(item.id)));

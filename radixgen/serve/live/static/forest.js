@@ -137,13 +137,15 @@ export function search(forest, text) {
   const found = new Set();
   for (const item of forest.order) {
     const before = tail(item.parent, wanted.length - 1);
-    if ((before + item.record.text).toLowerCase().includes(wanted)) found.add(item.id);
+    if ((before + lower(item)).includes(wanted)) found.add(item.id);
   }
   return found;
 }
 
 function tail(item, count) {
   let text = "";
-  for (let at = item; at && text.length < count; at = at.parent) text = at.record.text.slice(-count) + text;
+  for (let at = item; at && text.length < count; at = at.parent) text = lower(at).slice(-count) + text;
   return count > 0 ? text.slice(-count) : "";
 }
+
+const lower = ({ record }) => (record.lower ??= record.text.toLowerCase());

@@ -3,7 +3,7 @@
 import { Chart } from "./charts.js";
 import { Detail } from "./detail.js";
 import { lay, link, pathOf, search, sharing } from "./forest.js";
-import { bytes, count, line, percent, plural, put, shared, times } from "./format.js";
+import { ago, bytes, count, line, percent, plural, put, shared, times } from "./format.js";
 import { Painter } from "./paint.js";
 import { onTheme, palette } from "./palette.js";
 import { COMPUTED, History, KNOWN, State } from "./state.js";
@@ -66,7 +66,9 @@ function cards() {
   put($("pool-cached"), count(figures.kv_tokens_cached));
   put($("drawn"), count(forest.order.length));
   put($("nodes"), count(figures.num_nodes));
-  $("folded").hidden = forest.order.length >= figures.num_nodes;
+  const folded = figures.num_nodes - forest.order.length;
+  $("folded").hidden = folded <= 0;
+  put($("folded"), `${count(folded)} of ${count(figures.num_nodes)} nodes are not drawn; hatched ends stand for them.`);
   document.documentElement.dataset.cursors = String(cursors);
 }
 
@@ -104,6 +106,8 @@ function select(id) {
   painter.selected = id;
   painter.touch();
   describe(performance.now());
+  const item = id === null ? null : forest.items.get(id);
+  put($("said"), item ? `${plural(item.row[KNOWN], "token")}, ${shared(item)}: ${line(item.record.text)}` : "nothing selected");
 }
 
 function zoom(id) {
@@ -214,7 +218,10 @@ function tell(item, x, y) {
   const [title, counts, words] = ["b", "span", "p"].map((name) => document.createElement(name));
   const { row, record } = item;
   put(title, item.live ? `shared by ${shared(item)}` : shared(item));
-  put(counts, `${plural(row[KNOWN], "token")}${row[COMPUTED] < row[KNOWN] ? `, ${count(row[COMPUTED])} computed` : ""}; ${plural(item.below, "node")} below`);
+  const computed = row[COMPUTED] < row[KNOWN] ? `, ${count(row[COMPUTED])} computed` : "";
+  const now = performance.now();
+  const age = ago(shown.births.get(item.serial) ?? null, replay ? replay.at : now, history.begin ?? now);
+  put(counts, `${plural(row[KNOWN], "token")}${computed}; ${plural(item.below, "node")} below; known for ${age}`);
   const { text } = record;
   put(words, text.length > 420 ? `${text.slice(0, 260)} … ${text.slice(-140)}` : text);
   tip.replaceChildren(title, counts, words);
@@ -233,6 +240,7 @@ function look(at, now) {
   const past = history.state(replay.at);
   if (past) show(past, now);
   label(now);
+  plot(now);
 }
 
 function label(now) {
@@ -298,15 +306,14 @@ function told(frame) {
 
 const KEY = "radixgen-key";
 const key = () => sessionStorage.getItem(KEY);
-key.changed = () =>
-  new Promise((done) => {
-    $("door").addEventListener("submit", (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(KEY, $("key").value);
-      $("key").value = "";
-      done();
-    }, { once: true });
-  });
+let given = null;
+key.changed = (used) => new Promise((done) => (key() === used ? (given = done) : done()));
+$("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, $("key").value);
+  $("key").value = "";
+  given?.();
+});
 
 // -- the clock --------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ export class Painter {
     for (const { sprite, since } of this.#ghosts) this.#block(sprite, 0.6 * (1 - (now - since) / FADE_MS));
     for (const sprite of this.#order) {
       const dim = this.found !== null && !this.found.has(sprite.item.id);
-      this.#block(sprite, dim ? 0.22 : 1);
+      this.#block(sprite, dim ? 0.28 : 1);
     }
     context.globalAlpha = 1;
     let glows = false;
@@ -233,11 +233,12 @@ function settle(sprite, part) {
 }
 
 /** The first `rows` lines of `text`, broken at white space where it has any, `columns` letters each. Where there is room
- * for a few, line breaks of the text are kept.
+ * for a few, the text's own paragraphs are kept.
  */
 function wrap(text, columns, rows) {
   const lines = [];
-  const flat = rows < 4 ? text.slice(0, 2 * rows * columns).replaceAll("\n", "⏎") : text;
+  const some = text.slice(0, 2 * rows * columns);
+  const flat = rows < 4 ? some.replaceAll("\n", "⏎") : some.replaceAll(/([^\n])\n(?=[\w("'])/g, "$1 ");
   let at = 0;
   while (at < flat.length && lines.length < rows) {
     const broken = flat.indexOf("\n", at);
@@ -250,9 +251,9 @@ function wrap(text, columns, rows) {
       const space = flat.lastIndexOf(" ", stop);
       if (space > at + columns / 2) next = stop = space + 1;
     }
-    lines.push(flat.slice(at, stop).trimEnd());
+    lines.push(flat.slice(at, stop).trim());
     at = next;
   }
-  if (at < flat.length && lines.length) lines.push(`${lines.pop().slice(0, columns - 1)}…`);
+  if ((at < flat.length || some.length < text.length) && lines.length) lines.push(`${lines.pop().slice(0, columns - 1)}…`);
   return lines;
 }

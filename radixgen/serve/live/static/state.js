@@ -4,7 +4,7 @@ export const ID = 0, PARENT = 1, SERIAL = 2, START = 3, KNOWN = 4, COMPUTED = 5,
 
 /** The tree at one moment. Records are never changed, only replaced, so that copies are cheap. */
 export class State {
-  nodes = new Map(); // id -> { row, text, grown, from }
+  nodes = new Map(); // id -> { row, text, grown, from }; `lower` is its text in lower case, once it was needed
   names = new Map();
   births = new Map(); // serial -> when it was first seen; what is split keeps its serial
   figures = null;
@@ -33,7 +33,7 @@ export class State {
     for (const row of frame.rows) this.nodes.set(row[ID], this.#record(before.get(row[ID]), row, first ? null : now));
     for (const [id, append, text] of frame.texts) {
       const record = this.nodes.get(id);
-      if (record) this.nodes.set(id, { ...record, text: append ? record.text + text : text });
+      if (record) this.nodes.set(id, { ...record, text: append ? record.text + text : text, lower: null });
     }
     for (const [id, name] of Object.entries(frame.namespaces)) this.names.set(Number(id), name);
     this.figures = frame.figures;

@@ -6,14 +6,16 @@ const QUIET_MS = 20_000; // a hidden page stops watching after so long
 export async function watch(url, { key, told, stands }) {
   for (let failures = 0; ; failures++) {
     await visible();
+    const used = key();
     try {
-      const { status, body } = await open(url, key(), (frame) => {
+      const { status, body } = await open(url, used, (frame) => {
         failures = 0;
         told(frame);
       });
       if (status === 401 || status === 403) {
         stands("key", "an API key is needed");
-        await key.changed();
+        await key.changed(used);
+        continue;
       } else if (status === 429) {
         stands("wait", "as many watch as may; trying again");
       } else if (body === "end") {
