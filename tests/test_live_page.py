@@ -141,8 +141,10 @@ def test_the_page_allows_nothing_from_elsewhere(driver: Any) -> None:
                 assert answer.headers["X-Content-Type-Options"] == "nosniff"
         loaded = driver.execute_script("return performance.getEntriesByType('resource').map((one) => one.name)")
         assert loaded and all(name.startswith(address) for name in loaded)
-        inline = "const s = document.createElement('style'); s.textContent = 'body { color: red }'; document.head.append(s)"
-        driver.execute_script(inline)
+        inline = (
+            "const s = document.createElement('style'); s.textContent = 'body { color: red }'; document.head.append(s)"
+        )
+        driver.execute_script(inline + "document.head.append(style)")
         assert driver.execute_script("return getComputedStyle(document.body).color") != "rgb(255, 0, 0)"
         driver.get_log("browser")
 

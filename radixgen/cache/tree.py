@@ -221,6 +221,8 @@ class Columns:
         """That slot"""
         self.changed = np.zeros(64, np.int64)
         """The tree's version when a plan last became wrong by anything else"""
+        self.cut = np.zeros(64, np.int64)
+        """The tree's `num_cuts` when tokens at its end were last dropped"""
         self.extents = np.zeros((64, 2), np.int64)
         """Start and length, those of one node one after the other"""
         self._num_extents = 0
@@ -280,6 +282,8 @@ class RadixTree:
         self.columns = Columns()
         self.listener: Listener | None = None
         self.ghosts = Ghosts()
+        self.num_cuts = 0
+        """Times that tokens at the end of a node were dropped, and not the node"""
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
@@ -834,6 +838,9 @@ class RadixTree:
     def _cut_tokens(self, node: Node, known: int) -> None:
         self.unscheduled_tokens -= node.known - node.scheduled
         computed = node.computed
+        if known < node.known:
+            self.num_cuts += 1
+            self.columns.cut[node.id] = self.num_cuts
         node.known = known
         node.scheduled = min(node.scheduled, known)
         node.computed = min(computed, known)

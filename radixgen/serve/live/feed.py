@@ -85,12 +85,12 @@ class Feed:
     async def _frames(self) -> AsyncGenerator[bytes, None]:
         seen = 0
         while not self._closed:
-            news = self._news
-            for seq, message in self._since(seen):
+            messages = self._since(seen)
+            for seq, message in messages:
                 seen = seq
                 yield message
-            if seen == self._seq and not self._closed:
-                await news.wait()
+            if not messages:
+                await self._news.wait()
 
     def _clear(self) -> None:
         self._reader = Reader(self.limits)

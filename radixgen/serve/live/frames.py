@@ -122,6 +122,7 @@ class Reader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._version = -1
+        self._cuts = 0
         self._drawn = np.zeros(0, np.bool_)
         self._serials = np.zeros(0, np.int64)
 
@@ -136,10 +137,11 @@ class Reader:
         else:
             ids, hidden, on, pinned = _choose(tree, cursors, pins, most)
         self._fit(columns.parent.size)
-        fresh = ids[(columns.changed[ids] > self._version) | ~self._drawn[ids]].tolist()
+        changed = (columns.changed[ids] > self._version) | (columns.cut[ids] > self._cuts)
+        fresh = ids[changed | ~self._drawn[ids]].tolist()
         nodes = [tree.node(one) for one in fresh]
         self._serials[fresh] = [node.serial for node in nodes]
-        self._version = tree.version
+        self._version, self._cuts = tree.version, tree.num_cuts
         self._drawn[:] = False
         self._drawn[ids] = True
         scheduled = columns.scheduled[ids].astype(np.int64)
