@@ -462,7 +462,7 @@ class Engine:
     def held_nodes(self) -> tuple[list[Node], list[Node]]:
         """The node on which each running sequence stands, and that on which each pin does."""
         scheduler = self._core.scheduler
-        cursors = [s.cursor.node for s in scheduler.running if s.cursor is not None and s.cursor.node is not None]
+        cursors = [node for one in scheduler.running if (cursor := one.cursor) and (node := cursor.node)]
         return cursors, [pin.lock.held for pin in scheduler.pins]
 
     @property

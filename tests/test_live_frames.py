@@ -80,7 +80,7 @@ def test_a_reading_is_the_tree_and_freshness_misses_no_change_of_tokens(steps: l
                 continue
             engine.check()
             reading = reader.read(engine)
-            rows = {row.id: row for row in reading.rows()}
+            rows = {row.id: row for row in reading.table().rows()}
             assert rows == plain_rows(engine)
             held = {node_id: held.get(node_id, []) for node_id in rows}
             for node_id, row in rows.items():
@@ -196,7 +196,7 @@ def test_no_more_nodes_are_drawn_than_may_be(steps: list[tuple[Any, ...]], most:
         for step in steps:
             act(engine, step)
             reading = reader.read(engine)
-            rows = {row.id: row for row in reading.rows()}
+            rows = {row.id: row for row in reading.table().rows()}
             assert len(rows) == min(most, engine.tree.num_nodes)
             children: dict[int, int] = {}
             for row in rows.values():
@@ -227,7 +227,7 @@ def test_a_tree_that_was_huge_is_not_read_as_it_was() -> None:
         engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
         engine.step()
         tree.node_ids = None  # type: ignore[method-assign]
-        assert [row._replace(hidden=0) for row in Reader(engine.limits).read(engine).rows()] == list(
+        assert [row._replace(hidden=0) for row in Reader(engine.limits).read(engine).table().rows()] == list(
             plain_rows(engine).values()
         )
 
@@ -240,7 +240,7 @@ def test_the_text_of_all_nodes_is_bounded(changes: list[tuple[int, int, bool]]) 
     limits = Limits(max_shown_nodes=10, max_shown_chars=100)
     texts, seen = Texts(limits), {}
     for node_id, length, gone in changes:
-        texts.update([] if gone else [node_id], [], [node_id] if gone else [])
+        texts.update([] if gone else [(node_id, length)], [], [node_id] if gone else [])
         if gone:
             seen.pop(node_id, None)
             continue
@@ -291,7 +291,7 @@ def test_nothing_is_read_while_nobody_watches() -> None:
             await asked()
             await seen_by(frames, 0)
         done = feed.num_readings
-        assert done > 0 and feed.num_viewers == 0 and not feed._rows
+        assert done > 0 and feed.num_viewers == 0 and not feed._table.ids.size
         await asked()
         await asyncio.sleep(0.05)
         assert feed.num_readings == done

@@ -10,13 +10,15 @@ from functools import partial
 
 from radixgen.async_engine import AsyncEngine
 from radixgen.core import EngineClosed, LimitReached, Limits
-from radixgen.serve.live.frames import Frame, Reader, Row, figures
+from radixgen.serve.live.frames import EMPTY, Frame, Reader, figures
 from radixgen.serve.live.texts import MAX_TOKENS, Decode, Texts, plain, text_of
 
 logger = logging.getLogger(__name__)
 
 INTERVAL = 0.125
 """Seconds from one frame to the next; longer where a step takes longer"""
+_SHARE = 0.01
+"""Of its time that the engine gives to readings, at the most"""
 _HEARTBEAT = 1.0
 """Seconds after which there is a frame even if it tells nothing new"""
 _KEPT = 16
@@ -95,7 +97,7 @@ class Feed:
     def _clear(self) -> None:
         self._reader = Reader(self.limits)
         self._texts = Texts(self.limits)
-        self._rows: dict[int, Row] = {}
+        self._table = EMPTY
         self._namespaces: dict[int, str] = {}
         self._last: Frame | None = None
         self._whole: bytes | None = None
@@ -118,7 +120,7 @@ class Feed:
         if seen and self._differences and self._differences[0][0] <= seen + 1:
             return [one for one in self._differences if one[0] > seen]
         if self._whole is None:
-            rows, texts, numbers = list(self._rows.values()), self._texts.whole(), self._last.figures
+            rows, texts, numbers = self._table.rows(), self._texts.whole(), self._last.figures
             whole = Frame(self._seq, self._last.time, True, rows, [], texts, self._namespaces, numbers)
             self._whole = whole.encode()
         return [(self._seq, self._whole)]
@@ -129,7 +131,8 @@ class Feed:
             while True:
                 begin = self._clock()
                 await self._tick(decode)
-                await asyncio.sleep(max(begin + self._interval - self._clock(), self._interval / 4))
+                due = begin + max(self._interval, self._reader.seconds / _SHARE)
+                await asyncio.sleep(max(due - self._clock(), self._interval / 4))
         except EngineClosed:
             self._closed = True
         except Exception:
@@ -139,18 +142,20 @@ class Feed:
 
     async def _tick(self, decode: Decode) -> None:
         """Read once, and make a frame of what is new."""
-        wanted = self._texts.wanted(self._rows)
+        wanted = self._texts.wanted()
         reading = await self._engine.inspect(partial(self._reader.read, wanted=wanted, max_tokens=MAX_TOKENS))
         self.num_readings += 1
         captured = reading.captured
         read = await asyncio.to_thread(lambda: [(c, text_of(c, decode)) for c in captured]) if captured else []
-        before, self._rows = self._rows, {row.id: row for row in reading.rows()}
-        changed = [row for row in self._rows.values() if before.get(row.id) != row]
-        gone = [node_id for node_id in before if node_id not in self._rows]
-        self._texts.update(reading.fresh, (row.id for row in changed), gone)
+        before, self._table = self._table, reading.table()
+        changed, gone = self._table.since(before)
+        fresh = zip(reading.fresh, self._table.known(reading.fresh), strict=True)
+        self._texts.update(fresh, ((row.id, row.known) for row in changed), gone)
         texts = self._texts.learn(read)
         names = {node_id: plain(name[:_MAX_NAME]) for node_id, name in reading.namespaces.items()}
-        self._namespaces = {k: v for k, v in (self._namespaces | names).items() if k in self._rows}
+        self._namespaces |= names
+        for node_id in gone:
+            self._namespaces.pop(node_id, None)
         now, numbers = self._clock(), figures(reading.stats, reading.num_nodes)
         last = self._last
         if last and not (changed or gone or texts) and numbers == last.figures and now < last.time + _HEARTBEAT:

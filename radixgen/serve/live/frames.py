@@ -4,8 +4,10 @@ A `Reader` reads in the engine's thread, between two steps: a few arrays of the 
 only where they are new, were split or are not computed to their end. What it read becomes rows outside that thread.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -76,6 +78,40 @@ class Captured(NamedTuple):
     tokens: TokenArray
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows `[nodes, fields of Row]`, by ascending `ids`."""
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.int64]
+
+    def rows(self) -> list[Row]:
+        return list(map(Row._make, self.values.tolist()))
+
+    def known(self, ids: Sequence[int]) -> list[int]:
+        """Known tokens of some of its nodes."""
+        found: list[int] = self.values[np.searchsorted(self.ids, ids), Row._fields.index("known")].tolist()
+        return found
+
+    def since(self, before: "Table") -> tuple[list[Row], list[int]]:
+        """The rows that are new or differ, and the ids that are here no more."""
+        at = before._find(self.ids)
+        same = at >= 0
+        same[same] = (self.values[same] == before.values[at[same]]).all(axis=1)
+        gone: list[int] = before.ids[self._find(before.ids) < 0].tolist()
+        return list(map(Row._make, self.values[~same].tolist())), gone
+
+    def _find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The place of each id, -1 where it has none."""
+        if not self.ids.size:
+            return np.full(ids.size, -1)
+        places = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
+        return np.where(self.ids[places] == ids, places, -1)
+
+
+EMPTY = Table(np.zeros(0, np.int64), np.zeros((0, len(Row._fields)), np.int64))
+
+
 @dataclass(slots=True)
 class Reading:
     """What was read of the tree, not yet as rows. Columns are `[nodes]`, in the order of `ids`, which ascend."""
@@ -96,7 +132,7 @@ class Reading:
     namespaces: dict[int, str] = field(default_factory=dict)
     """Of fresh roots"""
 
-    def rows(self) -> list[Row]:
+    def table(self) -> Table:
         """A row a node."""
         table = np.zeros((self.ids.size, len(Row._fields)), np.int64)
         table[:, 0] = self.ids
@@ -108,7 +144,7 @@ class Reading:
         for name, nodes in (("cursors", self.cursors), ("pins", self.pins)):
             if nodes:
                 table[:, Row._fields.index(name)] = np.bincount(self._places(nodes), minlength=self.ids.size)
-        return list(map(Row._make, table.tolist()))
+        return Table(self.ids, table)
 
     def _places(self, ids: Iterable[int]) -> NDArray[np.int64]:
         return np.searchsorted(self.ids, np.fromiter(ids, np.int64))
@@ -121,6 +157,8 @@ class Reader:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        self.seconds = 0.0
+        """How long the last reading took"""
         self._version = -1
         self._cuts = 0
         self._drawn = np.zeros(0, np.bool_)
@@ -128,6 +166,7 @@ class Reader:
 
     def read(self, engine: Engine, wanted: Sequence[int] = (), max_tokens: int = 0) -> Reading:
         """In the engine's thread. Of the nodes `wanted` the first `max_tokens` tokens are captured."""
+        begin = time.perf_counter()
         tree, columns = engine.tree, engine.tree.columns
         cursors, pins = engine.held_nodes()
         hidden = None
@@ -154,7 +193,7 @@ class Reader:
         }
         if hidden is not None:
             read["hidden"] = hidden
-        return Reading(
+        reading = Reading(
             ids=ids,
             columns=read,
             lacking=_lacking(cursors, self._drawn),
@@ -166,6 +205,8 @@ class Reader:
             fresh=fresh,
             namespaces={node.id: node.namespace for node in nodes if node.parent is None},
         )
+        self.seconds = time.perf_counter() - begin
+        return reading
 
     def _fit(self, size: int) -> None:
         more = size - self._drawn.size
@@ -201,43 +242,41 @@ def _choose(
     """At most `most` nodes: their ids, how many of each one's children are not among them, and where each cursor and
     pin stands, which may be on an ancestor. A node is chosen only with its parent.
     """
-    chosen: dict[Node, int] = {}
-    """How many of its children are chosen"""
+    is_chosen = bytearray(tree.columns.parent.size)
+    chosen: list[Node] = []
 
-    def add(node: Node) -> None:
-        chosen[node] = 0
-        if node.parent is not None:
-            chosen[node.parent] += 1
-
-    def stand(node: Node) -> int | None:
+    def stand(node: Node) -> int:
+        """Choose the path to `node`, as far as there is room; where it ends, or -1."""
         missing = []
         above: Node | None = node
-        while above is not None and above not in chosen:
+        while above is not None and not is_chosen[above.id]:
             missing.append(above)
             above = above.parent
-        for one in reversed(missing):
-            if len(chosen) == most:
-                return above.id if above is not None else None
-            add(one)
-            above = one
-        return above.id if above is not None else None
+        place = above.id if above is not None else -1
+        for one in missing[::-1][: most - len(chosen)]:
+            is_chosen[one.id] = 1
+            chosen.append(one)
+            place = one.id
+        return place
 
-    on = [place for node in cursors if (place := stand(node)) is not None]
-    pinned = [place for node in pins if (place := stand(node)) is not None]
-    for name in reversed(tree.namespaces):
+    on, pinned = [stand(node) for node in cursors], [stand(node) for node in pins]
+    for name in islice(reversed(tree.namespaces), most):
+        root = tree.root(name)
+        if root is not None:
+            stand(root)
+    for node in chosen:
         if len(chosen) == most:
             break
-        root = tree.root(name)
-        if root is not None and root not in chosen:
-            add(root)
-    todo = list(chosen)
-    for node in todo:
         for child in reversed(node.children.values()):
-            if len(chosen) == most:
-                break
-            if child not in chosen:
-                add(child)
-                todo.append(child)
-    order = sorted(chosen, key=lambda node: node.id)
-    ids = np.array([node.id for node in order], np.int64)
-    return ids, np.array([len(node.children) - chosen[node] for node in order], np.int64), on, pinned
+            if not is_chosen[child.id]:
+                is_chosen[child.id] = 1
+                chosen.append(child)
+                if len(chosen) == most:
+                    break
+    ids = np.array([node.id for node in chosen], np.int64)
+    order = np.argsort(ids)
+    ids = ids[order]
+    parents = tree.columns.parent[ids].astype(np.int64)
+    drawn = np.bincount(np.searchsorted(ids, parents[parents >= 0]), minlength=ids.size)
+    hidden = np.array([len(node.children) for node in chosen], np.int64)[order] - drawn
+    return ids, hidden, [place for place in on if place >= 0], [place for place in pinned if place >= 0]

@@ -1,10 +1,10 @@
 """The text of drawn nodes: made a little at a time, kept while they are drawn, bounded in all."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from radixgen.core import Limits
-from radixgen.serve.live.frames import Captured, Row, Text
+from radixgen.serve.live.frames import Captured, Text
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +28,32 @@ class Texts:
         self._texts: dict[int, str] = {}
         self._cut: set[int] = set()
         """Nodes whose text ends before they do, so that it does not grow with them"""
-        self._due: dict[int, None] = {}
+        self._due: dict[int, int] = {}
+        """Nodes whose text is to be made, with how many tokens that takes"""
 
-    def update(self, fresh: Iterable[int], grown: Iterable[int], gone: Iterable[int]) -> None:
-        """Take note of nodes that are new or were split, of such that have more tokens, and of such that went."""
+    def update(self, fresh: Iterable[tuple[int, int]], grown: Iterable[tuple[int, int]], gone: Iterable[int]) -> None:
+        """Take note of nodes that are new or were split, of such that changed otherwise, both with how many tokens they
+        have, and of such that went.
+        """
         for node_id in gone:
             self._due.pop(node_id, None)
             self._set(node_id, "")
             self._texts.pop(node_id, None)
             self._cut.discard(node_id)
-        for node_id in fresh:
+        for node_id, known in fresh:
             self._cut.discard(node_id)
-            self._due[node_id] = None
-        for node_id in grown:
+            self._due[node_id] = min(known, MAX_TOKENS)
+        for node_id, known in grown:
             if node_id not in self._cut:
-                self._due[node_id] = None
+                self._due[node_id] = min(known, MAX_TOKENS)
 
-    def wanted(self, rows: Mapping[int, Row]) -> list[int]:
+    def wanted(self) -> list[int]:
         """The nodes whose tokens are to be captured next; the longest due come first."""
         found: list[int] = []
         tokens = 0
-        for node_id in self._due:
-            tokens += min(rows[node_id].known, MAX_TOKENS)
-            if (found and tokens > _TICK_TOKENS) or len(found) == _TICK_NODES:
+        for node_id, known in self._due.items():
+            tokens += known
+            if found and (tokens > _TICK_TOKENS or len(found) == _TICK_NODES):
                 break
             found.append(node_id)
         return found
