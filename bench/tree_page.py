@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time.sleep(options.seconds)
         driver.execute_script("document.getElementById('tree').focus({preventScroll: true, focusVisible: false})")
         press(driver, "Home")
-        time.sleep(1.0)
+        press(driver, "ArrowRight")
+        time.sleep(2.0)
         driver.save_screenshot(str(options.out))
         if options.all:
             others(driver, options.out)

@@ -158,7 +158,7 @@ class Reader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.seconds = 0.0
-        """How long the last reading took"""
+        """Of the processor, for the last reading"""
         self._version = -1
         self._cuts = 0
         self._drawn = np.zeros(0, np.bool_)
@@ -166,7 +166,7 @@ class Reader:
 
     def read(self, engine: Engine, wanted: Sequence[int] = (), max_tokens: int = 0) -> Reading:
         """In the engine's thread. Of the nodes `wanted` the first `max_tokens` tokens are captured."""
-        begin = time.perf_counter()
+        begin = time.thread_time()
         tree, columns = engine.tree, engine.tree.columns
         cursors, pins = engine.held_nodes()
         hidden = None
@@ -205,7 +205,7 @@ class Reader:
             fresh=fresh,
             namespaces={node.id: node.namespace for node in nodes if node.parent is None},
         )
-        self.seconds = time.perf_counter() - begin
+        self.seconds = time.thread_time() - begin
         return reading
 
     def _fit(self, size: int) -> None:

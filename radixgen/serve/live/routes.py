@@ -6,7 +6,7 @@ refused it asks for an API key, and sends it as a bearer token.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple
@@ -92,17 +92,20 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self._feed.seat() as frames:
-                tasks = {asyncio.create_task(self._send(frames, send)), asyncio.create_task(_hung_up(receive))}
+                sending = asyncio.create_task(self._send(frames, send))
+                listening = asyncio.create_task(_hung_up(receive))
                 try:
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                    sending.cancel()
+                    listening.cancel()
+                    await asyncio.gather(sending, listening, return_exceptions=True)
+                if not sending.cancelled():
+                    sending.result()
         except LimitReached as error:
             await _refusal(429, error.field, error.value, error.limit)(scope, receive, send)
 
-    async def _send(self, frames: Any, send: Send) -> None:
+    async def _send(self, frames: AsyncIterator[bytes], send: Send) -> None:
         with suppress(TimeoutError, OSError):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for frame in frames:

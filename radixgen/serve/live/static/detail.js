@@ -95,7 +95,8 @@ export class Detail {
     button.type = "button";
     button.dataset.node = String(item.id);
     if (current) button.setAttribute("aria-current", "true");
-    put(text, item.row[KNOWN] ? line(item.record.text || "…") : `namespace “${line(state.names.get(item.id) ?? "")}”`);
+    const name = state.names.get(item.id);
+    put(text, item.row[KNOWN] ? line(item.record.text || "…") : name ? `namespace ${line(name)}` : "root");
     put(size, item.live ? `${count(item.live)} live` : shared(item));
     button.append(text, size);
     button.addEventListener("click", () => (current ? this.zoom(item.id) : this.select(item.id)));

@@ -12,7 +12,7 @@ export function link(state) {
     const { row } = record;
     items.set(row[ID], {
       id: row[ID], serial: row[SERIAL], row, record, parent: null, children: [],
-      live: row[CURSORS], pins: row[PINS], below: 0, weight: 0, reach: 0, x: 0, y: 0, w: 0, h: 0,
+      live: row[CURSORS], pins: row[PINS], below: 0, weight: 0, reach: 0, x: 0, y: 0, w: 0, h: 0, taken: 0,
     });
   }
   const roots = [];
@@ -50,7 +50,7 @@ export function sharing(forest) {
   return { held, paths, cursors };
 }
 
-/** Write into every item of the view where it belongs: all of the forest, or what hangs on `focus`, on `width` by
+/** Write into every item of the view where it belongs, and which part of its height its children take: all of the forest, or what hangs on `focus`, on `width` by
  * `height`. Returns the items in the view, parents first. */
 export function lay(forest, focus, width, height, linear) {
   const tops = focus ? [focus] : forest.roots;
@@ -81,7 +81,7 @@ function weigh(seen) {
   for (const item of seen) item.weight = 0;
   for (let index = seen.length - 1; index >= 0; index--) {
     const item = seen[index];
-    item.weight += item.row[CURSORS] + (item.row[HIDDEN] ? 2 * idle : 0);
+    item.weight += item.row[CURSORS] + (item.row[HIDDEN] ? idle * Math.log2(2 + item.row[HIDDEN]) : 0);
     if (!item.weight) item.weight = idle;
     if (item.parent && index > 0) item.parent.weight += item.weight;
   }
@@ -119,6 +119,7 @@ function stack(top, x, y, h, scale, linear) {
       below += child.h;
       todo.push(child);
     }
+    item.taken = item.h ? Math.min(1, (below - item.y) / item.h) : 1;
   }
 }
 

@@ -319,6 +319,7 @@ $("door").addEventListener("submit", (event) => {
 
 let counted = { at: performance.now(), frames: 0, arrived: 0 };
 let last = performance.now();
+let rate = null; // updates a second, smoothed
 
 function tick(now) {
   const passed = now - last;
@@ -334,7 +335,9 @@ function tick(now) {
   if (now - counted.at >= 1_000) {
     const seconds = (now - counted.at) / 1_000;
     put($("fps"), (counted.frames / seconds).toFixed(0));
-    put($("updates"), ((arrived - counted.arrived) / seconds).toFixed(1));
+    const fresh = (arrived - counted.arrived) / seconds;
+    rate = rate === null ? fresh : 0.6 * rate + 0.4 * fresh;
+    put($("updates"), rate.toFixed(1));
     counted = { at: now, frames: 0, arrived };
     if (!replay) describe(now);
   }

@@ -101,6 +101,7 @@ export class Painter {
       this.#block(sprite, dim ? 0.28 : 1);
     }
     context.globalAlpha = 1;
+    for (const sprite of this.#order) if (sprite.item.row[HIDDEN]) this.#stub(sprite);
     let glows = false;
     for (const sprite of this.#order) glows = this.#growth(sprite, clock) || glows;
     for (const sprite of this.#order) this.#words(sprite);
@@ -127,7 +128,6 @@ export class Painter {
       context.fillStyle = palette.css.soft;
       context.fillRect(x, y, Math.min(2, wide), tall);
     }
-    if (row[HIDDEN]) this.#hatch(x + w + 1, y, STUB, tall);
   }
 
   #shape(x, y, w, h) {
@@ -138,6 +138,15 @@ export class Painter {
     } else {
       this.context.fillRect(x, y, w, h);
     }
+  }
+
+  /** The hatched end that stands for children which are not drawn, in the room that the others leave. */
+  #stub({ x, y, w, h, item }) {
+    const top = y + Math.min(h * item.taken, Math.max(h - 4, 0));
+    const tall = Math.max(y + h - top - 1, 1);
+    this.context.fillStyle = palette.css.cached;
+    this.context.fillRect(x + w + 1, top, STUB, tall);
+    this.#hatch(x + w + 1, top, STUB, tall);
   }
 
   #hatch(x, y, w, h) {
