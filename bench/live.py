@@ -5,7 +5,7 @@
 256 sequences decode in a tree of nearly 2,000 nodes, four levels deep, and in one of 10,000, of which 2,000 are drawn;
 the model costs nothing. Timed is what keeps the engine's thread from its next step; then, apart, what another thread
 does with it: rows, differences, JSON. Bound, with --check: a median of 0.6 ms a reading, and 4 ms where not all is
-drawn; the feed then reads less often, so that the engine gives no more than a hundredth of its time.
+drawn; the feed then reads less often, so that the engine gives no more than a fiftieth of its time.
 
 The limit is what NumPy needs to copy five columns of that many nodes.
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 INTERVAL = 0.125
 """Seconds from one frame to the next; longer where a step takes longer"""
-_SHARE = 0.01
+_SHARE = 0.02
 """Of its time that the engine gives to readings, at the most"""
 _HEARTBEAT = 1.0
 """Seconds after which there is a frame even if it tells nothing new"""

@@ -68,7 +68,7 @@ function cards() {
   put($("nodes"), count(figures.num_nodes));
   const folded = figures.num_nodes - forest.order.length;
   $("folded").hidden = folded <= 0;
-  put($("folded"), `${count(folded)} of ${count(figures.num_nodes)} nodes are not drawn; hatched ends stand for them.`);
+  put($("folded"), `${count(folded)} of ${count(figures.num_nodes)} nodes are not drawn; the short stubs stand for them.`);
   document.documentElement.dataset.cursors = String(cursors);
 }
 

@@ -8,7 +8,7 @@ const GLOW_MS = 1_400;
 const FADE_MS = 450;
 const LINE = 14;
 const FONT = 11;
-const STUB = 15; // width of the hatched end that stands for children which are not drawn
+const STUB = 15; // width of the stub that stands for children which are not drawn
 
 const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -136,17 +136,24 @@ export class Painter {
       this.context.roundRect(x, y, w, h, Math.min(5, h / 4));
       this.context.fill();
     } else {
-      this.context.fillRect(x, y, w, h);
+      this.#bar(x, y, w, h);
     }
   }
 
-  /** The hatched end that stands for children which are not drawn, in the room that the others leave. */
+  /** A thin piece, on whole pixels: there may be thousands, and edges between pixels cost most of the time. */
+  #bar(x, y, w, h) {
+    const left = Math.round(x);
+    const top = Math.round(y);
+    this.context.fillRect(left, top, Math.max(1, Math.round(x + w) - left), Math.max(1, Math.round(y + h) - top));
+  }
+
+  /** The stub that stands for children which are not drawn, in the room that the others leave. */
   #stub({ x, y, w, h, item }) {
     const top = y + Math.min(h * item.taken, Math.max(h - 4, 0));
     const tall = Math.max(y + h - top - 1, 1);
-    this.context.fillStyle = palette.css.cached;
-    this.context.fillRect(x + w + 1, top, STUB, tall);
-    this.#hatch(x + w + 1, top, STUB, tall);
+    this.context.fillStyle = palette.css.soft;
+    this.#bar(x + w + 1, top, STUB, tall);
+    if (tall > 6) this.#hatch(x + w + 1, top, STUB, tall);
   }
 
   #hatch(x, y, w, h) {
@@ -182,17 +189,21 @@ export class Painter {
     if (shines && h > 1) {
       const begin = x + w * Math.min(1, record.from / row[KNOWN]);
       const left = Math.max(x, Math.min(begin, x + w - 28));
-      const glow = context.createLinearGradient(left, 0, x + w, 0);
-      glow.addColorStop(0, palette.css.shine0);
-      glow.addColorStop(1, palette.css.shine);
       context.globalAlpha = (1 - age / GLOW_MS) ** 1.5;
-      context.fillStyle = glow;
-      context.fillRect(left, y, Math.max(x + w - 1 - left, 1), tall);
+      if (h > 6) {
+        context.fillStyle = context.createLinearGradient(left, 0, x + w, 0);
+        context.fillStyle.addColorStop(0, palette.css.shine0);
+        context.fillStyle.addColorStop(1, palette.css.shine);
+        context.fillRect(left, y, Math.max(x + w - 1 - left, 1), tall);
+      } else {
+        context.fillStyle = palette.css.shine;
+        this.#bar(x + w - 9, y, 8, tall);
+      }
       context.globalAlpha = 1;
     }
     if (row[CURSORS] && h > 2) {
       context.fillStyle = palette.css.ink;
-      context.fillRect(x + w - 2, y + 1, 2, Math.max(tall - 2, 1));
+      this.#bar(x + w - 2, y + 1, 2, tall - 2);
     }
     return shines;
   }
