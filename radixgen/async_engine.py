@@ -244,6 +244,12 @@ class AsyncEngine:
         """
         self._post(_Command(partial(self._engine.with_tree, function)))
 
+    async def inspect(self, function: Callable[[Engine], T]) -> T:
+        """The result of `function`, given the engine in its thread between two steps, which wait for it. It may read
+        everything and change nothing.
+        """
+        return await self._call(lambda: function(self._engine))
+
     @property
     def inputs(self) -> InputProcessor:
         """What tokenizes and checks requests."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from radixgen.cache import RadixTree, TokenArray
+from radixgen.cache import Node, RadixTree, TokenArray
 from radixgen.cache.storage import kv_room
 from radixgen.conversation import Conversation, Options
 from radixgen.core import (
@@ -458,6 +458,12 @@ class Engine:
     def with_tree(self, function: Callable[[RadixTree], object]) -> None:
         """Call `function` with the live tree. It may read it, and may listen to it."""
         function(self._core.tree)
+
+    def held_nodes(self) -> tuple[list[Node], list[Node]]:
+        """The node on which each running sequence stands, and that on which each pin does."""
+        scheduler = self._core.scheduler
+        cursors = [node for one in scheduler.running if (cursor := one.cursor) and (node := cursor.node)]
+        return cursors, [pin.lock.held for pin in scheduler.pins]
 
     @property
     def inputs(self) -> InputProcessor:

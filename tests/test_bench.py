@@ -24,6 +24,7 @@ from bench import (
     explain,
     gpu,
     http,
+    live,
     loads,
     model,
     peers,
@@ -350,6 +351,13 @@ def test_step(capsys, monkeypatch) -> None:
     figures = last_line(capsys)
     for case in ("greedy", "temperature", "top_p", "detokenized"):
         assert figures[f"{case}_ms"] > 0 and len(figures[f"{case}_pieces_ms"]) == 7
+
+
+def test_live(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(live, "READINGS", 3)
+    assert live.main(["--nodes", "60", "--huge", "90", "--seconds", "0"]) == 0
+    figures = last_line(capsys)
+    assert figures["nodes_ms"] > 0 and figures["huge_elsewhere_ms"] > 0 and figures["nodes_count"] >= 60
 
 
 def test_agents(capsys, tmp_path) -> None:

@@ -221,6 +221,8 @@ class Columns:
         """That slot"""
         self.changed = np.zeros(64, np.int64)
         """The tree's version when a plan last became wrong by anything else"""
+        self.cut = np.zeros(64, np.int64)
+        """The tree's `num_cuts` when tokens at its end were last dropped"""
         self.extents = np.zeros((64, 2), np.int64)
         """Start and length, those of one node one after the other"""
         self._num_extents = 0
@@ -280,6 +282,8 @@ class RadixTree:
         self.columns = Columns()
         self.listener: Listener | None = None
         self.ghosts = Ghosts()
+        self.num_cuts = 0
+        """Times that tokens at the end of a node were dropped, and not the node"""
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
@@ -309,6 +313,16 @@ class RadixTree:
         node = self._nodes[node_id]
         assert node is not None, f"node {node_id} was removed"
         return node
+
+    def find(self, node_id: int) -> Node | None:
+        """The node, or None where no node has this id."""
+        return self._nodes[node_id] if 0 <= node_id < len(self._nodes) else None
+
+    def node_ids(self) -> NDArray[np.int64]:
+        """The ids of all nodes, ascending. Costs what the tree held at its largest."""
+        alive = np.ones(len(self._nodes), np.bool_)
+        alive[self._free_ids] = False
+        return np.flatnonzero(alive)
 
     def nodes(self) -> Iterator[Node]:
         return (node for node in self._nodes if node is not None)
@@ -824,6 +838,9 @@ class RadixTree:
     def _cut_tokens(self, node: Node, known: int) -> None:
         self.unscheduled_tokens -= node.known - node.scheduled
         computed = node.computed
+        if known < node.known:
+            self.num_cuts += 1
+            self.columns.cut[node.id] = self.num_cuts
         node.known = known
         node.scheduled = min(node.scheduled, known)
         node.computed = min(computed, known)

@@ -67,3 +67,9 @@ class Limits:
     """Characters of a cache salt."""
     max_method_len: int = 64
     """Characters of a utility's name."""
+    max_viewers: int = 16
+    """Who may watch the live page at the same time."""
+    max_shown_nodes: int = 2_000
+    """Nodes of the tree that the live page draws."""
+    max_shown_chars: int = 1 << 20
+    """Characters of their text in all that it is told."""

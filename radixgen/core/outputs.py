@@ -126,3 +126,15 @@ class Stats:
     shared_tokens: int
     """What sharing saves at this moment: the tokens of all sequences that run and of all pins, less those of the tree
     that they hold."""
+
+    @property
+    def rows_saved(self) -> int:
+        """Rows of prompts that were not computed, because another request had brought their tokens. While prompts
+        are being computed, what they still lack counts too.
+        """
+        return max(0, self.prompt_tokens - self.computed_prompt_tokens)
+
+    @property
+    def kv_bytes_saved(self) -> int:
+        """KV bytes that attention did not read, because rows read what they share once."""
+        return max(0, self.kv_bytes_unshared - self.kv_bytes_read)

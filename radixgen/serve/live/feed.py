@@ -1,0 +1,167 @@
+"""`Feed`: one reading of the tree at a time, for all who watch; nothing is read while nobody does."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from radixgen.async_engine import AsyncEngine
+from radixgen.core import EngineClosed, LimitReached, Limits
+from radixgen.serve.live.frames import EMPTY, Frame, Reader, figures
+from radixgen.serve.live.texts import MAX_TOKENS, Decode, Texts, plain, text_of
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = 0.125
+"""Seconds from one frame to the next; longer where a step takes longer"""
+_SHARE = 0.02
+"""Of its time that the engine gives to readings, at the most"""
+_HEARTBEAT = 1.0
+"""Seconds after which there is a frame even if it tells nothing new"""
+_KEPT = 16
+"""Differences that are kept for those who are slow; who is slower yet gets a whole frame"""
+_MAX_NAME = 64
+"""Characters of a namespace"""
+
+
+class Feed:
+    """Frames of an engine's tree, as JSON, to any number of viewers of one event loop up to `limits.max_viewers`.
+
+    A viewer pulls: it gets the differences that it lacks, or a whole frame where they are no longer kept. So a slow one
+    holds up nobody and takes no memory.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        limits: Limits | None = None,
+        *,
+        interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.num_readings = 0
+        self._engine = engine
+        self._interval = interval
+        self._clock = clock
+        self._viewers = 0
+        self._closed = False
+        self._seq = 0
+        self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        self._clear()
+
+    @property
+    def num_viewers(self) -> int:
+        return self._viewers
+
+    @contextmanager
+    def seat(self) -> Iterator[AsyncGenerator[bytes, None]]:
+        """Watch: a whole frame comes, and then differences, until the feed or the engine is closed. Raises
+        `LimitReached` where as many watch as may.
+        """
+        if self._viewers >= self.limits.max_viewers:
+            limit = f"at most {self.limits.max_viewers} watch at the same time"
+            raise LimitReached("viewers", self._viewers + 1, limit)
+        self._viewers += 1
+        try:
+            if self._task is None and not self._closed:
+                self._task = asyncio.create_task(self._run())
+            yield self._frames()
+        finally:
+            self._viewers -= 1
+            if not self._viewers:
+                self._stop()
+
+    def close(self) -> None:
+        """End every viewer's stream, for good. To be called in the viewers' event loop."""
+        self._closed = True
+        self._stop()
+        self._wake()
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    async def _frames(self) -> AsyncGenerator[bytes, None]:
+        seen = 0
+        while not self._closed:
+            messages = self._since(seen)
+            for seq, message in messages:
+                seen = seq
+                yield message
+            if not messages:
+                await self._news.wait()
+
+    def _clear(self) -> None:
+        self._reader = Reader(self.limits)
+        self._texts = Texts(self.limits)
+        self._table = EMPTY
+        self._namespaces: dict[int, str] = {}
+        self._last: Frame | None = None
+        self._whole: bytes | None = None
+        self._differences: deque[tuple[int, bytes]] = deque(maxlen=_KEPT)
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self._clear()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _since(self, seen: int) -> list[tuple[int, bytes]]:
+        """What brings a viewer from frame `seen` to the last one; frame 0 is nothing."""
+        if self._last is None or seen == self._seq:
+            return []
+        if seen and self._differences and self._differences[0][0] <= seen + 1:
+            return [one for one in self._differences if one[0] > seen]
+        if self._whole is None:
+            rows, texts, numbers = self._table.rows(), self._texts.whole(), self._last.figures
+            whole = Frame(self._seq, self._last.time, True, rows, [], texts, self._namespaces, numbers)
+            self._whole = whole.encode()
+        return [(self._seq, self._whole)]
+
+    async def _run(self) -> None:
+        try:
+            decode: Decode = await self._engine.inspect(lambda engine: engine.decode)
+            while True:
+                begin = self._clock()
+                await self._tick(decode)
+                due = begin + max(self._interval, self._reader.seconds / _SHARE)
+                await asyncio.sleep(max(due - self._clock(), self._interval / 4))
+        except EngineClosed:
+            self._closed = True
+        except Exception:
+            logger.exception("the live page's feed failed")
+            self._closed = True
+        self._wake()
+
+    async def _tick(self, decode: Decode) -> None:
+        """Read once, and make a frame of what is new."""
+        wanted = self._texts.wanted()
+        reading = await self._engine.inspect(partial(self._reader.read, wanted=wanted, max_tokens=MAX_TOKENS))
+        self.num_readings += 1
+        captured = reading.captured
+        read = await asyncio.to_thread(lambda: [(c, text_of(c, decode)) for c in captured]) if captured else []
+        before, self._table = self._table, reading.table()
+        changed, gone = self._table.since(before)
+        fresh = zip(reading.fresh, self._table.known(reading.fresh), strict=True)
+        self._texts.update(fresh, ((row.id, row.known) for row in changed), gone)
+        texts = self._texts.learn(read)
+        names = {node_id: plain(name[:_MAX_NAME]) for node_id, name in reading.namespaces.items()}
+        self._namespaces |= names
+        for node_id in gone:
+            self._namespaces.pop(node_id, None)
+        now, numbers = self._clock(), figures(reading.stats, reading.num_nodes)
+        last = self._last
+        if last and not (changed or gone or texts) and numbers == last.figures and now < last.time + _HEARTBEAT:
+            return
+        self._seq += 1
+        self._last = Frame(self._seq, now, False, changed, gone, texts, names, numbers)
+        self._whole = None
+        self._differences.append((self._seq, self._last.encode()))
+        self._wake()

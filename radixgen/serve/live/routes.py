@@ -1,0 +1,164 @@
+"""The live page's routes: `/tree` and what it asks for.
+
+The page itself and its files hold nothing secret. `/tree/events` and `/tree/node/{node_id}` tell the text of
+requests: they are for who runs the engine, and `guard` is what a server lets such a one in by. Where the page is
+refused it asks for an API key, and sends it as a bearer token.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from fastapi import APIRouter, Path
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from radixgen.async_engine import AsyncEngine
+from radixgen.core import LimitReached, Limits
+from radixgen.engine import Engine
+from radixgen.serve.live.feed import Feed
+from radixgen.serve.live.texts import plain
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_PAGE = "tree.html"
+_SEND_SECONDS = 30.0
+"""How long a viewer may take to take a frame"""
+_HEAD_TOKENS, _TAIL_TOKENS = 1_024, 256
+"""Of a node's text that is asked for"""
+
+
+def tree_routes(
+    engine: AsyncEngine, *, feed: Feed | None = None, limits: Limits | None = None, guard: Sequence[Any] = ()
+) -> APIRouter:
+    """The routes of the live page of `engine`.
+
+    feed: one to be closed before the server waits for its connections to end; by default a new one.
+    guard: dependencies (`Depends(…)`) of the routes that tell of requests.
+    """
+    router = APIRouter(include_in_schema=False)
+    served = feed or Feed(engine, limits)
+    static = _static_files()
+
+    @router.get("/tree")
+    async def page() -> Response:
+        return static[_PAGE].response()
+
+    @router.get("/tree/static/{name}")
+    async def static_file(name: str) -> Response:
+        file = static.get(name)
+        return file.response() if file else _refusal(404, "name", name[:80], "is no file of the live page")
+
+    @router.get("/tree/events", dependencies=list(guard))
+    async def events() -> Response:
+        return EventStream(served)
+
+    @router.get("/tree/node/{node_id}", dependencies=list(guard))
+    async def node(node_id: Annotated[int, Path(ge=0, lt=1 << 53)]) -> Response:
+        found = await engine.inspect(lambda inner: _node(inner, node_id))
+        if found is None:
+            return _refusal(404, "node_id", node_id, "names no node of the tree")
+        head, tail = found.pop("head"), found.pop("tail")
+        found["text"] = plain(await engine.decode(head))
+        found["tail"] = plain(await engine.decode(tail)) if tail else ""
+        return Response(msgspec.json.encode(found), 200, HEADERS | {"Cache-Control": "no-store"}, "application/json")
+
+    return router
+
+
+class EventStream(Response):
+    """Frames as server-sent events. It ends with an event `end` where the engine or the feed is closed; a viewer that
+    takes none for 30 seconds, or hangs up, is let go.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(headers=HEADERS | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._feed = feed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._feed.seat() as frames:
+                sending = asyncio.create_task(self._send(frames, send))
+                listening = asyncio.create_task(_hung_up(receive))
+                try:
+                    await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    sending.cancel()
+                    listening.cancel()
+                    await asyncio.gather(sending, listening, return_exceptions=True)
+                if not sending.cancelled():
+                    sending.result()
+        except LimitReached as error:
+            await _refusal(429, error.field, error.value, error.limit)(scope, receive, send)
+
+    async def _send(self, frames: AsyncIterator[bytes], send: Send) -> None:
+        with suppress(TimeoutError, OSError):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for frame in frames:
+                await _send_some(send, b"data: " + frame + b"\n\n")
+            await _send_some(send, b"event: end\ndata: {}\n\n", more=False)
+
+
+async def _send_some(send: Send, body: bytes, *, more: bool = True) -> None:
+    async with asyncio.timeout(_SEND_SECONDS):
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _node(engine: Engine, node_id: int) -> dict[str, Any] | None:
+    """What is told of a node on request; its tokens still to be decoded. In the engine's thread."""
+    node = engine.tree.find(node_id)
+    if node is None:
+        return None
+    tokens, most = node.tokens, _HEAD_TOKENS + _TAIL_TOKENS
+    cut = max(0, node.known - most)
+    return {
+        "id": node.id,
+        "serial": node.serial,
+        "start": node.start,
+        "known": node.known,
+        "computed": node.computed,
+        "cut": cut,
+        "head": tokens[:_HEAD_TOKENS].tolist() if cut else tokens.tolist(),
+        "tail": tokens[-_TAIL_TOKENS:].tolist() if cut else [],
+    }
+
+
+class StaticFile(NamedTuple):
+    """A file of the page, as it is in the package."""
+
+    body: bytes
+    media_type: str
+
+    def response(self) -> Response:
+        return Response(self.body, 200, HEADERS | {"Cache-Control": "no-cache"}, self.media_type)
+
+
+def _static_files() -> dict[str, StaticFile]:
+    found = list((files(__package__) / "static").iterdir())
+    return {one.name: StaticFile(one.read_bytes(), _MEDIA_TYPES[one.name[one.name.rfind(".") :]]) for one in found}
+
+
+def _refusal(status: int, field: str, value: object, limit: str) -> Response:
+    """In OpenAI's shape."""
+    error = {"message": f"{field}={value}: {limit}", "type": "invalid_request_error", "param": field, "code": None}
+    headers = {**HEADERS, **({"Retry-After": "5"} if status == 429 else {})}
+    return JSONResponse({"error": error}, status, headers)
