@@ -203,6 +203,8 @@ def serve(
         from radixgen.engine import Engine
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
+        from radixgen.serve.live.feed import Feed
+        from radixgen.serve.live.routes import tree_routes
 
         limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
@@ -221,19 +223,28 @@ def serve(
         binding.check([*options.api_keys, *options.operator_keys])
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
-            engine = Engine(
-                name or model,
-                dtype=dtype,
-                device=device,
-                tensor_parallel_size=tp,
-                max_model_len=max_model_len,
-                max_step_tokens=max_num_batched_tokens,
-                kv_tokens=kv_tokens,
-                enforce_eager=enforce_eager,
-                seed=seed,
-                limits=limits,
+            engine = AsyncEngine(
+                Engine(
+                    name or model,
+                    dtype=dtype,
+                    device=device,
+                    tensor_parallel_size=tp,
+                    max_model_len=max_model_len,
+                    max_step_tokens=max_num_batched_tokens,
+                    kv_tokens=kv_tokens,
+                    enforce_eager=enforce_eager,
+                    seed=seed,
+                    limits=limits,
+                )
             )
-        server.serve(AsyncEngine(engine), options, binding)
+        feed = Feed(engine, limits)
+        server.serve(
+            engine,
+            options,
+            binding,
+            lambda gate: tree_routes(engine, feed=feed, door=[gate.open], guard=[gate.operator]),
+            before_drain=[feed.close],
+        )
 
 
 @app.command()

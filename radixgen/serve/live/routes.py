@@ -40,22 +40,28 @@ _HEAD_TOKENS, _TAIL_TOKENS = 1_024, 256
 
 
 def tree_routes(
-    engine: AsyncEngine, *, feed: Feed | None = None, limits: Limits | None = None, guard: Sequence[Any] = ()
+    engine: AsyncEngine,
+    *,
+    feed: Feed | None = None,
+    limits: Limits | None = None,
+    door: Sequence[Any] = (),
+    guard: Sequence[Any] = (),
 ) -> APIRouter:
     """The routes of the live page of `engine`.
 
     feed: one to be closed before the server waits for its connections to end; by default a new one.
-    guard: dependencies (`Depends(…)`) of the routes that tell of requests.
+    door: dependencies (`Depends(…)`) of the page and its files.
+    guard: those of the routes that tell of requests.
     """
     router = APIRouter(include_in_schema=False)
     served = feed or Feed(engine, limits)
     static = _static_files()
 
-    @router.get("/tree")
+    @router.get("/tree", dependencies=list(door))
     async def page() -> Response:
         return static[_PAGE].response()
 
-    @router.get("/tree/static/{name}")
+    @router.get("/tree/static/{name}", dependencies=list(door))
     async def static_file(name: str) -> Response:
         file = static.get(name)
         return file.response() if file else _refusal(404, "name", name[:80], "is no file of the live page")
