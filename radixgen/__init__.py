@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from radixgen.chat_history import HistoryBreak
     from radixgen.conversation import AsyncConversation, Conversation
     from radixgen.engine import Engine
+    from radixgen.serve.client import AsyncClient, Client
 
 __version__ = VERSION
 
 _LAZY = {
+    "AsyncClient": "radixgen.serve.client",
     "AsyncConversation": "radixgen.conversation",
     "AsyncEngine": "radixgen.async_engine",
+    "Client": "radixgen.serve.client",
     "Conversation": "radixgen.conversation",
     "Engine": "radixgen.engine",
     "HistoryBreak": "radixgen.chat_history",
@@ -46,9 +49,11 @@ _LAZY = {
 }
 
 __all__ = [
+    "AsyncClient",
     "AsyncConversation",
     "AsyncEngine",
     "BeamSearchParams",
+    "Client",
     "CompletionOutput",
     "ContextOverflow",
     "Conversation",

@@ -1,4 +1,4 @@
-"""The command line: `radixgen demo | generate | chat | tree | explain | doctor`."""
+"""The command line: `radixgen demo | generate | chat | tree | explain | worker | doctor`."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
 from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
 from radixgen.progress import announce_loading, waiting
+
+if TYPE_CHECKING:
+    from radixgen.engine import Engine
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -236,6 +239,78 @@ def explain(
             Console().print(*shown(report, tokenizer.decode), sep="\n")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def worker(
+    context: typer.Context,
+    model: Model = DEFAULT_MODEL,
+    backend: Annotated[
+        str, typer.Option(help="zmq: vLLM's wire, docs/wire.md. dynamo: NVIDIA Dynamo, and its options besides these.")
+    ] = "zmq",
+    handshake: Annotated[list[str] | None, typer.Option(help="A front end's ipc:// or tcp://; once for each.")] = None,
+    smg: Annotated[str | None, typer.Option(help="The ipc:// that SMG was given as --worker-urls.")] = None,
+    engine_index: Annotated[int, typer.Option(help="Its own among all workers of a front end.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tp: TensorParallel = 1,
+    kv_tokens: KVTokens = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
+    max_step_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    kv_events_config: Annotated[str | None, typer.Option(help="JSON, as vLLM's; zmq only.")] = None,
+    curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
+    curve_server: Annotated[Path | None, typer.Option(exists=True, help="The front end's public key.")] = None,
+    allow_insecure_tcp: Annotated[bool, typer.Option(help="TCP without keys, for whoever reaches it.")] = False,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests have to end in after SIGTERM.")] = 25.0,
+    stall_timeout: Annotated[float, typer.Option(help="Seconds without a step that make it unhealthy.")] = 60.0,
+) -> None:
+    """Serve a model to SMG, NVIDIA Dynamo or radixgen.Client. SIGTERM drains; a second one stops at once."""
+    sizes = {
+        "dtype": dtype,
+        "device": device,
+        "tensor_parallel_size": tp,
+        "kv_tokens": kv_tokens,
+        "max_model_len": max_model_len,
+        "max_step_tokens": max_step_tokens,
+    }
+    with _errors():
+        if backend == "dynamo":
+            alone = {"handshake": handshake, "smg": smg, "kv_events_config": kv_events_config, "curve": curve_secret}
+            for field, value in alone.items():
+                if value:
+                    raise InvalidRequest(field, value, "goes with --backend zmq")
+            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes, context.args)
+            return
+        if backend != "zmq":
+            raise InvalidRequest("backend", backend, "must be zmq or dynamo")
+        if context.args:
+            raise typer.BadParameter(f"No such option or argument: {context.args[0]}")
+        import logging
+
+        from radixgen.serve.launch import serve
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+        def load() -> "Engine":
+            from radixgen.engine import Engine
+
+            with waiting(Console(stderr=True)) as say:
+                announce_loading(say, model)
+                return Engine(model, **sizes)  # type: ignore[arg-type]
+
+        drained = serve(
+            load,
+            handshake or (),
+            smg=smg,
+            engine_index=engine_index,
+            kv_events_config=kv_events_config,
+            curve_secret=curve_secret,
+            curve_server=curve_server,
+            insecure_tcp=allow_insecure_tcp,
+            drain_timeout=drain_timeout,
+            stall_timeout=stall_timeout,
+        )
+    raise typer.Exit(0 if drained else 1)
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, devices, attention backends and cache paths."""
@@ -265,6 +340,16 @@ def doctor() -> None:
     table.add_row("flash-attn", installed())
     table.add_row("cache", str(cache_dir()))
     Console().print(table)
+
+
+def _serve_dynamo(options: dict[str, Any], further: list[str]) -> None:
+    """Under Dynamo's own worker, which returns when that ends. further: options that are its alone."""
+    try:
+        from radixgen.serve.dynamo import main
+    except ModuleNotFoundError as error:
+        raise InvalidRequest("backend", "dynamo", "needs pip install 'radixgen[dynamo]'") from error
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    main([*flags, *further])
 
 
 def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:

@@ -474,6 +474,26 @@ class Engine:
     def model_name(self) -> str:
         return self._model.name
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights; of the logits where the model is not transformers'."""
+        if not isinstance(self._model, ModelRunner):
+            return "float32"
+        return str(self._model.model.model.dtype).removeprefix("torch.")
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The model's own end tokens."""
+        return self._model.eos_token_ids
+
+    @property
+    def max_step_tokens(self) -> int:
+        return self._core.scheduler.max_step_tokens
+
+    def knows(self, request_id: str) -> bool:
+        """Whether there is a request of this id whose last output was not made yet."""
+        return request_id in self._core.requests
+
     def explain(self) -> str:
         """The last step's plan, in bytes of KV over all layers. Why a prompt was not shared, its output's
         `sharing_ended` tells.

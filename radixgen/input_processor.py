@@ -93,10 +93,10 @@ class InputProcessor:
         self._check_slots("len(prompt) + len(continuation)", length)
 
     def check_name(self, field: str, text: object) -> None:
-        """A request id or a namespace."""
+        """A request id or a namespace. A NUL in one would name the private root of a sequence that shares nothing."""
         limit = self.limits.max_request_id_len
-        if not isinstance(text, str) or len(text) > limit:
-            raise InvalidRequest(field, text, f"must be text of at most {limit} characters")
+        if not isinstance(text, str) or len(text) > limit or "\0" in text:
+            raise InvalidRequest(field, text, f"must be text of at most {limit} characters, none of them NUL")
 
     def check_seconds(self, field: str, seconds: object) -> float:
         """A span of time above 0; infinite where None."""

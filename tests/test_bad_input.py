@@ -403,7 +403,7 @@ def test_grammars_need_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PRIORITIES = ["high", "", 1.0, True, None, 2**31, -(2**31) - 1, 2**64, HUGE, NAN, [], np.int64(1)]
-NAMES = [5, True, b"a", ["a"], (), NAN, "x" * 257]
+NAMES = [5, True, b"a", ["a"], (), NAN, "x" * 257, "\0", "tenant\x003.0"]
 SPANS = [0, -1, 0.0, -1e-9, NAN, INF, -INF, "", "1", True, [], 10**400, HUGE, 1j, np.float32(1), np.array([1.0])]
 OPTIONS: dict[str, tuple[list[Any], dict[str, Callable[[Engine, Any], object]]]] = {
     "priority": (
@@ -453,7 +453,7 @@ def test_bad_options_of_a_request(field: str, entry: str) -> None:
 def test_options_at_their_limits() -> None:
     with serve() as engine:
         engine.submit(PROMPT, priority=2**31 - 1, namespace="x" * 256, request_id="x" * 256, timeout=5e-324)
-        engine.submit(PROMPT, priority=-(2**31), namespace="\0", request_id="é", timeout=1e300)
+        engine.submit(PROMPT, priority=-(2**31), namespace="\x01", request_id="é", timeout=1e300)
         assert set(finish(engine)) == {"x" * 256, "é"}
         assert engine.pin(PROMPT, ttl=1e300) is None
 
@@ -741,9 +741,13 @@ OPEN = {
     "close",
     "compile_grammar",
     "decode",
+    "dtype",
+    "eos_token_ids",
     "explain",
     "has_unfinished",
     "inputs",
+    "knows",
+    "max_step_tokens",
     "model_name",
     "num_steps",
     "num_unfinished_requests",

@@ -1,6 +1,10 @@
 """The benchmarks of tree and planner run to their end at toy size. Nothing here looks at a clock."""
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import families
 import numpy as np
@@ -24,6 +28,7 @@ from bench import (
     peers,
     plan,
     plots,
+    serve,
     simulate,
     step,
     thoughts,
@@ -31,7 +36,9 @@ from bench import (
 )
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
+from radixgen import Engine
 from radixgen.scheduler import planner
+from radixgen.serve.worker import Worker
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +86,27 @@ def test_beam_search(capsys, tmp_path) -> None:
     figures = last_line(capsys)
     assert figures["same_2"] == 2 and figures["rows_2"] == 9 + 2 * 4
     assert figures["seconds_2_radixgen"] > 0 and figures["seconds_2_generate"] > 0
+
+
+def test_serve(capsys, tmp_path, monkeypatch) -> None:
+    """With the worker in a thread: starting a process takes longer than all the rest."""
+    families.build("llama").save_pretrained(tmp_path)
+
+    @contextmanager
+    def worker(path: Path, address: str, kv_tokens: int) -> Iterator[None]:
+        served = Worker(Engine(path, kv_tokens=kv_tokens), [address])
+        thread = threading.Thread(target=served.run)
+        thread.start()
+        yield
+        served.drain()
+        thread.join()
+
+    monkeypatch.setattr(serve, "worker", worker)
+    options = ["--streams", "1", "3", "--prompt-tokens", "5", "--new-tokens", "6", "--repeats", "1"]
+    assert serve.main(options, tmp_path) == 0
+    figures = last_line(capsys)
+    assert figures["deltas_1"] > 0 and figures["ratio_3"] > 0
+    assert len(figures["ttft_ms_3_zmq"]) == 2 and figures["rate_3_engine"] > 0
 
 
 def test_equal_ids_give_equal_tokens() -> None:

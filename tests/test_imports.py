@@ -86,13 +86,17 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
             assert called not in ("eval", "exec", "torch.load"), f"{path.name} calls {called}"
             assert called.rpartition(".")[2] not in PICKLES, f"{path.name} calls {called}"
             assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords), path.name
+            assert called.rpartition(".")[2] not in ("recv_pyobj", "send_pyobj"), f"{path.name} calls {called}"
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             assert not {"environ", "getenv"} & {alias.name for alias in node.names}, path.name
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
             assert path.name == "settings.py", f"{path.name} reads the environment"
 
 
-@pytest.mark.parametrize("module", ["radixgen", "radixgen.cache", "radixgen.scheduler.planner", "radixgen.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["radixgen", "radixgen.cache", "radixgen.scheduler.planner", "radixgen.cli", "radixgen.serve.client"],
+)
 def test_importing_radixgen_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*{{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -101,7 +105,8 @@ def test_importing_radixgen_is_light(module: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
-        "AsyncConversation", "AsyncEngine", "BeamSearchParams", "CompletionOutput", "ContextOverflow", "Conversation",
+        "AsyncClient", "AsyncConversation", "AsyncEngine", "BeamSearchParams", "Client", "CompletionOutput",
+        "ContextOverflow", "Conversation",
         "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "HistoryBreak", "InvalidRequest", "LimitReached",
         "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed", "RequestOutput",
         "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",

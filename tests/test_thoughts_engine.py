@@ -426,10 +426,13 @@ def test_a_model_that_fails(engine: Engine) -> None:
 
 @pytest.mark.parametrize("delay", [0, 1, 2, 5, 20, 50])
 def test_a_cancelled_task_leaves_nothing(delay: int) -> None:
+    """The search is one that no machine ends within the delay."""
+    long = MonteCarlo(depth=30, iterations=1000)
+
     async def whole() -> None:
         own = Engine(StampModel(256, 256), tokenizer=tokenizer(), kv_tokens=1500, debug=True)
         async with AsyncEngine(own) as engine:
-            task = asyncio.create_task(thoughts.search_async(engine, ROOT, strategy=STRATEGIES[0], **RANDOM))
+            task = asyncio.create_task(thoughts.search_async(engine, ROOT, strategy=long, **RANDOM))
             for _ in range(delay):
                 await asyncio.sleep(0.001)
             task.cancel()

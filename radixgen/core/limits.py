@@ -47,6 +47,20 @@ class Limits:
     """Characters of a saved conversation."""
     max_thoughts: int = 1 << 20
     """Thoughts of one search."""
+    max_frame_bytes: int = 1 << 23
+    """Bytes of one frame that a front end sends: a prompt of a million tokens has five millions."""
+    max_frames: int = 64
+    """Frames of one message."""
+    max_backlog: int = 4_096
+    """Messages of front ends that the engine has not taken yet; beyond, their sockets are not read."""
+    max_backlog_bytes: int = 1 << 26
+    """Bytes of such messages."""
+    max_outbox_bytes: int = 1 << 24
+    """Bytes that wait for one front end; beyond, its requests are aborted."""
+    max_salt_len: int = 4_096
+    """Characters of a cache salt."""
+    max_method_len: int = 64
+    """Characters of a utility's name."""
     max_viewers: int = 16
     """Who may watch the live page at the same time."""
     max_shown_nodes: int = 2_000

@@ -1,4 +1,4 @@
-"""The engine as a worker of NVIDIA Dynamo: `python -m radixgen.serve.dynamo --model smollm2`, with `radixgen[dynamo]`.
+"""The engine as a worker of NVIDIA Dynamo: `radixgen worker --backend dynamo`, with `radixgen[dynamo]`.
 
 Dynamo's worker owns discovery, the request plane, signals and the grace period; its frontend owns text: templates,
 tokens, stop strings. Here are token ids in and out, cache events for its router, and what is open when it stops.
@@ -76,6 +76,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             options.model,
             dtype=options.dtype,
             device=options.device,
+            tensor_parallel_size=options.tensor_parallel_size,
             kv_tokens=options.kv_tokens,
             max_model_len=options.max_model_len,
             max_step_tokens=options.max_step_tokens,
@@ -190,11 +191,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("radixgen.serve.dynamo", description=__doc__)
+    parser = argparse.ArgumentParser("radixgen worker --backend dynamo", description=__doc__)
     parser.add_argument("--model", default=smollm2.NAME, help="smollm2, a directory or a hub id")
     parser.add_argument("--served-model-name", help="by default that of the model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes, and GPUs, to shard it over")
     parser.add_argument("--kv-tokens", type=int, help="slots of the KV pool")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
     parser.add_argument("--max-step-tokens", type=int, default=2048, help="rows of one step at the most")
@@ -208,7 +210,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--request-plane", default="tcp", choices=["tcp", "nats", "http"])
     parser.add_argument("--event-plane", choices=["nats", "zmq"])
     return parser
-
-
-if __name__ == "__main__":
-    main()

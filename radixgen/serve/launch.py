@@ -1,0 +1,49 @@
+"""A worker as a process: what `radixgen worker` does."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from radixgen.core import InvalidRequest
+from radixgen.engine import Engine
+from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
+from radixgen.serve.kv_events import KVEvents, KVEventsConfig
+from radixgen.serve.sentinel import Sentinel
+from radixgen.serve.worker import Worker, run_until_signalled
+
+
+def serve(
+    load: Callable[[], Engine],
+    handshakes: Sequence[str],
+    *,
+    smg: str | None = None,
+    kv_events_config: str | None = None,
+    curve_secret: Path | None = None,
+    curve_server: Path | None = None,
+    insecure_tcp: bool = False,
+    **options: Any,
+) -> bool:
+    """Serve front ends until a signal comes. Whether every request was told its end.
+
+    load: makes the engine, once everything else was found to be right.
+    smg: the URL of this worker in SMG; it says where that shakes hands.
+    kv_events_config: JSON, see `KVEventsConfig`.
+    options: of `Worker`.
+
+    Raises `InvalidRequest`, `InsecureEndpoint`.
+    """
+    if bool(curve_secret) != bool(curve_server):
+        raise InvalidRequest("curve_secret", curve_secret, "goes with --curve-server")
+    keys = Curve(curve_secret, curve_server) if curve_secret and curve_server else None
+    addresses = [*handshakes, *([smg_handshake(smg)] if smg else ())]
+    for address in addresses:
+        check_endpoint(address, curve=keys, insecure_tcp=insecure_tcp)
+    events = KVEventsConfig.parse(kv_events_config) if kv_events_config else None
+    with ExitStack() as stack:
+        sentinel = stack.enter_context(Sentinel(keys))
+        engine = load()
+        if events is not None and events.enabled:
+            stack.enter_context(KVEvents(engine, events))
+        worker = Worker(engine, addresses, curve=keys, insecure_tcp=insecure_tcp, sentinel=sentinel, **options)
+        return run_until_signalled(worker)

@@ -1,0 +1,89 @@
+"""A process that outlives a worker, and tells front ends of an end that the worker could not: `kill -9`, a crash of the
+interpreter, memory that ran out. Over ipc the wire has no other sign of it.
+"""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from radixgen.core import Limits
+from radixgen.serve import wire
+from radixgen.serve.endpoint import Curve, open_socket
+
+logger = logging.getLogger(__name__)
+
+_LINGER_MS = 1_000
+_PATIENCE_SECONDS = 5.0
+
+
+class Sentinel:
+    """Speaks up when this process is gone, unless it was closed. It reads a pipe that only this process holds."""
+
+    def __init__(self, curve: Curve | None = None) -> None:
+        keys = [] if curve is None else [str(curve.own), str(curve.peers)]
+        command = [sys.executable, "-m", "radixgen.serve.sentinel", *keys]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def watch(self, addresses: Sequence[str]) -> None:
+        """The outputs of front ends that are to be told; those of before are not any more."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(addresses).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            logger.error("front ends would not be told if this worker were killed: %s", error)
+
+    def close(self) -> None:
+        """The worker ends by itself, and has told so."""
+        assert self._process.stdin is not None
+        self.watch([])
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def tell_end(addresses: Sequence[str], curve: Curve | None = None) -> None:
+    """Tell the front ends at these outputs that their engine is dead."""
+    with zmq.Context() as context:
+        for address in addresses:
+            socket = open_socket(context, zmq.PUSH, Limits())
+            if curve is not None and address.startswith("tcp:"):
+                curve.dial(socket)
+            socket.connect(address)
+            socket.send(wire.DEAD)
+            socket.close(_LINGER_MS)
+
+
+def main(keys: Sequence[str]) -> None:
+    """Until the pipe ends: the last of its lines names whom to tell."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a group's signals are for the worker
+        signal.signal(number, signal.SIG_IGN)
+    addresses: list[str] = []
+    for line in sys.stdin:
+        addresses = json.loads(line)
+    tell_end(addresses, Curve(*map(Path, keys)) if keys else None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

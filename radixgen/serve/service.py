@@ -1,0 +1,448 @@
+"""What front ends may do to one engine: requests and utilities in, messages out. No sockets, no threads, no clock."""
+
+import hashlib
+import hmac
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from radixgen.cache import TokenArray
+from radixgen.core import InvalidRequest, RadixgenError, RequestOutput, SamplingParams, UnknownRequest
+from radixgen.engine import Engine, scores_of
+from radixgen.serve import wire
+from radixgen.serve.counters import PeerCounters
+from radixgen.serve.utility import PENDING, UTILITIES
+from radixgen.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+Message = wire.Output | wire.Reply
+Compile = Callable[[SamplingParams, Callable[[Exception | None], None]], None]
+"""Compiles a grammar elsewhere; what it calls afterwards, it calls between two steps."""
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """One front end's process, as the engine's side sees it."""
+
+    name: str
+    counters: PeerCounters = field(default_factory=PeerCounters)
+    tickets: dict[str, "Ticket"] = field(default_factory=dict)
+    """Its live requests by its own ids"""
+    pins: set[int] = field(default_factory=set)
+    gone: bool = False
+    """Nothing is told it any more."""
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A live request: whose it is, and by which name. The engine knows it by `id`, which is ours."""
+
+    peer: Peer
+    name: str
+    id: str
+    params: SamplingParams
+    eos_token_id: int | None = None
+    started: bool = False
+    """Whether its prompt's counts were told"""
+    stop_reason: str | None = None
+    """Why it was aborted"""
+
+
+@dataclass(eq=False, slots=True)
+class _Scoring:
+    """A call that waits for the scores of some continuations, in their order by the engine's ids."""
+
+    peer: Peer
+    call_id: int
+    waiting: set[str]
+    scores: dict[str, list[float] | None]
+
+
+class Service:
+    """One engine's requests of any number of peers. Belongs to the thread that steps.
+
+    Every accepted request ends in exactly one output with a finish reason, whatever its peer, the engine or other
+    requests do; a request that is refused has that one output alone. What is told, `take` gives.
+    """
+
+    def __init__(self, engine: Engine, salt_key: bytes, *, compile_grammar: Compile | None = None) -> None:
+        """
+        salt_key: secret, from which cache salts become namespaces.
+        compile_grammar: without one, the grammars of requests are compiled between two steps.
+        """
+        self.engine = engine
+        self.draining = False
+        """While it drains, new requests are turned away."""
+        self._salt_key = salt_key
+        self._compile = compile_grammar
+        self._tickets: dict[str, Ticket] = {}
+        self._scorings: dict[str, _Scoring] = {}
+        self._messages: deque[tuple[Peer, Message]] = deque()
+        self._serial = 0
+        self._started = 0
+        self._reported = 0, 0, 0
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def add(self, peer: Peer, request: wire.Add) -> None:
+        """Queue a request. One that can't be served ends at once, with `error`, which says why."""
+        name = request.request_id
+        if name in peer.tickets:
+            if not peer.counters.duplicates:
+                logger.warning(
+                    "%s: dropped a request under the id of a live one, and will not mention others", peer.name
+                )
+            peer.counters.duplicates += 1
+            return
+        if self.draining:
+            peer.counters.turned_away += 1
+            self._tell(peer, wire.Output(name, [], finish_reason=_FINISH["abort"], stop_reason="draining"))
+            return
+        try:
+            self._add(peer, request)
+        except AssertionError:
+            raise
+        except RadixgenError as error:
+            self.refuse(peer, name, error)
+        except Exception as error:
+            logger.exception("%s: a request could not be queued", peer.name)
+            self.refuse(peer, name, error)
+
+    def _add(self, peer: Peer, request: wire.Add) -> None:
+        engine, limits = self.engine, self.engine.limits
+        engine.inputs.check_name("request_id", request.request_id)
+        wire.check_served(request)
+        sampling = request.sampling_params
+        assert sampling is not None and request.prompt_token_ids is not None
+        tokens = engine.tokenize(_as_array(request.prompt_token_ids, self.max_len))
+        params = wire.to_params(sampling, self.max_len - tokens.size, limits)
+        namespace = self.namespace(request.cache_salt)
+        ticket = Ticket(peer, request.request_id, self._new_id(), params, sampling.eos_token_id)
+
+        def submit() -> None:
+            # The wire's lower priorities go first, the engine's higher ones do.
+            engine.submit(
+                tokens,
+                params,
+                request_id=ticket.id,
+                priority=-request.priority,
+                namespace=namespace,
+                output_kind="delta",
+            )
+
+        if params.structured and self._compile is not None:
+            self._open(ticket)
+            self._compile(params, lambda error: self._compiled(ticket, submit, error))
+        else:
+            submit()
+            self._open(ticket)
+        if request.abort_immediately:
+            self.abort(peer, [request.request_id])
+
+    def _compiled(self, ticket: Ticket, submit: Callable[[], None], error: Exception | None) -> None:
+        """Its grammar is there, or can't be."""
+        if ticket.id not in self._tickets:
+            return
+        try:
+            if error is not None:
+                raise error
+            submit()
+        except AssertionError:
+            raise
+        except Exception as fault:
+            self._end(ticket, "error", _said(fault))
+
+    def refuse(self, peer: Peer, name: str, error: Exception) -> None:
+        """End a request that never began."""
+        peer.counters.refused += 1
+        self._tell(peer, _refusal(name, error))
+
+    def refuse_unread(self, peer: Peer, name: str, error: Exception) -> None:
+        """End a request of which only the name could be read; not where that is a live one's."""
+        if name not in peer.tickets:
+            peer.counters.unread += 1
+            self._tell(peer, _refusal(name, error))
+
+    def fork(self, peer: Peer, name: str, names: list[str]) -> None:
+        """As `Engine.fork`; the forks' names are the peer's. Raises what that raises, and `InvalidRequest`."""
+        ticket = peer.tickets.get(name)
+        if ticket is None:
+            raise UnknownRequest("request_id", name, "names no live request")
+        for one in names:
+            self.engine.inputs.check_name("names", one)
+            if one in peer.tickets or names.count(one) > 1:
+                raise InvalidRequest("names", one, "is taken")
+        for one, fork in zip(names, self.engine.fork(ticket.id, len(names)), strict=True):
+            peer.counters.forks += 1
+            self._open(Ticket(peer, one, fork, ticket.params, ticket.eos_token_id))
+
+    def abort(self, peer: Peer, names: Iterable[str], stop_reason: str | None = None) -> None:
+        """End requests with `abort`. Those that are not live are passed over."""
+        for name in names:
+            ticket = peer.tickets.get(name)
+            if ticket is not None:
+                self._abort(ticket, stop_reason)
+
+    def abort_overflowed(self, peer: Peer, stop_reason: str) -> None:
+        """End all that a front end has, for it does not read."""
+        peer.counters.overflow_aborted += len(peer.tickets)
+        self.abort(peer, list(peer.tickets), stop_reason)
+
+    def abort_all(self, stop_reason: str) -> None:
+        """End every request with `abort`, and every call that is not answered yet."""
+        for ticket in list(self._tickets.values()):
+            self._abort(ticket, stop_reason)
+        for scoring in {id(one): one for one in self._scorings.values()}.values():
+            self._give_up(scoring, stop_reason)
+
+    def leave(self, peer: Peer) -> None:
+        """A front end is gone: what it had is let go of, and nothing is told it."""
+        peer.gone = True
+        self.abort(peer, list(peer.tickets))
+        for pin in peer.pins:
+            self.engine.unpin(pin)
+        peer.pins.clear()
+        for name, scoring in list(self._scorings.items()):
+            if scoring.peer is peer:
+                self._cancel(name)
+
+    def fail(self, reason: str) -> None:
+        """The engine failed as a whole: tell every open request its end."""
+        for ticket in list(self._tickets.values()):
+            self._end(ticket, "error", reason)
+        for scoring in {id(one): one for one in self._scorings.values()}.values():
+            self._tell(scoring.peer, wire.Reply(scoring.call_id, reason))
+        self._scorings.clear()
+
+    # -- utilities ----------------------------------------------------------------------------------------
+
+    def call(self, peer: Peer, call: wire.Call) -> None:
+        """Run a utility, and tell its result or what it raised."""
+        try:
+            result = self._call(peer, call)
+        except AssertionError:
+            raise
+        except Exception as error:
+            if not isinstance(error, RadixgenError):
+                logger.exception("%s: %s could not be called", peer.name, call.method)
+            self._tell(peer, wire.Reply(call.call_id, _said(error)))
+        else:
+            if result is not PENDING:
+                self._tell(peer, wire.Reply(call.call_id, None, (None, result)))
+
+    def _call(self, peer: Peer, call: wire.Call) -> Any:
+        utility = UTILITIES.get(call.method)
+        if utility is None:
+            raise InvalidRequest("method", call.method, f"must be one of {', '.join(UTILITIES)}")
+        return utility(self, peer, call)
+
+    def score(
+        self, peer: Peer, call_id: int, prompt: list[int], continuations: list[list[int]], salt: str | None
+    ) -> None:
+        """As `Engine.score`; the reply follows when all are scored. Raises what `Engine.submit_score` raises; then none
+        is queued.
+        """
+        if not 0 < len(continuations) <= self.engine.limits.max_num_seqs:
+            most = self.engine.limits.max_num_seqs
+            raise InvalidRequest("len(continuations)", len(continuations), f"must be from 1 to {most}")
+        scoring = _Scoring(peer, call_id, set(), {})
+        namespace = self.namespace(salt)
+        tokens = self.engine.tokenize(_as_array(prompt, self.max_len))
+        try:
+            for one in continuations:
+                name = self._new_id()
+                rest = _as_array(one, self.max_len)
+                self.engine.submit_score(tokens, rest, request_id=name, namespace=namespace)
+                scoring.scores[name] = None
+                scoring.waiting.add(name)
+                self._scorings[name] = scoring
+        except Exception:
+            for name in list(scoring.waiting):
+                self._cancel(name)
+            raise
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return self.engine.has_unfinished
+
+    @property
+    def num_live(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def max_len(self) -> int:
+        """The longest prompt plus output that can be served, in tokens: the last one needs no slot."""
+        return min(self.engine.max_model_len, self.engine.inputs.kv_tokens + 1)
+
+    def step(self) -> None:
+        """Run one step of the engine. Raises what that raises, which is the engine's end."""
+        for output in self.engine.step():
+            ticket = self._tickets.get(output.request_id)
+            if ticket is not None:
+                self._report(ticket, output)
+            elif output.request_id in self._scorings and output.finished:
+                self._scored(output)
+
+    def take(self) -> list[tuple[Peer, Message]]:
+        """What is to be told and was not taken yet, in order."""
+        messages = list(self._messages)
+        self._messages.clear()
+        return messages
+
+    def load(self) -> wire.Load:
+        """Of this moment; what was found in the cache, since this was last asked for."""
+        stats = self.engine.stats()
+        used = (stats.kv_tokens_used + stats.kv_tokens_reserved) / max(stats.kv_tokens_total, 1)
+        admitted = self._started, stats.prompt_tokens, stats.cached_prompt_tokens
+        requests, queries, hits = (now - then for now, then in zip(admitted, self._reported, strict=True))
+        self._reported = admitted
+        return wire.Load(stats.num_running, stats.num_waiting, used, wire.PrefixCacheStats(requests, queries, hits))
+
+    def ready(self) -> wire.Ready:
+        """What a front end is told of the engine."""
+        slots, max_num_seqs = self.engine.inputs.kv_tokens, self.engine.limits.max_num_seqs
+        return wire.Ready(
+            max_model_len=self.max_len,
+            num_gpu_blocks=slots // wire.BLOCK_SIZE,
+            dtype=self.engine.dtype,
+            instance_id=uuid4().hex,
+            radixgen_version=VERSION,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=self.engine.max_step_tokens,
+            kv_cache_size_tokens=slots,
+            kv_cache_max_concurrency=slots / self.max_len,
+            eos_token_ids=sorted(self.engine.eos_token_ids),
+        )
+
+    def namespace(self, salt: str | None) -> str:
+        """Where requests with this cache salt share: a keyed hash, so that nobody outside can name one. Without a salt,
+        with all that have none. Raises `InvalidRequest`.
+        """
+        if not salt:
+            return ""
+        most = self.engine.limits.max_salt_len
+        if len(salt) > most:
+            raise InvalidRequest("len(cache_salt)", len(salt), f"must be at most {most}")
+        text = salt.encode("utf-8", "surrogatepass")
+        tagged = b"salt" + len(text).to_bytes(8, "big") + text
+        return "salt:" + hmac.new(self._salt_key, tagged, hashlib.sha256).hexdigest()
+
+    def check(self) -> None:
+        """Assert the engine's invariants, and that tickets and peers agree."""
+        self.engine.check()
+        for ticket in self._tickets.values():
+            assert ticket.peer.tickets[ticket.name] is ticket
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _open(self, ticket: Ticket) -> None:
+        self._tickets[ticket.id] = ticket
+        ticket.peer.tickets[ticket.name] = ticket
+        ticket.peer.counters.accepted += 1
+
+    def _abort(self, ticket: Ticket, stop_reason: str | None) -> None:
+        try:
+            self.engine.cancel(ticket.id)
+        except UnknownRequest:
+            if not self.engine.knows(ticket.id):  # its grammar is still being compiled
+                self._end(ticket, "abort", stop_reason)
+        else:
+            ticket.stop_reason = stop_reason
+
+    def _cancel(self, scoring_id: str) -> None:
+        del self._scorings[scoring_id]
+        with suppress(UnknownRequest):  # it has ended, and its output is on its way
+            self.engine.cancel(scoring_id)
+
+    def _end(self, ticket: Ticket, reason: str, stop_reason: str | None) -> None:
+        """End what the engine does not know, or knows no more."""
+        finish = _FINISH[reason]
+        self._close(ticket, reason)
+        self._tell(ticket.peer, wire.Output(ticket.name, [], finish_reason=finish, stop_reason=stop_reason))
+
+    def _close(self, ticket: Ticket, reason: str) -> None:
+        del self._tickets[ticket.id]
+        del ticket.peer.tickets[ticket.name]
+        finished = ticket.peer.counters.finished
+        finished[reason] = finished.get(reason, 0) + 1
+
+    def _report(self, ticket: Ticket, output: RequestOutput) -> None:
+        """Tell what is new of a request."""
+        told = wire.Output(ticket.name, [])
+        (one,) = output.outputs
+        told.new_token_ids = one.token_ids
+        if one.logprobs:
+            told.new_logprobs = wire.pack_logprobs(one.logprobs, ticket.params.logprobs or 0)
+        if output.prompt_logprobs is not None:
+            found = [position for position in output.prompt_logprobs if position is not None]
+            told.new_prompt_logprobs = wire.pack_logprobs(found, ticket.params.prompt_logprobs or 0)
+        if not ticket.started:
+            ticket.started = True
+            self._started += 1
+            prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
+            told.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
+        if output.finished:
+            assert one.finish_reason is not None
+            told.finish_reason = _FINISH[one.finish_reason]
+            told.stop_reason = ticket.stop_reason if one.finish_reason == "abort" else one.stop_reason
+            if one.finish_reason == "stop" and one.stop_reason == ticket.eos_token_id:
+                told.stop_reason = None
+            self._close(ticket, one.finish_reason)
+        self._tell(ticket.peer, told)
+
+    def _scored(self, output: RequestOutput) -> None:
+        """One continuation of a scoring has ended."""
+        scoring = self._scorings.pop(output.request_id)
+        scoring.waiting.discard(output.request_id)
+        try:
+            scoring.scores[output.request_id] = scores_of(output)
+        except RadixgenError as error:
+            self._give_up(scoring, _said(error))
+            return
+        if not scoring.waiting:
+            self._tell(scoring.peer, wire.Reply(scoring.call_id, None, (None, list(scoring.scores.values()))))
+
+    def _give_up(self, scoring: _Scoring, reason: str) -> None:
+        for name in scoring.waiting:
+            self._cancel(name)
+        self._tell(scoring.peer, wire.Reply(scoring.call_id, reason))
+
+    def _tell(self, peer: Peer, message: Message) -> None:
+        if not peer.gone:
+            self._messages.append((peer, message))
+
+    def _new_id(self) -> str:
+        self._serial += 1
+        return f"served-{self._serial}"
+
+
+_FINISH: dict[str, int] = {reason: number for number, reason in enumerate(wire.FINISH)}
+
+
+def _as_array(tokens: list[int], most: int) -> TokenArray:
+    """Token ids whose range the engine checks. Raises `InvalidRequest`."""
+    if len(tokens) > most:
+        raise InvalidRequest("len(prompt_token_ids)", len(tokens), f"at most {most} tokens can be served")
+    try:
+        return np.array(tokens, np.int64)
+    except OverflowError:
+        raise InvalidRequest("prompt_token_ids", "…", "holds an integer of more than 64 bits") from None
+
+
+def _refusal(name: str, error: Exception) -> wire.Output:
+    return wire.Output(name, [], finish_reason=_FINISH["error"], stop_reason=_said(error))
+
+
+def _said(error: Exception) -> str:
+    """An error in a line, for the other end."""
+    return f"{type(error).__name__}: {error}"[:1_000]
