@@ -128,6 +128,9 @@ class Viewer:
             self.texts.pop(node_id, None)
             self.namespaces.pop(str(node_id), None)
         self.rows |= {row[0]: row for row in frame["rows"]}
+        for row in frame["rows"]:
+            if row[1] >= 0:
+                self.namespaces.pop(str(row[0]), None)
         self.namespaces |= frame["namespaces"]
         for node_id, append, text in frame["texts"]:
             self.texts[node_id] = self.texts[node_id] + text if append else text

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
 from scripted_model import tokenizer
+from selenium.webdriver import ActionChains
 
 from bench.browser import WANTED, chromium, installed, serving
 from bench.null import NullModel
@@ -171,6 +172,22 @@ def test_keys_move_and_zoom(driver: Any) -> None:
         until(driver, PAGE.format("crumbs"), "")
         driver.find_element("css selector", "#path button").click()
         until(driver, PAGE.format("said"), "0 tokens, cached: ")
+
+
+def test_pointing_tells_and_a_click_selects(driver: Any) -> None:
+    with page(driver) as get:
+        get("/ask", prompt="I would like apples", tokens=1)
+        until(driver, f"Number({PAGE.format('drawn')})", 2)
+        until(driver, PAGE.format("status"), "live")
+        time.sleep(0.7)
+        tree = driver.find_element("id", "tree")
+        ActionChains(driver).move_to_element(tree).perform()
+        until(driver, "document.getElementById('tip').hidden", False)
+        tip = says(driver, "tip")
+        assert tip.startswith("cached19 tokens; 0 nodes below; known for") and tip.endswith("I would like apples"), tip
+        ActionChains(driver).click(tree).perform()
+        until(driver, PAGE.format("text"), "I would like apples")
+        assert "Positions0 to 19" in says(driver, "facts")
 
 
 def test_a_search_finds_across_nodes(driver: Any) -> None:

@@ -153,9 +153,9 @@ class Feed:
         self._texts.update(fresh, ((row.id, row.known) for row in changed), gone)
         texts = self._texts.learn(read)
         names = {node_id: plain(name[:_MAX_NAME]) for node_id, name in reading.namespaces.items()}
-        self._namespaces |= names
-        for node_id in gone:
+        for node_id in (*gone, *reading.fresh):
             self._namespaces.pop(node_id, None)
+        self._namespaces |= names
         now, numbers = self._clock(), figures(reading.stats, reading.num_nodes)
         last = self._last
         if last and not (changed or gone or texts) and numbers == last.figures and now < last.time + _HEARTBEAT:

@@ -30,7 +30,10 @@ export class State {
       this.nodes.delete(id);
       this.names.delete(id);
     }
-    for (const row of frame.rows) this.nodes.set(row[ID], this.#record(before.get(row[ID]), row, first ? null : now));
+    for (const row of frame.rows) {
+      this.nodes.set(row[ID], this.#record(before.get(row[ID]), row, first ? null : now));
+      if (row[PARENT] >= 0) this.names.delete(row[ID]);
+    }
     for (const [id, append, text] of frame.texts) {
       const record = this.nodes.get(id);
       if (record) this.nodes.set(id, { ...record, text: append ? record.text + text : text, lower: null });
