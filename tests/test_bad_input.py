@@ -745,6 +745,7 @@ OPEN = {
     "eos_token_ids",
     "explain",
     "has_unfinished",
+    "held_nodes",
     "inputs",
     "knows",
     "max_step_tokens",

@@ -1,7 +1,7 @@
 """What callers get back. Names follow vLLM's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -76,7 +76,7 @@ class RequestOutput:
     num_shared_tokens: int = 0
     sharing_ended: SharingEnd | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
-    queue_seconds: float = 0.0
+    queue_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
