@@ -203,8 +203,6 @@ def serve(
         from radixgen.engine import Engine
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
-        from radixgen.serve.live.feed import Feed
-        from radixgen.serve.live.routes import tree_routes
 
         limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
@@ -237,14 +235,7 @@ def serve(
                     limits=limits,
                 )
             )
-        feed = Feed(engine, limits)
-        server.serve(
-            engine,
-            options,
-            binding,
-            lambda gate: tree_routes(engine, feed=feed, door=[gate.open], guard=[gate.operator]),
-            before_drain=[feed.close],
-        )
+        server.serve(engine, options, binding)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from scripted import ScriptedStamps, tokenizer
 
 from radixgen import AsyncEngine, Engine, Limits
 from radixgen.serve.http.app import ServeOptions, create_app
-from radixgen.serve.http.server import Binding, Server
+from radixgen.serve.http.server import Binding, Server, whole_app
 
 CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 HI = [{"role": "user", "content": "hi"}]
@@ -67,7 +67,7 @@ def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
     """A server in a thread of its own; in the end nothing is left of its requests."""
     drain, port = options.pop("drain_timeout", 10.0), options.pop("port", 0)
     served = AsyncEngine(engine)
-    app = create_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
+    app = whole_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
     server = Server(app, Binding(port=port, drain_timeout=drain))
     thread = threading.Thread(target=server.run)
     thread.start()

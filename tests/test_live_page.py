@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +11,13 @@ from typing import Annotated, Any
 from urllib.parse import quote
 from urllib.request import urlopen
 
+import httpx
 import numpy as np
 import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
 from scripted_model import tokenizer
 from selenium.webdriver import ActionChains
+from served import over_socket, tiny
 
 from bench.browser import WANTED, chromium, installed, serving
 from bench.null import NullModel
@@ -119,6 +122,28 @@ def test_the_counts_are_the_engines(driver: Any) -> None:
         until(driver, PAGE.format("rows"), f"{stats['saved']:,}")
         until(driver, PAGE.format("pool"), f"{stats['used']:,}")
         until(driver, PAGE.format("running"), "0")
+
+
+METRICS = {
+    "running": "num_requests_running",
+    "nodes": "tree_nodes",
+    "rows": "saved_prompt_rows_total",
+    "pool": "kv_tokens_used",
+}
+
+
+def test_the_counts_are_those_of_metrics(driver: Any) -> None:
+    with over_socket(tiny()) as served:
+        for rest in ("1", "2", "3 and a half"):
+            body = {"model": "tiny", "prompt": f"Some of this is shared. {rest}", "max_tokens": 4}
+            httpx.post(f"{served.url}/v1/completions", json=body).raise_for_status()
+        told = httpx.get(f"{served.url}/metrics").text
+        driver.get(f"{served.url}/tree")
+        for place, name in METRICS.items():
+            (count,) = re.findall(rf"^radixgen:{name}(?:{{.*}})? (.*)$", told, re.MULTILINE)
+            until(driver, PAGE.format(place), f"{int(float(count)):,}")
+        assert "saved_prompt_rows_total 0.0" not in told
+        driver.get("about:blank")
 
 
 def test_what_a_prompt_says_does_not_run(driver: Any) -> None:

@@ -105,8 +105,6 @@ class Metrics(Collector):
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
     """The engine's own figures. Counters begin with the engine."""
-    shared_rows = max(stats.prompt_tokens - stats.computed_prompt_tokens, 0)
-    saved_bytes = max(stats.kv_bytes_unshared - stats.kv_bytes_read, 0)
     for name, says, value in (
         ("num_requests_running", "Sequences that run", stats.num_running),
         ("num_requests_waiting", "Sequences that wait", stats.num_waiting),
@@ -129,10 +127,10 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("generation_tokens", "Tokens generated", stats.generated_tokens),
         ("computed_rows", "Rows that went through the model", stats.computed_rows),
         ("wasted_rows", "Rows computed ahead that nobody needed", stats.wasted_rows),
-        ("saved_prompt_rows", "Prompt tokens that were not computed, as they were shared or cached", shared_rows),
+        ("saved_prompt_rows", "Prompt tokens that were not computed, as they were shared or cached", stats.rows_saved),
         ("kv_bytes_read", "KV bytes that attention read", stats.kv_bytes_read),
         ("kv_bytes_unshared", "KV bytes that it would have read of unshared paths", stats.kv_bytes_unshared),
-        ("kv_bytes_saved", "The difference of the two", saved_bytes),
+        ("kv_bytes_saved", "The difference of the two", stats.kv_bytes_saved),
         ("evicted_tokens", "Tokens evicted", stats.evicted_tokens),
         ("num_preemptions", "Sequences put back into the queue", stats.preemptions),
     ):

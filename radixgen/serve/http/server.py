@@ -6,18 +6,20 @@ import logging.config
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
+from radixgen.async_engine import AsyncEngine
 from radixgen.core import InvalidRequest
-from radixgen.serve.http.app import Routes, ServeOptions, create_app
-from radixgen.serve.http.auth import is_loopback
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.app import ServeOptions, create_app
+from radixgen.serve.http.auth import Gate, is_loopback
+from radixgen.serve.live.feed import Feed
+from radixgen.serve.live.routes import tree_routes
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +92,22 @@ class Server(uvicorn.Server):
         await self._app.state.context.engine.close()
 
 
-def serve(
-    engine: Backend,
-    options: ServeOptions,
-    binding: Binding,
-    *more: Routes,
-    before_drain: Sequence[Callable[[], object]] = (),
-) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`.
+def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastAPI:
+    """The application of `engine` with its live page. Raises `InvalidRequest`."""
+    feed = Feed(engine, engine.inputs.limits)
 
-    `more` as `create_app`'s; `before_drain` ends what goes on for ever by itself, in the event loop.
-    """
+    def page(gate: Gate) -> APIRouter:
+        return tree_routes(engine, feed=feed, door=[gate.open], guard=[gate.operator])
+
+    app = create_app(engine, options, page)
+    app.state.before_drain.append(feed.close)
+    return app
+
+
+def serve(engine: AsyncEngine, options: ServeOptions, binding: Binding) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`."""
     binding.check([*options.api_keys, *options.operator_keys])
-    app = create_app(engine, options, *more)
-    app.state.before_drain += before_drain
+    app = whole_app(engine, options)
     logging.config.dictConfig(_log_config(binding))
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.
