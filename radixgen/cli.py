@@ -192,6 +192,10 @@ def serve(
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics under vLLM's names too.")] = None,
     access_log: Annotated[bool, typer.Option(help="A line of log for each request.")] = True,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    zmq: Annotated[
+        str | None, typer.Option(help="Where workers shake hands, ipc:// or tcp://; they have the model then.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="How many to wait for, with --zmq.")] = 1,
 ) -> None:
     """Serve a model over HTTP, to clients of OpenAI's API."""
     from radixgen.core import Limits
@@ -203,6 +207,8 @@ def serve(
         from radixgen.engine import Engine
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
+        from radixgen.serve.http.backend import Backend
+        from radixgen.serve.http.workers import connect
 
         limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
@@ -221,8 +227,11 @@ def serve(
         binding.check([*options.api_keys, *options.operator_keys])
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
-            engine = AsyncEngine(
-                Engine(
+            backend: Backend
+            if zmq is not None:
+                backend = connect(zmq, model=name or model, workers=workers, limits=limits)
+            else:
+                engine = Engine(
                     name or model,
                     dtype=dtype,
                     device=device,
@@ -234,8 +243,8 @@ def serve(
                     seed=seed,
                     limits=limits,
                 )
-            )
-        server.serve(engine, options, binding)
+                backend = AsyncEngine(engine)
+        server.serve(backend, options, binding)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import asyncio
 import queue
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -169,6 +169,11 @@ class _Face:
     def address(self) -> str:
         """What to give to `radixgen worker --handshake`."""
         return self._front.address
+
+    @property
+    def idlest(self) -> int:
+        """The index of the worker with the fewest requests. Raises `EngineDead`."""
+        return self._front.choose().index
 
     @property
     def workers(self) -> dict[int, wire.Ready]:
@@ -400,14 +405,27 @@ class AsyncClient(_Face):
         worker: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield what is new, the last one with `finished=True`. Leaving the generator early aborts the request."""
+        outputs = await self.open(prompt, params, cache_salt=cache_salt, priority=priority, worker=worker)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def open(
+        self,
+        prompt: Tokens,
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        worker: int | None = None,
+    ) -> "AsyncStream":
+        """As `generate`, but the request is sent, or refused, before anything is received."""
         if not self._waited:
             await self.wait()
         asked, add = self._ask(prompt, params, cache_salt, priority, worker)
         inbox = self._inbox()
         self._front.add(asked.engine, add, inbox)
-        async with aclosing(self._receive(asked, inbox)) as outputs:
-            async for output in outputs:
-                yield output
+        return AsyncStream(self._front, asked, inbox)
 
     async def call(self, method: str, *arguments: Any, worker: int | None = None) -> Any:
         """As `Client.call`."""
@@ -454,17 +472,36 @@ class AsyncClient(_Face):
             self._courier = _Courier(asyncio.get_running_loop())
         return _Waiter(self._courier)
 
-    async def _receive(self, asked: _Asked, inbox: _Waiter) -> AsyncGenerator[RequestOutput, None]:
+
+class AsyncStream(AsyncIterator[RequestOutput]):
+    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended.
+
+    Where the worker dies, `EngineDead` is raised.
+    """
+
+    def __init__(self, front: FrontEnd, asked: _Asked, inbox: _Waiter) -> None:
+        self._front = front
+        self._asked = asked
+        self._inbox = inbox
+
+    async def __anext__(self) -> RequestOutput:
+        if self._asked.finished:
+            raise StopAsyncIteration
         try:
-            while not asked.finished:
-                item = await inbox.get()
-                assert isinstance(item, wire.Output)
-                yield asked.read(item)
-        finally:
-            if not asked.finished:
-                with suppress(RadixgenError):
-                    self._front.abort(asked.engine, [asked.request_id])
-                    self._front.forget(asked.engine, asked.request_id)
+            item = await self._inbox.get()
+        except RadixgenError:
+            self._asked.finished = True
+            raise
+        assert isinstance(item, wire.Output)
+        return self._asked.read(item)
+
+    async def aclose(self) -> None:
+        """May be called twice."""
+        if not self._asked.finished:
+            self._asked.finished = True
+            with suppress(RadixgenError):
+                self._front.abort(self._asked.engine, [self._asked.request_id])
+                self._front.forget(self._asked.engine, self._asked.request_id)
 
 
 def _result(item: wire.Output | wire.Reply) -> Any:

@@ -61,7 +61,7 @@ class Generation:
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Raises `Refused` where a sequence fails, `EngineClosed` where the engine does."""
-        async with aclosing(_merge(self._opened)) as merged:
+        async with aclosing(merge(self._opened)) as merged:
             async for prompt, output in merged:
                 self._meters[prompt].see(output, time.monotonic())
                 self.cached_tokens[prompt] = output.num_cached_tokens
@@ -96,7 +96,7 @@ class Generation:
         await self.aclose()
 
 
-async def _merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput]]:
     """The outputs of all as they come. A slow reader holds back those who write, and the engine then merges deltas."""
     if len(streams) == 1:
         async for output in streams[0]:

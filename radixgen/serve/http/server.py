@@ -18,6 +18,7 @@ from radixgen.async_engine import AsyncEngine
 from radixgen.core import InvalidRequest
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Gate, is_loopback
+from radixgen.serve.http.backend import Backend
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.routes import tree_routes
 
@@ -104,10 +105,10 @@ def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastA
     return app
 
 
-def serve(engine: AsyncEngine, options: ServeOptions, binding: Binding) -> None:
+def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
     """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`."""
     binding.check([*options.api_keys, *options.operator_keys])
-    app = whole_app(engine, options)
+    app = whole_app(engine, options) if isinstance(engine, AsyncEngine) else create_app(engine, options)
     logging.config.dictConfig(_log_config(binding))
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.
