@@ -1,6 +1,6 @@
 """NVIDIA Dynamo's frontend, routing by cache, before two radixgen workers with SmolLM2, all on this machine.
 
-    pip install 'radixgen[dynamo]'
+    pip install '.[dynamo]'
     python examples/cluster/dynamo.py
 
 Some conversations take turns. The router hears from each worker which blocks it holds, so that every later turn goes

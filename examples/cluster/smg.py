@@ -1,6 +1,6 @@
 """SMG, a gateway in Rust, before two radixgen workers with SmolLM2 over vLLM's ZMQ wire, all on this machine.
 
-    pip install 'radixgen[smg]'
+    pip install '.[smg]'
     python examples/cluster/smg.py
 
 SMG renders the chat template, finds the worker whose earlier prompts begin most alike, and turns tokens into text; a
