@@ -365,7 +365,15 @@ def worker(
     }
     with _errors():
         if backend == "dynamo":
-            alone = {"handshake": handshake, "smg": smg, "kv_events_config": kv_events_config, "curve": curve_secret}
+            alone = {
+                "handshake": handshake,
+                "smg": smg,
+                "engine_index": engine_index,
+                "kv_events_config": kv_events_config,
+                "curve_secret": curve_secret,
+                "curve_server": curve_server,
+                "allow_insecure_tcp": allow_insecure_tcp,
+            }
             for field, value in alone.items():
                 if value:
                     raise InvalidRequest(field, value, "goes with --backend zmq")

@@ -84,7 +84,8 @@ def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
             found.check()
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive(), "the server does not end"
 
 
 def in_process(test: Callable[[httpx.AsyncClient, Served], Any], engine: Engine, **options: Any) -> Any:

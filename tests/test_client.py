@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,14 @@ def test_a_client_tells_what_the_engine_tells() -> None:
 
 def test_streams_forks_scores_and_pins() -> None:
     with Client() as client, workers(client.address):
+        counted = client.stream([1, 2], replace(lasting(3_000), logprobs=0))
+        for _ in range(3):
+            next(counted)
+        (fork,) = client.fork(counted, 1)
+        told = next(fork).outputs[0]
+        assert told.cumulative_logprob == pytest.approx(sum(next(iter(one.values())) for one in told.logprobs))
+        counted.close()
+        fork.close()
         stream = client.stream([1, 2], lasting(3_000))
         found = [next(stream)]
         forks = client.fork(stream, 2)
@@ -142,8 +151,16 @@ def test_streams_forks_scores_and_pins() -> None:
         next(stream)
         stream.close()
         assert list(stream) == []
+        with pytest.raises(RequestFailed, match="to its end"):
+            stream.whole()
         while client.call("stats")["live"]:
             time.sleep(0.01)
+
+
+def test_any_free_port() -> None:
+    """Pins that the address of such a client was one that nobody can dial."""
+    with Client("tcp://127.0.0.1:*", timeout=60) as client, workers(client.address):
+        assert client.generate([[1]], GREEDY)[0].outputs[0].token_ids == greedy([1])
 
 
 def test_refusals() -> None:

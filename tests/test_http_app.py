@@ -626,6 +626,8 @@ def test_pages_of_other_sites_are_refused_where_there_is_no_key() -> None:
         for headers, status in (
             ({"host": "evil.example"}, 403),
             ({"host": ""}, 403),
+            ({"host": "[x"}, 403),
+            ({"host": "localhost:8000", "origin": "http://["}, 403),
             ({"host": "localhost:8000", "origin": "http://evil.example"}, 403),
             ({"host": "localhost:8000", "origin": "null"}, 403),
             ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),

@@ -231,6 +231,15 @@ def test_requests_end_before_the_server_does() -> None:
     assert found[0].status_code == 200 and found[0].json()["usage"]["completion_tokens"] == 200
 
 
+def test_one_who_reads_nothing_does_not_hold_up_the_end() -> None:
+    """Pins that a server waited for ever for a client that takes none of its answers."""
+    with socket.socket() as deaf, over_socket(tiny(), drain_timeout=0.2) as served:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        deaf.connect(("127.0.0.1", int(served.url.rpartition(":")[2])))
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 200)
+        time.sleep(0.5)
+
+
 def test_what_does_not_end_in_time_is_told_so() -> None:
     """One terminal event each: an error, and the end of the stream."""
     found: list[str] = []

@@ -196,7 +196,9 @@ class _Face:
 
     def _forks(self, asked: _Asked, n: int) -> list[_Asked]:
         check_integer("n", n, 1, self._front.limits.max_n)
-        return [replace(asked, request_id=self._new_id(), finished=False) for _ in range(n)]
+        # The first output of a fork has all tokens so far, and their log-probabilities.
+        fork = replace(asked, finished=False, cumulative_logprob=0.0)
+        return [replace(fork, request_id=self._new_id()) for _ in range(n)]
 
     def _one(self, worker: int | None) -> Engine:
         """The worker of this index, or the only one. Raises `InvalidRequest`, `EngineDead`."""
@@ -369,7 +371,9 @@ class Stream(Iterator[RequestOutput]):
         return self.asked.read(item)
 
     def whole(self) -> RequestOutput:
-        """All that is left, as one output."""
+        """All that is left, as one output. Raises `RequestFailed` where nothing is."""
+        if self.asked.finished:
+            raise RequestFailed(f"request {self.request_id} was read to its end")
         return _merged(list(self))
 
     def abort(self) -> None:

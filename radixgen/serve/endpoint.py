@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _MESSAGES = 1_024
 """That wait on either side of a socket that carries small ones."""
 _PAYLOADS = 64
 """That wait where each may be a prompt of `max_frame_bytes`."""
+_PORT = re.compile(r".*:(\d+|\*)")
+"""`*` is any that is free, where an address is bound."""
 _SMG_PORTS = 20_000, 10_000
 """SMG's handshakes: the first port, and how many."""
 
@@ -89,6 +92,8 @@ def check_endpoint(address: str, *, curve: Curve | None = None, insecure_tcp: bo
     Raises `InvalidRequest`, and `InsecureEndpoint`.
     """
     parts = _split(address)
+    if parts.scheme == "tcp" and not _PORT.fullmatch(parts.netloc):
+        raise InvalidRequest("address", address, "must have a port")
     if parts.scheme == "ipc":
         _check_folder(address, Path(address.removeprefix("ipc://")))
     elif curve is None and not _is_loopback(parts.hostname or ""):
@@ -108,12 +113,6 @@ def smg_handshake(worker_url: str) -> str:
         digest = (digest ^ byte) * 0x100000001B3 % 2**64
     first, count = _SMG_PORTS
     return f"tcp://127.0.0.1:{first + digest % count}"
-
-
-def private_folder(path: Path) -> Path:
-    """A folder that only its owner may enter, made where there is none."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path
 
 
 def open_socket(

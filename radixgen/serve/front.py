@@ -82,6 +82,8 @@ class FrontEnd:
             if curve is not None:
                 self._authenticate(curve)
             self._handshake = self._bind(zmq.ROUTER, self.address)
+            if self.address.startswith("tcp://"):  # its port may have been any
+                self.address = self._handshake.getsockopt_string(zmq.LAST_ENDPOINT)
             self._input = self._bind(zmq.ROUTER, self._data_address("input"), payloads=True)
             self._input_address = self._input.getsockopt_string(zmq.LAST_ENDPOINT)
             self._closing = self._closing.pop_all()
@@ -370,7 +372,7 @@ class FrontEnd:
         return folder
 
     def _data_address(self, name: str) -> str:
-        """Where data goes: beside the handshake."""
+        """Where data goes: by ipc in a folder of its own, by TCP at the handshake's host."""
         if self.address.startswith("ipc://"):
             return f"ipc://{self._folder}/{name}"
         return f"{self.address.rpartition(':')[0]}:*"

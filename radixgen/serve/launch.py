@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from radixgen.core import InvalidRequest
 from radixgen.engine import Engine
 from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 from radixgen.serve.sentinel import Sentinel
-from radixgen.serve.worker import Worker, run_until_signalled
+from radixgen.serve.worker import Worker, check_worker, run_until_signalled
 
 
 def serve(
@@ -22,14 +21,16 @@ def serve(
     curve_secret: Path | None = None,
     curve_server: Path | None = None,
     insecure_tcp: bool = False,
-    **options: Any,
+    engine_index: int = 0,
+    drain_timeout: float = 25.0,
+    stall_timeout: float = 60.0,
 ) -> bool:
     """Serve front ends until a signal comes. Whether every request was told its end.
 
     load: makes the engine, once everything else was found to be right.
     smg: the URL of this worker in SMG; it says where that shakes hands.
     kv_events_config: JSON, see `KVEventsConfig`.
-    options: of `Worker`.
+    The rest is as `Worker` takes it.
 
     Raises `InvalidRequest`, `InsecureEndpoint`.
     """
@@ -37,6 +38,7 @@ def serve(
         raise InvalidRequest("curve_secret", curve_secret, "goes with --curve-server")
     keys = Curve(curve_secret, curve_server) if curve_secret and curve_server else None
     addresses = [*handshakes, *([smg_handshake(smg)] if smg else ())]
+    check_worker(addresses, engine_index, drain_timeout, stall_timeout)
     for address in addresses:
         check_endpoint(address, curve=keys, insecure_tcp=insecure_tcp)
     events = KVEventsConfig.parse(kv_events_config) if kv_events_config else None
@@ -45,5 +47,14 @@ def serve(
         engine = load()
         if events is not None and events.enabled:
             stack.enter_context(KVEvents(engine, events))
-        worker = Worker(engine, addresses, curve=keys, insecure_tcp=insecure_tcp, sentinel=sentinel, **options)
+        worker = Worker(
+            engine,
+            addresses,
+            engine_index=engine_index,
+            curve=keys,
+            insecure_tcp=insecure_tcp,
+            drain_timeout=drain_timeout,
+            stall_timeout=stall_timeout,
+            sentinel=sentinel,
+        )
         return run_until_signalled(worker)

@@ -13,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 
 from radixgen.cache import TokenArray
-from radixgen.core import InvalidRequest, RadixgenError, RequestOutput, SamplingParams, UnknownRequest
+from radixgen.core import InvalidRequest, RadixgenError, RequestOutput, SamplingParams, UnknownRequest, check_integer
 from radixgen.engine import Engine, scores_of
 from radixgen.serve import wire
 from radixgen.serve.counters import PeerCounters
@@ -175,10 +175,13 @@ class Service:
         ticket = peer.tickets.get(name)
         if ticket is None:
             raise UnknownRequest("request_id", name, "names no live request")
+        check_integer("len(names)", len(names), 1, self.engine.limits.max_n)
+        taken = set(peer.tickets)
         for one in names:
             self.engine.inputs.check_name("names", one)
-            if one in peer.tickets or names.count(one) > 1:
+            if one in taken:
                 raise InvalidRequest("names", one, "is taken")
+            taken.add(one)
         for one, fork in zip(names, self.engine.fork(ticket.id, len(names)), strict=True):
             peer.counters.forks += 1
             self._open(Ticket(peer, one, fork, ticket.params, ticket.eos_token_id))

@@ -110,14 +110,16 @@ class Stepper:
         # A full garbage collection walks all of torch and transformers, in the middle of a step.
         gc.collect()
         gc.freeze()
+        failure: BaseException | None = None
         try:
             self._serve()
         except BaseException as error:
             logger.critical("the engine failed; every open request ends", exc_info=error)
             self.service.fail(f"the engine failed: {error!r}"[:1_000])
-            self.failure = error
+            failure = error
         self._idle = True
-        self._hand_on()
+        self._told.append(self.service.take())
+        self.failure = failure
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self.service.engine.close()
         gc.unfreeze()
@@ -157,7 +159,7 @@ class Stepper:
     def _hand_on(self) -> None:
         told = self.service.take()
         if told:
+            self._told.append(told)
             if (now := time.monotonic()) - self._looked >= _LOAD_SECONDS:
                 self._looked, self.load = now, self.service.load()
-            self._told.append(told)
             self._wake()

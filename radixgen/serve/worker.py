@@ -72,9 +72,7 @@ class Worker:
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """
         check_library()
-        check_integer("engine_index", engine_index, 0, 2**16 - 1)
-        if not handshakes:
-            raise InvalidRequest("handshakes", handshakes, "must name at least one address")
+        check_worker(handshakes, engine_index, drain_timeout, stall_timeout)
         for address in handshakes:
             check_endpoint(address, curve=curve, insecure_tcp=insecure_tcp)
         self.counters = Counters()
@@ -326,6 +324,16 @@ class Worker:
             self.context.term()
 
 
+def check_worker(handshakes: Sequence[str], engine_index: int, drain_timeout: float, stall_timeout: float) -> None:
+    """Raise `InvalidRequest` for the first that is out of its range."""
+    if not handshakes:
+        raise InvalidRequest("handshakes", handshakes, "must name at least one address: --handshake or --smg")
+    check_integer("engine_index", engine_index, 0, 2**16 - 1)
+    for field, seconds in (("drain_timeout", drain_timeout), ("stall_timeout", stall_timeout)):
+        if not 0 <= seconds < 1e9:
+            raise InvalidRequest(field, seconds, "must be a number of seconds from 0")
+
+
 class _Session:
     """A worker and one front end: the handshake, then a link to each of its processes, and again when it is gone."""
 
@@ -350,7 +358,13 @@ class _Session:
         if worker.curve is not None and self.address.startswith("tcp:"):
             worker.curve.dial(socket)
         self._socket = Watched(socket)
-        socket.connect(self.address)
+        try:
+            socket.connect(self.address)
+        except zmq.ZMQError as error:
+            worker.counters.bad_handshakes += 1
+            logger.error("%s cannot be dialled: %s", self.address, error)
+            self._hang_up(time.monotonic())
+            return
         socket.send(wire.encode(wire.Status("HELLO", local=True, headless=True)), zmq.DONTWAIT)
 
     def attend(self, now: float) -> None:
@@ -400,29 +414,40 @@ class _Session:
         for address in (*found.inputs, *found.outputs):
             check_endpoint(address, curve=worker.curve, insecure_tcp=worker.insecure_tcp)
         heartbeat = min(max(init.heartbeat, 0.1), 60.0) if init.heartbeat > 0 else 0.0
-        for number, pair in enumerate(pairs):
-            name = f"{self.address}#{number}"
-            peer = Peer(name, worker.counters_of(name))
-            link = Link(
-                worker.context,
-                peer,
-                pair,
-                engine_index=worker.engine_index,
-                limits=worker.limits,
-                curve=worker.curve,
-                heartbeat=heartbeat,
-            )
-            link.greet(worker.greeting)
-            self._links.append(link)
-            worker.open_link(link)
+        try:
+            for number, pair in enumerate(pairs):
+                self._link(f"{self.address}#{number}", pair, heartbeat)
+        except BaseException:
+            self._drop_links()
+            raise
+
+    def _link(self, name: str, pair: tuple[str, str], heartbeat: float) -> None:
+        worker = self._worker
+        peer = Peer(name, worker.counters_of(name))
+        link = Link(
+            worker.context,
+            peer,
+            pair,
+            engine_index=worker.engine_index,
+            limits=worker.limits,
+            curve=worker.curve,
+            heartbeat=heartbeat,
+        )
+        link.greet(worker.greeting)
+        self._links.append(link)
+        worker.open_link(link)
 
     def _lose(self, now: float) -> None:
         logger.warning("%s is gone: its requests are aborted", self.address)
         for link in self._links:
             link.peer.counters.lost += 1
+        self._drop_links()
+        self._redial_at = now
+
+    def _drop_links(self) -> None:
+        for link in self._links:
             self._worker.drop_link(link)
         self._links.clear()
-        self._redial_at = now
 
     def _hang_up(self, now: float) -> None:
         self.close()

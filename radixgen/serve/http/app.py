@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -113,7 +114,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         app.include_router(router)
     describe(app)
     handlers = ErrorHandlers(context.admission.retry_after)
-    for kind in (RadixgenError, HTTPException):
+    for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
     app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
     app.add_middleware(AccessLog, metrics=metrics)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import APIRouter, Depends
 from fastapi.routing import APIRoute
@@ -157,7 +157,15 @@ def check_site(request: Request, *, keys_needed: bool) -> None:
     if keys_needed:
         return
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if not is_loopback(_split(f"//{host}").hostname or ""):
         raise Refused(403, "Host must name this machine", type="permission_error", field="host", value=host)
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _split(origin).netloc != host:
         raise Refused(403, "pages of other sites are not served", type="permission_error", field="origin", value=origin)
+
+
+def _split(address: str) -> SplitResult:
+    """Its parts; none where it has none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")

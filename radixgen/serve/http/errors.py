@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -115,8 +116,11 @@ class ErrorHandlers:
         self._retry_after = retry_after
 
     async def handle(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            error = _invalid(error)
         if isinstance(error, HTTPException):
-            error = Refused(error.status_code, str(error.detail), field="path", value=request.url.path)
+            kept = dict(error.headers or {})  # such as Allow
+            error = Refused(error.status_code, str(error.detail), field="path", value=request.url.path, headers=kept)
         status, headers = status_of(error), dict(getattr(error, "headers", None) or {})
         if status == 429:
             headers.setdefault("retry-after", str(self._retry_after()))
@@ -124,3 +128,10 @@ class ErrorHandlers:
             request_id = getattr(request.state, "request_id", "?")
             logger.error("request %s failed", request_id, exc_info=error)
         return Response(encode(error), status, headers, media_type="application/json")
+
+
+def _invalid(error: RequestValidationError) -> Refused:
+    """What FastAPI found wrong with a path or a query."""
+    found = error.errors()[0]
+    field, limit = ".".join(map(str, found["loc"])), str(found["msg"])
+    return Refused(400, f"{field}={shown(found['input'])}: {limit}", field=field, value=found["input"], limit=limit)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from radixgen.core import RadixgenError, SamplingParams
+from radixgen.core import RadixgenError, RequestFailed, SamplingParams
 from radixgen.serve.http.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,10 @@ class Health:
         tokens = self._engine.inputs.tokenize([0])
         outputs = await self._engine.open(tokens, _WARM_UP, priority=0, namespace="warm-up", timeout=None)
         try:
-            async for _ in outputs:
-                pass
+            async for output in outputs:
+                for one in output.outputs:
+                    if one.finish_reason == "error":
+                        raise RequestFailed(str(one.stop_reason))
         finally:
             await outputs.aclose()
         await self._engine.reset_prefix_cache()

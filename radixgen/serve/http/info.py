@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from radixgen.core import InvalidRequest, PromptTooLong, Stats
+from radixgen.core import EngineClosed, InvalidRequest, PromptTooLong, Stats
 from radixgen.serve.http.auth import Gate
 from radixgen.serve.http.body import read
 from radixgen.serve.http.chat import prepared_messages, template_of
@@ -118,7 +118,7 @@ async def _stats(context: Context) -> Stats | None:
     try:
         async with asyncio.timeout(_STATS_SECONDS):
             return await context.engine.stats()
-    except TimeoutError:
+    except (TimeoutError, EngineClosed):
         return context.metrics.stats
 
 

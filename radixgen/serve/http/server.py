@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _MAX_CONNECTIONS = 4_096
 _KEEP_ALIVE_SECONDS = 30
+_LAST_WORDS_SECONDS = 1.0
+"""That clients have to take the end of what did not end in time."""
 _SWITCH_SECONDS = 0.001
 """How long the engine's thread may keep the interpreter from the event loop's, where both want it."""
 
@@ -91,6 +93,10 @@ class Server(uvicorn.Server):
         await asyncio.sleep(self._drain_timeout)
         logger.warning("open requests did not end within %g seconds", self._drain_timeout)
         await self._app.state.context.engine.close()
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        for connection in list(self.server_state.connections):  # of clients that take nothing
+            if (transport := getattr(connection, "transport", None)) is not None:
+                transport.abort()
 
 
 def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastAPI:

@@ -62,6 +62,8 @@ class Sessions:
         Raises `InvalidRequest`.
         """
         held = self._sessions.get(key)
+        if held is not None and held.used < time.monotonic() - _KEEP_SECONDS:
+            held = None
         fresh = held is None or not _same_template(held.history.template, template)
         if held is None or fresh:
             held = _Session(ChatHistory(template))

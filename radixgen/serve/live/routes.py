@@ -164,7 +164,15 @@ def _static_files() -> dict[str, StaticFile]:
 
 
 def _refusal(status: int, field: str, value: object, limit: str) -> Response:
-    """In OpenAI's shape."""
-    error = {"message": f"{field}={value}: {limit}", "type": "invalid_request_error", "param": field, "code": None}
-    headers = {**HEADERS, **({"Retry-After": "5"} if status == 429 else {})}
+    """In OpenAI's shape, with the field, its value and the limit."""
+    busy = status == 429
+    error = {
+        "message": f"{field}={value}: {limit}",
+        "type": "rate_limit_error" if busy else "invalid_request_error",
+        "param": field,
+        "code": "overloaded" if busy else None,
+        "value": str(value),
+        "limit": limit,
+    }
+    headers = {**HEADERS, **({"Retry-After": "5"} if busy else {})}
     return JSONResponse({"error": error}, status, headers)
