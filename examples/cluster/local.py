@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from email.message import Message
@@ -178,12 +179,15 @@ class Talk:
 
 
 def converse(cluster: Cluster, talks: list[Talk], turns: int, max_tokens: int) -> list[str]:
-    """Turn by turn, all conversations. Returns what did not hold."""
+    """Turn by turn, all conversations; the first turns at the same time. Returns what did not hold."""
     table = Table("conversation", "turn", "worker", "prompt tokens", "cached")
     names = {worker: f"{index}" for index, worker in enumerate(cluster.workers, 1)}
-    for _ in range(turns):
+    with ThreadPoolExecutor(len(talks)) as pool:  # at the same time, for a router to see who is busy
+        list(pool.map(lambda talk: talk.turn(cluster, max_tokens), talks))
+    for turn in range(turns):
         for talk in talks:
-            talk.turn(cluster, max_tokens)
+            if turn:
+                talk.turn(cluster, max_tokens)
             table.add_row(talk.topic, str(talk.turns), names[talk.home], str(talk.known), str(talk.cached))
     Console().print(table)
     faults = [fault for talk in talks for fault in talk.faults]
