@@ -15,13 +15,10 @@ idle, during the turns of the engine here.
 
 import asyncio
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,73 +27,26 @@ import torch
 
 from bench.baseline import Generate
 from bench.report import Report, benchmark_options
+from bench.streams import CORES, Prompts, Turn, compare, greedy, here, on_core
 from bench.unrelated import weight_seconds
-from radixgen import AsyncClient, Engine, SamplingParams
+from radixgen import AsyncClient, Engine
 from radixgen.model import smollm2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Prompts = list[list[int]]
-CORES = sorted(os.sched_getaffinity(0))
 
-
-@dataclass
-class Turn:
-    """What one burst of streams took."""
-
-    seconds: float
-    firsts: list[float]
-    """Seconds to the first token of each stream"""
-    tokens: dict[int, list[int]]
-    deltas: int
-    """Outputs that were received"""
-
-
-@contextmanager
-def on_core(number: int) -> "Iterator[None]":
-    """Keep to one core, where there are several; threads that begin meanwhile keep to it for good."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {CORES[number % len(CORES)]})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def here(engine: Engine, prompts: Prompts, params: SamplingParams) -> Turn:
-    """Through `Engine.step`."""
-    engine.reset_prefix_cache()
-    turn = Turn(0.0, [], {number: [] for number in range(len(prompts))}, 0)
-    begin = time.perf_counter()
-    numbers = {engine.submit(prompt, params, output_kind="delta"): n for n, prompt in enumerate(prompts)}
-    while engine.has_unfinished:
-        for output in engine.step():
-            tokens = turn.tokens[numbers[output.request_id]]
-            if not tokens:
-                turn.firsts.append(time.perf_counter() - begin)
-            tokens += output.outputs[0].token_ids
-            turn.deltas += 1
-    turn.seconds = time.perf_counter() - begin
-    return turn
-
-
-async def there(client: AsyncClient, prompts: Prompts, params: SamplingParams) -> Turn:
+async def there(client: AsyncClient, prompts: Prompts, new_tokens: int) -> Turn:
     """Through a worker."""
     await client.call("reset_prefix_cache")
-    turn = Turn(0.0, [], {number: [] for number in range(len(prompts))}, 0)
-    begin = time.perf_counter()
+    turn = Turn()
 
     async def one(number: int, prompt: list[int]) -> None:
-        async for output in client.generate(prompt, params):
-            if not turn.tokens[number]:
-                turn.firsts.append(time.perf_counter() - begin)
-            turn.tokens[number] += output.outputs[0].token_ids
-            turn.deltas += 1
+        async for output in client.generate(prompt, greedy(new_tokens)):
+            turn.see(number, output.outputs[0].token_ids)
 
     await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
-    turn.seconds = time.perf_counter() - begin
-    return turn
+    return turn.end()
 
 
 @contextmanager
@@ -114,35 +64,12 @@ def worker(path: Path, address: str, kv_tokens: int) -> "Iterator[None]":
 
 
 async def measure(report: Report, engine: Engine, client: AsyncClient, prompts: Prompts, chosen: Any) -> None:
-    """One number of streams: the first turn of each is not counted."""
-    count = len(prompts)
-    params = SamplingParams(temperature=0.0, max_tokens=chosen.new_tokens, ignore_eos=True)
-    own: list[Turn] = []
-    served: list[Turn] = []
-    for repeat in range(chosen.repeats + 1):
-        with on_core(0):
-            mine = here(engine, prompts, params)
-        theirs = await there(client, prompts, params)
-        assert mine.tokens == theirs.tokens, "a worker's tokens differ from the engine's"
-        if repeat:
-            own.append(mine)
-            served.append(theirs)
-    for key, name, turns in (("engine", "engine here", own), ("zmq", "through ZMQ", served)):
-        report.contender(f"seconds_{count}_{key}", f"{count} streams: {name}", _median(turn.seconds for turn in turns))
-        firsts = [first for turn in turns for first in turn.firsts]
-        p50, p99 = np.percentile(firsts, (50, 99)) * 1e3
-        rate = count * chosen.new_tokens / _median(turn.seconds for turn in turns)
-        report.say(f"{'':24} {rate:,.1f} tokens/s; TTFT p50 {p50:.1f} ms, p99 {p99:.1f} ms of {len(firsts)}")
-        report.keep(**{f"ttft_ms_{count}_{key}": [p50, p99], f"rate_{count}_{key}": rate})
-    ratio = _median(mine.seconds / theirs.seconds for mine, theirs in zip(own, served, strict=True))
-    text = f"{count} streams: throughput through ZMQ / engine here: {ratio:.3f}"
-    report.figure(f"ratio_{count}", ratio, text, at_least=0.9)
-    deltas = _median(turn.deltas / (count * chosen.new_tokens) for turn in served)
-    report.figure(f"deltas_{count}", deltas, f"{count} streams: {deltas:.3f} outputs a token", at_least=1)
-
-
-def _median(values: "Iterator[float]") -> float:
-    return statistics.median(list(values))
+    """One number of streams."""
+    own, served = list[Turn](), list[Turn]()
+    for _ in range(chosen.repeats + 1):
+        own.append(here(engine, prompts, chosen.new_tokens))
+        served.append(await there(client, prompts, chosen.new_tokens))
+    compare(report, "ZMQ", chosen.new_tokens, own, served, at_least=0.9)
 
 
 async def run(report: Report, path: Path, prompts: Prompts, chosen: Any) -> None:

@@ -112,7 +112,7 @@ def test_http(capsys, spoken) -> None:
     options = ["--streams", "2", "--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "1"]
     assert http.main(options, spoken) == 0
     figures = last_line(capsys)
-    assert figures["events_2"] == 1 and figures["ratio_2"] > 0 and len(figures["ttft_ms_2_http"]) == 2
+    assert figures["outputs_2"] == 1 and figures["ratio_2"] > 0 and len(figures["ttft_ms_2_http"]) == 2
 
 
 @pytest.mark.usefixtures("in_thread")
@@ -151,7 +151,7 @@ def test_serve(capsys, tmp_path, monkeypatch) -> None:
     options = ["--streams", "1", "3", "--prompt-tokens", "5", "--new-tokens", "6", "--repeats", "1"]
     assert serve.main(options, tmp_path) == 0
     figures = last_line(capsys)
-    assert figures["deltas_1"] > 0 and figures["ratio_3"] > 0
+    assert figures["outputs_1"] > 0 and figures["ratio_3"] > 0
     assert len(figures["ttft_ms_3_zmq"]) == 2 and figures["rate_3_engine"] > 0
 
 

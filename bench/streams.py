@@ -1,0 +1,89 @@
+"""Bursts of streams: through an engine here, and what it takes to go through anything else instead."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bench.report import Report
+from radixgen import Engine, SamplingParams
+
+Prompts = list[list[int]]
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@dataclass
+class Turn:
+    """What one burst took. `firsts`: seconds to the first token of each; `outputs`: that were received."""
+
+    seconds: float = 0.0
+    firsts: list[float] = field(default_factory=list)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    outputs: int = 0
+    begin: float = field(default_factory=time.perf_counter)
+
+    def see(self, number: int, tokens: list[int]) -> None:
+        """What is new of a stream."""
+        known = self.tokens.setdefault(number, [])
+        if not known:
+            self.firsts.append(time.perf_counter() - self.begin)
+        known += tokens
+        self.outputs += 1
+
+    def end(self) -> "Turn":
+        self.seconds = time.perf_counter() - self.begin
+        return self
+
+
+@contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """Keep to one core, where there are several; threads that begin meanwhile keep to it for good."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {CORES[number % len(CORES)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def greedy(new_tokens: int) -> SamplingParams:
+    """So many tokens, whatever they are."""
+    return SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+
+
+def here(engine: Engine, prompts: Prompts, new_tokens: int) -> Turn:
+    """Through `Engine.step`, on the first core."""
+    with on_core(0):
+        engine.reset_prefix_cache()
+        turn = Turn()
+        numbers = {engine.submit(one, greedy(new_tokens), output_kind="delta"): n for n, one in enumerate(prompts)}
+        while engine.has_unfinished:
+            for output in engine.step():
+                turn.see(numbers[output.request_id], output.outputs[0].token_ids)
+        return turn.end()
+
+
+def compare(
+    report: Report, name: str, new_tokens: int, own: Sequence[Turn], served: Sequence[Turn], *, at_least: float
+) -> None:
+    """Turns of an engine here and of the same burst through `name`; the first of each is not counted."""
+    assert all(one.tokens == other.tokens for one, other in zip(own, served, strict=True)), "tokens differ"
+    count, key = len(own[0].tokens), name.lower()
+    own, served = own[1:], served[1:]
+    for which, says, turns in (("engine", "engine here", own), (key, f"through {name}", served)):
+        seconds = statistics.median(turn.seconds for turn in turns)
+        report.contender(f"seconds_{count}_{which}", f"{count} streams: {says}", seconds)
+        firsts = [first for turn in turns for first in turn.firsts]
+        p50, p99 = np.percentile(firsts, (50, 99)) * 1e3
+        rate = count * new_tokens / seconds
+        report.say(f"{'':24} {rate:,.1f} tokens/s; TTFT p50 {p50:.1f} ms, p99 {p99:.1f} ms of {len(firsts)}")
+        report.keep(**{f"ttft_ms_{count}_{which}": [p50, p99], f"rate_{count}_{which}": rate})
+    ratio = statistics.median(mine.seconds / theirs.seconds for mine, theirs in zip(own, served, strict=True))
+    text = f"{count} streams: throughput through {name} / engine here: {ratio:.3f}"
+    report.figure(f"ratio_{count}", ratio, text, at_least=at_least)
+    outputs = statistics.median(turn.outputs / (count * new_tokens) for turn in served)
+    report.figure(f"outputs_{count}", outputs, f"{count} streams: {outputs:.3f} outputs a token")
