@@ -49,7 +49,7 @@ def _keep_demo() -> None:
 def _table() -> str:
     rows = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
     places = []
-    for name in ("prefix", "unrelated", "agents", "thoughts", "explain", "tree", "plan", "step", "simulate"):
+    for name in ("prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "tree", "plan", "step", "simulate"):
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
         places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
