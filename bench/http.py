@@ -20,16 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from bench.baseline import Generate
-from bench.report import Report, benchmark_options
+from bench.report import Report
 from bench.server import free_port, server
-from bench.streams import CORES, Prompts, Turn, compare, here, on_core
-from bench.unrelated import weight_seconds
+from bench.streams import CORES, Prompts, Turn, begin, compare, here, on_core
 from radixgen import Engine
-from radixgen.model import smollm2
 
 
 async def there(port: int, prompts: Prompts, new_tokens: int) -> Turn:
@@ -71,28 +65,15 @@ def measure(report: Report, engine: Engine, port: int, prompts: Prompts, chosen:
 
 
 def main(arguments: Sequence[str] | None = None, path: Path | None = None) -> int:
-    parser = benchmark_options(__doc__)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    shape = max(chosen.streams), chosen.prompt_tokens
-    prompts = np.random.default_rng(0).integers(3, 150 if path else 40_000, shape).tolist()
-    path = path or smollm2.fetch()
-    report = Report("http")
-    report.keep(prompt_tokens=chosen.prompt_tokens, new_tokens=chosen.new_tokens)
-    report.limit("reading the weights once a step", weight_seconds(Generate(path).model) * chosen.new_tokens)
-    kv_tokens = max(chosen.streams) * (chosen.prompt_tokens + chosen.new_tokens)
+    chosen, report, path = begin("http", __doc__, arguments, path)
     port = free_port()
     with (
         on_core(1),
-        server(path, port, "--kv-tokens", str(kv_tokens), core=CORES[0]),
-        Engine(path, kv_tokens=kv_tokens, device="cpu") as engine,
+        server(path, port, "--kv-tokens", str(chosen.kv_tokens), core=CORES[0]),
+        Engine(path, kv_tokens=chosen.kv_tokens, device="cpu") as engine,
     ):
         for count in chosen.streams:
-            measure(report, engine, port, prompts[:count], chosen)
+            measure(report, engine, port, chosen.prompts[:count], chosen)
     return report.finish(check=chosen.check, save=chosen.save)
 
 

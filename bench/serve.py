@@ -22,15 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from bench.baseline import Generate
-from bench.report import Report, benchmark_options
-from bench.streams import CORES, Prompts, Turn, compare, greedy, here, on_core
-from bench.unrelated import weight_seconds
+from bench.report import Report
+from bench.streams import CORES, Prompts, Turn, begin, compare, greedy, here, on_core
 from radixgen import AsyncClient, Engine
-from radixgen.model import smollm2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,31 +66,21 @@ async def measure(report: Report, engine: Engine, client: AsyncClient, prompts: 
     compare(report, "ZMQ", chosen.new_tokens, own, served, at_least=0.9)
 
 
-async def run(report: Report, path: Path, prompts: Prompts, chosen: Any) -> None:
-    kv_tokens = max(chosen.streams) * (chosen.prompt_tokens + chosen.new_tokens)
+async def run(report: Report, path: Path, chosen: Any) -> None:
     async with AsyncClient(timeout=600) as client:
-        with worker(path, client.address, kv_tokens), Engine(path, kv_tokens=kv_tokens, device="cpu") as engine:
+        with (
+            worker(path, client.address, chosen.kv_tokens),
+            Engine(path, kv_tokens=chosen.kv_tokens, device="cpu") as engine,
+        ):
             await client.wait()
             for count in chosen.streams:
-                await measure(report, engine, client, prompts[:count], chosen)
+                await measure(report, engine, client, chosen.prompts[:count], chosen)
 
 
 def main(arguments: Sequence[str] | None = None, path: Path | None = None) -> int:
-    parser = benchmark_options(__doc__)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    shape = max(chosen.streams), chosen.prompt_tokens
-    prompts = np.random.default_rng(0).integers(3, 150 if path else 40_000, shape).tolist()
-    path = path or smollm2.fetch()
-    report = Report("serve")
-    report.keep(prompt_tokens=chosen.prompt_tokens, new_tokens=chosen.new_tokens)
-    report.limit("reading the weights once a step", weight_seconds(Generate(path).model) * chosen.new_tokens)
+    chosen, report, path = begin("serve", __doc__, arguments, path)
     with on_core(1):
-        asyncio.run(run(report, path, prompts, chosen))
+        asyncio.run(run(report, path, chosen))
     return report.finish(check=chosen.check, save=chosen.save)
 
 

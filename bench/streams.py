@@ -6,11 +6,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from bench.report import Report
+from bench.baseline import Generate
+from bench.report import Report, benchmark_options
+from bench.unrelated import weight_seconds
 from radixgen import Engine, SamplingParams
+from radixgen.model import smollm2
 
 Prompts = list[list[int]]
 CORES = sorted(os.sched_getaffinity(0))
@@ -65,6 +71,25 @@ def here(engine: Engine, prompts: Prompts, new_tokens: int) -> Turn:
             for output in engine.step():
                 turn.see(numbers[output.request_id], output.outputs[0].token_ids)
         return turn.end()
+
+
+def begin(name: str, doc: str | None, arguments: Sequence[str] | None, path: Path | None) -> tuple[Any, Report, Path]:
+    """Options, a report with its limit, and the model: SmolLM2 unless `path` is another."""
+    parser = benchmark_options(doc)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    shape = max(chosen.streams), chosen.prompt_tokens
+    chosen.prompts = np.random.default_rng(0).integers(3, 150 if path else 40_000, shape).tolist()
+    chosen.kv_tokens = shape[0] * (shape[1] + chosen.new_tokens)
+    path = path or smollm2.fetch()
+    report = Report(name)
+    report.keep(prompt_tokens=chosen.prompt_tokens, new_tokens=chosen.new_tokens)
+    report.limit("reading the weights once a step", weight_seconds(Generate(path).model) * chosen.new_tokens)
+    return chosen, report, path
 
 
 def compare(

@@ -25,6 +25,7 @@ from radixgen.core import (
     RequestOutput,
     Stats,
     UnknownRequest,
+    joined,
 )
 from radixgen.engine import PRELOADING, Engine, scores_of
 from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
@@ -516,12 +517,5 @@ def _merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
     merged = {one.index: one for one in first.outputs}
     for new in then.outputs:
         old = merged.get(new.index)
-        if old is not None:
-            new = replace(
-                new,
-                text=old.text + new.text,
-                token_ids=old.token_ids + new.token_ids,
-                logprobs=None if new.logprobs is None else (old.logprobs or []) + new.logprobs,
-            )
-        merged[new.index] = new
+        merged[new.index] = new if old is None else joined([old, new])
     return replace(then, outputs=list(merged.values()), prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs)

@@ -28,6 +28,7 @@ from radixgen.core.outputs import (
     SharingEnd,
     SharingReason,
     Stats,
+    joined,
 )
 from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import NodeSummary, Plan
@@ -66,4 +67,5 @@ __all__ = [
     "UnknownRequest",
     "UnsupportedModel",
     "check_integer",
+    "joined",
 ]

@@ -1,7 +1,7 @@
 """What callers get back. Names follow vLLM's."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -28,6 +28,17 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, float]] | None = None
     score: float | None = None
+
+
+def joined(deltas: Sequence[CompletionOutput]) -> CompletionOutput:
+    """Deltas of one sequence, in their order, as one."""
+    last = deltas[-1]
+    return replace(
+        last,
+        text="".join(one.text for one in deltas),
+        token_ids=[token for one in deltas for token in one.token_ids],
+        logprobs=None if last.logprobs is None else [found for one in deltas for found in one.logprobs or ()],
+    )
 
 
 OutputKind = Literal["cumulative", "delta", "final"]

@@ -19,6 +19,7 @@ from radixgen.core import (
     RequestOutput,
     SamplingParams,
     check_integer,
+    joined,
 )
 from radixgen.serve import wire
 from radixgen.serve.endpoint import Curve
@@ -519,10 +520,6 @@ def _result(item: wire.Output | wire.Reply) -> Any:
 def _merged(deltas: Sequence[RequestOutput]) -> RequestOutput:
     """The outputs of one request as one."""
     last = deltas[-1]
-    (end,) = last.outputs
-    ones = [one for delta in deltas for one in delta.outputs]
-    whole = replace(end, token_ids=[token for one in ones for token in one.token_ids])
-    if end.logprobs is not None:
-        whole.logprobs = [found for one in ones for found in one.logprobs or ()]
+    whole = joined([one for delta in deltas for one in delta.outputs])
     prompt_logprobs = next((one.prompt_logprobs for one in deltas if one.prompt_logprobs is not None), None)
     return replace(last, outputs=[whole], prompt_logprobs=prompt_logprobs)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from radixgen.chat_template import ChatTemplate, as_messages
-from radixgen.core import CompletionOutput, InvalidRequest, Limits, SamplingParams
+from radixgen.core import CompletionOutput, InvalidRequest, Limits, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.body import read
 from radixgen.serve.http.context import Context
@@ -131,11 +131,9 @@ class _Choice:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self.output: CompletionOutput | None = None
-        """All that came"""
-        self.content = ""
         self.calls: list[ToolCall] = []
-        self.logprobs: list[Any] = []
+        self._deltas: list[CompletionOutput] = []
+        self._content: list[str] = []
 
     def push(self, new: CompletionOutput) -> Piece:
         """What is new of the message."""
@@ -143,24 +141,27 @@ class _Choice:
         if new.finish_reason is not None:
             rest = self.reader.finish()
             piece = Piece(piece.content + rest.content, piece.calls + rest.calls)
-        self.content += piece.content
+        self._content.append(piece.content)
         for call in piece.calls:
             self._take(call)
-        old = self.output
-        self.output = (
-            new if old is None else replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids)
-        )
+        self._deltas.append(new)
         return piece
 
     @property
+    def output(self) -> CompletionOutput | None:
+        """All that came."""
+        return joined(self._deltas) if self._deltas else None
+
+    @property
     def reason(self) -> Reason | None:
-        reason = self.output.finish_reason if self.output else None
+        reason = self._deltas[-1].finish_reason if self._deltas else None
         return "tool_calls" if reason == "stop" and self.reader.calls else reason
 
     def message(self) -> AnswerMessage:
+        content = "".join(self._content)
         if not self.calls:
-            return AnswerMessage(content=self.content)
-        return AnswerMessage(content=self.content.strip() or None, tool_calls=self.calls)
+            return AnswerMessage(content=content)
+        return AnswerMessage(content=content.strip() or None, tool_calls=self.calls)
 
     def _take(self, call: ToolCall) -> None:
         if call.id is UNSET:
@@ -205,8 +206,6 @@ class _Answer:
         async for _, output in self._generation.outputs():
             for one in output.outputs:
                 self._choices[one.index].push(one)
-                if found := self._logprobs(one):
-                    self._choices[one.index].logprobs += found.content
         if self._turn is not None:
             await asyncio.to_thread(self._end_turn, self._turn)
         return ChatResponse(
@@ -238,7 +237,7 @@ class _Answer:
         return ChatChoice(
             index=index,
             message=choice.message(),
-            logprobs=ChatLogprobs(choice.logprobs) if self._body.logprobs else None,
+            logprobs=(self._logprobs(output) or ChatLogprobs([])) if self._body.logprobs else None,
             finish_reason=choice.reason,
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if self._body.return_token_ids else UNSET,
@@ -255,7 +254,8 @@ class _Answer:
     def _end_turn(self, turn: Turn) -> None:
         """The session keeps the answer."""
         (choice,) = self._choices
-        if choice.output is not None:
+        output = choice.output
+        if output is not None:
             told: Message = template_message(msgspec.to_builtins(choice.message()))
             include = self._generation.asked.params.include_stop_str_in_output
-            self._context.sessions.end(turn, choice.output, told, include_stop=include)
+            self._context.sessions.end(turn, output, told, include_stop=include)

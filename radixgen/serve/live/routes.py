@@ -13,12 +13,14 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Path
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from radixgen.async_engine import AsyncEngine
-from radixgen.core import LimitReached, Limits
+from radixgen.core import LimitReached, Limits, RadixgenError
 from radixgen.engine import Engine
+from radixgen.serve.http.errors import ClientGone, Refused, encode, status_of
+from radixgen.serve.http.stream import while_connected
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.texts import plain
 
@@ -64,7 +66,7 @@ def tree_routes(
     @router.get("/tree/static/{name}", dependencies=list(door))
     async def static_file(name: str) -> Response:
         file = static.get(name)
-        return file.response() if file else _refusal(404, "name", name[:80], "is no file of the live page")
+        return file.response() if file else _missing("name", name[:80], "is no file of the live page")
 
     @router.get("/tree/events", dependencies=list(guard))
     async def events() -> Response:
@@ -74,7 +76,7 @@ def tree_routes(
     async def node(node_id: Annotated[int, Path(ge=0, lt=1 << 53)]) -> Response:
         found = await engine.inspect(lambda inner: _node(inner, node_id))
         if found is None:
-            return _refusal(404, "node_id", node_id, "names no node of the tree")
+            return _missing("node_id", node_id, "names no node of the tree")
         head, tail = found.pop("head"), found.pop("tail")
         found["text"] = plain(await engine.decode(head))
         found["tail"] = plain(await engine.decode(tail)) if tail else ""
@@ -97,19 +99,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._feed.seat() as frames:
-                sending = asyncio.create_task(self._send(frames, send))
-                listening = asyncio.create_task(_hung_up(receive))
-                try:
-                    await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    sending.cancel()
-                    listening.cancel()
-                    await asyncio.gather(sending, listening, return_exceptions=True)
-                if not sending.cancelled():
-                    sending.result()
+            with self._feed.seat() as frames, suppress(ClientGone):
+                await while_connected(receive, self._send(frames, send))
         except LimitReached as error:
-            await _refusal(429, error.field, error.value, error.limit)(scope, receive, send)
+            await _refusal(error)(scope, receive, send)
 
     async def _send(self, frames: AsyncIterator[bytes], send: Send) -> None:
         with suppress(TimeoutError, OSError):
@@ -122,11 +115,6 @@ class EventStream(Response):
 async def _send_some(send: Send, body: bytes, *, more: bool = True) -> None:
     async with asyncio.timeout(_SEND_SECONDS):
         await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _node(engine: Engine, node_id: int) -> dict[str, Any] | None:
@@ -163,16 +151,12 @@ def _static_files() -> dict[str, StaticFile]:
     return {one.name: StaticFile(one.read_bytes(), _MEDIA_TYPES[one.name[one.name.rfind(".") :]]) for one in found}
 
 
-def _refusal(status: int, field: str, value: object, limit: str) -> Response:
-    """In OpenAI's shape, with the field, its value and the limit."""
-    busy = status == 429
-    error = {
-        "message": f"{field}={value}: {limit}",
-        "type": "rate_limit_error" if busy else "invalid_request_error",
-        "param": field,
-        "code": "overloaded" if busy else None,
-        "value": str(value),
-        "limit": limit,
-    }
-    headers = {**HEADERS, **({"Retry-After": "5"} if busy else {})}
-    return JSONResponse({"error": error}, status, headers)
+def _refusal(error: RadixgenError) -> Response:
+    """In OpenAI's shape."""
+    status = status_of(error)
+    headers = HEADERS | ({"Retry-After": "5"} if status == 429 else {})
+    return Response(encode(error), status, headers, "application/json")
+
+
+def _missing(field: str, value: object, limit: str) -> Response:
+    return _refusal(Refused(404, f"{field}={value}: {limit}", field=field, value=value, limit=limit))
