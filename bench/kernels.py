@@ -73,7 +73,7 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
     merging = {"Q_HEADS": 32, "V_HEAD_DIM": head_dim, "PADDED_V_DIM": triton.next_power_of_2(head_dim), "SINKS": True}
     width = triton.next_power_of_2(8 * head_dim)
     for kernel, fixed in (
-        (triton_kernels.expand_keys, {"BLOCK": 128}),
+        (triton_kernels.expand_keys, {"BLOCK": 128, "ROWS": 128}),
         (triton_kernels.advance, {"BLOCK": 1024}),
         (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 16, "BLOCK_PARTIALS": 1, "PDL": chip >= 90}),
@@ -112,6 +112,8 @@ def _type(name: str, geometry: Geometry, launch: Launch) -> str:
         return f"*{dtype}"
     if name in ("scale", "softcap", "window"):
         return "i32" if name == "window" else "fp32"
+    if name == "row_positions":
+        return "*i64"
     return "*fp32" if name in ("lse", "partial_out", "partial_lse", "sinks") else "*i32"
 
 

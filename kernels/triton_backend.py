@@ -140,7 +140,10 @@ class Tables:
                 view[: table.size].copy_(torch.from_numpy(table))
         if work.num_pieces:
             grid = (min(work.num_pieces, 4096),)
-            triton_kernels.expand_keys[grid](self.views["pieces"], self.views["counts"], *self.keys, BLOCK=128)
+            triton_kernels.expand_keys[grid](
+                self.views["pieces"], self.views["counts"], self.views["positions"], *self.keys,
+                BLOCK=128, ROWS=128,
+            )  # fmt: skip
         return True
 
 
@@ -245,8 +248,8 @@ def _attend(
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     triton_kernels.attend[(launch.programs,)](
         q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
-        lse if sinks is None else sinks, positions, views["queue"], views["items"], views["runs"], *tables.keys,
-        scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
+        lse if sinks is None else sinks, positions, views["positions"], views["queue"], views["items"], views["runs"],
+        *tables.keys, scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
         **constants(geometry, launch, window=window is not None, softcap=softcap is not None, sinks=sinks is not None),
         num_warps=launch.num_warps, **early,
     )  # fmt: skip

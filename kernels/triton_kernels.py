@@ -4,8 +4,8 @@ A unit of the plan is a tile of depth-first rows with all query heads of one KV 
 keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.14135):
 
 - *runs*: whole blocks of keys that every row of the tile sees, copied in bulk by a tensor descriptor, no mask;
-- *gathered keys*: all others, each with its slot, its position and the interval of the tile's rows that sees it, so
-  that a subtree's private keys, a span's diagonal and ragged ends share blocks whatever extents they lie in.
+- *gathered keys*: all others, each with its slot and the interval of the tile's rows that sees it, so that a subtree's
+  private keys, a span's diagonal and ragged ends share blocks whatever extents they lie in.
 
 Everything about the plan is read from int32 tables (`radixgen.kernels.work`): a captured launch answers any plan that
 fits them.
@@ -20,26 +20,38 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-ITEM_FIELDS = tl.constexpr(8)
-PIECE_FIELDS = tl.constexpr(5)
+ITEM_FIELDS = tl.constexpr(9)
+PIECE_FIELDS = tl.constexpr(8)
 
 
 @triton.jit
-def expand_keys(pieces, counts, key_slots, key_positions, key_rows, BLOCK: tl.constexpr):
-    """Write out the gathered keys of every piece: slot, position, and `low | high << 16` of the tile's rows."""
+def expand_keys(pieces, counts, positions, slots, key_positions, key_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Write out the gathered keys of every piece: slot, position, and `low | high << 8` of the tile's rows that see them.
+
+    Of the rows that see a piece, those before a key are the first: rows of one node come in order of `positions`, and
+    ahead of its children's. A key that is yet to come is seen by all.
+    """
+    row = tl.arange(0, ROWS)
     for index in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
         piece = pieces + index * PIECE_FIELDS
         slot = tl.load(piece)
         position = tl.load(piece + 1)
         length = tl.load(piece + 2)
-        rows = tl.load(piece + 3)
-        target = tl.load(piece + 4)
+        first_row = tl.load(piece + 3)
+        low = tl.load(piece + 4)
+        high = tl.load(piece + 5)
+        target = tl.load(piece + 6)
+        stride = tl.load(piece + 7)
+        own = tl.load(positions + first_row + row, mask=(low <= row) & (row < high), other=2147483647)
         for first in range(0, length, BLOCK):
             place = first + tl.arange(0, BLOCK)
             inside = place < length
-            tl.store(key_slots + target + place, slot + place, mask=inside)
-            tl.store(key_positions + target + place, position + place, mask=inside)
-            tl.store(key_rows + target + place, rows + tl.zeros_like(place), mask=inside)
+            early = tl.sum((own[None, :] < position + place[:, None]).to(tl.int32), 1)
+            rows = tl.where(stride > 0, low, low + early) | high << 8
+            place_in = target + place * tl.maximum(stride, 1)
+            tl.store(slots + place_in, slot + place, mask=inside)
+            tl.store(key_positions + place_in, position + place, mask=inside)
+            tl.store(key_rows + place_in, rows, mask=inside)
 
 
 @triton.jit
@@ -74,11 +86,11 @@ def _accumulate(scores, unit, v, top, total, out):
 
 
 @triton.jit
-def _gather(base, slot, written, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr, head):
-    """`[keys, PADDED]` of a pool `[slots, KV_HEADS, DIM]`; 0 where a key is not `written` and beyond DIM."""
+def _gather(base, slot, listed, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr, head):
+    """`[keys, PADDED]` of a pool `[slots, KV_HEADS, DIM]`; 0 for keys that are not `listed` and beyond DIM."""
     dim = tl.arange(0, PADDED)
     place = (slot.to(tl.int64) * KV_HEADS + head) * DIM
-    inside = written[:, None] & (dim < DIM)[None, :]
+    inside = listed[:, None] & (dim < DIM)[None, :]
     return tl.load(base + place[:, None] + dim[None, :], mask=inside, other=0.0)
 
 
@@ -110,7 +122,8 @@ def _attend_tile(
     dim = tl.arange(0, PADDED_DIM)
     q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
     queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    own_position = tl.load(row_positions + first_row + row, mask=real, other=-1).to(tl.int32)
+    if WINDOW:
+        own_position = tl.load(row_positions + first_row + row, mask=real, other=-1).to(tl.int32)
 
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -131,19 +144,16 @@ def _attend_tile(
         place = begin + tl.arange(0, GATHER_KEYS)
         listed = place < key_end
         slot = tl.load(key_slots + place, mask=listed, other=0)
-        position = tl.load(key_positions + place, mask=listed, other=0)
         rows = tl.load(key_rows + place, mask=listed, other=0)
-        seen = ((rows & 0xFFFF)[None, :] <= row[:, None]) & (row[:, None] < (rows >> 16)[None, :])
-        seen = seen & (position[None, :] <= own_position[:, None])
+        seen = ((rows & 0xFF)[None, :] <= row[:, None]) & (row[:, None] < (rows >> 8)[None, :])
         if WINDOW:
+            position = tl.load(key_positions + place, mask=listed, other=0)
             seen = seen & (position[None, :] > own_position[:, None] - window)
-        # What no row sees is undefined: V is zeroed as well as its weight, because 0 times NaN is NaN.
-        written = tl.max(seen.to(tl.int32), 0) > 0
         scores = _scores(
-            queries, _gather(k, slot, written, HEAD_DIM, PADDED_DIM, KV_HEADS, head), scale, softcap, SOFTCAP
+            queries, _gather(k, slot, listed, HEAD_DIM, PADDED_DIM, KV_HEADS, head), scale, softcap, SOFTCAP
         )
         scores = tl.where(seen, scores, float("-inf"))
-        value = _gather(v, slot, written, V_HEAD_DIM, PADDED_V_DIM, KV_HEADS, head)
+        value = _gather(v, slot, listed, V_HEAD_DIM, PADDED_V_DIM, KV_HEADS, head)
         top, total, values = _accumulate(scores, unit, value, top, total, values)
 
     empty = total == 0.0
@@ -161,8 +171,8 @@ def _attend_tile(
 
 @triton.jit
 def attend(
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, queue, items, runs,
-    key_slots, key_positions, key_rows, scale, softcap, window,
+    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, positions, queue, items,
+    runs, key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
@@ -173,15 +183,18 @@ def attend(
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
     again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. An item's tile class says which
-    of TILES holds its query heads' rows; 0 is a class that this launch does without.
+    of TILES holds its query heads' rows; 0 is a class that this launch does without. With each step that the rows have
+    moved on since the plan was laid out, an item has as many more keys as rows of it grow.
     """
     programs = tl.num_programs(0)
     entry = queue + tl.program_id(0)
     task, coming = tl.load(entry), tl.load(entry + programs)
-    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, tile = _item(items, task, KV_HEADS)
+    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, tile, grows = _item(items, task, KV_HEADS)
+    laid_out_at = tl.load(positions)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    age = tl.load(row_positions).to(tl.int32) - laid_out_at
     while task >= 0:
         # Two entries of the queue and one item ahead, so that no item waits for its own description.
         entry += programs
@@ -195,19 +208,20 @@ def attend(
             next_key_end,
             next_partial,
             next_tile,
+            next_grows,
         ) = _item(items, coming, KV_HEADS)
         head = task % KV_HEADS
         for index in tl.static_range(3):
             if TILES[index] > 0:
                 if tile == index:
                     _attend_tile(
-                        first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, head,
+                        first_row, num_rows, run_begin, run_end, key_begin, key_end + age * grows, partial, head,
                         q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
                         row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
                         GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS,
                         GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, SOFTCAP, SINKS,
                     )  # fmt: skip
-        task, coming, tile = coming, after, next_tile
+        task, coming, tile, grows = coming, after, next_tile, next_grows
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
         key_begin, key_end, partial = next_key_begin, next_key_end, next_partial
 
@@ -218,7 +232,7 @@ def _item(items, task, KV_HEADS: tl.constexpr):
     item = items + (tl.maximum(task, 0) // KV_HEADS) * ITEM_FIELDS
     return (
         tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4), tl.load(item + 5),
-        tl.load(item + 6), tl.load(item + 7),
+        tl.load(item + 6), tl.load(item + 7), tl.load(item + 8),
     )  # fmt: skip
 
 

@@ -5,11 +5,15 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 | table | a row of it |
 | --- | --- |
 | counts | how many pieces, and how many rows to merge |
+| positions | each row's, when the plan is laid out |
 | queue | `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
-| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class |
+| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class, growing |
 | runs | first slot, keys: whole blocks that every row of the tile sees |
-| pieces | first slot, first position, keys, `low | high << 16` of the tile's rows that see them, place of the first |
+| pieces | first slot, first position, keys, the tile's first row, from, to which of its rows see them, place, stride |
 | rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
+
+With each step in which every row moves on by a token of its own leaf, an item gathers as many more keys as it has
+*growing* rows. These lie behind the others, one of each such row, in the order of the steps: their pieces have a stride.
 """
 
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.schedule import assign
 
-TABLES = ("counts", "queue", "items", "runs", "pieces", "rows", "offsets", "partials")
+TABLES = ("counts", "positions", "queue", "items", "runs", "pieces", "rows", "offsets", "partials")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,25 +113,30 @@ class _Reads:
     run: Int64Array
     """Keys of the run, whole blocks"""
     after: Int64Array
-    """Keys to gather behind it, with room for those to come"""
+    """Keys to gather behind it"""
+    room: Int64Array
+    """Keys to come"""
 
 
 def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int = 0) -> Work:
     """The tables of one plan for one launch.
 
     `group` query heads share a KV head. `slack`: how many tokens the rows may
-    move on before the tables must be laid out anew; only a window needs to know.
+    move on before the tables must be laid out anew, at most `plan.slack`.
     """
     tiles = _cut_tiles(plan, launch, group)
     reads = _read(plan, tiles, launch, slack)
     partial, num_partials, merged = _partials(plan, tiles)
     count = tiles.unit.size
-    gathered = np.bincount(reads.tile, weights=reads.before + reads.after, minlength=count).astype(np.int64)
+    gathered, growing, room = (
+        np.bincount(reads.tile, weights=weights, minlength=count).astype(np.int64)
+        for weights in (reads.before + reads.after, reads.room > 0, reads.room)
+    )
     run_of = np.flatnonzero(reads.run)
     runs = np.stack([reads.start + reads.before, reads.run], axis=1)[run_of]
     run_bounds = np.searchsorted(reads.tile[run_of], np.arange(count + 1))
-    key_bounds = np.concatenate([[0], np.cumsum(gathered)])
-    pieces = _pieces(reads, key_bounds)
+    key_bounds = np.concatenate([[0], np.cumsum(gathered + room)])
+    pieces = _pieces(reads, tiles, key_bounds, growing)
     items = np.stack(
         [
             tiles.first,
@@ -135,21 +144,22 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
             run_bounds[:-1],
             run_bounds[1:],
             key_bounds[:-1],
-            key_bounds[1:],
+            key_bounds[:-1] + gathered,
             partial,
             tiles.kind,
+            growing,
         ],
         axis=1,
     )
     counts = np.array([len(pieces), merged[0].size])
     first_slots = plan.segment_starts[plan.unit_segments[tiles.unit, 0]]
     queue = _queue(plan.unit_cost[tiles.unit], first_slots, kv_heads, launch.programs)
-    tables = tuple(_aligned(table) for table in (counts, queue, items, runs, pieces, *merged))
+    tables = tuple(_aligned(table) for table in (counts, plan.row_positions, queue, items, runs, pieces, *merged))
     sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
     return Work(tables, sizes, len(pieces), merged[0].size, int(np.diff(merged[1]).max(initial=0)))
 
 
-def _aligned(table: Int64Array) -> Int32Array:
+def _aligned(table: Int32Array | Int64Array) -> Int32Array:
     """Flat, in whole units of 16 bytes: kernels are compiled for tables that begin at such an address."""
     flat = np.zeros(-(-table.size // 4) * 4, np.int32)
     flat[: table.size] = table.reshape(-1)
@@ -203,12 +213,11 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
     low = np.maximum(plan.segment_rows[segment, 0] - first, 0)
     high = np.minimum(plan.segment_rows[segment, 1] - first, rows)
     position = plan.segment_positions[segment].astype(np.int64)
-    room = plan.segment_room[segment]
-    length = np.minimum(plan.segment_lengths[segment] + room, tiles.highest[tile] + room + 1 - position)
+    length = np.minimum(plan.segment_lengths[segment], tiles.highest[tile] + 1 - position)
     kept = (low < high) & (length > 0)
     tile, segment, low, high, length = tile[kept], segment[kept], low[kept], high[kept], length[kept]
     position, whole = position[kept], ((low == 0) & (high == rows[kept]))
-    before, run = np.zeros_like(length), np.zeros_like(length)
+    before, run, room = np.zeros_like(length), np.zeros_like(length), np.zeros_like(length)
     if launch.least_run:
         until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
         if plan.window is not None:
@@ -216,22 +225,38 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
         run = (until - before) // launch.block_keys * launch.block_keys
         run[~whole | (run < launch.least_run)] = 0
         before[run == 0] = 0
-    start = plan.segment_starts[segment]
-    return _Reads(tile, start, position, low, high, before, run, length - before - run)
+    if slack:
+        growing = np.zeros(plan.segment_lengths.size, bool)
+        growing[plan.growing] = True
+        room[growing[segment] & (length == plan.segment_lengths[segment])] = slack
+    return _Reads(tile, plan.segment_starts[segment], position, low, high, before, run, length - before - run, room)
 
 
-def _pieces(reads: _Reads, key_bounds: Int64Array) -> Int64Array:
-    """The gathered stretches of every read, `[pieces, 5]`, and their places one behind the other."""
+def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, growing: Int64Array) -> Int64Array:
+    """The gathered stretches of every read, `[pieces, 8]`, by tile and those of keys to come last."""
     behind = reads.before + reads.run
-    stretches = np.stack([np.zeros_like(behind), behind], axis=1).reshape(-1)
-    lengths = np.stack([reads.before, reads.after], axis=1).reshape(-1)
+    starts = np.concatenate([np.zeros_like(behind), behind, behind + reads.after])
+    lengths = np.concatenate([reads.before, reads.after, reads.room])
     full = np.flatnonzero(lengths)
-    read = full // 2
-    starts, lengths = stretches[full], lengths[full]
-    place = np.cumsum(lengths) - lengths
-    assert int(lengths.sum()) == int(key_bounds[-1])
-    rows = reads.low[read] | reads.high[read] << 16
-    return np.stack([reads.start[read] + starts, reads.position[read] + starts, lengths, rows, place], axis=1)
+    later, read = np.divmod(full, behind.size)
+    order = np.lexsort((later, read, later == 2, reads.tile[read]))
+    read, later, starts, lengths = read[order], later[order] == 2, starts[full[order]], lengths[full[order]]
+    tile = reads.tile[read]
+    taken = np.where(later, 1, lengths)
+    begins = np.cumsum(taken) - taken
+    first = np.searchsorted(tile, tile)
+    place = key_bounds[tile] + begins - begins[first]
+    fields = [
+        reads.start[read] + starts,
+        reads.position[read] + starts,
+        lengths,
+        tiles.first[tile],
+        reads.low[read],
+        reads.high[read],
+        place,
+        np.where(later, growing[tile], 0),
+    ]
+    return np.stack(fields, axis=1)
 
 
 def _partials(plan: Plan, tiles: _Tiles) -> tuple[Int64Array, int, tuple[Int64Array, Int64Array, Int64Array]]:
