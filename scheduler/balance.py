@@ -41,7 +41,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     costs = cost.unit_costs(rows, units[:, 7], units[:, 8])
     costs += cost.partial * cost.group * coverage(units, num_rows)[1]
     work = max(float(costs.sum()) * cost.kv_heads / cost.programs, 1e-9)
-    even = max(work, cost.first_reads(unique))
+    even = max(work, cost.reads(unique, int(units[:, 7].sum())))
     costs *= even / work
     merge = 0.0 if int(rows.sum()) == num_rows else cost.merge
     whole = np.zeros(len(units), np.int64)

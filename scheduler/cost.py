@@ -33,7 +33,9 @@ class CostModel:
       for keys that only some of these rows see;
     - `partial` for each query head's row of each partial result: a row covered by one unit has none, one covered by
       `k > 1` has `k`;
-    and takes `merge` longer where there are partials at all. It takes no less than `first_key` for each distinct key.
+    and takes `merge` longer where there are partials at all. It takes no less than `first_key` for each distinct key and
+    the least `tile.key` for each time that one is read again: neither hides behind the other, because all programs go
+    from the root down at the same time.
 
     The default suits PyTorch on a CPU at head_dim 64, in keys read: a unit costs an operator's dispatch, a partial its
     write, read and merge.
@@ -53,9 +55,14 @@ class CostModel:
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
-    def first_reads(self, keys: int) -> float:
-        """How long it takes at least to read so many distinct keys, all programs together."""
-        return self.first_key * keys * self.kv_heads / self.programs
+    def reads(self, unique: int, keys: int) -> float:
+        """How long it takes at least to read so many keys, `unique` distinct ones, all programs together; 0 where first
+        reads cost nothing.
+        """
+        if not self.first_key:
+            return 0.0
+        again = min(tile.key for tile in self.tiles) * max(keys - unique, 0)
+        return (self.first_key * unique + again) * self.kv_heads / self.programs
 
     @property
     def mixed_weight(self) -> int:

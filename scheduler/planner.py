@@ -65,7 +65,7 @@ class _Way(NamedTuple):
 
     def even(self, keys: int) -> float:
         """How long it takes at least, `keys` distinct ones read."""
-        return max(self.total * self.cost.kv_heads / self.cost.programs, self.cost.first_reads(keys))
+        return max(self.total * self.cost.kv_heads / self.cost.programs, self.cost.reads(keys, keys))
 
 
 class _Choice(NamedTuple):
@@ -97,7 +97,7 @@ def _refine(paths: Paths, cost: CostModel, best: _Choice, keys: int) -> _Choice:
     """The least cost, found for all of a plan's units together, need not be the shortest time: that depends on how they
     spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
     """
-    if cost.programs == 1 or best.balance.time <= cost.first_reads(keys):
+    if cost.programs == 1 or best.balance.time <= cost.reads(keys, keys):
         return best
     best = _shorter(paths, _uncut(paths, cost), best, keys)
     for mode in PLAN_MODES[1:]:

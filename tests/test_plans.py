@@ -203,12 +203,12 @@ def even_share(found: Plan, cost: CostModel) -> float:
 
 
 def finished(found: Plan, costs: Sequence[CostModel]) -> float:
-    """When all units that the plan holds are done and merged. Where each distinct key can't be read as fast as the
-    programs work, all of them are slowed alike.
+    """When all units that the plan holds are done and merged. Where keys can't be read as fast as the programs work, all
+    of them are slowed alike.
     """
     cost = launch(found, costs)
     work = float(found.unit_cost.sum()) * cost.kv_heads / cost.programs
-    slowed = max(1.0, cost.first_reads(int(found.nodes.lengths.sum())) / work)
+    slowed = max(1.0, cost.reads(int(found.nodes.lengths.sum()), found.kv_tokens_read) / work)
     return slowed * makespan_of(found, cost) + (0.0 if found.single else cost.merge)
 
 
@@ -246,13 +246,19 @@ def test_no_other_mode_is_predicted_to_be_faster(tree: str, heads: str) -> None:
 
 
 FINISHED_LATER = {
-    ("W5 F9", "32/8"): 1.16,
-    ("W7 binary, root 4096, others 512", "32/32"): 1.151,
-    ("W7 binary, root 4096, others 512", "32/8"): 1.205,
-    ("W7 root 122880, 4 leaves of 2048", "32/8"): 1.033,
-    ("W8 thoughts, sorting", "32/8"): 1.008,
-    ("W8 draft of 64", "32/8"): 1.135,
-    ("W12 chain of 64", "16/1"): 1.033,
+    ("W5 F9", "32/32"): 1.009,
+    ("W5 F9", "32/8"): 1.181,
+    ("W7 binary, root 4096, others 512", "32/32"): 1.034,
+    ("W7 binary, root 4096, others 512", "32/8"): 1.189,
+    ("W7 binary, root 4096, others 2048", "32/8"): 1.021,
+    ("W7 root 2048, 4 leaves of 2048", "32/8"): 1.006,
+    ("W7 root 122880, 4 leaves of 2048", "32/8"): 1.018,
+    ("W8 few-shot, 20 wide", "32/8"): 1.314,
+    ("W8 few-shot, 50 wide", "16/1"): 1.466,
+    ("W8 thoughts, sorting", "32/8"): 1.091,
+    ("W8 thoughts, merge", "32/8"): 1.02,
+    ("W8 thoughts, set", "32/8"): 1.049,
+    ("W12 chain of 64", "16/1"): 1.044,
 }
 """The balance knows what pieces cost from their unit's keys; whether these are mixed ones, on average alone."""
 
@@ -265,23 +271,28 @@ def test_no_other_modes_units_are_done_sooner(tree: str, heads: str) -> None:
 
 UNEVEN = {
     ("W5 F1", "32/32"): 2.062,
-    ("W5 F6", "32/32"): 1.341,
     ("W5 F7", "16/1"): 2.062,
-    ("W7 binary, root 4096, others 128", "16/1"): 1.247,
-    ("W8 few-shot, 20 wide", "32/8"): 1.217,
+    ("W7 binary, root 4096, others 128", "32/8"): 1.252,
+    ("W7 binary, root 4096, others 128", "16/1"): 1.288,
+    ("W7 root 2048, 4 leaves of 2048", "32/8"): 1.247,
+    ("W7 root 2048, 16 leaves of 2048", "32/32"): 1.151,
+    ("W7 root 2048, 16 leaves of 2048", "32/8"): 1.16,
+    ("W7 binary, depth 4, 1024", "32/8"): 1.27,
+    ("W8 few-shot, 20 wide", "32/32"): 1.153,
     ("W8 few-shot, 20 wide", "16/1"): 1.203,
-    ("W8 few-shot, 30 wide", "32/8"): 1.474,
-    ("W8 few-shot, 50 wide", "32/8"): 1.297,
-    ("W8 few-shot, 50 wide", "16/1"): 1.237,
-    ("W8 thoughts, merge", "32/8"): 1.198,
+    ("W8 few-shot, 30 wide", "32/8"): 1.379,
+    ("W8 few-shot, 50 wide", "16/1"): 1.521,
+    ("W8 thoughts, merge", "32/8"): 1.159,
     ("W8 thoughts, merge", "16/1"): 1.206,
-    ("W8 thoughts, set", "16/1"): 1.247,
-    ("W8 thoughts, keyword", "16/1"): 1.768,
-    ("W8 draft of 64", "32/8"): 1.189,
-    ("W8 draft of 256", "32/32"): 1.363,
-    ("W8 draft of 256", "16/1"): 1.2,
-    ("W12 zipf 256", "16/1"): 1.345,
-    ("W12 one giant leaf", "16/1"): 1.163,
+    ("W8 thoughts, set", "16/1"): 1.21,
+    ("W8 thoughts, keyword", "32/8"): 1.157,
+    ("W8 draft of 256", "32/32"): 1.186,
+    ("W8 draft of 256", "32/8"): 1.196,
+    ("W8 draft of 256", "16/1"): 1.181,
+    ("W12 zipf 256", "16/1"): 1.36,
+    ("W12 chain of 64", "32/8"): 1.178,
+    ("W12 chain of 64", "16/1"): 1.502,
+    ("W12 one giant leaf", "16/1"): 1.275,
 }
 
 
@@ -314,7 +325,7 @@ def test_no_other_mode_is_faster_on_random_trees(batch: int) -> None:
         pytest.param(
             heads, marks=pytest.mark.xfail(strict=True, reason=f"up to {worst} times the time of another mode")
         )
-        for heads, worst in (("32/32", 1.255), ("32/8", 1.244), ("16/1", 1.088))
+        for heads, worst in (("32/32", 1.185), ("32/8", 1.391), ("16/1", 1.129))
     ],
 )
 def test_no_other_modes_units_are_done_sooner_on_random_trees(heads: str) -> None:
