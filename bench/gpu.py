@@ -11,6 +11,7 @@ pictures under `docs/`.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -21,25 +22,42 @@ from typing import NamedTuple
 import torch
 
 from bench import plots
-from bench.report import RESULTS, Report, surroundings
+from bench.report import RESULTS, Report, surroundings, track
 
-CHECKS = ("tests/test_kernels.py", "tests/test_cuda.py")
+CHECKS = ("tests/test_kernels.py", "tests/test_cuda.py", "tests/test_sampling.py", "tests/test_attention.py")
+SANITIZED = tuple(
+    f"tests/test_kernels.py::test_{name}"
+    for name in (
+        "a_long_extent", "two_runs_agree_bit_for_bit", "writes_equal_their_twin", "rows_advance",
+        "a_span_has_its_own_diagonal", "a_row_without_keys", "a_static_attention_answers_every_plan_that_is_loaded",
+    )
+)  # fmt: skip
+PYTEST = [sys.executable, "-m", "pytest", "-rN", "--verbosity=0", "-p", "no:cacheprovider"]
 
 
 def checks(*, full: bool) -> int:
-    """The tests of kernels and engine on the device; their last line is kept."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *CHECKS[: 2 if full else 1]]
-    done = subprocess.run(command, cwd=RESULTS.parent.parent, capture_output=True, text=True, check=False)
-    report = Report("checks")
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    report.say("\n".join(lines[-20:]))
-    report.keep(
-        passed=not done.returncode,
-        summary=lines[-1] if lines else done.stderr[-300:],
-        tests=command[-2 if full else -1 :],
-    )
+    """The tests of kernels, sampling and engine on the device, and with --full a few under compute-sanitizer, every
+    tensor in memory of its own.
+    """
+    report, failed = Report("checks"), 0
+    tests = CHECKS if full else CHECKS[:1]
+    parallel = ["-n", "8", "-p", "no:benchmark"] if find_spec("xdist") else []
+    runs = {"tests": [*PYTEST, *parallel, *tests]}
+    if full and shutil.which("compute-sanitizer"):
+        for tool in ("memcheck", "racecheck"):
+            own = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool]
+            runs[tool] = [*own, "--error-exitcode", "9", *PYTEST, *SANITIZED]
+    for name, command in track(list(runs.items()), "checking"):
+        done = subprocess.run(command, cwd=RESULTS.parent.parent, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.strip()] or [done.stderr[-300:]]
+        report.say(f"{name}: {'passed' if not done.returncode else 'FAILED'}; {lines[-1].strip()}")
+        if done.returncode:
+            report.say("\n".join(lines[-20:]))
+        report.keep(**{name: {"passed": not done.returncode, "summary": lines[-1].strip()}})
+        failed |= done.returncode
+    report.keep(passed=not failed, files=list(tests))
     report.finish(check=False, save=True)
-    return done.returncode
+    return failed
 
 
 class Stage(NamedTuple):

@@ -26,7 +26,7 @@ PIECE_FIELDS = tl.constexpr(8)
 
 @triton.jit
 def expand_keys(pieces, counts, positions, slots, key_positions, key_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Write out the gathered keys of every piece: slot, position, and `low | high << 8` of the tile's rows that see them.
+    """Write out the gathered keys of every piece: slot, position, and `low | high << 8` of the tile's rows that see it.
 
     Of the rows that see a piece, those before a key are the first: rows of one node come in order of `positions`, and
     ahead of its children's. A key that is yet to come is seen by all.
@@ -48,10 +48,10 @@ def expand_keys(pieces, counts, positions, slots, key_positions, key_rows, BLOCK
             inside = place < length
             early = tl.sum((own[None, :] < position + place[:, None]).to(tl.int32), 1)
             rows = tl.where(stride > 0, low, low + early) | high << 8
-            place_in = target + place * tl.maximum(stride, 1)
-            tl.store(slots + place_in, slot + place, mask=inside)
-            tl.store(key_positions + place_in, position + place, mask=inside)
-            tl.store(key_rows + place_in, rows, mask=inside)
+            entry = target + place * tl.maximum(stride, 1)
+            tl.store(slots + entry, slot + place, mask=inside)
+            tl.store(key_positions + entry, position + place, mask=inside)
+            tl.store(key_rows + entry, rows, mask=inside)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 | rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
 
 With each step in which every row moves on by a token of its own leaf, an item gathers as many more keys as it has
-*growing* rows. These lie behind the others, one of each such row, in the order of the steps: their pieces have a stride.
+*growing* rows. These lie behind the others, one of each such row, step by step: their pieces have a stride.
 """
 
 from dataclasses import dataclass

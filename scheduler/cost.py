@@ -33,9 +33,9 @@ class CostModel:
       for keys that only some of these rows see;
     - `partial` for each query head's row of each partial result: a row covered by one unit has none, one covered by
       `k > 1` has `k`;
-    and takes `merge` longer where there are partials at all. It takes no less than `first_key` for each distinct key and
-    the least `tile.key` for each time that one is read again: neither hides behind the other, because all programs go
-    from the root down at the same time.
+    and takes `merge` longer where there are partials at all. It takes no less than `first_key` for each distinct key
+    and the least `tile.key` for each time that one is read again: neither hides behind the other, because all programs
+    go from the root down at the same time.
 
     The default suits PyTorch on a CPU at head_dim 64, in keys read: a unit costs an operator's dispatch, a partial its
     write, read and merge.

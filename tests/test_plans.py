@@ -203,8 +203,8 @@ def even_share(found: Plan, cost: CostModel) -> float:
 
 
 def finished(found: Plan, costs: Sequence[CostModel]) -> float:
-    """When all units that the plan holds are done and merged. Where keys can't be read as fast as the programs work, all
-    of them are slowed alike.
+    """When all units that the plan holds are done and merged. Where keys can't be read as fast as the programs work,
+    all of these are slowed alike.
     """
     cost = launch(found, costs)
     work = float(found.unit_cost.sum()) * cost.kv_heads / cost.programs
