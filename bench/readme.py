@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bench.attention import OWN
+from bench.plots import cold
 from bench.report import RESULTS
 from radixgen.demo import run, summary
 from radixgen.model import smollm2
@@ -25,6 +27,11 @@ PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = ("prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "tree", "plan", "step", "simulate")
 """Benchmarks with bounds, in README's order."""
+ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
+CONTENDERS = {
+    "auto": "radixgen", "unshared": "the same tree, read path by path", "private": "private copies, as many as fit",
+    "prefix": "one common prefix only",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -57,7 +64,19 @@ def _table() -> str:
         rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
         places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
     return "\n".join(
-        [*rows, "", "; ".join(dict.fromkeys(places)) + ".", "", *_simulated(), "", *_attention(), "", *_model()]
+        [
+            *rows,
+            "",
+            "; ".join(dict.fromkeys(places)) + ".",
+            "",
+            *_simulated(),
+            "",
+            *_attention(),
+            "",
+            *_model(),
+            "",
+            *_engines(),
+        ]
     )
 
 
@@ -70,21 +89,44 @@ def _attention() -> list[str]:
         f"measured; torch {found['torch']}, {found['date']}): one layer's attention, cold. The best other is the "
         f"fastest of our own unshared, one-prefix and naive plans by the same kernels, and {_peers(found['rows'])}.",
         "",
-        "| workload | heads | trees | over the best other | over unshared | of the roofline |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| workload | heads | trees | over the best other | over the best peer | over unshared | of the roofline |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for workload, heads in dict.fromkeys((row["workload"], tuple(row["heads"])) for row in found["rows"]):
         rows = [row for row in found["rows"] if (row["workload"], tuple(row["heads"])) == (workload, heads)]
         ours = np.array([row["contenders"]["radixgen"]["cold_us"] for row in rows])
-        others = [
-            [v["cold_us"] for k, v in row["contenders"].items() if k != "radixgen" and "cold_us" in v] for row in rows
-        ]
-        unshared = np.array([row["contenders"]["unshared"]["cold_us"] for row in rows])
-        best, share = np.array([min(times) for times in others]) / ours, [row["roofline_us"] for row in rows] / ours
+        peers = np.array([cold(row, [name for name in row["contenders"] if name not in OWN]) for row in rows])
+        others = np.fmin(peers, [cold(row, OWN[1:]) for row in rows])
+        unshared = np.array([cold(row, ["unshared"]) for row in rows])
+        share = np.array([row["roofline_us"] for row in rows]) / ours
         lines.append(
-            f"| {workload} | {heads[0]}/{heads[1]} | {len(rows)} | {_mean(best)} | {_mean(unshared / ours)} "
-            f"| {share.min():.0%} to {share.max():.0%} |"
+            f"| {workload} | {heads[0]}/{heads[1]} | {len(rows)} | {_mean(others / ours)} | {_mean(peers / ours)} "
+            f"| {_mean(unshared / ours)} | {share.min():.0%} to {share.max():.0%} |"
         )
+    return lines
+
+
+def _engines() -> list[str]:
+    """Whole engines on a GPU: what each contender's step took, or its burst of requests."""
+    found = {name: json.loads((RESULTS / f"engine_{name}.json").read_text(encoding="utf-8")) for name in ENGINES}
+    first = found["W2"]
+    lines = [
+        f"`bench.engine` on one {first['device']} (torch {first['torch']}, {first['date']}), random weights of true "
+        "shapes: decoding 256 sequences on one prefix, 13B (W2); 8 problems of 128 candidates each on one root, 8B "
+        "(W3).",
+        "",
+        "| workload | contender | sequences | ms a step | tokens/s | of the limit |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, label in ENGINES.items():
+        for key, one in found[name].items():
+            if isinstance(one, dict) and "ms" in one:
+                *place, contender = key.split("_")[1:]
+                what = " ".join([label, *(f"{int(prefix):,}" for prefix in place)])
+                lines.append(
+                    f"| {what} | {CONTENDERS[contender]} | {one['rows']:,} | {one['ms']:.1f} "
+                    f"| {1e3 * one['rows'] / one['ms']:,.0f} | {one['limit_ms'] / one['ms']:.0%} |"
+                )
     return lines
 
 
