@@ -24,6 +24,16 @@ class _Told:
     read: int = 0
     tokens: int = 0
     characters: int = 0
+    summed: int = 0
+    """Tokens whose log-probabilities are in `logprob`"""
+    logprob: float = 0.0
+
+    def add_up(self, sequence: Sequence) -> float:
+        """The log-probability of the whole output."""
+        own = zip(sequence.logprobs[self.summed :], sequence.output[self.summed :], strict=True)
+        self.logprob = sum((found[token] for found, token in own), self.logprob)
+        self.summed = len(sequence.output)
+        return self.logprob
 
 
 class OutputProcessor:
@@ -162,8 +172,7 @@ class OutputProcessor:
         )
         if sequence.request.params.logprobs is not None:
             output.logprobs = sequence.logprobs[tokens:]
-            own = zip(sequence.logprobs, sequence.output, strict=True)
-            output.cumulative_logprob = sum(found[token] for found, token in own)
+            output.cumulative_logprob = told.add_up(sequence)
         if sequence.request.search is not None:
             hypothesis = sequence.request.search.hypotheses[sequence.index]
             output.cumulative_logprob, output.score = hypothesis.cumulative_logprob, hypothesis.score
