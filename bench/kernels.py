@@ -60,7 +60,7 @@ def examine(geometry: Geometry, launch: Launch, chip: int, masks: tuple[str, ...
     return {
         "kernel": "attend", "chip": chip, "head_dim": geometry.head_dim, "v_head_dim": geometry.v_head_dim,
         "group": geometry.group, "masks": masks, "tiles": launch.tiles, "warps": launch.num_warps,
-        **_compiled(triton_kernels.attend, types, fixed, launch.num_warps, chip),
+        **_compiled(triton_kernels.attend, types, fixed, launch.num_warps, chip, launch.registers),
     }  # fmt: skip
 
 
@@ -89,13 +89,16 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
         yield {"kernel": name, "chip": chip, "head_dim": head_dim, **_compiled(kernel, types, fixed, 4, chip)}
 
 
-def _compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], warps: int, chip: int) -> dict[str, Any]:
+def _compiled(
+    kernel: Any, types: dict[str, str], fixed: dict[str, Any], warps: int, chip: int, registers: int | None = None
+) -> dict[str, Any]:
     """What one kernel's machine code takes and holds; pointers are taken to be aligned."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {(place,): ALIGNED for place, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, fixed, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "maxnreg": registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     usage, code = _dump(compiled.asm["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     return {

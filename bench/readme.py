@@ -107,27 +107,30 @@ def _attention() -> list[str]:
 
 
 def _engines() -> list[str]:
-    """Whole engines on a GPU: what each contender's step took, or its burst of requests."""
-    found = {name: json.loads((RESULTS / f"engine_{name}.json").read_text(encoding="utf-8")) for name in ENGINES}
-    first = found["W2"]
+    """Whole engines on a GPU: what a decoding step took each contender."""
     lines = [
-        f"`bench.engine` on one {first['device']} (torch {first['torch']}, {first['date']}), random weights of true "
-        "shapes: decoding 256 sequences on one prefix, 13B (W2); 8 problems of 128 candidates each on one root, 8B "
-        "(W3).",
+        "`bench.engine`, random weights of true shapes: sequences on one prefix, 13B (W2); 8 problems of 128 "
+        "candidates each on one root, 8B (W3). The limit is that of so many sequences, held as the contender holds "
+        "them.",
         "",
         "| workload | contender | sequences | ms a step | tokens/s | of the limit |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    notes = []
     for name, label in ENGINES.items():
-        for key, one in found[name].items():
-            if isinstance(one, dict) and "ms" in one:
-                *place, contender = key.split("_")[1:]
-                what = " ".join([label, *(f"{int(prefix):,}" for prefix in place)])
-                lines.append(
-                    f"| {what} | {CONTENDERS[contender]} | {one['rows']:,} | {one['ms']:.1f} "
-                    f"| {1e3 * one['rows'] / one['ms']:,.0f} | {one['limit_ms'] / one['ms']:.0%} |"
-                )
-    return lines
+        found: dict[str, Any] = json.loads((RESULTS / f"engine_{name}.json").read_text(encoding="utf-8"))
+        steps = [(key.split("_")[1:], one) for key, one in found.items() if isinstance(one, dict) and "ms" in one]
+        for (*place, contender), one in sorted(steps, key=lambda step: (len(step[0]), *map(int, step[0][:-1]))):
+            what = " ".join([label, *(f"{int(prefix):,}" for prefix in place)])
+            lines.append(
+                f"| {what} | {CONTENDERS.get(contender, contender)} | {one['rows']:,} | {one['ms']:.1f} "
+                f"| {1e3 * one['rows'] / one['ms']:,.0f} | {one['limit_ms'] / one['ms']:.0%} |"
+            )
+        bounds = [f"{text} ({bound})" for text, bound in found["bounds"]]
+        merged = [found["merged"]] if "merged" in found else []
+        measured = f"{name}: one {found['device']}, torch {found['torch']}, {found['date']}"
+        notes.append("; ".join([measured, *bounds, *merged]) + ".")
+    return [*lines, "", " ".join(notes)]
 
 
 def _model() -> list[str]:
@@ -157,7 +160,9 @@ def _peers(rows: list[dict[str, Any]]) -> str:
 
 
 def _mean(ratios: Any) -> str:
-    return f"{np.exp(np.log(ratios).mean()):.2f}× ({ratios.min():.2f} to {ratios.max():.2f})"
+    """Of those that are known."""
+    known = ratios[~np.isnan(ratios)]
+    return f"{np.exp(np.log(known).mean()):.2f}× ({known.min():.2f} to {known.max():.2f})" if known.size else "—"
 
 
 def _simulated() -> list[str]:

@@ -27,8 +27,8 @@ class Attention(Protocol):
     """Attention over one plan, for one window, on one device. Made once a step, called once a layer.
 
     A row at position `p` sees, of the segments of the units that cover it, the keys at positions `<= p`, and `> p -
-    window` where there is a window. Slots outside the segments are undefined memory, NaN perhaps, and so is the room
-    into which a segment may grow: nothing of it may reach a result.
+    window` where there is a window. Slots outside the plan's segments, as they are before a window trims them, are
+    undefined memory, NaN perhaps, and so is the room into which a segment may grow: nothing of it may reach a result.
     """
 
     def __init__(self, plan: Plan, window: int | None, device: "torch.device") -> None: ...

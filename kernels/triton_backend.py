@@ -70,6 +70,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: b
         programs=programs * chip.multiprocessors,
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
+        registers=255 if max(geometry.padded) <= 64 else None,
     )
 
 
@@ -141,8 +142,8 @@ class Tables:
         if work.num_pieces:
             grid = (min(work.num_pieces, 4096),)
             triton_kernels.expand_keys[grid](
-                self.views["pieces"], self.views["counts"], self.views["positions"], *self.keys,
-                BLOCK=128, ROWS=128,
+                self.views["pieces"], self.views["counts"], self.views["laid_out_positions"], *self.keys,
+                BLOCK=128, ROWS=triton.next_power_of_2(self.launch.most_rows(self.geometry.group)),
             )  # fmt: skip
         return True
 
@@ -186,15 +187,15 @@ class StaticAttention:
         self._tables: dict[Geometry, Tables] = {}
         self._results: dict[Geometry, tuple[Tensor, Tensor]] = {}
         self._origin: Plan | None = None
-        self._slack = 0
+        self._last_age = 0
         self.load(plan)
 
     def load(self, plan: Plan) -> bool:
         """As `radixgen.kernels.StaticAttention.load`."""
         assert plan.tile_rows == self._tile_rows
-        if plan.origin is self._origin and plan.age <= self._slack:
+        if plan.origin is self._origin and plan.age <= self._last_age:
             return True
-        self._plan, self._origin, self._slack = plan, plan.origin, plan.age + plan.slack
+        self._plan, self._origin, self._last_age = plan, plan.origin, plan.age + plan.slack
         return all(tables.load(self._lay_out(tables.geometry, tables.launch)) for tables in self._tables.values())
 
     @staticmethod
@@ -248,10 +249,10 @@ def _attend(
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     triton_kernels.attend[(launch.programs,)](
         q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
-        lse if sinks is None else sinks, positions, views["positions"], views["queue"], views["items"], views["runs"],
-        *tables.keys, scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
+        lse if sinks is None else sinks, positions, views["laid_out_positions"], views["queue"], views["items"],
+        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
         **constants(geometry, launch, window=window is not None, softcap=softcap is not None, sinks=sinks is not None),
-        num_warps=launch.num_warps, **early,
+        num_warps=launch.num_warps, maxnreg=launch.registers, **early,
     )  # fmt: skip
     if not tables.most_merged:
         return

@@ -4,8 +4,9 @@ A unit of the plan is a tile of depth-first rows with all query heads of one KV 
 keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.14135):
 
 - *runs*: whole blocks of keys that every row of the tile sees, copied in bulk by a tensor descriptor, no mask;
-- *gathered keys*: all others, each with its slot and the interval of the tile's rows that sees it, so that a subtree's
-  private keys, a span's diagonal and ragged ends share blocks whatever extents they lie in.
+- *gathered keys*: all others, each with its slot and the interval of the tile's rows that sees it (and, for a window,
+  its position), so that a subtree's private keys, a span's diagonal and ragged ends share blocks whatever extents they
+  lie in.
 
 Everything about the plan is read from int32 tables (`radixgen.kernels.work`): a captured launch answers any plan that
 fits them.
@@ -25,11 +26,14 @@ PIECE_FIELDS = tl.constexpr(8)
 
 
 @triton.jit
-def expand_keys(pieces, counts, positions, slots, key_positions, key_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def expand_keys(
+    pieces, counts, laid_out_positions, key_slots, key_positions, key_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """Write out the gathered keys of every piece: slot, position, and `low | high << 8` of the tile's rows that see it.
 
-    Of the rows that see a piece, those before a key are the first: rows of one node come in order of `positions`, and
-    ahead of its children's. A key that is yet to come is seen by all.
+    Of a piece's rows [low, high), of at most ROWS in the tile, the first `early` stand before the key, so that [low +
+    early, high) see it: rows of one node come in order of their positions, and ahead of its children's. A piece with a
+    stride is one of keys to come, which their row will see.
     """
     row = tl.arange(0, ROWS)
     for index in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
@@ -42,14 +46,14 @@ def expand_keys(pieces, counts, positions, slots, key_positions, key_rows, BLOCK
         high = tl.load(piece + 5)
         target = tl.load(piece + 6)
         stride = tl.load(piece + 7)
-        own = tl.load(positions + first_row + row, mask=(low <= row) & (row < high), other=2147483647)
+        own = tl.load(laid_out_positions + first_row + row, mask=(low <= row) & (row < high), other=2147483647)
         for first in range(0, length, BLOCK):
             place = first + tl.arange(0, BLOCK)
             inside = place < length
             early = tl.sum((own[None, :] < position + place[:, None]).to(tl.int32), 1)
             rows = tl.where(stride > 0, low, low + early) | high << 8
             entry = target + place * tl.maximum(stride, 1)
-            tl.store(slots + entry, slot + place, mask=inside)
+            tl.store(key_slots + entry, slot + place, mask=inside)
             tl.store(key_positions + entry, position + place, mask=inside)
             tl.store(key_rows + entry, rows, mask=inside)
 
@@ -171,8 +175,8 @@ def _attend_tile(
 
 @triton.jit
 def attend(
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, positions, queue, items,
-    runs, key_slots, key_positions, key_rows, scale, softcap, window,
+    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, laid_out_positions,
+    queue, items, runs, key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
@@ -190,7 +194,7 @@ def attend(
     entry = queue + tl.program_id(0)
     task, coming = tl.load(entry), tl.load(entry + programs)
     first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, tile, grows = _item(items, task, KV_HEADS)
-    laid_out_at = tl.load(positions)
+    laid_out_at = tl.load(laid_out_positions)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

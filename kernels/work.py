@@ -5,15 +5,15 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 | table | a row of it |
 | --- | --- |
 | counts | how many pieces, and how many rows to merge |
-| positions | each row's, when the plan is laid out |
+| laid_out_positions | each row's, when the plan is laid out |
 | queue | `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
-| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class, growing |
+| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class, grows |
 | runs | first slot, keys: whole blocks that every row of the tile sees |
 | pieces | first slot, first position, keys, the tile's first row, from, to which of its rows see them, place, stride |
 | rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
 
-With each step in which every row moves on by a token of its own leaf, an item gathers as many more keys as it has
-*growing* rows. These lie behind the others, one of each such row, step by step: their pieces have a stride.
+With each step in which every row moves on by a token of its own leaf, an item *grows* by as many keys as it has growing
+segments. These keys lie behind the others, one of each such segment, step by step: their pieces have a stride.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.schedule import assign
 
-TABLES = ("counts", "positions", "queue", "items", "runs", "pieces", "rows", "offsets", "partials")
+TABLES = ("counts", "laid_out_positions", "queue", "items", "runs", "pieces", "rows", "offsets", "partials")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,12 @@ class Launch:
     """Keys in a row that all rows of a tile see, from which they are copied in bulk; 0 where none are."""
     overlap: bool = False
     """Whether a launch begins while the one before it ends"""
+    registers: int | None = None
+    """Of a thread, at most; None leaves it to the compiler, which for small heads would rather spill than pass 128."""
+
+    def most_rows(self, group: int) -> int:
+        """Rows of the tree in the widest tile."""
+        return max(self.tiles) // group
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,8 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     reads = _read(plan, tiles, launch, slack)
     partial, num_partials, merged = _partials(plan, tiles)
     count = tiles.unit.size
-    gathered, growing, room = (
+    assert 0 <= slack <= plan.slack
+    gathered, grows, room = (
         np.bincount(reads.tile, weights=weights, minlength=count).astype(np.int64)
         for weights in (reads.before + reads.after, reads.room > 0, reads.room)
     )
@@ -136,7 +143,7 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     runs = np.stack([reads.start + reads.before, reads.run], axis=1)[run_of]
     run_bounds = np.searchsorted(reads.tile[run_of], np.arange(count + 1))
     key_bounds = np.concatenate([[0], np.cumsum(gathered + room)])
-    pieces = _pieces(reads, tiles, key_bounds, growing)
+    pieces = _pieces(reads, tiles, key_bounds, grows)
     items = np.stack(
         [
             tiles.first,
@@ -147,12 +154,12 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
             key_bounds[:-1] + gathered,
             partial,
             tiles.kind,
-            growing,
+            grows,
         ],
         axis=1,
     )
     counts = np.array([len(pieces), merged[0].size])
-    first_slots = plan.segment_starts[plan.unit_segments[tiles.unit, 0]]
+    first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[tiles.unit, 0]]
     queue = _queue(plan.unit_cost[tiles.unit], first_slots, kv_heads, launch.programs)
     tables = tuple(_aligned(table) for table in (counts, plan.row_positions, queue, items, runs, pieces, *merged))
     sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
@@ -182,7 +189,8 @@ def _queue(costs: NDArray[np.float64], first_slots: Int64Array, kv_heads: int, p
 
 def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     """Tiles of at most the widest class, each of the narrowest class that holds it."""
-    widest = max(launch.tiles) // group
+    widest = launch.most_rows(group)
+    assert widest < 256, "a gathered key holds rows in 8 bits"
     sizes = np.diff(plan.unit_rows, axis=1)[:, 0].astype(np.int64)
     counts = -(-sizes // widest)
     unit = np.repeat(np.arange(plan.num_units), counts)
@@ -204,7 +212,9 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
 
 
 def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
-    """Pair each tile with its unit's segments, and part each into a run that all rows see and the rest."""
+    """Pair each tile with its unit's segments, and part each into a run that all rows see, the rest, and the room of
+    those that grow, `slack` keys.
+    """
     begin = plan.unit_segments[tiles.unit, 0].astype(np.int64)
     counts = plan.unit_segments[tiles.unit, 1] - begin
     tile = np.repeat(np.arange(tiles.unit.size), counts)
@@ -228,24 +238,28 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
     if slack:
         growing = np.zeros(plan.segment_lengths.size, bool)
         growing[plan.growing] = True
-        room[growing[segment] & (length == plan.segment_lengths[segment])] = slack
+        room[growing[segment]] = slack
     return _Reads(tile, plan.segment_starts[segment], position, low, high, before, run, length - before - run, room)
 
 
-def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, growing: Int64Array) -> Int64Array:
-    """The gathered stretches of every read, `[pieces, 8]`, by tile and those of keys to come last."""
+def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, grows: Int64Array) -> Int64Array:
+    """The gathered stretches of every read, `[pieces, 8]`, by tile and those of keys to come last: of these the first
+    keys lie side by side, and each further one a stride behind.
+    """
     behind = reads.before + reads.run
     starts = np.concatenate([np.zeros_like(behind), behind, behind + reads.after])
     lengths = np.concatenate([reads.before, reads.after, reads.room])
     full = np.flatnonzero(lengths)
-    later, read = np.divmod(full, behind.size)
-    order = np.lexsort((later, read, later == 2, reads.tile[read]))
-    read, later, starts, lengths = read[order], later[order] == 2, starts[full[order]], lengths[full[order]]
+    which, read = np.divmod(full, max(behind.size, 1))
+    order = np.lexsort((which, read, which == 2, reads.tile[read]))
+    read, later, starts, lengths = read[order], which[order] == 2, starts[full[order]], lengths[full[order]]
     tile = reads.tile[read]
     taken = np.where(later, 1, lengths)
     begins = np.cumsum(taken) - taken
     first = np.searchsorted(tile, tile)
     place = key_bounds[tile] + begins - begins[first]
+    stride = np.where(later, grows[tile], 0)
+    assert np.all(place + (lengths - 1) * np.maximum(stride, 1) < key_bounds[tile + 1])
     fields = [
         reads.start[read] + starts,
         reads.position[read] + starts,
@@ -254,7 +268,7 @@ def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, growing: Int64
         reads.low[read],
         reads.high[read],
         place,
-        np.where(later, growing[tile], 0),
+        stride,
     ]
     return np.stack(fields, axis=1)
 

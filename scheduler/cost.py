@@ -56,12 +56,8 @@ class CostModel:
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
     def reads(self, unique: int, keys: int) -> float:
-        """How long it takes at least to read so many keys, `unique` distinct ones, all programs together; 0 where first
-        reads cost nothing.
-        """
-        if not self.first_key:
-            return 0.0
-        again = min(tile.key for tile in self.tiles) * max(keys - unique, 0)
+        """How long it takes at least to read so many keys, `unique` distinct ones, all programs together."""
+        again = float(self.columns()[1][1].min()) * max(keys - unique, 0)
         return (self.first_key * unique + again) * self.kv_heads / self.programs
 
     @property

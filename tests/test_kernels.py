@@ -15,7 +15,7 @@ from radixgen import Engine, TreeAttention
 from radixgen.kernels import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.schedule import assign
-from radixgen.scheduler.planner import CostModel, TileCost
+from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
 
 pytest.importorskip("triton")
 from radixgen.kernels import triton_backend, triton_kernels
@@ -108,6 +108,8 @@ def test_a_row_without_keys() -> None:
     out, lse = attend(case, q, k, v)
     assert not out[0].any() and lse[0].isneginf().all()
     assert out[1].isfinite().all() and lse[1].isfinite().all()
+    out, lse = attend(Case([-1], [[]], [0], None, 64), q[:1], k, v)
+    assert not out.any() and lse.isneginf().all()
 
 
 def test_two_runs_agree_bit_for_bit() -> None:
@@ -202,6 +204,38 @@ def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
             assert static.load(attn.plan)
             static(padded, k, v, 64**-0.5)
         assert error(out[:rows], expected[order]) < 1e-6 and error(lse[:rows], expected_lse[order]) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 5, 60])
+@pytest.mark.parametrize("mode", ["auto", "naive"])
+def test_rows_move_on_over_the_same_tables(mode, window) -> None:
+    """Leaves grow into their rooms, which hold NaN until then: as if each step had been laid out anew."""
+    leaves, steps = np.array([3, 40, 1, 17, 130, 9], np.int32), 6
+    lengths = np.concatenate([[150], leaves]).astype(np.int32)
+    starts = np.concatenate([[0], np.full(leaves.size, 150)]).astype(np.int32)
+    rooms = np.concatenate([[0], steps + np.arange(leaves.size)]).astype(np.int32)
+    extents = np.cumsum(np.concatenate([[2], (lengths + rooms)[:-1]])).astype(np.int64)
+    parents, nodes = np.minimum(np.arange(7) - 1, 0).astype(np.int32), np.arange(1, 7).astype(np.int32)
+    forest = Forest(parents, starts, lengths, np.arange(8), extents, lengths, rooms)
+    made = plan(forest, nodes, (starts + lengths - 1)[nodes], mode=mode, cost=COST)
+    assert made.slack == steps and made.growing.size == leaves.size
+    q = torch.randn(leaves.size, 6, 64, device=DEVICE)
+    full = torch.randn(2, int(extents[-1]) + 160, 2, 64, device=DEVICE)
+    pools = full.clone()
+    for begin, length, room in zip(extents, lengths, rooms, strict=True):
+        pools[:, begin + length : begin + length + room] = float("nan")
+    positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
+    static = triton_backend.StaticAttention(made, window, positions)
+    for step in range(steps + 1):
+        if step:
+            made = made.advance()
+            assert static.load(made)
+            positions += 1
+            reached = torch.from_numpy((extents + lengths)[1:] + step - 1).to(DEVICE)
+            pools[:, reached] = full[:, reached]
+        out, lse = static(q, *pools, 0.125)
+        expected, expected_lse = backend("torch", DEVICE).attention(made, window, DEVICE)(q, *pools, 0.125)
+        assert error(out, expected) < 1e-5 and error(lse, expected_lse) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

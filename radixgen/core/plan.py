@@ -79,7 +79,9 @@ class Plan:
     segment_positions: Int32Array
     """`[segments]`: position of the first key."""
     segment_rows: Int32Array
-    """`[segments, 2]`: the rows of the unit that see the segment."""
+    """`[segments, 2]`: the rows of the unit that see the segment; of these, rows that stand before one of its keys come
+    ahead of those that don't.
+    """
     segment_room: Int32Array
     """`[segments]`: by how many keys the segment may grow in place; 0 but for those that are growing."""
     growing: Int64Array
