@@ -114,7 +114,7 @@ def test_with_our_kernels_for_the_rest(
         case, q.cpu(), k.cpu(), v.cpu(), scale=0.125, dtype=torch.float64, window=window, softcap=softcap,
         sinks=logits if logits is None else logits.cpu(),
     )  # fmt: skip
-    poison(case, window, k, v)
+    poison(case, None, k, v)
     out, lse = made(case, mode=mode, cost=MIXED, window=window, softcap=softcap)(q, k, v, sinks=logits)
     assert error(out.cpu(), expected) < 2e-3 and error(lse.cpu(), expected_lse) < 2e-3
     assert twin.calls
