@@ -25,7 +25,10 @@ ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "demo.svg"
 
-TABLE = ("prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "tree", "plan", "step", "simulate")
+TABLE = (
+    "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "plan", "step",
+    "simulate",
+)  # fmt: skip
 """Benchmarks with bounds, in README's order."""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
 CONTENDERS = {
