@@ -130,19 +130,19 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     `group` query heads share a KV head. `slack`: how many tokens the rows may
     move on before the tables must be laid out anew, at most `plan.slack`.
     """
+    assert 0 <= slack <= plan.slack
     tiles = _cut_tiles(plan, launch, group)
     reads = _read(plan, tiles, launch, slack)
     partial, num_partials, merged = _partials(plan, tiles)
     count = tiles.unit.size
-    assert 0 <= slack <= plan.slack
-    gathered, grows, room = (
+    gathered, grows = (
         np.bincount(reads.tile, weights=weights, minlength=count).astype(np.int64)
-        for weights in (reads.before + reads.after, reads.room > 0, reads.room)
+        for weights in (reads.before + reads.after, reads.room > 0)
     )
     run_of = np.flatnonzero(reads.run)
     runs = np.stack([reads.start + reads.before, reads.run], axis=1)[run_of]
     run_bounds = np.searchsorted(reads.tile[run_of], np.arange(count + 1))
-    key_bounds = np.concatenate([[0], np.cumsum(gathered + room)])
+    key_bounds = np.concatenate([[0], np.cumsum(gathered + grows * slack)])
     pieces = _pieces(reads, tiles, key_bounds, grows)
     items = np.stack(
         [
