@@ -35,6 +35,7 @@ class SMG(Cluster):
         route = ["--policy", "cache_aware", "--health-check-interval-secs", "1", "--disable-retries"]
         self.run("smg", *python("smg.launch_router", *address, *metrics, *engines, *route))
         self.wait("SMG", lambda: all(one["status"] == "ready" for one in self.get("/workers")["workers"]))
+        self.wait("SMG's tokenizer", lambda: self.get("/v1/tokenizers")["tokenizers"])  # loads after "ready"
 
     def worker_of(self, headers: Message, answer: dict[str, Any]) -> str:
         return str(headers["x-smg-routed-worker-id"])
