@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
 from served import HI, Served, in_process, limited, scripted, tiny
 
-from radixgen import AsyncEngine, Engine, InvalidRequest, SamplingParams
+from radixgen import AsyncEngine, Engine, InvalidRequest, RequestOutput, SamplingParams
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys, access_of, is_loopback
 from radixgen.serve.http.body import decode
@@ -147,6 +147,51 @@ def test_logprobs() -> None:
         for one in content:
             assert len(one["top_logprobs"]) == 2 and one["top_logprobs"][0]["logprob"] == one["logprob"]
             assert one["bytes"] is None or bytes(one["bytes"]).decode() == one["token"]
+
+    in_process(test, tiny())
+
+
+def test_echo() -> None:
+    """The prompt before each choice, with its log-probabilities where they are asked for, as evaluations need it."""
+    prompts, params = ["abca", "bd"], SamplingParams(temperature=0.0, max_tokens=4, logprobs=2, prompt_logprobs=2)
+    with tiny() as engine:
+        expected = engine.generate(prompts, params)
+
+    def check(choice: Any, output: RequestOutput, generated: int) -> None:
+        told, one = choice["logprobs"], output.outputs[0]
+        prompt = prompts[choice["index"] // 2]
+        assert choice["text"] == prompt + one.text * bool(generated)
+        assert [len(told[name]) for name in told] == [len(prompt) + generated] * 4
+        assert told["tokens"][: len(prompt)] == list(prompt)
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        own = [next(iter(found.values())) for found in [*output.prompt_logprobs[1:], *one.logprobs[:generated]]]
+        assert told["token_logprobs"][1:] == pytest.approx(own, abs=1e-5)
+        assert all(1 <= len(found) <= 2 for found in told["top_logprobs"][1:])
+        assert told["text_offset"][: len(prompt) + 1] == list(range(len(prompt) + bool(generated)))
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        asked = {"prompt": prompts, "echo": True, "logprobs": 2, "n": 2}
+        for generated in (4, 0):
+            found = await complete(client, **asked | {"max_tokens": generated})
+            assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+            for choice in found["choices"]:
+                assert choice["finish_reason"] == "length"
+                check(choice, expected[choice["index"] // 2], generated)
+            assert found["usage"]["completion_tokens"] == 4 * generated
+            assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + 4 * generated
+        whole = await complete(client, **asked)
+        streamed: dict[int, list[Any]] = {}
+        for part in await events(client, "/v1/completions", asked):
+            for choice in part["choices"]:
+                streamed.setdefault(choice["index"], []).append(choice)
+        for choice in whole["choices"]:
+            parts = streamed[choice["index"]]
+            assert "".join(part["text"] for part in parts) == choice["text"]
+            offsets = [place for part in parts if part["logprobs"] for place in part["logprobs"]["text_offset"]]
+            assert offsets == choice["logprobs"]["text_offset"]
+        ids = expected[0].prompt_token_ids
+        plain = (await complete(client, prompt=ids, echo=True))["choices"][0]
+        assert plain["logprobs"] is None and plain["text"] == "abca" + expected[0].outputs[0].text
 
     in_process(test, tiny())
 
@@ -321,7 +366,6 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "a", "logit_bias": {"9999": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "a", "stop": ["x"] * 17}, 400, "len(stop)"),
-    ("completions", {"prompt": "a", "echo": True}, 400, "echo"),
     ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
     ("completions", {"prompt": "a", "best_of": 2}, 400, "best_of"),
     ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
@@ -446,6 +490,26 @@ def test_beyond_what_is_open_is_refused_before_the_body_is_read() -> None:
         admission.leave(3, 0.0)
 
     in_process(test, tiny(), max_open=4)
+
+
+def test_who_tokenizes_counts_apart() -> None:
+    """Tokenizing takes no place of those that generate, nor they of its."""
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        context = served.app.state.context
+        context.admission.take(1)
+        assert (await post(client, "/tokenize", {"prompt": "a"})).status_code == 200
+        context.admission.leave(1)
+        context.tokenizing.take(1)
+        for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+            answer = await post(client, path, body)
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert (await complete(client, prompt="a"))["choices"]
+        context.tokenizing.leave(1)
+        assert (await post(client, "/tokenize", {})).status_code == 400
+        assert context.tokenizing.open == context.admission.open == 0
+
+    in_process(test, tiny(), max_open=1)
 
 
 def test_bodies_that_do_not_come_take_places() -> None:

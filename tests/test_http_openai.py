@@ -72,6 +72,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert len(content) == 3 and all(one.top_logprobs[0].logprob == one.logprob < 0 for one in content)
     legacy = client.completions.create(model="tiny", prompt="abc", max_tokens=3, logprobs=2)
     assert len(legacy.choices[0].logprobs.token_logprobs) == 3
+    scored = client.completions.create(model="tiny", prompt="abc", max_tokens=0, echo=True, logprobs=1).choices[0]
+    assert scored.text == "abc" and len(scored.logprobs.token_logprobs) == 3
 
 
 def test_json_schema(client: openai.OpenAI) -> None:
@@ -281,6 +283,23 @@ def test_a_deadline_ends_a_request() -> None:
         (choice,) = answer["choices"]
         assert (choice["finish_reason"], choice["stop_reason"]) == ("abort", "deadline")
         assert 0 < answer["usage"]["completion_tokens"] < 200
+
+
+def test_the_time_of_a_body_counts() -> None:
+    """Whose body comes for longer than a request may take has no time left for tokens."""
+
+    def slow() -> Iterator[bytes]:
+        body = json.dumps(LONG).encode()
+        yield body[:5]
+        time.sleep(0.5)
+        yield body[5:]
+
+    with over_socket(tiny(), request_timeout=0.4) as served:
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{served.url}/v1/completions", content=slow(), headers=headers, timeout=60).json()
+        (choice,) = answer["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("abort", "deadline")
+        assert answer["usage"]["completion_tokens"] < 10
 
 
 def test_limits_reach_the_engine() -> None:

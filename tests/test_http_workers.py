@@ -96,6 +96,8 @@ def stream(**body: Any) -> Ask:
         {},
         {"n": 3},
         {"logprobs": 2},
+        {"logprobs": 2, "echo": True, "n": 2},
+        {"echo": True, "max_tokens": 0},
         {"prompt": ["Some words that", [1, 2, 3]]},
         {"stop": ["e", "qu"]},
         {"stop": "e", "include_stop_str_in_output": True},

@@ -29,7 +29,7 @@ class Admission:
     def take(self, sequences: int) -> None:
         """Count so many more. Raises `QueueFull`."""
         if self.open + sequences > self.most:
-            raise QueueFull("open", self.open + sequences, f"at most {self.most} sequences run and wait")
+            raise QueueFull("open", self.open + sequences, f"at most {self.most} run and wait")
         self.open += sequences
 
     def leave(self, sequences: int, seconds: float | None = None) -> None:
@@ -54,6 +54,11 @@ class Place:
         self._held = 1
         self._kept = False
 
+    @property
+    def age(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self.begin
+
     def keep(self, sequences: int) -> None:
         """The request has so many, and they are counted until `leave`. Raises `InvalidRequest` where these are too many
         at any time, `QueueFull` where they are now.
@@ -67,7 +72,7 @@ class Place:
 
     def leave(self) -> None:
         """May be called twice."""
-        seconds = time.monotonic() - self.begin if self._kept else None
+        seconds = self.age if self._kept else None
         self._admission.leave(self._held, seconds if self._held else None)
         self._held = 0
 

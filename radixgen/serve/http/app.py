@@ -37,8 +37,9 @@ class ServeOptions:
 
     names: of the model, all that callers may ask for; by default the engine's name for it.
     api_keys, operator_keys: as `auth.Keys`; without any, everybody is served.
-    max_open: sequences that run and wait at the same time; what is beyond is refused with 429.
-    request_timeout: seconds that a request may take, waiting included; None: as long as it takes.
+    max_open: sequences that run and wait at the same time, and requests that tokenize; what is beyond is refused
+        with 429.
+    request_timeout: seconds that a request may take from its arrival, waiting included; None: as long as it takes.
     send_timeout: seconds after which a client that takes nothing counts as gone.
     stall_timeout: seconds without progress after which `/health` fails.
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
@@ -86,6 +87,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         created=int(time.time()),
         keys=keys,
         admission=Admission(options.max_open),
+        tokenizing=Admission(options.max_open),
         metrics=metrics,
         sessions=Sessions(engine.inputs.limits),
         texts=TokenTexts(engine.inputs.tokenizer),

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 from uuid import uuid4
 
@@ -11,17 +12,17 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from radixgen.core import CompletionOutput, InvalidRequest
+from radixgen.core import CompletionOutput, FinishReason, InvalidRequest, RequestOutput
 from radixgen.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.body import read
 from radixgen.serve.http.context import Context
+from radixgen.serve.http.echo import Echo
 from radixgen.serve.http.generation import Asked, Generation
-from radixgen.serve.http.logprobs import completion_logprobs
+from radixgen.serve.http.logprobs import completion_logprobs, join
 from radixgen.serve.http.openapi import described
 from radixgen.serve.http.protocol import (
     CompletionChoice,
-    CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
     Usage,
@@ -60,7 +61,9 @@ def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> Asked
     inputs = context.engine.inputs
     special = body.add_special_tokens is not False
     prompts = [inputs.tokenize(one, special=special) for one in _prompts(body.prompt, context.limits.max_prompts)]
-    params = body.params(_MAX_TOKENS if body.max_tokens is None else body.max_tokens, body.logprobs)
+    params = body.params(_max_tokens(body), body.logprobs)
+    if body.echo:
+        params = replace(params, prompt_logprobs=body.logprobs)
     for prompt in prompts:
         inputs.check(prompt, params)
     namespace = context.namespace(caller, body.cache_salt)
@@ -69,12 +72,21 @@ def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> Asked
 
 def _check_served(body: CompletionRequest) -> None:
     body.check_stream()
-    if body.echo:
-        raise InvalidRequest("echo", body.echo, "is not served")
     if body.suffix:
         raise InvalidRequest("suffix", body.suffix, "is not served")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of", body.best_of, "must be n: all choices are told")
+
+
+def _only_echo(body: CompletionRequest) -> bool:
+    """Whether nothing is to be generated: the prompt's own log-probabilities are what is asked for."""
+    return bool(body.echo) and body.max_tokens == 0
+
+
+def _max_tokens(body: CompletionRequest) -> int:
+    if _only_echo(body):
+        return 1  # the least that the engine generates; it is not told
+    return _MAX_TOKENS if body.max_tokens is None else body.max_tokens
 
 
 def _prompts(given: str | Sequence[str | int | Sequence[int]], most: int) -> list[Prompt]:
@@ -99,6 +111,7 @@ class _Answer:
         self._context = context
         self._body = body
         self._generation = generation
+        self._echoes = _echoes(context, body, generation.asked) if body.echo else None
         self._lengths: dict[int, int] = {}
         self._untold = set(range(len(generation.asked.prompts) * generation.asked.params.n))
         """Choices of which nothing was told"""
@@ -108,35 +121,44 @@ class _Answer:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         async for prompt, output in self._generation.outputs():
-            choices = [self._choice(prompt, one) for one in output.outputs]
+            choices = self._choices(prompt, output)
             told = [one for one in choices if one.text or one.finish_reason or one.token_ids or one.logprobs]
             if told:
                 yield event(self._response(choices=told))
         if self._body.counts_usage:
-            yield event(self._response(choices=[], usage=self._generation.usage()))
+            yield event(self._response(choices=[], usage=self._usage()))
 
     async def whole(self) -> CompletionResponse:
         found: dict[int, CompletionChoice] = {}
         async for prompt, output in self._generation.outputs():
-            for one in output.outputs:
-                new = self._choice(prompt, one)
+            for new in self._choices(prompt, output):
                 old = found.setdefault(new.index, new)
                 if old is not new:
                     _extend(old, new)
-        usage: Usage = self._generation.usage()
-        return self._response(choices=[found[index] for index in sorted(found)], usage=usage)
+        return self._response(choices=[found[index] for index in sorted(found)], usage=self._usage())
 
-    def _choice(self, prompt: int, output: CompletionOutput) -> CompletionChoice:
+    def _choices(self, prompt: int, output: RequestOutput) -> list[CompletionChoice]:
+        """What is new of a prompt's choices."""
+        echo = self._echoes[prompt] if self._echoes else None
+        if echo is not None:
+            echo.read(output, self._context.texts)
+        return [self._choice(prompt, one, echo) for one in output.outputs]
+
+    def _choice(self, prompt: int, output: CompletionOutput, echo: Echo | None) -> CompletionChoice:
         """What is new of one."""
+        if _only_echo(self._body):
+            reason: FinishReason | None = "length" if output.finish_reason == "stop" else output.finish_reason
+            output = replace(output, text="", token_ids=[], logprobs=None, finish_reason=reason, stop_reason=None)
         index = prompt * self._generation.asked.params.n + output.index
         first, ids = index in self._untold, self._body.return_token_ids
         self._untold.discard(index)
-        before = self._lengths.get(index, 0)
+        before = self._lengths.get(index, len(echo.text) if echo else 0)
         self._lengths[index] = before + len(output.text)
         logprobs = None
         if self._body.logprobs is not None and output.logprobs:
-            logprobs = completion_logprobs(output, self._body.logprobs, self._context.texts, before)
-        return CompletionChoice(
+            count, texts = self._body.logprobs, self._context.texts
+            logprobs = completion_logprobs(output.token_ids, output.logprobs, count, texts, before)
+        choice = CompletionChoice(
             index=index,
             text=output.text,
             logprobs=logprobs,
@@ -145,15 +167,30 @@ class _Answer:
             token_ids=output.token_ids if ids else UNSET,
             prompt_token_ids=self._generation.asked.prompts[prompt].tolist() if ids and first else UNSET,
         )
+        if echo is not None and first:
+            echo.begin(choice)
+        return choice
+
+    def _usage(self) -> Usage:
+        usage = self._generation.usage()
+        if _only_echo(self._body):
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
+
+def _echoes(context: Context, body: CompletionRequest, asked: Asked) -> list[Echo]:
+    """One for each prompt: the text that was given, or that of its tokens."""
+    tokenizer, echoes = context.engine.inputs.tokenizer, []
+    for given, prompt in zip(_prompts(body.prompt, len(asked.prompts)), asked.prompts, strict=True):
+        tokens = prompt.tolist()
+        text = given if isinstance(given, str) else "" if tokenizer is None else tokenizer.decode(tokens)
+        echoes.append(Echo(text, tokens, body.logprobs))
+    return echoes
 
 
 def _extend(choice: CompletionChoice, new: CompletionChoice) -> None:
     choice.text += new.text
     choice.finish_reason, choice.stop_reason = new.finish_reason, new.stop_reason
     if choice.token_ids is not UNSET and new.token_ids is not UNSET:
-        choice.token_ids = choice.token_ids + new.token_ids
-    if new.logprobs is not None:
-        told = choice.logprobs or CompletionLogprobs([], [], [], [])
-        for name in told.__struct_fields__:
-            setattr(told, name, getattr(told, name) + getattr(new.logprobs, name))
-        choice.logprobs = told
+        choice.token_ids.extend(new.token_ids)
+    choice.logprobs = join(choice.logprobs, new.logprobs)

@@ -14,13 +14,16 @@ from radixgen.serve.http.sessions import Sessions
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One server's parts. `names`: of the model, the first is told; `created`: seconds of the epoch."""
+    """One server's parts. `names`: of the model, the first is told; `created`: seconds of the epoch; `tokenizing`
+    counts requests of `/tokenize` and `/detokenize`, which take no place of those that generate.
+    """
 
     engine: Backend
     names: tuple[str, ...]
     created: int
     keys: Keys
     admission: Admission
+    tokenizing: Admission
     metrics: Metrics
     sessions: Sessions
     texts: TokenTexts

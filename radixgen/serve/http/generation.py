@@ -17,6 +17,9 @@ from radixgen.serve.http.errors import Refused, failed
 from radixgen.serve.http.metrics import Meter
 from radixgen.serve.http.protocol import PromptTokensDetails, Usage
 
+_LEAST_SECONDS = 1e-3
+"""What a request has left whose time was over before it could be queued: it ends like any that took too long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -35,6 +38,7 @@ class Generation:
     async def start(cls, context: Context, asked: Asked, place: Place) -> "Generation":
         """Queue all prompts, or none; then it keeps the place. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
         place.keep(len(asked.prompts) * asked.params.n)
+        timeout = None if context.request_timeout is None else max(context.request_timeout - place.age, _LEAST_SECONDS)
         opened: list[Outputs] = []
         try:
             for prompt in asked.prompts:
@@ -43,7 +47,7 @@ class Generation:
                     asked.params,
                     priority=asked.priority,
                     namespace=asked.namespace,
-                    timeout=context.request_timeout,
+                    timeout=timeout,
                 )
                 opened.append(outputs)
         except BaseException:

@@ -72,18 +72,20 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Text, or a chat, as token ids."""
-        body = await read(request, TokenizeRequest, context.limits)
-        context.check_model(body.model)
-        return json_response(await asyncio.to_thread(_tokenize, context, body))
+        with context.tokenizing.enter():
+            body = await read(request, TokenizeRequest, context.limits)
+            context.check_model(body.model)
+            return json_response(await asyncio.to_thread(_tokenize, context, body))
 
     @router.post(
         "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)
     )
     async def detokenize(request: Request) -> Response:
         """Token ids as text, special tokens included."""
-        body = await read(request, DetokenizeRequest, context.limits)
-        context.check_model(body.model)
-        return json_response(await asyncio.to_thread(_detokenize, context, body))
+        with context.tokenizing.enter():
+            body = await read(request, DetokenizeRequest, context.limits)
+            context.check_model(body.model)
+            return json_response(await asyncio.to_thread(_detokenize, context, body))
 
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:

@@ -1,6 +1,6 @@
 """The engine's log-probabilities in OpenAI's two shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -40,20 +40,41 @@ def chat_logprobs(output: CompletionOutput, count: int, texts: TokenTexts) -> Ch
     return ChatLogprobs(content)
 
 
-def completion_logprobs(output: CompletionOutput, count: int, texts: TokenTexts, offset: int) -> CompletionLogprobs:
-    """The same of a completion whose first `offset` characters were told before."""
-    told = CompletionLogprobs([], [], [], [])
-    for found in output.logprobs or []:
-        own = next(iter(found))
-        text = texts.text(own)
+def completion_logprobs(
+    tokens: Sequence[int],
+    logprobs: Sequence[Mapping[int, float] | None],
+    count: int,
+    texts: TokenTexts,
+    offset: int,
+) -> CompletionLogprobs:
+    """Of the tokens of a text, the first at character `offset`, each with the `count` likeliest, or None where it had
+    no probability.
+    """
+    told = CompletionLogprobs()
+    for token, found in zip(tokens, logprobs, strict=True):
+        text = texts.text(token)
         told.tokens.append(text)
-        told.token_logprobs.append(_finite(found[own]))
-        # Several tokens may have one text: the likeliest stands for it, so it is written last.
-        top = {texts.text(t): _finite(found[t]) for t in reversed(likeliest(found, count))}
-        told.top_logprobs.append(dict(reversed(top.items())) if count else None)
+        told.token_logprobs.append(None if found is None else _finite(found[token]))
+        told.top_logprobs.append(_top(found, count, texts) if found and count else None)
         told.text_offset.append(offset)
         offset += len(text)
     return told
+
+
+def join(first: CompletionLogprobs | None, second: CompletionLogprobs | None) -> CompletionLogprobs | None:
+    """Those of one text after those of another, added to `first` where there is one. `second` is left as it is."""
+    if second is None:
+        return first
+    first = first or CompletionLogprobs()
+    for name in first.__struct_fields__:
+        getattr(first, name).extend(getattr(second, name))
+    return first
+
+
+def _top(found: Mapping[int, float], count: int, texts: TokenTexts) -> dict[str, float]:
+    """Several tokens may have one text: the likeliest stands for it, so it is written last."""
+    top = {texts.text(token): _finite(found[token]) for token in reversed(likeliest(found, count))}
+    return dict(reversed(top.items()))
 
 
 def likeliest(found: Mapping[int, float], count: int) -> list[int]:

@@ -158,14 +158,7 @@ class _Answer(AsyncIterator[RequestOutput]):
             await self._streams[index].aclose()  # a stop string ends it here, and not yet there
         if not self._texts:
             await self.aclose()
-        prompt_logprobs = output.prompt_logprobs if index == 0 else None
-        return replace(
-            output,
-            outputs=[one],
-            finished=not self._texts,
-            num_cached_tokens=self._cached,
-            prompt_logprobs=prompt_logprobs,
-        )
+        return replace(output, outputs=[one], finished=not self._texts, num_cached_tokens=self._cached)
 
     async def _expire(self) -> RequestOutput:
         """The last output of a request whose time is over."""
