@@ -401,13 +401,18 @@ class Engine:
         expires = self._check_pin(namespace, priority, ttl)
         if replaces is not None:
             self.unpin(replaces)
-        pin = self._core.pin(tokens, namespace, priority, expires)
+        pin = self._core.pin(tokens, namespace, priority, expires, self._clock())
         return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:
         """Let go of a pin. False where it is gone already."""
         self._ensure_open()
         return isinstance(pin, int) and self._core.unpin(pin)
+
+    @property
+    def pins(self) -> frozenset[int]:
+        """The pins that hold."""
+        return self._core.pins
 
     def preload(
         self,
@@ -428,7 +433,7 @@ class Engine:
         for ids in tokens:
             self._inputs.check(ids, PRELOADING)
         self._check_pin(namespace, priority, ttl)
-        self._core.require_pins(len(tokens))
+        self._core.require_pins(len(tokens), self._clock())
         submit = partial(self._core_submit, params=PRELOADING, namespace=namespace, priority=priority)
         self._serve([partial(submit, ids) for ids in tokens], None)
         return [self.pin(ids, namespace=namespace, priority=priority, ttl=ttl) for ids in tokens]

@@ -211,13 +211,14 @@ class EngineCore:
 
     # -- pins ---------------------------------------------------------------------------------------------
 
-    def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
+    def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float, now: float) -> Pin | None:
         """Keep what is cached of `tokens`; None where nothing of it is. Raises `LimitReached`."""
-        self.require_pins(1)
+        self.require_pins(1, now)
         return self.scheduler.pins.add(tokens, namespace, priority, expires)
 
-    def require_pins(self, count: int) -> None:
+    def require_pins(self, count: int, now: float) -> None:
         """Raise `LimitReached` where there may not be so many pins more."""
+        self.scheduler.pins.expire(now)
         pins = len(self.scheduler.pins) + count
         if pins > self.limits.max_pins:
             raise LimitReached("pins", pins, f"at most {self.limits.max_pins} prefixes are pinned")
@@ -228,6 +229,11 @@ class EngineCore:
         if found:
             self.scheduler.pins.release(pin_id)
         return found
+
+    @property
+    def pins(self) -> frozenset[int]:
+        """Those that hold."""
+        return frozenset(pin.id for pin in self.scheduler.pins)
 
     # -- one step -----------------------------------------------------------------------------------------
 

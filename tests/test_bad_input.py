@@ -752,6 +752,7 @@ OPEN = {
     "model_name",
     "num_steps",
     "num_unfinished_requests",
+    "pins",
     "stats",
     "tokenize",
     "tree",

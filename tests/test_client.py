@@ -31,6 +31,7 @@ from radixgen import (
     SamplingParams,
 )
 from radixgen.serve.endpoint import Curve, InsecureEndpoint
+from radixgen.serve.utility import UTILITIES
 from radixgen.serve.worker import Worker
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -208,6 +209,52 @@ def test_a_standby_takes_over() -> None:
                 time.sleep(0.01)
             client._front.wait(1, 30)
             assert client.generate([[2]], GREEDY)[0].outputs[0].token_ids == greedy([2])
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, workers do not answer `get_supported_tasks`."""
+    event = threading.Event()
+    slow = {**UTILITIES, "get_supported_tasks": lambda *_: event.wait(60)}
+    monkeypatch.setattr("radixgen.serve.service.UTILITIES", slow)
+    return event
+
+
+def wait_forgotten(client: Client | AsyncClient) -> None:
+    """Until no reply is expected."""
+    (engine,) = client._front.live()
+    deadline = time.monotonic() + 30
+    while engine.calls:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_late_reply_is_forgotten(late: threading.Event) -> None:
+    with Client() as client, workers(client.address):
+        assert client.call("is_sleeping") is False
+        client._timeout = 0.01
+        with pytest.raises(RequestFailed, match="no answer within"):
+            client.call("get_supported_tasks")
+        wait_forgotten(client)
+        late.set()
+        client._timeout = 60
+        assert client.call("is_sleeping") is False
+
+
+def test_a_late_reply_to_a_coroutine_is_forgotten(late: threading.Event) -> None:
+    async def test() -> None:
+        async with AsyncClient() as client:
+            with workers(client.address):
+                assert await client.call("is_sleeping") is False
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.call("get_supported_tasks"), 0.01)
+                client._timeout = 0.01
+                with pytest.raises(RequestFailed, match="no answer within"):
+                    await client.call("get_supported_tasks")
+                await asyncio.to_thread(wait_forgotten, client)
+                late.set()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_coroutines() -> None:

@@ -18,7 +18,7 @@ from oracle import StampModel
 from serving import VOCAB, greedy, serving
 from test_cli import call
 
-from radixgen import Engine, InvalidRequest
+from radixgen import Engine, InvalidRequest, Limits
 from radixgen.serve.endpoint import Curve, InsecureEndpoint, check_endpoint, smg_handshake
 from radixgen.serve.worker import Worker
 
@@ -128,6 +128,20 @@ def test_utilities() -> None:
                 front.call(method, *arguments)
         front.abort("going")
         settled(served)
+
+
+def test_pins_that_expired_are_forgotten() -> None:
+    """Of a front end that pins for ever so short a while, again and again."""
+    with serving(limits=Limits(max_pins=2)) as served:
+        front = served.fronts[0]
+        front.add("first", [1, 2, 3])
+        front.ended("first")
+        lasting = front.call("pin", [1, 2], None, 0, 60.0)
+        made = {front.call("pin", [1, 2, 3], None, 0, 1e-9) for _ in range(20)}
+        assert len(made) == 20
+        (peer,) = served.worker._links
+        assert lasting in served.inside(lambda: set(peer.pins)) and len(peer.pins) <= 4
+        assert front.call("unpin", lasting) is True
 
 
 def test_each_process_of_a_front_end_hears_its_own() -> None:

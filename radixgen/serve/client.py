@@ -344,8 +344,12 @@ class Client(_Face):
 
     def _call(self, engine: Engine, method: str, *arguments: Any) -> Any:
         inbox = _Queue()
-        self._front.call(engine, method, arguments, inbox)
-        return _result(inbox.get(self._timeout))
+        call = self._front.call(engine, method, arguments, inbox)
+        try:
+            return _result(inbox.get(self._timeout))
+        except BaseException:
+            self._front.forget_call(engine, call)
+            raise
 
 
 class Stream(Iterator[RequestOutput]):
@@ -436,12 +440,15 @@ class AsyncClient(_Face):
         """As `Client.call`."""
         if not self._waited:
             await self.wait()
-        inbox = self._inbox()
-        self._front.call(self._one(worker), method, arguments, inbox)
+        inbox, engine = self._inbox(), self._one(worker)
+        call = self._front.call(engine, method, arguments, inbox)
         try:
             return _result(await asyncio.wait_for(inbox.get(), self._timeout))
-        except TimeoutError:
-            raise RequestFailed(f"no answer within {self._timeout:g} seconds") from None
+        except BaseException as error:
+            self._front.forget_call(engine, call)
+            if isinstance(error, TimeoutError):
+                raise RequestFailed(f"no answer within {self._timeout:g} seconds") from None
+            raise
 
     async def score(
         self,

@@ -140,8 +140,8 @@ class FrontEnd:
 
         self._post(engine, drop, None)
 
-    def call(self, engine: Engine, method: str, arguments: tuple[Any, ...], inbox: Inbox) -> None:
-        """Call a utility; its reply goes to `inbox`. Raises `QueueFull`."""
+    def call(self, engine: Engine, method: str, arguments: tuple[Any, ...], inbox: Inbox) -> int:
+        """Call a utility; its reply goes to `inbox`. Returns the call's number. Raises `QueueFull`."""
         call_id = self.new_serial()
         payload = wire.encode(wire.Call(0, call_id, method, Raw(wire.encode(arguments))))
         self._require_room(engine, payload)
@@ -151,6 +151,15 @@ class FrontEnd:
             self._send(engine, [wire.UTILITY, payload])
 
         self._post(engine, send, inbox)
+        return call_id
+
+    def forget_call(self, engine: Engine, call_id: int) -> None:
+        """Nobody waits for a reply any more."""
+
+        def drop() -> None:
+            engine.calls.pop(call_id, None)
+
+        self._post(engine, drop, None)
 
     def new_serial(self) -> int:
         with self._lock:

@@ -101,6 +101,8 @@ def _pin(service: "Service", peer: "Peer", call: wire.Call, asked: Pin) -> int |
     peer.pins.discard(asked.replaces or 0)
     if pin is not None:
         peer.pins.add(pin)
+    if len(peer.pins) > 2 * service.engine.limits.max_pins:
+        peer.pins &= service.engine.pins
     return pin
 
 
