@@ -51,7 +51,7 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tools=self.tools, add_generation_prompt=True, tokenize=False, **self.options
             )
-        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (TemplateError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
         if len(text) > self.limits.max_prompt_chars:
             raise PromptTooLong("len(messages)", len(text), f"at most {self.limits.max_prompt_chars} characters")

@@ -45,6 +45,7 @@ class Served:
     url: str
     app: FastAPI
     engine: AsyncEngine
+    server: Server | None = None
 
     def wait_idle(self) -> None:
         """Until nothing runs; then nothing is held for anybody."""
@@ -76,7 +77,7 @@ def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
             assert thread.is_alive(), "the server does not start"
             time.sleep(0.002)
         port = server.servers[0].sockets[0].getsockname()[1]
-        found = Served(f"http://127.0.0.1:{port}", app, served)
+        found = Served(f"http://127.0.0.1:{port}", app, served, server)
         while not app.state.health.warm:
             time.sleep(0.002)
         yield found

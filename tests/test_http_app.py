@@ -122,6 +122,11 @@ def test_max_tokens_is_what_is_left() -> None:
         assert answer["usage"]["total_tokens"] == 101 and answer["choices"][0]["finish_reason"] == "length"
         answer = (await post(client, "/v1/chat/completions", {**body, "max_completion_tokens": 3})).json()
         assert answer["usage"]["completion_tokens"] == 3
+        for most in (100, 5_000):
+            answer = (await post(client, "/v1/chat/completions", {**body, "max_tokens": most})).json()
+            assert answer["usage"]["total_tokens"] == 101
+            found = await complete(client, prompt=["abc", "a" * 50], max_tokens=most, ignore_eos=True)
+            assert found["usage"]["completion_tokens"] == 2 * 51, "what the longer one leaves"
 
     in_process(test, tiny(kv_tokens=100))
 
@@ -131,22 +136,46 @@ def test_logprobs() -> None:
         found = (await complete(client, prompt="abc", logprobs=3))["choices"][0]
         told = found["logprobs"]
         assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["text_offset"]) == 4
-        assert all(
-            len(one) <= 3 and max(one.values()) == lp
-            for one, lp in zip(told["top_logprobs"], told["token_logprobs"], strict=True)
-        )
+        for top, own in zip(told["top_logprobs"], told["token_logprobs"], strict=True):
+            assert len(top) <= 3 and max(top.values()) == own
+        lively = (await complete(client, prompt="abc", logprobs=2, temperature=2.0, seed=1, max_tokens=40))["choices"][
+            0
+        ]
+        tops, tokens = lively["logprobs"]["top_logprobs"], lively["logprobs"]["tokens"]
+        assert all(token in top for token, top in zip(tokens, tops, strict=True)), "the token that was drawn is told"
+        assert any(len(top) == 3 for top in tops)
         parts = await events(client, "/v1/completions", {"prompt": "abc", "logprobs": 3})
         joined = [one for part in parts for one in part["choices"][0]["logprobs"]["token_logprobs"]]
         assert joined == pytest.approx(told["token_logprobs"], abs=1e-5)
         offsets = [one for part in parts for one in part["choices"][0]["logprobs"]["text_offset"]]
         assert offsets == told["text_offset"]
         none = (await complete(client, prompt="abc", logprobs=0))["choices"][0]["logprobs"]
-        assert none["top_logprobs"] == [None] * 4 and len(none["token_logprobs"]) == 4
+        assert [list(top.values()) for top in none["top_logprobs"]] == [[own] for own in none["token_logprobs"]]
         content = (await chat(client, messages=HI, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
         assert len(content) == 4
         for one in content:
             assert len(one["top_logprobs"]) == 2 and one["top_logprobs"][0]["logprob"] == one["logprob"]
             assert one["bytes"] is None or bytes(one["bytes"]).decode() == one["token"]
+
+    in_process(test, tiny())
+
+
+def test_prompts_of_one_request_run_together() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        before = (await served.engine.stats()).steps
+        found = await complete(client, prompt=[f"{number:02}" for number in range(64)])
+        assert len(found["choices"]) == 64
+        assert (await served.engine.stats()).steps - before < 20
+
+    in_process(test, tiny())
+
+
+def test_no_seed_is_minus_one_too() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        asked = {"prompt": "abc", "max_tokens": 12, "temperature": 2.0}
+        drawn = {(await complete(client, **asked, seed=-1))["choices"][0]["text"] for _ in range(3)}
+        fixed = {(await complete(client, **asked, seed=-2))["choices"][0]["text"] for _ in range(3)}
+        assert len(drawn) == 3 and len(fixed) == 1
 
     in_process(test, tiny())
 
@@ -166,7 +195,7 @@ def test_echo() -> None:
         assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
         own = [next(iter(found.values())) for found in [*output.prompt_logprobs[1:], *one.logprobs[:generated]]]
         assert told["token_logprobs"][1:] == pytest.approx(own, abs=1e-5)
-        assert all(1 <= len(found) <= 2 for found in told["top_logprobs"][1:])
+        assert all(1 <= len(found) <= 3 for found in told["top_logprobs"][1:])
         assert told["text_offset"][: len(prompt) + 1] == list(range(len(prompt) + bool(generated)))
 
     async def test(client: httpx.AsyncClient, served: Served) -> None:
@@ -329,6 +358,20 @@ def test_a_session_keeps_tokens() -> None:
     in_process(test, Engine(families.build("llama"), tokenizer=parted, kv_tokens=2048, debug=True))
     said, then = ids[True]
     assert then[: len(said)] == said
+
+
+def test_what_no_template_can_follow_is_refused() -> None:
+    """Arguments nested deeper than a template goes; how deep that is depends on Python's version."""
+    template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{% endfor %}a:"
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        for depth in (10, 900, 50_000):
+            function = {"name": "look", "arguments": "[" * depth + "]" * depth}
+            messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}]
+            answer = await post(client, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+            assert answer.status_code == 200 or (depth > 10 and answer.status_code == 400), answer.text
+
+    in_process(test, scripted(lambda *_: {"a:b": 1.0}, template))
 
 
 def test_sessions_are_bounded_and_a_callers_own() -> None:

@@ -206,6 +206,29 @@ def test_a_client_that_takes_nothing_is_let_go_of() -> None:
         connection.close()
 
 
+def test_connections_that_do_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent ones, half a request, and who takes nothing of an answer; not who takes it slowly."""
+    monkeypatch.setattr("radixgen.serve.http.server._KEEP_ALIVE_SECONDS", 0)
+    body = {**LONG, "n": 32, "logprobs": 20, "return_token_ids": True}
+    with over_socket(tiny()) as served:
+        assert served.server is not None
+        address = httpx.URL(served.url)
+        silent, half = (socket.create_connection((address.host, address.port or 0)) for _ in range(2))
+        half.sendall(b"GET /health HTTP/1.1\r\nHost: 127")
+        deaf, slow = (raw(served, body, receive_buffer=4096) for _ in range(2))
+        head, _, answer = slow.recv(1 << 14).partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        while len(answer) < length:
+            time.sleep(0.003)
+            received = slow.recv(1 << 14)
+            assert received, "it was closed while it was being read"
+            answer += received
+        assert len(json.loads(answer)["choices"]) == 32
+        wait_until(lambda: not served.server.server_state.connections)
+        for connection in (silent, half, deaf, slow):
+            connection.close()
+
+
 def test_a_slow_reader_gets_every_token(served: Served) -> None:
     """What it has not taken is merged."""
     options: dict[str, Any] = {"prompt": "abc", "max_tokens": 60, "temperature": 0, "extra_body": {"ignore_eos": True}}

@@ -111,6 +111,12 @@ def asked(choice: object, *names: str) -> ChatRequest:
     return ChatRequest(messages=[], tools=tools or None, tool_choice=choice)
 
 
+def test_half_a_character_is_written_anyhow() -> None:
+    """JSON can write halves of surrogate pairs, and UTF-8 can't."""
+    (call,) = told(RequiredReader(), ['{"name": "lo\\ud83dok", "arguments": {"x": "\\ud83d"}}'])[1]
+    assert call == ("lo?ok", '{"x": "?"}')
+
+
 def test_choices() -> None:
     named = NamedTool(FunctionName("b"))
     assert isinstance(reader_of(asked(None)), PlainReader) and isinstance(reader_of(asked(None, "a")), HermesReader)
@@ -135,6 +141,10 @@ def test_messages_for_templates() -> None:
     assert found["content"] == "" and "refusal" not in found
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert template_message({"role": "user", "content": parts})["content"] == "ab"
+    for empty in ({}, {"arguments": ""}, {"arguments": None}):
+        bare = {**call, "function": {"name": "look", **empty}}
+        assert template_message({"role": "a", "tool_calls": [bare]})["tool_calls"][0]["function"]["arguments"] == {}
+    assert "tool_calls" not in template_message({"role": "assistant", "content": "a", "tool_calls": []})
     broken = {**call, "function": {"name": "look", "arguments": "{"}}
     assert template_message({"role": "a", "tool_calls": [broken]})["tool_calls"][0]["function"]["arguments"] == "{"
     for wrong in (

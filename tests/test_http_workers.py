@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import httpx
@@ -11,8 +12,9 @@ import pytest
 from served import in_process, tiny
 from texts import tokenizer
 
-from radixgen import AsyncClient, Engine
+from radixgen import AsyncClient, Engine, Stats
 from radixgen.serve.http.app import ServeOptions, create_app
+from radixgen.serve.http.totals import Totals
 from radixgen.serve.http.workers import Workers
 from radixgen.serve.worker import Worker
 
@@ -111,6 +113,63 @@ def stream(**body: Any) -> Ask:
 def test_completions(body: dict[str, Any]) -> None:
     status, told = same(post("/v1/completions", **GREEDY | body))
     assert (status == 200) == ("choices" in told)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"x": {"enum": [1, 2]}},
+    "required": ["x"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        {"structured_outputs": {"regex": "[0-9]{4}"}},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"tools": TOOLS, "tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look"}}},
+        {"structured_outputs": {"regex": "[0-9]{4}"}, "ignore_eos": True, "logprobs": True},
+    ],
+    ids=str,
+)
+def test_structured_output_is_whole(body: dict[str, Any]) -> None:
+    """A worker ends it with the end token that the wire has at the end of what stopped; it is no text."""
+    pytest.importorskip("llguidance")
+
+    async def ask(client: httpx.AsyncClient) -> Any:
+        asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60, "temperature": 0} | body
+        reply = await client.post("/v1/chat/completions", json=asked)
+        assert reply.status_code == 200, reply.text
+        (choice,) = reply.json()["choices"]
+        calls = [call["function"] for call in choice["message"].get("tool_calls") or []]
+        return choice["message"]["content"], calls, choice["finish_reason"]
+
+    content, calls, reason = same(ask)
+    assert (content or calls) and reason in ("stop", "tool_calls")
+
+
+def test_figures_of_workers_never_fall() -> None:
+    """Gauges are of the workers that are there, counters of all that ever were."""
+
+    def told(steps: int, running: int) -> dict[str, Any]:
+        zero = {one.name: 0 for one in fields(Stats)}
+        return zero | {"steps": steps, "num_running": running, "sharing_ended": {"cold": steps}}
+
+    totals = Totals()
+    for told_now, steps, running in (
+        ({0: told(5, 2), 1: told(7, 1)}, 12, 3),
+        ({0: told(6, 2)}, 13, 2),
+        ({0: told(6, 2), 1: told(2, 1)}, 15, 3),
+        ({0: told(1, 0), 1: told(9, 1)}, 23, 1),
+        ({}, 23, 0),
+    ):
+        found = totals.add(told_now)
+        assert (found.steps, found.num_running, found.sharing_ended) == (steps, running, {"cold": steps})
 
 
 def test_what_was_served_is_cached() -> None:

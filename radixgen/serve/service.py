@@ -13,7 +13,15 @@ from uuid import uuid4
 import numpy as np
 
 from radixgen.cache import TokenArray
-from radixgen.core import InvalidRequest, RadixgenError, RequestOutput, SamplingParams, UnknownRequest, check_integer
+from radixgen.core import (
+    CompletionOutput,
+    InvalidRequest,
+    RadixgenError,
+    RequestOutput,
+    SamplingParams,
+    UnknownRequest,
+    check_integer,
+)
 from radixgen.engine import Engine, scores_of
 from radixgen.serve import wire
 from radixgen.serve.counters import PeerCounters
@@ -383,6 +391,8 @@ class Service:
         """Tell what is new of a request."""
         told = wire.Output(ticket.name, [])
         (one,) = output.outputs
+        if one.finish_reason == "stop" and one.stop_reason is None and ticket.eos_token_id is not None:
+            _add_end(one, ticket.eos_token_id)
         told.new_token_ids = one.token_ids
         if one.logprobs:
             told.new_logprobs = wire.pack_logprobs(one.logprobs, ticket.params.logprobs or 0)
@@ -430,6 +440,15 @@ class Service:
 
 
 _FINISH: dict[str, int] = {reason: number for number, reason in enumerate(wire.FINISH)}
+
+
+def _add_end(output: CompletionOutput, token: int) -> None:
+    """The end token that a sequence did without as its grammar was complete: a front end takes the last token of one
+    that stopped to be no text.
+    """
+    output.token_ids = [*output.token_ids, token]
+    if output.logprobs is not None:
+        output.logprobs = [*output.logprobs, {token: 0.0}]
 
 
 def _as_array(tokens: list[int], most: int) -> TokenArray:

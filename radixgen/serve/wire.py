@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Raw, Struct, field
 
 from radixgen.core import FinishReason, InvalidRequest, Limits, RadixgenError, SamplingParams
+from radixgen.core.grammar import format_source
 
 T = TypeVar("T")
 
@@ -490,12 +491,17 @@ def _grammar(asked: StructuredOutputs | None, limits: Limits) -> dict[str, Any]:
 def _structured(params: SamplingParams) -> StructuredOutputs | None:
     if not params.structured:
         return None
-    if params.response_format is not None and params.response_format.get("type") != "json_object":
-        raise InvalidRequest("response_format", params.response_format, "use json_schema")
+    schema, asked = params.json_schema, params.response_format
+    source = None if asked is None else format_source(asked, Limits())
+    any_object = asked is not None and asked["type"] == "json_object"
+    if source is not None and not any_object:
+        if schema is not None:
+            raise InvalidRequest("json_schema", "…", "response_format is given too; a request has one grammar")
+        schema = source.text
     return StructuredOutputs(
-        json=NIL if params.json_schema is None else Raw(encode(params.json_schema)),
+        json=NIL if schema is None else Raw(encode(schema)),
         regex=params.regex,
         choice=None if params.choice is None else list(params.choice),
         grammar=params.grammar,
-        json_object=True if params.response_format is not None else None,
+        json_object=any_object or None,
     )

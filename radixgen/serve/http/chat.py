@@ -98,8 +98,8 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest) -> _Chat:
         turn = context.sessions.begin((namespace, body.session_id), template, messages)
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages")
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = _params(body, context.answer_tokens(asked, tokens.size))
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = _params(body, context.answer_tokens(most, tokens.size))
     inputs.check(tokens, params)
     return _Chat(Asked([tokens], params, namespace, context.priority(body.priority)), turn)
 
@@ -118,7 +118,7 @@ def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
 def _check_served(body: ChatRequest) -> None:
     body.check_stream()
     reader_of(body)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "is for logprobs=true")
     if any(one != "text" for one in body.modalities or []):
         raise InvalidRequest("modalities", body.modalities, 'must be ["text"]')

@@ -12,6 +12,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, FinishReason, InvalidRequest, RequestOutput
 from radixgen.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
@@ -19,10 +20,11 @@ from radixgen.serve.http.body import read
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.echo import Echo
 from radixgen.serve.http.generation import Asked, Generation
-from radixgen.serve.http.logprobs import completion_logprobs, join
+from radixgen.serve.http.logprobs import completion_logprobs, end_of, join
 from radixgen.serve.http.openapi import described
 from radixgen.serve.http.protocol import (
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
     Usage,
@@ -44,9 +46,9 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
         with context.admission.enter() as place:
             body = await read(request, CompletionRequest, context.limits)
             context.check_model(body.model)
-            asked = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+            asked, echoes = await asyncio.to_thread(_prepare, context, request.state.caller, body)
             generation = await Generation.start(context, asked, place)
-        answer = _Answer(context, body, generation)
+        answer = _Answer(context, body, generation, echoes)
         if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
         async with generation:
@@ -55,19 +57,24 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     return router
 
 
-def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> Asked:
-    """Raises `InvalidRequest` for whatever is wrong with `body`."""
+def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> tuple[Asked, list[Echo]]:
+    """What is asked for, and what is told before it of each prompt. Raises `InvalidRequest` for whatever is wrong with
+    `body`.
+    """
     _check_served(body)
     inputs = context.engine.inputs
     special = body.add_special_tokens is not False
-    prompts = [inputs.tokenize(one, special=special) for one in _prompts(body.prompt, context.limits.max_prompts)]
-    params = body.params(_max_tokens(body), body.logprobs)
+    given = _prompts(body.prompt, context.limits.max_prompts)
+    prompts = [inputs.tokenize(one, special=special) for one in given]
+    longest = max(prompt.size for prompt in prompts)
+    params = body.params(context.answer_tokens(_max_tokens(body), longest), body.logprobs)
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
     for prompt in prompts:
         inputs.check(prompt, params)
     namespace = context.namespace(caller, body.cache_salt)
-    return Asked(prompts, params, namespace, context.priority(body.priority))
+    asked = Asked(prompts, params, namespace, context.priority(body.priority))
+    return asked, [_echo(context, *one) for one in zip(given, prompts, strict=True)] if body.echo else []
 
 
 def _check_served(body: CompletionRequest) -> None:
@@ -107,12 +114,15 @@ def _prompts(given: str | Sequence[str | int | Sequence[int]], most: int) -> lis
 class _Answer:
     """The choices of one request, as they come."""
 
-    def __init__(self, context: Context, body: CompletionRequest, generation: Generation) -> None:
+    def __init__(
+        self, context: Context, body: CompletionRequest, generation: Generation, echoes: Sequence[Echo]
+    ) -> None:
         self._context = context
         self._body = body
         self._generation = generation
-        self._echoes = _echoes(context, body, generation.asked) if body.echo else None
-        self._lengths: dict[int, int] = {}
+        self._echoes = echoes
+        self._offsets: dict[int, int] = {}
+        """Characters of the tokens told of each choice"""
         self._untold = set(range(len(generation.asked.prompts) * generation.asked.params.n))
         """Choices of which nothing was told"""
         self._response = partial(
@@ -121,7 +131,7 @@ class _Answer:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         async for prompt, output in self._generation.outputs():
-            choices = self._choices(prompt, output)
+            choices = await self._choices(prompt, output)
             told = [one for one in choices if one.text or one.finish_reason or one.token_ids or one.logprobs]
             if told:
                 yield event(self._response(choices=told))
@@ -131,17 +141,17 @@ class _Answer:
     async def whole(self) -> CompletionResponse:
         found: dict[int, CompletionChoice] = {}
         async for prompt, output in self._generation.outputs():
-            for new in self._choices(prompt, output):
+            for new in await self._choices(prompt, output):
                 old = found.setdefault(new.index, new)
                 if old is not new:
                     _extend(old, new)
         return self._response(choices=[found[index] for index in sorted(found)], usage=self._usage())
 
-    def _choices(self, prompt: int, output: RequestOutput) -> list[CompletionChoice]:
+    async def _choices(self, prompt: int, output: RequestOutput) -> list[CompletionChoice]:
         """What is new of a prompt's choices."""
         echo = self._echoes[prompt] if self._echoes else None
-        if echo is not None:
-            echo.read(output, self._context.texts)
+        if echo is not None and echo.tells(output):
+            await asyncio.to_thread(echo.read, output, self._context.texts)
         return [self._choice(prompt, one, echo) for one in output.outputs]
 
     def _choice(self, prompt: int, output: CompletionOutput, echo: Echo | None) -> CompletionChoice:
@@ -152,16 +162,10 @@ class _Answer:
         index = prompt * self._generation.asked.params.n + output.index
         first, ids = index in self._untold, self._body.return_token_ids
         self._untold.discard(index)
-        before = self._lengths.get(index, len(echo.text) if echo else 0)
-        self._lengths[index] = before + len(output.text)
-        logprobs = None
-        if self._body.logprobs is not None and output.logprobs:
-            count, texts = self._body.logprobs, self._context.texts
-            logprobs = completion_logprobs(output.token_ids, output.logprobs, count, texts, before)
         choice = CompletionChoice(
             index=index,
             text=output.text,
-            logprobs=logprobs,
+            logprobs=self._logprobs(index, output, echo),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if ids else UNSET,
@@ -171,6 +175,15 @@ class _Answer:
             echo.begin(choice)
         return choice
 
+    def _logprobs(self, index: int, output: CompletionOutput, echo: Echo | None) -> CompletionLogprobs | None:
+        if self._body.logprobs is None or not output.logprobs:
+            return None
+        begin = end_of(echo.logprobs) if echo is not None and echo.logprobs is not None else 0
+        offset = self._offsets.get(index, begin)
+        told = completion_logprobs(output.token_ids, output.logprobs, self._context.texts, offset)
+        self._offsets[index] = end_of(told)
+        return told
+
     def _usage(self) -> Usage:
         usage = self._generation.usage()
         if _only_echo(self._body):
@@ -178,14 +191,12 @@ class _Answer:
         return usage
 
 
-def _echoes(context: Context, body: CompletionRequest, asked: Asked) -> list[Echo]:
-    """One for each prompt: the text that was given, or that of its tokens."""
-    tokenizer, echoes = context.engine.inputs.tokenizer, []
-    for given, prompt in zip(_prompts(body.prompt, len(asked.prompts)), asked.prompts, strict=True):
-        tokens = prompt.tolist()
-        text = given if isinstance(given, str) else "" if tokenizer is None else tokenizer.decode(tokens)
-        echoes.append(Echo(text, tokens, body.logprobs))
-    return echoes
+def _echo(context: Context, given: Prompt, prompt: TokenArray) -> Echo:
+    """The text that was given, or that of its tokens."""
+    tokenizer, tokens = context.engine.inputs.tokenizer, prompt.tolist()
+    if isinstance(given, str):
+        return Echo(given, tokens)
+    return Echo("" if tokenizer is None else str(tokenizer.decode(tokens)), tokens)
 
 
 def _extend(choice: CompletionChoice, new: CompletionChoice) -> None:

@@ -53,8 +53,12 @@ class Context:
         return self.keys.namespace(caller, cache_salt, self.limits)
 
     def answer_tokens(self, asked: int | None, prompt: int) -> int:
-        """How many an answer may have where nothing is asked for: what the prompt leaves."""
-        return max(self.room - prompt, 1) if asked is None else asked
+        """How many an answer may have: what the prompt leaves where nothing is asked for, and no more than the pool
+        holds. The context cuts each answer by itself.
+        """
+        if asked is None:
+            return max(self.room - prompt, 1)
+        return min(asked, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
 
     def priority(self, asked: int | None) -> int:
         """As vLLM's: the lower goes first. Raises `InvalidRequest`."""

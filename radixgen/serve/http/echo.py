@@ -9,17 +9,20 @@ from radixgen.serve.http.protocol import CompletionChoice, CompletionLogprobs
 
 @dataclass(slots=True)
 class Echo:
-    """One prompt. `count`: likeliest tokens at each of its places; None: no log-probabilities."""
+    """One prompt. Its log-probabilities come no later than its first choice's first token."""
 
     text: str
     tokens: list[int]
-    count: int | None
     logprobs: CompletionLogprobs | None = None
 
+    def tells(self, output: RequestOutput) -> bool:
+        """Whether it has the prompt's log-probabilities, and they are news."""
+        return self.logprobs is None and output.prompt_logprobs is not None
+
     def read(self, output: RequestOutput, texts: TokenTexts) -> None:
-        """Take the log-probabilities from the output that tells them: one no later than the first token's."""
-        if self.count is not None and self.logprobs is None and output.prompt_logprobs is not None:
-            self.logprobs = completion_logprobs(self.tokens, output.prompt_logprobs, self.count, texts, 0)
+        """Take them. It may take a while."""
+        assert output.prompt_logprobs is not None
+        self.logprobs = completion_logprobs(self.tokens, output.prompt_logprobs, texts, 0)
 
     def begin(self, choice: CompletionChoice) -> None:
         """Put the prompt before what is first told of a choice."""

@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, GrammarFailed, RequestOutput, SamplingParams
@@ -39,21 +40,14 @@ class Generation:
         """Queue all prompts, or none; then it keeps the place. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
         place.keep(len(asked.prompts) * asked.params.n)
         timeout = None if context.request_timeout is None else max(context.request_timeout - place.age, _LEAST_SECONDS)
-        opened: list[Outputs] = []
-        try:
-            for prompt in asked.prompts:
-                outputs = await context.engine.open(
-                    prompt,
-                    asked.params,
-                    priority=asked.priority,
-                    namespace=asked.namespace,
-                    timeout=timeout,
-                )
-                opened.append(outputs)
-        except BaseException:
-            for one in opened:
-                await one.aclose()
-            raise
+        open_one = partial(
+            context.engine.open,
+            params=asked.params,
+            priority=asked.priority,
+            namespace=asked.namespace,
+            timeout=timeout,
+        )
+        opened = await _all_or_none([open_one(prompt) for prompt in asked.prompts])
         return cls(asked, opened, place, [Meter(context.metrics, place.begin) for _ in opened])
 
     def __init__(self, asked: Asked, opened: Sequence[Outputs], place: Place, meters: Sequence[Meter]) -> None:
@@ -98,6 +92,20 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+async def _all_or_none(opening: Sequence[Coroutine[Any, Any, Outputs]]) -> list[Outputs]:
+    """What all of them open, at the same time; where one raises, the others are closed."""
+    tasks = [asyncio.create_task(one) for one in opening]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for opened in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(opened, BaseException):
+                await opened.aclose()
+        raise
 
 
 async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput]]:

@@ -43,19 +43,18 @@ def chat_logprobs(output: CompletionOutput, count: int, texts: TokenTexts) -> Ch
 def completion_logprobs(
     tokens: Sequence[int],
     logprobs: Sequence[Mapping[int, float] | None],
-    count: int,
     texts: TokenTexts,
     offset: int,
 ) -> CompletionLogprobs:
-    """Of the tokens of a text, the first at character `offset`, each with the `count` likeliest, or None where it had
-    no probability.
+    """Of tokens, each with those that were told beside it, or None where it had no probability. `text_offset` counts
+    the characters of the tokens' own texts, from `offset` on.
     """
     told = CompletionLogprobs()
     for token, found in zip(tokens, logprobs, strict=True):
         text = texts.text(token)
         told.tokens.append(text)
         told.token_logprobs.append(None if found is None else _finite(found[token]))
-        told.top_logprobs.append(_top(found, count, texts) if found and count else None)
+        told.top_logprobs.append(None if found is None else _top(found, texts))
         told.text_offset.append(offset)
         offset += len(text)
     return told
@@ -71,9 +70,16 @@ def join(first: CompletionLogprobs | None, second: CompletionLogprobs | None) ->
     return first
 
 
-def _top(found: Mapping[int, float], count: int, texts: TokenTexts) -> dict[str, float]:
-    """Several tokens may have one text: the likeliest stands for it, so it is written last."""
-    top = {texts.text(token): _finite(found[token]) for token in reversed(likeliest(found, count))}
+def end_of(told: CompletionLogprobs) -> int:
+    """The offset behind the last token."""
+    return told.text_offset[-1] + len(told.tokens[-1]) if told.tokens else 0
+
+
+def _top(found: Mapping[int, float], texts: TokenTexts) -> dict[str, float]:
+    """The likeliest, and the token's own. Several tokens may have one text: the likeliest stands for it, so it is
+    written last.
+    """
+    top = {texts.text(token): _finite(found[token]) for token in reversed(likeliest(found, len(found)))}
     return dict(reversed(top.items()))
 
 

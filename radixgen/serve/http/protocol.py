@@ -124,7 +124,7 @@ class Sampled(Ignored, kw_only=True):
     def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """As the engine takes them, of which `validate` says what is out of its range."""
         given = {name: getattr(self, name) for name in _SAME}
-        seed = None if self.seed is None else self.seed % 2**64
+        seed = None if self.seed in (None, -1) else self.seed % 2**64
         return SamplingParams(
             **{name: value for name, value in given.items() if value is not None},
             max_tokens=max_tokens,

@@ -1,11 +1,14 @@
 """`serve`: the application behind uvicorn, until it is told to stop."""
 
 import asyncio
+import fcntl
 import logging
 import logging.config
 import signal
 import socket
 import sys
+import termios
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +60,26 @@ class Binding:
             raise InvalidRequest("host", self.host, "others reach it, so there must be an API key: --api-key")
 
 
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """A connection on which nothing is asked, or nothing is taken of what it holds for its client (bytes)."""
+
+    since: float
+    held: int
+
+
+def _held(connection: Any) -> int | None:
+    """Bytes that a connection without a request holds for its client, the kernel's among them; None while it has a
+    request.
+    """
+    transport, cycle = connection.transport, connection.cycle
+    if transport is None or (cycle is not None and not cycle.response_complete and not transport.is_closing()):
+        return None
+    descriptor = transport.get_extra_info("socket").fileno()
+    unsent = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)) if descriptor >= 0 else bytes(4)
+    return int(transport.get_write_buffer_size()) + int.from_bytes(unsent, sys.byteorder)
+
+
 class Server(uvicorn.Server):
     """Going down, it takes no more connections, lets open requests end, and ends what has not ended in time."""
 
@@ -77,6 +100,26 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._drain_timeout = binding.drain_timeout
+        self._idle: dict[Any, _Idle] = {}
+
+    async def on_tick(self, counter: int) -> bool:
+        self._drop_idle(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _drop_idle(self, now: float) -> None:
+        """Uvicorn waits for ever for the first request, for the rest of a request's head, and for a client that does
+        not take the end of its answer.
+        """
+        idle = {}
+        for connection in list(self.server_state.connections):
+            held = _held(connection)
+            if held is None:
+                continue
+            before = self._idle.get(connection)
+            idle[connection] = before if before and before.held == held else _Idle(now, held)
+            if now - idle[connection].since > self.config.timeout_keep_alive + 1:  # uvicorn's own timer goes first
+                connection.transport.abort()
+        self._idle = idle
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.health.draining = True

@@ -161,7 +161,12 @@ def as_call(text: str, index: int) -> ToolCall | None:
     arguments = found.get("arguments", found.get("parameters", {}))
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return _call(index, found["name"], arguments)
+    return _call(index, _whole(found["name"]), _whole(arguments))
+
+
+def _whole(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON can write and UTF-8 can't."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _call(index: int, name: str, arguments: str) -> ToolCall:
@@ -218,8 +223,8 @@ def template_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name: value for name, value in message.items() if value is not None}
     found["content"] = _text(found.get("content"))
-    if "tool_calls" in found:
-        calls = found["tool_calls"]
+    calls = found.pop("tool_calls", [])  # templates ask whether it is there, and clients send an empty list
+    if calls != []:
         if not isinstance(calls, list):
             raise InvalidRequest("messages.tool_calls", calls, "must be a list")
         found["tool_calls"] = [_template_call(call) for call in calls]
@@ -245,7 +250,7 @@ def _template_call(call: object) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRequest("messages.tool_calls", call, 'must hold {"function": {"name": …, "arguments": …}}')
-    arguments = function.get("arguments")
+    arguments = function.get("arguments") or {}  # clients send "" for none
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

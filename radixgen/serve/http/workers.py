@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, InvalidRequest, Limits, RadixgenError, RequestOutput, SamplingParams, Stats
@@ -11,6 +11,7 @@ from radixgen.detokenize import Detokenizer
 from radixgen.input_processor import InputProcessor
 from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge
+from radixgen.serve.http.totals import Totals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class Workers:
             limits=limits or Limits(),
         )
         self._client = client
+        self._totals = Totals()
         self._closed = False
         self._received = 0
         self._open = 0
@@ -76,12 +78,13 @@ class Workers:
                 await stream.aclose()
             raise
         self._open += 1
-        return _Answer(self, streams, params, tokens, timeout)
+        eos = () if params.ignore_eos else self._client.workers[worker].eos_token_ids
+        return _Answer(self, streams, params, frozenset((*params.stop_token_ids, *eos)), tokens, timeout)
 
     async def stats(self) -> Stats:
         """Of all workers together."""
-        told = [await self._client.call("stats", worker=worker) for worker in self._client.workers]
-        return _sum([one["engine"] for one in told])
+        told = {worker: await self._client.call("stats", worker=worker) for worker in self._client.workers}
+        return self._totals.add({worker: one["engine"] for worker, one in told.items()})
 
     async def reset_prefix_cache(self) -> int:
         """Tokens dropped, where nothing else went on."""
@@ -110,6 +113,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         workers: Workers,
         streams: Sequence[AsyncStream],
         params: SamplingParams,
+        ends: frozenset[int],
         prompt: list[int],
         timeout: float | None,
     ) -> None:
@@ -118,7 +122,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         self._merged = merge(streams)
         self._params = params
         tokenizer, tail = workers.inputs.tokenizer, prompt[-_PROMPT_TAIL:]
-        self._texts = {index: _Text(tokenizer, tail, params) for index in range(params.n)}
+        self._texts = {index: _Text(tokenizer, tail, params, ends) for index in range(params.n)}
         self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
         self._prompt = prompt
         self._cached = len(prompt)
@@ -170,7 +174,14 @@ class _Answer(AsyncIterator[RequestOutput]):
 class _Text:
     """One sequence's tokens as text, up to its stop string."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", tail: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        tail: list[int],
+        params: SamplingParams,
+        ends: frozenset[int],
+    ) -> None:
+        self._ends = ends
         self._include_stop = params.include_stop_str_in_output
         self._detokenizer = Detokenizer(tokenizer, tail, params.stop_strings, self._include_stop)
         self._min_tokens = params.min_tokens
@@ -180,7 +191,7 @@ class _Text:
     def read(self, output: CompletionOutput) -> CompletionOutput:
         """`output` with its text. The text of a token that ended the sequence is left out, as that of a stop string."""
         tokens = output.token_ids
-        silent = output.finish_reason == "stop" and not self._include_stop
+        silent = output.finish_reason == "stop" and not self._include_stop and tokens[-1:] and tokens[-1] in self._ends
         for place, token in enumerate(tokens[:-1] if silent else tokens):
             self._seen += 1
             stop = self._detokenizer.push(token, self._seen > self._min_tokens)
@@ -225,16 +236,3 @@ def connect(
     except BaseException:
         asyncio.run(client.close())
         raise
-
-
-def _sum(parts: Sequence[dict[str, Any]]) -> Stats:
-    """Figures of several engines, added up."""
-    total: dict[str, Any] = {}
-    for one in fields(Stats):
-        values = [part[one.name] for part in parts]
-        if one.name == "sharing_ended":
-            reasons = {reason for value in values for reason in value}
-            total[one.name] = {reason: sum(value.get(reason, 0) for value in values) for reason in reasons}
-        else:
-            total[one.name] = sum(values)
-    return Stats(**total)
