@@ -170,6 +170,18 @@ def test_prompts_of_one_request_run_together() -> None:
     in_process(test, tiny())
 
 
+def test_usage_in_each_chunk() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        for path, body in (("completions", {"prompt": "abc"}), ("chat/completions", {"messages": HI})):
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            asked = {**body, "stream_options": options, "skip_special_tokens": True, "ignore_eos": True}
+            chunks = await events(client, f"/v1/{path}", asked)
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if "usage" in chunk]
+            assert counts == sorted(counts) and counts[-2:] == [4, 4] and len(counts) > 2
+
+    in_process(test, tiny())
+
+
 def test_no_seed_is_minus_one_too() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         asked = {"prompt": "abc", "max_tokens": 12, "temperature": 2.0}
@@ -411,6 +423,7 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "a", "stop": ["x"] * 17}, 400, "len(stop)"),
     ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
     ("completions", {"prompt": "a", "best_of": 2}, 400, "best_of"),
+    ("completions", {"prompt": "a", "skip_special_tokens": False}, 400, "skip_special_tokens"),
     ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
     ("completions", {"prompt": ""}, 400, "prompt"),
     ("completions", {"prompt": []}, 400, "prompt"),

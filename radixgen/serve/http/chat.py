@@ -116,7 +116,7 @@ def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
 
 
 def _check_served(body: ChatRequest) -> None:
-    body.check_stream()
+    body.check()
     reader_of(body)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "is for logprobs=true")
@@ -196,7 +196,8 @@ class _Answer:
         async for _, output in self._generation.outputs():
             told = [self._chunk(one) for one in output.outputs]
             if told := [one for one in told if one is not None]:
-                yield event(chunk(choices=told))
+                usage = self._generation.usage() if self._body.counts_usage_on else UNSET
+                yield event(chunk(choices=told, usage=usage))
         if self._turn is not None:
             await asyncio.to_thread(self._end_turn, self._turn)
         if self._body.counts_usage:

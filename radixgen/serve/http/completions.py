@@ -78,7 +78,7 @@ def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> tuple
 
 
 def _check_served(body: CompletionRequest) -> None:
-    body.check_stream()
+    body.check()
     if body.suffix:
         raise InvalidRequest("suffix", body.suffix, "is not served")
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -134,7 +134,8 @@ class _Answer:
             choices = await self._choices(prompt, output)
             told = [one for one in choices if one.text or one.finish_reason or one.token_ids or one.logprobs]
             if told:
-                yield event(self._response(choices=told))
+                usage = self._usage() if self._body.counts_usage_on else UNSET
+                yield event(self._response(choices=told, usage=usage))
         if self._body.counts_usage:
             yield event(self._response(choices=[], usage=self._usage()))
 

@@ -29,6 +29,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class StructuredOutputs(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -110,16 +111,24 @@ class Sampled(Ignored, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
+    skip_special_tokens: bool | None = None
 
-    def check_stream(self) -> None:
-        """Raises `InvalidRequest` for options of a stream that is none."""
+    def check(self) -> None:
+        """Raises `InvalidRequest` for options of a stream that is none, and for what is not served."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options", "…", "is for stream=true")
+        if self.skip_special_tokens is False:
+            raise InvalidRequest("skip_special_tokens", False, "must be true: special tokens have no text")
 
     @property
     def counts_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_usage_on(self) -> bool:
+        """Whether each chunk before has the usage up to it."""
+        return self.counts_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """As the engine takes them, of which `validate` says what is out of its range."""
