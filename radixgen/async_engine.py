@@ -10,9 +10,9 @@ from collections.abc import Sequence as Seq
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
+from uuid import uuid4
 
 from radixgen.cache import RadixTree, TokenArray
 from radixgen.conversation import AsyncConversation, Options
@@ -55,7 +55,6 @@ class AsyncEngine:
         self._engine = engine
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._serial = count(1)
         self._closing = False
         self._end: EngineClosed | None = None
         """Why no more commands are taken. Written once, under the gate."""
@@ -145,8 +144,9 @@ class AsyncEngine:
 
     async def score_one(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
         """The whole output of scoring one continuation, of which `scores_of` reads the log-probabilities."""
-        name = self._new_id()
-        submit = partial(self._engine.submit_score, prompt, continuation, request_id=name, namespace=namespace)
+        name, tokens = self._new_id(), await self.tokenize(prompt)
+        rest = await asyncio.to_thread(self._engine.inputs.tokenize_continuation, continuation)
+        submit = partial(self._engine.submit_score, tokens, rest, request_id=name, namespace=namespace)
         stream = await self._begin(name, submit, cumulative=True)
         return [output async for output in self._receive(name, stream)][-1]
 
@@ -187,8 +187,18 @@ class AsyncEngine:
     ) -> int | None:
         """As `Engine.pin`."""
         tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-        pin = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl, replaces=replaces)
-        return await self._call(pin)
+        make = partial(self._engine.pin, tokens, namespace=namespace, priority=priority, ttl=ttl, replaces=replaces)
+        made: list[int | None] = []
+
+        def pin() -> int | None:
+            made.append(make())
+            return made[0]
+
+        try:
+            return await self._call(pin)
+        except asyncio.CancelledError:
+            self._post(_Command(partial(self._unpin, made)))
+            raise
 
     async def preload(
         self,
@@ -214,18 +224,13 @@ class AsyncEngine:
 
             await self._call(pin)
 
-        def release() -> None:
-            for pin in pins:
-                if pin is not None:
-                    self._engine.unpin(pin)
-
         tasks = [asyncio.create_task(preload_one(index, prompt)) for index, prompt in enumerate(asked)]
         try:
             await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
-            self._post(_Command(release))
+            self._post(_Command(partial(self._unpin, pins)))
             raise
         return pins
 
@@ -347,7 +352,7 @@ class AsyncEngine:
         command.fail(self._end)
 
     def _new_id(self) -> str:
-        return f"async-{next(self._serial)}"
+        return f"async-{uuid4().hex}"
 
     # -- in the engine's thread ---------------------------------------------------------------------------
 
@@ -370,7 +375,10 @@ class AsyncEngine:
             command = self._commands.get()
             if command is not None:
                 command.fail(end)
-        self._engine.close()
+        try:
+            self._engine.close()
+        except Exception:
+            logger.exception("the engine could not be closed in order")
         gc.unfreeze()
 
     def _serve(self) -> None:
@@ -404,6 +412,12 @@ class AsyncEngine:
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
             self._cancel(request_id)
+
+    def _unpin(self, pins: Seq[int | None]) -> None:
+        """Those that nobody will hear of."""
+        for pin in pins:
+            if pin is not None:
+                self._engine.unpin(pin)
 
     def _cancel(self, request_id: str) -> bool:
         try:
@@ -478,28 +492,45 @@ class _Stream:
         self.cumulative = cumulative
         self._loop = loop
         self._lock = threading.Lock()
-        self._pending: RequestOutput | EngineClosed | None = None
+        self._pending: list[RequestOutput] = []
+        """Deltas, each with more tokens than the next: joining costs O(log tokens) a token."""
+        self._end: EngineClosed | None = None
         self._ready = asyncio.Event()
 
     def put(self, output: RequestOutput | EngineClosed) -> None:
         with self._lock:
-            waiting, self._pending = self._pending, output
-            if isinstance(waiting, RequestOutput) and isinstance(output, RequestOutput) and not self.cumulative:
-                self._pending = _merge(waiting, output)
-        if waiting is None:
+            waiting = bool(self._pending)
+            if isinstance(output, EngineClosed):
+                self._end = output
+            elif self.cumulative:
+                self._pending = [output]
+            else:
+                self._pending.append(output)
+                self._join(_num_tokens)
+        if not waiting:
             with suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._ready.set)
 
     async def get(self) -> RequestOutput:
-        """The next output. Raises the `EngineClosed` that ended the stream."""
+        """The next output. Raises the `EngineClosed` that ended the stream, again and again."""
         await self._ready.wait()
         with self._lock:
-            output, self._pending = self._pending, None
-            self._ready.clear()
-        assert output is not None
-        if isinstance(output, EngineClosed):
-            raise output
+            if not self._pending:
+                assert self._end is not None
+                raise self._end
+            self._join(lambda _: 0)
+            (output,) = self._pending
+            self._pending = []
+            if self._end is None:
+                self._ready.clear()
         return output
+
+    def _join(self, size: Callable[[RequestOutput], int]) -> None:
+        """The last deltas, as long as one is no larger than the next."""
+        pending = self._pending
+        while len(pending) > 1 and size(pending[-2]) <= size(pending[-1]):
+            last = pending.pop()
+            pending[-1] = _merge(pending[-1], last)
 
 
 async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -510,6 +541,10 @@ async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _num_tokens(output: RequestOutput) -> int:
+    return sum(len(one.token_ids) for one in output.outputs)
 
 
 def _merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:

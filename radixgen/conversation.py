@@ -485,7 +485,8 @@ class TurnStream(Iterator[RequestOutput]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self._open:  # the garbage collector may be in the middle of a step: nothing is pinned
+            self._talk._settle(self.turn, keep=self._keep)
 
     def _settle(self, *, keep: bool) -> None:
         self._open = False

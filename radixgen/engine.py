@@ -2,9 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -156,7 +158,10 @@ class Engine:
             limits=self.limits,
         )
         self._outputs = OutputProcessor(self._core, self.tokenizer)
-        self._undelivered: list[RequestOutput] = []
+        self._undelivered: dict[str, list[RequestOutput]] = {}
+        """Of each request what one caller's step brought to another"""
+        self._left: deque[str] = deque()
+        """Requests whose streams were dropped. The garbage collector drops some in the middle of a step."""
         self._closed = False
 
     # -- whole requests -----------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ class Engine:
         are checked before any is admitted; what the waiting queue cannot take at once follows as it empties.
         Raises `InvalidRequest`.
         """
-        self._ensure_open()
+        self._enter()
         batch = as_prompts(prompts)
         each = as_params(params, len(batch))
         tokens = [self._inputs.tokenize(prompt) for prompt in batch]
@@ -193,7 +198,7 @@ class Engine:
         computes one row a beam. `submit`, `stream` and `generate` take `BeamSearchParams` too; of a search they tell
         only its end. Raises `InvalidRequest`.
         """
-        self._ensure_open()
+        self._enter()
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequest("params", params, "must be BeamSearchParams")
         return self.generate(prompts, params, progress=progress)
@@ -203,7 +208,7 @@ class Engine:
 
         A message is `{"role": …, "content": …}`. Raises `InvalidRequest`.
         """
-        self._ensure_open()
+        self._enter()
         many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
         return self.generate([self.chat_tokens(one) for one in conversations], params)
@@ -212,7 +217,7 @@ class Engine:
         """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
         `radixgen.conversation.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
         """
-        self._ensure_open()
+        self._enter()
         return Conversation(self, system, **options)
 
     def chat_tokens(self, messages: Messages, tools: Tools = None) -> list[int]:
@@ -241,7 +246,7 @@ class Engine:
         continuation is tokenized by itself, without special tokens; give token ids where that matters. Raises
         `InvalidRequest`, and `RequestFailed` where a continuation could not be scored.
         """
-        self._ensure_open()
+        self._enter()
         tokens = self._inputs.tokenize(prompt)
         each = [self._inputs.tokenize_continuation(one) for one in as_prompts(continuations, "continuations")]
         for one in each:
@@ -301,7 +306,7 @@ class Engine:
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
-        self._ensure_open()
+        self._enter()
         params = params if params is not None else SamplingParams()
         tokens = self._inputs.tokenize(prompt)
         self._inputs.check(tokens, params)
@@ -328,7 +333,7 @@ class Engine:
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
-        self._ensure_open()
+        self._enter()
         tokens, rest = self._inputs.tokenize(prompt), self._inputs.tokenize_continuation(continuation)
         self._inputs.check_score(tokens, rest)
         self._inputs.check_name("namespace", namespace)
@@ -347,18 +352,14 @@ class Engine:
         Where the model raises, the step is undone and its requests are tried again, each alone; one for which it
         raises again ends with `error`.
         """
-        self._ensure_open()
-        outputs, self._undelivered = self._undelivered, []
-        try:
-            touched = self._core.step(self._clock())
-        except BaseException:
-            self._undelivered = outputs
-            raise
-        return outputs + self._outputs.process(touched)
+        self._enter()
+        new = self._step()
+        kept, self._undelivered = self._undelivered, {}
+        return [*chain.from_iterable(kept.values()), *new]
 
     def cancel(self, request_id: str) -> None:
         """End a request with `finish_reason="abort"`; the next step reports it. Raises `UnknownRequest`."""
-        self._ensure_open()
+        self._enter()
         self._core.abort(self._live(request_id))
 
     def fork(self, request_id: str, n: int = 1) -> list[str]:
@@ -368,7 +369,7 @@ class Engine:
         greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest` (for a beam search too),
         `QueueFull`.
         """
-        self._ensure_open()
+        self._enter()
         request = self._live(request_id)
         if request.search is not None:
             raise InvalidRequest("request_id", request_id, "a beam search is not forked")
@@ -396,7 +397,7 @@ class Engine:
         way: the lowest priority first. The pin that it `replaces` is let go of at the same moment. Raises
         `InvalidRequest`, `LimitReached`.
         """
-        self._ensure_open()
+        self._enter()
         tokens = self._inputs.tokenize(prompt)
         expires = self._check_pin(namespace, priority, ttl)
         if replaces is not None:
@@ -406,7 +407,7 @@ class Engine:
 
     def unpin(self, pin: int) -> bool:
         """Let go of a pin. False where it is gone already."""
-        self._ensure_open()
+        self._enter()
         return isinstance(pin, int) and self._core.unpin(pin)
 
     @property
@@ -428,7 +429,7 @@ class Engine:
         Nothing stays but the prompts' own KV. Raises `InvalidRequest`, and `LimitReached` where there may not be so
         many pins; then nothing is pinned.
         """
-        self._ensure_open()
+        self._enter()
         tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
         for ids in tokens:
             self._inputs.check(ids, PRELOADING)
@@ -518,13 +519,16 @@ class Engine:
 
     def reset_prefix_cache(self) -> int:
         """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
-        self._ensure_open()
+        self._enter()
         return self._core.tree.reset()
 
     def close(self) -> None:
         """Release the model and the KV pool; live requests end without a report. May be called twice."""
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             self._abandon(list(self._core.requests))
+        finally:
             self._closed = True
             self._undelivered.clear()
             self._core.close()
@@ -572,19 +576,27 @@ class Engine:
                 break
         return ids
 
-    def _receive(self, request_ids: Container[str]) -> list[RequestOutput]:
+    def _step(self) -> list[RequestOutput]:
+        return self._outputs.process(self._core.step(self._clock()))
+
+    def _receive(self, request_ids: Collection[str]) -> list[RequestOutput]:
         """Outputs of these requests: what other callers' steps left of them, or else what one more step brings.
 
         A step must do something: otherwise a caller would wait for ever.
         """
-        if not any(output.request_id in request_ids for output in self._undelivered):
+        self._enter()
+        if self._undelivered.keys().isdisjoint(request_ids):
             before = self._core.num_attempts
-            self._undelivered = self.step()
-            if not self._undelivered and before == self._core.num_attempts:
+            new = self._step()
+            if not new and before == self._core.num_attempts:
                 raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
-        own = [output for output in self._undelivered if output.request_id in request_ids]
-        self._undelivered = [output for output in self._undelivered if output.request_id not in request_ids]
-        return own
+            self._keep(new)
+        return [output for request_id in request_ids for output in self._undelivered.pop(request_id, ())]
+
+    def _keep(self, outputs: Iterable[RequestOutput]) -> None:
+        """For those who wait for them."""
+        for output in outputs:
+            self._undelivered.setdefault(output.request_id, []).append(output)
 
     def _abandon(self, request_ids: Collection[str]) -> None:
         """Cancel requests that nobody waits for any more, and drop their outputs."""
@@ -593,8 +605,9 @@ class Engine:
         for request_id in request_ids:
             if request_id in self._core.requests:
                 self._core.abort(self._core.requests[request_id])
-        self._undelivered += self._outputs.process(self._core.take_ended())
-        self._undelivered = [output for output in self._undelivered if output.request_id not in request_ids]
+        self._keep(self._outputs.process(self._core.take_ended()))
+        for request_id in request_ids:
+            self._undelivered.pop(request_id, None)
 
     def _check_pin(self, namespace: str, priority: int, ttl: float | None) -> float:
         """When a pin of these expires. Lets go of those that have expired."""
@@ -617,9 +630,12 @@ class Engine:
             raise UnknownRequest("request_id", request_id, "names no live request")
         return request
 
-    def _ensure_open(self) -> None:
+    def _enter(self) -> None:
+        """What each call begins with: streams that were dropped are let go of. Raises `EngineClosed`."""
         if self._closed:
             raise EngineClosed("the engine is closed")
+        while self._left:
+            self._abandon([self._left.popleft()])
 
 
 class OutputStream(Iterator[RequestOutput]):
@@ -647,7 +663,8 @@ class OutputStream(Iterator[RequestOutput]):
             self._engine._abandon([self.request_id])
 
     def __del__(self) -> None:
-        self.close()
+        if self._open:
+            self._engine._left.append(self.request_id)
 
 
 def scores_of(output: RequestOutput) -> list[float]:

@@ -54,8 +54,9 @@ class OutputProcessor:
             self._kinds[request] = "final"
             return
         self._kinds[request] = kind
-        for sequence in request.sequences:
-            self._begin(sequence)
+        faults = [fault for sequence in request.sequences if (fault := self._begin(sequence))]
+        if faults:
+            self._core.abort(request, "error", faults[0])
 
     def follow_fork(self, origin: Request, fork: Request) -> None:
         """What `origin` has generated is told of `fork` too, in the first output of each of its sequences."""
@@ -68,8 +69,8 @@ class OutputProcessor:
         """Outputs of the requests whose sequences gained tokens or ended. Finished requests are forgotten."""
         groups: dict[Request, dict[Sequence, None]] = {}
         for sequence in touched:
-            if sequence not in self._told:
-                self._begin(sequence)
+            if sequence not in self._told and (fault := self._begin(sequence)):
+                self._end(sequence, "error", fault)
             self._read(sequence)
             groups.setdefault(sequence.request, {})[sequence] = None
         outputs = []
@@ -91,13 +92,21 @@ class OutputProcessor:
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _begin(self, sequence: Sequence) -> None:
-        """From here on its tokens become text."""
-        detokenizer, params = None, sequence.request.params
-        if self._tokenizer is not None:
-            prompt = sequence.request.prompt[-16:].tolist()
-            detokenizer = Detokenizer(self._tokenizer, prompt, params.stop_strings, params.include_stop_str_in_output)
-        self._told[sequence] = _Told(detokenizer)
+    def _begin(self, sequence: Sequence) -> str | None:
+        """From here on its tokens become text. Returns why they can't: a tokenizer need not know each token of the
+        model.
+        """
+        told, params = _Told(None), sequence.request.params
+        self._told[sequence] = told
+        if self._tokenizer is None:
+            return None
+        prompt, include_stop = sequence.request.prompt[-16:].tolist(), params.include_stop_str_in_output
+        try:
+            told.detokenizer = Detokenizer(self._tokenizer, prompt, params.stop_strings, include_stop)
+        except Exception as error:
+            logger.exception("request %s: its prompt could not be decoded", sequence.request.id)
+            return repr(error)
+        return None
 
     def _read(self, sequence: Sequence) -> None:
         """Turn new tokens into text; a stop string ends the sequence."""

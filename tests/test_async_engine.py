@@ -1,11 +1,15 @@
 """One engine thread, many coroutines: streams, aborts, slow readers, failures, the end."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
+import families
 import numpy as np
 import pytest
+import texts
 import torch
 from oracle import StampModel, expected_logits
 
@@ -61,6 +65,94 @@ def test_many_streams_at_once() -> None:
         return await asyncio.gather(*(tokens_of(engine.generate(prompt, GREEDY)) for prompt in prompts))
 
     assert run(test) == [greedy(prompt) for prompt in prompts]
+
+
+def test_what_nobody_takes_is_one_output() -> None:
+    """All that was generated, joined in the end; the engine does not wait for the reader."""
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True, logprobs=1, n=2)
+
+    async def test(engine: AsyncEngine) -> None:
+        outputs = await engine.open([1, 2], params)
+        first = await anext(outputs)
+        while (await engine.stats()).num_running:
+            await asyncio.sleep(0.001)
+        assert len(outputs._stream._pending) < 10
+        (rest,) = [output async for output in outputs]
+        for before, one in zip(first.outputs, sorted(rest.outputs, key=lambda one: one.index), strict=True):
+            assert before.token_ids + one.token_ids == greedy([1, 2], 200)
+            assert one.logprobs is not None and len(one.logprobs) == len(one.token_ids)
+
+    run(test)
+
+
+def test_a_cancelled_pin_holds_nothing() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        await tokens_of(engine.generate([1, 2, 0, 1], GREEDY))
+        for wait in (0, 0, 0.001, 0.002):
+            task = asyncio.create_task(engine.pin([1, 2, 0, 1]))
+            await asyncio.sleep(wait)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                pin = await task
+                assert pin is not None and await engine.unpin(pin)
+            assert (await engine.stats()).num_pins == 0
+        # And where the pin was made before its caller was cancelled.
+        made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        own = engine._engine.pin
+
+        def pin(*arguments: Any, **options: Any) -> int | None:
+            found = own(*arguments, **options)
+            made.get_loop().call_soon_threadsafe(task.cancel)
+            made.get_loop().call_soon_threadsafe(made.set_result, None)
+            return found
+
+        engine._engine.pin = pin  # type: ignore[method-assign]
+        task = asyncio.create_task(engine.pin([1, 2, 0, 1]))
+        await made
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await engine.stats()).num_pins == 0
+
+    run(test)
+
+
+def test_text_is_tokenized_elsewhere() -> None:
+    """Not in the thread that steps: it may take seconds."""
+    threads: set[str] = set()
+
+    def tokenize(own: Callable[..., Any]) -> Callable[..., Any]:
+        def note(text: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(text, str):
+                threads.add(threading.current_thread().name)
+            return own(text, *arguments, **options)
+
+        return note
+
+    async def test(engine: AsyncEngine) -> None:
+        inputs: Any = engine.inputs
+        inputs.tokenize, inputs.tokenize_continuation = (
+            tokenize(inputs.tokenize),
+            tokenize(inputs.tokenize_continuation),
+        )
+        await engine.score("abc", ["def", "x"])
+        await tokens_of(engine.generate("abc", GREEDY))
+        await engine.pin("abc")
+        assert threads and "radixgen-engine" not in threads
+        await engine.reset_prefix_cache()
+
+    run(test, StampModel(families.VOCAB, 256), tokenizer=texts.tokenizer())
+
+
+def test_the_end_is_told_again_and_again() -> None:
+    async def test() -> None:
+        async with AsyncEngine(Engine(StampModel(VOCAB, 4096), kv_tokens=4096)) as engine:
+            outputs = await engine.open([1, 2], SamplingParams(max_tokens=4000, ignore_eos=True))
+            await anext(outputs)
+        for _ in range(3):
+            with pytest.raises(EngineClosed):
+                await asyncio.wait_for(tokens_of(outputs), 10)
+
+    asyncio.run(test())
 
 
 def test_deltas_and_cumulative_outputs() -> None:

@@ -1,5 +1,6 @@
 """Requests from submit to their last token: sharing counted, outputs told once, bad input refused."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 
@@ -7,7 +8,9 @@ import families
 import numpy as np
 import pytest
 import torch
+from oracle import StampModel
 from torch import nn
+from transformers import ByT5Tokenizer
 
 from radixgen import (
     DuplicateRequest,
@@ -302,6 +305,53 @@ def test_leaving_a_stream_cancels_it(engine: Engine) -> None:
     next(stream)
     stream.close()
     assert engine.stats().num_running == 0 and not engine.has_unfinished
+
+
+@pytest.fixture
+def eager_collector() -> Iterator[None]:
+    """The garbage collector runs every few allocations, in the middle of whatever goes on."""
+    before = gc.get_threshold()
+    gc.set_threshold(3, 2, 2)
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.usefixtures("eager_collector")
+def test_streams_that_the_collector_drops_are_cancelled_between_steps() -> None:
+    """One in a reference cycle is dropped at any moment."""
+
+    class Chat:
+        stream: Iterator[RequestOutput]
+        me: "Chat"
+
+    params = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True)
+    with Engine(StampModel(3, 200), kv_tokens=400, debug=True) as engine:
+        engine.submit([1, 2, 0], params)
+        for number in range(100):
+            chat = Chat()
+            chat.me, chat.stream = chat, engine.stream([1, number % 3, 0, 2], params)
+            next(chat.stream)
+            del chat
+            if number % 20 == 0:
+                engine.submit([1, 2, 0], params)
+        engine.check()
+        gc.collect()
+        while engine.has_unfinished:
+            engine.step()
+        engine.check()
+
+
+def test_a_prompt_that_its_tokenizer_does_not_know_ends_alone() -> None:
+    """A model's vocabulary may be larger than its tokenizer's."""
+    params = SamplingParams(temperature=0.0, max_tokens=3)
+    with Engine(StampModel(512, 64), tokenizer=ByT5Tokenizer(), kv_tokens=100, debug=True) as engine:
+        for _ in range(2):
+            (output,) = engine.generate([[70, 500]], params)
+            assert output.outputs[0].finish_reason == "error"
+            assert "bytes must be in range" in str(output.outputs[0].stop_reason)
+        fine = SamplingParams(temperature=0.0, max_tokens=3, logit_bias=dict.fromkeys(range(259, 512), -100.0))
+        assert engine.generate([[70, 71]], fine)[0].outputs[0].finish_reason == "length"
+        engine.check()
 
 
 def test_generate_keeps_reports_of_other_requests(engine: Engine) -> None:
