@@ -299,7 +299,35 @@ def test_counts_follow_the_output() -> None:
         kept.output.append(token)
         fresh = state(params, prompt=[3], output=kept.output)
         assert torch.equal(distribution(logits, [kept]), distribution(logits, [fresh]))
-    assert kept.counts == {5: 2, 3: 1, 0: 1} and kept.seen().tolist() == [0, 3, 5]
+    assert kept.counts == {5: 2, 3: 1, 0: 1} and sorted(kept.seen().tolist()) == [0, 3, 5]
+
+
+@pytest.mark.parametrize("prompt", [[], [3], [7, 3, 7, 0, 3]])
+def test_the_tokens_seen_are_those_of_prompt_and_output(prompt: list[int]) -> None:
+    """At whatever moments one asks; in a state that begins with some of the output as in one that saw it come."""
+    rng = np.random.default_rng(len(prompt))
+    kept = state(SamplingParams(repetition_penalty=1.2), prompt=prompt)
+    for _ in range(200):
+        kept.output += rng.integers(0, 60, rng.integers(0, 3)).tolist()
+        fork = state(kept.params, prompt=prompt, output=list(kept.output))
+        for one in (kept, fork):
+            one.update()
+            assert sorted(one.seen().tolist()) == sorted({*prompt, *kept.output})
+        fork.output.append(99)
+        fork.update()
+        assert 99 in fork.seen() and 99 not in kept.seen()
+
+
+def test_a_token_is_added_to_those_seen_without_a_walk_over_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, made = state(SamplingParams(repetition_penalty=1.2), prompt=list(range(50_000))), []
+    for name in ("unique", "union1d", "concatenate"):
+        work = getattr(np, name)
+        monkeypatch.setattr(np, name, lambda *args, work=work, name=name: made.append(name) or work(*args))
+    for token in range(49_900, 50_100):
+        kept.output.append(token)
+        kept.update()
+        kept.seen()
+    assert sorted(made) == ["concatenate", "unique"], "the prompt is read once, and once there is more room"
 
 
 def test_the_caller_keeps_its_logits() -> None:

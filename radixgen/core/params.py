@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -201,7 +202,13 @@ class SamplingState:
     plain: bool = field(init=False)
     """Whether the likeliest token is drawn, as the model gives it."""
     _counted: int = 0
-    _prompt_ids: NDArray[np.int64] | None = None
+    _seen: NDArray[np.int64] | None = None
+    """The prompt's distinct tokens, ascending; then those that only the output holds; then room for more."""
+    _num_seen: int = 0
+    _num_prompt: int = 0
+    """How many of them are the prompt's."""
+    _merged: int = 0
+    """How many of `counts` were looked at for more."""
 
     def __post_init__(self) -> None:
         self.shaped = self.params.shaped or self.grammar is not None
@@ -214,10 +221,25 @@ class SamplingState:
         self._counted = len(self.output)
 
     def seen(self) -> NDArray[np.int64]:
-        """The distinct tokens of prompt and output, as of the last `update`."""
-        if self._prompt_ids is None:
-            self._prompt_ids = np.unique(self.prompt).astype(np.int64)
-        return np.union1d(self._prompt_ids, np.fromiter(self.counts, np.int64, len(self.counts)))
+        """The distinct tokens of prompt and output, as of the last `update`, in no order; not to be written to."""
+        if self._seen is None:
+            self._seen = np.unique(self.prompt).astype(np.int64)
+            self._num_seen = self._num_prompt = self._seen.size
+        count = len(self.counts) - self._merged
+        if count:
+            self._merged += count
+            self._see(self._seen, np.fromiter(islice(reversed(self.counts), count), np.int64, count))
+        return self._seen[: self._num_seen]
+
+    def _see(self, seen: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """Add to `seen` those of the output's new tokens that the prompt does not hold."""
+        prompt = seen[: self._num_prompt]
+        new = tokens[np.searchsorted(prompt, tokens) == np.searchsorted(prompt, tokens, "right")]
+        stop = self._num_seen + new.size
+        if stop > seen.size:
+            seen = self._seen = np.concatenate([seen[: self._num_seen], np.empty(stop, np.int64)])
+        seen[self._num_seen : stop] = new
+        self._num_seen = stop
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
