@@ -130,10 +130,9 @@ class EngineCore:
 
     def fork(self, request: Request) -> Request:
         """A live request once more, from the token that it has reached: no KV is copied and none computed. From
-        here on its draws are its own, derived from the request's seed and the number of the fork. Raises
-        `QueueFull`.
+        here on its draws are its own, derived from the request's seed and the number of the fork. The caller has
+        required room for it.
         """
-        self.require_room(1, request.prompt.size)
         self._serial += 1
         request.num_forks += 1
         fork = Request(
@@ -144,11 +143,13 @@ class EngineCore:
             max_output=request.max_output,
             priority=request.priority,
             namespace=request.namespace,
+            arrived=request.arrived,
             deadline=request.deadline,
             targets=request.targets,
             next_read=request.next_read,
             prompt_logprobs=list(request.prompt_logprobs),
             num_cached_tokens=request.num_cached_tokens,
+            queue_seconds=request.queue_seconds,
             num_shared_tokens=request.num_shared_tokens,
             sharing_ended=request.sharing_ended,
         )

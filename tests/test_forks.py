@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import StampModel
 from torch import nn
 
-from radixgen import Engine, SamplingParams
+from radixgen import Engine, Limits, QueueFull, SamplingParams
 from radixgen.sampling import fork_seed
 
 FORKS = 8
@@ -122,3 +122,40 @@ def test_forks_of_tiny_models(name: str, prompt: list[int], seed: int, steps: in
     with family(name) as engine:
         found = compare(engine, partial(family, name, 1), prompt, params, steps)
         assert not found or engine.stats().computed_rows == distinct(prompt, found)
+
+
+def test_all_forks_are_made_or_none() -> None:
+    """Whether there is room is asked once, for all of them: here nobody waits before, and each would have to."""
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    with oracle(limits=Limits(max_num_seqs=1, max_waiting=2, max_waiting_tokens=10)) as engine:
+        origin = engine.submit([1] * 8, params)
+        engine.step()
+        forks = engine.fork(origin, 2)
+        for n in (1, 2, 3):
+            with pytest.raises(QueueFull):
+                engine.fork(origin, n)
+        assert list(engine._core.requests) == [origin, *forks]
+        outputs = [output for _ in range(40) for output in engine.step() if output.finished]
+        engine.check()
+    assert [output.request_id for output in outputs] == [origin, *forks]
+    assert all(output.outputs == outputs[0].outputs for output in outputs)
+
+
+@pytest.mark.parametrize("admitted", [False, True])
+def test_a_fork_has_waited_since_its_origin_arrived(admitted: bool) -> None:
+    """A clock does not begin at zero."""
+    clock = [1e6]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with oracle(limits=Limits(max_num_seqs=1), clock=lambda: clock[0]) as engine:
+        engine.submit([1, 2], params)
+        engine.step()
+        origin, ended = engine.submit([0, 1], params), {}
+        while admitted and engine._core.requests[origin].num_cached_tokens is None:
+            clock[0] += 0.5
+            engine.step()
+        (fork,) = engine.fork(origin)
+        while engine.has_unfinished:
+            clock[0] += 0.5
+            ended |= {output.request_id: output for output in engine.step() if output.finished}
+    waited = [ended[name].queue_seconds for name in (origin, fork)]
+    assert waited[0] == 2.0 and waited[1] == (2.0 if admitted else 4.0)
