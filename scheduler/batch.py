@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import ExtentPool, Lock, Node, RadixTree, sharing_end
+from radixgen.cache import ExtentPool, Lock, Match, Node, RadixTree, sharing_end
 from radixgen.core import Limits, Plan, SharingReason
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
@@ -415,19 +415,25 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, seats: int) -> bool:
         """Whether there is room for what the sequence lacks and for everyone to grow a little, releasing pins if need
-        be. Reserves do not count: who is let in on those of others chops all leaves into single slots.
+        be, and none where all would not do. Reserves do not count: who is let in on those of others chops all leaves
+        into single slots.
         """
         tree, tokens = self.tree, sequence.tokens()
         growing = len(self.running) + seats
         growth = max(growing, min(_FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
-        while True:
-            match = tree.match_prefix(tokens, sequence.namespace)
-            found, locked = (match.length, match.evictable) if match else (0, 0)
-            wanted = tree.unscheduled_tokens + tokens.size - found + growth
-            if wanted <= tree.pool.free + tree.evictable_tokens - locked:
-                return True
-            if not self.pins.release_weakest():
-                return False
+        match = tree.match_prefix(tokens, sequence.namespace)
+        short = self._short(tokens.size + growth, match)
+        if short > 0 and short > self.pins.yieldable(match):
+            return False
+        while short > 0 and self.pins.release_weakest():
+            short = self._short(tokens.size + growth, tree.match_prefix(tokens, sequence.namespace))
+        return short <= 0
+
+    def _short(self, wanted: int, match: Match | None) -> int:
+        """How many slots are missing for `wanted` tokens of which `match` was found, after all that is to be scheduled."""
+        tree = self.tree
+        found, locked = (match.length, match.evictable) if match else (0, 0)
+        return tree.unscheduled_tokens + wanted - found - (tree.pool.free + tree.evictable_tokens - locked)
 
     def _enter(self, sequence: Sequence) -> None:
         tokens, request = sequence.tokens(), sequence.request
@@ -449,7 +455,8 @@ class Scheduler:
 
     def _make_room(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> bool:
         """Have the slots free for `count` tokens of `node`: from the cache first, and then for its reserve too, or a
-        full pool would be handed out slot by slot; then from the reserves of others, from pins, by preemption.
+        full pool would be handed out slot by slot; then from the reserves of others, from pins, by preemption. Pins
+        from which nothing comes stay as long as somebody can be preempted, or nothing helps.
         """
         tree = self.tree
         if tree.slots_wanted(node, count) <= tree.pool.free:
@@ -459,23 +466,28 @@ class Scheduler:
         if short > 0:
             tree.reclaim_reserves(short)
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
-            if tree.evict(short) or self.pins.release_weakest():
+            if tree.evict(short):
                 continue
-            victim = self._victim(sequence, batch)
-            if victim is None:
+            idle, pinned = self._idle(sequence, batch), self.pins.yieldable()
+            victim = None if pinned else self._victim(sequence, idle)
+            if victim is not None:
+                self._preempt(victim)
+            elif (not idle and pinned < short) or not self.pins.release_weakest():
                 return False
-            self._preempt(victim)
         return True
 
-    def _victim(self, sequence: Sequence, batch: Batch) -> Sequence | None:
-        """The youngest sequence outside this step that holds slots alone; never the oldest of all. Where the slots are
-        all held in common, the oldest may have the youngest go, so that those who hold them go one by one.
-        """
-        idle: list[Sequence] = [
+    def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
+        """The others that have no part in this step, the youngest first, without the oldest of all."""
+        return [
             candidate
             for candidate in self.running.islice(1, reverse=True)
             if candidate is not sequence and candidate.scheduled_in != batch.step
         ]
+
+    def _victim(self, sequence: Sequence, idle: Seq[Sequence]) -> Sequence | None:
+        """The first of `idle` that holds slots alone. Where the slots are all held in common, the oldest sequence may
+        have the first go, so that those who hold them go one by one.
+        """
         found = next(filter(_exclusive_slots, idle), None)
         if found is None and idle and sequence is self.running[0]:
             return idle[0]

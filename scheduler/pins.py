@@ -1,12 +1,13 @@
 """Pins: cached prefixes that are kept for a while though no request holds them."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import Lock, RadixTree, TokenArray
+from radixgen.cache import Lock, Match, Node, RadixTree, TokenArray
 
 
 @dataclass(eq=False, slots=True)
@@ -21,7 +22,7 @@ class Pin:
 
 
 class Pins:
-    """Locks without requests. They yield before any request does: the lowest priority first, then the oldest."""
+    """Locks without requests. They yield before any request does, where that makes room: the lowest priority first, then the oldest."""
 
     def __init__(self, tree: RadixTree) -> None:
         self.released_early = 0
@@ -67,6 +68,15 @@ class Pins:
         self.released_early += 1
         return True
 
+    def yieldable(self, match: Match | None = None) -> int:
+        """Slots that would be cached or free if all pins gave way, without those of the tokens in `match`."""
+        alone = self._alone()
+        slots = sum(node.capacity for node in alone)
+        if match is None or not slots:
+            return slots
+        kept = {node: min(node.known, match.length - node.start) for node in match.node.path()}
+        return slots - sum(kept.get(node, 0) for node in alone)
+
     def expire(self, now: float) -> None:
         """Release what has expired."""
         if now < self._next_expiry:
@@ -80,3 +90,15 @@ class Pins:
         """Tokens on the paths that pins hold, each counted once."""
         nodes = {part.id: part.known for pin in self for part in pin.lock.held.path()}
         return sum(nodes.values())
+
+    def _alone(self) -> list[Node]:
+        """The nodes that nothing but pins holds, each behind those that follow it in the tree."""
+        held = Counter(pin.lock.held for pin in self)
+        alone = [node for node, pins in held.items() if pins == node.lock_count + node.locked_children]
+        for node in alone:
+            above = node.parent
+            if above is not None:
+                held[above] += 1
+                if held[above] == above.lock_count + above.locked_children:
+                    alone.append(above)
+        return alone

@@ -285,6 +285,84 @@ def test_pins_are_counted_and_hold_only_what_is_cached() -> None:
             engine.pin(some(9))
 
 
+def test_pins_stay_where_a_request_would_not_fit_without_them() -> None:
+    with serve(kv_tokens=100) as engine:
+        engine.generate([some(12), some(12, 1)], greedy(1))
+        pins = {engine.pin(some(12)), engine.pin(some(12, 1))}
+        runs = engine.submit(some(30, 2), greedy(30, ignore_eos=True))
+        engine.step()
+        waits = engine.submit(some(78, 3), greedy(1))
+        for _ in range(5):
+            engine.step()
+            assert engine.pins == pins and engine.stats().num_waiting == 1
+        assert list(finish(engine)) == [runs, waits]
+
+
+def test_a_pin_of_its_own_prompt_is_no_room_for_a_request() -> None:
+    with serve(kv_tokens=100) as engine:
+        engine.generate([some(40)], greedy(1))
+        pin = engine.pin(some(40))
+        engine.submit(some(30, 2), greedy(30, ignore_eos=True))
+        engine.step()
+        engine.submit(some(40) + some(40, 3), greedy(1))
+        engine.step()
+        assert engine.pins == {pin} and engine.stats().num_waiting == 1
+
+
+def test_as_many_pins_yield_as_a_waiting_request_needs() -> None:
+    with serve(kv_tokens=100) as engine:
+        engine.generate([some(20, seed) for seed in range(3)], greedy(1))
+        pins = [engine.pin(some(20, seed)) for seed in range(3)]
+        engine.submit(some(10, 4), greedy(20, ignore_eos=True))
+        engine.step()
+        engine.submit(some(35, 5), greedy(1))
+        engine.step()
+        assert engine.pins == {pins[2]} and engine.stats().num_waiting == 0
+
+
+def test_a_pin_that_frees_nothing_outlives_preemption() -> None:
+    """The prompt of the oldest is pinned: what the others hold is all that can give way."""
+    with serve(kv_tokens=60) as engine:
+        oldest = engine.submit(some(20), greedy(35, ignore_eos=True))
+        engine.step()
+        pin = engine.pin(some(20))
+        engine.submit(some(6, 1), greedy(35, ignore_eos=True))
+        while oldest in engine._core.requests:
+            assert engine.pins == {pin}
+            engine.step()
+            engine.check()
+        assert engine.stats().preemptions > 0
+        finish(engine)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_pins_can_yield_is_what_their_release_frees(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    with serve(kv_tokens=2_000) as engine:
+        texts = [rng.integers(0, 2, rng.integers(1, 12)).tolist() for _ in range(12)]
+        engine.generate(texts, greedy(1))
+        for text in texts[:8]:
+            engine.pin(text, priority=int(rng.integers(3)))
+        for text in texts[6:]:
+            engine.submit(text, greedy(int(rng.integers(1, 9)), ignore_eos=True))
+        for _ in range(3):
+            engine.step()
+        wanted = rng.integers(0, 2, 12).astype(np.int32)
+        tree, pins = engine.tree, engine._core.scheduler.pins
+
+        def room() -> tuple[int, int]:
+            match = tree.match_prefix(wanted)
+            assert match is not None
+            total = tree.pool.free + tree.evictable_tokens
+            return total, total - match.evictable
+
+        (total, without), found = room(), (pins.yieldable(), pins.yieldable(tree.match_prefix(wanted)))
+        while pins.release_weakest():
+            engine.check()
+        assert room() == (total + found[0], without + found[1])
+        assert pins.yieldable() == 0
+
+
 # -- deadlines, cancels, bounds ---------------------------------------------------------------------------
 
 
