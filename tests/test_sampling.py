@@ -322,7 +322,7 @@ def test_a_token_is_added_to_those_seen_without_a_walk_over_the_prompt(monkeypat
     kept, made = state(SamplingParams(repetition_penalty=1.2), prompt=list(range(50_000))), []
     for name in ("unique", "union1d", "concatenate"):
         work = getattr(np, name)
-        monkeypatch.setattr(np, name, lambda *args, work=work, name=name: made.append(name) or work(*args))
+        monkeypatch.setattr(np, name, lambda *a, w=work, n=name, **k: made.append(n) or w(*a, **k))
     for token in range(49_900, 50_100):
         kept.output.append(token)
         kept.update()
