@@ -62,6 +62,10 @@ class Recorder:
     """What would be computed for the prompts with no sharing, each sequence by itself"""
     _open: int = 0
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self.server.eos_token_ids
+
     async def tokenize(self, text: str, *, special: bool) -> Tokens:
         return await self.server.tokenize(text, special=special)
 

@@ -10,20 +10,22 @@ only what follows is tokenized. Where it does not, the template has rewritten hi
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import eq
-from typing import Literal
+from typing import Any, Literal
 
 from radixgen.chat_template import ChatTemplate, Message
-from radixgen.core import CompletionOutput, InvalidRequest, check_integer
+from radixgen.core import CompletionOutput, InvalidRequest, check_integer, end_token
 
 HistoryMode = Literal["template", "exact"]
 HISTORY_MODES = ("template", "exact")
 _EXCERPT = 160
 """Characters, and tokens, of either text that a break shows at the most."""
+_REACH = 256
+"""Turns that a shortened history can go back to."""
 _MARK = "radixgen-answer"
 _TAIL = 16
 
@@ -111,7 +113,8 @@ class ChatHistory:
         does, and the rest is tokenized anew. `"exact"` keeps every token as it was; where the template no longer shows
         where an answer stands, it is followed all the same.
 
-    Drafts and states never change, so that a fork or a rollback copies nothing.
+    Drafts and states never change, so that a fork or a rollback copies nothing. A history that was shortened goes back
+    256 turns, or as many as it holds messages; what is earlier is forgotten.
     """
 
     def __init__(
@@ -123,32 +126,34 @@ class ChatHistory:
         self.mode: HistoryMode = mode
         self.state = State(messages)
         self.turns = [self.state]
-        """The state at the end of each turn; the first is that before any."""
+        """The state at the end of each turn that can be gone back to; the first is that before any, or of turn
+        `forgotten`.
+        """
+        self.forgotten = 0
 
     @property
     def num_turns(self) -> int:
-        return len(self.turns) - 1
+        return self.forgotten + len(self.turns) - 1
 
     def fork(self) -> "ChatHistory":
         """A history of its own that goes on from here."""
         twin = ChatHistory(self.template, mode=self.mode)
-        twin.state, twin.turns = self.state, self.turns.copy()
+        twin.state, twin.turns, twin.forgotten = self.state, self.turns.copy(), self.forgotten
         return twin
 
     def rollback(self, turn: int) -> None:
-        """Back to the end of turn `turn`; 0: to the beginning. Raises `InvalidRequest`."""
-        check_integer("turn", turn, 0, self.num_turns)
-        del self.turns[turn + 1 :]
+        """Back to the end of turn `turn`; 0: to the beginning. Raises `InvalidRequest`, also where it is forgotten."""
+        check_integer("turn", turn, self.forgotten, self.num_turns)
+        del self.turns[turn - self.forgotten + 1 :]
         self.state = self.turns[-1]
 
     def add(self, messages: tuple[Message, ...]) -> None:
         """Messages that the next turn's prompt will hold."""
-        self._check_count(messages)
+        self._check_count(len(self.state.messages) + len(messages))
         self.state = replace(self.state, messages=self.state.messages + messages)
 
     def draft(self, messages: tuple[Message, ...] = ()) -> Draft:
         """The next turn, with `messages` after all others. Changes nothing. Raises `InvalidRequest`."""
-        self._check_count(messages)
         exact = self.mode == "exact"
         return self._draft(self.state.messages + messages, self.state.exchanges, self.state.end, exact=exact)
 
@@ -160,14 +165,16 @@ class ChatHistory:
         kept = exchanges and exchanges[-1].answer_ids is self.state.exchanges[-1].answer_ids
         return replace(self._draft(messages, exchanges, self.state.end if kept else None, exact=False), found=None)
 
-    def answer(self, draft: Draft, output: CompletionOutput, *, include_stop: bool = False) -> None:
-        """The draft's answer: `output`, whole and ended. A turn ends here.
+    def answer(
+        self, draft: Draft, output: CompletionOutput, eos_token_ids: Container[int], *, include_stop: bool = False
+    ) -> None:
+        """The draft's answer: `output`, whole and ended, of a model with these end tokens. A turn ends here.
 
         The token that ended the answer is none of it: the template writes it, and it is kept where the template writes
         the same. Neither is a stop string: the tokens before it are kept, and where it begins inside a token, the rest
         of that is tokenized anew. An answer that ended otherwise gets its end from the template.
         """
-        ids, end = self._cut(draft, output, include_stop)
+        ids, end = self._cut(draft, output, eos_token_ids, include_stop)
         before = draft.token_ids[-_TAIL:]
         answer = self.template.text(ids, before)
         raw = answer if end is None else answer + self.template.text([end])
@@ -177,12 +184,14 @@ class ChatHistory:
         exchange = Exchange(draft.prompt, draft.prompt_ids, answer, tuple(ids), len(draft.messages))
         self.state = State((*draft.messages, message), (*draft.exchanges, exchange), end)
         self.turns.append(self.state)
+        self._forget()
 
     # -- the next prompt ----------------------------------------------------------------------------------
 
     def _draft(
         self, messages: tuple[Message, ...], exchanges: tuple[Exchange, ...], end: int | None, *, exact: bool
     ) -> Draft:
+        self._check_count(len(messages) + 1)
         text = self.template.render(messages)
         said = "".join(exchange.text for exchange in exchanges)
         if text.startswith(said):
@@ -198,7 +207,7 @@ class ChatHistory:
         if parts is None or not exact:
             return Draft(messages, followed, prompt, prompt_ids, found)
         kept = tuple(
-            replace(exchange, prompt=now.prompt, answer=now.answer)
+            _changed(exchange, prompt=now.prompt, answer=now.answer)
             for exchange, now in zip(exchanges, followed, strict=True)
         )
         return Draft(messages, kept, prompt, prompt_ids, replace(found, followed=False))
@@ -245,7 +254,8 @@ class ChatHistory:
                 prompt_ids = self.template.tokenize(prompt, said)
             if answer != exchange.answer:
                 answer_ids = self._rewritten(exchange, answer, said + prompt)
-            followed.append(Exchange(prompt, prompt_ids, answer, answer_ids, exchange.at))
+            now = {"prompt": prompt, "prompt_ids": prompt_ids, "answer": answer, "answer_ids": answer_ids}
+            followed.append(_changed(exchange, **now))
             said += prompt + answer
         return tuple(followed)
 
@@ -318,28 +328,43 @@ class ChatHistory:
             answer = self.state.messages[exchange.at]
             place = next((i for i in range(at, len(messages)) if messages[i] == answer), None)
             if place is not None:
-                yield replace(exchange, at=place)
+                yield _changed(exchange, at=place)
                 at = place + 1
 
     # -- the answer ---------------------------------------------------------------------------------------
 
-    def _cut(self, draft: Draft, output: CompletionOutput, include_stop: bool) -> tuple[list[int], int | None]:
+    def _cut(
+        self, draft: Draft, output: CompletionOutput, eos_token_ids: Container[int], include_stop: bool
+    ) -> tuple[list[int], int | None]:
         """The answer's tokens without what ended it; and the token that ended it."""
-        ids = output.token_ids
-        if output.finish_reason != "stop":
-            return ids, None
-        if not isinstance(output.stop_reason, str):
+        ids, end = output.token_ids, end_token(output, eos_token_ids)
+        if end is not None:
             visible = include_stop and self.template.text(ids[-1:], ids[:-1], special=False)
-            return (ids, None) if visible else (ids[:-1], ids[-1])
+            return (ids, None) if visible else (ids[:-1], end)
+        if output.finish_reason != "stop" or output.stop_reason is None:
+            return ids, None
         before = draft.token_ids[-_TAIL:]
         while ids and not output.text.startswith(self.template.text(ids, before, special=False)):
             ids = ids[:-1]
         return ids, None
 
-    def _check_count(self, messages: tuple[Message, ...]) -> None:
-        most, count = self.template.limits.max_messages, len(self.state.messages) + len(messages)
+    def _forget(self) -> None:
+        """Each turn adds a message, so that only a shortened history has more turns than messages."""
+        reach = max(len(self.state.messages), min(_REACH, self.template.limits.max_messages))
+        excess = max(len(self.turns) - 1 - reach, 0)
+        del self.turns[:excess]
+        self.forgotten += excess
+
+    def _check_count(self, count: int) -> None:
+        most = self.template.limits.max_messages
         if count > most:
             raise InvalidRequest("len(messages)", count, f"a conversation holds at most {most} messages")
+
+
+def _changed(exchange: Exchange, **now: Any) -> Exchange:
+    """`exchange` as it is now; itself where nothing is otherwise, so that states share it."""
+    found = replace(exchange, **now)
+    return exchange if found == exchange else found
 
 
 def _between(prompts: Seq[str], exchanges: Seq[Exchange], text: str) -> list[str] | None:

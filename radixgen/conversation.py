@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TOKENS = 256
 """Of an answer, where nothing else was asked for."""
+_MOST_BREAKS = 256
 _ANSWER_SHARE = 4
 """Where history is shortened, one part in so many of the context is room enough for an answer."""
 
@@ -153,7 +154,8 @@ class Dialogue(Generic[E]):
         template_options: more arguments of the chat template (`enable_thinking`, `date_string` …).
         on_overflow: where a turn does not fit: `"error"` raises `ContextOverflow`. `"drop_oldest"` leaves out the
             oldest turns, never a system message, until there is room for `max_tokens` or a quarter of the context; a
-            function from messages to messages does the same in its own way. A warning is logged.
+            function from messages to messages does the same in its own way. A warning is logged, and `rollback` goes
+            back 256 turns from there on, or as many as there are messages.
         on_break: called once for each break; the first is also logged as a warning. An `AsyncConversation` calls this
             and `on_overflow` in a thread of its own.
 
@@ -178,7 +180,7 @@ class Dialogue(Generic[E]):
         self.namespace = namespace
         self.priority = priority
         self.breaks: list[HistoryBreak] = []
-        """Where the template wrote earlier turns otherwise than they stood, each once."""
+        """Where the template wrote earlier turns otherwise than they stood, each once; of many the last 256."""
         self._engine = engine
         self._inputs = inputs
         self._history = ChatHistory(template, as_messages("system", first, inputs.limits), history)
@@ -202,7 +204,9 @@ class Dialogue(Generic[E]):
         return loaded
 
     def save(self) -> str:
-        """Messages and token ids as JSON, for `load`: in another process too, where the tokenizer is the same."""
+        """Messages and token ids as JSON, for `load`: in another process too, where the tokenizer is the same. Of more
+        turns than `Limits.max_saved_chars` has room for, the latest. Raises `InvalidRequest` where one is too much.
+        """
         return saved_history.dump(self._history, self.namespace)
 
     @property
@@ -238,7 +242,7 @@ class Dialogue(Generic[E]):
 
     def rollback(self, turn: int) -> None:
         """Go back to the end of turn `turn`, or with 0 to before the first. Moves nothing and computes nothing. Raises
-        `InvalidRequest`.
+        `InvalidRequest`, also where `on_overflow` shortened the history and the turn is too long ago.
         """
         self._ensure_idle()
         self._history.rollback(turn)
@@ -274,7 +278,8 @@ class Dialogue(Generic[E]):
             return False
         if not output.outputs[0].token_ids:
             return False
-        self._history.answer(turn.draft, output.outputs[0], include_stop=turn.params.include_stop_str_in_output)
+        include = turn.params.include_stop_str_in_output
+        self._history.answer(turn.draft, output.outputs[0], self._inputs.eos_token_ids, include_stop=include)
         return True
 
     def _fork(self) -> Self:
@@ -302,6 +307,7 @@ class Dialogue(Generic[E]):
             found.after,
         )
         self.breaks.append(found)
+        del self.breaks[:-_MOST_BREAKS]
         if self._on_break is not None:
             self._on_break(found)
 

@@ -156,6 +156,7 @@ class Engine:
             max_model_len=served.max_model_len,
             kv_tokens=slots,
             limits=self.limits,
+            eos_token_ids=served.eos_token_ids,
         )
         self._outputs = OutputProcessor(self._core, self.tokenizer)
         self._undelivered: dict[str, list[RequestOutput]] = {}

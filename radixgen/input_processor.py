@@ -32,12 +32,14 @@ class InputProcessor:
         max_model_len: int,
         kv_tokens: int,
         limits: Limits,
+        eos_token_ids: frozenset[int],
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.kv_tokens = kv_tokens
         self.limits = limits
+        self.eos_token_ids = eos_token_ids
         self._grammars = Grammars(tokenizer, vocab_size, limits)
 
     def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:

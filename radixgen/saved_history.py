@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from radixgen.chat_history import ChatHistory, Exchange, HistoryMode, State, num_common
 from radixgen.chat_template import ChatTemplate, Message, as_messages
-from radixgen.core import InvalidRequest, Limits
+from radixgen.core import InvalidRequest, Limits, check_integer
 
 VERSION = 1
 _FIELDS = {
     "version": int, "history": str, "namespace": str, "tools": list, "template_options": dict, "turns": list,
+    "forgotten": int,
 }  # fmt: skip
 _TURN = {"kept_messages": int, "messages": list, "kept_exchanges": int, "exchanges": list, "end": int}
 _EXCHANGE = {"prompt": str, "prompt_ids": list, "answer": str, "answer_ids": list, "at": int}
@@ -23,9 +24,20 @@ _OPTIONAL = {"tools", "end"}
 
 
 def dump(history: ChatHistory, namespace: str) -> str:
-    """Messages and token ids of every turn, with the tools and the namespace, as one JSON text."""
+    """Messages and token ids of every turn, with the tools and the namespace, as one JSON text. Where that is more than
+    may be loaded, of the later half of the turns, and so on; raises `InvalidRequest` where one is too much.
+    """
+    most, states = history.template.limits.max_saved_chars, [*history.turns, history.state]
+    while len(text := _dump(history, namespace, states)) > most:
+        if len(states) == 2:
+            raise InvalidRequest("len(saved)", len(text), f"at most {most} characters")
+        states = states[-max(len(states) // 2, 2) :]
+    return text
+
+
+def _dump(history: ChatHistory, namespace: str, states: Seq[State]) -> str:
     turns, before = [], State()
-    for state in (*history.turns, history.state):
+    for state in states:
         turns.append(_turn(state, before))
         before = state
     saved = {
@@ -35,6 +47,7 @@ def dump(history: ChatHistory, namespace: str) -> str:
         "tools": history.template.tools,
         "template_options": history.template.options,
         "turns": turns,
+        "forgotten": history.num_turns + 2 - len(states),
     }
     return json.dumps(saved, ensure_ascii=False)
 
@@ -49,6 +62,8 @@ def parse(text: object, limits: Limits) -> dict[str, Any]:
         saved = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("saved", text, f"is not JSON: {error}") from error
+    if isinstance(saved, dict):
+        saved.setdefault("forgotten", 0)
     _check(saved, _FIELDS, "saved")
     if saved["version"] != VERSION:
         raise InvalidRequest("version", saved["version"], f"must be {VERSION}")
@@ -58,13 +73,13 @@ def parse(text: object, limits: Limits) -> dict[str, Any]:
 def restore(saved: dict[str, Any], template: ChatTemplate, vocab_size: int) -> ChatHistory:
     """The history that `dump` wrote, if this tokenizer reads its answers alike. Raises `InvalidRequest`."""
     history = ChatHistory(template, mode=cast("HistoryMode", saved["history"]))
-    if not saved["turns"] or len(saved["turns"]) > template.limits.max_messages:
-        raise InvalidRequest("len(turns)", len(saved["turns"]), f"must be from 1 to {template.limits.max_messages}")
+    check_integer("len(turns)", len(saved["turns"]), 1, template.limits.max_messages + 2)
+    check_integer("forgotten", saved["forgotten"], 0, 2**31 - 1)
     states, before = [], State()
     for turn in saved["turns"]:
         before = _state(turn, before, template, vocab_size)
         states.append(before)
-    history.turns, history.state = states[:-1] or [State()], states[-1]
+    history.turns, history.state, history.forgotten = states[:-1] or [State()], states[-1], saved["forgotten"]
     if history.mode == "template":
         _check_answers(history, template)
     return history

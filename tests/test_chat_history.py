@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from radixgen import InvalidRequest, Limits, PromptTooLong
-from radixgen.chat_history import ChatHistory, HistoryMode
+from radixgen.chat_history import ChatHistory, Draft, HistoryMode
 from radixgen.chat_template import ChatTemplate, as_messages
 from radixgen.core import CompletionOutput
 
@@ -53,6 +53,12 @@ def spell(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return ids
 
 
+def take(talk: ChatHistory, draft: Draft, output: CompletionOutput, *, include_stop: bool = False) -> None:
+    """The answer of a model that may end with any of the tokenizer's added tokens."""
+    ends = set(talk.template.tokenizer.get_added_vocab().values())
+    talk.answer(draft, output, ends, include_stop=include_stop)
+
+
 def reply(talk: ChatHistory, text: str, end: str | None = None, said: object = USER) -> list[int]:
     """One turn: `said`, and `text` spelled out as the answer, ended by the token `end` or by its length. Returns the
     prompt.
@@ -63,7 +69,7 @@ def reply(talk: ChatHistory, text: str, end: str | None = None, said: object = U
     plain = tokenizer.decode(ids, skip_special_tokens=True)
     if end is not None:
         ids.append(tokenizer.convert_tokens_to_ids(end))
-    talk.answer(draft, CompletionOutput(0, plain, ids, "length" if end is None else "stop"))
+    take(talk, draft, CompletionOutput(0, plain, ids, "length" if end is None else "stop"))
     return draft.token_ids
 
 
@@ -130,7 +136,7 @@ def test_a_stop_string_is_cut_off(text: str, include: bool, kept: int) -> None:
     talk = history("smollm2")
     draft = talk.draft((USER,))
     ids = spell(talk.template.tokenizer, "the rain")
-    talk.answer(draft, CompletionOutput(0, text, ids, "stop", "ain"), include_stop=include)
+    take(talk, draft, CompletionOutput(0, text, ids, "stop", "ain"), include_stop=include)
     after = talk.draft((USER,))
     assert after.found is None and written(talk, after.token_ids) == after.text == talk.template.render(after.messages)
     assert talk.state.token_ids == draft.token_ids + ids[:kept] == after.token_ids[: len(draft.token_ids) + kept]
@@ -141,7 +147,7 @@ def test_a_stop_string_that_begins_inside_a_token() -> None:
     draft, tokenizer = talk.draft((USER,)), talk.template.tokenizer
     ids = tokenizer("in the rain")["input_ids"]
     assert tokenizer.decode(ids[2:3]) == "the"
-    talk.answer(draft, CompletionOutput(0, "in t", ids[:3], "stop", "he"))
+    take(talk, draft, CompletionOutput(0, "in t", ids[:3], "stop", "he"))
     after = talk.draft((USER,))
     assert after.found is None and written(talk, after.token_ids) == after.text
     assert after.token_ids[: len(draft.token_ids) + 2] == draft.token_ids + ids[:2]
@@ -153,11 +159,23 @@ def test_a_stop_token_with_text(include: bool) -> None:
     draft = talk.draft((USER,))
     ids = spell(talk.template.tokenizer, "the rain\n")
     text = "the rain\n" if include else "the rain"
-    talk.answer(draft, CompletionOutput(0, text, ids, "stop", ids[-1]), include_stop=include)
+    take(talk, draft, CompletionOutput(0, text, ids, "stop", ids[-1]), include_stop=include)
     after = talk.draft((USER,))
     assert after.found is None and written(talk, after.token_ids) == after.text
     kept = ids if include else ids[:-1]
     assert after.token_ids[: len(draft.token_ids) + len(kept)] == draft.token_ids + kept
+
+
+@pytest.mark.parametrize("mode", ["template", "exact"])
+def test_an_answer_that_its_grammar_ended_has_no_end_token(mode: HistoryMode) -> None:
+    talk = history("smollm2", mode=mode)
+    draft = talk.draft((USER,))
+    ids = spell(talk.template.tokenizer, '{"k":1}')
+    take(talk, draft, CompletionOutput(0, '{"k":1}', ids, "stop"))
+    assert talk.state.token_ids == draft.token_ids + ids
+    after = talk.draft((USER,))
+    assert after.found is None and written(talk, after.token_ids) == after.text == talk.template.render(after.messages)
+    assert after.token_ids[: len(draft.token_ids) + len(ids)] == draft.token_ids + ids
 
 
 @pytest.mark.parametrize("end", [None, "<|im_end|>"])
@@ -166,7 +184,7 @@ def test_half_a_character_is_kept_though_no_text_holds_it(end: str | None) -> No
     draft, tokenizer = talk.draft((USER,)), talk.template.tokenizer
     ids = spell(tokenizer, "the é")[:-1]
     ends = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
-    talk.answer(draft, CompletionOutput(0, "the ", ids + ends, "stop" if ends else "length"))
+    take(talk, draft, CompletionOutput(0, "the ", ids + ends, "stop" if ends else "length"))
     after = talk.draft((USER,))
     assert after.found is None and after.text == talk.template.render(after.messages)
     assert after.token_ids[: len(draft.token_ids) + len(ids)] == draft.token_ids + ids
@@ -189,7 +207,7 @@ def test_text_is_tokenized_as_it_follows() -> None:
     draft = talk.draft(({"role": "user", "content": "hi"},))
     assert made.convert_ids_to_tokens(draft.token_ids) == [*"▁u:hi;a:"]
     ids = made.convert_tokens_to_ids([*"yes▁so"])
-    talk.answer(draft, CompletionOutput(0, "yes so", ids, "length"))
+    take(talk, draft, CompletionOutput(0, "yes so", ids, "length"))
     after = talk.draft(({"role": "user", "content": "ok"},))
     assert after.found is None
     assert made.convert_ids_to_tokens(after.token_ids) == [*"▁u:hi;a:yes▁so;u:ok;a:"]
@@ -357,6 +375,18 @@ def test_what_a_template_refuses_changes_nothing(name: str) -> None:
     assert talk.state is before
 
 
+def test_states_share_what_does_not_change() -> None:
+    talk = history("smollm2")
+    for turn in range(4):
+        reply(talk, f"the rain {turn}", "<|im_end|>")
+    first, *rest = talk.state.exchanges
+    fewer = talk.state.messages[:1] + talk.state.messages[3:]
+    whole, shortened = talk.redraft(talk.state.messages).exchanges, talk.redraft(fewer).exchanges
+    assert all(one is other for one, other in zip(whole, (first, *rest), strict=True))
+    assert [one.at for one in shortened] == [one.at - 2 for one in rest]
+    assert all(one.answer_ids is other.answer_ids for one, other in zip(shortened, rest, strict=True))
+
+
 def test_sizes_are_bounded() -> None:
     family = templates.FAMILIES["smollm2"]
     small = Limits(max_prompt_chars=200, max_messages=3, max_tools=1)
@@ -369,6 +399,8 @@ def test_sizes_are_bounded() -> None:
         as_messages("message", [USER] * 4, small)
     with pytest.raises(InvalidRequest, match="at most 3"):
         talk.add((USER,) * 4)
+    with pytest.raises(InvalidRequest, match="at most 3"):
+        talk.draft((USER,) * 3)
     with pytest.raises(InvalidRequest, match="at most 1"):
         ChatTemplate(templates.tokenizer(family), [TOOL, TOOL], limits=small)
 

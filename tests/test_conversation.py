@@ -382,6 +382,77 @@ def test_the_oldest_turns_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
         engine.check()
 
 
+def test_a_shortened_history_is_bounded_and_is_loaded() -> None:
+    """It goes back as many turns as may be kept; the turns keep their numbers."""
+    with serve(context=200, limits=Limits(max_messages=20)) as engine:
+        talk = engine.conversation("Be kind.", params=LETTERS, on_overflow="drop_oldest")
+        ends = [talk.token_ids]
+        for turn in range(60):
+            talk.say(f"hi {turn}")
+            ends.append(talk.token_ids)
+        assert talk.num_turns == 60 and len(talk._history.turns) == 21
+        talk = Conversation.load(engine, saved := talk.save(), params=LETTERS, on_overflow="drop_oldest")
+        assert talk.save() == saved and talk.num_turns == 60 and talk.token_ids == ends[60]
+        with pytest.raises(InvalidRequest, match="must be from 40 to 60") as caught:
+            talk.rollback(39)
+        assert caught.value.field == "turn"
+        for turn in (55, 40):
+            talk.rollback(turn)
+            assert (talk.num_turns, talk.token_ids) == (turn, ends[turn])
+        assert talk.fork()[0].say("on").finished and talk.say("on").finished and talk.num_turns == 41
+
+
+def test_a_history_that_was_not_shortened_goes_back_to_its_beginning() -> None:
+    with serve(limits=Limits(max_messages=9)) as engine:
+        talk = engine.conversation(params=LETTERS)
+        talk.say("hi")
+        while len(talk.messages) < 9:
+            talk.say()
+        with pytest.raises(InvalidRequest, match="at most 9 messages"):
+            talk.say()
+        again = Conversation.load(engine, talk.save())
+        assert again.token_ids == talk.token_ids and again.num_turns == 8
+        again.rollback(0)
+        assert not again.messages
+
+
+def test_what_is_saved_is_as_much_as_is_loaded() -> None:
+    options: dict[str, Any] = {"params": LETTERS, "on_overflow": "drop_oldest"}
+    with serve(context=200) as engine:
+        talk = engine.conversation("Be kind.", **options)
+        for turn in range(60):
+            talk.say(f"hi {turn}")
+        whole = talk.save()
+    with serve(context=200, limits=Limits(max_saved_chars=len(whole))) as engine:
+        talk = Conversation.load(engine, whole, **options)
+        talk.say("hi 60")
+        saved = talk.save()
+        assert len(saved) < len(whole)
+        loaded = Conversation.load(engine, saved, **options)
+        assert (loaded.token_ids, loaded.num_turns, loaded.save()) == (talk.token_ids, 61, saved)
+        with pytest.raises(InvalidRequest, match="must be from 32 to 61"):
+            loaded.rollback(31)
+        for one in (talk, loaded):
+            one.rollback(32)
+        assert loaded.token_ids == talk.token_ids
+    with serve(limits=Limits(max_saved_chars=500)) as engine:
+        talk = engine.conversation("Be kind.", params=LETTERS)
+        talk.say("hi")
+        with pytest.raises(InvalidRequest, match="at most 500"):
+            talk.save()
+
+
+def test_breaks_are_bounded() -> None:
+    with thinking_engine() as engine:
+        talk = engine.conversation(params=scripted(engine.tokenizer, "</think>"), history="exact", retain=0)
+        talk.say("hi")
+        for turn in range(258):
+            talk.rollback(1)
+            talk.say(f"hi {turn}")
+        assert len(talk.breaks) == 256 and talk.breaks[-1].after.count("hi 257")
+        assert talk.breaks[0].after.count("hi 2")
+
+
 def test_a_callers_own_way_to_shorten() -> None:
     asked: list[int] = []
 
@@ -603,6 +674,7 @@ def damaged(engine: Engine) -> dict[str, str]:
         "an answer before the one before": changed(*last, "at", to=1),
         "another text": changed(*last, "answer", to="other"),
         "a namespace that is none": changed("namespace", to=None),
+        "a turn before the first": changed("forgotten", to=-1),
         "tools that are none": changed("tools", to=["x"]),
         "options of ours": changed("template_options", to={"tokenize": True}),
     }

@@ -207,12 +207,30 @@ def test_templates_and_callables(engine: Engine, monkeypatch: pytest.MonkeyPatch
 
 def test_generated_tokens_are_kept(engine: Engine) -> None:
     """A step that continued the path is never tokenized again, whatever ended it."""
-    for params in (SamplingParams(stop="\n"), SamplingParams(max_tokens=1), SamplingParams(stop_token_ids=[198])):
+    choice = SamplingParams(max_tokens=9, choice=["a", "b"])
+    newline = SamplingParams(stop_token_ids=[198])
+    for params in (SamplingParams(stop="\n"), SamplingParams(max_tokens=1), newline, choice):
         result = spell(engine, BreadthFirst(depth=1), propose=Propose(n=4, params=params), evaluate=lambda _: 0.0)
         assert all(tokenizer().decode(one.token_ids) == f"{one.text}\n" for one in result.thoughts[1:])
     again = tokenizer()(ROOT)["input_ids"]
     chat = thoughts.search(engine, again, propose=Propose(n=16), evaluate=JUDGE, goal=spelled)
     assert chat.root.text == ROOT and tree(chat) == tree(spell(engine, BreadthFirst()))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_end_token_is_no_part_of_a_step(ends: bool) -> None:
+    """The model's own, or none where a grammar ended the answer; what is scored is the same path."""
+    model = ScriptedStamps(script)
+    model.eos_token_ids = frozenset([198])
+    params = SamplingParams(max_tokens=9, choice=None if ends else ["a", "b"])
+    with Engine(model, tokenizer=tokenizer(), kv_tokens=2048, debug=True) as engine:
+        result = spell(engine, BreadthFirst(depth=1), propose=Propose(n=4, params=params), evaluate=lambda _: 0.0)
+        assert all(tokenizer().decode(one.token_ids) == f"{one.text}\n" for one in result.thoughts[1:])
+        scored: list[Thought] = []
+        drawn = thoughts.sample(engine, ROOT, 4, params=params, scorer=lambda one: scored.append(one) or 0.0)
+        assert {one.text for one in scored} == {one.text for one in drawn.answers}
+        assert all(tokenizer().decode(one.token_ids) == f"{one.text}\n" for one in scored)
+        check_clean(engine)
 
 
 def test_a_path_that_grows_too_long_is_a_dead_end() -> None:

@@ -28,6 +28,7 @@ from radixgen.core.outputs import (
     SharingEnd,
     SharingReason,
     Stats,
+    end_token,
     joined,
 )
 from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
@@ -67,5 +68,6 @@ __all__ = [
     "UnknownRequest",
     "UnsupportedModel",
     "check_integer",
+    "end_token",
     "joined",
 ]

@@ -1,6 +1,6 @@
 """What callers get back. Names follow vLLM's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,6 +28,17 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, float]] | None = None
     score: float | None = None
+
+
+def end_token(output: CompletionOutput, eos_token_ids: Container[int]) -> int | None:
+    """The last token, where that ended the answer; None where a grammar, a stop string or a bound did.
+
+    `eos_token_ids`: the model's own end tokens; a stop token is named by `stop_reason`.
+    """
+    if output.finish_reason != "stop" or isinstance(output.stop_reason, str) or not output.token_ids:
+        return None
+    last = output.token_ids[-1]
+    return last if output.stop_reason is not None or last in eos_token_ids else None
 
 
 def joined(deltas: Sequence[CompletionOutput]) -> CompletionOutput:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
-from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams, check_integer
+from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams, check_integer, end_token
 from radixgen.thoughts.server import Server, called, completed, together
 from radixgen.thoughts.thought import Cost, Step, Thought, cost_of
 
@@ -164,8 +164,7 @@ class Asking:
         ended = isinstance(one.stop_reason, str) and one.stop_reason.endswith(_END)
         if ended:
             return tuple(one.token_ids)
-        by_token = one.finish_reason == "stop" and not isinstance(one.stop_reason, str)
-        ids = one.token_ids[:-1] if by_token else one.token_ids
+        ids = one.token_ids if end_token(one, self.server.eos_token_ids) is None else one.token_ids[:-1]
         return (*ids, *await self.server.tokenize(_END, special=False))
 
     async def generate(self, prompt: Sequence[int], n: int, params: SamplingParams) -> RequestOutput:

@@ -23,6 +23,11 @@ _FULL_SECONDS = 0.01
 class Server(Protocol):
     """Answers requests. One that is cancelled leaves nothing behind. A full queue is waited for."""
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The model's own end tokens."""
+        ...
+
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Raises `InvalidRequest`."""
         ...
@@ -71,6 +76,10 @@ class ThreadedServer:
         self._engine = engine
         self._namespace = namespace
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._engine.inputs.eos_token_ids
+
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         tokens: list[int] = (await self._engine.tokenize(text, special=special)).tolist()
         return tokens
@@ -111,6 +120,10 @@ class SteppedServer:
         self._namespace = namespace
         self._waiting: dict[str, asyncio.Future[RequestOutput]] = {}
         self._stepping = asyncio.create_task(self._step())
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._engine.inputs.eos_token_ids
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         tokens: list[int] = self._engine.tokenize(text, special=special).tolist()

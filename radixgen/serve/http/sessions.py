@@ -49,8 +49,9 @@ class Sessions:
     threads: a turn works on copies, and which of two at the same time ends last is kept.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, eos_token_ids: frozenset[int]) -> None:
         self._most = limits.max_sessions
+        self._eos_token_ids = eos_token_ids
         self._sessions: OrderedDict[Key, _Session] = OrderedDict()
         self._lock = Lock()
 
@@ -80,7 +81,7 @@ class Sessions:
         session, now = turn.session, time.monotonic()
         session.told = {place: one for place, one in session.told.items() if place < len(turn.draft.messages)}
         session.told[len(turn.draft.messages)] = told
-        session.history.answer(turn.draft, output, include_stop=include_stop)
+        session.history.answer(turn.draft, output, self._eos_token_ids, include_stop=include_stop)
         session.used = now
         with self._lock:
             self._sessions[turn.key] = session

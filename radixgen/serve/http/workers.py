@@ -43,6 +43,7 @@ class Workers:
             max_model_len=min(one.max_model_len for one in ready),
             kv_tokens=min(one.kv_cache_size_tokens or one.max_model_len for one in ready),
             limits=limits or Limits(),
+            eos_token_ids=frozenset(token for one in ready for token in one.eos_token_ids),
         )
         self._client = client
         self._totals = Totals()
