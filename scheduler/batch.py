@@ -430,7 +430,7 @@ class Scheduler:
         return short <= 0
 
     def _short(self, wanted: int, match: Match | None) -> int:
-        """How many slots are missing for `wanted` tokens of which `match` was found, after all that is to be scheduled."""
+        """Slots that are missing for `wanted` tokens of which `match` was found, after all that is to be scheduled."""
         tree = self.tree
         found, locked = (match.length, match.evictable) if match else (0, 0)
         return tree.unscheduled_tokens + wanted - found - (tree.pool.free + tree.evictable_tokens - locked)

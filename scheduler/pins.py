@@ -22,7 +22,9 @@ class Pin:
 
 
 class Pins:
-    """Locks without requests. They yield before any request does, where that makes room: the lowest priority first, then the oldest."""
+    """Locks without requests. They yield before any request does, where that makes room: the lowest priority first,
+    then the oldest.
+    """
 
     def __init__(self, tree: RadixTree) -> None:
         self.released_early = 0
