@@ -136,7 +136,7 @@ def _through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Mes
         raise InvalidRequest("messages", "…", "the model has no chat template")
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **options)
-    except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (TemplateError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
 
 

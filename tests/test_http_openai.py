@@ -208,7 +208,7 @@ def test_a_client_that_takes_nothing_is_let_go_of() -> None:
 
 def test_connections_that_do_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent ones, half a request, and who takes nothing of an answer; not who takes it slowly."""
-    monkeypatch.setattr("radixgen.serve.http.server._KEEP_ALIVE_SECONDS", 0)
+    monkeypatch.setattr("radixgen.serve.http.server._KEEP_ALIVE_SECONDS", 2)
     body = {**LONG, "n": 32, "logprobs": 20, "return_token_ids": True}
     with over_socket(tiny()) as served:
         assert served.server is not None
@@ -219,7 +219,7 @@ def test_connections_that_do_nothing_are_closed(monkeypatch: pytest.MonkeyPatch)
         head, _, answer = slow.recv(1 << 14).partition(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].split()[0])
         while len(answer) < length:
-            time.sleep(0.003)
+            time.sleep(0.02)
             received = slow.recv(1 << 14)
             assert received, "it was closed while it was being read"
             answer += received
