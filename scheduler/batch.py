@@ -302,8 +302,8 @@ class Scheduler:
         node = sequence.cursor.held
         taken = 0
         if sequence.reads_prompt:
-            budget = min(budget, _MAX_READS - batch.num_reads)
-            taken = self._schedule_path(sequence, node, budget, batch)
+            unread = max(sequence.request.next_read - _computed(node), 0)
+            taken = self._schedule_path(sequence, node, min(budget, unread + _MAX_READS - batch.num_reads), batch)
             added, finished = self._read_prompt(sequence, node, budget - taken, batch)
             taken += added
             if not finished or not sequence.request.max_output:
@@ -527,6 +527,12 @@ def _lacking(node: Node) -> list[Node]:
         found.append(above)
         above = above.parent
     return found[::-1]
+
+
+def _computed(node: Node) -> int:
+    """Tokens of the path up to the first without a slot."""
+    first = next(iter(_lacking(node)), node)
+    return first.start + first.scheduled
 
 
 def _exclusive_slots(sequence: Sequence) -> int:

@@ -527,6 +527,20 @@ def test_scored_rows_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert outputs[0].prompt_logprobs == outputs[2].prompt_logprobs
 
 
+def test_a_prompt_before_what_is_scored_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is of rows whose logits are read."""
+    monkeypatch.setattr("radixgen.scheduler.batch._MAX_READS", 4)
+    prompt = some(50)
+    with serve(max_step_tokens=64) as engine:
+        steps = engine.num_steps
+        (scores,) = engine.score(prompt, [[1, 2, 3]])
+        assert len(scores) == 3 and engine.num_steps - steps == 1
+        steps = engine.num_steps
+        (more,) = engine.score(prompt[:20] + prompt[:20], [[1, 2, 3, 4, 5, 6]])
+        assert len(more) == 6 and engine.num_steps - steps == 2
+        assert rows_of(engine, lambda: engine.score(prompt, [[1, 2, 3]])) == (3, 1)
+
+
 def test_decoding_goes_before_a_prompt_of_higher_priority() -> None:
     with serve(max_step_tokens=8) as engine:
         for seed in range(3):
