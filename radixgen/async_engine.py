@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from uuid import uuid4
 
+import numpy as np
+
 from radixgen.cache import RadixTree, TokenArray
 from radixgen.conversation import AsyncConversation, Options
 from radixgen.core import (
@@ -23,6 +25,7 @@ from radixgen.core import (
     InvalidRequest,
     OutputKind,
     RequestOutput,
+    SamplingParams,
     Stats,
     UnknownRequest,
     joined,
@@ -107,7 +110,10 @@ class AsyncEngine:
     ) -> "AsyncOutputs":
         """As `generate`, but the request is queued, or refused, before anything is received."""
         request_id = request_id or self._new_id()
-        tokens = await asyncio.to_thread(self._prepare, prompt, params)
+        if isinstance(prompt, np.ndarray) and not (isinstance(params, SamplingParams) and params.structured):
+            tokens = self._engine.tokenize(prompt)  # quick, and requests are queued in the order of their calls
+        else:
+            tokens = await asyncio.to_thread(self._prepare, prompt, params)
         kind: OutputKind = "cumulative" if cumulative else "delta"
 
         def submit() -> None:
@@ -164,13 +170,23 @@ class AsyncEngine:
         """
         loop = asyncio.get_running_loop()
 
-        def fork() -> list[tuple[str, _Stream]]:
-            names = self._engine.fork(request_id, n)
-            streams = [(name, _Stream(loop, self._streams[request_id].cumulative)) for name in names]
-            self._streams.update(streams)
-            return streams
+        streams: list[tuple[str, _Stream]] = []
 
-        return [self._receive(name, stream) for name, stream in await self._call(fork)]
+        def fork() -> None:
+            names = self._engine.fork(request_id, n)
+            streams.extend((name, _Stream(loop, self._streams[request_id].cumulative)) for name in names)
+            self._streams.update(streams)
+
+        def leave() -> None:
+            for name, stream in streams:
+                self._leave(name, stream)
+
+        try:
+            await self._call(fork)
+        except asyncio.CancelledError:
+            self._post(_Command(leave))
+            raise
+        return [self._receive(name, stream) for name, stream in streams]
 
     async def abort(self, request_id: str) -> bool:
         """End a request with `abort`. False where it has ended already or never was."""
@@ -493,21 +509,22 @@ class _Stream:
         self._loop = loop
         self._lock = threading.Lock()
         self._pending: list[RequestOutput] = []
-        """Deltas, each with more tokens than the next: joining costs O(log tokens) a token."""
+        """Deltas, each with more tokens than the next: joining costs O(log tokens) a token"""
         self._end: EngineClosed | None = None
         self._ready = asyncio.Event()
 
     def put(self, output: RequestOutput | EngineClosed) -> None:
         with self._lock:
-            waiting = bool(self._pending)
+            awake = bool(self._pending)
             if isinstance(output, EngineClosed):
                 self._end = output
             elif self.cumulative:
                 self._pending = [output]
             else:
                 self._pending.append(output)
-                self._join(_num_tokens)
-        if not waiting:
+                while len(self._pending) > 1 and _num_tokens(self._pending[-2]) <= _num_tokens(self._pending[-1]):
+                    self._join_last()
+        if not awake:
             with suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._ready.set)
 
@@ -518,19 +535,17 @@ class _Stream:
             if not self._pending:
                 assert self._end is not None
                 raise self._end
-            self._join(lambda _: 0)
+            while len(self._pending) > 1:
+                self._join_last()
             (output,) = self._pending
             self._pending = []
             if self._end is None:
                 self._ready.clear()
         return output
 
-    def _join(self, size: Callable[[RequestOutput], int]) -> None:
-        """The last deltas, as long as one is no larger than the next."""
-        pending = self._pending
-        while len(pending) > 1 and size(pending[-2]) <= size(pending[-1]):
-            last = pending.pop()
-            pending[-1] = _merge(pending[-1], last)
+    def _join_last(self) -> None:
+        last = self._pending.pop()
+        self._pending[-1] = _merge(self._pending[-1], last)
 
 
 async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

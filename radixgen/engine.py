@@ -180,7 +180,7 @@ class Engine:
         are checked before any is admitted; what the waiting queue cannot take at once follows as it empties.
         Raises `InvalidRequest`.
         """
-        self._enter()
+        self._begin_call()
         batch = as_prompts(prompts)
         each = as_params(params, len(batch))
         tokens = [self._inputs.tokenize(prompt) for prompt in batch]
@@ -199,7 +199,7 @@ class Engine:
         computes one row a beam. `submit`, `stream` and `generate` take `BeamSearchParams` too; of a search they tell
         only its end. Raises `InvalidRequest`.
         """
-        self._enter()
+        self._begin_call()
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequest("params", params, "must be BeamSearchParams")
         return self.generate(prompts, params, progress=progress)
@@ -209,7 +209,7 @@ class Engine:
 
         A message is `{"role": …, "content": …}`. Raises `InvalidRequest`.
         """
-        self._enter()
+        self._begin_call()
         many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
         return self.generate([self.chat_tokens(one) for one in conversations], params)
@@ -218,7 +218,7 @@ class Engine:
         """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
         `radixgen.conversation.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
         """
-        self._enter()
+        self._begin_call()
         return Conversation(self, system, **options)
 
     def chat_tokens(self, messages: Messages, tools: Tools = None) -> list[int]:
@@ -247,7 +247,7 @@ class Engine:
         continuation is tokenized by itself, without special tokens; give token ids where that matters. Raises
         `InvalidRequest`, and `RequestFailed` where a continuation could not be scored.
         """
-        self._enter()
+        self._begin_call()
         tokens = self._inputs.tokenize(prompt)
         each = [self._inputs.tokenize_continuation(one) for one in as_prompts(continuations, "continuations")]
         for one in each:
@@ -274,7 +274,8 @@ class Engine:
     ) -> "OutputStream":
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
-        Other requests go on meanwhile. Leaving the iterator early cancels the request. The options, and the errors,
+        Other requests go on meanwhile. `close` cancels the request at once; one whose iterator is dropped is cancelled
+        when the engine is called next. The options, and the errors,
         are those of `submit`.
         """
         kind: OutputKind = "cumulative" if cumulative else "delta"
@@ -307,7 +308,7 @@ class Engine:
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
-        self._enter()
+        self._begin_call()
         params = params if params is not None else SamplingParams()
         tokens = self._inputs.tokenize(prompt)
         self._inputs.check(tokens, params)
@@ -334,7 +335,7 @@ class Engine:
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
-        self._enter()
+        self._begin_call()
         tokens, rest = self._inputs.tokenize(prompt), self._inputs.tokenize_continuation(continuation)
         self._inputs.check_score(tokens, rest)
         self._inputs.check_name("namespace", namespace)
@@ -353,14 +354,14 @@ class Engine:
         Where the model raises, the step is undone and its requests are tried again, each alone; one for which it
         raises again ends with `error`.
         """
-        self._enter()
+        self._begin_call()
         new = self._step()
         kept, self._undelivered = self._undelivered, {}
         return [*chain.from_iterable(kept.values()), *new]
 
     def cancel(self, request_id: str) -> None:
         """End a request with `finish_reason="abort"`; the next step reports it. Raises `UnknownRequest`."""
-        self._enter()
+        self._begin_call()
         self._core.abort(self._live(request_id))
 
     def fork(self, request_id: str, n: int = 1) -> list[str]:
@@ -370,7 +371,7 @@ class Engine:
         greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest` (for a beam search too),
         `QueueFull`.
         """
-        self._enter()
+        self._begin_call()
         request = self._live(request_id)
         if request.search is not None:
             raise InvalidRequest("request_id", request_id, "a beam search is not forked")
@@ -398,7 +399,7 @@ class Engine:
         way: the lowest priority first. The pin that it `replaces` is let go of at the same moment. Raises
         `InvalidRequest`, `LimitReached`.
         """
-        self._enter()
+        self._begin_call()
         tokens = self._inputs.tokenize(prompt)
         expires = self._check_pin(namespace, priority, ttl)
         if replaces is not None:
@@ -408,7 +409,7 @@ class Engine:
 
     def unpin(self, pin: int) -> bool:
         """Let go of a pin. False where it is gone already."""
-        self._enter()
+        self._begin_call()
         return isinstance(pin, int) and self._core.unpin(pin)
 
     @property
@@ -430,7 +431,7 @@ class Engine:
         Nothing stays but the prompts' own KV. Raises `InvalidRequest`, and `LimitReached` where there may not be so
         many pins; then nothing is pinned.
         """
-        self._enter()
+        self._begin_call()
         tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
         for ids in tokens:
             self._inputs.check(ids, PRELOADING)
@@ -520,7 +521,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> int:
         """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
-        self._enter()
+        self._begin_call()
         return self._core.tree.reset()
 
     def close(self) -> None:
@@ -585,7 +586,7 @@ class Engine:
 
         A step must do something: otherwise a caller would wait for ever.
         """
-        self._enter()
+        self._begin_call()
         if self._undelivered.keys().isdisjoint(request_ids):
             before = self._core.num_attempts
             new = self._step()
@@ -631,7 +632,7 @@ class Engine:
             raise UnknownRequest("request_id", request_id, "names no live request")
         return request
 
-    def _enter(self) -> None:
+    def _begin_call(self) -> None:
         """What each call begins with: streams that were dropped are let go of. Raises `EngineClosed`."""
         if self._closed:
             raise EngineClosed("the engine is closed")

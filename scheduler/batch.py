@@ -468,11 +468,11 @@ class Scheduler:
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
             if tree.evict(short):
                 continue
-            idle, pinned = self._idle(sequence, batch), self.pins.yieldable()
-            victim = None if pinned else self._victim(sequence, idle)
+            idle, from_pins = self._idle(sequence, batch), self.pins.yieldable()
+            victim = None if from_pins else self._victim(sequence, idle)
             if victim is not None:
                 self._preempt(victim)
-            elif (not idle and pinned < short) or not self.pins.release_weakest():
+            elif not from_pins or (not idle and from_pins < short) or not self.pins.release_weakest():
                 return False
         return True
 

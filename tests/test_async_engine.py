@@ -116,6 +116,42 @@ def test_a_cancelled_pin_holds_nothing() -> None:
     run(test)
 
 
+def test_a_cancelled_fork_leaves_nothing() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        outputs = await engine.open([1, 2], params, request_id="trunk")
+        await anext(outputs)
+        own = engine._engine.fork
+        made: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+        def fork(*arguments: Any) -> list[str]:
+            found = own(*arguments)
+            made.get_loop().call_soon_threadsafe(task.cancel)
+            made.get_loop().call_soon_threadsafe(made.set_result, found)
+            return found
+
+        engine._engine.fork = fork  # type: ignore[method-assign]
+        task = asyncio.create_task(engine.fork("trunk", 2))
+        names = await made
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await engine.stats()).num_running <= 1 and engine._streams.keys().isdisjoint(names)
+        await outputs.aclose()
+
+    run(test)
+
+
+def test_tokens_are_queued_in_the_order_of_their_calls() -> None:
+    """So that engines of one seed draw alike, whatever threads do."""
+    params = SamplingParams(max_tokens=8, temperature=1.0)
+    prompts = [np.array([1, number % VOCAB], np.int32) for number in range(24)]
+
+    async def test(engine: AsyncEngine) -> list[list[int]]:
+        return await asyncio.gather(*(tokens_of(engine.generate(prompt, params)) for prompt in prompts))
+
+    assert run(test) == run(test)
+
+
 def test_text_is_tokenized_elsewhere() -> None:
     """Not in the thread that steps: it may take seconds."""
     threads: set[str] = set()

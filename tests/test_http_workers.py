@@ -157,9 +157,10 @@ def test_structured_output_is_whole(body: dict[str, Any]) -> None:
 def test_figures_of_workers_never_fall() -> None:
     """Gauges are of the workers that are there, counters of all that ever were."""
 
-    def told(steps: int, running: int) -> dict[str, Any]:
+    def told(steps: int, running: int, prompts: int = 0) -> dict[str, Any]:
         zero = {one.name: 0 for one in fields(Stats)}
-        return zero | {"steps": steps, "num_running": running, "sharing_ended": {"cold": steps}}
+        cold = {"cold": steps}
+        return zero | {"steps": steps, "num_running": running, "prompt_tokens": prompts, "sharing_ended": cold}
 
     totals = Totals()
     for told_now, steps, running in (
@@ -171,6 +172,9 @@ def test_figures_of_workers_never_fall() -> None:
     ):
         found = totals.add(told_now)
         assert (found.steps, found.num_running, found.sharing_ended) == (steps, running, {"cold": steps})
+    totals = Totals()
+    assert totals.add({0: told(5, 0, 900)}).prompt_tokens == 900
+    assert totals.add({0: told(6, 0, 10)}).prompt_tokens == 910, "another process, which has made more steps"
 
 
 def test_what_was_served_is_cached() -> None:

@@ -320,13 +320,14 @@ def test_as_many_pins_yield_as_a_waiting_request_needs() -> None:
         assert engine.pins == {pins[2]} and engine.stats().num_waiting == 0
 
 
-def test_a_pin_that_frees_nothing_outlives_preemption() -> None:
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_pin_that_frees_nothing_outlives_preemption(n: int) -> None:
     """The prompt of the oldest is pinned: what the others hold is all that can give way."""
     with serve(kv_tokens=60) as engine:
         oldest = engine.submit(some(20), greedy(35, ignore_eos=True))
         engine.step()
         pin = engine.pin(some(20))
-        engine.submit(some(6, 1), greedy(35, ignore_eos=True))
+        engine.submit(some(6, 1), greedy(35, ignore_eos=True, n=n))
         while oldest in engine._core.requests:
             assert engine.pins == {pin}
             engine.step()

@@ -87,7 +87,8 @@ class RequestOutput:
     `num_shared_tokens` those that were known and held by running requests or pins, computed or not; `sharing_ended`
     says why there were no more, and is None where all of the prompt was known.
     `prompt_logprobs`, once complete: None for the first token, then one `{token id: natural-log probability}` a
-    prompt token, its own first. `queue_seconds`: from submission to admission.
+    prompt token, its own first; of several sequences, all but the first may have tokens before. `queue_seconds`: from
+    submission to admission.
     """
 
     request_id: str

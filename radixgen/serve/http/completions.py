@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
 from uuid import uuid4
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from radixgen.cache import TokenArray
-from radixgen.core import CompletionOutput, FinishReason, InvalidRequest, RequestOutput
+from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput
 from radixgen.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.body import read
@@ -130,8 +130,8 @@ class _Answer:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        async for prompt, output in self._generation.outputs():
-            choices = await self._choices(prompt, output)
+        async for prompt, output in self._outputs():
+            choices = self._choices(prompt, output)
             told = [one for one in choices if one.text or one.finish_reason or one.token_ids or one.logprobs]
             if told:
                 usage = self._usage() if self._body.counts_usage_on else UNSET
@@ -141,25 +141,41 @@ class _Answer:
 
     async def whole(self) -> CompletionResponse:
         found: dict[int, CompletionChoice] = {}
-        async for prompt, output in self._generation.outputs():
-            for new in await self._choices(prompt, output):
+        async for prompt, output in self._outputs():
+            for new in self._choices(prompt, output):
                 old = found.setdefault(new.index, new)
                 if old is not new:
                     _extend(old, new)
         return self._response(choices=[found[index] for index in sorted(found)], usage=self._usage())
 
-    async def _choices(self, prompt: int, output: RequestOutput) -> list[CompletionChoice]:
+    async def _outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Those of the generation. Where a prompt is told with its log-probabilities, its choices wait for these: all
+        but the first may have tokens before.
+        """
+        held: dict[int, list[RequestOutput]] = {}
+        async for prompt, output in self._generation.outputs():
+            echo = self._echoes[prompt] if self._echoes and self._body.logprobs is not None else None
+            if echo is not None and echo.logprobs is None:
+                if output.prompt_logprobs is not None:
+                    await asyncio.to_thread(echo.read, output.prompt_logprobs, self._context.texts)
+                elif not output.finished:
+                    held.setdefault(prompt, []).append(output)
+                    continue
+            for earlier in held.pop(prompt, ()):
+                yield prompt, earlier
+            yield prompt, output
+
+    def _choices(self, prompt: int, output: RequestOutput) -> list[CompletionChoice]:
         """What is new of a prompt's choices."""
         echo = self._echoes[prompt] if self._echoes else None
-        if echo is not None and echo.tells(output):
-            await asyncio.to_thread(echo.read, output, self._context.texts)
         return [self._choice(prompt, one, echo) for one in output.outputs]
 
     def _choice(self, prompt: int, output: CompletionOutput, echo: Echo | None) -> CompletionChoice:
         """What is new of one."""
         if _only_echo(self._body):
-            reason: FinishReason | None = "length" if output.finish_reason == "stop" else output.finish_reason
-            output = replace(output, text="", token_ids=[], logprobs=None, finish_reason=reason, stop_reason=None)
+            output = replace(output, text="", token_ids=[], logprobs=None)
+            if output.finish_reason == "stop":
+                output = replace(output, finish_reason="length", stop_reason=None)
         index = prompt * self._generation.asked.params.n + output.index
         first, ids = index in self._untold, self._body.return_token_ids
         self._untold.discard(index)

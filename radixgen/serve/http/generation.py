@@ -33,7 +33,7 @@ class Asked:
 
 
 class Generation:
-    """Yields `(prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
+    """Yields `(index of the prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
 
     @classmethod
     async def start(cls, context: Context, asked: Asked, place: Place) -> "Generation":

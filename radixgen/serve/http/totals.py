@@ -24,7 +24,7 @@ class Totals:
         """told: the workers that are there, by index."""
         for index, now in told.items():
             before = self._last.get(index)
-            if before is not None and now["steps"] < before["steps"]:
+            if before is not None and any(now[name] < before[name] for name in _COUNTERS):
                 self._ended = [_sum([*self._ended, before])]
         self._last |= told
         counted = _sum([*self._last.values(), *self._ended])
@@ -34,6 +34,10 @@ class Totals:
 
 def _is_gauge(name: str) -> bool:
     return name.startswith(("kv_tokens_", "num_")) or name == "shared_tokens"
+
+
+_COUNTERS = [one.name for one in fields(Stats) if not _is_gauge(one.name) and one.name != "sharing_ended"]
+"""Numbers that fall where another process has begun anew"""
 
 
 def _sum(parts: list[Figures]) -> Figures:
