@@ -169,7 +169,6 @@ class AsyncEngine:
         run whether or not they are read.
         """
         loop = asyncio.get_running_loop()
-
         streams: list[tuple[str, _Stream]] = []
 
         def fork() -> None:
@@ -181,11 +180,7 @@ class AsyncEngine:
             for name, stream in streams:
                 self._leave(name, stream)
 
-        try:
-            await self._call(fork)
-        except asyncio.CancelledError:
-            self._post(_Command(leave))
-            raise
+        await self._call(fork, leave)
         return [self._receive(name, stream) for name, stream in streams]
 
     async def abort(self, request_id: str) -> bool:
@@ -210,11 +205,7 @@ class AsyncEngine:
             made.append(make())
             return made[0]
 
-        try:
-            return await self._call(pin)
-        except asyncio.CancelledError:
-            self._post(_Command(partial(self._unpin, made)))
-            raise
+        return await self._call(pin, partial(self._unpin, made))
 
     async def preload(
         self,
@@ -335,11 +326,7 @@ class AsyncEngine:
             submit()
             self._streams[request_id] = stream
 
-        try:
-            await self._call(begin)
-        except asyncio.CancelledError:
-            self._post(_Command(partial(self._leave, request_id, stream)))
-            raise
+        await self._call(begin, partial(self._leave, request_id, stream))
         return stream
 
     async def _receive(self, request_id: str, stream: "_Stream") -> AsyncGenerator[RequestOutput, None]:
@@ -353,12 +340,19 @@ class AsyncEngine:
             if not finished:
                 self._post(_Command(partial(self._leave, request_id, stream)))
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        """The result of `function`, run in the engine's thread between two steps."""
+    async def _call(self, function: Callable[[], T], undo: Callable[[], object] | None = None) -> T:
+        """The result of `function`, run in the engine's thread between two steps. Where the caller is cancelled
+        meanwhile it runs all the same, and `undo` after it.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._post(_Command(function, loop, future))
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if undo is not None:
+                self._post(_Command(undo))
+            raise
 
     def _post(self, command: "_Command") -> None:
         with self._gate:
