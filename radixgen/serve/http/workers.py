@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from radixgen.cache import TokenArray
-from radixgen.core import CompletionOutput, InvalidRequest, Limits, RadixgenError, RequestOutput, SamplingParams, Stats
+from radixgen.core import (
+    CompletionOutput,
+    InvalidRequest,
+    Limits,
+    RadixgenError,
+    RequestOutput,
+    SamplingParams,
+    Stats,
+    end_token,
+)
 from radixgen.detokenize import Detokenizer
 from radixgen.input_processor import InputProcessor
 from radixgen.serve.client import AsyncClient, AsyncStream
@@ -79,8 +88,7 @@ class Workers:
                 await stream.aclose()
             raise
         self._open += 1
-        eos = () if params.ignore_eos else self._client.workers[worker].eos_token_ids
-        return _Answer(self, streams, params, frozenset((*params.stop_token_ids, *eos)), tokens, timeout)
+        return _Answer(self, streams, params, tokens, timeout)
 
     async def stats(self) -> Stats:
         """Of all workers together."""
@@ -114,7 +122,6 @@ class _Answer(AsyncIterator[RequestOutput]):
         workers: Workers,
         streams: Sequence[AsyncStream],
         params: SamplingParams,
-        ends: frozenset[int],
         prompt: list[int],
         timeout: float | None,
     ) -> None:
@@ -122,8 +129,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         self._streams = streams
         self._merged = merge(streams)
         self._params = params
-        tokenizer, tail = workers.inputs.tokenizer, prompt[-_PROMPT_TAIL:]
-        self._texts = {index: _Text(tokenizer, tail, params, ends) for index in range(params.n)}
+        self._texts = {index: _Text(workers.inputs, prompt[-_PROMPT_TAIL:], params) for index in range(params.n)}
         self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
         self._prompt = prompt
         self._cached = len(prompt)
@@ -175,16 +181,10 @@ class _Answer(AsyncIterator[RequestOutput]):
 class _Text:
     """One sequence's tokens as text, up to its stop string."""
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase | None",
-        tail: list[int],
-        params: SamplingParams,
-        ends: frozenset[int],
-    ) -> None:
-        self._ends = ends
+    def __init__(self, inputs: InputProcessor, tail: list[int], params: SamplingParams) -> None:
+        self._eos_token_ids = frozenset[int]() if params.ignore_eos else inputs.eos_token_ids
         self._include_stop = params.include_stop_str_in_output
-        self._detokenizer = Detokenizer(tokenizer, tail, params.stop_strings, self._include_stop)
+        self._detokenizer = Detokenizer(inputs.tokenizer, tail, params.stop_strings, self._include_stop)
         self._min_tokens = params.min_tokens
         self._seen = 0
         self._told = 0
@@ -192,7 +192,7 @@ class _Text:
     def read(self, output: CompletionOutput) -> CompletionOutput:
         """`output` with its text. The text of a token that ended the sequence is left out, as that of a stop string."""
         tokens = output.token_ids
-        silent = output.finish_reason == "stop" and not self._include_stop and tokens[-1:] and tokens[-1] in self._ends
+        silent = not self._include_stop and end_token(output, self._eos_token_ids) is not None
         for place, token in enumerate(tokens[:-1] if silent else tokens):
             self._seen += 1
             stop = self._detokenizer.push(token, self._seen > self._min_tokens)
