@@ -275,8 +275,7 @@ class Engine:
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
         Other requests go on meanwhile. `close` cancels the request at once; one whose iterator is dropped is cancelled
-        when the engine is called next. The options, and the errors,
-        are those of `submit`.
+        when the engine is called next. The options, and the errors, are those of `submit`.
         """
         kind: OutputKind = "cumulative" if cumulative else "delta"
         request_id = self.submit(
@@ -404,7 +403,7 @@ class Engine:
         expires = self._check_pin(namespace, priority, ttl)
         if replaces is not None:
             self.unpin(replaces)
-        pin = self._core.pin(tokens, namespace, priority, expires, self._clock())
+        pin = self._core.pin(tokens, namespace, priority, expires)
         return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:
@@ -436,7 +435,7 @@ class Engine:
         for ids in tokens:
             self._inputs.check(ids, PRELOADING)
         self._check_pin(namespace, priority, ttl)
-        self._core.require_pins(len(tokens), self._clock())
+        self._core.require_pins(len(tokens))
         submit = partial(self._core_submit, params=PRELOADING, namespace=namespace, priority=priority)
         self._serve([partial(submit, ids) for ids in tokens], None)
         return [self.pin(ids, namespace=namespace, priority=priority, ttl=ttl) for ids in tokens]

@@ -212,14 +212,13 @@ class EngineCore:
 
     # -- pins ---------------------------------------------------------------------------------------------
 
-    def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float, now: float) -> Pin | None:
+    def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
         """Keep what is cached of `tokens`; None where nothing of it is. Raises `LimitReached`."""
-        self.require_pins(1, now)
+        self.require_pins(1)
         return self.scheduler.pins.add(tokens, namespace, priority, expires)
 
-    def require_pins(self, count: int, now: float) -> None:
+    def require_pins(self, count: int) -> None:
         """Raise `LimitReached` where there may not be so many pins more."""
-        self.scheduler.pins.expire(now)
         pins = len(self.scheduler.pins) + count
         if pins > self.limits.max_pins:
             raise LimitReached("pins", pins, f"at most {self.limits.max_pins} prefixes are pinned")
