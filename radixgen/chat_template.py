@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from radixgen.core import InvalidRequest, Limits, PromptTooLong
+from radixgen.input_processor import through_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,12 +46,7 @@ class ChatTemplate:
 
     def render(self, messages: Seq[Message]) -> str:
         """The text that asks for an answer to `messages`."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=self.tools, add_generation_prompt=True, tokenize=False, **self.options
-            )
-        except (TemplateError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
+        text = through_template(self.tokenizer, messages, tools=self.tools, tokenize=False, **self.options)
         if len(text) > self.limits.max_prompt_chars:
             raise PromptTooLong("len(messages)", len(text), f"at most {self.limits.max_prompt_chars} characters")
         return str(text)

@@ -122,20 +122,22 @@ class InputProcessor:
 
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> list[int]:
     """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
-    ids: list[int] = _through_template(tokenizer, messages, tools=tools, tokenize=True)
+    ids: list[int] = through_template(tokenizer, messages, tools=tools, tokenize=True)
     return ids
 
 
 def chat_text(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> str:
     """The text whose tokens `chat_tokens` gives. Raises `InvalidRequest`."""
-    return str(_through_template(tokenizer, messages, tools=tools, tokenize=False))
+    return str(through_template(tokenizer, messages, tools=tools, tokenize=False))
 
 
-def _through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, **options: Any) -> Any:
+def through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, /, **options: Any) -> Any:
+    """What the tokenizer's chat template makes of a conversation. Raises `InvalidRequest`."""
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequest("messages", "…", "the model has no chat template")
+    options = {"return_dict": False} | options
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **options)
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
     except (TemplateError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
 
