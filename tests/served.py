@@ -14,7 +14,7 @@ import texts
 from fastapi import FastAPI
 from scripted import ScriptedStamps, tokenizer
 
-from radixgen import AsyncEngine, Engine, Limits
+from radixgen import AsyncEngine, Engine, Limits, RequestOutput
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.server import Binding, Server, whole_app
 
@@ -34,6 +34,18 @@ def scripted(script: Callable[[str, str], dict[str, float]], template: str = CHA
     text = tokenizer()
     text.chat_template = template
     return Engine(ScriptedStamps(script), tokenizer=text, **({"kv_tokens": 2048, "debug": True} | options))
+
+
+def slowed(engine: Engine, seconds: float) -> Engine:
+    """Each of its steps takes so much longer."""
+    step = engine.step
+
+    def slowly() -> list[RequestOutput]:
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slowly  # type: ignore[method-assign]
+    return engine
 
 
 def limited(**limits: int) -> Limits:

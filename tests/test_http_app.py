@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import texts
 from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
-from served import HI, Served, in_process, limited, scripted, tiny
+from served import HI, Served, in_process, limited, scripted, slowed, tiny
 
 from radixgen import AsyncEngine, Engine, InvalidRequest, RequestOutput, SamplingParams
 from radixgen.serve.http.app import ServeOptions, create_app
@@ -168,14 +167,7 @@ def test_prompts_of_one_request_run_together() -> None:
         assert len(found["choices"]) == 64
         assert (await served.engine.stats()).steps - before < 32, "they don't wait for a step each"
 
-    engine = tiny()
-    step = engine.step
-
-    def slowly() -> Any:
-        time.sleep(0.03)
-        return step()
-
-    engine.step = slowly  # type: ignore[method-assign]
+    engine = slowed(tiny(), 0.03)
     in_process(test, engine)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from served import HI, Served, limited, over_socket, scripted, tiny
+from served import HI, Served, limited, over_socket, scripted, slowed, tiny
 
 CALL = '<tool_call>{"name": "look", "arguments": {"x": 1}}</tool_call>'
 
@@ -273,14 +273,7 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
         with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
             found.append("".join(answer.iter_text()))
 
-    engine = tiny()
-    step = engine.step
-
-    def slowly() -> Any:
-        time.sleep(0.02)
-        return step()
-
-    engine.step = slowly  # type: ignore[method-assign]
+    engine = slowed(tiny(), 0.02)
     with over_socket(engine, drain_timeout=0.2) as served:
         asked = threading.Thread(target=ask, args=[served.url])
         asked.start()
@@ -293,14 +286,7 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
 
 
 def test_a_deadline_ends_a_request() -> None:
-    engine = tiny()
-    step = engine.step
-
-    def slowly() -> Any:
-        time.sleep(0.01)
-        return step()
-
-    engine.step = slowly  # type: ignore[method-assign]
+    engine = slowed(tiny(), 0.01)
     with over_socket(engine, request_timeout=0.2) as served:
         answer = httpx.post(f"{served.url}/v1/completions", json=LONG, timeout=60).json()
         (choice,) = answer["choices"]
