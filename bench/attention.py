@@ -33,7 +33,7 @@ from bench.peers import PEERS, Call, Contender, peers
 from bench.report import Report, benchmark_options, track
 from bench.trees import WORKLOADS, Tree, lay_out, path_tokens, shared_prefix
 from radixgen.calibration import cost_models
-from radixgen.kernels import backend
+from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode, plan

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
-from radixgen.kernels import Attention as AnyAttention
-from radixgen.kernels import Writes as AnyWrites
-from radixgen.kernels import backend
+from radixgen.kernels.backend import Attention as AnyAttention
+from radixgen.kernels.backend import Writes as AnyWrites
+from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.sequences import Sequences, split
@@ -81,7 +81,7 @@ class Package:
     """What the head size is a multiple of: others it would pad, and so copy the whole pool"""
 
     def answers(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether it takes such tensors; shapes as of `radixgen.kernels.Attention`."""
+        """Whether it takes such tensors; shapes as of `radixgen.kernels.backend.Attention`."""
         dim = q.shape[2]
         same = q.dtype == k.dtype == v.dtype and dim == v.shape[2]
         return (
@@ -354,7 +354,7 @@ class Attention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.Attention`; what the package does not take goes to our own kernels."""
+        """As `radixgen.kernels.backend.Attention`; what the package does not take goes to our own kernels."""
         if not self._calls or not self._package.answers(q, k, v):
             if self._fallback is None:
                 self._fallback = self._own.attention(self._whole, self._window, self._device)
@@ -407,7 +407,7 @@ class Chooser:
     other: Callable[[Plan, int | None, torch.device], AnyAttention]
 
     def __call__(self, plan: Plan, window: int | None, device: torch.device) -> AnyAttention:
-        """As `radixgen.kernels.Attention` is made."""
+        """As `radixgen.kernels.backend.Attention` is made."""
         sequences, rest = split(plan.within(window))
         if rest is None and self.cost.predict(sequences) < plan.predicted:
             return Attention(plan, window, device)

@@ -125,7 +125,7 @@ class Attention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.Attention`."""
+        """As `radixgen.kernels.backend.Attention`."""
         rows, q_heads, head_dim = q.shape
         kv_heads, group = k.shape[1], q_heads // k.shape[1]
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -161,7 +161,7 @@ class Attention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.Attention`; shapes that the kernels don't answer go to PyTorch."""
+        """As `radixgen.kernels.backend.Attention`; shapes that the kernels don't answer go to PyTorch."""
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
             if self._torch is None:

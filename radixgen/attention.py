@@ -8,7 +8,7 @@ from torch import Tensor
 
 from radixgen.core import InvalidRequest, Plan
 from radixgen.core.plan import Int32Array
-from radixgen.kernels import Attention, backend, check_backend
+from radixgen.kernels.backend import Attention, backend, check_backend
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from radixgen.core.settings import cache_dir
-from radixgen.kernels import backend
+from radixgen.kernels.backend import backend
 from radixgen.kernels.flash_backend import FlashCost
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.scheduler.cost import CostModel, TileCost

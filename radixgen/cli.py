@@ -421,7 +421,7 @@ def doctor() -> None:
     from rich.table import Table
 
     from radixgen.core.settings import cache_dir
-    from radixgen.kernels import BACKENDS
+    from radixgen.kernels.backend import BACKENDS
     from radixgen.kernels.flash_backend import installed
     from radixgen.model.loader import resolve_device
     from radixgen.version import VERSION
@@ -458,7 +458,7 @@ def _version(package: str) -> str:
 
 def _why(name: str, device: "torch.device") -> str:
     """Whether a backend is used where none is asked for, and if not, why."""
-    from radixgen.kernels import backend
+    from radixgen.kernels.backend import backend
 
     chosen = backend("auto", device).name
     if name == chosen:

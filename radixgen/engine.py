@@ -37,7 +37,7 @@ from radixgen.core import (
 )
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, as_prompts, chat_tokens
-from radixgen.kernels import backend
+from radixgen.kernels.backend import backend
 from radixgen.model.base import Model
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel

@@ -2,10 +2,15 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+PACKAGE = Path(__file__).parent.parent / "radixgen"
+if not all((PACKAGE / name).is_dir() for name in ("kernels", "scheduler")):
+    pytest.exit("this copy has lost the links radixgen/kernels and radixgen/scheduler: run `make links`", returncode=4)
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on the CPU, in NumPy.

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from radixgen import Engine, TreeAttention, calibration
 from radixgen.core import InvalidRequest
-from radixgen.kernels import backend, flash_backend, torch_backend
+from radixgen.kernels import flash_backend, torch_backend
+from radixgen.kernels.backend import backend
 from radixgen.kernels.flash_backend import Chooser, FlashCost, MergeTables, Package, attend_plainly
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.sequences import split

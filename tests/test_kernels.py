@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from radixgen import Engine, TreeAttention
-from radixgen.kernels import backend
+from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.schedule import assign
 from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan
-from radixgen.kernels import Backend, StaticAttention
+from radixgen.kernels.backend import Backend, StaticAttention
 from radixgen.model.packed import LayerCall, TreeModel
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]

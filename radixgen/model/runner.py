@@ -13,7 +13,7 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan
-from radixgen.kernels import Attention, Backend, Writes, backend
+from radixgen.kernels.backend import Attention, Backend, Writes, backend
 from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.packed import LayerCall, TreeModel
 from radixgen.scheduler.cost import CostModel

@@ -1,0 +1,179 @@
+"""What is built from a checkout, or from a copy that lost its links, is whole: it installs, serves and tests itself."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from sizes import nightly
+
+import radixgen
+
+ROOT = Path(__file__).parent.parent
+LINKS = {ROOT / "radixgen" / name for name in ("kernels", "scheduler")}
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
+NOT_COMPILED = {"NUMBA_DISABLE_JIT": "1"}
+"""Numba's cache belongs to a path: compiling for a new one takes longer than all the rest."""
+BUILD = "import sys; from setuptools import build_meta as b; to = sys.argv[1]; b.build_wheel(to); b.build_sdist(to)"
+
+
+def copy_of(source: Path, target: Path, *, links: bool) -> Path:
+    """A copy whose symbolic links stay links, or are text files as in some archives and on some file systems."""
+    shutil.copytree(source, target, symlinks=True, ignore=NOT_COPIED)
+    for link in [] if links else [target / link.relative_to(ROOT) for link in LINKS]:
+        link.unlink(missing_ok=True)
+        link.write_text(f"../{link.name}")
+    return target
+
+
+def build(source: Path, target: Path) -> tuple[Path, Path]:
+    """Build in place. Returns the wheel and the source distribution."""
+    target.mkdir()
+    subprocess.run([sys.executable, "-c", BUILD, target], cwd=source, check=True, capture_output=True)
+    (wheel,), (sdist,) = target.glob("*.whl"), target.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def unpack(sdist: Path, target: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(target, filter="data")
+    (root,) = target.iterdir()
+    return root
+
+
+def files_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run with nothing of this checkout on the path."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("checkout")
+    return build(copy_of(ROOT, folder / "copy", links=all(link.is_symlink() for link in LINKS)), folder / "dist")
+
+
+@pytest.fixture(scope="module")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds the wheel, and beside it what this environment holds but radixgen."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built[0], cwd=folder)
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    # A path in a .pth file is not searched for .pth files, so this environment's own radixgen, a link, is not seen.
+    (Path(site) / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return python
+
+
+def sources(*folders: str) -> set[Path]:
+    """Files of folders of this checkout, but for what Python and the links add."""
+    paths = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return {
+        path.relative_to(ROOT)
+        for path in paths
+        if "__pycache__" not in path.parts and not {path, *path.parents} & LINKS
+    }
+
+
+def test_a_wheel_holds_every_source(built: tuple[Path, Path]) -> None:
+    own = {str(path) for path in sources("radixgen")}
+    beside = {f"radixgen/{path}" for path in sources("kernels", "scheduler")}
+    assert files_of(built[0]) == own | beside
+    assert {"radixgen/kernels/triton_kernels.py", "radixgen/scheduler/planner.py"} <= beside
+
+
+@pytest.mark.parametrize("origin", ["copy without links", "source distribution"])
+def test_no_link_is_needed(origin: str, built: tuple[Path, Path], tmp_path: Path) -> None:
+    if origin == "source distribution":
+        root = unpack(built[1], tmp_path / "source")
+    else:
+        root = copy_of(ROOT, tmp_path / "source", links=False)
+    wheel, sdist = build(root, tmp_path / "dist")
+    assert files_of(wheel) == files_of(built[0])
+    tested = {path for path in sources("tests", "bench", "examples") if "results" not in path.parts}
+    again = unpack(sdist, tmp_path / "again")
+    assert all((again / path).is_file() for path in tested)
+
+
+def test_an_installed_wheel_serves_a_request(installed: Path, tmp_path: Path) -> None:
+    out = run(
+        installed, "-m", "radixgen", "generate", "--max-tokens", "2", "The capital of France is",
+        cwd=tmp_path, **NOT_COMPILED,
+    )  # fmt: skip
+    assert '"text": " Paris' in out
+    where = run(installed, "-c", "import radixgen; print(radixgen.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(installed.parent.parent)
+
+
+def test_a_source_distribution_tests_itself(installed: Path, built: tuple[Path, Path], tmp_path: Path) -> None:
+    root = unpack(built[1], tmp_path)
+    run("make", "links", cwd=root)
+    some = ["tests/test_pool.py", "tests/test_tree.py"]
+    assert "passed" in run(installed, "-m", "pytest", "-p", "no:cacheprovider", *some, cwd=root, **NOT_COMPILED)
+
+
+@nightly
+def test_an_empty_environment_installs_what_it_needs(built: tuple[Path, Path], tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "empty", cwd=tmp_path)
+    python = tmp_path / "empty" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", built[0], cwd=tmp_path)
+    out = run(python, "-m", "radixgen", "generate", "--max-tokens", "2", "The capital of France is", cwd=tmp_path)
+    assert '"text": " Paris' in out
+
+
+def test_the_folders_of_a_checkout_shadow_no_package(tmp_path: Path) -> None:
+    """`kernels` is a package of Hugging Face, for which transformers looks; `scheduler` is somebody's too."""
+    site = tmp_path / "site"
+    for name in ("kernels", "scheduler"):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text("theirs = True\n")
+    code = "import kernels, scheduler; assert kernels.theirs and scheduler.theirs"
+    run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=f"{ROOT}{os.pathsep}{site}")
+    code = "from transformers.utils import is_kernels_available as there; print(there())"
+    elsewhere, here = (run(sys.executable, "-c", code, cwd=cwd) for cwd in (tmp_path, ROOT))
+    assert elsewhere == here
+
+
+def test_pictures_and_links_of_the_readme_are_found_from_anywhere() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = [line.partition("](")[2].rstrip(")") for line in readme.splitlines() if line.startswith("![")]
+    address = "https://raw.githubusercontent.com/radixgen/radixgen/main/"
+    assert pictures and all(picture.startswith(address) for picture in pictures)
+    assert all((ROOT / picture.removeprefix(address)).is_file() for picture in pictures)
+
+
+def test_the_dockerfile_has_no_faults() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("needs hadolint, whose wheel is made for Linux on x86-64")
+    run(hadolint, "Dockerfile", cwd=ROOT)
+
+
+@nightly
+def test_the_dockerfile_builds(tmp_path: Path) -> None:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs a running Docker engine")
+    run("docker", "build", "--tag", "radixgen-test", ROOT, cwd=tmp_path)
+    assert "serve" in run("docker", "run", "--rm", "radixgen-test", "--help", cwd=tmp_path)
+
+
+def test_the_version_stands_in_the_changelog() -> None:
+    assert f"## {radixgen.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
