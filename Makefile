@@ -24,6 +24,7 @@ check: $(VENV)/.$(EXTRAS)
 
 # Two benchmark threads on two busy cores are slower than one, so each runs on one.
 bench-check: $(VENV)/.$(EXTRAS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.startup --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.tree --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plan --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.step --check

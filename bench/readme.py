@@ -27,7 +27,7 @@ PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "plan", "step",
-    "simulate",
+    "simulate", "startup",
 )  # fmt: skip
 """Benchmarks with bounds, in README's order."""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}

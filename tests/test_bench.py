@@ -33,6 +33,7 @@ from bench import (
     serve,
     simulate,
     soak,
+    startup,
     step,
     thoughts,
     tree,
@@ -52,6 +53,11 @@ def any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_startup(capsys) -> None:
+    assert startup.main(["--repeats", "1"]) == 0
+    assert last_line(capsys)["import_seconds"] > 0
 
 
 TOY = ["--runs", "2", "--pool", "30000", "--nodes", "60", "200", "--operations", "20"]

