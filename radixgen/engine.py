@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from radixgen.cache import Node, RadixTree, TokenArray
 from radixgen.cache.storage import kv_room
@@ -48,7 +47,7 @@ from radixgen.scheduler.planner import PLAN_MODES, PlanMode
 from radixgen.scheduler.sequence import Request
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 
@@ -731,6 +730,9 @@ def _loaded(
 ) -> LoadedModel:
     if isinstance(model, str | Path):
         return load(model, dtype, device)
+
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         raise InvalidRequest("model", model, "must be a name, a path or a transformers model")
     if device != "auto":

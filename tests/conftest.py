@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on the CPU, in NumPy.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Two threads that spin on two shared cores are slower than one: for what tests start, and below for this process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -28,5 +31,4 @@ def heeded_interrupts() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Two threads that spin on two shared cores are slower than one."""
     torch.set_num_threads(1)

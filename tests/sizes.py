@@ -1,7 +1,9 @@
 """How large the suite is: ten minutes, or with `RADIXGEN_TEST_ALL=1` a night's."""
 
 import os
-from typing import TypeVar
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Any, TypeVar
 
 import pytest
 
@@ -14,3 +16,15 @@ nightly = pytest.mark.skipif(not ALL, reason="nightly: RADIXGEN_TEST_ALL=1, as `
 def size(quick: Size, everything: Size) -> Size:
     """`quick`, or at nightly size `everything`."""
     return everything if ALL else quick
+
+
+def pairs(*axes: Sequence[Any], everything: bool = ALL) -> list[tuple[Any, ...]]:
+    """Few combinations that hold every two values of different axes together, found greedily; or `everything`."""
+    rows = list(product(*(range(len(axis)) for axis in axes)))
+    if not everything:
+        held = {row: set(combinations(enumerate(row), 2)) for row in rows}
+        missing, rows = set().union(*held.values()), []
+        while missing:
+            rows.append(max(held, key=lambda row: len(held[row] & missing)))
+            missing -= held[rows[-1]]
+    return [tuple(axis[index] for axis, index in zip(axes, row, strict=True)) for row in rows]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from sizes import pairs
 from torch import Tensor
 
 from radixgen import TreeAttention
@@ -118,13 +119,12 @@ MASKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "cost"), MODES)
-@pytest.mark.parametrize(("window", "softcap", "sinks"), MASKS)
 @pytest.mark.parametrize(
-    ("heads", "dims"),
-    [((9, 3), (64, 64)), ((4, 4), (63, 63)), ((8, 1), (129, 33)), ((6, 2), (8, 16))],
+    ("way", "masks", "shape"),
+    pairs(MODES, MASKS, [((9, 3), (64, 64)), ((4, 4), (63, 63)), ((8, 1), (129, 33)), ((6, 2), (8, 16))]),
 )
-def test_equals_float64(mode, cost, window, softcap, sinks, heads, dims) -> None:
+def test_equals_float64(way, masks, shape) -> None:
+    (mode, cost), (window, softcap, sinks), (heads, dims) = way, masks, shape
     rng = np.random.default_rng(7)
     parents, lengths = random_tree(rng, nodes=23, longest=300)
     case = random_case(rng, lengths, parents, rows=37)

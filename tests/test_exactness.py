@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference import compare, reference_greedy
+from sizes import size
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from radixgen import Engine, SamplingParams
@@ -24,6 +25,12 @@ WAYS: dict[str, dict] = {
     "no sharing": {"share": False},
     "a pool that is always full": {"kv_tokens": 96, "max_step_tokens": 32},
 }
+
+
+def ways_of(family: str) -> list[dict]:
+    """All at nightly size; else the default, the full pool, and a third of the others: each meets many families."""
+    default, *others, full = WAYS.values()
+    return size([default, *others[families.FAMILIES.index(family) % 3 :: 3], full], [*WAYS.values()])
 
 
 def prompts(vocab: int, scale: int = 1) -> list[list[int]]:
@@ -84,7 +91,7 @@ def greedy(count: int) -> SamplingParams:
 def test_families(name: str) -> None:
     oracle, served = Oracle(families.build(name)), families.build(name)
     asked = prompts(families.VOCAB)
-    for options in WAYS.values():
+    for options in ways_of(name):
         with Engine(served, debug=True, **({"kv_tokens": 2048} | options)) as engine:
             for _ in ("cold", "warm"):
                 outputs = engine.generate(asked, greedy(NEW_TOKENS))

@@ -13,6 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from sizes import ALL, pairs
 from test_attention import (
     CHEAP_UNITS,
     MASKS,
@@ -40,6 +41,8 @@ from radixgen.scheduler.planner import CostModel, TileCost
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EVERYTHING = ALL or DEVICE.type == "cuda"
+"""Whether our own kernels answer all combinations, and on larger trees: without a GPU, Triton's interpreter runs them."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,7 +63,11 @@ class Recorder:
         return out, lse
 
 
-@pytest.fixture(params=[0, 256], ids=["in place", "packed"])
+BEYOND = [0, 256]
+"""Keys that a twin reads past each sequence: none, so that the pool is read in place, or some, so that keys are packed."""
+
+
+@pytest.fixture(params=BEYOND, ids=["in place", "packed"])
 def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder(request.param)
     package = Package("twin", recorder, request.param, FLOATS, 1)
@@ -88,10 +95,13 @@ def check(case: Case, heads: tuple[int, int], dims: tuple[int, int], sinks: bool
     assert error(lse, expected_lse) < 1e-6
 
 
-@pytest.mark.parametrize(("mode", "cost"), MODES)
-@pytest.mark.parametrize(("window", "softcap", "sinks"), MASKS)
-@pytest.mark.parametrize(("heads", "dim"), [((9, 3), 64), ((4, 4), 63), ((8, 1), 129)])
-def test_equals_float64(twin: Recorder, mode, cost, window, softcap, sinks, heads, dim) -> None:
+@pytest.mark.parametrize(
+    ("twin", "way", "masks", "shape"),
+    pairs(BEYOND, MODES, MASKS, [((9, 3), 64), ((4, 4), 63), ((8, 1), 129)]),
+    indirect=["twin"],
+)
+def test_equals_float64(twin: Recorder, way, masks, shape) -> None:
+    (mode, cost), (window, softcap, sinks), (heads, dim) = way, masks, shape
     rng = np.random.default_rng(7)
     parents, lengths = random_tree(rng, nodes=23, longest=300)
     case = random_case(rng, lengths, parents, rows=37)
@@ -99,16 +109,20 @@ def test_equals_float64(twin: Recorder, mode, cost, window, softcap, sinks, head
     assert twin.calls or window is not None
 
 
-@pytest.mark.parametrize("mode", ["auto", "naive"])
-@pytest.mark.parametrize(("window", "softcap", "sinks"), [(None, None, False), (70, None, True), (None, 20.0, True)])
-def test_with_our_kernels_for_the_rest(
-    twin: Recorder, monkeypatch: pytest.MonkeyPatch, window, softcap, sinks, mode
-) -> None:
+@pytest.mark.parametrize(
+    ("twin", "masks", "mode"),
+    pairs(
+        BEYOND, [(None, None, False), (70, None, True), (None, 20.0, True)], ["auto", "naive"], everything=EVERYTHING
+    ),
+    indirect=["twin"],
+)
+def test_with_our_kernels_for_the_rest(twin: Recorder, monkeypatch: pytest.MonkeyPatch, masks, mode) -> None:
+    window, softcap, sinks = masks
     pytest.importorskip("triton")
     monkeypatch.setattr(flash_backend, "backend", lambda name, device: backend("triton", device))
     rng = np.random.default_rng(3)
-    parents, lengths = random_tree(rng, nodes=14, longest=300)
-    case = random_case(rng, lengths, parents, rows=33)
+    parents, lengths = random_tree(rng, nodes=14 if EVERYTHING else 9, longest=300)
+    case = random_case(rng, lengths, parents, rows=33 if EVERYTHING else 17)
     q, k, v = (tensor.to(DEVICE) for tensor in tensors(case, (6, 2), (64, 64), torch.float16))
     logits = torch.randn(6, device=DEVICE) if sinks else None
     expected, expected_lse = reference(
@@ -121,9 +135,9 @@ def test_with_our_kernels_for_the_rest(
     assert twin.calls
 
 
-@pytest.mark.parametrize("depth", [1, 2, 17, 64])
-@pytest.mark.parametrize(("mode", "cost"), MODES)
-def test_depths(twin: Recorder, depth: int, mode, cost) -> None:
+@pytest.mark.parametrize(("twin", "depth", "way"), pairs(BEYOND, [1, 2, 17, 64], MODES), indirect=["twin"])
+def test_depths(twin: Recorder, depth: int, way) -> None:
+    mode, cost = way
     rng = np.random.default_rng(depth)
     parents = [-1, *range(depth - 1)] + list(range(depth))
     lengths = [int(rng.integers(1, 40)) for _ in range(2 * depth)]

@@ -101,6 +101,7 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
         ("radixgen.cache", {"numba"}),
         ("radixgen.scheduler.planner", {"numba"}),
         ("radixgen.serve.client", {"msgspec", "numba", "zmq"}),
+        ("radixgen.engine", {"jinja2", "numba", "torch"}),
     ],
 )
 def test_importing_radixgen_is_light(module: str, others: set[str]) -> None:

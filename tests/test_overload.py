@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from oracle import StampModel
+from sizes import size
 from torch import Tensor
 
 from radixgen import Engine, Limits, QueueFull, SamplingParams
@@ -108,7 +109,7 @@ def offer(
                     cold, before, ahead = waiting.pop(sequence.request.id)
                     admitted += 1
                     load.waits += [(admitted - before - 1, ahead)] if cold else []
-            if watch_memory and engine.stats().steps % 10 == 0:
+            if watch_memory and engine.stats().steps % 5 == 0:
                 gc.collect()
                 load.sizes.append(tracemalloc.get_traced_memory()[0])
         load.seconds = model.now
@@ -163,7 +164,7 @@ def test_requests_past_their_deadline_cost_nothing_more() -> None:
 def test_memory_is_flat() -> None:
     tracemalloc.start()
     try:
-        sizes = offer(capacity() * 10, 6_000, watch_memory=True).sizes
+        sizes = offer(capacity() * 10, size(2_000, 6_000), watch_memory=True).sizes
     finally:
         tracemalloc.stop()
     half = len(sizes) // 2

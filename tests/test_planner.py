@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import size
 
 from bench import trees
 from radixgen.cache import ExtentPool, Lock, RadixTree
@@ -67,14 +68,17 @@ def path_slots(forest: Forest, node: int) -> list[int]:
 def keys_read(found: Plan, window: int | None = None) -> list[list[tuple[int, int]]]:
     """For each row of the plan the (position, slot) of every key that it sees, sorted, repeats kept."""
     seen: list[list[tuple[int, int]]] = [[] for _ in range(found.num_rows)]
-    for unit in range(found.num_units):
-        for segment in range(*found.unit_segments[unit]):
-            start, first = int(found.segment_starts[segment]), int(found.segment_positions[segment])
-            for row in range(*found.segment_rows[segment]):
-                last = int(found.row_positions[row])
-                for i in range(found.segment_lengths[segment]):
-                    if first + i <= last and (window is None or first + i > last - window):
-                        seen[row].append((first + i, start + i))
+    last, readers = found.row_positions.tolist(), found.segment_rows.tolist()
+    positions, lengths, slots = (
+        array.tolist() for array in (found.segment_positions, found.segment_lengths, found.segment_starts)
+    )
+    for begin, stop in found.unit_segments.tolist():
+        for segment in range(begin, stop):
+            first, to_slot = positions[segment], slots[segment] - positions[segment]
+            for row in range(*readers[segment]):
+                oldest = first if window is None else max(first, last[row] - window + 1)
+                keys = range(oldest, min(first + lengths[segment], last[row] + 1))
+                seen[row] += [(key, key + to_slot) for key in keys]
     return [sorted(keys) for keys in seen]
 
 
@@ -310,7 +314,7 @@ def test_rows_all_along_a_long_chain(mode) -> None:
     size, step = 5_000, 250
     ones, ids = np.ones(size, np.int32), np.arange(size, dtype=np.int32)
     forest = Forest(ids - 1, ids, ones, np.arange(size + 1), 2 * ids.astype(np.int64), ones)
-    rows = ids[step - 1 :: step][::-1]
+    rows = ids[step - 1 :: step][::-1].copy()
     found = plan(forest, rows, rows, mode=mode)
     assert found.row_positions.tolist() == sorted(rows.tolist())
     expected = [[(p, 2 * p) for p in range(last + 1)] for last in found.row_positions.tolist()]
@@ -390,23 +394,23 @@ def test_explain_says_what_became_of_each_level() -> None:
 
 
 def test_long_chains_do_not_recurse() -> None:
-    size = 100_000
-    tree = RadixTree(ExtentPool(size))
+    length = size(5_000, 100_000)
+    tree = RadixTree(ExtentPool(length))
     lock = tree.insert([1])
-    for _ in range(size - 1):
+    for _ in range(length - 1):
         other = tree.fork(lock)
         node = lock.held
         tree.advance([lock], 1)
         assert lock.held is not node
         tree.unlock(other)
-    assert tree.num_nodes == size + 1
+    assert tree.num_nodes == length + 1
     for node in lock.held.path()[1:]:
         tree.schedule(node, 1)
         tree.commit(node)
     found = Planner(tree).plan(*decode_rows([lock]))
-    assert found.num_units == 1 and found.kv_tokens_read == size
+    assert found.num_units == 1 and found.kv_tokens_read == length
     tree.unlock(lock)
-    assert tree.evict(size) == size and tree.num_nodes == 0
+    assert tree.evict(length) == length and tree.num_nodes == 0
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,4 +1,7 @@
-"""From a model's name to transformers' own model and tokenizer."""
+"""From a model's name to transformers' own model and tokenizer.
+
+transformers takes seconds to import, so it is imported by the functions that use it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging as transformers_logging
 
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
@@ -68,6 +69,8 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
     With `ranks` above 1, this process's share of what `check_shards` found fit; all ranks of the process group load at
     the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
     """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     place, target = resolve_device(device), resolve_dtype(dtype)
     source, options = _found(name)
     with quiet_transformers():
@@ -121,6 +124,8 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' own bars and notices, which a caller of radixgen did not ask for."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -160,6 +165,8 @@ def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(source, **options)
     except Exception as error:
@@ -167,6 +174,8 @@ def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
+    from transformers import AutoTokenizer
+
     gguf = {key: value for key, value in options.items() if key == "gguf_file"}
     try:
         return AutoTokenizer.from_pretrained(source, **gguf)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from radixgen.cache.storage import LayerShape
 from radixgen.core import InvalidRequest, UnsupportedModel
@@ -43,6 +42,12 @@ class Attend(Protocol):
     """Answers one layer: `out [rows, q_heads, v_head_dim]`, in q's dtype, and `lse [rows, q_heads]`."""
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
+
+
+def _register(attention: Callable[..., tuple[Tensor, None]]) -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention)
 
 
 def _attention(
@@ -96,7 +101,7 @@ class TreeModel:
         self._compiled: list[nn.Module] = []
         self._former_rotary: list[tuple[nn.Module, Any]] = []
         self._former_attention = model.config._attn_implementation
-        AttentionInterface.register(IMPLEMENTATION, _attention)
+        _register(_attention)
         try:
             model.set_attn_implementation(IMPLEMENTATION)
         except (ValueError, ImportError) as error:
@@ -137,7 +142,7 @@ class TreeModel:
         The first passes are slow; attention itself is left as it is.
         """
         opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
-        AttentionInterface.register(IMPLEMENTATION, opaque)
+        _register(opaque)
         for module in self.model.modules():
             if type(module).__name__ in (self.model._no_split_modules or ()):
                 module.compile(dynamic=True)
