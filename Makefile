@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # What is installed for tests besides radixgen: tests of clusters want `dynamo` and `smg` too, and are skipped without.
 EXTRAS ?= dev
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 25
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: demo test test-all check bench-check links clean
 

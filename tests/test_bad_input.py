@@ -14,6 +14,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from names import name_of
 from oracle import StampModel
 from texts import tokenizer
 
@@ -309,7 +310,7 @@ def test_bad_conversations(case: Any) -> None:
 
 
 @pytest.mark.parametrize("entry", ["submit", "generate", "stream"])
-@pytest.mark.parametrize("params", [{}, {"n": 1}, 5, "x", [1], SamplingParams, object()], ids=str)
+@pytest.mark.parametrize("params", [{}, {"n": 1}, 5, "x", [1], SamplingParams, object()], ids=name_of)
 def test_params_of_the_wrong_type(params: Any, entry: str) -> None:
     uses: dict[str, Use] = {
         "submit": lambda engine: engine.submit(PROMPT, params),

@@ -10,6 +10,7 @@ import pytest
 CLUSTER = Path(__file__).parent.parent / "examples/cluster"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["dynamo", "smg"])
 def test_cluster(script: str) -> None:
     if find_spec(script) is None:

@@ -23,6 +23,7 @@ def compiled() -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_is_spilled(compiled: list[dict]) -> None:
     assert {one["chip"] for one in compiled} == {80, 90}
     assert [one for one in compiled if one["spilled"]] == []

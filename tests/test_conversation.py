@@ -15,6 +15,7 @@ import texts
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from names import name_of
 from oracle import StampModel, expected_logits
 
 from radixgen import (
@@ -721,7 +722,7 @@ def test_what_is_loaded_is_checked(engine: Engine) -> None:
         ({"on_overflow": None}, "on_overflow"),
         ({"on_break": 5}, "on_break"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_bad_options_are_named(engine: Engine, options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -736,7 +737,7 @@ BAD_MESSAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("message", BAD_MESSAGES, ids=str)
+@pytest.mark.parametrize("message", BAD_MESSAGES, ids=name_of)
 def test_bad_messages_are_named_and_change_nothing(engine: Engine, message: object) -> None:
     talk = engine.conversation(params=LETTERS)
     talk.say("hi")

@@ -161,6 +161,7 @@ def test_requests_past_their_deadline_cost_nothing_more() -> None:
     assert late.goodput >= 0.5 * at(10).goodput
 
 
+@pytest.mark.slow
 def test_memory_is_flat() -> None:
     tracemalloc.start()
     try:

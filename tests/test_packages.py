@@ -110,6 +110,7 @@ def test_no_link_is_needed(origin: str, built: tuple[Path, Path], tmp_path: Path
     assert all((again / path).is_file() for path in tested)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_serves_a_request(installed: Path, tmp_path: Path) -> None:
     out = run(
         installed, "-m", "radixgen", "generate", "--max-tokens", "2", "The capital of France is",

@@ -1,9 +1,13 @@
 """The Python examples of README and of docs/cluster.md run as they stand."""
 
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from radixgen import engine
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/cluster.md"]
@@ -19,6 +23,15 @@ def examples() -> list[str]:
 EXAMPLES = examples()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_model() -> Iterator[None]:
+    """The engines of all examples borrow one SmolLM2, one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "load", cache(engine.load))
+        yield
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(example, "example", "exec"), {})
