@@ -127,7 +127,7 @@ def test_smollm2() -> None:
     path = smollm2.fetch()
     oracle, served = Oracle(AutoModelForCausalLM.from_pretrained(path)), AutoModelForCausalLM.from_pretrained(path)
     ways = [(1, options) for options in size([WAYS["a pool that is always full"]], [*WAYS.values()])]
-    for scale, options in [*ways, (6, {})]:
+    for scale, options in [*ways, (size(3, 6), {})]:
         asked = prompts(vocab=40_000, scale=scale)
         with Engine(served, debug=True, **({"kv_tokens": 2048} | options)) as engine:
             for _ in ("cold", "warm"):
