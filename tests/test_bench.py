@@ -118,7 +118,7 @@ def test_http(capsys, spoken) -> None:
     options = ["--streams", "2", "--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "1"]
     assert http.main(options, spoken) == 0
     figures = last_line(capsys)
-    assert figures["outputs_2"] == 1 and figures["ratio_2"] > 0 and len(figures["ttft_ms_2_http"]) == 2
+    assert 0 < figures["outputs_2"] <= 1 and figures["ratio_2"] > 0 and len(figures["ttft_ms_2_http"]) == 2
 
 
 @pytest.mark.usefixtures("in_thread")
