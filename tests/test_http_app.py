@@ -178,7 +178,7 @@ def test_usage_in_each_chunk() -> None:
             asked = {**body, "stream_options": options, "skip_special_tokens": True, "ignore_eos": True}
             chunks = await events(client, f"/v1/{path}", asked)
             counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if "usage" in chunk]
-            assert counts == sorted(counts) and counts[-2:] == [4, 4] and len(counts) == len(chunks) - (path[0:4] == "chat")
+            assert counts == sorted(counts) and counts[-2:] == [4, 4] and len(counts) == len(chunks)
 
     in_process(test, tiny())
 

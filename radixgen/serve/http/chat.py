@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import msgspec
 from fastapi import APIRouter
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -35,6 +35,7 @@ from radixgen.serve.http.protocol import (
     Reason,
     TokenizeRequest,
     ToolCall,
+    Usage,
 )
 from radixgen.serve.http.sessions import Turn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
@@ -192,16 +193,18 @@ class _Answer:
         roles = [
             ChunkChoice(index=index, delta=Delta(role="assistant", content="")) for index in range(len(self._choices))
         ]
-        yield event(chunk(choices=roles, prompt_token_ids=self._prompt_ids()))
+        yield event(chunk(choices=roles, prompt_token_ids=self._prompt_ids(), usage=self._usage_so_far()))
         async for _, output in self._generation.outputs():
             told = [self._chunk(one) for one in output.outputs]
             if told := [one for one in told if one is not None]:
-                usage = self._generation.usage() if self._body.counts_usage_on else UNSET
-                yield event(chunk(choices=told, usage=usage))
+                yield event(chunk(choices=told, usage=self._usage_so_far()))
         if self._turn is not None:
             await asyncio.to_thread(self._end_turn, self._turn)
         if self._body.counts_usage:
             yield event(chunk(choices=[], usage=self._generation.usage()))
+
+    def _usage_so_far(self) -> Usage | UnsetType:
+        return self._generation.usage() if self._body.counts_usage_on else UNSET
 
     async def whole(self) -> ChatResponse:
         async for _, output in self._generation.outputs():
