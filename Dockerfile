@@ -4,7 +4,8 @@
 #     docker build -t radixgen --build-arg TORCH=cu130 .      for NVIDIA GPUs: PyTorch's name of a CUDA version
 #     docker run -p 127.0.0.1:8000:8000 -e RADIXGEN_API_KEY=... radixgen
 #
-# With GPUs, add `--gpus all`. The model and Numba's compiled code are kept in the volume /cache.
+# With GPUs, add `--gpus all`. `docker stop -t 40` lets open requests end. The volume /cache keeps the model and
+# compiled code.
 FROM python:3.12-slim
 
 ARG TORCH=cpu
@@ -28,8 +29,11 @@ RUN pip install --no-cache-dir ".[serve,structured]" \
 
 USER 1000
 WORKDIR /home/radixgen
-ENV RADIXGEN_CACHE=/cache/radixgen NUMBA_CACHE_DIR=/cache/numba TRITON_CACHE_DIR=/cache/triton HF_HOME=/cache/huggingface
+ENV RADIXGEN_CACHE=/cache/radixgen HF_HOME=/cache/huggingface \
+    NUMBA_CACHE_DIR=/cache/numba TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 VOLUME /cache
 EXPOSE 8000
+# Python, as process 1, ignores SIGTERM until the server has started.
+STOPSIGNAL SIGINT
 ENTRYPOINT ["radixgen"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -1,8 +1,10 @@
+comma := ,
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# What is installed for tests besides radixgen: tests of clusters want `dynamo` and `smg` too, and are skipped without.
-EXTRAS ?= dev
+# More extras for tests, with commas and no spaces: those of clusters need `dynamo,smg` and are skipped otherwise.
+TEST_EXTRAS ?=
+EXTRAS := dev$(if $(TEST_EXTRAS),$(comma)$(TEST_EXTRAS))
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: demo test test-all check bench-check links clean
@@ -33,19 +35,21 @@ bench-check: $(VENV)/.$(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.prefix --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.unrelated --check
 
-# They make a checkout look like an installation to tools that read files. Source distributions and some archives lack
-# them, and need none to be installed.
+# An editable install and the tests need these links, which source distributions and some archives lack. Wheels and
+# source distributions are built without them.
 links:
 	@for name in kernels scheduler; do test -d radixgen/$$name || ln -sfn ../$$name radixgen/$$name; done
 
-$(VENV)/.demo: pyproject.toml | links
-	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | links $(BIN)/pip
 	$(BIN)/pip install --editable .
 	touch $@
 
-$(VENV)/.$(EXTRAS): $(VENV)/.demo
+$(VENV)/.$(EXTRAS): pyproject.toml | links $(BIN)/pip
 	$(BIN)/pip install --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

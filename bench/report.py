@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -169,6 +170,9 @@ def benchmark_options(description: str | None) -> argparse.ArgumentParser:
 
 
 def _git(*arguments: str) -> str:
+    """What git prints; nothing where there is no git."""
+    if shutil.which("git") is None:
+        return ""
     command = ["git", "-C", str(RESULTS.parent.parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 

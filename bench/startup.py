@@ -1,4 +1,4 @@
-"""How long radixgen takes to be there: `import radixgen`, and `radixgen --help`.
+"""How long radixgen takes to start: `import radixgen`, and `radixgen --help`.
 
 `python -m bench.startup [--check] [--save] [--repeats N]`
 

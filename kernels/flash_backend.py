@@ -325,7 +325,7 @@ class Writes:
         self._writes: AnyWrites = backend("auto", device).writes(slots, device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.Writes`."""
+        """As `radixgen.kernels.backend.Writes`."""
         self._writes(key, value, k, v)
 
 

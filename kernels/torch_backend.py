@@ -94,7 +94,7 @@ class Writes:
         self._slots = torch.from_numpy(slots[rows]).to(device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.Writes`."""
+        """As `radixgen.kernels.backend.Writes`."""
         if self._rows is not None:
             key, value = key[self._rows], value[self._rows]
         k.index_copy_(0, self._slots, key)

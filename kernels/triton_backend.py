@@ -98,7 +98,7 @@ class Writes:
         self._slots = torch.as_tensor(slots).to(device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.Writes`."""
+        """As `radixgen.kernels.backend.Writes`."""
         key = key if key.stride(2) == 1 else key.contiguous()
         value = value if value.stride(2) == 1 else value.contiguous()
         _, kv_heads, head_dim = k.shape
@@ -179,7 +179,7 @@ class Attention:
 
 
 class StaticAttention:
-    """As `radixgen.kernels.StaticAttention`: tables at fixed addresses, with room for larger plans."""
+    """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
     def __init__(self, plan: Plan, window: int | None, positions: Tensor) -> None:
         self._window, self._positions = window, positions
@@ -191,7 +191,7 @@ class StaticAttention:
         self.load(plan)
 
     def load(self, plan: Plan) -> bool:
-        """As `radixgen.kernels.StaticAttention.load`."""
+        """As `radixgen.kernels.backend.StaticAttention.load`."""
         assert plan.tile_rows == self._tile_rows
         if plan.origin is self._origin and plan.age <= self._last_age:
             return True
@@ -200,7 +200,7 @@ class StaticAttention:
 
     @staticmethod
     def advance(positions: Tensor, slots: Tensor, rows: int) -> None:
-        """As `radixgen.kernels.StaticAttention.advance`."""
+        """As `radixgen.kernels.backend.StaticAttention.advance`."""
         triton_kernels.advance[(triton.cdiv(rows, 1024),)](positions, slots, rows, BLOCK=1024)
 
     def _lay_out(self, geometry: Geometry, launch: Launch) -> Work:
@@ -210,7 +210,7 @@ class StaticAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.StaticAttention`."""
+        """As `radixgen.kernels.backend.StaticAttention`."""
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
             raise ValueError(f"no kernel for {geometry}")

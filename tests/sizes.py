@@ -1,4 +1,4 @@
-"""How large the suite is: ten minutes, or with `RADIXGEN_TEST_ALL=1` a night's."""
+"""Test sizes: quick by default, nightly with `RADIXGEN_TEST_ALL=1`."""
 
 import os
 from collections.abc import Sequence
@@ -6,8 +6,11 @@ from itertools import combinations, product
 from typing import Any, TypeVar
 
 import pytest
+import torch
 
-ALL = bool(os.environ.get("RADIXGEN_TEST_ALL"))
+ALL = os.environ.get("RADIXGEN_TEST_ALL") == "1"
+EVERYTHING = ALL or torch.cuda.is_available()
+"""Whether kernels are tried in all combinations and on larger trees: Triton's interpreter is slow."""
 Size = TypeVar("Size")
 
 nightly = pytest.mark.skipif(not ALL, reason="nightly: RADIXGEN_TEST_ALL=1, as `make test-all` sets it")
@@ -19,7 +22,8 @@ def size(quick: Size, everything: Size) -> Size:
 
 
 def pairs(*axes: Sequence[Any], everything: bool = ALL) -> list[tuple[Any, ...]]:
-    """Few combinations that hold every two values of different axes together, found greedily; or `everything`."""
+    """A small set of combinations that covers every pair of values (greedy); or `everything`. At least two axes."""
+    assert len(axes) > 1
     rows = list(product(*(range(len(axis)) for axis in axes)))
     if not everything:
         held = {row: set(combinations(enumerate(row), 2)) for row in rows}

@@ -30,6 +30,7 @@ from bench import (
     peers,
     plan,
     plots,
+    readme,
     serve,
     simulate,
     soak,
@@ -38,7 +39,7 @@ from bench import (
     thoughts,
     tree,
 )
-from bench.report import Memory, Report
+from bench.report import RESULTS, Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from radixgen import Engine, Limits
 from radixgen.scheduler import planner
@@ -53,6 +54,10 @@ def any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_readme_shows_results_that_were_kept() -> None:
+    assert all((RESULTS / f"{name}.json").is_file() for name in readme.TABLE)
 
 
 def test_startup(capsys) -> None:

@@ -129,9 +129,8 @@ def test_families(name: str) -> None:
     """Forks and what cancelled requests had generated count too."""
     oracle, served = Oracle(families.build(name)), families.build(name)
     asks = [(prompt, greedy(NEW_TOKENS)) for prompt in PROMPTS]
-    seeds = size([families.FAMILIES.index(name) % 2], [0, 1])
-    for seed in seeds:
-        plan = ("auto", "naive")[seed]
+    ways = [(0, "auto"), (1, "naive")]
+    for seed, plan in size([ways[families.FAMILIES.index(name) % 2]], ways):
         with Engine(served, plan=plan, debug=True, **TIGHT) as engine:
             ended = Churn(engine, seed, cancels=4, forks=3).serve(asks)
             assert_crowded(engine)

@@ -13,7 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from sizes import ALL, pairs
+from sizes import EVERYTHING, pairs
 from test_attention import (
     CHEAP_UNITS,
     MASKS,
@@ -41,8 +41,6 @@ from radixgen.scheduler.planner import CostModel, TileCost
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-EVERYTHING = ALL or DEVICE.type == "cuda"
-"""All combinations of our own kernels, on larger trees; without a GPU, Triton's interpreter runs them."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -6,7 +6,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from sizes import ALL, pairs
+from sizes import EVERYTHING, pairs
 from test_attention import Case, error, poison, random_case, random_tree, reference, tensors
 from test_exactness import Oracle, greedy, prompts
 from torch import Tensor
@@ -22,8 +22,6 @@ pytest.importorskip("triton")
 from radixgen.kernels import triton_backend, triton_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-EVERYTHING = ALL or DEVICE.type == "cuda"
-"""All combinations, on larger trees; in the interpreter time goes by programs and blocks of keys."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 COST = CostModel(tiles=(TileCost(16, 60.0, 1.0), TileCost(64, 70.0, 1.2)), partial=0.1, programs=7, mix=True)

@@ -195,9 +195,9 @@ class _Answer:
         ]
         yield event(chunk(choices=roles, prompt_token_ids=self._prompt_ids(), usage=self._usage_so_far()))
         async for _, output in self._generation.outputs():
-            told = [self._chunk(one) for one in output.outputs]
-            if told := [one for one in told if one is not None]:
-                yield event(chunk(choices=told, usage=self._usage_so_far()))
+            choices = [self._chunk(completion) for completion in output.outputs]
+            if choices := [choice for choice in choices if choice is not None]:
+                yield event(chunk(choices=choices, usage=self._usage_so_far()))
         if self._turn is not None:
             await asyncio.to_thread(self._end_turn, self._turn)
         if self._body.counts_usage:
