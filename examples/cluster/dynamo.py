@@ -32,8 +32,8 @@ class Dynamo(Cluster):
         blocks = ["--kv-cache-block-size", BLOCK_SIZE]
         self.run("frontend", *python("dynamo.frontend", *flags, *blocks, *PLANES), **place)
         for number in range(workers):
-            serve = ["worker", "--backend", "dynamo", "--kv-tokens", "8192", "--block-size", BLOCK_SIZE, *PLANES]
-            process = self.run(f"worker{number}", *python("radixgen", *serve), **place)
+            serve = ["worker", "--backend", "dynamo", "--kv-tokens", "8192", "--block-size", BLOCK_SIZE]
+            process = self.run(f"worker{number}", *python("radixgen", *serve, *self.drain, *PLANES), **place)
             self.wait("a worker", lambda: self._instances() - self.workers.keys())
             self.workers[(self._instances() - self.workers.keys()).pop()] = process
         self.wait("the frontend", lambda: self.get("/v1/models")["data"])

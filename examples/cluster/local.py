@@ -47,6 +47,8 @@ class Cluster(ABC):
     def __init__(self, patience: float) -> None:
         """patience: seconds for anything to come up or to answer."""
         self.patience = patience
+        self.drain = ["--drain-timeout", str(patience)]
+        """Options of each worker"""
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.port = free_port()
         self._url = f"http://127.0.0.1:{self.port}"
@@ -238,7 +240,7 @@ def drain_one(cluster: Cluster, talks: list[Talk]) -> list[str]:
         if "error" in event:
             return [f"the stream of a worker that was asked to stop ended with {event}"]
         reasons += [choice["finish_reason"] for choice in event["choices"] if choice.get("finish_reason")]
-    code = process.wait(60)
+    code = process.wait(cluster.patience)
     print(f"a worker that was asked to stop ended its stream with {reasons} and exited with {code}")
     return [] if reasons == ["length"] and code == 0 else ["a worker that was asked to stop did not end its stream"]
 

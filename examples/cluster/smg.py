@@ -25,7 +25,7 @@ class SMG(Cluster):
         self.model = str(smollm2.fetch())
         for number in range(workers):
             url = f"ipc://{self.folder}/engine{number}"
-            serve = ["worker", "--backend", "zmq", "--smg", url, "--kv-tokens", "8192"]
+            serve = ["worker", "--backend", "zmq", "--smg", url, "--kv-tokens", "8192", *self.drain]
             self.workers[url] = self.run(f"worker{number}", *python("radixgen", *serve))
         logs = [self.log(f"worker{number}") for number in range(workers)]
         self.wait("the workers", lambda: all("dials" in log.read_text() for log in logs))
