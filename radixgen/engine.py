@@ -157,6 +157,7 @@ class Engine:
             limits=self.limits,
             eos_token_ids=served.eos_token_ids,
         )
+        self._guard = self._core.guard
         self._outputs = OutputProcessor(self._core, self.tokenizer)
         self._undelivered: dict[str, list[RequestOutput]] = {}
         """Of each request what one caller's step brought to another"""
@@ -350,17 +351,21 @@ class Engine:
         """Run one step. Returns an output for every request that gained tokens or ended.
 
         Where the model raises, the step is undone and its requests are tried again, each alone; one for which it
-        raises again ends with `error`.
+        raises again ends with `error`. Whatever else a step raises, an interrupt too, is the end of the engine: all
+        later calls but `close` raise `EngineDead`. An interrupt while the model runs leaves the step undone.
         """
         self._begin_call()
-        new = self._step()
-        kept, self._undelivered = self._undelivered, {}
-        return [*chain.from_iterable(kept.values()), *new]
+        with self._guard:
+            new = self._step()
+            kept, self._undelivered = self._undelivered, {}
+            return [*chain.from_iterable(kept.values()), *new]
 
     def cancel(self, request_id: str) -> None:
         """End a request with `finish_reason="abort"`; the next step reports it. Raises `UnknownRequest`."""
         self._begin_call()
-        self._core.abort(self._live(request_id))
+        request = self._live(request_id)
+        with self._guard:
+            self._core.abort(request)
 
     def fork(self, request_id: str, n: int = 1) -> list[str]:
         """`n` more requests that go on from where this one stands, each with draws of its own; their ids.
@@ -376,11 +381,12 @@ class Engine:
         check_integer("n", n, 1, self.limits.max_n)
         self._core.require_room(n, n * request.prompt.size)
         forks = []
-        for _ in range(n):
-            fork = self._core.fork(request)
-            self._outputs.follow_fork(request, fork)
-            forks.append(fork.id)
-        return forks
+        with self._guard:
+            for _ in range(n):
+                fork = self._core.fork(request)
+                self._outputs.follow_fork(request, fork)
+                forks.append(fork.id)
+            return forks
 
     def pin(
         self,
@@ -400,15 +406,17 @@ class Engine:
         self._begin_call()
         tokens = self._inputs.tokenize(prompt)
         expires = self._check_pin(namespace, priority, ttl)
-        if replaces is not None:
-            self.unpin(replaces)
-        pin = self._core.pin(tokens, namespace, priority, expires)
-        return pin.id if pin else None
+        with self._guard:
+            if isinstance(replaces, int):
+                self._core.unpin(replaces)
+            pin = self._core.pin(tokens, namespace, priority, expires)
+            return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:
         """Let go of a pin. False where it is gone already."""
         self._begin_call()
-        return isinstance(pin, int) and self._core.unpin(pin)
+        with self._guard:
+            return isinstance(pin, int) and self._core.unpin(pin)
 
     @property
     def pins(self) -> frozenset[int]:
@@ -451,8 +459,8 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a step would run something or report something."""
-        return bool(self._core.requests or self._undelivered)
+        """Whether a step would run something or report something, be it that the engine is dead."""
+        return bool(self._core.requests or self._undelivered) or (self._guard.broken and not self._closed)
 
     # -- the engine itself --------------------------------------------------------------------------------
 
@@ -508,19 +516,22 @@ class Engine:
         return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
 
     def stats(self) -> Stats:
+        self._guard.require()
         return self._core.stats()
 
     def check(self) -> None:
         """Assert every invariant: slots have one owner, references are those of the live cursors and pins, counts
         add up, bounds hold.
         """
+        self._guard.require()
         self._core.check()
         self._outputs.check()
 
     def reset_prefix_cache(self) -> int:
         """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
         self._begin_call()
-        return self._core.tree.reset()
+        with self._guard:
+            return self._core.tree.reset()
 
     def close(self) -> None:
         """Release the model and the KV pool; live requests end without a report. May be called twice."""
@@ -548,9 +559,11 @@ class Engine:
 
     def _core_submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
         grammar = self._inputs.grammar(params)
-        request = self._core.submit(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
-        self._outputs.follow(request, kind)
-        return request.id
+        request = self._core.make(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
+        with self._guard:
+            self._core.add(request)
+            self._outputs.follow(request, kind)
+            return request.id
 
     def _serve(self, submits: Seq[Callable[[], str]], progress: Progress | None) -> list[RequestOutput]:
         """Run what `submits` queues until all of it has ended; outputs in its order."""
@@ -558,7 +571,7 @@ class Engine:
         done: dict[str, RequestOutput] = {}
         try:
             while len(done) < len(submits):
-                ids += self._submit_some(submits[len(ids) :])
+                self._submit_some(submits[len(ids) :], ids)
                 done |= {output.request_id: output for output in self._receive(set(ids))}
                 if progress is not None:
                     progress(len(done), len(submits))
@@ -566,15 +579,13 @@ class Engine:
             self._abandon(set(ids) - done.keys())
         return [done[request_id] for request_id in ids]
 
-    def _submit_some(self, submits: Seq[Callable[[], str]]) -> list[str]:
-        """As many as the waiting queue takes."""
-        ids = []
+    def _submit_some(self, submits: Seq[Callable[[], str]], ids: list[str]) -> None:
+        """As many as the waiting queue takes; their ids go to the end of `ids`."""
         for submit in submits:
             try:
                 ids.append(submit())
             except QueueFull:
                 break
-        return ids
 
     def _step(self) -> list[RequestOutput]:
         return self._outputs.process(self._core.step(self._clock()))
@@ -585,13 +596,16 @@ class Engine:
         A step must do something: otherwise a caller would wait for ever.
         """
         self._begin_call()
-        if self._undelivered.keys().isdisjoint(request_ids):
-            before = self._core.num_attempts
-            new = self._step()
-            if not new and before == self._core.num_attempts:
-                raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
-            self._keep(new)
-        return [output for request_id in request_ids for output in self._undelivered.pop(request_id, ())]
+        with self._guard:
+            before, stuck = self._core.num_attempts, False
+            if self._undelivered.keys().isdisjoint(request_ids):
+                new = self._step()
+                stuck = not new and before == self._core.num_attempts
+                self._keep(new)
+            outputs = [output for request_id in request_ids for output in self._undelivered.pop(request_id, ())]
+        if stuck:
+            raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
+        return outputs
 
     def _keep(self, outputs: Iterable[RequestOutput]) -> None:
         """For those who wait for them."""
@@ -600,21 +614,23 @@ class Engine:
 
     def _abandon(self, request_ids: Collection[str]) -> None:
         """Cancel requests that nobody waits for any more, and drop their outputs."""
-        if self._closed:
+        if self._closed or self._guard.broken:
             return
-        for request_id in request_ids:
-            if request_id in self._core.requests:
-                self._core.abort(self._core.requests[request_id])
-        self._keep(self._outputs.process(self._core.take_ended()))
-        for request_id in request_ids:
-            self._undelivered.pop(request_id, None)
+        with self._guard:
+            for request_id in request_ids:
+                if request_id in self._core.requests:
+                    self._core.abort(self._core.requests[request_id])
+            self._keep(self._outputs.process(self._core.take_ended()))
+            for request_id in request_ids:
+                self._undelivered.pop(request_id, None)
 
     def _check_pin(self, namespace: str, priority: int, ttl: float | None) -> float:
         """When a pin of these expires. Lets go of those that have expired."""
         self._inputs.check_name("namespace", namespace)
         check_integer("priority", priority, -(2**31), 2**31 - 1)
         lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()
-        self._core.scheduler.pins.expire(now)
+        with self._guard:
+            self._core.scheduler.pins.expire(now)
         return now + lifetime
 
     def _check_id(self, request_id: str | None) -> None:
@@ -631,9 +647,10 @@ class Engine:
         return request
 
     def _begin_call(self) -> None:
-        """What each call begins with: streams that were dropped are let go of. Raises `EngineClosed`."""
+        """What each call begins with: streams that were dropped are let go of. Raises `EngineClosed`, `EngineDead`."""
         if self._closed:
             raise EngineClosed("the engine is closed")
+        self._guard.require()
         while self._left:
             self._abandon([self._left.popleft()])
 
@@ -648,18 +665,18 @@ class OutputStream(Iterator[RequestOutput]):
         self._open = True
 
     def __next__(self) -> RequestOutput:
-        if not self._open:
+        if not self._open and not self._waiting:
             raise StopIteration
         while not self._waiting:
             self._waiting = self._engine._receive([self.request_id])
-        output = self._waiting.pop(0)
-        self._open = not output.finished
-        return output
+        self._open = not self._waiting[0].finished
+        return self._waiting.pop(0)
 
     def close(self) -> None:
         """Cancel the request if it has not ended."""
         if self._open:
             self._open = False
+            self._waiting.clear()
             self._engine._abandon([self.request_id])
 
     def __del__(self) -> None:

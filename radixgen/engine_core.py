@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from radixgen.beam_search import BeamSearch
+from radixgen.beam_search import Beam, BeamSearch
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
@@ -19,6 +19,7 @@ from radixgen.core import (
     QueueFull,
     SamplingParams,
     SamplingState,
+    StateGuard,
     Stats,
 )
 from radixgen.model.base import Model
@@ -56,6 +57,8 @@ class EngineCore:
         self.model = model
         self.limits = limits
         self.seed = seed
+        self.guard = StateGuard()
+        """The caller's to enter, around each call that changes something"""
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
         self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
@@ -73,7 +76,7 @@ class EngineCore:
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    def submit(
+    def make(
         self,
         prompt: TokenArray,
         params: SamplingParams | BeamSearchParams,
@@ -87,7 +90,7 @@ class EngineCore:
         score_from: int | None = None,
         grammar: Grammar | None = None,
     ) -> Request:
-        """Queue a request with `n` sequences, all in `grammar`, or with the one that a beam search begins with.
+        """A request with `n` sequences, all in `grammar`, or with the one that a beam search begins with, for `add`.
 
         `score_from` asks, instead of new tokens, for the log-probability of each prompt token after that
         position; the last one then needs no KV and does not enter the tree. Raises `QueueFull`.
@@ -124,9 +127,12 @@ class EngineCore:
             own = namespace if share else f"{namespace}\0{self._serial}.{index}"
             state = SamplingState(params, seed, index, prompt, [], ends, grammar.start() if grammar else None)
             request.add_sequence(Sequence(request, index, own, state))
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queue a request that was made just now."""
         self._register(request)
         self.scheduler.add(request)
-        return request
 
     def fork(self, request: Request) -> Request:
         """A live request once more, from the token that it has reached: no KV is copied and none computed. From
@@ -242,8 +248,8 @@ class EngineCore:
         twice.
 
         Where the model raises, the step is undone. The requests that had a part in it then run alone, one step
-        each, and one for which it raises again ends with `error`. A failed assertion of our own, and `EngineDead`, go
-        on to the caller.
+        each, and one for which it raises again ends with `error`. A failed assertion of our own, `EngineDead`, and an
+        interrupt go on to the caller; an interrupt while the model ran leaves the step undone, as the guard is told.
         """
         self._expire(now)
         self.scheduler.now = now
@@ -255,7 +261,10 @@ class EngineCore:
             ran = self.ahead.claim(batch) or self._run(batch)
         except BaseException as error:
             self.scheduler.rollback(batch)
-            if not isinstance(error, Exception) or isinstance(error, AssertionError | EngineDead):
+            if not isinstance(error, Exception):
+                self.guard.undone()
+                raise
+            if isinstance(error, AssertionError | EngineDead):
                 raise
             self._suspect(batch, error)
             return self.take_ended()
@@ -318,6 +327,9 @@ class EngineCore:
             except Exception as error:
                 logger.exception("the prompt of request %s could not be scored", request.id)
                 self.abort(request, "error", repr(error))
+                continue
+            if not request.reading and not request.max_output:
+                self.abort(request, "length")
 
     def _score_one(self, request: Request, logits: Tensor) -> None:
         """Score the next targets of a prompt by logits `[targets, vocab]`."""
@@ -326,8 +338,6 @@ class EngineCore:
         top = [request.params.prompt_logprobs or 0] * logits.shape[0]
         request.prompt_logprobs += token_logprobs(logits, request.targets[request.next_read : stop], top)
         request.next_read = stop
-        if not request.reading and not request.max_output:
-            self.abort(request, "length")
 
     def _branch(self, batch: Batch, ran: Ran) -> None:
         """Beam searches go on by a generation."""
@@ -337,31 +347,37 @@ class EngineCore:
         for request, found in rows.items():
             assert request.search is not None
             try:
-                self._branch_one(request, request.search, ran.logits, found)
+                beams = self._choose(request, request.search, ran.logits, found)
             except AssertionError:
                 raise
+            except FloatingPointError as error:
+                self.abort(request, "error", str(error))
+                continue
             except Exception as error:
                 logger.exception("the beams of request %s could not go on", request.id)
                 self.abort(request, "error", repr(error))
+                continue
+            self._generated += len(found)
+            if beams is None:
+                for sequence in found:
+                    self.scheduler.park(sequence)
+            elif request.search.done:
+                self._conclude(request, request.search)
+            else:
+                branch(self.scheduler, request, beams)
 
-    def _branch_one(self, request: Request, search: BeamSearch, logits: Tensor, rows: dict[Sequence, int]) -> None:
-        """Beams that have their logits, by their rows, are parked until all of their generation have."""
+    def _choose(
+        self, request: Request, search: BeamSearch, logits: Tensor, rows: dict[Sequence, int]
+    ) -> list[Beam] | None:
+        """The next generation; None until all beams of this one have their logits, as those do whose `rows` these are.
+        Raises `FloatingPointError`.
+        """
         for sequence, choices in zip(rows, likeliest(logits, list(rows.values()), search.num_choices), strict=True):
             if not np.isfinite(choices.log_probs[0]):
-                self.abort(request, "error", "the model's logits are not finite")
-                return
+                raise FloatingPointError("the model's logits are not finite")
             sequence.choices = choices
-        self._generated += len(rows)
         ready = [sequence.choices for sequence in request.sequences if sequence.choices is not None]
-        if len(ready) < len(request.sequences):
-            for sequence in rows:
-                self.scheduler.park(sequence)
-            return
-        beams = search.select(ready)
-        if search.done:
-            self._conclude(request, search)
-        else:
-            branch(self.scheduler, request, beams)
+        return search.select(ready) if len(ready) == len(request.sequences) else None
 
     def _conclude(self, request: Request, search: BeamSearch, stop_reason: str | None = None) -> None:
         """A search is over: its hypotheses take the place of its beams."""
@@ -392,21 +408,24 @@ class EngineCore:
                 self.end(sequence, "error", drawn.faults.get(index, "the model's logits are not finite"))
                 continue
             try:
-                goes_on = self._take(sequence, token, drawn.logprobs.get(index))
+                end = self._take(sequence, token, drawn.logprobs.get(index))
             except AssertionError:
                 raise
             except Exception as error:
                 logger.exception("request %s could not go on in its grammar", sequence.request.id)
                 self.end(sequence, "error", repr(error))
                 continue
-            if goes_on:
+            if end is None:
                 going.append((sequence, token))
+            else:
+                own = sequence.ended_by_token and token in sequence.request.params.stop_token_ids
+                self.end(sequence, end, token if own else None)
         self._generated += len(drawn.tokens)
         self.scheduler.advance(going)
 
-    def _take(self, sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> bool:
-        """Give a sequence the token that was drawn for it, and end it where that is the last one. Returns whether it
-        goes on. Raises what its grammar raises; then the token is not taken.
+    def _take(self, sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
+        """Give a sequence the token that was drawn for it. Returns why it ends, where that is the last one. Raises what
+        its grammar raises; then the token is not taken.
         """
         request, state, output = sequence.request, sequence.sampling, sequence.output
         grammar, params = state.grammar, request.params
@@ -415,22 +434,15 @@ class EngineCore:
         )
         if grammar is not None and not is_end:
             if grammar.complete:  # which its mask told, and there was no end token to draw
-                self.end(sequence, "stop")
-                return False
+                return "stop"
             grammar.accept(token)
         output.append(token)
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
-        if is_end:
-            sequence.ended_by_token = True
-            self.end(sequence, "stop", token if token in params.stop_token_ids else None)
-        elif grammar is not None and grammar.complete:
-            self.end(sequence, "stop")
-        elif len(output) >= request.max_output:
-            self.end(sequence, "length")
-        else:
-            return True
-        return False
+        sequence.ended_by_token = is_end
+        if is_end or (grammar is not None and grammar.complete):
+            return "stop"
+        return "length" if len(output) >= request.max_output else None
 
     def _sample(self, batch: Batch, ran: Ran) -> Drawn:
         """All draws at once, and the next step begun with them; where drawing raises, one by one, and those for whom it

@@ -266,6 +266,7 @@ class Scheduler:
         """The step failed: nothing of it was computed."""
         for node in reversed(batch.nodes):
             self.tree.rollback(node)
+        self.planner.forget()
         self.tree.pool.retire_step(batch.fence)
 
     def advance(self, drawn: Seq[tuple[Sequence, int]]) -> None:

@@ -224,6 +224,11 @@ class Planner:
         self._node_ids, self._row_positions = node_ids, row_positions
         return found
 
+    def forget(self) -> None:
+        """Carry nothing over to the next plan: the last one may have been broken off at any point."""
+        self._last = self._built = None
+        self.tree.columns.place.fill(-1)
+
     def plan_anew(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
         """As `plan`, from nothing."""
         forest, row_nodes, active = active_forest(self.tree, node_ids)

@@ -19,6 +19,7 @@ from radixgen.core.errors import (
     check_integer,
 )
 from radixgen.core.grammar import Allowed, Grammar, GrammarKind, GrammarState
+from radixgen.core.guard import StateGuard
 from radixgen.core.limits import Limits
 from radixgen.core.outputs import (
     CompletionOutput,
@@ -64,6 +65,7 @@ __all__ = [
     "SamplingState",
     "SharingEnd",
     "SharingReason",
+    "StateGuard",
     "Stats",
     "UnknownRequest",
     "UnsupportedModel",
