@@ -28,6 +28,7 @@ check: $(VENV)/.$(EXTRAS)
 bench-check: $(VENV)/.$(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.startup --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.tree --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.admission --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plan --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.step --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.simulate --check

@@ -528,6 +528,10 @@ class EngineCore:
             assert pin.lock.held.end == pin.num_tokens and pin.lock.held.complete, "a pin left its tokens"
         scheduler.waiting.check()
         assert all(s.cursor is None and s.finish_reason is None for s in scheduler.waiting)
+        followed = {one.followed: one for one in scheduler.waiting if one.followed is not None}
+        assert followed.keys() == set(self.tree.followed()), "a match is followed that nobody waits for"
+        for match, sequence in followed.items():
+            assert match.namespace == sequence.namespace and np.array_equal(match.tokens, sequence.tokens())
         self._check_bounds()
         self._check_states()
 

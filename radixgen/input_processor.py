@@ -180,8 +180,7 @@ def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int, field: str) -> To
             if isinstance(token, bool) or not isinstance(token, int | np.integer):
                 raise InvalidRequest(f"{field}[{place}]", token, "must be an integer token id")
         ids = np.array(prompt, object)
-    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if bad.size:
-        place = int(bad[0])
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
         raise InvalidRequest(f"{field}[{place}]", int(ids[place]), f"must be from 0 to {vocab_size - 1}")
     return ids.astype(np.int32)

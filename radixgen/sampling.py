@@ -164,11 +164,8 @@ def uniform(states: Sequence[SamplingState]) -> NDArray[np.float64]:
 
 def fork_seed(seed: int, fork: int) -> int:
     """The 64-bit seed of fork number `fork` of what `seed` drives."""
-    words = philox4x32(
-        np.array([[fork & 0xFFFFFFFF], [fork >> 32], [0], [_FORK]], np.uint64),
-        np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint64),
-    )
-    return int(words[0, 0]) << 32 | int(words[1, 0])
+    words = _philox_of_one((fork & 0xFFFFFFFF, fork >> 32, 0, _FORK), seed)
+    return words[0] << 32 | words[1]
 
 
 def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -184,6 +181,18 @@ def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArra
 
 
 # -- inside -----------------------------------------------------------------------------------------------
+
+
+def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    """`philox4x32` of one 128-bit counter and one 64-bit key, without the cost of arrays."""
+    first, second, third, fourth = counter
+    low, high = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        left, right = first * 0xD2511F53, third * 0xCD9E8D57
+        first, second = (right >> 32) ^ second ^ low, right & 0xFFFFFFFF
+        third, fourth = (left >> 32) ^ fourth ^ high, left & 0xFFFFFFFF
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return first, second, third, fourth
 
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import ExtentPool, Lock, Match, Node, RadixTree, sharing_end
+from radixgen.cache import ExtentPool, FollowedMatch, Lock, Match, Node, RadixTree, sharing_end
 from radixgen.core import Limits, Plan, SharingReason
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
@@ -24,6 +24,8 @@ _FIRST_RESERVE = 16
 _LARGEST_RESERVE = 256
 _GROWTH_SHARE = 16
 """One part in so many of the pool is kept for running sequences to grow into, at the most."""
+_MAX_ADMITTED = 256
+"""Sequences that one step lets in, and then no further request, so that those who run do not wait long."""
 _MAX_READS = 512
 """Rows of one step at the most whose logits score a prompt, so that the logits of a long one fit in memory."""
 
@@ -196,6 +198,7 @@ class Scheduler:
             self._leave(sequence)
         elif sequence.choices is None:
             self.waiting.remove(sequence)
+            self._unfollow(sequence)
         if sequence.namespace != sequence.request.namespace:
             self.tree.discard(sequence.namespace)
 
@@ -217,7 +220,7 @@ class Scheduler:
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
         if batch.admitting:
-            self._admit()
+            batch.admitting = self._admit()
         budget = self.max_step_tokens
         for sequence in self._by_turn():
             if sequence.cursor is not None and only in (None, sequence.request):
@@ -397,37 +400,49 @@ class Scheduler:
 
     # -- admission ----------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Let waiting requests in while all that they lack fits without preempting; siblings go together."""
+    def _admit(self) -> bool:
+        """Let waiting requests in while all that they lack fits without preempting; siblings go together. Returns if
+        everyone is in for whom there was room: of a large crowd some come with the next step.
+        """
+        enough = len(self.running) + _MAX_ADMITTED
         while len(self.waiting):
-            request = self.waiting.choose(self._computed_prefix)
+            if len(self.running) >= enough:
+                return False
+            request = self.waiting.choose(self._follow)
             if len(request.waiting) > self.max_num_seqs - len(self.running):
-                return
+                return True
             while request.waiting:
                 sequence = request.waiting[0]
                 if self.running and not self._fits(sequence, len(request.waiting)):
-                    return
+                    return True
                 self._enter(sequence)
+        return True
 
-    def _computed_prefix(self, request: Request) -> int:
-        sequence = request.waiting[0]
-        match = self.tree.match_prefix(sequence.tokens(), sequence.namespace)
-        return match.computed if match else 0
+    def _follow(self, sequence: Sequence) -> FollowedMatch:
+        """The match of a sequence that waits; the tree keeps it up to date until it is admitted or leaves."""
+        if sequence.followed is None:
+            sequence.followed = self.tree.follow(sequence.tokens(), sequence.namespace)
+        return sequence.followed
+
+    def _unfollow(self, sequence: Sequence) -> None:
+        if sequence.followed is not None:
+            self.tree.unfollow(sequence.followed)
+            sequence.followed = None
 
     def _fits(self, sequence: Sequence, seats: int) -> bool:
         """Whether there is room for what the sequence lacks and for everyone to grow a little, releasing pins if need
         be, and none where all would not do. Reserves do not count: who is let in on those of others chops all leaves
         into single slots.
         """
-        tree, tokens = self.tree, sequence.tokens()
+        tree, followed = self.tree, self._follow(sequence)
         growing = len(self.running) + seats
         growth = max(growing, min(_FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
-        match = tree.match_prefix(tokens, sequence.namespace)
-        short = self._short(tokens.size + growth, match)
+        wanted, match = followed.tokens.size + growth, followed.match()
+        short = self._short(wanted, match)
         if short > 0 and short > self.pins.yieldable(match):
             return False
         while short > 0 and self.pins.release_weakest():
-            short = self._short(tokens.size + growth, tree.match_prefix(tokens, sequence.namespace))
+            short = self._short(wanted, followed.match())
         return short <= 0
 
     def _short(self, wanted: int, match: Match | None) -> int:
@@ -437,9 +452,10 @@ class Scheduler:
         return tree.unscheduled_tokens + wanted - found - (tree.pool.free + tree.evictable_tokens - locked)
 
     def _enter(self, sequence: Sequence) -> None:
-        tokens, request = sequence.tokens(), sequence.request
+        followed, request = self._follow(sequence), sequence.request
+        tokens = followed.tokens
         if request.num_cached_tokens is None:
-            match = self.tree.match_prefix(tokens, sequence.namespace)
+            match = followed.match()
             request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
             request.queue_seconds = max(self.now - request.arrived, 0.0)
             request.num_shared_tokens = match.length - match.evictable if match else 0
@@ -448,9 +464,20 @@ class Scheduler:
                 self.sharing_ended[end.reason] += 1
             self.prompt_tokens += request.prompt.size
             self.cached_prompt_tokens += request.num_cached_tokens
-        sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority)
+        sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
         self.waiting.admit(sequence)
         self.running.add(sequence)
+        self._pass_on(sequence)
+
+    def _pass_on(self, sequence: Sequence) -> None:
+        """The match of a sequence that was let in goes to a sibling that waits with the same tokens."""
+        request = sequence.request
+        sibling = request.waiting[0] if request.waiting else None
+        alike = sequence.namespace == request.namespace and not sequence.output
+        if sibling is None or sibling.followed or sibling.output or not alike:
+            self._unfollow(sequence)
+        else:
+            sequence.followed, sibling.followed = None, sequence.followed
 
     # -- memory -------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from sortedcontainers import SortedKeyList
 
+from radixgen.cache import FollowedMatch
 from radixgen.scheduler.sequence import Request, Sequence
 
 _WINDOW = 64
@@ -50,10 +51,12 @@ class WaitingQueue:
         if not request.waiting:
             self._leave(request)
 
-    def choose(self, prefix_len: Callable[[Request], int]) -> Request:
-        """The request to admit next; the same one until it was admitted or left, or an earlier one joins."""
+    def choose(self, follow: Callable[[Sequence], FollowedMatch]) -> Request:
+        """The request to admit next; the same one until it was admitted or left, or an earlier one joins. `follow` has
+        the tree keep a candidate's match up to date.
+        """
         if self._chosen is None:
-            self._chosen = max(self._candidates(), key=lambda request: (prefix_len(request), -request.serial))
+            self._chosen = self._longest(follow)
         return self._chosen
 
     def admit(self, sequence: Sequence) -> None:
@@ -64,7 +67,9 @@ class WaitingQueue:
         self.remove(sequence)
         if request.waiting:
             return
-        for earlier in self._requests.irange_key((-request.priority, 0), _order(request)):
+        for earlier in self._requests:
+            if earlier.serial > request.serial or earlier.priority != request.priority:
+                break
             earlier.overtaken += 1
 
     def check(self) -> None:
@@ -75,16 +80,28 @@ class WaitingQueue:
         for request in self._requests:
             assert request.waiting and request.overtaken <= self.max_overtaken
 
-    def _candidates(self) -> list[Request]:
-        """Of the highest priority, in order of arrival, up to the first that may not be overtaken any more."""
-        found: list[Request] = []
+    def _longest(self, follow: Callable[[Sequence], FollowedMatch]) -> Request:
+        """The longest computed prefix, the first of several, among the requests of the highest priority, in order of
+        arrival, up to the first that may not be overtaken any more. Each admission looks at up to 64: this loop is hot.
+        """
+        best: Request | None = None
+        most, bound = -1, self.max_overtaken
         for request in self._requests.islice(0, _WINDOW):
-            if found and request.priority != found[0].priority:
+            if best is not None and request.priority != best.priority:
                 break
-            found.append(request)
-            if request.overtaken >= self.max_overtaken:
+            followed = request.waiting[0].followed or follow(request.waiting[0])
+            node, computed = followed.node, 0
+            while node is not None and not node.computed:
+                node = node.parent
+            if node is not None:
+                computed = node.start + node.computed
+                computed = min(computed, followed.length)
+            if best is None or computed > most:
+                best, most = request, computed
+            if request.overtaken >= bound:
                 break
-        return found
+        assert best is not None
+        return best
 
     def _leave(self, request: Request) -> None:
         self._requests.remove(request)

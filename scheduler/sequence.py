@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from radixgen.beam_search import BeamSearch, Choices
-from radixgen.cache import Lock, TokenArray
+from radixgen.cache import FollowedMatch, Lock, TokenArray
 from radixgen.core import FinishReason, SamplingParams, SamplingState, SharingEnd
 
 
@@ -94,6 +94,9 @@ class Sequence:
     """The last step that this sequence has a part in."""
     choices: Choices | None = None
     """What may follow a beam that is parked: it has had its logits, others of its generation have not."""
+
+    followed: FollowedMatch | None = None
+    """While it waits, the match of its tokens, from when it may be the next one on"""
 
     def __post_init__(self) -> None:
         self.output = self.sampling.output

@@ -16,6 +16,7 @@ from served import over_socket
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import (
+    admission,
     agents,
     attention,
     beam,
@@ -48,7 +49,7 @@ from radixgen.serve.worker import Worker
 
 @pytest.fixture(autouse=True)
 def any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plan, tree):
+    for module in (admission, plan, tree):
         monkeypatch.setattr(module, "measure_memory", lambda: Memory(compare=1e9, copy=1e9))
 
 
@@ -63,6 +64,13 @@ def test_the_readme_shows_results_that_were_kept() -> None:
 def test_startup(capsys) -> None:
     assert startup.main(["--repeats", "1"]) == 0
     assert last_line(capsys)["import_seconds"] > 0
+
+
+def test_admission(capsys) -> None:
+    assert admission.main(["--burst", "12", "--crowd", "30", "--prefixes", "200", "90"]) == 0
+    figures = last_line(capsys)
+    assert 1 <= figures["burst_comparisons"] <= 4 and 1 <= figures["crowd_comparisons"] <= 4
+    assert figures["crowd_total"] >= figures["worst_ms"] / 1e3 > 0
 
 
 TOY = ["--runs", "2", "--pool", "30000", "--nodes", "60", "200", "--operations", "20"]

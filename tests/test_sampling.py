@@ -87,6 +87,13 @@ def test_philox_gives_the_published_vectors(counter: list[int], key: list[int], 
     assert words[:, 0].tolist() == expected
 
 
+@given(seed=st.integers(0, 2**64 - 1), fork=st.integers(0, 2**64 - 1))
+def test_the_seed_of_a_fork_is_a_word_of_philox(seed: int, fork: int) -> None:
+    halves = [fork & 0xFFFFFFFF, fork >> 32, 0, 0x666F726B], [seed & 0xFFFFFFFF, seed >> 32]
+    words = philox4x32(*(np.array(some, np.uint64)[:, None] for some in halves))
+    assert fork_seed(seed, fork) == int(words[0, 0]) << 32 | int(words[1, 0])
+
+
 def test_uniforms_depend_on_seed_index_and_position_alone() -> None:
     states = [
         state(seed=seed, index=index, output=[0] * position)

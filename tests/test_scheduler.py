@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,18 @@ def _state(params: SamplingParams, index: int, prompt: Any) -> Any:
     return SamplingState(params, 0, index, prompt, [], frozenset())
 
 
+def computed(prefix: Callable[[Request], int]) -> Callable[[Sequence], Any]:
+    """Matches of which so many tokens are computed."""
+
+    def follow(sequence: Sequence) -> Any:
+        length = prefix(sequence.request)
+        return SimpleNamespace(length=length, node=SimpleNamespace(start=0, computed=length, parent=None))
+
+    return follow
+
+
 def admit(queue: WaitingQueue, prefix: Callable[[Request], int]) -> Request:
-    request = queue.choose(prefix)
+    request = queue.choose(computed(prefix))
     for sequence in list(request.waiting):
         queue.admit(sequence)
     queue.check()
@@ -126,14 +137,14 @@ def test_nobody_is_overtaken_more_often_than_the_bound(bound: int) -> None:
 def test_the_choice_stands_until_an_earlier_request_joins() -> None:
     queue = WaitingQueue(max_overtaken=1)
     first, second = queued(queue, 1), queued(queue, 2)
-    assert queue.choose(lambda r: r.serial) is second
-    assert queue.choose(lambda r: -r.serial) is second
+    assert queue.choose(computed(lambda r: r.serial)) is second
+    assert queue.choose(computed(lambda r: -r.serial)) is second
     urgent = queued(queue, 3, priority=1)
-    assert queue.choose(lambda r: r.serial) is urgent
+    assert queue.choose(computed(lambda r: r.serial)) is urgent
     queue.remove(urgent.waiting[0])
     queue.admit(second.waiting[0])
     queued(queue, 4)
-    assert first.overtaken == 1 and queue.choose(lambda r: r.serial) is first
+    assert first.overtaken == 1 and queue.choose(computed(lambda r: r.serial)) is first
 
 
 # -- order in the engine ----------------------------------------------------------------------------------

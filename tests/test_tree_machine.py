@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from radixgen.cache import ExtentPool, Lock, Node, RadixTree, first_in, least_recently_used
+from radixgen.cache import ExtentPool, FollowedMatch, Lock, Node, RadixTree, first_in, least_recently_used
 from radixgen.core import OutOfSlots
 from radixgen.scheduler.planner import Planner
 
@@ -23,6 +23,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.planner = Planner(self.tree)
         self.steps: list[int] = []
         self.in_flight: list[Node] = []
+        self.followed: list[FollowedMatch] = []
 
     @rule(tokens=TOKENS, namespace=NAMESPACES, priority=st.integers(0, 2))
     def insert(self, tokens: list[int], namespace: str, priority: int) -> None:
@@ -30,6 +31,23 @@ class TreeMachine(RuleBasedStateMachine):
         lock = self.tree.insert(tokens, namespace, priority=priority)
         assert match is None or match.length <= len(tokens)
         self.held[lock] = (namespace, tokens)
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES)
+    def follow(self, tokens: list[int], namespace: str) -> None:
+        """From here on `RadixTree.check` compares the match with a fresh one."""
+        self.followed.append(self.tree.follow(np.array(tokens, np.int32), namespace))
+
+    @precondition(lambda self: self.followed)
+    @rule(enter=st.booleans())
+    def unfollow(self, enter: bool) -> None:
+        """The oldest is let go of, after its tokens have entered the tree or without."""
+        one = self.followed.pop(0)
+        if enter:
+            lock = self.tree.insert(one.tokens, one.namespace, followed=one)
+            assert one.match() == self.tree.match_prefix(one.tokens, one.namespace)
+            assert one.length == one.tokens.size
+            self.held[lock] = (one.namespace, one.tokens.tolist())
+        self.tree.unfollow(one)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), token=st.integers(0, 2), alone=st.booleans())
@@ -158,6 +176,7 @@ class TreeMachine(RuleBasedStateMachine):
         if not hasattr(self, "tree"):
             return
         self.tree.check()
+        assert set(self.tree.followed()) == set(self.followed)
         for lock, (namespace, tokens) in self.held.items():
             node = lock.held
             assert node.namespace == namespace
@@ -179,6 +198,8 @@ class TreeMachine(RuleBasedStateMachine):
         if not hasattr(self, "tree"):
             return
         self.retire(fail=False)
+        for one in self.followed:
+            self.tree.unfollow(one)
         for lock in self.held:
             self.tree.unlock(lock)
         self.tree.reset()

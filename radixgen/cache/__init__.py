@@ -3,6 +3,7 @@
     tree     tokens -> nodes -> extents: match, insert, split, advance, lock, evict
     pool     extents of slots: allocate, grow, release behind a fence
     blocks   what is computed, as blocks of a fixed length: what a router in front of several engines is told
+    follow   matches that stay right while the tree changes
     ghosts   what was evicted lately; sharing says why a prompt was not shared to its end
     policy   node -> sortable key: which leaf is evicted first
     storage  slots -> K and V of every layer
@@ -11,12 +12,13 @@ Tree and pool hold integers and NumPy arrays only; they know no model and no dev
 """
 
 from radixgen.cache.blocks import BlockEvent, BlockProjection, Cleared, Removed, Stored
+from radixgen.cache.follow import FollowedMatch, Match
 from radixgen.cache.ghosts import Ghosts
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
-from radixgen.cache.tree import Columns, Listener, Lock, Match, Node, RadixTree
+from radixgen.cache.tree import Columns, Listener, Lock, Node, RadixTree
 
 __all__ = [
     "BlockEvent",
@@ -26,6 +28,7 @@ __all__ = [
     "EvictionPolicy",
     "Extent",
     "ExtentPool",
+    "FollowedMatch",
     "Ghosts",
     "Listener",
     "Lock",

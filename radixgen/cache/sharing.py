@@ -2,8 +2,9 @@
 
 from itertools import islice
 
+from radixgen.cache.follow import Match
 from radixgen.cache.tokens import TokenArray
-from radixgen.cache.tree import Match, Node, RadixTree
+from radixgen.cache.tree import Node, RadixTree
 from radixgen.core import SharingEnd
 
 _SHOWN_TOKENS = 8

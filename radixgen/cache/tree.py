@@ -10,11 +10,13 @@ and, behind them, a reserved tail into which a leaf grows.
 
 import heapq
 from collections.abc import Iterator, Reversible, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.cache import follow
+from radixgen.cache.follow import FollowedMatch, Match
 from radixgen.cache.ghosts import End, Ghosts
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
@@ -38,6 +40,7 @@ class Node:
         "computed",
         "epoch",
         "extents",
+        "followers",
         "id",
         "known",
         "last_used",
@@ -70,6 +73,8 @@ class Node:
         self.id = -1
         self.block_hashes: tuple[int, ...] = ()
         """Of the blocks that end in it; the listener's to write"""
+        self.followers: dict[FollowedMatch, None] = {}
+        """The followed matches that end in it"""
         self._buffer = buffer
         self._offset = 0
         self._owns_tail = True
@@ -175,18 +180,6 @@ class Lock:
         return self.node
 
 
-class Match(NamedTuple):
-    """The longest prefix found: it ends `offset` tokens into `node`. Of its `length` tokens `computed` have
-    KV, and `evictable` could be evicted at this moment.
-    """
-
-    node: Node
-    offset: int
-    length: int
-    computed: int
-    evictable: int
-
-
 class Listener(Protocol):
     """Is told of what is computed, as it happens. It may read the tree, and must not change it."""
 
@@ -287,6 +280,8 @@ class RadixTree:
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
+        self._unrooted: dict[FollowedMatch, None] = {}
+        """Followed matches in namespaces that had no root when they began, or lost it"""
         self._roots: dict[str, Node] = {}
         self._nodes: list[Node | None] = []
         self._free_ids: list[int] = []
@@ -357,6 +352,24 @@ class RadixTree:
                 break
         return Match(node, offset, length, computed, evictable)
 
+    def follow(self, tokens: TokenArray, namespace: str = "") -> FollowedMatch:
+        """As `match_prefix`, to be kept up to date until `unfollow`."""
+        followed, match = FollowedMatch(tokens, namespace), self.match_prefix(tokens, namespace)
+        if match is None:
+            self._unrooted[followed] = None
+        else:
+            followed.move(match.node, match.length)
+        return followed
+
+    def unfollow(self, followed: FollowedMatch) -> None:
+        """Let go of a match."""
+        self._unrooted.pop(followed, None)
+        followed.move(None, 0)
+
+    def followed(self) -> Iterator[FollowedMatch]:
+        """Every match that is kept up to date."""
+        return (one for holder in (self._unrooted, *(n.followers for n in self.nodes())) for one in holder)
+
     # -- growing ------------------------------------------------------------------------------------------
 
     def insert(
@@ -365,16 +378,17 @@ class RadixTree:
         namespace: str = "",
         *,
         priority: float = 0.0,
+        followed: FollowedMatch | None = None,
     ) -> Lock:
         """Make `tokens` known and lock the node that ends with the last of them. Takes no slots.
 
-        Splits the node in which `tokens` ends or parts. A node of higher `priority` is evicted later.
+        Splits the node in which `tokens` ends or parts. A node of higher `priority` is evicted later. `followed` is
+        their match, where there is one.
         """
         tokens = as_tokens(tokens)
-        match = self.match_prefix(tokens, namespace)
+        match = followed.match() if followed else self.match_prefix(tokens, namespace)
         if match is None:
-            self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
-            match = Match(root, 0, 0, 0, 0)
+            match = Match(self._add_root(namespace), 0, 0, 0, 0)
         node = match.node
         if match.offset < node.known:
             node = self.split(node, match.offset)
@@ -404,6 +418,7 @@ class RadixTree:
         node.parent = upper
         self._move_head(node, upper, offset)
         upper.children[node.first_token] = node
+        follow.raised(node, upper)
         self._adopt(upper)
         upper.serial = node.serial
         self.columns.write(node)
@@ -421,6 +436,8 @@ class RadixTree:
         if together and not node.children and node.parent is not None:
             node._append(token)
             self.unscheduled_tokens += 1
+            if node.followers:
+                follow.grew(node, token)
             return node
         child = node.children.get(token)
         if child is None:
@@ -603,6 +620,9 @@ class RadixTree:
         assert self.unscheduled_tokens == sum(n.known - n.scheduled for n in reachable)
         for node in reachable:
             self._check_node(node)
+        for followed in self.followed():
+            fresh = self.match_prefix(followed.tokens, followed.namespace)
+            assert followed.match() == fresh, f"a followed match is {followed.match()}, and should be {fresh}"
         queued = {id(node) for _, entry, node in self._heap if node._heap_entry == entry}
         assert queued == {id(n) for n in reachable if self._is_evictable(n)}
 
@@ -635,6 +655,8 @@ class RadixTree:
             place = columns.first_extent[node.id]
             assert columns.extents[place : place + len(node.extents)].tolist() == [list(e) for e in node.extents]
         assert columns.place[node.id] == -1
+        for followed in node.followers:
+            assert followed.node is node and followed.namespace == node.namespace
         if self._stamps is not None and node.computed:
             expected = self._prefix_stamps(node)[: node.computed]
             found = self._stamps[node.slots(0, node.computed)]
@@ -690,6 +712,13 @@ class RadixTree:
         if self.listener is not None:
             self.listener.changed(node)
 
+    def _add_root(self, namespace: str) -> Node:
+        self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
+        for followed in [one for one in self._unrooted if one.namespace == namespace]:
+            del self._unrooted[followed]
+            followed.move(root, 0)
+        return root
+
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
         self._cut_extents(parent, parent.scheduled)
         parent._heap_entry = 0
@@ -697,6 +726,7 @@ class RadixTree:
         leaf.priority = parent.priority
         parent.children[leaf.first_token] = leaf
         self.unscheduled_tokens += leaf.known
+        follow.branched(parent, leaf)
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
@@ -710,12 +740,15 @@ class RadixTree:
         parent = node.parent
         if parent is not None:
             del parent.children[node.first_token]
+            follow.removed(node)
             if self._is_evictable(parent):
                 self._enqueue(parent)
             elif parent.parent is None and not parent.children and not parent.locked:
                 self._remove(parent)
         else:
             del self._roots[node.namespace]
+            self._unrooted |= node.followers
+            follow.removed(node)
         self._nodes[node.id] = None
         self._free_ids.append(node.id)
         node._heap_entry = 0
@@ -746,6 +779,7 @@ class RadixTree:
         if child.children:
             self._cut_extents(child, child.known)
         node.children[child.first_token] = child
+        follow.raised(child, node)
         self.columns.write(node)
         self.columns.write(child)
         self._changed(node)
@@ -844,6 +878,7 @@ class RadixTree:
         node.known = known
         node.scheduled = min(node.scheduled, known)
         node.computed = min(computed, known)
+        follow.shortened(node)
         if self.listener is not None and node.computed < computed:
             self.listener.changed(node)
         self._cut_extents(node, node.scheduled)
