@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core import InvalidRequest, Plan
+from radixgen.core import InvalidRequest, Plan, Window
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +26,13 @@ BACKENDS = ("torch", "triton", "flash")
 class Attention(Protocol):
     """Attention over one plan, for one window, on one device. Made once a step, called once a layer.
 
-    A row at position `p` sees, of the segments of the units that cover it, the keys at positions `<= p`, and `> p -
-    window` where there is a window. Slots outside the plan's segments, as they are before a window trims them, are
-    undefined memory, NaN perhaps, and so is the room into which a segment may grow: nothing of it may reach a result.
+    A row at position `p` sees, of the segments of the units that cover it, the keys at positions `<= p`, and from
+    `first_seen(window, p)` where there is a window. Slots outside the plan's segments, as they are before a window
+    trims them, are undefined memory, NaN perhaps, and so is the room into which a segment may grow: nothing of it may
+    reach a result.
     """
 
-    def __init__(self, plan: Plan, window: int | None, device: "torch.device") -> None: ...
+    def __init__(self, plan: Plan, window: Window | None, device: "torch.device") -> None: ...
 
     def __call__(
         self,
@@ -61,7 +62,7 @@ class StaticAttention(Protocol):
     answer.
     """
 
-    def __init__(self, plan: Plan, window: int | None, positions: "Tensor") -> None:
+    def __init__(self, plan: Plan, window: Window | None, positions: "Tensor") -> None:
         """`positions` int64 `[rows]`, at least as many as the plan's rows, is read at each call. `plan` is loaded."""
 
     def load(self, plan: Plan) -> bool:
@@ -98,7 +99,7 @@ class Backend(NamedTuple):
     """What answers a step's layers."""
 
     name: str
-    attention: "Callable[[Plan, int | None, torch.device], Attention]"
+    attention: "Callable[[Plan, Window | None, torch.device], Attention]"
     writes: type[Writes]
     static: type[StaticAttention] | None
     """Where there is one, `writes` reads a tensor of slots on the device anew at each call."""

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.core import Plan
+from radixgen.core import Plan, Window
 from radixgen.core.plan import Int64Array
 from radixgen.kernels.backend import Attention as AnyAttention
 from radixgen.kernels.backend import Writes as AnyWrites
@@ -332,7 +332,7 @@ class Writes:
 class Attention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
-    def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
+    def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         trimmed = plan.within(window)
         self._package = load(device)
@@ -404,9 +404,9 @@ class Chooser:
     """
 
     cost: FlashCost
-    other: Callable[[Plan, int | None, torch.device], AnyAttention]
+    other: Callable[[Plan, Window | None, torch.device], AnyAttention]
 
-    def __call__(self, plan: Plan, window: int | None, device: torch.device) -> AnyAttention:
+    def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> AnyAttention:
         """As `radixgen.kernels.backend.Attention` is made."""
         sequences, rest = split(plan.within(window))
         if rest is None and self.cost.predict(sequences) < plan.predicted:

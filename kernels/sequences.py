@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core import Plan
+from radixgen.core import Plan, first_seen
 from radixgen.core.plan import Int64Array, reduce_ranges
 
 
@@ -93,7 +93,7 @@ def _kinds(plan: Plan, owners: Int64Array) -> tuple[NDArray[np.bool_], NDArray[n
     first, last = plan.segment_positions, plan.segment_positions + plan.segment_lengths - 1
     clear = (plan.segment_rows == unit_rows[owners]).all(axis=1) & (plan.segment_lengths > 0)
     if plan.window is not None:
-        clear &= first > highest - plan.window
+        clear &= first >= first_seen(plan.window, highest)
     whole = clear & (last <= lowest)
     causal = clear & ~whole & a_span & (last == highest) & (first <= lowest)
     # A span's last tile may hold one row, which sees all keys: it belongs to the span all the same.

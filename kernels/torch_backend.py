@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.core import Plan
+from radixgen.core import Plan, Window, first_seen
 from radixgen.kernels.merge import apply_sinks, merge_partials
 
 _NEVER = np.iinfo(np.int32).max
@@ -104,7 +104,7 @@ class Writes:
 class Attention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
-    def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
+    def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         plan = plan.within(window)
         self._device = device
         self._plan = plan
@@ -154,7 +154,7 @@ class Attention:
         if plan.window is None:
             return np.ones(plan.num_units, np.bool_)
         ordered = [np.unique(plan.row_positions[a:b]) for a, b in plan.unit_rows.tolist()]
-        return np.array([np.diff(p).max(initial=0) <= plan.window for p in ordered], np.bool_)
+        return np.array([(first_seen(plan.window, p[1:]) <= p[:-1] + 1).all() for p in ordered], np.bool_)
 
     def _long_unit(self, unit: int) -> _LongUnit:
         plan = self._plan
@@ -179,7 +179,7 @@ class Attention:
 
     def _clear_length(self, positions: NDArray[np.int32], begin: int, length: int, seen_by: NDArray[np.int32]) -> int:
         """How many of a segment's first keys every row sees."""
-        if self._plan.window is not None and begin <= int(positions.max()) - self._plan.window:
+        if self._plan.window is not None and begin < first_seen(self._plan.window, int(positions.max())):
             return 0
         if seen_by[1] - seen_by[0] < positions.size:
             return 0
@@ -253,13 +253,13 @@ class Attention:
 
 
 def _hidden(
-    row_positions: NDArray[np.int32], key_positions: NDArray[np.int32], window: int | None
+    row_positions: NDArray[np.int32], key_positions: NDArray[np.int32], window: Window | None
 ) -> NDArray[np.bool_]:
     """The causal rule by position: `[..., rows]` and `[..., keys]` give `[..., rows, keys]`."""
     rows, keys = row_positions[..., :, None], key_positions[..., None, :]
     hidden: NDArray[np.bool_] = keys > rows
     if window is not None:
-        hidden |= keys <= rows - window
+        hidden |= keys < first_seen(window, rows)
     return hidden
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from radixgen.core import Plan
+from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
@@ -74,7 +74,9 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: b
     )
 
 
-def constants(geometry: Geometry, launch: Launch, *, window: bool, softcap: bool, sinks: bool) -> dict[str, Any]:
+def constants(
+    geometry: Geometry, launch: Launch, *, window: bool, softcap: bool, sinks: bool, chunked: bool = False
+) -> dict[str, Any]:
     """What the attention kernel is compiled for."""
     padded_dim, padded_v_dim = geometry.padded
     return {
@@ -82,7 +84,7 @@ def constants(geometry: Geometry, launch: Launch, *, window: bool, softcap: bool
         "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": padded_dim, "PADDED_V_DIM": padded_v_dim,
         "TILES": launch.tiles, "BLOCK_KEYS": launch.block_keys, "GATHER_KEYS": launch.gather_keys,
         "STAGES": launch.num_stages, "GATHER_STAGES": launch.gather_stages, "BULK": launch.least_run > 0,
-        "WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "PDL": launch.overlap,
+        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "PDL": launch.overlap,
     }  # fmt: skip
 
 
@@ -151,7 +153,7 @@ class Tables:
 class Attention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
-    def __init__(self, plan: Plan, window: int | None, device: torch.device) -> None:
+    def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         self._plan = plan.within(window)
         self._positions = torch.from_numpy(plan.row_positions).to(device)
@@ -181,7 +183,7 @@ class Attention:
 class StaticAttention:
     """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
-    def __init__(self, plan: Plan, window: int | None, positions: Tensor) -> None:
+    def __init__(self, plan: Plan, window: Window | None, positions: Tensor) -> None:
         self._window, self._positions = window, positions
         self._tile_rows = plan.tile_rows
         self._tables: dict[Geometry, Tables] = {}
@@ -239,19 +241,26 @@ def _attend(
     k: Tensor,
     v: Tensor,
     scale: float,
-    window: int | None,
+    window: Window | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
     """Both launches; `out` and `lse` are written for the rows of the plan."""
+    size = window.size if isinstance(window, Chunk) else window or 0
+    masks = {
+        "window": window is not None,
+        "chunked": isinstance(window, Chunk),
+        "softcap": softcap is not None,
+        "sinks": sinks is not None,
+    }
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     early = {"launch_pdl": True} if launch.overlap else {}
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     triton_kernels.attend[(launch.programs,)](
         q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
         lse if sinks is None else sinks, positions, views["laid_out_positions"], views["queue"], views["items"],
-        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
-        **constants(geometry, launch, window=window is not None, softcap=softcap is not None, sinks=sinks is not None),
+        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
+        **constants(geometry, launch, **masks),
         num_warps=launch.num_warps, maxnreg=launch.registers, **early,
     )  # fmt: skip
     if not tables.most_merged:

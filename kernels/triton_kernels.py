@@ -116,7 +116,7 @@ def _attend_tile(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One work item: a tile's rows, of one KV head, against all keys of its unit."""
     packed = tl.arange(0, BLOCK_ROWS)
@@ -127,7 +127,8 @@ def _attend_tile(
     q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
     queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     if WINDOW:
-        own_position = tl.load(row_positions + first_row + row, mask=real, other=-1).to(tl.int32)
+        own_position = tl.load(row_positions + first_row + row, mask=real, other=0).to(tl.int32)
+        first_seen = own_position // window * window if CHUNKED else own_position - window + 1
 
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -152,7 +153,7 @@ def _attend_tile(
         seen = ((rows & 0xFF)[None, :] <= row[:, None]) & (row[:, None] < (rows >> 8)[None, :])
         if WINDOW:
             position = tl.load(key_positions + place, mask=listed, other=0)
-            seen = seen & (position[None, :] > own_position[:, None] - window)
+            seen = seen & (position[None, :] >= first_seen[:, None])
         scores = _scores(
             queries, _gather(k, slot, listed, HEAD_DIM, PADDED_DIM, KV_HEADS, head), scale, softcap, SOFTCAP
         )
@@ -180,7 +181,7 @@ def attend(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1 and
     one more.
@@ -223,7 +224,7 @@ def attend(
                         q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
                         row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
                         GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS,
-                        GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, SOFTCAP, SINKS,
+                        GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, CHUNKED, SOFTCAP, SINKS,
                     )  # fmt: skip
         task, coming, tile, grows = coming, after, next_tile, next_grows
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end

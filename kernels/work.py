@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core import Plan
+from radixgen.core import Plan, first_seen
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.schedule import assign
 
@@ -231,7 +231,7 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
     if launch.least_run:
         until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
         if plan.window is not None:
-            before = np.clip(tiles.highest[tile] + slack + 1 - plan.window - position, 0, length)
+            before = np.clip(first_seen(plan.window, tiles.highest[tile] + slack) - position, 0, length)
         run = (until - before) // launch.block_keys * launch.block_keys
         run[~whole | (run < launch.least_run)] = 0
         before[run == 0] = 0

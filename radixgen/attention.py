@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radixgen.core import InvalidRequest, Plan
+from radixgen.core import Chunk, InvalidRequest, Plan, Window
 from radixgen.core.plan import Int32Array
 from radixgen.kernels.backend import Attention, backend, check_backend
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
@@ -31,7 +31,7 @@ class TreeAttention:
         row_nodes: Sequence[int],
         row_positions: Sequence[int] | None = None,
         *,
-        window: int | None = None,
+        window: Window | None = None,
         softcap: float | None = None,
         attention: str = "auto",
         mode: PlanMode = "auto",
@@ -44,7 +44,8 @@ class TreeAttention:
         row_nodes: `[rows]`, the node in which each row stands.
         row_positions: `[rows]`, the position of each row, counted from the root's first token; it lies
             inside the row's node. Default: the last position of the row's node.
-        window: a row at position `p` sees only keys at positions `> p - window`.
+        window: a row at position `p` sees only keys at positions `> p - window`; with `Chunk(size)`, only those from
+            `p // size * size` on.
         softcap: scores become `softcap * tanh(score / softcap)`.
         attention: `"auto"`, or one of `radixgen.kernels.BACKENDS`.
         mode: `"auto"`; `"unshared"` reads every path alone, `"naive"` makes each node a unit.
@@ -53,7 +54,7 @@ class TreeAttention:
         """
         if mode not in PLAN_MODES:
             raise InvalidRequest("mode", mode, f"must be one of {', '.join(PLAN_MODES)}")
-        if window is not None and window < 1:
+        if window is not None and (window.size if isinstance(window, Chunk) else window) < 1:
             raise InvalidRequest("window", window, "must be at least 1")
         forest = _forest(parents, extents)
         nodes = np.asarray(row_nodes, np.int32).reshape(-1)

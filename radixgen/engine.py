@@ -129,6 +129,7 @@ class Engine:
             device,
             attention,
             max_model_len,
+            max_step_tokens,
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
             torch_compile=torch_compile,
@@ -710,6 +711,7 @@ def _served(
     device: str,
     attention: str,
     max_model_len: int | None,
+    max_step_tokens: int,
     *,
     ranks: int,
     graphs: bool,
@@ -721,13 +723,20 @@ def _served(
             raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
         if torch_compile:
             raise InvalidRequest("torch_compile", torch_compile, "must be False where tensor_parallel_size is above 1")
-        options: dict[str, Any] = {"attention": attention, "max_model_len": max_model_len}
-        sharded, loaded = shard(model, ranks, dtype=dtype, device=device, **options)
+        sharded, loaded = shard(
+            model,
+            ranks,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            max_model_len=max_model_len,
+            max_step_tokens=max_step_tokens,
+        )
         return sharded, loaded.tokenizer
     if isinstance(model, Model):
         return model, tokenizer
     loaded = _loaded(model, tokenizer, dtype, device)
-    tree_model = TreeModel(loaded.model, loaded.name, max_model_len)
+    tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
     try:
         if loaded.model.device.type == "cuda":
             tree_model.fuse_linears()

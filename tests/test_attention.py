@@ -9,7 +9,7 @@ from sizes import pairs
 from torch import Tensor
 
 from radixgen import TreeAttention
-from radixgen.core import InvalidRequest
+from radixgen.core import Chunk, InvalidRequest, Window
 from radixgen.kernels import torch_backend
 from radixgen.scheduler.planner import CostModel, TileCost
 
@@ -65,15 +65,21 @@ def random_tree(rng: np.random.Generator, nodes: int, longest: int) -> tuple[lis
     return parents, lengths
 
 
+def first_key(window: Window | None, position: int) -> int:
+    if isinstance(window, Chunk):
+        return position - position % window.size
+    return 0 if window is None else max(0, position - window + 1)
+
+
 def reference(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dtype: torch.dtype, window: int | None,
+    case: Case, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dtype: torch.dtype, window: Window | None,
     softcap: float | None, sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One softmax a row over its whole path."""
     group = q.shape[1] // k.shape[1]
     outs, lses = [], []
     for row, (node, position) in enumerate(zip(case.row_nodes, case.positions(), strict=True)):
-        first = 0 if window is None else max(0, position - window + 1)
+        first = first_key(window, position)
         slots = case.path_slots(node)[first : position + 1]
         keys = k[slots].to(dtype).repeat_interleave(group, 1)
         values = v[slots].to(dtype).repeat_interleave(group, 1)
@@ -101,11 +107,11 @@ def tensors(
     return q, k, v
 
 
-def poison(case: Case, window: int | None, *pools: Tensor) -> None:
+def poison(case: Case, window: Window | None, *pools: Tensor) -> None:
     """NaN in every slot that no row may see."""
     seen = set()
     for node, position in zip(case.row_nodes, case.positions(), strict=True):
-        first = 0 if window is None else max(0, position - window + 1)
+        first = first_key(window, position)
         seen.update(case.path_slots(node)[first : position + 1])
     for pool in pools:
         pool[[slot for slot in range(case.num_slots) if slot not in seen]] = float("nan")
@@ -116,6 +122,7 @@ MIXED = CostModel(tiles=(TileCost(4, 8.0, 1.0), TileCost(32, 9.0, 1.2)), partial
 MODES = [("auto", None), ("auto", CHEAP_UNITS), ("auto", MIXED), ("naive", None), ("prefix", None), ("unshared", None)]
 MASKS = [
     (None, None, False), (1, None, False), (13, None, True), (200, 5.0, False), (None, 20.0, True),
+    (Chunk(1), None, False), (Chunk(13), None, True), (Chunk(200), 5.0, False),
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from test_attention import (
     MODES,
     Case,
     error,
+    first_key,
     poison,
     random_case,
     random_tree,
@@ -31,7 +32,7 @@ from test_exactness import Oracle, greedy, prompts
 from torch import Tensor
 
 from radixgen import Engine, TreeAttention, calibration
-from radixgen.core import InvalidRequest
+from radixgen.core import Chunk, InvalidRequest, Window
 from radixgen.kernels import flash_backend, torch_backend
 from radixgen.kernels.backend import backend
 from radixgen.kernels.flash_backend import Chooser, FlashCost, MergeTables, Package, attend_plainly
@@ -110,7 +111,10 @@ def test_equals_float64(twin: Recorder, way, masks, shape) -> None:
 @pytest.mark.parametrize(
     ("twin", "masks", "mode"),
     pairs(
-        BEYOND, [(None, None, False), (70, None, True), (None, 20.0, True)], ["auto", "naive"], everything=EVERYTHING
+        BEYOND,
+        [(None, None, False), (70, None, True), (None, 20.0, True), (Chunk(70), None, False)],
+        ["auto", "naive"],
+        everything=EVERYTHING,
     ),
     indirect=["twin"],
 )
@@ -200,7 +204,7 @@ def test_mixed_subtrees_go_to_our_own_kernels(twin: Recorder) -> None:
 
 
 @pytest.mark.parametrize(("mode", "cost"), MODES)
-@pytest.mark.parametrize("window", [None, 9, 100])
+@pytest.mark.parametrize("window", [None, 9, 100, Chunk(9)])
 def test_every_key_is_in_one_part(mode, cost, window) -> None:
     """Sequences and rest hold each row's keys once, and the rest is a plan of its own."""
     rng = np.random.default_rng(2)
@@ -227,14 +231,14 @@ def test_every_key_is_in_one_part(mode, cost, window) -> None:
     assert [sorted(slots) for slots in found] == [sorted(slots) for slots in keys]
 
 
-def _seen(plan, row: int, window: int | None) -> list[int]:
+def _seen(plan, row: int, window: Window | None) -> list[int]:
     slots: list[int] = []
     position = plan.row_positions[row]
     for (first, stop), segments in zip(plan.unit_rows, plan.unit_segments, strict=True):
         for segment in range(*segments) if first <= row < stop else ():
             low, high = plan.segment_rows[segment]
             places = plan.segment_positions[segment] + np.arange(plan.segment_lengths[segment])
-            seen = (places <= position) & (window is None or places > position - window)
+            seen = (places <= position) & (places >= first_key(window, position))
             if low <= row < high:
                 slots += (plan.segment_starts[segment] + np.flatnonzero(seen)).tolist()
     return slots

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from radixgen import Engine, TreeAttention
+from radixgen.core import Chunk
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.schedule import assign
@@ -25,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 COST = CostModel(tiles=(TileCost(16, 60.0, 1.0), TileCost(64, 70.0, 1.2)), partial=0.1, programs=7, mix=True)
-MASKS = [(None, None, False), (1, None, False), (70, None, True), (None, 20.0, True)]
+MASKS = [(None, None, False), (1, None, False), (70, None, True), (None, 20.0, True), (Chunk(70), None, False)]
 HEADS = [
     ((2, 2), (64, 64)), ((6, 2), (80, 80)), ((3, 1), (96, 96)), ((16, 1), (128, 128)), ((2, 1), (192, 128)),
     ((2, 1), (256, 256)), ((20, 1), (16, 32)), ((1, 1), (7, 5)),
@@ -94,7 +95,8 @@ def test_sizes(rows: int, length: int, mode, dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype", "window"), pairs(["auto", "naive", "unshared"], DTYPES, [None, 300], everything=EVERYTHING)
+    ("mode", "dtype", "window"),
+    pairs(["auto", "naive", "unshared"], DTYPES, [None, 300, Chunk(300)], everything=EVERYTHING),
 )
 def test_a_long_extent(mode, dtype, window) -> None:
     """Copied in bulk: whole, or from within where a window of the last rows begins."""
@@ -105,7 +107,7 @@ def test_a_long_extent(mode, dtype, window) -> None:
 def test_a_span_has_its_own_diagonal() -> None:
     """Rows at every position of a node, as in prefill, above 200 cached keys."""
     case = Case([-1, 0], [[(0, 200)], [(250, 150)]], [1] * 150, list(range(200, 350)), 450)
-    for window in (None, 40):
+    for window in (None, 40, Chunk(40)):
         check(case, (4, 2) if EVERYTHING else (2, 1), (64, 64), torch.float32, cost=COST, window=window)
 
 

@@ -471,6 +471,7 @@ def a_job(folder: Path) -> Job:
         device="cpu",
         attention="auto",
         max_model_len=None,
+        max_step_tokens=64,
         threads=1,
     )
 

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import size
+from test_attention import first_key
 
 from bench import trees
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.calibration import cost_models
-from radixgen.core import Plan
+from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.forest import walk_paths
 from radixgen.scheduler.partition import partition
@@ -28,6 +29,8 @@ COSTS = [
     CostModel(tiles=(TileCost(16, 3.0, 1.0), TileCost(64, 4.0, 1.3)), partial=0.2, group=3, kv_heads=2, mix=True),
     CostModel(tiles=(TileCost(4, 0.5, 1.0), TileCost(9, 0.7, 1.1)), partial=0.1, programs=7, mix=True),
 ]
+
+WINDOWS = st.integers(1, 12) | st.integers(1, 12).map(Chunk)
 
 
 @st.composite
@@ -65,7 +68,7 @@ def path_slots(forest: Forest, node: int) -> list[int]:
     return slots
 
 
-def keys_read(found: Plan, window: int | None = None) -> list[list[tuple[int, int]]]:
+def keys_read(found: Plan, window: Window | None = None) -> list[list[tuple[int, int]]]:
     """For each row of the plan the (position, slot) of every key that it sees, sorted, repeats kept."""
     seen: list[list[tuple[int, int]]] = [[] for _ in range(found.num_rows)]
     last, readers = found.row_positions.tolist(), found.segment_rows.tolist()
@@ -76,13 +79,13 @@ def keys_read(found: Plan, window: int | None = None) -> list[list[tuple[int, in
         for segment in range(begin, stop):
             first, to_slot = positions[segment], slots[segment] - positions[segment]
             for row in range(*readers[segment]):
-                oldest = first if window is None else max(first, last[row] - window + 1)
+                oldest = max(first, first_key(window, last[row]))
                 keys = range(oldest, min(first + lengths[segment], last[row] + 1))
                 seen[row] += [(key, key + to_slot) for key in keys]
     return [sorted(keys) for keys in seen]
 
 
-@given(forests(), st.sampled_from(PLAN_MODES), st.sampled_from(COSTS), st.integers(1, 12))
+@given(forests(), st.sampled_from(PLAN_MODES), st.sampled_from(COSTS), WINDOWS)
 @settings(max_examples=300, deadline=None)
 def test_each_key_of_a_path_is_read_once(case, mode, cost, window) -> None:
     forest, nodes, positions = case
@@ -93,7 +96,7 @@ def test_each_key_of_a_path_is_read_once(case, mode, cost, window) -> None:
         for row, keys in enumerate(keys_read(trimmed, width)):
             node, last = int(nodes[found.row_order[row]]), int(found.row_positions[row])
             path = path_slots(forest, node)
-            first = 0 if width is None else max(0, last - width + 1)
+            first = first_key(width, last)
             assert keys == [(p, path[p]) for p in range(first, last + 1)]
     if mode == "unshared":
         assert found.kv_tokens_read == found.kv_tokens_unshared
@@ -115,7 +118,7 @@ def test_rows_below_a_node_are_one_range(case, cost) -> None:
         assert below == list(range(below[0], below[0] + len(below))) if below else True
 
 
-@given(forests(), st.sampled_from(PLAN_MODES), st.sampled_from(COSTS), st.integers(1, 12))
+@given(forests(), st.sampled_from(PLAN_MODES), st.sampled_from(COSTS), WINDOWS)
 @settings(max_examples=150, deadline=None)
 def test_a_window_drops_the_keys_before_the_first_that_a_unit_sees(case, mode, cost, window) -> None:
     forest, nodes, positions = case
@@ -124,7 +127,7 @@ def test_a_window_drops_the_keys_before_the_first_that_a_unit_sees(case, mode, c
     assert trimmed is found.within(window) and found.within(None) is found
     for unit in range(found.num_units):
         rows = found.row_positions[slice(*found.unit_rows[unit])].tolist()
-        first_seen = min(rows) - window + 1
+        first_seen = first_key(window, min(rows))
         for segment in range(*found.unit_segments[unit]):
             first = int(found.segment_positions[segment])
             kept = [p for p in range(first, first + found.segment_lengths[segment]) if p >= first_seen]

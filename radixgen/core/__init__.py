@@ -33,11 +33,12 @@ from radixgen.core.outputs import (
     joined,
 )
 from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
-from radixgen.core.plan import NodeSummary, Plan
+from radixgen.core.plan import Chunk, NodeSummary, Plan, Window, first_seen
 
 __all__ = [
     "Allowed",
     "BeamSearchParams",
+    "Chunk",
     "CompletionOutput",
     "ContextOverflow",
     "DuplicateRequest",
@@ -69,7 +70,9 @@ __all__ = [
     "Stats",
     "UnknownRequest",
     "UnsupportedModel",
+    "Window",
     "check_integer",
     "end_token",
+    "first_seen",
     "joined",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,27 @@ def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integ
     padded = np.concatenate([values, values[-1:]])
     reduced: Int32Array = reduce.reduceat(padded, ranges.reshape(-1))[::2]
     return reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Chunked attention: a row at position `p` sees the keys from `p // size * size` up to its own."""
+
+    size: int
+
+
+Window: TypeAlias = int | Chunk
+"""What a layer leaves visible: the last so many keys, a row's own among them, or those of a row's chunk."""
+
+
+_Positions = TypeVar("_Positions", int, NDArray[np.int32], NDArray[np.int64])
+
+
+def first_seen(window: Window, positions: _Positions) -> _Positions:
+    """The first key position that a row at each of `positions` sees; may be below 0. It never falls as they rise."""
+    if isinstance(window, Chunk):
+        return positions // window.size * window.size
+    return positions - (window - 1)
 
 
 FATES = ("folded", "cut", "mixed")
@@ -46,8 +68,8 @@ class Plan:
     """Units of attention over depth-first rows.
 
     A row at position `p` sees, of each segment of each unit that covers the row, the keys at positions `<= p`
-    (and `> p - window` where a layer has a window). The segments of all units that cover a row are exactly
-    the row's path. A row covered by several units gets a partial result from each, merged in the order of
+    (and from `first_seen(window, p)` where a layer has a window). The segments of all units that cover a row are
+    exactly the row's path. A row covered by several units gets a partial result from each, merged in the order of
     `unit_rank`.
 
     Half-open ranges: unit `u` holds rows `[unit_rows[u, 0], unit_rows[u, 1])` and segments
@@ -89,11 +111,11 @@ class Plan:
     path_rows: Int32Array
     """`[tiles, 2]`: rows of one node, as unshared reading would tile them, each reading its whole path."""
     nodes: NodeSummary
-    window: int | None = None
+    window: Window | None = None
     age: int = 0
     """Steps since the plan was built: it was carried over so often, and only lengths grew."""
     _origin: "Plan | None" = field(default=None, repr=False, compare=False)
-    _windowed: dict[int, "Plan"] = field(default_factory=dict, repr=False, compare=False)
+    _windowed: dict[Window, "Plan"] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rebuilt(self) -> bool:
@@ -136,7 +158,7 @@ class Plan:
         first, last = self.path_rows[:, 0], self.path_rows[:, 1] - 1
         unseen = np.zeros_like(first)
         if self.window is not None:
-            unseen = np.maximum(self.row_positions[first] - (self.window - 1), 0)
+            unseen = np.maximum(first_seen(self.window, self.row_positions[first]), 0)
         return int((self.row_positions[last] + 1 - unseen).sum())
 
     def advance(self) -> "Plan":
@@ -155,21 +177,19 @@ class Plan:
             _windowed={},
         )
 
-    def within(self, window: int | None) -> "Plan":
-        """The same units with every segment trimmed to the keys that a window of `window` tokens leaves
-        visible.
-        """
+    def within(self, window: Window | None) -> "Plan":
+        """The same units with every segment trimmed to the keys that `window` shows the unit's first row."""
         if window is None:
             return self
         if window not in self._windowed:
             self._windowed[window] = self._trim(window)
         return self._windowed[window]
 
-    def _trim(self, window: int) -> "Plan":
+    def _trim(self, window: Window) -> "Plan":
         counts = np.diff(self.unit_segments, axis=1)[:, 0]
         lowest = reduce_ranges(np.minimum, self.row_positions, self.unit_rows)
-        first_seen = np.repeat(lowest, counts) - (window - 1)
-        cut = np.clip(first_seen - self.segment_positions, 0, self.segment_lengths)
+        first = np.repeat(first_seen(window, lowest), counts)
+        cut = np.clip(first - self.segment_positions, 0, self.segment_lengths)
         return replace(
             self,
             segment_starts=self.segment_starts + cut,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
-from radixgen.core import Plan
+from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Backend, StaticAttention
 from radixgen.model.packed import LayerCall, TreeModel
 
@@ -136,7 +136,7 @@ class _Graph:
         self._plan: Plan | None = None
         self._inputs = _Inputs(rows, model.device)
         self._writes = backend.writes(self._inputs.slots, model.device)
-        self._by_window: dict[int | None, StaticAttention] = {}
+        self._by_window: dict[Window | None, StaticAttention] = {}
 
     def load(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]

@@ -71,6 +71,7 @@ class Job:
     device: str
     attention: str
     max_model_len: int | None
+    max_step_tokens: int
     threads: int
     """Of PyTorch, in each rank."""
 

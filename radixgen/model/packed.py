@@ -1,9 +1,12 @@
 """transformers' own modelling code, run on packed rows of a tree instead of padded sequences.
 
 One attention function is registered with transformers' `AttentionInterface`. It hands every layer's queries,
-keys and values to the `TreeModel` that owns the module; the model around it is untouched.
+keys and values to the `TreeModel` that owns the module; the model around it is untouched. A second one is used while
+the model is loaded: it reads each layer's mask, and compares our attention with the model's own.
 """
 
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,16 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from radixgen.cache.storage import LayerShape
-from radixgen.core import InvalidRequest, UnsupportedModel
+from radixgen.core import InvalidRequest, UnsupportedModel, Window, first_seen
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
 from radixgen.model.fused_linear import fuse_linears, restore_linears
+from radixgen.model.masks import MaskError, MaskReader, make_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # transformers looks for "flash" in this name and then changes what it passes.
 IMPLEMENTATION = "radixgen"
+READING = "radixgen_reading"
+"""The implementation that reads masks."""
+_TOLERANCE = 0.05
+"""Of the largest value: half precision stays well below it, a key too many or too few does not."""
+_LONGEST_PROOF = 256
+"""Rows of the longest sequence with which a model is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class LayerCall:
     k: Tensor
     v: Tensor
     scale: float
-    window: int | None
+    window: Window | None
     softcap: float | None
     sinks: Tensor | None
 
@@ -45,9 +55,11 @@ class Attend(Protocol):
 
 
 def _register(attention: Callable[..., tuple[Tensor, None]]) -> None:
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionInterface.register(READING, _reading_attention)
+    AttentionMaskInterface.register(READING, make_mask)
 
 
 def _attention(
@@ -57,24 +69,52 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every attention layer; q, k, v `[1, heads, rows, head_dim]`."""
     owner: TreeModel = module.__dict__["radixgen_owner"]
+    layer = owner.layer_of(module)
     call = LayerCall(
-        layer=owner.layer_of(module),
+        layer=layer,
         q=query[0].transpose(0, 1),
         k=key[0].transpose(0, 1),
         v=value[0].transpose(0, 1),
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        window=sliding_window,
+        window=owner.windows[layer],
         softcap=softcap,
         sinks=s_aux,
     )
-    return owner.attend(call)[0].unsqueeze(0), None
+    return owner.attend(call)[0].contiguous().unsqueeze(0), None
+
+
+def _reading_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As `_attention`, over one sequence: learn what the layer sees, and check that nothing else matters to it."""
+    owner: TreeModel = module.__dict__["radixgen_owner"]
+    owner.read_layer(module, attention_mask, query.shape[2], options)
+    out, _ = _attention(module, query, key, value, attention_mask, **options)
+    theirs = _own_attention(module, query, key, value, owner.windows[-1], options)
+    if theirs is not None and float((out - theirs).abs().max()) > _TOLERANCE * float(theirs.abs().max()) + 1e-6:
+        raise UnsupportedModel(f"{owner.name}: a layer's own attention is more than softmax, scale, soft cap and sinks")
+    return out, None
+
+
+def _own_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: Window | None, options: dict[str, Any]
+) -> Tensor | None:
+    """What the model's own eager attention answers; None where its code has none."""
+    own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    if own is None:
+        return None
+    place = torch.arange(query.shape[2], device=query.device)
+    hidden = ~_sees(window, place)[None, None]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+    theirs: Tensor = own(module, query, key, value, mask, **options)[0]
+    return theirs
 
 
 class TreeModel:
@@ -85,13 +125,16 @@ class TreeModel:
     `UnsupportedModel`, by name and with the reason, where they do not.
     """
 
-    def __init__(self, model: "PreTrainedModel", name: str, max_model_len: int | None) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", name: str, max_model_len: int | None, max_step_tokens: int = 2048
+    ) -> None:
+        """`max_step_tokens`: rows of one `forward` at the most."""
         self.model = model
         self.name = f"{name} ({model.config.model_type})"
         self.device = model.device
         self.attend: Attend = self._no_attend
         self._layers: dict[nn.Module, int] = {}
-        self.windows: list[int | None] = []
+        self.windows: list[Window | None] = []
         """Of each layer"""
         self.geometry: Geometry | None = None
         config = model.config.get_text_config()
@@ -109,10 +152,14 @@ class TreeModel:
         for module in model.modules():
             module.__dict__["radixgen_owner"] = self
         try:
+            reach = max(max_model_len or getattr(config, "max_position_embeddings", None) or _LONGEST_PROOF, 1)
+            self._reader = MaskReader(reach, self.device)
+            self._proof_len = _proof_length(config, reach)
             self.layer_shapes = self._probe(config)
             self.max_model_len = _context(config, max_model_len)
             self._former_rotary = _fix_rotary(model, self.name, self.max_model_len)
             self._prove_packing()
+            self._prove_positions(max(self.max_model_len, max_step_tokens))
         except BaseException:
             self.release()
             raise
@@ -158,6 +205,15 @@ class TreeModel:
             self._layers[module] = len(self._layers)
         return self._layers[module]
 
+    def read_layer(self, module: nn.Module, mask: Tensor | None, rows: int, options: dict[str, Any]) -> None:
+        """Learn what the next layer sees from the mask that it was given. Raises `UnsupportedModel`."""
+        if module in self._layers:
+            raise UnsupportedModel(f"{self.name}: a layer attends more than once")
+        if mask is None and not options.get("is_causal", getattr(module, "is_causal", True)):
+            raise UnsupportedModel(f"{self.name}: a layer is not causal")
+        self.windows.append(self._reader.window_of(mask, rows))
+        self.layer_of(module)
+
     def release(self) -> None:
         """Give the model back as it was."""
         for module in self._compiled:
@@ -170,19 +226,21 @@ class TreeModel:
         self.model.set_attn_implementation(self._former_attention)
 
     def _probe(self, config: Any) -> list[LayerShape]:
-        """What each layer stores, by one row through the model."""
+        """What each layer stores and sees, by one sequence through the model that is longer than its windows."""
         shapes: dict[int, LayerShape] = {}
 
         def record(call: LayerCall) -> tuple[Tensor, Tensor]:
-            if call.layer in shapes:
-                raise UnsupportedModel(f"{self.name}: a layer attends more than once")
             kv_heads, head_dim = call.k.shape[1:]
             shapes[call.layer] = LayerShape(kv_heads, head_dim, call.v.shape[2], call.k.dtype)
-            self.windows.append(call.window)
             self.geometry = self.geometry or Geometry.of(call.q, call.k, call.v)
-            return _causal(call, [1])
+            return _causal(call, [self._proof_len])
 
-        self._try(lambda: self._logits([[0]], record))
+        self.model.set_attn_implementation(READING)
+        try:
+            with self._reader.reading():
+                self._try(lambda: self._logits([self._sequence(0, self._proof_len)], record))
+        finally:
+            self.model.set_attn_implementation(IMPLEMENTATION)
         expected = int(config.num_hidden_layers)
         if len(shapes) != expected:
             reason = f"{len(shapes)} of its {expected} layers attend through AttentionInterface"
@@ -190,17 +248,62 @@ class TreeModel:
         return [shapes[layer] for layer in range(expected)]
 
     def _prove_packing(self) -> None:
-        """Three short sequences must give the same logits packed as alone."""
-        sequences = [[i % self.vocab_size for i in range(a, a + n)] for a, n in ((3, 4), (5, 2), (3, 3))]
+        """Three sequences, one of them longer than every window, must give the same logits packed as alone."""
+        sequences = [self._sequence(a, n) for a, n in ((3, self._proof_len), (5, 2), (3, 3))]
         packed = self._try(lambda: self._logits(sequences, _causal_over(sequences)))
         row = -1
         for sequence in sequences:
             row += len(sequence)
             alone = self._logits([sequence], _causal_over([sequence]))[-1]
             scale = float(alone.abs().max()) + 1e-6
-            if float((packed[row] - alone).abs().max()) > 0.05 * scale:
+            if float((packed[row] - alone).abs().max()) > _TOLERANCE * scale:
                 reason = "packed rows change each other's logits, so something besides attention mixes them"
                 raise UnsupportedModel(f"{self.name}: {reason}")
+
+    def _prove_positions(self, reach: int) -> None:
+        """A row must not change with its place in a step, below `reach`: its position is in `position_ids` alone.
+
+        transformers counts rows from behind those that a cache has seen; here a cache says so and holds none.
+        """
+        from transformers import DynamicCache
+
+        class Seen(DynamicCache):  # type: ignore[misc]
+            def get_seq_length(self, *_: Any, **__: Any) -> int:
+                return max(reach - len(tokens), 0)
+
+            def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+                return key, value
+
+        tokens = self._sequence(3, 4)
+
+        def rows(**options: Any) -> list[Tensor]:
+            calls: list[Tensor] = []
+
+            def record(call: LayerCall) -> tuple[Tensor, Tensor]:
+                calls.extend((call.q, call.k, call.v))
+                return _causal(call, [1] * len(tokens))
+
+            self._run(torch.tensor([tokens], device=self.device), record, **options)
+            return calls
+
+        alone = rows(use_cache=False)
+        later = rows(use_cache=True, past_key_values=Seen())
+        for one, other in zip(alone, later, strict=True):
+            if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
+                reason = f"it counts positions by itself, which is seen at {reach} tokens"
+                raise UnsupportedModel(f"{self.name}: {reason}; a smaller max_model_len may be possible")
+
+    @torch.inference_mode()
+    def _run(self, token_ids: Tensor, attend: Attend, **options: Any) -> None:
+        """One forward pass from position 0 with `options` of transformers' own."""
+        self.attend = attend
+        try:
+            self.model(input_ids=token_ids, position_ids=torch.zeros_like(token_ids), **options)
+        finally:
+            self.attend = self._no_attend
+
+    def _sequence(self, first: int, length: int) -> list[int]:
+        return [token % self.vocab_size for token in range(first, first + length)]
 
     def _logits(self, sequences: list[list[int]], attend: Attend) -> Tensor:
         tokens = [token for sequence in sequences for token in sequence]
@@ -214,6 +317,8 @@ class TreeModel:
             return run()
         except UnsupportedModel:
             raise
+        except MaskError as error:
+            raise UnsupportedModel(f"{self.name}: {error}") from error
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             raise UnsupportedModel(f"{self.name}: it does not run on packed rows: {error}") from error
 
@@ -231,15 +336,23 @@ def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
     place = torch.arange(len(q), device=q.device)
-    seen = (owner[:, None] == owner) & (place[:, None] >= place)
-    if call.window is not None:
-        seen &= place[:, None] - place < call.window
+    starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))], device=q.device)
+    seen = (owner[:, None] == owner) & _sees(call.window, place - starts[owner])
     scores = scores.masked_fill(~seen, float("-inf"))
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
     lse = scores.logsumexp(-1).transpose(0, 1)
     if call.sinks is not None:
         out = apply_sinks(out, lse, call.sinks)
     return out.to(call.q.dtype), lse
+
+
+def _sees(window: Window | None, positions: Tensor) -> Tensor:
+    """Which positions see which, bool `[rows, keys]`."""
+    seen = positions[:, None] >= positions
+    if window is not None:
+        first = torch.from_numpy(first_seen(window, positions.cpu().numpy())).to(positions.device)
+        seen &= positions >= first[:, None]
+    return seen
 
 
 def _causal_over(sequences: list[list[int]]) -> Attend:
@@ -257,6 +370,16 @@ def _context(config: Any, asked: int | None) -> int:
     if asked < 1 or (longest is not None and asked > longest):
         raise InvalidRequest("max_model_len", asked, f"must be from 1 to the model's own {longest}")
     return asked
+
+
+_LOCAL = re.compile("window|chunk|local|block|sparse|stride|keep")
+
+
+def _proof_length(config: Any, max_model_len: int) -> int:
+    """Rows that go past whatever the config says to be local, as far as that can be tried with few rows."""
+    sizes = [value for key, value in config.to_dict().items() if _LOCAL.search(key) and type(value) is int]
+    longest = max((size for size in sizes if 1 < size <= _LONGEST_PROOF - 3), default=1)
+    return min(longest + 3, max_model_len)
 
 
 def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> list[tuple[nn.Module, Any]]:

@@ -112,6 +112,7 @@ def shard(
     device: str = "auto",
     attention: str = "auto",
     max_model_len: int | None = None,
+    max_step_tokens: int = 2048,
 ) -> tuple[ParallelModel, LoadedModel]:
     """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
 
@@ -128,6 +129,7 @@ def shard(
         device=place,
         attention=attention,
         max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens,
         threads=torch.get_num_threads(),
     )
     followers = Followers(job)
@@ -150,7 +152,7 @@ def shard(
 def share_of(job: Job) -> tuple[ModelRunner, LoadedModel]:
     """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
     loaded = load(job.model, job.dtype, job.device, ranks=job.size)
-    tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len)
+    tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len, job.max_step_tokens)
     bound_steps(loaded.model)
     return ModelRunner(tree_model, job.attention, loaded.eos_token_ids, graphs=False), loaded
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
-from radixgen.core import Plan
+from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Attention, Backend, Writes, backend
 from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.packed import LayerCall, TreeModel
@@ -47,7 +47,7 @@ class ModelRunner:
         self.kv_bytes_unshared = 0
         self._captured = False
         """Whether the last step was"""
-        self._window_bytes: Counter[int | None] = Counter()
+        self._window_bytes: Counter[Window | None] = Counter()
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
         flash = flash_cost(model.device, model.geometry) if model.geometry else None
@@ -125,7 +125,7 @@ class _StepAttention:
         self._backend = backend
         self._plan = plan
         self._writes = writes
-        self._by_window: dict[int | None, Attention] = {}
+        self._by_window: dict[Window | None, Attention] = {}
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
