@@ -504,6 +504,7 @@ class EngineCore:
             num_pins=len(scheduler.pins),
             num_nodes=tree.num_nodes,
             shared_tokens=max(scheduler.path_tokens - held, 0),
+            failed_captures=getattr(self.model, "failed_captures", 0),
         )
 
     def check(self) -> None:

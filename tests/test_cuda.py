@@ -1,13 +1,17 @@
 """On a GPU: the same tokens as transformers on that GPU, in float32 without TF32."""
 
+import gc
+
 import families
 import numpy as np
 import pytest
 import torch
 from test_exactness import NEW_TOKENS, WAYS, Oracle, greedy, prompts
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from radixgen import Engine, SamplingParams
 from radixgen.core import SamplingState
+from radixgen.model.graphs import CudaCapture, StepGraphs
 from radixgen.sampling import sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,3 +45,67 @@ def test_a_draw_is_the_same_alone_and_in_a_batch(vocab: int) -> None:
     together = sample(logits, range(64), states).tokens
     assert together == [sample(logits, [row], [state]).tokens[0] for row, state in enumerate(states)]
     assert together == sample(logits.cpu(), range(64), states).tokens
+
+
+def test_captures_go_on_when_the_last_graph_is_gone() -> None:
+    """Pins that a pool ends with the last of its graphs, though tensors that were made in it live on."""
+    capture, x, made = CudaCapture(torch.device("cuda")), torch.ones(4, device="cuda"), []
+
+    def run() -> torch.Tensor:
+        made.append(x * 2 + 1)
+        return made[-1] + 1
+
+    for _ in range(3):
+        replay = capture(run)
+        assert replay().tolist() == [4.0] * 4
+        del replay
+        gc.collect()
+
+
+def test_a_capture_that_fails_leaves_nothing_behind() -> None:
+    device = torch.device("cuda")
+    capture, x, stream = CudaCapture(device), torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    torch.manual_seed(5)
+    expected = torch.randn(8, device="cuda")
+    torch.manual_seed(5)
+
+    def waits() -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return x + 1
+
+    with pytest.raises(RuntimeError):
+        capture(waits)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.randn(8, device="cuda"), expected)
+    torch.cuda.empty_cache()
+    replay = capture(lambda: x * 3)
+    assert replay().tolist() == [3.0] * 4
+
+
+def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst on one long prefix, with defaults: there is one graph, and it is replaced."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=16_384, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    steps, run = [], StepGraphs.run
+
+    def counted(self: StepGraphs, *arguments: object) -> torch.Tensor:
+        result = run(self, *arguments)
+        steps.append(len(self._graphs))
+        return result
+
+    monkeypatch.setattr(StepGraphs, "run", counted)
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(3, 256, 8_000).tolist()
+    with Engine(model, kv_tokens=60_000) as engine:
+        for count in (2, 64):
+            burst = [prefix + rng.integers(3, 256, 16 + count).tolist() for _ in range(count)]
+            outputs = engine.generate(burst, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
+            assert all(len(output.outputs[0].token_ids) == 64 for output in outputs)
+        assert engine.stats().failed_captures == 0 and len(steps) > 4
+        assert engine._model._graphs.usable
+        engine.check()

@@ -301,4 +301,24 @@ def test_a_model_that_can_not_be_captured_runs_eagerly(monkeypatch, caplog) -> N
     monkeypatch.setattr(triton_backend.StaticAttention, "__call__", refuse)
     with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
         assert len(engine.generate([[1, 2, 3]], greedy(4))[0].outputs[0].token_ids) == 4
-    assert "without CUDA graphs: no kernel" in caplog.text
+        assert engine.stats().failed_captures == 1
+    assert "runs without CUDA graphs from now on: no kernel" in caplog.text
+
+
+def test_a_size_that_can_not_be_captured_leaves_the_others_alone(monkeypatch, caplog) -> None:
+    """Steps of one sequence are replayed, those of two run eagerly."""
+    asked, attend = [[1], [3]], triton_backend.StaticAttention.__call__
+    with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
+        expected = [output.outputs[0].token_ids for output in engine.generate(asked, greedy(4))]
+
+    def refuse(self, q: Tensor, *arguments: object) -> object:
+        if q.shape[0] == 2:
+            raise ValueError("no memory")
+        return attend(self, q, *arguments)
+
+    monkeypatch.setattr(triton_backend.StaticAttention, "__call__", refuse)
+    with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
+        engine.generate([[5]], greedy(4))
+        assert [output.outputs[0].token_ids for output in engine.generate(asked, greedy(4))] == expected
+        assert engine.stats().failed_captures == 1 and engine._model._graphs.usable
+    assert "steps like one of 2 rows run without CUDA graphs" in caplog.text

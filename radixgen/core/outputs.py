@@ -149,6 +149,8 @@ class Stats:
     shared_tokens: int
     """What sharing saves at this moment: the tokens of all sequences that run and of all pins, less those of the tree
     that they hold."""
+    failed_captures: int = 0
+    """CUDA graphs that could not be captured: after each, some steps run eagerly, and all of them after a first one."""
 
     @property
     def rows_saved(self) -> int:

@@ -5,6 +5,7 @@ tables of `StaticAttention`. A step fills them and replays; where only lengths g
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -33,19 +34,28 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def cuda_capture() -> Capture:
-    """Captures into CUDA graphs that share one memory pool."""
-    pool = torch.cuda.graph_pool_handle()
+class CudaCapture:
+    """A `Capture` into CUDA graphs that share one memory pool.
 
-    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
+    A pool ends with the last of its graphs, though tensors of theirs live on, and PyTorch can't capture into it again.
+    So a pool has a first graph that does next to nothing and is kept.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Run, then capture. Raises what capturing raises, and leaves nothing behind."""
+        if self._first is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._first, _ = self._record(lambda: torch.zeros(1, device=self._device))
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph, result = self._record(run)
 
         def replay() -> Tensor:
             graph.replay()
@@ -53,12 +63,38 @@ def cuda_capture() -> Capture:
 
         return replay
 
-    return capture
+    def _record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        stream = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = run()
+        except BaseException:
+            torch.cuda.set_stream(stream)
+            self._clean_up()
+            raise
+        return graph, result
+
+    def _clean_up(self) -> None:
+        """PyTorch can't end a capture that failed: its allocator goes on to use the pool, its generator raises at the
+        next draw, and the pool can't be captured into again.
+        """
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        with suppress(RuntimeError):  # where the capture failed before it took the pool
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        self._first = None
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Captures nothing: the plain twin, for any device."""
     return run
+
+
+def _key(plan: Plan) -> tuple[int, int]:
+    """Which graph answers a plan."""
+    return bucket(plan.num_rows), plan.tile_rows
 
 
 class NotCapturable(Exception):
@@ -71,24 +107,31 @@ class StepGraphs:
     def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int) -> None:
         self.max_rows = max_rows
         self._model, self._storage, self._backend = model, storage, backend
-        cuda = model.device.type == "cuda"
-        self._capture = cuda_capture() if cuda else call
+        self._capture = CudaCapture(model.device) if model.device.type == "cuda" else call
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._refused: set[tuple[int, int]] = set()
+        self.usable = True
+        """Whether a step may be captured: not where the very first capture failed"""
+        self._captured_any = False
         self._last: tuple[_Graph, Plan, int] | None = None
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, and most of its rows give logits, as in decoding. A graph
         makes as many logits as it has rows.
         """
-        return plan.num_rows <= self.max_rows and 2 * logit_rows.size >= plan.num_rows
+        decodes = plan.num_rows <= self.max_rows and 2 * logit_rows.size >= plan.num_rows
+        return decodes and self.usable and _key(plan) not in self._refused
 
     @torch.inference_mode()
     def run(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor:
-        """As `Model.run`. The logits are overwritten by the next step. Raises `NotCapturable`."""
+        """As `Model.run`. The logits are overwritten by the next step.
+
+        Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
+        """
         self._last = None
-        key = bucket(plan.num_rows), plan.tile_rows
+        key = _key(plan)
         graph = self._graphs.get(key)
         if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
             self._remember(graph, plan, slots, logit_rows)
@@ -102,7 +145,10 @@ class StepGraphs:
         except AssertionError:
             raise
         except Exception as error:
+            self._refused.add(key)
+            self.usable = self._captured_any
             raise NotCapturable(str(error)) from error
+        self._captured_any = True
         self._graphs[key] = graph
         self._remember(graph, plan, slots, logit_rows)
         return logits[: logit_rows.size]

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend.
 
-    With `graphs`, steps in which most rows give logits are captured and replayed, up to `max_graph_rows` rows; where a
-    model can't be captured, all steps run as they are.
+    With `graphs`, steps in which most rows give logits are captured and replayed, up to `max_graph_rows` rows; what
+    can't be captured runs eagerly.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class ModelRunner:
         self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
+        self.failed_captures = 0
+        """After each of them, steps run eagerly that would have been replayed."""
         self._captured = False
         """Whether the last step was"""
         self._window_bytes: Counter[Window | None] = Counter()
@@ -83,8 +85,10 @@ class ModelRunner:
             try:
                 return self._graphs.run(plan, token_ids, slots, logit_rows)
             except NotCapturable as error:
-                logger.warning("%s runs without CUDA graphs: %s", self.name, error)
-                self._graphs, self._captured = None, False
+                self._captured = False
+                self.failed_captures += 1
+                steps = f"steps like one of {plan.num_rows} rows run" if self._graphs.usable else "runs"
+                logger.warning("%s: %s without CUDA graphs from now on: %s", self.name, steps, error)
         return self._run_eagerly(plan, token_ids, slots, logit_rows)
 
     def count(self, plan: Plan) -> None:

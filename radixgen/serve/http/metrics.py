@@ -133,6 +133,7 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("kv_bytes_saved", "The difference of the two", stats.kv_bytes_saved),
         ("evicted_tokens", "Tokens evicted", stats.evicted_tokens),
         ("num_preemptions", "Sequences put back into the queue", stats.preemptions),
+        ("failed_captures", "CUDA graphs that could not be captured", stats.failed_captures),
     ):
         yield CounterMetricFamily(_OWN + name, says, count)
     ends = CounterMetricFamily(_OWN + "sharing_ended", "Prompts not shared to their end, by reason", labels=["reason"])
