@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from radixgen.core import InvalidRequest, Limits, PromptTooLong
 from radixgen.input_processor import through_template
+from radixgen.template_variables import check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any] | Callable[..., Any]
+Render = Callable[..., Any]
+"""As `through_template`, whose arguments it takes."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +37,23 @@ class ChatTemplate:
         tools: Seq[Tool] | None = None,
         options: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        render: Render = through_template,
     ) -> None:
+        """options: variables of the template. render: what renders it; by default this process, within no bounds."""
         if tokenizer is None or not tokenizer.chat_template:
             raise InvalidRequest("messages", "…", "the model has no chat template")
         self.tokenizer: Any = tokenizer
+        self._render = render
         self.limits = limits or Limits()
         self.tools = _as_tools(tools, self.limits)
         self.options: dict[str, Any] = as_json("template_options", {} if options is None else options)
-        if not isinstance(self.options, dict) or not self.options.keys().isdisjoint(_OWN):
-            raise InvalidRequest("template_options", options, f"must be a mapping without {', '.join(sorted(_OWN))}")
+        if not isinstance(self.options, dict):
+            raise InvalidRequest("template_options", options, "must be a mapping")
+        check_options("template_options", self.options, tokenizer)
 
     def render(self, messages: Seq[Message]) -> str:
         """The text that asks for an answer to `messages`."""
-        text = through_template(self.tokenizer, messages, tools=self.tools, tokenize=False, **self.options)
+        text = self._render(self.tokenizer, messages, tools=self.tools, tokenize=False, **self.options)
         if len(text) > self.limits.max_prompt_chars:
             raise PromptTooLong("len(messages)", len(text), f"at most {self.limits.max_prompt_chars} characters")
         return str(text)
@@ -94,10 +101,6 @@ class ChatTemplate:
             if ids
             else ""
         )
-
-
-_OWN = {"conversation", "messages", "tools", "add_generation_prompt", "tokenize", "continue_final_message"}
-"""Arguments of `apply_chat_template` that are not the caller's."""
 
 
 def as_messages(field: str, value: object, limits: Limits) -> tuple[Message, ...]:

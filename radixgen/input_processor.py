@@ -138,8 +138,9 @@ def through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Mess
     options = {"return_dict": False} | options
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
-    except (TemplateError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest("messages", messages, f"the chat template refuses them: {error}") from error
+    except Exception as error:  # whatever a template computes with what callers give it
+        reason = str(error) if isinstance(error, TemplateError) else repr(error)
+        raise InvalidRequest("messages", messages, f"the chat template refuses them: {reason[:1_000]}") from error
 
 
 def as_prompts(prompts: Prompt | Seq[Prompt], field: str = "prompts") -> list[Prompt]:

@@ -629,7 +629,9 @@ def test_an_exact_history_is_saved_with_its_tools() -> None:
     with thinking_engine() as engine:
         tools = [{"type": "function", "function": {"name": "clock"}}]
         params = scripted(engine.tokenizer, "</think>")
-        talk = engine.conversation(tools=tools, params=params, history="exact", template_options={"a": [1]})
+        talk = engine.conversation(
+            tools=tools, params=params, history="exact", template_options={"enable_thinking": False}
+        )
         for _ in range(3):
             talk.say("hi")
         loaded = Conversation.load(engine, talk.save(), params=params)

@@ -19,7 +19,7 @@ LAYERS = [
     {"attention", "model", "sampling", "detokenize", "structured"},
     {"run_ahead"},
     {"engine_core"},
-    {"input_processor", "output_processor"},
+    {"input_processor", "output_processor", "template_variables"},
     {"chat_template"},
     {"chat_history"},
     {"saved_history"},

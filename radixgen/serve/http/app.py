@@ -27,6 +27,7 @@ from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.sessions import Sessions
+from radixgen.serve.http.templates import TemplateRenderer
 
 Routes = Callable[[Gate], APIRouter]
 
@@ -91,6 +92,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         metrics=metrics,
         sessions=Sessions(engine.inputs.limits, engine.inputs.eos_token_ids),
         texts=TokenTexts(engine.inputs.tokenizer),
+        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.limits),
         request_timeout=options.request_timeout,
         send_timeout=options.send_timeout,
     )
@@ -107,6 +109,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
+            context.renderer.close()
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

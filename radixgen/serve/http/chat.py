@@ -82,7 +82,8 @@ def prepared_messages(body: ChatRequest | TokenizeRequest, limits: Limits) -> tu
 def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTemplate:
     """The model's chat template, with what the request gives it. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
-    return ChatTemplate(context.engine.inputs.tokenizer, tools, body.chat_template_kwargs, context.limits)
+    inputs, options = context.engine.inputs, body.chat_template_kwargs
+    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer)
 
 
 def _prepare(context: Context, caller: Caller, body: ChatRequest) -> _Chat:

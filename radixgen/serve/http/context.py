@@ -10,6 +10,7 @@ from radixgen.serve.http.errors import Refused
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import Metrics
 from radixgen.serve.http.sessions import Sessions
+from radixgen.serve.http.templates import TemplateRenderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Context:
     metrics: Metrics
     sessions: Sessions
     texts: TokenTexts
+    renderer: TemplateRenderer
     request_timeout: float | None
     send_timeout: float
 

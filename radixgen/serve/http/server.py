@@ -135,6 +135,7 @@ class Server(uvicorn.Server):
         """Whoever still waits is told that the engine is closed, as its request's one end."""
         await asyncio.sleep(self._drain_timeout)
         logger.warning("open requests did not end within %g seconds", self._drain_timeout)
+        self._app.state.context.renderer.close()
         await self._app.state.context.engine.close()
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         for connection in list(self.server_state.connections):  # of clients that take nothing
@@ -158,6 +159,7 @@ def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
     """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`."""
     binding.check([*options.api_keys, *options.operator_keys])
     app = whole_app(engine, options) if isinstance(engine, AsyncEngine) else create_app(engine, options)
+    app.state.context.renderer.start()
     logging.config.dictConfig(_log_config(binding))
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.

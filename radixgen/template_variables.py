@@ -1,0 +1,69 @@
+"""Which names a caller may give to a chat template."""
+
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from radixgen.core import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RESERVED = {"messages", "conversations", "tokenizer", "loop", "caller", "varargs", "kwargs", "self"}
+"""What a template or its renderer has besides the arguments of functions."""
+
+
+def check_options(field: str, options: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise `InvalidRequest` for an option that is no variable of the tokenizer's chat template, or that transformers'
+    renderer takes for itself.
+    """
+    special = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
+    taken = _RESERVED | _arguments(type(tokenizer)) | special
+    known = template_variables(tokenizer.chat_template) - taken
+    for name, value in options.items():
+        if name not in known:
+            limit = f"is no variable of the chat template that a request may set: {', '.join(sorted(known)) or 'none'}"
+            raise InvalidRequest(f"{field}.{name}"[:200], value, limit[:1_000])
+
+
+def template_variables(template: str | Mapping[str, str]) -> frozenset[str]:
+    """Names that a template does not set by itself, Jinja's functions among them; of several templates, of all."""
+    texts = [template] if isinstance(template, str) else template.values()
+    return frozenset().union(*map(_names, texts))
+
+
+def _arguments(kind: type["PreTrainedTokenizerBase"]) -> frozenset[str]:
+    """Arguments of everything that renders for a tokenizer of this type, and globals of the environment."""
+    from jinja2.defaults import DEFAULT_NAMESPACE
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
+
+    renders = (
+        kind.apply_chat_template,
+        PreTrainedTokenizerBase.apply_chat_template,
+        chat_template_utils.render_jinja_template,
+    )
+    own = {name for function in renders for name in inspect.signature(function).parameters}
+    return frozenset(own | DEFAULT_NAMESPACE.keys() | {"raise_exception", "strftime_now"})
+
+
+@lru_cache
+def _names(text: str) -> frozenset[str]:
+    from jinja2 import Environment, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.meta import find_undeclared_variables
+
+    class Generation(Extension):
+        """`{% generation %}`, by which transformers marks the assistant's text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        return frozenset(find_undeclared_variables(Environment(extensions=[Generation, loopcontrols]).parse(text)))
+    except TemplateError:
+        return frozenset()
