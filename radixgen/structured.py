@@ -4,8 +4,10 @@ llguidance is the extra `structured`, and imported by the first request that has
 """
 
 import json
+from collections import OrderedDict
 from copy import copy
-from functools import cached_property, lru_cache
+from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -28,8 +30,8 @@ _DEAD_END = "no token of the model goes on"
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer and a model with `vocab_size` tokens, and keeps the last
-    `Limits.max_grammars`. Thread-safe; the GIL is released meanwhile.
+    """Compiles grammars for one tokenizer and a model with `vocab_size` tokens, each once while anybody holds it, and
+    keeps the last `Limits.max_grammars`. Thread-safe; the GIL is released meanwhile.
 
     A JSON schema may say more by llguidance's own key `x-guidance`: `{"whitespace_flexible": false}` for JSON without
     white space, `{"coerce_one_of": true}` to take `oneOf` as `anyOf`, `{"lenient": true}` to ignore what llguidance
@@ -40,7 +42,11 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._limits = limits
-        self._compiled = lru_cache(limits.max_grammars)(self._compile)
+        self._lock = Lock()
+        self._turns: WeakValueDictionary[tuple[GrammarKind, str], Lock] = WeakValueDictionary()
+        """Held by whoever compiles a grammar, while others wait for the same one"""
+        self._alive: WeakValueDictionary[tuple[GrammarKind, str], CompiledGrammar] = WeakValueDictionary()
+        self._kept: OrderedDict[tuple[GrammarKind, str], CompiledGrammar] = OrderedDict()
 
     def find(self, params: SamplingParams) -> "CompiledGrammar | None":
         """The grammar that `params` asks for; None where it asks for none. Raises `InvalidRequest`."""
@@ -67,6 +73,22 @@ class Grammars:
             import llguidance  # noqa: F401
         except ImportError as error:
             raise InvalidRequest(field, value, "needs llguidance: pip install 'radixgen[structured]'") from error
+
+    def _compiled(self, kind: GrammarKind, text: str) -> "CompiledGrammar":
+        """Raises as `_compile`."""
+        key = kind, text
+        with self._lock:
+            turn = self._turns.get(key) or self._turns.setdefault(key, Lock())
+        with turn:
+            grammar = self._alive.get(key)
+            if grammar is None:
+                grammar = self._alive[key] = self._compile(kind, text)
+        with self._lock:
+            self._kept[key] = grammar
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._limits.max_grammars:
+                self._kept.popitem(last=False)
+        return grammar
 
     def _compile(self, kind: GrammarKind, text: str) -> "CompiledGrammar":
         """Raises `GrammarFailed` or ValueError with llguidance's own words."""

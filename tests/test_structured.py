@@ -1,9 +1,12 @@
 """Structured output: random weights that write valid JSON, masks by trial of every token, faults in their place."""
 
 import asyncio
+import gc
 import json
 import re
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import families
@@ -464,6 +467,7 @@ def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.compile_grammar(asking(regex="b"))
         run(engine, asking(regex="b"))
         assert compiled == ["a", "{}", "b"]
+        gc.collect()
         run(engine, asking(regex="a"))
         assert compiled == ["a", "{}", "b", "a"], "no more than two are kept"
 
@@ -596,3 +600,27 @@ def test_coroutines() -> None:
             await engine.check()
 
     asyncio.run(main())
+
+
+def test_a_grammar_is_compiled_once_for_all_who_ask_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays while anybody holds it, however many others came since."""
+    compiled: list[str] = []
+    compile_ = Grammars._compile
+    all_ask = threading.Barrier(4)
+
+    def slowly(self: Grammars, kind: Any, text: str) -> Any:
+        compiled.append(text)
+        return compile_(self, kind, text)
+
+    monkeypatch.setattr(Grammars, "_compile", slowly)
+    grammars = Grammars(TOKENIZER, VOCAB, Limits(max_grammars=1))
+
+    def find() -> Any:
+        all_ask.wait()
+        return grammars.find(SamplingParams(regex="ab"))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.result() for one in [pool.submit(find) for _ in range(4)]]
+    assert len({id(one) for one in found}) == 1 and compiled == ["ab"]
+    grammars.find(SamplingParams(regex="b"))
+    assert grammars.find(SamplingParams(regex="ab")) is found[0] and compiled == ["ab", "b"]

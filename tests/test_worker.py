@@ -21,6 +21,7 @@ from test_cli import call
 from radixgen import Engine, InvalidRequest, Limits
 from radixgen.serve.endpoint import Curve, InsecureEndpoint, check_endpoint, smg_handshake
 from radixgen.serve.worker import Worker
+from radixgen.structured import Grammars
 
 
 def test_a_front_end_is_served() -> None:
@@ -176,6 +177,32 @@ def test_structured_output_and_its_refusals() -> None:
         front.ended("choice-0", "choice-1", "choice-2", "bad", "going", "dropped")
         assert all(tokenizer.decode(front.tokens[f"choice-{n}"]) in ("yes", "no") for n in range(3))
         assert front.ends["bad"][0][0] == ERROR and front.ends["dropped"][0][0] in (ABORTED, LENGTH)
+
+
+def test_a_grammar_waits_for_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that were aborted are not compiled."""
+    compiled: list[str] = []
+    compile_, may = Grammars._compile, threading.Event()
+
+    def slowly(self: Grammars, kind: Any, text: str) -> Any:
+        compiled.append(text)
+        assert not text.startswith("x") or may.wait(60)
+        return compile_(self, kind, text)
+
+    monkeypatch.setattr(Grammars, "_compile", slowly)
+    with serving(2, model=families.build("llama"), tokenizer=texts.tokenizer(), kv_tokens=512, debug=False) as served:
+        one, two = served.fronts
+        names = [f"x{number}" for number in range(5)]
+        for name in names:
+            one.add(name, [1], structured_outputs={"regex": name}, salt=name)
+        one.abort(*names[1:4])
+        one.ended(*names[1:4])
+        two.add("small", [1], structured_outputs={"regex": "a"})
+        two.ended("small")
+        assert compiled == ["x0", "a"] and two.ends["small"][0][0] in (STOP, LENGTH)
+        may.set()
+        one.ended(*names)
+        assert compiled == ["x0", "a", "x4"]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -23,6 +23,8 @@ class Limits:
     max_choices: int = 1_024
     max_grammars: int = 64
     """Compiled grammars that are kept for requests to come."""
+    max_compiling: int = 1_024
+    """Grammars of one caller of a server that wait to be compiled."""
     max_prompt_chars: int = 1 << 22
     """Characters of a text prompt, before it is tokenized."""
     max_request_id_len: int = 256

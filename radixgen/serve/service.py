@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -31,8 +32,10 @@ from radixgen.version import VERSION
 logger = logging.getLogger(__name__)
 
 Message = wire.Output | wire.Reply
-Compile = Callable[[SamplingParams, Callable[[Exception | None], None]], None]
-"""Compiles a grammar elsewhere; what it calls afterwards, it calls between two steps."""
+Compile = Callable[["Peer", str, SamplingParams, Callable[[Exception | None], None]], Callable[[], object]]
+"""Compiles a grammar elsewhere, for a peer and a namespace; what it calls afterwards, it calls between two steps.
+Returns what drops a grammar that nobody waits for any more.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +64,8 @@ class Ticket:
     """Whether its prompt's counts were told"""
     stop_reason: str | None = None
     """Why it was aborted"""
+    drop_grammar: Callable[[], object] | None = None
+    """While its grammar is not compiled"""
 
 
 @dataclass(eq=False, slots=True)
@@ -146,8 +151,9 @@ class Service:
             )
 
         if params.structured and self._compile is not None:
+            compiled = partial(self._compiled, ticket, submit)
+            ticket.drop_grammar = self._compile(peer, namespace, params, compiled)
             self._open(ticket)
-            self._compile(params, lambda error: self._compiled(ticket, submit, error))
         else:
             submit()
             self._open(ticket)
@@ -156,6 +162,7 @@ class Service:
 
     def _compiled(self, ticket: Ticket, submit: Callable[[], None], error: Exception | None) -> None:
         """Its grammar is there, or can't be."""
+        ticket.drop_grammar = None
         if ticket.id not in self._tickets:
             return
         try:
@@ -382,6 +389,8 @@ class Service:
         self._tell(ticket.peer, wire.Output(ticket.name, [], finish_reason=finish, stop_reason=stop_reason))
 
     def _close(self, ticket: Ticket, reason: str) -> None:
+        if ticket.drop_grammar is not None:
+            ticket.drop_grammar()
         del self._tickets[ticket.id]
         del ticket.peer.tickets[ticket.name]
         finished = ticket.peer.counters.finished

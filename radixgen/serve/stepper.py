@@ -7,10 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
-from radixgen.core import SamplingParams
+from radixgen.core import Grammar, SamplingParams
 from radixgen.serve import wire
+from radixgen.serve.fair_pool import FairPool
 from radixgen.serve.service import Message, Peer, Service
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ _STALL_SECONDS = 0.01
 """How long to wait for a job where requests are open and none can run."""
 _LOAD_SECONDS = 0.25
 """How often the load is told at the most."""
+_COMPILERS = 2
+"""Threads that compile grammars"""
 
 
 class Stepper:
@@ -45,9 +49,10 @@ class Stepper:
         self._waiting = 0
         self._waiting_bytes = 0
         self._lock = threading.Lock()
-        self._compiler = ThreadPoolExecutor(1, "radixgen-grammar")
         self._idle = True
         self.service = make(self)
+        most_waiting = self.service.engine.limits.max_compiling
+        self._compiler = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=most_waiting)
         self._thread = threading.Thread(target=self._run, name="radixgen-engine", daemon=True)
 
     def start(self) -> None:
@@ -91,18 +96,29 @@ class Stepper:
         working = not self._idle or self._waiting > 0
         return working and time.monotonic() - self.beat > seconds
 
-    def compile_grammar(self, params: SamplingParams, done: Callable[[Exception | None], None]) -> None:
-        """Compile in a thread apart, then have `done` run between two steps."""
+    def compile_grammar(
+        self, peer: Peer, share: str, params: SamplingParams, done: Callable[[Exception | None], None]
+    ) -> Callable[[], object]:
+        """Compile in a thread apart, then have `done` run between two steps. Front ends take turns, and so do the
+        shares of each. Returns what drops it while it has not begun. Raises `QueueFull`.
+        """
 
-        def compile_it() -> None:
-            fault: Exception | None = None
-            try:
-                self.service.engine.compile_grammar(params)
-            except Exception as error:
-                fault = error
-            self.post(lambda: done(fault))
+        def ended(future: "Future[Grammar | None]") -> None:
+            if future.cancelled():
+                return
+            fault = future.exception()
+            assert fault is None or isinstance(fault, Exception)
+            self.post(partial(_finish, done, fault, future))
 
-        self._compiler.submit(compile_it)
+        inputs = self.service.engine.inputs
+
+        def compile_it() -> Grammar | None:
+            inputs.check_params(params)
+            return inputs.grammar(params)
+
+        future = self._compiler.submit(peer, compile_it, share=share)
+        future.add_done_callback(ended)
+        return future.cancel
 
     # -- in the engine's thread ---------------------------------------------------------------------------
 
@@ -120,7 +136,7 @@ class Stepper:
         self._idle = True
         self._told.append(self.service.take())
         self.failure = failure
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._compiler.close()
         self.service.engine.close()
         gc.unfreeze()
         self._wake()
@@ -163,3 +179,8 @@ class Stepper:
             if (now := time.monotonic()) - self._looked >= _LOAD_SECONDS:
                 self._looked, self.load = now, self.service.load()
             self._wake()
+
+
+def _finish(done: Callable[[Exception | None], None], fault: Exception | None, _: "Future[Grammar | None]") -> None:
+    """The future holds the grammar until its request is submitted, however many others are compiled meanwhile."""
+    done(fault)

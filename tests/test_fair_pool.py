@@ -1,0 +1,119 @@
+"""Work of several callers on a few threads: nobody's waits behind another's."""
+
+import threading
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as Late
+from functools import partial
+
+import pytest
+
+from radixgen.core import QueueFull
+from radixgen.serve.fair_pool import FairPool
+
+SECONDS = 30.0
+
+
+class Work:
+    """Jobs that say when they begin, and end when they may."""
+
+    def __init__(self, pool: FairPool) -> None:
+        self.begun: list[str] = []
+        self._pool = pool
+        self._more = threading.Condition()
+        self._may: set[str] = set()
+
+    def give(self, caller: str, name: str, share: str = "") -> "Future[str]":
+        return self._pool.submit(caller, partial(self._run, name), share=share)
+
+    def end(self, *names: str) -> None:
+        with self._more:
+            self._may.update(names)
+            self._more.notify_all()
+
+    def wait(self, count: int) -> None:
+        """Until so many have begun."""
+        with self._more:
+            assert self._more.wait_for(lambda: len(self.begun) >= count, SECONDS)
+
+    def _run(self, name: str) -> str:
+        with self._more:
+            self.begun.append(name)
+            self._more.notify_all()
+            assert self._more.wait_for(lambda: name in self._may, SECONDS)
+        return name
+
+
+def test_one_caller_never_has_the_last_thread() -> None:
+    work = Work(FairPool(2, "test", most_waiting=8))
+    many = [work.give("a", f"a{i}") for i in range(4)]
+    work.wait(1)
+    other = work.give("b", "b0")
+    work.wait(2)
+    assert work.begun == ["a0", "b0"]
+    work.end("b0", "a0", "a1", "a2", "a3")
+    assert other.result(SECONDS) == "b0"
+    assert [one.result(SECONDS) for one in many] == ["a0", "a1", "a2", "a3"]
+
+
+def test_callers_take_turns_and_so_do_their_shares() -> None:
+    work = Work(FairPool(1, "test", most_waiting=8))
+    work.give("a", "first")
+    work.wait(1)
+    names = [("a", "a0", "x"), ("a", "a1", "x"), ("a", "a2", "y"), ("b", "b0", ""), ("b", "b1", "")]
+    jobs = [work.give(caller, name, share) for caller, name, share in names]
+    work.end("first", *(name for _, name, _ in names))
+    for job in jobs:
+        job.result(SECONDS)
+    assert work.begun == ["first", "a0", "b0", "a2", "b1", "a1"]
+
+
+def test_what_was_cancelled_is_dropped() -> None:
+    work = Work(FairPool(1, "test", most_waiting=2))
+    running = work.give("a", "a0")
+    work.wait(1)
+    dropped, kept = work.give("a", "a1"), work.give("a", "a2")
+    with pytest.raises(QueueFull, match="at most 2 of one caller wait"):
+        work.give("a", "a3")
+    other = work.give("b", "b0")
+    assert dropped.cancel() and not running.cancel()
+    last = work.give("a", "a4")
+    work.end("a0", "a1", "a2", "a4", "b0")
+    for one in (running, kept, other, last):
+        one.result(SECONDS)
+    assert "a1" not in work.begun
+
+
+def test_what_work_raises_is_its_callers() -> None:
+    pool = FairPool(1, "test", most_waiting=2)
+    with pytest.raises(ZeroDivisionError):
+        pool.submit("a", lambda: 1 // 0).result(SECONDS)
+    assert pool.submit("a", lambda: 1).result(SECONDS) == 1
+
+
+def test_a_closed_pool_cancels_what_waits() -> None:
+    pool = FairPool(1, "test", most_waiting=2)
+    work = Work(pool)
+    running = work.give("a", "a0")
+    work.wait(1)
+    waiting = work.give("a", "a1")
+    pool.close()
+    for one in (waiting, work.give("a", "a2")):
+        with pytest.raises(CancelledError):
+            one.result(SECONDS)
+    work.end("a0")
+    assert running.result(SECONDS) == "a0"
+
+
+def test_a_full_pool_that_gets_nowhere_is_stalled() -> None:
+    pool = FairPool(1, "test", most_waiting=2)
+    work = Work(pool)
+    running = work.give("a", "a0")
+    work.wait(1)
+    assert not pool.stalled(0.0), "nothing waits"
+    waiting = work.give("a", "a1")
+    with pytest.raises(Late):
+        running.result(0.01)
+    assert pool.stalled(0.001) and not pool.stalled(1e6)
+    work.end("a0", "a1")
+    waiting.result(SECONDS)
+    assert not pool.stalled(0.0)
