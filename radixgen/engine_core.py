@@ -3,6 +3,8 @@
 import heapq
 import logging
 import math
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +24,7 @@ from radixgen.core import (
     StateGuard,
     Stats,
 )
+from radixgen.grammar_budget import GrammarBudget
 from radixgen.model.base import Model
 from radixgen.run_ahead import Ran, RunAhead
 from radixgen.sampling import Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
@@ -63,6 +66,7 @@ class EngineCore:
         self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
         self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
+        self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
         self._ended: list[Sequence] = []
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -158,6 +162,7 @@ class EngineCore:
             queue_seconds=request.queue_seconds,
             num_shared_tokens=request.num_shared_tokens,
             sharing_ended=request.sharing_ended,
+            grammar_debt=request.grammar_debt,
         )
         for origin in request.sequences:
             before = origin.sampling
@@ -251,6 +256,7 @@ class EngineCore:
         each, and one for which it raises again ends with `error`. A failed assertion of our own, `EngineDead`, and an
         interrupt go on to the caller; an interrupt while the model ran leaves the step undone, as the guard is told.
         """
+        self.grammars.begin_step()
         self._expire(now)
         self.scheduler.now = now
         batch = self._schedule()
@@ -399,7 +405,8 @@ class EngineCore:
         """Draw tokens, end the sequences that are done, move the others' cursors."""
         if not batch.drawing:
             return
-        drawn = self._sample(batch, ran)
+        alone = len(self.requests) == 1
+        drawn = self._sample(batch, ran, self.grammars.compute_masks(batch.drawing, alone=alone))
         going: list[tuple[Sequence, int]] = []
         for index, (sequence, token) in enumerate(zip(batch.drawing, drawn.tokens, strict=True)):
             if sequence.finish_reason is not None:
@@ -408,7 +415,8 @@ class EngineCore:
                 self.end(sequence, "error", drawn.faults.get(index, "the model's logits are not finite"))
                 continue
             try:
-                end = self._take(sequence, token, drawn.logprobs.get(index))
+                with self.grammars.counted(sequence.request) if sequence.sampling.grammar else nullcontext():
+                    end = self._take(sequence, token, drawn.logprobs.get(index))
             except AssertionError:
                 raise
             except Exception as error:
@@ -420,6 +428,7 @@ class EngineCore:
             else:
                 own = sequence.ended_by_token and token in sequence.request.params.stop_token_ids
                 self.end(sequence, end, token if own else None)
+        self.grammars.end_step(alone=alone)
         self._generated += len(drawn.tokens)
         self.scheduler.advance(going)
 
@@ -444,23 +453,41 @@ class EngineCore:
             return "stop"
         return "length" if len(output) >= request.max_output else None
 
-    def _sample(self, batch: Batch, ran: Ran) -> Drawn:
+    def _sample(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:
         """All draws at once, and the next step begun with them; where drawing raises, one by one, and those for whom it
-        raises end with `error`.
+        raises end with `error`. Those with `faults` draw nothing, and the next step waits for their end.
         """
+        if faults:
+            return self._sample_others(batch, ran, faults)
         states = [sequence.sampling for sequence in batch.drawing]
         try:
             draws = draw(ran.logits, ran.drawing, states)
         except Exception:
             logger.exception("drawing %d tokens at once failed; drawing them one by one", len(states))
-            return self._sample_each(batch, ran)
+            return self._sample_each(batch, ran, {})
         if not self._suspects:
             self.ahead.begin(batch, ran.drawing, draws)
         return report(ran.logits, ran.drawing, states, draws.wait())
 
-    def _sample_each(self, batch: Batch, ran: Ran) -> Drawn:
-        tokens, logprobs, faults = [], {}, {}
+    def _sample_others(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:
+        """Of those without faults, all at once."""
+        places = [place for place in range(len(batch.drawing)) if place not in faults]
+        try:
+            some = sample(ran.logits, [ran.drawing[at] for at in places], [batch.drawing[at].sampling for at in places])
+        except Exception:
+            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(places))
+            return self._sample_each(batch, ran, faults)
+        tokens = [-1] * len(batch.drawing)
+        for place, token in zip(places, some.tokens, strict=True):
+            tokens[place] = token
+        return Drawn(tokens, {places[at]: found for at, found in some.logprobs.items()}, dict(faults))
+
+    def _sample_each(self, batch: Batch, ran: Ran, before: Mapping[int, str]) -> Drawn:
+        tokens, logprobs, faults = [], {}, dict(before)
         for index, (row, sequence) in enumerate(zip(ran.drawing, batch.drawing, strict=True)):
+            if index in before:
+                tokens.append(-1)
+                continue
             try:
                 one = sample(ran.logits, [row], [sequence.sampling])
             except Exception as error:

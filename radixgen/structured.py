@@ -25,6 +25,8 @@ _WHITE_SPACE = r"[ \n\r\t]{1,16}"
 """What may stand between two tokens of JSON; a model that likes it better than what follows gets out of it again."""
 _MOST_LEXER_STATES = 50_000
 """Of one grammar, 1 to 2 kB each"""
+_MOST_ITEMS = 20_000
+"""Of the parser, for one mask: 15 ms at the most, or so"""
 _LONGEST_MESSAGE = 400
 _DEAD_END = "no token of the model goes on"
 
@@ -106,10 +108,10 @@ class Grammars:
 
     @cached_property
     def _parser_limits(self) -> "LLParserLimits":
-        """The library's own bounds on the work of a grammar (20 ms) and of a mask (14 ms), and less memory."""
+        """The library's own bounds on the work of a grammar, and less of a mask's work and memory."""
         from llguidance import LLParserLimits
 
-        return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
+        return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, step_max_items=_MOST_ITEMS, verbose_errors=False)
 
     @cached_property
     def _tokens(self) -> "LLTokenizer":

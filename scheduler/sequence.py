@@ -42,6 +42,8 @@ class Request:
     overtaken: int = 0
     """How many requests of its priority that came later were admitted before it."""
     num_forks: int = 0
+    grammar_debt: float = 0.0
+    """Seconds that its grammar took beyond its shares of the steps"""
     sequences: list["Sequence"] = field(default_factory=list)
     waiting: list["Sequence"] = field(default_factory=list)
     """Those of its sequences that have no cursor yet, or lost it to preemption."""

@@ -17,7 +17,7 @@ LAYERS = [
     {"scheduler"},
     {"calibration"},
     {"attention", "model", "sampling", "detokenize", "structured"},
-    {"run_ahead"},
+    {"grammar_budget", "run_ahead"},
     {"engine_core"},
     {"input_processor", "output_processor", "template_variables"},
     {"chat_template"},
