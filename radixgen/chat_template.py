@@ -38,18 +38,21 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         render: Render = through_template,
+        field: str = "template_options",
     ) -> None:
-        """options: variables of the template. render: what renders it; by default this process, within no bounds."""
+        """options: variables of the template, which errors call `field`. render: what renders it; by default this
+        process, within no bounds.
+        """
         if tokenizer is None or not tokenizer.chat_template:
             raise InvalidRequest("messages", "…", "the model has no chat template")
         self.tokenizer: Any = tokenizer
         self._render = render
         self.limits = limits or Limits()
         self.tools = _as_tools(tools, self.limits)
-        self.options: dict[str, Any] = as_json("template_options", {} if options is None else options)
+        self.options: dict[str, Any] = as_json(field, {} if options is None else options)
         if not isinstance(self.options, dict):
-            raise InvalidRequest("template_options", options, "must be a mapping")
-        check_options("template_options", self.options, tokenizer)
+            raise InvalidRequest(field, options, "must be a mapping")
+        check_options(field, self.options, tokenizer)
 
     def render(self, messages: Seq[Message]) -> str:
         """The text that asks for an answer to `messages`."""

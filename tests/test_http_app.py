@@ -454,7 +454,7 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("chat/completions", {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", {"messages": HI, "modalities": ["audio"]}, 400, "modalities"),
     ("chat/completions", {"messages": HI, "functions": []}, 400, "functions"),
-    ("chat/completions", {"messages": HI, "chat_template_kwargs": {"tools": 1}}, 400, "template_options"),
+    ("chat/completions", {"messages": HI, "chat_template_kwargs": {"tools": 1}}, 400, "chat_template_kwargs.tools"),
     ("chat/completions", {"messages": HI, "session_id": "x" * 300}, 400, "session_id"),
 ]
 

@@ -83,7 +83,7 @@ def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTe
     """The model's chat template, with what the request gives it. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
     inputs, options = context.engine.inputs, body.chat_template_kwargs
-    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer)
+    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, "chat_template_kwargs")
 
 
 def _prepare(context: Context, caller: Caller, body: ChatRequest) -> _Chat:
