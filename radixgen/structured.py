@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from radixgen.core import Allowed, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
+from radixgen.json_numbers import NumberBounds, NumberState
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _END = "<|radixgen:end|>"
 """A token that no model knows: where a grammar allows it, the text may end."""
-_WHITE_SPACE = r"[ \n\r\t]{1,16}"
+WHITE_SPACE = r"[ \n\r\t]{1,16}"
 """What may stand between two tokens of JSON; a model that likes it better than what follows gets out of it again."""
 _MOST_LEXER_STATES = 50_000
 """Of one grammar, 1 to 2 kB each"""
@@ -99,7 +100,8 @@ class Grammars:
         matcher = LLMatcher(self._tokens, _grammar(kind, text), log_level=0, limits=self._parser_limits)
         if matcher.is_error():
             raise _fault(matcher)
-        grammar = CompiledGrammar(matcher, self._vocab_size, self._tokens.eos_token)
+        bounds = self._number_bounds if kind == "json_schema" or "%json" in text else None
+        grammar = CompiledGrammar(matcher, self._vocab_size, self._tokens.eos_token, bounds)
         state = grammar.start()
         state.allowed()
         if state.complete:
@@ -112,6 +114,11 @@ class Grammars:
         from llguidance import LLParserLimits
 
         return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, step_max_items=_MOST_ITEMS, verbose_errors=False)
+
+    @cached_property
+    def _number_bounds(self) -> NumberBounds:
+        tokens = self._tokens
+        return NumberBounds(lambda token: tokens.decode_bytes([token]), self._vocab_size)
 
     @cached_property
     def _tokens(self) -> "LLTokenizer":
@@ -132,14 +139,25 @@ class Grammars:
 class CompiledGrammar:
     """A grammar, and what its sequences have in common: those that took the same tokens stand on one `_Place`."""
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int, end: int) -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, end: int, bounds: NumberBounds | None = None) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._end = end
-        self._root = _Place()
+        self._bounds = bounds
+        self._root = _Place(NumberState())
 
     def start(self) -> "MatcherState":
         return MatcherState(self, self._matcher.deep_copy(), self._root)
+
+    def after(self, number: NumberState, token: int) -> NumberState:
+        """Where `token` leaves a text that stood at `number`."""
+        return number if self._bounds is None else self._bounds.after(number, token)
+
+    def bounded(self, allowed: Allowed, number: NumberState) -> Allowed:
+        """`allowed` without what would make the number at `number` too long."""
+        if self._bounds is None:
+            return allowed
+        return allowed._replace(mask=self._bounds.bound(allowed.mask, number, accepts=allowed.accepts))
 
     def read(self, matcher: "LLMatcher") -> Allowed:
         """What `matcher` allows. Raises `GrammarFailed`."""
@@ -160,14 +178,15 @@ class CompiledGrammar:
 class _Place:
     """What follows after some tokens of one grammar. It lives while a sequence stands on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: NumberState) -> None:
         self.allowed: Allowed | None = None
+        self.number = number
         self._next: WeakValueDictionary[int, _Place] = WeakValueDictionary()
 
-    def after(self, token: int) -> "_Place":
+    def after(self, token: int, grammar: CompiledGrammar) -> "_Place":
         place = self._next.get(token)
         if place is None:
-            place = self._next[token] = _Place()
+            place = self._next[token] = _Place(grammar.after(self.number, token))
         return place
 
 
@@ -186,7 +205,7 @@ class MatcherState:
 
     def allowed(self) -> Allowed:
         if self._place.allowed is None:
-            self._place.allowed = self._grammar.read(self._matcher)
+            self._place.allowed = self._grammar.bounded(self._grammar.read(self._matcher), self._place.number)
         return self._place.allowed
 
     def allows(self, token: int) -> bool:
@@ -195,7 +214,7 @@ class MatcherState:
     def accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
             raise _fault(self._matcher)
-        self._place = self._place.after(token)
+        self._place = self._place.after(token, self._grammar)
 
     def fork(self) -> "MatcherState":
         return MatcherState(self._grammar, self._matcher.deep_copy(), self._place)
@@ -222,6 +241,6 @@ def _grammar(kind: GrammarKind, text: str) -> str:
     from llguidance import LLMatcher
 
     if kind == "json_schema":
-        pattern = None if _says_white_space(text) else _WHITE_SPACE
+        pattern = None if _says_white_space(text) else WHITE_SPACE
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": pattern} if pattern else {})
     return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)

@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"beam_search", "cache"},
     {"scheduler"},
-    {"calibration"},
+    {"calibration", "json_numbers"},
     {"attention", "model", "sampling", "detokenize", "structured"},
     {"grammar_budget", "run_ahead"},
     {"engine_core"},
