@@ -208,7 +208,8 @@ class Engine:
     def chat(self, messages: Messages | Seq[Messages], params: Params | None = None) -> list[RequestOutput]:
         """Serve one conversation, or many as one burst, through the model's chat template.
 
-        A message is `{"role": …, "content": …}`. Raises `InvalidRequest`.
+        A message is `{"role": …, "content": …}`; content is text, None, or a list of parts
+        `{"type": "text", "text": …}`. Raises `InvalidRequest`.
         """
         self._begin_call()
         many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)

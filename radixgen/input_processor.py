@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from radixgen.cache import TokenArray
 from radixgen.core import BeamSearchParams, Grammar, InvalidRequest, Limits, PromptTooLong, SamplingParams
+from radixgen.messages import Roles, template_messages
 from radixgen.structured import Grammars
 
 if TYPE_CHECKING:
@@ -122,13 +123,17 @@ class InputProcessor:
 
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> list[int]:
     """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
-    ids: list[int] = through_template(tokenizer, messages, tools=tools, tokenize=True)
+    ids: list[int] = through_template(tokenizer, _prepared(tokenizer, messages), tools=tools, tokenize=True)
     return ids
 
 
 def chat_text(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> str:
     """The text whose tokens `chat_tokens` gives. Raises `InvalidRequest`."""
-    return str(through_template(tokenizer, messages, tools=tools, tokenize=False))
+    return str(through_template(tokenizer, _prepared(tokenizer, messages), tools=tools, tokenize=False))
+
+
+def _prepared(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages) -> Messages:
+    return template_messages(messages, Roles(getattr(tokenizer, "chat_template", None)))
 
 
 def through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, /, **options: Any) -> Any:

@@ -303,7 +303,7 @@ def test_bad_conversations(case: Any) -> None:
     with busy(Engine(StampModel(families.VOCAB, CONTEXT), tokenizer=tokenizer(), kv_tokens=SLOTS)) as engine:
         with pytest.raises(InvalidRequest, match="messages") as caught:
             engine.chat(case)
-        assert caught.value.field == "messages" and caught.value.limit
+        assert caught.value.field.startswith("messages") and caught.value.limit
 
 
 # -- parameters and options of a request ------------------------------------------------------------------

@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"beam_search", "cache"},
     {"scheduler"},
-    {"calibration", "json_numbers"},
+    {"calibration", "json_numbers", "messages"},
     {"attention", "model", "sampling", "detokenize", "structured"},
     {"grammar_budget", "run_ahead"},
     {"engine_core"},

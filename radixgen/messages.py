@@ -1,0 +1,91 @@
+"""Chat messages as clients send them, made into what chat templates take."""
+
+import json
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from radixgen.core import InvalidRequest
+
+_ROLES = frozenset({"assistant", "developer", "function", "system", "tool", "user"})
+_COMPARED = re.compile(r"""role['"]?\]?\s*(?:==|!=|in|not in)\s*(\[[^\]]*\]|\([^)]*\)|['"]\w+['"])""")
+_QUOTED = re.compile(r"""['"](\w+)['"]""")
+
+
+class Roles:
+    """The roles that a chat template may be given: OpenAI's, and those that the template itself compares with.
+
+    `template`: its text, or several by name.
+    """
+
+    def __init__(self, template: str | Mapping[str, str] | None) -> None:
+        texts = template.values() if isinstance(template, Mapping) else [template or ""]
+        whole = "\n".join(texts)
+        compared = "\n".join(_COMPARED.findall(whole))
+        self._known = _ROLES.union(_QUOTED.findall(compared))
+        self._names_developer = "developer" in _QUOTED.findall(whole)
+
+    def role(self, role: str, field: str) -> str:
+        """`role` as the template takes it: `developer` is `system` where the template does not name it. Raises
+        `InvalidRequest`.
+        """
+        if role not in self._known:
+            raise InvalidRequest(field, role, f"must be one of {', '.join(sorted(self._known))}")
+        return "system" if role == "developer" and not self._names_developer else role
+
+
+def template_messages(messages: object, roles: Roles) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: parts of text as one, no null fields, arguments of calls as objects. Raises
+    `InvalidRequest`.
+    """
+    if not isinstance(messages, Seq) or isinstance(messages, str | bytes):
+        raise InvalidRequest("messages", messages, "must be a list of messages")
+    return [template_message(one, roles, f"messages[{place}]") for place, one in enumerate(messages)]
+
+
+def template_message(message: object, roles: Roles, field: str = "messages") -> dict[str, Any]:
+    """One of them, which errors call `field`."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidRequest(field, message, 'a message is {"role": …, "content": …}')
+    found = {name: value for name, value in message.items() if value is not None}
+    found["role"] = roles.role(message["role"], f"{field}.role")
+    found["content"] = _text(found.get("content"), f"{field}.content")
+    calls = found.pop("tool_calls", [])  # templates test whether it is there, and clients send an empty list
+    if calls != []:
+        if not isinstance(calls, list | tuple):
+            raise InvalidRequest(f"{field}.tool_calls", calls, "must be a list")
+        found["tool_calls"] = [_call(call, f"{field}.tool_calls[{place}]") for place, call in enumerate(calls)]
+    return found
+
+
+def _text(content: object, field: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise InvalidRequest(field, content, "must be text, null, or a list of parts")
+    return "".join(_part(part, f"{field}[{place}]") for place, part in enumerate(content))
+
+
+def _part(part: object, field: str) -> str:
+    """The text of a part; a refusal is text that the model said."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    text = part.get(kind) if isinstance(part, Mapping) and kind in ("text", "refusal") else None
+    if not isinstance(text, str):
+        raise InvalidRequest(field, part, 'must be {"type": "text", "text": …}')
+    return text
+
+
+def _call(call: object, field: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(field, call, 'must hold {"function": {"name": …, "arguments": …}}')
+    arguments = function.get("arguments") or {}  # clients send "" for none
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = function["arguments"]
+    return {**call, "function": {**function, "arguments": arguments}}
