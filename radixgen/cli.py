@@ -189,6 +189,9 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
     drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
+    ignore_unknown_fields: Annotated[
+        bool, typer.Option("--ignore-unknown-fields", help="Ignore fields that are not served, with a warning.")
+    ] = False,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics under vLLM's names too.")] = None,
     access_log: Annotated[bool, typer.Option(help="A line of log for each request.")] = True,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -219,6 +222,7 @@ def serve(
             request_timeout=request_timeout,
             stall_timeout=stall_timeout,
             metrics_compat=metrics_compat,
+            ignore_unknown_fields=ignore_unknown_fields,
         )
         binding = server.Binding(
             host=host, port=port, drain_timeout=drain_timeout, log_level=log_level, access_log=access_log

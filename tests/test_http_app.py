@@ -283,9 +283,11 @@ def test_tools() -> None:
         chunks = await events(client, "/v1/chat/completions", asked)
         deltas = [one["choices"][0]["delta"] for one in chunks]
         assert "".join(one.get("content", "") for one in deltas) == "Well. "
-        (streamed,) = [one for delta in deltas for one in delta.get("tool_calls", [])]
-        assert streamed["function"] == call["function"] and streamed["index"] == 0
-        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+        first, *more = [one for delta in deltas for one in delta.get("tool_calls", [])]
+        assert first["function"] == {"name": "look", "arguments": ""} and first["id"] and first["index"] == 0
+        assert "".join(one["function"]["arguments"] for one in more) == call["function"]["arguments"]
+        assert not any(one["choices"][0]["finish_reason"] for one in chunks[:-1])
+        assert deltas[-1] == {} and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
         (plain,) = (await chat(client, **{**asked, "tool_choice": "none"}))["choices"]
         assert plain["message"]["content"] == "no tools" and "tool_calls" not in plain["message"]
         messages = [*HI, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "found"}]
@@ -319,8 +321,44 @@ def test_tools_by_grammar() -> None:
             assert "".join(c["function"]["arguments"] for c in calls) == call["function"]["arguments"]
             assert [c["function"]["name"] for c in calls if "name" in c["function"]] == ["look"]
         both = {**asked, "tool_choice": "required", "response_format": {"type": "json_object"}}
+        assert (await chat(client, **both))["choices"][0]["message"]["tool_calls"]
+        cut = (await chat(client, **{**asked, "tool_choice": "required", "max_tokens": 5}))["choices"][0]
+        assert cut["finish_reason"] == "length" and not cut["message"]["content"]
+        both = {**asked, "tool_choice": "required", "structured_outputs": {"json_object": True}}
         answer = await post(client, "/v1/chat/completions", both)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "structured_outputs"
+
+    in_process(test, tiny())
+
+
+def test_what_no_grammar_holds_is_left_out_with_a_warning() -> None:
+    """Where OpenAI accepts it: not where `strict` is to be kept."""
+    lists = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 2}
+    dependent = {"properties": {"uniqueItems": lists}, "dependentRequired": {"a": ["b"]}}
+    schema = {"type": "object", "additionalProperties": False, "required": ["uniqueItems"], **dependent}
+    text = {"messages": HI, "max_tokens": 200, "temperature": 1, "seed": 3}
+
+    def bodies(strict: bool | None) -> list[dict[str, Any]]:
+        tools = [{"type": "function", "function": {"name": "look", "parameters": schema, "strict": strict}}]
+        shape = {"type": "json_schema", "json_schema": {"name": "r", "schema": schema, "strict": strict}}
+        return [
+            {**text, "tools": tools, "tool_choice": "required"},
+            {**text, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "look"}}},
+            {**text, "response_format": shape},
+        ]
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        for strict in (None, False):
+            for body in bodies(strict):
+                answer = await post(client, "/v1/chat/completions", body)
+                assert answer.status_code == 200, answer.text
+                assert answer.headers["warning"].endswith(': dependentRequired, uniqueItems"')
+        for body, field in zip(bodies(True), ("tools", "tools", "response_format"), strict=True):
+            answer = await post(client, "/v1/chat/completions", body)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+            assert "warning" not in answer.headers
+        answer = await post(client, "/v1/chat/completions", {**text, "response_format": {"type": "json_object"}})
+        assert answer.status_code == 200 and "warning" not in answer.headers
 
     in_process(test, tiny())
 
@@ -423,6 +461,7 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature"),
     ("completions", {"prompt": "a", "top_p": 0}, 400, "top_p"),
     ("completions", {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+    ("completions", {"prompt": "a", "logprobs": 21, "echo": True}, 400, "logprobs"),
     ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "a", "logit_bias": {"9999": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "a", "stop": ["x"] * 17}, 400, "len(stop)"),
@@ -448,12 +487,36 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": "hi"}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": 5}]}, 400, "messages"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.content"),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0].content[0]",
+    ),
     ("chat/completions", {"messages": HI, "tool_choice": "auto"}, 400, "tool_choice"),
     ("chat/completions", {"messages": HI, "tools": [{"type": "function"}]}, 400, "tools[0].function"),
     ("chat/completions", {"messages": HI, "top_logprobs": 2}, 400, "top_logprobs"),
     ("chat/completions", {"messages": HI, "modalities": ["audio"]}, 400, "modalities"),
-    ("chat/completions", {"messages": HI, "functions": []}, 400, "functions"),
+    ("chat/completions", {"messages": HI, "functions": [{"name": "look"}]}, 400, "functions"),
+    ("chat/completions", {"messages": HI, "use_beam_search": True}, 400, "use_beam_search"),
+    ("chat/completions", {"messages": HI, "temprature": None}, 400, "temprature"),
+    ("chat/completions", {"messages": HI, "max_tokens": 0}, 400, "max_tokens"),
+    ("chat/completions", {"messages": HI, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ("chat/completions", {"messages": HI, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a" * 256}]}, 400, "len(messages)"),
+    ("chat/completions", {"messages": [*HI, {"role": "wizard", "content": "a"}]}, 400, "messages[1].role"),
+    ("chat/completions", {"messages": HI, "structured_outputs": {"regex": "("}}, 400, "structured_outputs.regex"),
+    ("chat/completions", {"messages": HI, "structured_outputs": {"regexp": "a"}}, 400, "structured_outputs.regexp"),
+    (
+        "chat/completions",
+        {
+            "messages": HI,
+            "tools": [{"function": {"name": "f", "parameters": {"type": "odd"}}}],
+            "tool_choice": "required",
+        },
+        400,
+        "tools",
+    ),
     ("chat/completions", {"messages": HI, "chat_template_kwargs": {"tools": 1}}, 400, "chat_template_kwargs.tools"),
     ("chat/completions", {"messages": HI, "session_id": "x" * 300}, 400, "session_id"),
 ]
@@ -473,6 +536,59 @@ def test_what_is_refused_is_named() -> None:
         assert (await served.engine.stats()).prompt_tokens == before
 
     in_process(test, tiny())
+
+
+def test_every_field_of_openai_may_be_null() -> None:
+    """Those of the openai package that is installed."""
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chats
+
+    for kind, params, least in (
+        (ChatRequest, chats.CompletionCreateParamsBase, {"messages": HI}),
+        (CompletionRequest, completions.CompletionCreateParamsBase, {"prompt": "a"}),
+    ):
+        names = params.__annotations__
+        assert len(names) > 15
+        decode(json.dumps(dict.fromkeys(names) | least).encode(), kind)
+
+
+def test_what_changes_nothing_is_taken() -> None:
+    """At the top and further in; not what does."""
+    odd = {"messages": HI, "use_beam_search": False, "length_penalty": 1.0, "bad_words": [], "guided_json": None}
+    tool = {"type": "function", "function": {"name": "f", "defer_loading": None}, "defer_loading": False}
+    odd |= {"tools": [tool, tool], "structured_outputs": {"disable_any_whitespace": False}, "logit_bias": {"1": 2}}
+    found = decode(json.dumps(odd).encode(), ChatRequest)
+    assert found.tools is not None and [one.function.name for one in found.tools] == ["f", "f"]
+    assert found.logit_bias == {1: 2.0}
+    for wrong in ({"length_penalty": 2.0}, {"use_beam_search": 0}, {"audio": {}}, {"echo": True}, {"bad_words": ["a"]}):
+        (name,) = wrong
+        with pytest.raises(InvalidRequest, match="is not served") as caught:
+            decode(json.dumps(odd | wrong).encode(), ChatRequest)
+        assert caught.value.field == name
+    with pytest.raises(InvalidRequest, match=r"n=True: expected `int"):
+        decode(json.dumps(odd | {"n": True}).encode(), ChatRequest)
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.regexp"):
+        decode(json.dumps(odd | {"structured_outputs": {"regexp": None}}).encode(), ChatRequest)
+
+
+def test_unknown_fields_are_ignored_on_request() -> None:
+    """With a warning for each, wherever it is; a field that is known and wrong is still refused."""
+    tool = {"type": "function", "function": {"name": "f", "colour": 1}}
+    body = {**GREEDY, "messages": HI, "temprature": 1, "audio": {"voice": "x"}, "tools": [tool], 'a"\n': 1}
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        answer = await post(client, "/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
+        warnings = [one.removeprefix("299 radixgen ") for one in answer.headers.get_list("warning")]
+        named = {one.strip('"').removeprefix("ignored: ") for one in warnings}
+        assert named == {"temprature", "audio", "tools[0].function.colour", "a'/n"}
+        answer = await post(client, "/v1/chat/completions", body | {"n": "x"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+        answer = await post(client, "/v1/chat/completions", {**GREEDY, "messages": HI, "stream": True, "colour": 1})
+        assert answer.status_code == 200 and answer.headers["warning"] == '299 radixgen "ignored: colour"'
+        assert "warning" not in (await post(client, "/tokenize", {"prompt": "a"})).headers
+
+    in_process(test, tiny(), ignore_unknown_fields=True)
 
 
 def test_a_near_name_is_suggested() -> None:

@@ -28,6 +28,7 @@ from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.sessions import Sessions
 from radixgen.serve.http.templates import TemplateRenderer
+from radixgen.serve.http.warnings import Warnings
 
 Routes = Callable[[Gate], APIRouter]
 
@@ -43,6 +44,7 @@ class ServeOptions:
     request_timeout: seconds that a request may take from its arrival, waiting included; None: as long as it takes.
     send_timeout: seconds after which a client that takes nothing counts as gone.
     stall_timeout: seconds without progress after which `/health` fails.
+    ignore_unknown_fields: fields that are not served are ignored, with a warning in the answer, and not refused.
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
     """
 
@@ -54,6 +56,7 @@ class ServeOptions:
     send_timeout: float = 60.0
     stall_timeout: float = 60.0
     metrics_compat: str | None = None
+    ignore_unknown_fields: bool = False
 
     def check(self) -> None:
         """Raise `InvalidRequest` for the first that is out of its range."""
@@ -95,6 +98,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.limits),
         request_timeout=options.request_timeout,
         send_timeout=options.send_timeout,
+        ignore_unknown_fields=options.ignore_unknown_fields,
     )
     gate = Gate(keys)
 
@@ -122,6 +126,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
     app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(Warnings)
     app.add_middleware(AccessLog, metrics=metrics)
     app.state.context, app.state.health = context, health
     app.state.before_drain = []

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from radixgen.core import InvalidRequest, Limits
 from radixgen.serve.http.errors import ClientGone, Refused
+from radixgen.serve.http.unserved import drop_unserved
+from radixgen.serve.http.warnings import warner
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -17,30 +20,60 @@ _READ_SECONDS = 30.0
 """In which a body must have come."""
 _SMALL = 1 << 16
 """Bytes that are decoded at once; more is decoded in a thread."""
+_MOST_UNKNOWN = 64
+"""Unknown fields inside of others that are dropped"""
 _PLACE = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
 
-async def read(request: Request, kind: type[T], limits: Limits) -> T:
-    """The body as `kind`. Raises `InvalidRequest` with the first field that is wrong, `Refused`, `ClientGone`."""
+async def read(request: Request, kind: type[T], limits: Limits, *, ignore_unknown: bool = False) -> T:
+    """The body as `kind`; where unknown fields are ignored, the answer warns of each. Raises `InvalidRequest` with the
+    first field that is wrong, `Refused`, `ClientGone`.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Refused(
             415, f"content-type={media_type}: must be application/json", field="content-type", value=media_type
         )
     data = await _read_bytes(request, limits.max_body_bytes)
+    warn = warner(request)
+    ignore = (lambda field: warn(f"ignored: {field}")) if ignore_unknown else None
     if len(data) <= _SMALL:
-        return decode(data, kind)
-    return await asyncio.to_thread(decode, data, kind)
+        return decode(data, kind, ignore)
+    return await asyncio.to_thread(decode, data, kind, ignore)
 
 
-def decode(data: bytes, kind: type[T]) -> T:
-    """Strictly: no text for numbers, no unknown field. Raises `InvalidRequest`."""
+def decode(data: bytes, kind: type[T], ignore: Callable[[str], None] | None = None) -> T:
+    """Strictly: no text for numbers. Fields that are not served may hold what changes nothing; `ignore`, where given,
+    gets the names of all others. Raises `InvalidRequest`.
+    """
     try:
         return msgspec.json.decode(data, type=kind)
     except Exception as error:  # UnicodeDecodeError and RecursionError are none of msgspec's
-        raise _named(str(error), data, kind) from None
+        if not _UNKNOWN.search(str(error)):
+            raise _named(str(error), data, kind) from None
+    return _decode_known(data, kind, ignore)
+
+
+def _decode_known(data: bytes, kind: type[T], ignore: Callable[[str], None] | None) -> T:
+    """A body that has unknown fields, without those that may be left out."""
+    body = msgspec.json.decode(data)
+    drop_unserved(body, kind.__struct_fields__, "", ignore)
+    for _ in range(_MOST_UNKNOWN):
+        try:
+            return msgspec.convert(body, kind, str_keys=True)
+        except Exception as error:
+            message = str(error)
+        unknown, place = _UNKNOWN.search(message), _PLACE.search(message)
+        if not unknown or not place:
+            break
+        holder = _at(place[1], body)
+        others = tuple(name for name in holder if name != unknown[1])
+        drop_unserved(holder, others, place[1], ignore)
+        if unknown[1] in holder:
+            break
+    raise _named(message, data, kind)
 
 
 async def _read_bytes(request: Request, most: int) -> bytes:
@@ -87,9 +120,13 @@ def _value_at(path: str, data: bytes) -> Any:
     if len(data) > _SMALL or "[...]" in path:
         return "…"
     try:
-        value = msgspec.json.decode(data)
-        for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-            value = value[int(index)] if index else value[name]
+        return _at(path, msgspec.json.decode(data))
     except Exception:
         return "…"
-    return value
+
+
+def _at(path: str, body: Any) -> Any:
+    """What is at msgspec's `path` of `body`."""
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
+        body = body[int(index)] if index else body[name]
+    return body

@@ -15,10 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from radixgen.chat_template import ChatTemplate, as_messages
-from radixgen.core import CompletionOutput, InvalidRequest, Limits, SamplingParams, joined
+from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
+from radixgen.messages import Roles, template_message, template_messages
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.body import read
+from radixgen.serve.http.call_readers import Piece, Reader
 from radixgen.serve.http.context import Context
+from radixgen.serve.http.fields import names_of, sent_as
 from radixgen.serve.http.generation import Asked, Generation
 from radixgen.serve.http.logprobs import chat_logprobs
 from radixgen.serve.http.openapi import described
@@ -37,9 +40,11 @@ from radixgen.serve.http.protocol import (
     ToolCall,
     Usage,
 )
+from radixgen.serve.http.schemas import enforceable_format
 from radixgen.serve.http.sessions import Turn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
-from radixgen.serve.http.tools import Piece, Reader, reader_of, schema_of, template_message, template_tools
+from radixgen.serve.http.tools import Warn, constrain, reader_of, template_tools
+from radixgen.serve.http.warnings import warner
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,9 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     async def chat(request: Request) -> Response:
         """Answer a chat."""
         with context.admission.enter() as place:
-            body = await read(request, ChatRequest, context.limits)
+            body = await read(request, ChatRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
             context.check_model(body.model)
-            chat = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+            chat = await asyncio.to_thread(_prepare, context, request.state.caller, body, warner(request))
             generation = await Generation.start(context, chat.asked, place)
         answer = _Answer(context, body, generation, chat.turn)
         if body.stream:
@@ -71,12 +76,12 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     return router
 
 
-def prepared_messages(body: ChatRequest | TokenizeRequest, limits: Limits) -> tuple[Mapping[str, Any], ...]:
-    """The messages as chat templates take them. Raises `InvalidRequest`."""
-    messages = as_messages("messages", body.messages, limits)
+def prepared_messages(context: Context, body: ChatRequest | TokenizeRequest) -> tuple[Mapping[str, Any], ...]:
+    """The messages as the model's chat template takes them. Raises `InvalidRequest`."""
+    messages = as_messages("messages", body.messages, context.limits)
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
-    return tuple(template_message(one) for one in messages)
+    return tuple(template_messages(messages, Roles(getattr(context.engine.inputs.tokenizer, "chat_template", None))))
 
 
 def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTemplate:
@@ -86,12 +91,17 @@ def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTe
     return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, "chat_template_kwargs")
 
 
-def _prepare(context: Context, caller: Caller, body: ChatRequest) -> _Chat:
+def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
     """Raises `InvalidRequest` for whatever is wrong with `body`."""
+    with sent_as(names_of(body)):
+        return _prepare_chat(context, caller, body, warn)
+
+
+def _prepare_chat(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
     _check_served(body)
     inputs = context.engine.inputs
     namespace = context.namespace(caller, body.cache_salt)
-    messages, template = prepared_messages(body, context.limits), template_of(context, body)
+    messages, template = prepared_messages(context, body), template_of(context, body)
     turn = None
     if body.session_id is None:
         ids = list(template.tokenize(template.render(messages)))
@@ -101,20 +111,16 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest) -> _Chat:
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = _params(body, context.answer_tokens(most, tokens.size))
+    params = _params(context, body, context.answer_tokens(most, tokens.size), warn)
     inputs.check(tokens, params)
     return _Chat(Asked([tokens], params, namespace, context.priority(body.priority)), turn)
 
 
-def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
+def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.params(max_tokens, logprobs)
-    schema = schema_of(body)
-    if schema is None:
-        return params
-    if params.structured:
-        raise InvalidRequest("tool_choice", "…", "a request has one grammar, and response_format asks for another")
-    return replace(params, json_schema=schema, response_format=None)
+    params = replace(params, response_format=enforceable_format(params.response_format, warn))
+    return constrain(params, body, context.limits, warn)
 
 
 def _check_served(body: ChatRequest) -> None:
@@ -141,7 +147,7 @@ class _Choice:
         """What is new of the message."""
         piece = self.reader.push(new.text)
         if new.finish_reason is not None:
-            rest = self.reader.finish()
+            rest = self.reader.finish(cut=new.finish_reason == "length")
             piece = Piece(piece.content + rest.content, piece.calls + rest.calls)
         self._content.append(piece.content)
         for call in piece.calls:
@@ -196,9 +202,11 @@ class _Answer:
         ]
         yield event(chunk(choices=roles, prompt_token_ids=self._prompt_ids(), usage=self._usage_so_far()))
         async for _, output in self._generation.outputs():
-            choices = [self._chunk(completion) for completion in output.outputs]
-            if choices := [choice for choice in choices if choice is not None]:
-                yield event(chunk(choices=choices, usage=self._usage_so_far()))
+            new = [self._chunk(one) for one in output.outputs]
+            ended = [self._end(one) for one in output.outputs if one.finish_reason is not None]
+            for choices in ([one for one in new if one is not None], ended):
+                if choices:
+                    yield event(chunk(choices=choices, usage=self._usage_so_far()))
         if self._turn is not None:
             await asyncio.to_thread(self._end_turn, self._turn)
         if self._body.counts_usage:
@@ -221,20 +229,22 @@ class _Answer:
         )
 
     def _chunk(self, output: CompletionOutput) -> ChunkChoice | None:
-        """What is new of a choice; None where that is nothing to tell."""
-        choice = self._choices[output.index]
-        piece = choice.push(output)
-        ended, logprobs, ids = output.finish_reason is not None, self._logprobs(output), self._body.return_token_ids
-        if not (piece.content or piece.calls or ended or logprobs or ids):
+        """What is new of a choice, if anything."""
+        piece = self._choices[output.index].push(output)
+        logprobs, ids = self._logprobs(output), self._body.return_token_ids and output.token_ids
+        if not (piece.content or piece.calls or logprobs or ids):
             return None
         return ChunkChoice(
             index=output.index,
             delta=Delta(content=piece.content or UNSET, tool_calls=piece.calls or UNSET),
             logprobs=logprobs,
-            finish_reason=choice.reason if ended else None,
-            stop_reason=output.stop_reason if ended else UNSET,
             token_ids=output.token_ids if ids else UNSET,
         )
+
+    def _end(self, output: CompletionOutput) -> ChunkChoice:
+        """How a choice ended: in a chunk of its own, by which clients know that a call is whole."""
+        reason = self._choices[output.index].reason
+        return ChunkChoice(index=output.index, delta=Delta(), finish_reason=reason, stop_reason=output.stop_reason)
 
     def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
         output = choice.output
@@ -261,6 +271,6 @@ class _Answer:
         (choice,) = self._choices
         output = choice.output
         if output is not None:
-            told: Message = template_message(msgspec.to_builtins(choice.message()))
+            told: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
             include = self._generation.asked.params.include_stop_str_in_output
             self._context.sessions.end(turn, output, told, include_stop=include)

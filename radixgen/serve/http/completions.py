@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from uuid import uuid4
@@ -19,6 +19,7 @@ from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.body import read
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.echo import Echo
+from radixgen.serve.http.fields import names_of, sent_as
 from radixgen.serve.http.generation import Asked, Generation
 from radixgen.serve.http.logprobs import completion_logprobs, end_of, join
 from radixgen.serve.http.openapi import described
@@ -29,7 +30,9 @@ from radixgen.serve.http.protocol import (
     CompletionResponse,
     Usage,
 )
+from radixgen.serve.http.schemas import enforceable_format
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
+from radixgen.serve.http.warnings import warner
 
 _MAX_TOKENS = 16
 
@@ -44,9 +47,9 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Continue texts."""
         with context.admission.enter() as place:
-            body = await read(request, CompletionRequest, context.limits)
+            body = await read(request, CompletionRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
             context.check_model(body.model)
-            asked, echoes = await asyncio.to_thread(_prepare, context, request.state.caller, body)
+            asked, echoes = await asyncio.to_thread(_prepare, context, request.state.caller, body, warner(request))
             generation = await Generation.start(context, asked, place)
         answer = _Answer(context, body, generation, echoes)
         if body.stream:
@@ -57,10 +60,19 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     return router
 
 
-def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> tuple[Asked, list[Echo]]:
+def _prepare(
+    context: Context, caller: Caller, body: CompletionRequest, warn: Callable[[str], None]
+) -> tuple[Asked, list[Echo]]:
     """What is asked for, and what is told before it of each prompt. Raises `InvalidRequest` for whatever is wrong with
     `body`.
     """
+    with sent_as(names_of(body)):
+        return _prepare_prompts(context, caller, body, warn)
+
+
+def _prepare_prompts(
+    context: Context, caller: Caller, body: CompletionRequest, warn: Callable[[str], None]
+) -> tuple[Asked, list[Echo]]:
     _check_served(body)
     inputs = context.engine.inputs
     special = body.add_special_tokens is not False
@@ -68,6 +80,7 @@ def _prepare(context: Context, caller: Caller, body: CompletionRequest) -> tuple
     prompts = [inputs.tokenize(one, special=special) for one in given]
     longest = max(prompt.size for prompt in prompts)
     params = body.params(context.answer_tokens(_max_tokens(body), longest), body.logprobs)
+    params = replace(params, response_format=enforceable_format(params.response_format, warn))
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
     for prompt in prompts:

@@ -31,6 +31,7 @@ class Context:
     renderer: TemplateRenderer
     request_timeout: float | None
     send_timeout: float
+    ignore_unknown_fields: bool
 
     @property
     def limits(self) -> Limits:

@@ -73,7 +73,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """Text, or a chat, as token ids."""
         with context.tokenizing.enter():
-            body = await read(request, TokenizeRequest, context.limits)
+            body = await read(request, TokenizeRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
             context.check_model(body.model)
             return json_response(await asyncio.to_thread(_tokenize, context, body))
 
@@ -83,7 +83,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """Token ids as text, special tokens included."""
         with context.tokenizing.enter():
-            body = await read(request, DetokenizeRequest, context.limits)
+            body = await read(request, DetokenizeRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
             context.check_model(body.model)
             return json_response(await asyncio.to_thread(_detokenize, context, body))
 
@@ -154,7 +154,7 @@ def _tokenize(context: Context, body: TokenizeRequest) -> TokenizeResponse:
         tokens = inputs.tokenize(body.prompt, special=body.add_special_tokens is not False).tolist()
     else:
         template = template_of(context, body)
-        tokens = list(template.tokenize(template.render(prepared_messages(body, context.limits))))
+        tokens = list(template.tokenize(template.render(prepared_messages(context, body))))
     texts = [context.texts.text(token) for token in tokens] if body.return_token_strs else UNSET
     return TokenizeResponse(count=len(tokens), max_model_len=inputs.max_model_len, tokens=tokens, token_strs=texts)
 
