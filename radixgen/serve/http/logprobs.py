@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from radixgen.core import CompletionOutput
 from radixgen.serve.http.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from radixgen.serve.http.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,15 +17,16 @@ _KEPT = 1 << 16
 
 
 class TokenTexts:
-    """Text of single tokens, the special ones too. Half a character is U+FFFD, and has no bytes."""
+    """Text of single tokens, the special ones too, where half a character is U+FFFD; and their bytes."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
+        self._bytes = None if tokenizer is None else TokenBytes(tokenizer)
         self.text = lru_cache(_KEPT)(self._text)
 
     def bytes(self, token: int) -> list[int] | None:
-        text = self.text(token)
-        return None if "\ufffd" in text else list(text.encode("utf-8", "replace"))
+        """What the token adds to a text in UTF-8; None without a tokenizer."""
+        return None if self._bytes is None else list(self._bytes(token))
 
     def _text(self, token: int) -> str:
         return str(token) if self._tokenizer is None else str(self._tokenizer.decode([token]))

@@ -275,7 +275,7 @@ class CompletionResponse(Struct, kw_only=True):
 
 
 class TopLogprob(Struct):
-    """One of the likeliest tokens; `bytes` is null for a part of a character."""
+    """One of the likeliest tokens; `bytes` is what it adds to the content's UTF-8, parts of characters too."""
 
     token: str
     logprob: float
