@@ -43,7 +43,7 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class FunctionDefinition(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A function that the model may call; `parameters` is a JSON schema, all of which a grammar must hold where `strict`."""
+    """A function that the model may call; `parameters` is a JSON schema, enforced whole where `strict`."""
 
     name: str
     description: str | None = None
