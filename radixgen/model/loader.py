@@ -13,6 +13,8 @@ import torch
 
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
+from radixgen.model.checkpoint import check_quantization, check_whole
+from radixgen.model.ends import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,13 +32,7 @@ class LoadedModel:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        generation = getattr(self.model, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None)
-        if eos is None:
-            eos = self.model.config.get_text_config().eos_token_id
-        if eos is None:
-            return frozenset()
-        return frozenset([eos] if isinstance(eos, int) else eos)
+        return end_tokens(self.name, self.model, self.tokenizer)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -79,6 +75,8 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
             raise UnsupportedModel(f"{name} ({config.model_type}): an encoder-decoder model")
         if "gguf_file" in options:
             options["quantization_config"] = GgufConfig(dequantize=True)
+        else:
+            check_quantization(f"{name} ({config.model_type})", config, source)
         if ranks > 1:
             from transformers.distributed import DistributedConfig
 
@@ -89,8 +87,7 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
             )
         except Exception as error:
             raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise UnsupportedModel(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
+        check_whole(f"{name} ({config.model_type})", model, info)
         tokenizer = _tokenizer(source, options)
     return LoadedModel(str(name), (model if ranks > 1 else model.to(place)).eval(), tokenizer)
 

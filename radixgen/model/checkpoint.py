@@ -1,0 +1,49 @@
+"""Whether all that a checkpoint holds went into the model."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from radixgen.core import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""Computed from the config, and saved by old versions of transformers."""
+_NAMED = 3
+
+
+def check_quantization(name: str, config: Any, source: str) -> None:
+    """Raise `UnsupportedModel` where the weights are quantized, by `config` or by a file beside it."""
+    from transformers.utils import cached_file
+
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        facts = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = getattr(facts.get("quant_method"), "value", facts.get("quant_method")) or "no method"
+        raise UnsupportedModel(
+            f"{name}: its weights are quantized (quantization_config: {method}); use one that is not"
+        )
+    options = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    if cached_file(source, "hf_quant_config.json", **options) is not None:
+        raise UnsupportedModel(f"{name}: its weights are quantized (hf_quant_config.json)")
+
+
+def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> None:
+    """Raise `UnsupportedModel`, with some of their names, where weights were left out, are missing or don't fit.
+
+    `info` is what `from_pretrained` says with `output_loading_info`.
+    """
+    tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
+    left_out = {key for key in info["unexpected_keys"] if key not in tied and not _BUFFERS.search(key)}
+    unfit = {str(key[0]) if isinstance(key, tuple) else str(key) for key in info.get("mismatched_keys", ())}
+    for keys, reason in (
+        (set(info["missing_keys"]), "are missing"),
+        (unfit, "have another shape than its config says"),
+        (left_out, "have no place in the model that its config describes"),
+    ):
+        if keys:
+            some = ", ".join(sorted(keys)[:_NAMED])
+            raise UnsupportedModel(f"{name}: {len(keys)} weights {reason}, {some} among them")

@@ -1,0 +1,43 @@
+"""The tokens with which a model ends what it says."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_ANSWER = "radixgen-answer"
+
+
+def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
+    """Those of the generation config, else of the config; that of the tokenizer; and the special token by which the
+    chat template ends an answer. A warning is logged where there are none.
+    """
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    ids = {eos} if isinstance(eos, int) else set(eos or ())
+    if tokenizer is not None:
+        ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
+    known = model.get_input_embeddings().weight.shape[0]
+    ends = frozenset(token for token in ids if token < known)
+    if not ends:
+        logger.warning("%s has no end token: every request runs until max_tokens or a stop string", name)
+    return ends
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token behind an answer in the chat template; None where there is no template, or no such token."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        logger.debug("the end of a turn is not known: %s", error)
+        return None
+    _, answer, rest = text.rpartition(_ANSWER)
+    ids = tokenizer.encode(rest.lstrip(), add_special_tokens=False) if answer else []
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
