@@ -55,7 +55,7 @@ def test_an_option_of_the_template_has_its_effect() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}),
+        *sorted(set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}),
         "messages", "conversations", "loop", "range", "raise_exception", "bos_token", "unknown", "",
     ],
 )  # fmt: skip
