@@ -718,7 +718,7 @@ def test_what_is_loaded_is_checked(engine: Engine) -> None:
         ({"tools": [lambda x: x]}, "tools"),
         ({"tools": {"name": "x"}}, "tools"),
         ({"template_options": 5}, "template_options"),
-        ({"template_options": {"tools": []}}, "template_options"),
+        ({"template_options": {"tools": []}}, "template_options.tools"),
         ({"template_options": {"x": object()}}, "template_options"),
         ({"on_overflow": "hope"}, "on_overflow"),
         ({"on_overflow": None}, "on_overflow"),

@@ -18,7 +18,7 @@ import radixgen.engine_core as core_module
 import radixgen.scheduler.forest as forest_module
 from radixgen import run_ahead
 from radixgen.cache import ExtentPool, Lock, RadixTree
-from radixgen.core import Plan
+from radixgen.core import EngineDead, Plan
 from radixgen.engine_core import EngineCore
 from radixgen.output_processor import OutputProcessor
 from radixgen.run_ahead import RunAhead
@@ -247,7 +247,14 @@ def seats_are_not_counted(patch: Patch) -> None:
 
 
 def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
-    patch.setattr(WaitingQueue, "_candidates", lambda queue: list(queue._requests)[-1:])
+    """The last that came goes first."""
+
+    def last(queue: WaitingQueue, follow: Callable[[Any], Any]) -> Any:
+        chosen = queue._requests[-1]
+        chosen.waiting[0].followed or follow(chosen.waiting[0])
+        return chosen
+
+    patch.setattr(WaitingQueue, "_longest", last)
 
 
 def a_last_output_is_told_twice(patch: Patch) -> None:
@@ -302,5 +309,5 @@ def test_without_a_fault_nothing_is_seen() -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
     fault(monkeypatch)
-    with pytest.raises((AssertionError, KeyError, ValueError, ExceptionGroup, Flaky)):
+    with pytest.raises((AssertionError, KeyError, ValueError, EngineDead, ExceptionGroup, Flaky)):
         run_state_machine_as_test(EngineMachine, settings=LONGER)
