@@ -649,7 +649,7 @@ class Engine:
         return request
 
     def _begin_call(self) -> None:
-        """What each call begins with: streams that were dropped are let go of. Raises `EngineClosed`, `EngineDead`."""
+        """Begin a call: cancel the requests of dropped streams. Raises `EngineClosed` and `EngineDead`."""
         if self._closed:
             raise EngineClosed("the engine is closed")
         self._guard.require()

@@ -254,7 +254,7 @@ class EngineCore:
 
         Where the model raises, the step is undone. The requests that had a part in it then run alone, one step
         each, and one for which it raises again ends with `error`. A failed assertion of our own, `EngineDead`, and an
-        interrupt go on to the caller; an interrupt while the model ran leaves the step undone, as the guard is told.
+        interrupt go on to the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
         """
         self.grammars.begin_step()
         self._expire(now)

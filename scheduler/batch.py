@@ -401,8 +401,8 @@ class Scheduler:
     # -- admission ----------------------------------------------------------------------------------------
 
     def _admit(self) -> bool:
-        """Let waiting requests in while all that they lack fits without preempting; siblings go together. Returns if
-        everyone is in for whom there was room: of a large crowd some come with the next step.
+        """Let waiting requests in while all that they lack fits without preempting; siblings go together. Returns
+        False where more of them fit than one step admits.
         """
         enough = len(self.running) + _MAX_ADMITTED
         while len(self.waiting):

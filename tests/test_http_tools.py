@@ -51,7 +51,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
 
 
-def told(reader: Reader, parts: list[str], *, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
+def read_parts(reader: Reader, parts: list[str], *, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """Content and calls, put together as a client does."""
     content, calls = "", []
     for piece in [*(reader.push(part) for part in parts), reader.finish(cut=cut)]:
@@ -72,7 +72,7 @@ def told(reader: Reader, parts: list[str], *, cut: bool = False) -> tuple[str, l
 def test_pieces_change_nothing(text: str, cuts: list[int], parallel: bool, cut: bool, lost: int) -> None:
     text = text[: len(text) - lost]
     whole, parts = (HermesReader(NAMES, parallel=parallel) for _ in range(2))
-    expected, found = told(whole, [text], cut=cut), told(parts, pieces(text, cuts), cut=cut)
+    expected, found = read_parts(whole, [text], cut=cut), read_parts(parts, pieces(text, cuts), cut=cut)
     assert found == expected and whole.calls == parts.calls == bool(found[1])
     assert parallel or len(found[1]) <= 1
 
@@ -80,7 +80,7 @@ def test_pieces_change_nothing(text: str, cuts: list[int], parallel: bool, cut: 
 @given(st.text(alphabet='<>tol_ca/{}" n', max_size=80), st.lists(st.integers(0, 80), max_size=10))
 def test_no_text_is_lost(text: str, cuts: list[int]) -> None:
     reader = HermesReader(NAMES)
-    content, calls = told(reader, pieces(text, cuts))
+    content, calls = read_parts(reader, pieces(text, cuts))
     assert calls or content == text
 
 
@@ -104,7 +104,7 @@ def test_no_text_is_lost(text: str, cuts: list[int]) -> None:
 )
 def test_hermes(text: str, content: str, calls: list) -> None:
     reader = HermesReader(NAMES)
-    assert told(reader, [text]) == (content, calls) and reader.calls == bool(calls)
+    assert read_parts(reader, [text]) == (content, calls) and reader.calls == bool(calls)
 
 
 def test_nothing_is_held_back_that_is_certain() -> None:
@@ -136,24 +136,24 @@ def test_arguments_come_as_they_are_written() -> None:
     ],
 )
 def test_a_call_that_max_tokens_cuts(text: str, content: str, calls: list[tuple[str, str]]) -> None:
-    assert told(HermesReader(NAMES), [text], cut=True) == (content, calls)
+    assert read_parts(HermesReader(NAMES), [text], cut=True) == (content, calls)
 
 
 def test_one_call_where_no_more_may_be() -> None:
     two = f"{CALL}{CALL.replace('look', 'lo?ok')} so"
-    assert told(HermesReader(NAMES, parallel=False), [two]) == (" so", [("look", '{"x": "<tool_call>"}')])
+    assert read_parts(HermesReader(NAMES, parallel=False), [two]) == (" so", [("look", '{"x": "<tool_call>"}')])
 
 
 def test_required_and_named() -> None:
     text = '{"name": "look", "arguments": {"x": 1}}'
-    assert told(RequiredReader(NAMES), list(text)) == ("", [("look", '{"x": 1}')])
-    assert told(RequiredReader(NAMES), [text[:-3]], cut=True) == ("", [("look", '{"x": ')])
-    assert told(RequiredReader(NAMES), [text[:-30]], cut=True) == ("", [])
-    assert told(RequiredReader(NAMES), ['{"name": "look", "arguments": 5}']) == ("", [("look", "5")])
-    assert told(RequiredReader(["other"]), [text]) == ("", [])
-    assert told(NamedReader("look"), list('{"x": 1}')) == ("", [("look", '{"x": 1}')])
-    assert told(NamedReader("look"), []) == ("", [("look", "")])
-    assert told(PlainReader(), [CALL]) == (CALL, [])
+    assert read_parts(RequiredReader(NAMES), list(text)) == ("", [("look", '{"x": 1}')])
+    assert read_parts(RequiredReader(NAMES), [text[:-3]], cut=True) == ("", [("look", '{"x": ')])
+    assert read_parts(RequiredReader(NAMES), [text[:-30]], cut=True) == ("", [])
+    assert read_parts(RequiredReader(NAMES), ['{"name": "look", "arguments": 5}']) == ("", [("look", "5")])
+    assert read_parts(RequiredReader(["other"]), [text]) == ("", [])
+    assert read_parts(NamedReader("look"), list('{"x": 1}')) == ("", [("look", '{"x": 1}')])
+    assert read_parts(NamedReader("look"), []) == ("", [("look", "")])
+    assert read_parts(PlainReader(), [CALL]) == (CALL, [])
 
 
 def asked(choice: object, *names: str) -> ChatRequest:
@@ -165,7 +165,7 @@ def test_half_a_character_is_written_anyhow() -> None:
     """JSON can write halves of surrogate pairs, and UTF-8 can't."""
     name = "lo\ud83dok"
     for arguments, expected in (('{"x": "\\ud83d"}', '{"x": "\\ud83d"}'), ('"\\ud83d"', "?")):
-        (call,) = told(RequiredReader([name]), [f'{{"name": "lo\\ud83dok", "arguments": {arguments}}}'])[1]
+        (call,) = read_parts(RequiredReader([name]), [f'{{"name": "lo\\ud83dok", "arguments": {arguments}}}'])[1]
         assert call == ("lo?ok", expected)
 
 

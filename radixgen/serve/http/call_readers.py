@@ -29,7 +29,7 @@ class Piece:
 
 
 class Reader(Protocol):
-    """Reads one choice's text as it comes."""
+    """Reads the streamed text of one choice."""
 
     @property
     def calls(self) -> bool:

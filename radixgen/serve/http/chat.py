@@ -271,6 +271,6 @@ class _Answer:
         (choice,) = self._choices
         output = choice.output
         if output is not None:
-            told: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
+            message: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
             include = self._generation.asked.params.include_stop_str_in_output
-            self._context.sessions.end(turn, output, told, include_stop=include)
+            self._context.sessions.end(turn, output, message, include_stop=include)
