@@ -90,13 +90,7 @@ class WaitingQueue:
             if best is not None and request.priority != best.priority:
                 break
             followed = request.waiting[0].followed or follow(request.waiting[0])
-            node, computed = followed.node, 0
-            while node is not None and not node.computed:
-                node = node.parent
-            if node is not None:
-                computed = node.start + node.computed
-                computed = min(computed, followed.length)
-            if best is None or computed > most:
+            if followed.length > most and (computed := followed.computed) > most:
                 best, most = request, computed
             if request.overtaken >= bound:
                 break

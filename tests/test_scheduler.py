@@ -88,7 +88,7 @@ def computed(prefix: Callable[[Request], int]) -> Callable[[Sequence], Any]:
 
     def follow(sequence: Sequence) -> Any:
         length = prefix(sequence.request)
-        return SimpleNamespace(length=length, node=SimpleNamespace(start=0, computed=length, parent=None))
+        return SimpleNamespace(length=length, computed=length)
 
     return follow
 

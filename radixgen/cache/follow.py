@@ -42,6 +42,11 @@ class FollowedMatch:
         self.node, self.length = node, length
         self.next_token = int(self.tokens[length]) if length < self.tokens.size else -1
 
+    @property
+    def computed(self) -> int:
+        """How many of its tokens have KV."""
+        return min(self.node.computed_end, self.length) if self.node is not None else 0
+
     def match(self) -> Match | None:
         """As `RadixTree.match_prefix`. Costs a step for each node at the end of the path that holds no KV, or is not
         locked.
@@ -55,10 +60,7 @@ class FollowedMatch:
             evictable += part
             above = above.parent
             part = above.known
-        above = node
-        while not above.computed and above.parent is not None:
-            above = above.parent
-        return Match(node, offset, self.length, min(above.start + above.computed, self.length), evictable)
+        return Match(node, offset, self.length, self.computed, evictable)
 
 
 # What becomes of the matches that end in a node where it changes, each called after the change.
@@ -67,34 +69,34 @@ class FollowedMatch:
 def grew(node: "Node", token: int) -> None:
     """The node has `token` at its end."""
     before = node.end - 1
-    for one in list(node.followers):
-        if one.length == before and one.next_token == token:
-            one.move(node, before + 1)
+    for followed in list(node.followers):
+        if followed.length == before and followed.next_token == token:
+            followed.move(node, before + 1)
 
 
 def branched(parent: "Node", leaf: "Node") -> None:
     """The parent has a new child."""
     end, token = parent.end, leaf.first_token
-    for one in list(parent.followers):
-        if one.length == end and one.next_token == token:
-            one.move(leaf, end + common_prefix_len(leaf.tokens, one.tokens[end:]))
+    for followed in list(parent.followers):
+        if followed.length == end and followed.next_token == token:
+            followed.move(leaf, end + common_prefix_len(leaf.tokens, followed.tokens[end:]))
 
 
 def raised(lower: "Node", upper: "Node") -> None:
     """The first tokens of `lower` have passed to its parent `upper`."""
-    for one in list(lower.followers):
-        if one.length <= upper.end:
-            one.move(upper, one.length)
+    for followed in list(lower.followers):
+        if followed.length <= upper.end:
+            followed.move(upper, followed.length)
 
 
 def shortened(node: "Node") -> None:
     """Tokens at the node's end were dropped."""
-    for one in list(node.followers):
-        if one.length > node.end:
-            one.move(node, node.end)
+    for followed in list(node.followers):
+        if followed.length > node.end:
+            followed.move(node, node.end)
 
 
 def removed(node: "Node") -> None:
     """The node is not in the tree any more."""
-    for one in list(node.followers):
-        one.move(node.parent, node.start)
+    for followed in list(node.followers):
+        followed.move(node.parent, node.start)

@@ -95,6 +95,14 @@ class Node:
         return self.start + self.known
 
     @property
+    def computed_end(self) -> int:
+        """Position after the last computed token of the path to the node's end."""
+        node = self
+        while not node.computed and node.parent is not None:
+            node = node.parent
+        return node.start + node.computed
+
+    @property
     def epoch_end(self) -> End:
         """Names what ends here: as long as it is the same, so are all tokens up to the node's end."""
         return self.namespace if self.parent is None else self.epoch, self.end
