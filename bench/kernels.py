@@ -1,6 +1,6 @@
 """What the kernels take of a chip, compiled for it on any machine: no GPU is needed.
 
-    python -m bench.kernels [--save]
+    python -m bench.kernels [--disassemble CHIP ...] [--save]
 
 One line for each launch of attention that the backend can choose, plain and with the masks that models have, for each
 other kernel, and for each chip: registers a thread, spilled bytes, shared memory, and how many matrix (`HGMMA` on
@@ -51,8 +51,12 @@ def configurations() -> Iterator[tuple[Geometry, Launch, int, tuple[str, ...]]]:
             yield geometry, launch, chip, masks
 
 
-def examine(geometry: Geometry, launch: Launch, chip: int, masks: tuple[str, ...]) -> dict[str, Any]:
-    """Compile one configuration of the attention kernel and read its machine code."""
+def examine(
+    geometry: Geometry, launch: Launch, chip: int, masks: tuple[str, ...], *, disassemble: bool = True
+) -> dict[str, Any]:
+    """Compile one configuration of the attention kernel and read what it takes; instructions of machine code that is
+    disassembled, which takes longer than all else.
+    """
     fixed = constants(geometry, launch, **{name: name in masks for name in ("window", "softcap", "sinks")})
     types = {
         name: _type(name, geometry, launch) for name in triton_kernels.attend.arg_names if name not in fixed
@@ -60,7 +64,7 @@ def examine(geometry: Geometry, launch: Launch, chip: int, masks: tuple[str, ...
     return {
         "kernel": "attend", "chip": chip, "head_dim": geometry.head_dim, "v_head_dim": geometry.v_head_dim,
         "group": geometry.group, "masks": masks, "tiles": launch.tiles, "warps": launch.num_warps,
-        **_compiled(triton_kernels.attend, types, fixed, launch.num_warps, chip, launch.registers),
+        **_compiled(triton_kernels.attend, types, fixed, launch.num_warps, chip, launch.registers, disassemble),
     }  # fmt: skip
 
 
@@ -86,11 +90,22 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
             known["rows"] = "*i32"
         types = {name: known.get(name, "*i32") for name in kernel.arg_names if name not in fixed}
         name = kernel.fn.__name__
-        yield {"kernel": name, "chip": chip, "head_dim": head_dim, **_compiled(kernel, types, fixed, 4, chip)}
+        yield {
+            "kernel": name,
+            "chip": chip,
+            "head_dim": head_dim,
+            **_compiled(kernel, types, fixed, 4, chip, disassemble=False),
+        }
 
 
 def _compiled(
-    kernel: Any, types: dict[str, str], fixed: dict[str, Any], warps: int, chip: int, registers: int | None = None
+    kernel: Any,
+    types: dict[str, str],
+    fixed: dict[str, Any],
+    warps: int,
+    chip: int,
+    registers: int | None = None,
+    disassemble: bool = True,
 ) -> dict[str, Any]:
     """What one kernel's machine code takes and holds; pointers are taken to be aligned."""
     names = kernel.arg_names
@@ -99,12 +114,12 @@ def _compiled(
     source = ASTSource(kernel, signature, fixed, aligned)
     options = {"num_warps": warps, "maxnreg": registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    usage, code = _dump(compiled.asm["cubin"])
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    return {
-        "registers": int(registers), "spilled": int(stack), "shared": compiled.metadata.shared,
-        **{name: len(re.findall(rf"\b{name}", code)) for name in INSTRUCTIONS},
-    }  # fmt: skip
+    dump = _dump(compiled.asm["cubin"], disassemble)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump).groups()  # type: ignore[union-attr]
+    found = {"registers": int(registers), "spilled": int(stack), "shared": compiled.metadata.shared}
+    if disassemble:
+        found |= {name: len(re.findall(rf"\b{name}", dump)) for name in INSTRUCTIONS}
+    return found
 
 
 def _type(name: str, geometry: Geometry, launch: Launch) -> str:
@@ -120,32 +135,31 @@ def _type(name: str, geometry: Geometry, launch: Launch) -> str:
     return "*fp32" if name in ("lse", "partial_out", "partial_lse", "sinks") else "*i32"
 
 
-def _dump(cubin: bytes) -> tuple[str, str]:
+def _dump(cubin: bytes, disassemble: bool) -> str:
     """What `cuobjdump` says of a cubin's resources, and its disassembly."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return usage, code
+        command = [tool, "-res-usage", *(["-sass"] if disassemble else []), file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
     parser.add_argument("--first", type=int, help="only so many of the configurations")
+    text = "count the instructions of kernels for these chips only"
+    parser.add_argument("--disassemble", type=int, nargs="+", metavar="CHIP", default=CHIPS, choices=CHIPS, help=text)
     options = parser.parse_args(arguments)
     report = Report("kernels")
     found = []
     for geometry, launch, chip, masks in track(list(configurations())[: options.first], "compiling"):
-        found.append(one := examine(geometry, launch, chip, masks))
+        found.append(one := examine(geometry, launch, chip, masks, disassemble=chip in options.disassemble))
         report.say(
             f"sm_{chip} {one['head_dim']:3d}/{one['v_head_dim']:3d} group {one['group']:2d} tiles {one['tiles']!s:14s} "
             f"{'+'.join(masks) or 'plain':14s} "
             f"{one['warps']} warps: {one['registers']} registers, {one['spilled']} bytes spilled, "
-            f"{one['shared']} shared; " + ", ".join(f"{one[name]} {name}" for name in INSTRUCTIONS)
+            f"{one['shared']} shared; " + ", ".join(f"{one[name]} {name}" for name in INSTRUCTIONS if name in one)
         )
     for chip in CHIPS:
         for head_dim in (64, 128, 256):

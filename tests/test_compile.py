@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 def compiled() -> list[dict]:
     """In a process of its own, because this one may have Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.kernels"]
+    command = [sys.executable, "-W", "ignore", "-m", "bench.kernels", "--disassemble", "90"]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
