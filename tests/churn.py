@@ -360,7 +360,7 @@ class EngineMachine(RuleBasedStateMachine):
     def evict(self, count: int) -> None:
         self.engine.tree.evict(count)
 
-    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    @rule(seconds=st.sampled_from([0.5, 5.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 

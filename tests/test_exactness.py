@@ -126,17 +126,18 @@ def test_longrope_is_fixed_by_the_context(max_model_len: int) -> None:
 def test_smollm2() -> None:
     path = smollm2.fetch()
     oracle, served = Oracle(AutoModelForCausalLM.from_pretrained(path)), AutoModelForCausalLM.from_pretrained(path)
+    count = size(6, NEW_TOKENS)
     ways = [(1, options) for options in size([WAYS["a pool that is always full"]], [*WAYS.values()])]
     for scale, options in [*ways, (size(3, 6), {})]:
         asked = prompts(vocab=40_000, scale=scale)
         with Engine(served, debug=True, **({"kv_tokens": 2048} | options)) as engine:
             for _ in ("cold", "warm"):
-                for prompt, output in zip(asked, engine.generate(asked, greedy(NEW_TOKENS)), strict=True):
-                    oracle.expect(engine, prompt, output.outputs[0].token_ids, NEW_TOKENS)
+                for prompt, output in zip(asked, engine.generate(asked, greedy(count)), strict=True):
+                    oracle.expect(engine, prompt, output.outputs[0].token_ids, count)
             engine.check()
     with Engine(path, kv_tokens=2048) as engine:
         for prompt in size(prompts(vocab=40_000)[:1], prompts(vocab=40_000)):
-            alone = engine.generate(prompt, greedy(NEW_TOKENS))[0]
-            oracle.expect(engine, prompt, alone.outputs[0].token_ids, NEW_TOKENS)
+            alone = engine.generate(prompt, greedy(count))[0]
+            oracle.expect(engine, prompt, alone.outputs[0].token_ids, count)
             engine.reset_prefix_cache()
     oracle.settle()

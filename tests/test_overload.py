@@ -165,7 +165,7 @@ def test_requests_past_their_deadline_cost_nothing_more() -> None:
 def test_memory_is_flat() -> None:
     tracemalloc.start()
     try:
-        sizes = offer(capacity() * 10, size(2_000, 6_000), watch_memory=True).sizes
+        sizes = offer(capacity() * 10, size(1_200, 6_000), watch_memory=True).sizes
     finally:
         tracemalloc.stop()
     half = len(sizes) // 2
