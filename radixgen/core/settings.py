@@ -6,13 +6,21 @@ import sys
 from pathlib import Path
 
 
+CACHE_VARIABLE = "RADIXGEN_CACHE"
+
+
 def cache_dir() -> Path:
-    """Where radixgen keeps the embedded model: `RADIXGEN_CACHE`, else `radixgen` in the user's cache."""
-    chosen = os.environ.get("RADIXGEN_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "radixgen"
+    """Where radixgen keeps the embedded model: `RADIXGEN_CACHE`, else `radixgen` in the user's cache. An empty variable
+    counts as none. Raises `FileNotFoundError` where neither is to be had.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    path = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "radixgen"
+    try:
+        if path.parts[:1] == ("~",) and os.environ.get("HOME") == "":
+            raise RuntimeError("HOME is empty")
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: {error}; set {CACHE_VARIABLE} to a directory") from error
 
 
 def flash_attention_3() -> Path | None:
