@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import families
 import pytest
+import torch
 import torch.distributed as dist
 from test_parallel import a_job
 
@@ -155,8 +157,24 @@ def test_the_environment_is_as_it_was(before: dict[str, str], monkeypatch: pytes
     assert rank_environment(2)["LOCAL_RANK"] == "2" and rank_environment(2)["NCCL_SOCKET_IFNAME"] == "lo"
 
 
+def test_transformers_takes_the_first_gpu_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own function, on a machine that seems to have GPUs. Without the variable 5.17 raises a KeyError there."""
+    from transformers.distributed.utils import initialize_tensor_parallelism
+
+    taken: list[int] = []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    monkeypatch.setattr(dist, "init_device_mesh", lambda *_: None)
+    with as_rank_0(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        device, _ = initialize_tensor_parallelism("auto", tp_size=2)
+    assert device == torch.device("cuda", 0) and taken == [0]
+
+
 def test_rank_0_loads_as_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it transformers 5.17 dies of a KeyError on GPUs."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     seen: list[str | None] = []

@@ -83,8 +83,8 @@ def _writing(home: Path, fault: str) -> Iterator[None]:
         yield
     except (OSError, NotImplementedError) as error:
         raise ModelNotFound(
-            f"{NAME}: {home} holds no whole model ({fault}) and could not be written: {error}; "
-            f"set {CACHE_VARIABLE} to a directory that can be, with 1 GB free"
+            f"{NAME}: {home} holds no whole model ({fault}), and none could be written there: {error}; "
+            f"set {CACHE_VARIABLE} to a writable directory with 1 GB free"
         ) from error
 
 
