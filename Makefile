@@ -1,5 +1,6 @@
 comma := ,
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # More extras for tests, with commas and no spaces: those of clusters need `dynamo,smg` and are skipped otherwise.
@@ -7,7 +8,7 @@ TEST_EXTRAS ?=
 EXTRAS := dev$(if $(TEST_EXTRAS),$(comma)$(TEST_EXTRAS))
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: demo test test-all check bench-check links clean
+.PHONY: demo test test-all test-lowest check bench-check links clean
 
 demo: $(VENV)/.demo
 	$(BIN)/radixgen demo
@@ -18,6 +19,10 @@ test: check
 # Nightly size: more examples, more combinations, the tests marked `nightly`.
 test-all: check
 	RADIXGEN_TEST_ALL=1 $(PYTEST)
+
+# What depends most on the versions of others, on the lowest that pyproject.toml allows.
+test-lowest: $(LOWEST)/.tests
+	$(LOWEST)/bin/pytest $(addprefix tests/test_,model.py masks.py checkpoint.py exactness.py parallel.py ranks.py)
 
 check: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .
@@ -41,8 +46,8 @@ bench-check: $(VENV)/.$(EXTRAS)
 links:
 	@for name in kernels scheduler; do test -d radixgen/$$name || ln -sfn ../$$name radixgen/$$name; done
 
-$(BIN)/pip:
-	$(PYTHON) -m venv $(VENV)
+$(BIN)/pip $(LOWEST)/bin/pip:
+	$(PYTHON) -m venv $(@:/bin/pip=)
 
 $(VENV)/.demo: pyproject.toml | links $(BIN)/pip
 	$(BIN)/pip install --editable .
@@ -52,5 +57,9 @@ $(VENV)/.$(EXTRAS): pyproject.toml | links $(BIN)/pip
 	$(BIN)/pip install --editable '.[$(EXTRAS)]'
 	touch $@
 
+$(LOWEST)/.tests: pyproject.toml tests/lowest.txt | links $(LOWEST)/bin/pip
+	$(LOWEST)/bin/pip install --constraint tests/lowest.txt --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -30,6 +30,7 @@ from radixgen.core import (
     UnknownRequest,
     joined,
 )
+from radixgen.core.adapters import refuses_adapters
 from radixgen.engine import PRELOADING, Engine, scores_of
 from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
 
@@ -67,6 +68,7 @@ class AsyncEngine:
 
     # -- requests -----------------------------------------------------------------------------------------
 
+    @refuses_adapters
     async def generate(
         self,
         prompt: Prompt,
@@ -97,6 +99,7 @@ class AsyncEngine:
             async for output in outputs:
                 yield output
 
+    @refuses_adapters
     async def open(
         self,
         prompt: Prompt,
@@ -130,12 +133,14 @@ class AsyncEngine:
         stream = await self._begin(request_id, submit, cumulative)
         return AsyncOutputs(stream, partial(self._post, _Command(partial(self._leave, request_id, stream))))
 
+    @refuses_adapters
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """As `Engine.score`; other requests go on meanwhile."""
         tokens = await self.tokenize(prompt)
         each = as_prompts(continuations)
         return [scores_of(one) for one in await _gather(self.score_one(tokens, c, namespace=namespace) for c in each)]
 
+    @refuses_adapters
     async def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
         """As `Engine.beam_search`; other requests go on meanwhile. `generate` takes `BeamSearchParams` too, and gives
         one output.
@@ -207,6 +212,7 @@ class AsyncEngine:
 
         return await self._call(pin, partial(self._unpin, made))
 
+    @refuses_adapters
     async def preload(
         self,
         prompts: Prompt | Seq[Prompt],

@@ -1,6 +1,7 @@
 """The cost model of a device: measured once, kept in the cache directory, or shipped for devices we have measured."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from radixgen.kernels.flash_backend import FlashCost
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.planner import Forest, PlanMode, plan
+
+logger = logging.getLogger(__name__)
 
 _BYTES = 512
 """K and V of one key and head where the constants were measured: head_dim 128, 16 bit."""
@@ -93,7 +96,7 @@ def _name(device: torch.device) -> str:
 
 def _known(name: str) -> dict[str, Calibration]:
     """All that are shipped and the one kept for a device of this name, by name."""
-    return {entry.device: entry for path in (_SHIPPED, _kept(name)) for entry in _read(path)}
+    return {entry.device: entry for entry in [*_read(_SHIPPED), *_read_kept(name)]}
 
 
 def keep(calibration: Calibration) -> Path:
@@ -108,9 +111,20 @@ def _kept(name: str) -> Path:
     return cache_dir() / "calibration" / f"{name.replace(' ', '-').replace('/', '-')}.json"
 
 
-def _read(path: Path) -> list[Calibration]:
-    if not path.is_file():
+def _read_kept(name: str) -> list[Calibration]:
+    """What `keep` wrote, if anything. A file that can't be read is left out, with a warning."""
+    try:
+        path = _kept(name)
+    except FileNotFoundError:
         return []
+    try:
+        return _read(path) if path.is_file() else []
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        logger.warning("%s is no calibration: %r; remove it, or measure the device anew", path, error)
+        return []
+
+
+def _read(path: Path) -> list[Calibration]:
     return [
         Calibration(
             **entry

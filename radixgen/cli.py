@@ -446,7 +446,10 @@ def doctor() -> None:
     for name in BACKENDS:
         table.add_row(f"attention: {name}", _why(name, device))
     table.add_row("flash-attn", installed())
-    table.add_row("cache", str(cache_dir()))
+    try:
+        table.add_row("cache", str(cache_dir()))
+    except FileNotFoundError as error:
+        table.add_row("cache", str(error))
     Console().print(table)
 
 

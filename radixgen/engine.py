@@ -34,10 +34,12 @@ from radixgen.core import (
     UnsupportedModel,
     check_integer,
 )
+from radixgen.core.adapters import refuses_adapters
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, as_prompts, chat_tokens
 from radixgen.kernels.backend import backend
 from radixgen.model.base import Model
+from radixgen.model.checkpoint import check_layers
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
@@ -168,6 +170,7 @@ class Engine:
 
     # -- whole requests -----------------------------------------------------------------------------------
 
+    @refuses_adapters
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -190,6 +193,7 @@ class Engine:
         submits = [partial(self._core_submit, ids, one) for ids, one in zip(tokens, each, strict=True)]
         return self._serve(submits, progress)
 
+    @refuses_adapters
     def beam_search(
         self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams, *, progress: Progress | None = None
     ) -> list[RequestOutput]:
@@ -205,6 +209,7 @@ class Engine:
             raise InvalidRequest("params", params, "must be BeamSearchParams")
         return self.generate(prompts, params, progress=progress)
 
+    @refuses_adapters
     def chat(self, messages: Messages | Seq[Messages], params: Params | None = None) -> list[RequestOutput]:
         """Serve one conversation, or many as one burst, through the model's chat template.
 
@@ -241,6 +246,7 @@ class Engine:
         """
         self._inputs.check_params(params)
 
+    @refuses_adapters
     def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """Natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
         distribution.
@@ -264,6 +270,7 @@ class Engine:
         text: str = self.tokenizer.decode(token_ids)
         return text
 
+    @refuses_adapters
     def stream(
         self,
         prompt: Prompt,
@@ -287,6 +294,7 @@ class Engine:
 
     # -- request by request -------------------------------------------------------------------------------
 
+    @refuses_adapters
     def submit(
         self,
         prompt: Prompt,
@@ -329,6 +337,7 @@ class Engine:
             deadline=deadline,
         )
 
+    @refuses_adapters
     def submit_score(
         self, prompt: Prompt, continuation: Prompt, *, request_id: str | None = None, namespace: str = ""
     ) -> str:
@@ -425,6 +434,7 @@ class Engine:
         """The pins that hold."""
         return self._core.pins
 
+    @refuses_adapters
     def preload(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -762,6 +772,7 @@ def _loaded(
 
     if not isinstance(model, PreTrainedModel):
         raise InvalidRequest("model", model, "must be a name, a path or a transformers model")
+    check_layers(type(model).__name__, model)
     if device != "auto":
         model = model.to(resolve_device(device))
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)

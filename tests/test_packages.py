@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -189,3 +190,12 @@ def test_the_dockerfile_builds(tmp_path: Path) -> None:
 
 def test_the_version_stands_in_the_changelog() -> None:
     assert f"## {radixgen.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_lowest_versions_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["structured"], *extras["serve"]]
+    lowest = [re.sub(r">=([\d.]+).*", r"==\1", line) for line in wanted if not line.startswith("torch>")]
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == sorted(lowest)

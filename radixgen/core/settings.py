@@ -3,16 +3,25 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+CACHE_VARIABLE = "RADIXGEN_CACHE"
 
 
 def cache_dir() -> Path:
-    """Where radixgen keeps the embedded model: `RADIXGEN_CACHE`, else `radixgen` in the user's cache."""
-    chosen = os.environ.get("RADIXGEN_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "radixgen"
+    """Where radixgen keeps the embedded model: `RADIXGEN_CACHE`, else `radixgen` in the user's cache. An empty variable
+    counts as none. Raises `FileNotFoundError` where neither is to be had.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    path = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "radixgen"
+    try:
+        if path.parts[:1] == ("~",) and os.environ.get("HOME") == "":
+            raise RuntimeError("HOME is empty")
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: {error}; set {CACHE_VARIABLE} to a directory") from error
 
 
 def flash_attention_3() -> Path | None:
@@ -35,17 +44,30 @@ def wait_without_spinning() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def use_loopback() -> None:
-    """Let the ranks of a model talk over this machine's loopback, unless `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME`
-    say otherwise.
+def rank_environment(rank: int) -> dict[str, str]:
+    """As this process's, with its import path and the variables of a rank."""
+    path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
+    return os.environ | {"PYTHONPATH": path} | _rank_variables(rank)
+
+
+@contextmanager
+def as_rank_0() -> Iterator[None]:
+    """Let this process have the variables of rank 0, and then again what it had."""
+    variables = _rank_variables(0)
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _rank_variables(rank: int) -> dict[str, str]:
+    """`LOCAL_RANK`, by which transformers takes a GPU; and the loopback, over which ranks talk unless
+    `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` say otherwise.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-
-
-def rank_environment(rank: int) -> dict[str, str]:
-    """As this process's, with its import path, and with `LOCAL_RANK`, by which transformers takes a GPU."""
-    path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    return os.environ | {"LOCAL_RANK": str(rank), "PYTHONPATH": path}
+    unset = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys() if loopback else set()
+    return {"LOCAL_RANK": str(rank)} | dict.fromkeys(unset, loopback or "")

@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from radixgen.core import UnsupportedModel
+from radixgen.core.adapters import ADAPTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -11,12 +12,11 @@ if TYPE_CHECKING:
 _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Computed from the config, and saved by old versions of transformers."""
 _NAMED = 3
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def check_quantization(name: str, config: Any, source: str) -> None:
     """Raise `UnsupportedModel` where the weights are quantized, by `config` or by a file beside it."""
-    from transformers.utils import cached_file
-
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         facts = quantization if isinstance(quantization, dict) else vars(quantization)
@@ -24,11 +24,21 @@ def check_quantization(name: str, config: Any, source: str) -> None:
         raise UnsupportedModel(
             f"{name}: its weights are quantized (quantization_config: {method}); use one that is not"
         )
-    options = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    if cached_file(source, "hf_quant_config.json", **options) is not None:
+    if _holds(source, "hf_quant_config.json"):
         raise UnsupportedModel(f"{name}: its weights are quantized (hf_quant_config.json)")
+
+
+def check_adapter(name: str, source: str) -> None:
+    """Raise `UnsupportedModel` where `source` is an adapter (LoRA), or a model with one beside it."""
+    for file in ADAPTER_FILES:
+        if _holds(source, file):
+            raise UnsupportedModel(f"{name}: it holds an adapter ({file}); {ADAPTERS}")
+
+
+def check_layers(name: str, model: "PreTrainedModel") -> None:
+    """Raise `UnsupportedModel` where PEFT has put adapters into `model`."""
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        raise UnsupportedModel(f"{name}: it holds an adapter in its layers; {ADAPTERS}")
 
 
 def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> None:
@@ -47,3 +57,16 @@ def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> No
         if keys:
             some = ", ".join(sorted(keys)[:_NAMED])
             raise UnsupportedModel(f"{name}: {len(keys)} weights {reason}, {some} among them")
+
+
+def _holds(source: str, file: str) -> bool:
+    """Whether a directory, or a model of a hub, has this file. Where that can't be told, loading says why."""
+    from transformers.utils import cached_file
+
+    options = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    try:
+        return cached_file(source, file, **options) is not None
+    except (OSError, ValueError):
+        return False

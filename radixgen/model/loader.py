@@ -13,7 +13,7 @@ import torch
 
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
-from radixgen.model.checkpoint import check_quantization, check_whole
+from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_quantization, check_whole
 from radixgen.model.ends import end_tokens
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if any((path / name).is_file() for name in ("config.json", *ADAPTER_FILES)):
             return str(path), {}
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
@@ -164,6 +164,7 @@ def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
 def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
+    check_adapter(str(name), source)
     try:
         return AutoConfig.from_pretrained(source, **options)
     except Exception as error:

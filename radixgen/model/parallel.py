@@ -5,6 +5,7 @@ the same slots for those heads. Tree, scheduler and sampling are rank 0's: `Para
 then takes part in it. Within a step the ranks meet in torch.distributed, after which each has all logits.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from radixgen.cache.storage import kv_room
 from radixgen.core import EngineDead, InvalidRequest, Plan, RadixgenError
+from radixgen.core.settings import as_rank_0
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
 from radixgen.model.lockstep import Closed, Job, Kind, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
-from radixgen.model.ranks import START_SECONDS, Followers, bound_steps, join, leave
+from radixgen.model.ranks import START_SECONDS, Followers, bound_steps, join
 from radixgen.model.runner import ModelRunner
 
 
@@ -132,14 +134,17 @@ def shard(
         max_step_tokens=max_step_tokens,
         threads=torch.get_num_threads(),
     )
-    followers = Followers(job)
+    try:
+        followers = Followers(job)
+    except OSError as error:
+        raise EngineDead(f"{name}: {ranks} ranks did not start: {error}") from error
     try:
         followers.answers(START_SECONDS)
-        join(followers.job)
-        runner, loaded = share_of(followers.job)
-        rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         if place == "cuda":
-            followers.on_end(leave)
+            torch.cuda.set_device(0)  # of this thread: steps may run in it
+        with as_rank_0():
+            runner, loaded = followers.beside(partial(_load_rank_0, followers.job))
+        rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
     except BaseException as error:
         how = followers.obituary() if isinstance(error, Exception) else ""
@@ -147,6 +152,11 @@ def shard(
         if not isinstance(error, Exception) or (isinstance(error, RadixgenError) and (not how or str(error) in how)):
             raise
         raise EngineDead(f"{name}: {ranks} ranks did not start: {how or f'rank 0 raised {error!r}'}") from error
+
+
+def _load_rank_0(job: Job) -> tuple[ModelRunner, LoadedModel]:
+    join(job)
+    return share_of(job)
 
 
 def share_of(job: Job) -> tuple[ModelRunner, LoadedModel]:

@@ -5,6 +5,7 @@ when that channel does, whatever it is doing then.
 """
 
 import json
+import logging
 import select
 import shutil
 import socket
@@ -12,22 +13,28 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from radixgen.core.settings import rank_environment, use_loopback
+from radixgen.core.settings import rank_environment
 from radixgen.model.lockstep import Channel, Closed, Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
 """For a process to start and import what it needs, and for ranks to answer."""
@@ -35,6 +42,8 @@ LOAD_SECONDS = 1800.0
 """For ranks to wait for each other while they load."""
 STEP_SECONDS = 120.0
 """For ranks to wait for each other within a step."""
+_GIVE_UP_SECONDS = 10.0
+"""For rank 0, when another rank has ended, to notice it where it waits for that rank."""
 _STOP_SECONDS = 5.0
 _NOTICE_SECONDS = 2.0
 """For a death to show."""
@@ -51,10 +60,14 @@ class Followers:
         self.job = replace(job, store=str(Path(home) / "ranks"))
         self.processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
-        self.stop = weakref.finalize(self, _stop, self.processes, self._channels, home)
+        self._raised: dict[int, str] = {}
+        leavers: list[threading.Thread] = []
+        self.stop = weakref.finalize(self, _stop, self.processes, self._channels, leavers, home)
         try:
             for rank in range(1, job.size):
                 self._start(rank)
+            if job.device == "cuda":
+                leavers.append(self._on_end(leave))
         except BaseException:
             self.stop()
             raise
@@ -80,19 +93,51 @@ class Followers:
             channel.send(frame)
 
     def answers(self, seconds: float) -> list[dict[str, Any]]:
-        """What each has to say next, in the order of the ranks. Raises `Closed` or `TimeoutError`."""
-        return [_read(channel, seconds) for channel in self._channels]
+        """What each has to say next, in the order of the ranks. Raises `TimeoutError`, and `Closed` as soon as one of
+        them has failed.
+        """
+        end = time.monotonic() + seconds
+        found: dict[int, dict[str, Any]] = {}
+        while len(found) < len(self._channels):
+            waiting = {one.socket: rank for rank, one in enumerate(self._channels, 1) if rank not in found}
+            ready, _, _ = select.select(list(waiting), [], [], max(end - time.monotonic(), 0.0))
+            if not ready:
+                raise TimeoutError(f"no answer within {seconds:g} s of rank {min(waiting.values())}")
+            for rank in (waiting[one] for one in ready):
+                found[rank] = _read(self._channels[rank - 1], seconds)
+                if "raised" in found[rank]:
+                    self._raised[rank] = f"raised {found[rank]['raised']}"
+                    raise Closed(f"rank {rank} {self._raised[rank]}")
+        return [found[rank] for rank in sorted(found)]
+
+    def beside(self, call: Callable[[], T]) -> T:
+        """What `call`, in which this rank waits for them, returns or raises. It is given up, in its thread, where one
+        of them has ended and it does not end by that: then raises `Closed`.
+        """
+        over = threading.Event()
+        work = in_thread(call, "radixgen-rank-0")
+        work.add_done_callback(lambda _: over.set())
+        self._on_end(over.set)
+        over.wait()
+        wait([work], _GIVE_UP_SECONDS)
+        if not work.done():
+            wait([in_thread(leave, "radixgen-leave")], _STOP_SECONDS)
+            raise Closed("a rank ended while the others waited for it")
+        return work.result()
 
     def obituary(self) -> str:
         """Which of them have ended, and how; empty where all live. Waits a moment for a death to show."""
         select.select([channel.socket for channel in self._channels], [], [], _NOTICE_SECONDS)
-        ends = [_end_of(channel, process) for channel, process in zip(self._channels, self.processes, strict=True)]
-        return "; ".join(f"rank {rank} {end}" for rank, end in enumerate(ends, 1) if end)
+        pairs = enumerate(zip(self._channels, self.processes, strict=True), 1)
+        ends = {rank: self._raised.get(rank) or _end_of(*pair) for rank, pair in pairs}
+        return "; ".join(f"rank {rank} {end}" for rank, end in ends.items() if end)
 
-    def on_end(self, call: Callable[[], None]) -> None:
-        """Have a thread `call` when one of them has ended. It must not hold this object."""
+    def _on_end(self, call: Callable[[], None]) -> threading.Thread:
+        """A thread that will `call`, which must not hold this object, when one of them has ended."""
         watched = [channel.socket.fileno() for channel in self._channels]
-        threading.Thread(target=await_hangup, args=(watched, call), name="radixgen-ranks", daemon=True).start()
+        thread = threading.Thread(target=await_hangup, args=(watched, call), name="radixgen-ranks", daemon=True)
+        thread.start()
+        return thread
 
 
 def await_hangup(sockets: Sequence[int], call: Callable[[], None]) -> None:
@@ -104,10 +149,23 @@ def await_hangup(sockets: Sequence[int], call: Callable[[], None]) -> None:
     call()
 
 
+def in_thread(call: Callable[[], T], name: str) -> Future[T]:
+    """What `call` returns or raises, in a thread that the process does not wait for when it ends."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
 def join(job: Job) -> None:
     """Become a rank of the process group: gloo on the CPU, else NCCL with a GPU of its own."""
     torch.set_num_threads(job.threads)
-    use_loopback()
     cuda = torch.device("cuda", job.rank) if job.device == "cuda" else None
     if cuda:
         torch.cuda.set_device(cuda)
@@ -138,19 +196,34 @@ def leave() -> None:
             dist.destroy_process_group()
 
 
-def _stop(processes: Sequence["subprocess.Popen[bytes]"], channels: Sequence[Channel], home: str) -> None:
+def _stop(
+    processes: Sequence["subprocess.Popen[bytes]"],
+    channels: Sequence[Channel],
+    leavers: Sequence[threading.Thread],
+    home: str,
+) -> None:
+    """End the ranks. `leavers` are the threads that leave the process group when the others have ended; NCCL may never
+    come back from that, and no thread can be started where the process ends.
+    """
     for channel in channels:
         with suppress(OSError):
             channel.socket.shutdown(socket.SHUT_WR)
+    end = time.monotonic() + _STOP_SECONDS
     for process in processes:
         try:
-            process.wait(_STOP_SECONDS)
+            process.wait(max(end - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
+    for leaver in leavers:
+        leaver.join(_STOP_SECONDS)
+        if leaver.is_alive():
+            logger.critical("NCCL did not end within %g s: this process can't shard a model again", _STOP_SECONDS)
+    if not leavers:
+        leave()
     for channel in channels:
         channel.close()
-    leave()
     shutil.rmtree(home, ignore_errors=True)
 
 

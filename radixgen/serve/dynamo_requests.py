@@ -1,9 +1,10 @@
 """Dynamo's requests as ours, and our outputs as its chunks: dictionaries in, dictionaries out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
+from radixgen.core.adapters import ADAPTER_FIELDS, ADAPTERS, refuse_adapter
 
 Chunk = dict[str, Any]
 
@@ -55,6 +56,16 @@ def sampling_params(request: Mapping[str, Any], room: int) -> SamplingParams:
         stop_token_ids=() if ignore_eos else tuple(dict.fromkeys(hidden)),
         logprobs=told.get("logprobs"),
     )
+
+
+def check_adapter(request: Mapping[str, Any], served: Collection[str]) -> None:
+    """Raise `InvalidRequest` where a request names an adapter: as the model, or as front ends' routers do."""
+    model = request.get("model")
+    if model is not None and model not in served:
+        raise InvalidRequest("model", model, f"must be {' or '.join(served)}; {ADAPTERS}")
+    for place in (request, *(request.get(name) for name in ("routing", "sampling_options", "extra_args", "nvext"))):
+        for field in sorted(ADAPTER_FIELDS.intersection(place)) if isinstance(place, Mapping) else ():
+            refuse_adapter(field, place[field])
 
 
 def chunks(output: RequestOutput, usage: "Usage", text_of: Callable[[int], str]) -> Iterator[Chunk]:

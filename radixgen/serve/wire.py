@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Raw, Struct, field
 
 from radixgen.core import FinishReason, InvalidRequest, Limits, RadixgenError, SamplingParams
+from radixgen.core.adapters import ADAPTERS
 from radixgen.core.grammar import format_source
 
 T = TypeVar("T")
@@ -330,7 +331,9 @@ _UNSERVED = (
 
 def check_served(request: Add) -> None:
     """Raise `InvalidRequest` for the first thing that is asked for and not served."""
-    for name in ("mm_features", "pooling_params", "lora_request", "prompt_embeds", "prompt_is_token_ids"):
+    if given(request.lora_request):
+        raise InvalidRequest("lora_request", "…", ADAPTERS)
+    for name in ("mm_features", "pooling_params", "prompt_embeds", "prompt_is_token_ids"):
         if given(getattr(request, name)):
             raise InvalidRequest(name, "…", "is not served")
     if request.resumable:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from radixgen.core import InvalidRequest
+from radixgen.core.adapters import ADAPTER_FIELDS, refuse_adapter
 
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -99,12 +100,14 @@ def drop_unserved(
     holder: dict[str, Any], served: tuple[str, ...], path: str, ignore: Callable[[str], None] | None
 ) -> None:
     """Take out of `holder`, which is at `path` of a body, what is not `served` and changes nothing. Where `ignore` is
-    given, it gets the names of all others, which are taken out too. Raises `InvalidRequest` for a field that OpenAI or
-    vLLM define and that asks for what is not served.
+    given, it gets the names of all others, which are taken out too. Raises `InvalidRequest` for a field that names an
+    adapter, and for one that OpenAI or vLLM define and that asks for what is not served.
     """
     for name in [name for name in holder if name not in served]:
-        if not is_neutral(name, holder[name]):
-            field = f"{path}.{name}".strip(".")
+        field = f"{path}.{name}".strip(".")
+        if name in ADAPTER_FIELDS:
+            refuse_adapter(field, holder[name])
+        elif not is_neutral(name, holder[name]):
             if ignore is not None:
                 ignore(field)
             elif is_known(name):
