@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,16 @@ class InputProcessor:
         self.eos_token_ids = eos_token_ids
         self._grammars = Grammars(tokenizer, vocab_size, limits)
 
+    @cached_property
+    def max_text_chars(self) -> int:
+        """Of `Limits.max_prompt_chars`, those that the context could hold if each token were the longest; text that the
+        tokenizer drops counts too.
+        """
+        if self.tokenizer is None:
+            return self.limits.max_prompt_chars
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        return min(self.limits.max_prompt_chars, longest * self.max_model_len)
+
     def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:
         """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`."""
         if not isinstance(prompt, str):
@@ -50,9 +61,13 @@ class InputProcessor:
             return _token_ids(prompt, self.vocab_size, field)
         if self.tokenizer is None:
             raise InvalidRequest(field, prompt, "the model has no tokenizer: give token ids")
-        if len(prompt) > self.limits.max_prompt_chars:
-            raise PromptTooLong(f"len({field})", len(prompt), f"at most {self.limits.max_prompt_chars} characters")
+        self.check_text(prompt, field)
         return _token_ids(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], self.vocab_size, field)
+
+    def check_text(self, text: str, field: str) -> None:
+        """That so much text could be served, before it is tokenized."""
+        if len(text) > self.max_text_chars:
+            raise PromptTooLong(f"len({field})", len(text), f"at most {self.max_text_chars} characters")
 
     def tokenize_continuation(self, text: Prompt) -> TokenArray:
         """What follows a prompt: no special tokens."""
