@@ -41,7 +41,7 @@ from radixgen.serve.http.protocol import (
     Usage,
 )
 from radixgen.serve.http.schemas import enforceable_format
-from radixgen.serve.http.sessions import Turn
+from radixgen.serve.http.sessions import Key, Turn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
 from radixgen.serve.http.tools import Warn, constrain, reader_of, template_tools
 from radixgen.serve.http.warnings import warner
@@ -107,7 +107,8 @@ def _prepare_chat(context: Context, caller: Caller, body: ChatRequest, warn: War
         ids = list(template.tokenize(template.render(messages)))
     else:
         inputs.check_name("session_id", body.session_id)
-        turn = context.sessions.begin((namespace, body.session_id), template, messages)
+        key = Key(caller.tenant, namespace, body.session_id)
+        turn = context.sessions.begin(key, template, messages)
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
