@@ -11,6 +11,8 @@ class Limits:
     """Sequences of one request; beams of one search."""
     max_logprobs: int = 20
     """Alternatives reported for each token."""
+    max_logprob_values: int = 1 << 20
+    """Log-probabilities of all tokens that one request may have, each with its alternatives."""
     max_stop: int = 16
     """Stop strings."""
     max_stop_len: int = 1_024
