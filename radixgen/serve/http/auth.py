@@ -52,6 +52,11 @@ class Keys:
         self._operators = [self._digest(key) for key in operators]
 
     @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return len(self._callers) + len(self._operators) > 1
+
+    @property
     def needed(self) -> bool:
         return bool(self._callers or self._operators)
 
@@ -74,6 +79,14 @@ class Keys:
         if access is Access.OPERATOR and not operator and not alone:
             raise Refused(403, "needs an operator's key", type="permission_error", code="operator_only")
         return Caller(presented.hex())
+
+    def operates(self, authorization: str) -> bool:
+        """Whether operators' routes are open to who presents this."""
+        try:
+            self.check(Access.OPERATOR, authorization)
+        except Refused:
+            return False
+        return True
 
     def namespace(self, caller: Caller, cache_salt: str | None, limits: Limits) -> str:
         """Where requests of `caller` with this salt share prefixes: a keyed hash, so that nobody can name another's.

@@ -18,7 +18,6 @@ from radixgen.chat_template import ChatTemplate, as_messages
 from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
 from radixgen.messages import Roles, template_message, template_messages
 from radixgen.serve.http.auth import Caller, Gate
-from radixgen.serve.http.body import read
 from radixgen.serve.http.call_readers import Piece, Reader
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.fields import names_of, sent_as
@@ -62,11 +61,13 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
     async def chat(request: Request) -> Response:
         """Answer a chat."""
-        with context.admission.enter() as place:
-            body = await read(request, ChatRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
+        place, body = await context.intake.receive(request, ChatRequest, context.admission)
+        with place, sent_as(names_of(body)):
             context.check_model(body.model)
-            chat = await asyncio.to_thread(_prepare, context, request.state.caller, body, warner(request))
-            generation = await Generation.start(context, chat.asked, place)
+            prepare = partial(_prepare, context, request.state.caller, body, warner(request))
+            chat = await context.intake.run(request, prepare)
+            grammar = await context.intake.compile(request, chat.asked.params)
+            generation = await Generation.start(context, chat.asked, place, grammar)
         answer = _Answer(context, body, generation, chat.turn)
         if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
@@ -92,12 +93,7 @@ def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTe
 
 
 def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
-    """Raises `InvalidRequest` for whatever is wrong with `body`."""
-    with sent_as(names_of(body)):
-        return _prepare_chat(context, caller, body, warn)
-
-
-def _prepare_chat(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
+    """Raises `InvalidRequest` for whatever is wrong with `body`, but for its grammar."""
     _check_served(body)
     inputs = context.engine.inputs
     namespace = context.namespace(caller, body.cache_salt)
@@ -112,8 +108,9 @@ def _prepare_chat(context: Context, caller: Caller, body: ChatRequest, warn: War
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = _params(context, body, context.answer_tokens(most, tokens.size), warn)
-    inputs.check(tokens, params)
+    logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
+    params = _params(context, body, context.answer_tokens(most, tokens.size, logprobs), warn)
+    inputs.check(tokens, params, compiles=False)
     return _Chat(Asked([tokens], params, namespace, context.priority(body.priority)), turn)
 
 
