@@ -209,6 +209,10 @@ def serve(
     from radixgen.core.settings import api_keys
 
     with _errors():
+        if zmq is not None:
+            _refuse_given(context, _ENGINE_OPTIONS, "workers have the model: give it to `radixgen worker`")
+        else:
+            _refuse_given(context, ["workers"], "goes with --zmq")
         _require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.async_engine import AsyncEngine
         from radixgen.engine import Engine
@@ -217,10 +221,6 @@ def serve(
         from radixgen.serve.http.backend import Backend
         from radixgen.serve.http.workers import connect
 
-        if zmq is not None:
-            _refuse_given(context, _ENGINE_OPTIONS, "workers have the model: give it to `radixgen worker`")
-        else:
-            _refuse_given(context, ["workers"], "goes with --zmq")
         limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
             names=served_model_name or [name or model],

@@ -9,13 +9,14 @@ import httpx
 import numpy as np
 import pytest
 from served import HI, Served, in_process, limited, tiny
+from starlette.requests import Request
 
 from radixgen import InvalidRequest, Limits, PromptTooLong, SamplingParams, Stats
 from radixgen.chat_template import ChatTemplate
 from radixgen.core import CompletionOutput, EngineClosed
 from radixgen.serve.http.admission import Admission
-from radixgen.serve.http.app import ServeOptions
-from radixgen.serve.http.auth import Access
+from radixgen.serve.http.app import ServeOptions, create_app
+from radixgen.serve.http.auth import Access, Gate, Keys
 from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.intake import Intake
@@ -98,16 +99,15 @@ def test_no_key_takes_every_place() -> None:
     in_process(test, tiny(), max_open=8, max_concurrency_per_key=3, api_keys=KEYS)
 
 
-@pytest.mark.parametrize(
-    ("keys", "options", "most"),
-    [([], {}, 7), (["one"], {}, 7), (KEYS, {}, 4), (["one"], {"operator_keys": ["all"]}, 4)],
-)
-def test_a_share_for_each_of_several_keys(keys: list[str], options: dict[str, Any], most: int) -> None:
+def test_a_share_for_each_of_several_keys() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
-        context = served.app.state.context
-        assert {one.most_of_key for one in (context.admission, context.tokenizing, context.intake.reading)} == {most}
+        for callers, operators, most in (([], [], 7), (["one"], [], 7), (KEYS, [], 4), (["one"], ["all"], 4)):
+            app = create_app(served.engine, ServeOptions(max_open=7, api_keys=callers, operator_keys=operators))
+            context = app.state.context
+            places = context.admission, context.tokenizing, context.intake.reading
+            assert {one.most_of_key for one in places} == {most}
 
-    in_process(test, tiny(), max_open=7, api_keys=keys, **options)
+    in_process(test, tiny())
 
 
 def test_the_share_of_a_key_is_checked() -> None:
@@ -201,28 +201,28 @@ def test_what_waits_for_a_thread_ends_with_the_server() -> None:
     with_intake(test)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/completions", {"prompt": "a" * 2_000}),
-        ("/v1/completions", {"prompt": ["a", "a" * 2_000]}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 2_000}]}),
-        ("/v1/chat/completions", {"messages": HI * 1_000}),
-        ("/v1/chat/completions", {"messages": HI * 1_000, "session_id": "s"}),
-        ("/tokenize", {"prompt": "a" * 2_000}),
-        ("/tokenize", {"messages": [{"role": "user", "content": "a" * 2_000}]}),
-    ],
-)
-def test_a_text_that_no_context_holds_is_not_tokenized(path: str, body: Any) -> None:
+LONG = [
+    ("/v1/completions", {"prompt": "a" * 2_000}),
+    ("/v1/completions", {"prompt": ["a", "a" * 2_000]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 2_000}]}),
+    ("/v1/chat/completions", {"messages": HI * 1_000}),
+    ("/v1/chat/completions", {"messages": HI * 1_000, "session_id": "s"}),
+    ("/tokenize", {"prompt": "a" * 2_000}),
+    ("/tokenize", {"messages": [{"role": "user", "content": "a" * 2_000}]}),
+]
+
+
+def test_a_text_that_no_context_holds_is_not_tokenized() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         inputs = served.app.state.context.engine.inputs
         assert inputs.max_text_chars < 2_000 and inputs.max_text_chars % inputs.max_model_len == 0
         lengths = counted(inputs.tokenizer)
-        answer = await client.post(path, json=body)
-        error = answer.json()["error"]
-        assert answer.status_code == 400 and error["code"] == "context_length_exceeded", answer.text
-        assert error["limit"] == f"at most {inputs.max_text_chars} characters"
-        assert max(lengths, default=0) <= inputs.max_text_chars
+        for path, body in LONG:
+            answer = await client.post(path, json=body)
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and error["code"] == "context_length_exceeded", answer.text
+            assert error["limit"] == f"at most {inputs.max_text_chars} characters"
+        assert max(lengths) <= inputs.max_text_chars
 
     in_process(test, tiny())
 
@@ -238,6 +238,18 @@ def counted(tokenizer: Any) -> list[int]:
 
     tokenizer.__class__ = Counting
     return lengths
+
+
+def test_no_process_begins_before_a_chat_is_rendered() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        renderer = served.app.state.context.renderer
+        for path, body in (("/v1/completions", {"prompt": "a", "max_tokens": 1}), ("/tokenize", {"prompt": "a"})):
+            assert (await client.post(path, json=body)).status_code == 200
+        assert renderer._process is None
+        assert (await client.post("/tokenize", json={"messages": HI})).status_code == 200
+        assert renderer._process is not None
+
+    in_process(test, tiny())
 
 
 # -- what is told ---------------------------------------------------------------------------------------------
@@ -268,15 +280,20 @@ def test_metrics_tell_callers_nothing_of_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "operators", "asks", "everything"),
-    [([], [], "", True), (["one"], [], "one", True), (["one"], [], "", False), (KEYS, [], "one", False)],
+    ("callers", "operators", "asks", "everything"),
+    [
+        ([], [], "", True),
+        (["one"], [], "one", True),
+        (["one"], [], "", False),
+        (KEYS, [], "one", False),
+        (["one"], ["all"], "one", False),
+        (["one"], ["all"], "all", True),
+    ],
 )
-def test_who_reads_all_metrics(keys: list[str], operators: list[str], asks: str, everything: bool) -> None:
-    async def test(client: httpx.AsyncClient, served: Served) -> None:
-        answer = await client.get("/metrics", headers={"authorization": f"Bearer {asks}"} if asks else {})
-        assert answer.status_code == 200 and ("cached_prompt_tokens" in answer.text) is everything
-
-    in_process(test, tiny(), api_keys=keys, operator_keys=operators)
+def test_who_reads_all_metrics(callers: list[str], operators: list[str], asks: str, everything: bool) -> None:
+    headers = [(b"authorization", b"Bearer " + asks.encode())] if asks else []
+    request = Request({"type": "http", "headers": headers})
+    assert asyncio.run(Gate(Keys(callers, operators)).operates(request)) is everything
 
 
 class Idle:

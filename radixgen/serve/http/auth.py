@@ -80,14 +80,6 @@ class Keys:
             raise Refused(403, "needs an operator's key", type="permission_error", code="operator_only")
         return Caller(presented.hex())
 
-    def operates(self, authorization: str) -> bool:
-        """Whether operators' routes are open to who presents this."""
-        try:
-            self.check(Access.OPERATOR, authorization)
-        except Refused:
-            return False
-        return True
-
     def namespace(self, caller: Caller, cache_salt: str | None, limits: Limits) -> str:
         """Where requests of `caller` with this salt share prefixes: a keyed hash, so that nobody can name another's.
         Empty where there is neither key nor salt. Raises `InvalidRequest`.
@@ -123,6 +115,14 @@ class Gate:
         self.open = self._needs(Access.OPEN)
         self.caller = self._needs(Access.CALLER)
         self.operator = self._needs(Access.OPERATOR)
+
+    async def operates(self, request: Request) -> bool:
+        """Whether operators' routes are open to who asks."""
+        try:
+            await self.operator.dependency(request)
+        except Refused:
+            return False
+        return True
 
     def _needs(self, access: Access) -> Any:
         keys = self._keys

@@ -6,7 +6,7 @@ from contextlib import suppress
 from radixgen.core import RadixgenError, Stats
 from radixgen.serve.http.backend import Backend
 
-_WAIT_SECONDS = 0.02
+_WAIT_SECONDS = 0.005
 """For figures while there is work: they come between two steps."""
 _IDLE_SECONDS = 1.0
 """For those of an engine that has nothing to do"""
@@ -23,9 +23,11 @@ class Figures:
 
     async def latest(self) -> Stats | None:
         """Those of now where they come at once, else the last that came; None where none came yet."""
+        _, busy = self._engine.progress
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
-        _, busy = self._engine.progress
+        else:
+            busy = True  # with what this server does not know of
         await asyncio.wait({self._asking}, timeout=_WAIT_SECONDS if busy else _IDLE_SECONDS)
         return self._last
 

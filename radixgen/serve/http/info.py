@@ -51,7 +51,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
     async def metrics(request: Request) -> Response:
         """For Prometheus: everything for operators, for others how much is going on."""
-        everything = context.keys.operates(request.headers.get("authorization", ""))
+        everything = await gate.operates(request)
         text = context.metrics.expose(await context.figures.latest(), everything=everything)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
