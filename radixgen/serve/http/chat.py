@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
@@ -111,7 +110,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
     params = _params(context, body, context.answer_tokens(most, tokens.size, logprobs), warn)
     inputs.check(tokens, params, compiles=False)
-    return _Chat(Asked([tokens], params, namespace, context.priority(body.priority)), turn)
+    return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
@@ -205,8 +204,7 @@ class _Answer:
             for choices in ([one for one in new if one is not None], ended):
                 if choices:
                     yield event(chunk(choices=choices, usage=self._usage_so_far()))
-        if self._turn is not None:
-            await asyncio.to_thread(self._end_turn, self._turn)
+        await self._end_turn()
         if self._body.counts_usage:
             yield event(chunk(choices=[], usage=self._generation.usage()))
 
@@ -217,8 +215,7 @@ class _Answer:
         async for _, output in self._generation.outputs():
             for one in output.outputs:
                 self._choices[one.index].push(one)
-        if self._turn is not None:
-            await asyncio.to_thread(self._end_turn, self._turn)
+        await self._end_turn()
         return ChatResponse(
             **self._head,
             choices=[self._whole_choice(index, one) for index, one in enumerate(self._choices)],
@@ -264,11 +261,12 @@ class _Answer:
     def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
         return self._generation.asked.prompts[0].tolist() if self._body.return_token_ids else UNSET
 
-    def _end_turn(self, turn: Turn) -> None:
-        """The session keeps the answer."""
-        (choice,) = self._choices
+    async def _end_turn(self) -> None:
+        """The session, where there is one, keeps the answer."""
+        (choice, *_), turn = self._choices, self._turn
         output = choice.output
-        if output is not None:
+        if turn is not None and output is not None:
             message: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
             include = self._generation.asked.params.include_stop_str_in_output
-            self._context.sessions.end(turn, output, message, include_stop=include)
+            end = partial(self._context.sessions.end, turn, output, message, include_stop=include)
+            await self._context.intake.finish(turn.key.tenant, end)

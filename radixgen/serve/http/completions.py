@@ -1,6 +1,5 @@
 """`POST /v1/completions`."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -81,7 +80,7 @@ def _prepare(
         inputs.check(prompt, params, compiles=False)
     inputs.check_logprobs(prompts, params)
     namespace = context.namespace(caller, body.cache_salt)
-    asked = Asked(prompts, params, namespace, context.priority(body.priority))
+    asked = Asked(prompts, params, caller.tenant, namespace, context.priority(body.priority))
     return asked, [_echo(context, *one) for one in zip(given, prompts, strict=True)] if body.echo else []
 
 
@@ -165,7 +164,8 @@ class _Answer:
             echo = self._echoes[prompt] if self._echoes and self._body.logprobs is not None else None
             if echo is not None and echo.logprobs is None:
                 if output.prompt_logprobs is not None:
-                    await asyncio.to_thread(echo.read, output.prompt_logprobs, self._context.texts)
+                    read = partial(echo.read, output.prompt_logprobs, self._context.texts)
+                    await self._context.intake.finish(self._generation.asked.tenant, read)
                 elif not output.finished:
                     held.setdefault(prompt, []).append(output)
                     continue

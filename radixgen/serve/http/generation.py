@@ -28,6 +28,7 @@ class Asked:
 
     prompts: list[TokenArray]
     params: SamplingParams
+    tenant: str
     namespace: str
     priority: int
 

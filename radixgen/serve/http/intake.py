@@ -74,6 +74,12 @@ class Intake:
         work = partial(self._inputs.grammar, params)
         return await _result(request, self._compilers.submit(request.state.caller.tenant, work))
 
+    async def finish(self, tenant: str, work: Callable[[], T]) -> T:
+        """What `work`, of a request of `tenant` that is being answered, returns, in a thread. Raises `QueueFull`,
+        `EngineClosed`, and what `work` raises.
+        """
+        return await asyncio.wrap_future(self._long.submit(tenant, work))
+
     def stalled(self, seconds: float) -> bool:
         """Whether requests wait for threads, and none has begun or ended its work for so long."""
         return any(pool.stalled(seconds) for pool in self._pools)
