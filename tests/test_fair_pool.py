@@ -6,9 +6,13 @@ from concurrent.futures import TimeoutError as Late
 from functools import partial
 
 import pytest
+from served import tiny
 
+from radixgen import SamplingParams
 from radixgen.core import EngineClosed, QueueFull
 from radixgen.serve.fair_pool import FairPool
+from radixgen.serve.service import Peer, Service
+from radixgen.serve.stepper import Stepper
 
 SECONDS = 30.0
 
@@ -118,3 +122,17 @@ def test_a_full_pool_that_gets_nowhere_is_stalled() -> None:
     work.end("a0", "a1")
     waiting.result(SECONDS)
     assert not pool.stalled(0.0)
+
+
+def test_a_worker_whose_compilers_get_nowhere_is_stalled() -> None:
+    with tiny() as engine:
+        stepper, let_go = Stepper(lambda _: Service(engine, b"key"), lambda: None), threading.Event()
+        engine.inputs.grammar = lambda _: let_go.wait(SECONDS)  # type: ignore[assignment,method-assign]
+        peer, params = Peer("front"), SamplingParams(regex="a")
+        drop = [stepper.compile_grammar(peer, "", params, lambda _: None) for _ in range(3)]
+        while not stepper.stalled(0.001):
+            threading.Event().wait(0.001)
+        assert not stepper.stalled(1e6)
+        for one in drop:
+            one()
+        let_go.set()
