@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -161,6 +161,7 @@ def chat(
 
 @app.command()
 def serve(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
     model: Model = DEFAULT_MODEL,
     host: Annotated[
@@ -186,6 +187,9 @@ def serve(
         list[str] | None, typer.Option(help="Key for the routes that concern all callers, once for each.")
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Sequences that wait; beyond, 429.")] = 1024,
+    max_concurrency_per_key: Annotated[
+        int | None, typer.Option(help="Sequences of one API key that run and wait; half of all if there are several.")
+    ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
     drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
@@ -205,6 +209,10 @@ def serve(
     from radixgen.core.settings import api_keys
 
     with _errors():
+        if zmq is not None:
+            _refuse_given(context, _ENGINE_OPTIONS, "workers have the model: give it to `radixgen worker`")
+        else:
+            _refuse_given(context, ["workers"], "goes with --zmq")
         _require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.async_engine import AsyncEngine
         from radixgen.engine import Engine
@@ -219,6 +227,7 @@ def serve(
             api_keys=[*(api_key or []), *api_keys()],
             operator_keys=operator_key or [],
             max_open=limits.max_num_seqs + max_queue,
+            max_concurrency_per_key=max_concurrency_per_key,
             request_timeout=request_timeout,
             stall_timeout=stall_timeout,
             metrics_compat=metrics_compat,
@@ -547,6 +556,27 @@ def _require_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise RadixgenError(f"{', '.join(missing)} not installed: pip install 'radixgen[{extra}]'")
+
+
+_ENGINE_OPTIONS = [
+    "dtype",
+    "device",
+    "tp",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "kv_tokens",
+    "enforce_eager",
+    "seed",
+]
+"""Of `serve`, those that only an engine in this process can obey"""
+
+
+def _refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise `InvalidRequest` for the first of these options that is on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequest(name, context.params[name], why)
 
 
 class _errors:  # noqa: N801

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,16 @@ class InputProcessor:
         self.eos_token_ids = eos_token_ids
         self._grammars = Grammars(tokenizer, vocab_size, limits)
 
+    @cached_property
+    def max_text_chars(self) -> int:
+        """Of `Limits.max_prompt_chars`, those that the context could hold if each token were the longest; text that the
+        tokenizer drops counts too.
+        """
+        if self.tokenizer is None:
+            return self.limits.max_prompt_chars
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        return min(self.limits.max_prompt_chars, longest * self.max_model_len)
+
     def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:
         """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`."""
         if not isinstance(prompt, str):
@@ -50,16 +61,20 @@ class InputProcessor:
             return _token_ids(prompt, self.vocab_size, field)
         if self.tokenizer is None:
             raise InvalidRequest(field, prompt, "the model has no tokenizer: give token ids")
-        if len(prompt) > self.limits.max_prompt_chars:
-            raise PromptTooLong(f"len({field})", len(prompt), f"at most {self.limits.max_prompt_chars} characters")
+        self.check_text(prompt, field)
         return _token_ids(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], self.vocab_size, field)
+
+    def check_text(self, text: str, field: str) -> None:
+        """That so much text could be served, before it is tokenized."""
+        if len(text) > self.max_text_chars:
+            raise PromptTooLong(f"len({field})", len(text), f"at most {self.max_text_chars} characters")
 
     def tokenize_continuation(self, text: Prompt) -> TokenArray:
         """What follows a prompt: no special tokens."""
         return self.tokenize(text, "continuations", special=False)
 
-    def check_params(self, params: Params) -> None:
-        """That they could be served to some prompt; a grammar is compiled."""
+    def check_params(self, params: Params, *, compiles: bool = True) -> None:
+        """That they could be served to some prompt; a grammar is compiled where `compiles`."""
         if not isinstance(params, Params):
             raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
         params.validate(self.limits, self.vocab_size)
@@ -68,17 +83,34 @@ class InputProcessor:
             raise InvalidRequest(field, count, f"at most {self.limits.max_num_seqs} sequences run at a time")
         if isinstance(params, SamplingParams) and params.stop_strings and self.tokenizer is None:
             raise InvalidRequest("stop", params.stop, "the model has no tokenizer: use stop_token_ids")
-        self.grammar(params)
+        if compiles:
+            self.grammar(params)
 
-    def check(self, prompt: TokenArray, params: Params) -> None:
-        """That the request could run, alone, in this engine."""
-        self.check_params(params)
+    def check(self, prompt: TokenArray, params: Params, *, compiles: bool = True) -> None:
+        """That the request could run, alone, in this engine; a grammar is compiled where `compiles`."""
+        self.check_params(params, compiles=compiles)
         if prompt.size == 0:
             raise InvalidRequest("prompt", [], "must hold at least one token")
         if prompt.size >= self.max_model_len:
             limit = f"the context holds {self.max_model_len} tokens, one of them generated"
             raise PromptTooLong("len(prompt)", prompt.size, limit)
         self._check_slots("len(prompt) + max_tokens", prompt.size + params.max_tokens)
+        self.check_logprobs([prompt], params)
+
+    def check_logprobs(self, prompts: Seq[TokenArray], params: Params) -> None:
+        """That all these prompts, of one request, do not come to too many log-probabilities."""
+        if isinstance(params, BeamSearchParams):
+            return
+        length = sum(prompt.size for prompt in prompts)
+        answers = params.n * sum(min(params.max_tokens, self.max_model_len - prompt.size) for prompt in prompts)
+        most = self.limits.max_logprob_values
+        for field, tokens, beside in (
+            ("n × max_tokens × logprobs", answers, params.logprobs),
+            ("len(prompt) × prompt_logprobs", length, params.prompt_logprobs),
+        ):
+            if beside is not None and tokens * (1 + beside) > most:
+                limit = f"at most {most} log-probabilities, those of the tokens themselves included"
+                raise InvalidRequest(field, tokens * (1 + beside), limit)
 
     def grammar(self, params: Params) -> Grammar | None:
         """What `params`, which were checked, ask for; compiled by the first who asks. May be called from any thread."""

@@ -1,5 +1,6 @@
 """The command line, on a tiny model with a tokenizer."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import texts
 from typer.testing import CliRunner, Result
 
+from radixgen import Engine, cli
 from radixgen.cli import app
 
 
@@ -188,3 +190,37 @@ def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
     assert len(written) <= 3 and all(one in (1, "b") for one in written)
     refused = call(*options, "--regex", "(", "abc")
     assert refused.exit_code == 1 and "llguidance says" in " ".join(refused.stderr.split())
+
+
+ENGINE_OPTIONS = {
+    "--dtype": "bfloat16",
+    "--device": "cpu",
+    "--tp": 2,
+    "--tensor-parallel-size": 2,
+    "--max-model-len": 512,
+    "--max-num-batched-tokens": 64,
+    "--kv-tokens": 4096,
+    "--enforce-eager": None,
+    "--seed": 0,
+}
+
+
+@pytest.mark.parametrize("option", ENGINE_OPTIONS)
+def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> None:
+    """By name, also with the value that is the default."""
+    value = ENGINE_OPTIONS[option]
+    result = call("serve", "--zmq", "ipc:///nowhere", option, *([] if value is None else [value]))
+    name = "tp" if option == "--tensor-parallel-size" else option.strip("-").replace("-", "_")
+    assert result.exit_code == 1 and f"InvalidRequest {name}=" in result.stderr, result.stderr
+    assert "radixgen worker" in result.stderr
+
+
+def test_every_option_of_an_engine_is_known() -> None:
+    names = {"tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens"}
+    own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
+    assert own & set(inspect.signature(cli.serve).parameters) == set(cli._ENGINE_OPTIONS)
+
+
+def test_workers_are_waited_for_behind_an_address_only() -> None:
+    result = call("serve", "--workers", 2)
+    assert result.exit_code == 1 and "workers=2: goes with --zmq" in result.stderr

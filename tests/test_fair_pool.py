@@ -1,14 +1,18 @@
 """Work of several callers on a few threads: nobody's waits behind another's."""
 
 import threading
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
 from functools import partial
 
 import pytest
+from served import tiny
 
-from radixgen.core import QueueFull
+from radixgen import SamplingParams
+from radixgen.core import EngineClosed, QueueFull
 from radixgen.serve.fair_pool import FairPool
+from radixgen.serve.service import Peer, Service
+from radixgen.serve.stepper import Stepper
 
 SECONDS = 30.0
 
@@ -90,16 +94,17 @@ def test_what_work_raises_is_its_callers() -> None:
     assert pool.submit("a", lambda: 1).result(SECONDS) == 1
 
 
-def test_a_closed_pool_cancels_what_waits() -> None:
+def test_a_closed_pool_ends_what_waits() -> None:
     pool = FairPool(1, "test", most_waiting=2)
     work = Work(pool)
     running = work.give("a", "a0")
     work.wait(1)
     waiting = work.give("a", "a1")
     pool.close()
-    for one in (waiting, work.give("a", "a2")):
-        with pytest.raises(CancelledError):
-            one.result(SECONDS)
+    with pytest.raises(EngineClosed):
+        waiting.result(SECONDS)
+    with pytest.raises(EngineClosed):
+        work.give("a", "a2")
     work.end("a0")
     assert running.result(SECONDS) == "a0"
 
@@ -117,3 +122,17 @@ def test_a_full_pool_that_gets_nowhere_is_stalled() -> None:
     work.end("a0", "a1")
     waiting.result(SECONDS)
     assert not pool.stalled(0.0)
+
+
+def test_a_worker_whose_compilers_get_nowhere_is_stalled() -> None:
+    with tiny() as engine:
+        stepper, let_go = Stepper(lambda _: Service(engine, b"key"), lambda: None), threading.Event()
+        engine.inputs.grammar = lambda _: let_go.wait(SECONDS)  # type: ignore[assignment,method-assign]
+        peer, params = Peer("front"), SamplingParams(regex="a")
+        drop = [stepper.compile_grammar(peer, "", params, lambda _: None) for _ in range(3)]
+        while not stepper.stalled(0.001):
+            threading.Event().wait(0.001)
+        assert not stepper.stalled(1e6)
+        for one in drop:
+            one()
+        let_go.set()

@@ -10,7 +10,7 @@ import pytest
 import templates
 from transformers import PreTrainedTokenizerBase
 
-from radixgen import EngineClosed, InvalidRequest, Limits
+from radixgen import EngineClosed, InvalidRequest
 from radixgen.chat_template import ChatTemplate
 from radixgen.core import PromptTooLong
 from radixgen.input_processor import through_template
@@ -24,7 +24,7 @@ QWEN3 = templates.tokenizer(templates.FAMILIES["qwen3"])
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[TemplateRenderer]:
-    one = TemplateRenderer(QWEN3, Limits(max_prompt_chars=100_000))
+    one = TemplateRenderer(QWEN3, 100_000)
     one.start()
     yield one
     one.close()
@@ -123,7 +123,7 @@ def test_a_long_text_stays_there(renderer: TemplateRenderer) -> None:
 
 
 def test_another_process_begins_where_one_has_ended() -> None:
-    renderer = TemplateRenderer(QWEN3, Limits())
+    renderer = TemplateRenderer(QWEN3, 1 << 22)
     expected = renderer(QWEN3, HI[:1], tools=None)
     assert renderer._process is not None
     os.kill(renderer._process.pid, signal.SIGKILL)

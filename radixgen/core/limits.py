@@ -11,6 +11,8 @@ class Limits:
     """Sequences of one request; beams of one search."""
     max_logprobs: int = 20
     """Alternatives reported for each token."""
+    max_logprob_values: int = 1 << 20
+    """Log-probabilities of all tokens that one request may have, each with its alternatives."""
     max_stop: int = 16
     """Stop strings."""
     max_stop_len: int = 1_024
@@ -54,7 +56,9 @@ class Limits:
     max_prompts: int = 128
     """Prompts of one HTTP request."""
     max_sessions: int = 1_024
-    """Conversations that an HTTP server keeps; beyond, the one used last longest ago is forgotten."""
+    """Conversations that an HTTP server keeps; beyond, the caller that has the most loses its oldest."""
+    max_session_bytes: int = 1 << 28
+    """Bytes of memory that these hold; beyond, the caller that holds the most loses its oldest."""
     max_frame_bytes: int = 1 << 23
     """Bytes of one frame that a front end sends: a prompt of a million tokens has five millions."""
     max_frames: int = 64

@@ -59,7 +59,7 @@ class Counters:
     peers: dict[str, PeerCounters] = field(default_factory=dict)
     """By the front end's address"""
     stalls: int = 0
-    """How often no step was finished for too long."""
+    """How often there was work, and nothing was done for too long."""
     handshakes: int = 0
     bad_handshakes: int = 0
 

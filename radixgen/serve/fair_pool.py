@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from radixgen.core import QueueFull
+from radixgen.core import EngineClosed, QueueFull
 
 T = TypeVar("T")
 Job = tuple["Future[Any]", Callable[[], Any]]
@@ -29,18 +29,20 @@ class FairPool:
         self._running: dict[Hashable, int] = {}
         self._started = 0
         self._moved = time.monotonic()
+        """When work last began or ended, or came where none waited"""
         self._closed = False
         self._changed = threading.Condition()
 
     def submit(self, caller: Hashable, work: Callable[[], T], *, share: Hashable = None) -> "Future[T]":
-        """Have `work` run. A future that is cancelled before it begins is dropped. Raises `QueueFull`; after `close`
-        the future is cancelled.
+        """Have `work` run. A future that is cancelled before it begins is dropped. Raises `QueueFull`, and
+        `EngineClosed` after `close`.
         """
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
-                future.cancel()
-                return future
+                raise EngineClosed("the server is closed")
+            if not self._waiting:
+                self._moved = time.monotonic()
             shares = self._waiting.setdefault(caller, OrderedDict())
             waiting = sum(map(len, shares.values()))
             if waiting >= self._most_waiting:
@@ -54,20 +56,20 @@ class FairPool:
         return future
 
     def stalled(self, seconds: float) -> bool:
-        """Whether all threads are busy, work waits, and none has begun or ended for so long."""
+        """Whether work waits, and none has begun or ended for so long."""
         with self._changed:
-            full = sum(self._running.values()) == self._threads and bool(self._waiting)
-            return full and time.monotonic() - self._moved > seconds
+            return bool(self._waiting) and time.monotonic() - self._moved > seconds
 
     def close(self) -> None:
-        """Cancel what has not begun. What runs goes on, and is waited for by nobody."""
+        """What has not begun ends with `EngineClosed`. What runs goes on, and is waited for by nobody."""
         with self._changed:
             self._closed = True
             waiting = [job for shares in self._waiting.values() for jobs in shares.values() for job in jobs]
             self._waiting.clear()
             self._changed.notify_all()
         for future, _ in waiting:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineClosed("the server is closed"))
 
     # -- inside -------------------------------------------------------------------------------------------
 

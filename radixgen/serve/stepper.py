@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from radixgen.core import Grammar, SamplingParams
+from radixgen.core import EngineClosed, Grammar, SamplingParams
 from radixgen.serve import wire
 from radixgen.serve.fair_pool import FairPool
 from radixgen.serve.service import Message, Peer, Service
@@ -92,9 +92,9 @@ class Stepper:
         return self._waiting == 0 and self._idle and not self.service.num_live
 
     def stalled(self, seconds: float) -> bool:
-        """Whether there has been something to do, and nothing was done, for so long."""
+        """Whether there has been something to do, steps or grammars, and nothing was done, for so long."""
         working = not self._idle or self._waiting > 0
-        return working and time.monotonic() - self.beat > seconds
+        return (working and time.monotonic() - self.beat > seconds) or self._compiler.stalled(seconds)
 
     def compile_grammar(
         self, peer: Peer, share: str, params: SamplingParams, done: Callable[[Exception | None], None]
@@ -104,9 +104,9 @@ class Stepper:
         """
 
         def ended(future: "Future[Grammar | None]") -> None:
-            if future.cancelled():
+            fault = None if future.cancelled() else future.exception()
+            if future.cancelled() or isinstance(fault, EngineClosed):
                 return
-            fault = future.exception()
             assert fault is None or isinstance(fault, Exception)
             self.post(partial(_finish, done, fault, future))
 

@@ -276,7 +276,7 @@ class Worker:
         stalled = self._stepper.stalled(self._timeouts[1])
         if stalled and not self._stalled:
             self.counters.stalls += 1
-            logger.critical("unhealthy: there is work, and no step was finished for %g seconds", self._timeouts[1])
+            logger.critical("unhealthy: there is work, and nothing was done for %g seconds", self._timeouts[1])
         elif self._stalled and not stalled:
             logger.warning("healthy again")
         self._stalled = stalled

@@ -1,4 +1,4 @@
-"""How much is taken at the same time. What is beyond is refused at once, before its body is read."""
+"""How much is taken at the same time, of everybody and of each API key. What is beyond is refused at once."""
 
 import math
 import time
@@ -13,29 +13,43 @@ _LONGEST_WAIT = 60
 
 
 class Admission:
-    """Counts sequences, running and waiting ones alike, from a request's arrival to its end."""
+    """Counts sequences, running and waiting ones alike, from when a request was read to its end."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_of_key: int | None = None) -> None:
+        """most_of_key: of requests with one API key; by default as many as of all."""
         check_integer("max_open", most, 1, 1 << 20)
         self.most = most
+        self.most_of_key = most if most_of_key is None else min(most_of_key, most)
         self.open = 0
+        self._open_of: dict[str, int] = {}
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
-    def enter(self) -> "Place":
-        """A request arrives, and counts for one sequence until more is known of it. Raises `QueueFull`."""
-        self.take(1)
-        return Place(self)
+    def enter(self, key: str = "", begin: float | None = None) -> "Place":
+        """A request that arrived at `begin` counts for one sequence until more is known of it. Raises `QueueFull`."""
+        self.take(1, key)
+        return Place(self, key, time.monotonic() if begin is None else begin)
 
-    def take(self, sequences: int) -> None:
-        """Count so many more. Raises `QueueFull`."""
+    def check(self, sequences: int, key: str = "") -> None:
+        """Raise `QueueFull` where so many more could not be taken now."""
         if self.open + sequences > self.most:
             raise QueueFull("open", self.open + sequences, f"at most {self.most} run and wait")
-        self.open += sequences
+        of_key = self._open_of.get(key, 0) + sequences
+        if of_key > self.most_of_key:
+            raise QueueFull("open", of_key, f"at most {self.most_of_key} run and wait of one API key")
 
-    def leave(self, sequences: int, seconds: float | None = None) -> None:
+    def take(self, sequences: int, key: str = "") -> None:
+        """Count so many more. Raises `QueueFull`."""
+        self.check(sequences, key)
+        self.open += sequences
+        self._open_of[key] = self._open_of.get(key, 0) + sequences
+
+    def leave(self, sequences: int, seconds: float | None = None, key: str = "") -> None:
         """So many are over; a request that was served took so many seconds."""
         self.open -= sequences
-        assert self.open >= 0
+        self._open_of[key] -= sequences
+        assert self.open >= 0 and self._open_of[key] >= 0
+        if not self._open_of[key]:
+            del self._open_of[key]
         if seconds is not None:
             self._recent.append(seconds)
 
@@ -48,9 +62,10 @@ class Admission:
 class Place:
     """What one request counts for. As a context it is given back in the end, unless it was kept for longer."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, key: str, begin: float) -> None:
         self._admission = admission
-        self.begin = time.monotonic()
+        self._key = key
+        self.begin = begin
         self._held = 1
         self._kept = False
 
@@ -63,17 +78,18 @@ class Place:
         """The request has so many, and they are counted until `leave`. Raises `InvalidRequest` where these are too many
         at any time, `QueueFull` where they are now.
         """
-        if sequences > self._admission.most:
-            limit = f"at most {self._admission.most} sequences are served at a time"
+        if sequences > self._admission.most_of_key:
+            limit = f"at most {self._admission.most_of_key} sequences are served at a time"
             raise InvalidRequest("n × len(prompt)", sequences, limit)
-        self._admission.take(sequences - self._held)
+        self._admission.take(sequences - self._held, self._key)
         self._held = sequences
         self._kept = True
 
     def leave(self) -> None:
         """May be called twice."""
         seconds = self.age if self._kept else None
-        self._admission.leave(self._held, seconds if self._held else None)
+        if self._held:
+            self._admission.leave(self._held, seconds, self._key)
         self._held = 0
 
     def __enter__(self) -> Self:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
@@ -21,8 +21,10 @@ from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import ErrorHandlers
+from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
+from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
@@ -41,6 +43,7 @@ class ServeOptions:
     api_keys, operator_keys: as `auth.Keys`; without any, everybody is served.
     max_open: sequences that run and wait at the same time, and requests that tokenize; what is beyond is refused
         with 429.
+    max_concurrency_per_key: of these, those of one API key; by default half where there are several keys.
     request_timeout: seconds that a request may take from its arrival, waiting included; None: as long as it takes.
     send_timeout: seconds after which a client that takes nothing counts as gone.
     stall_timeout: seconds without progress after which `/health` fails.
@@ -52,6 +55,7 @@ class ServeOptions:
     api_keys: Sequence[str] = ()
     operator_keys: Sequence[str] = ()
     max_open: int = 1_024
+    max_concurrency_per_key: int | None = None
     request_timeout: float | None = None
     send_timeout: float = 60.0
     stall_timeout: float = 60.0
@@ -61,6 +65,8 @@ class ServeOptions:
     def check(self) -> None:
         """Raise `InvalidRequest` for the first that is out of its range."""
         check_integer("max_open", self.max_open, 1, 1 << 20)
+        if self.max_concurrency_per_key is not None:
+            check_integer("max_concurrency_per_key", self.max_concurrency_per_key, 1, 1 << 20)
         for field in ("request_timeout", "send_timeout", "stall_timeout"):
             seconds = getattr(self, field)
             if seconds is not None and not 0 < seconds < 1e9:
@@ -84,36 +90,41 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     keys = Keys(options.api_keys, options.operator_keys)
     names = tuple(options.names) or (engine.model_name,)
     metrics = Metrics(names[0], options.metrics_compat)
-    health = Health(engine, options.stall_timeout)
+    of_key = options.max_concurrency_per_key or (-(-options.max_open // 2) if keys.several else None)
+    admission = Admission(options.max_open, of_key)
+    intake = Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields)
+    health = Health(engine, options.stall_timeout, intake.stalled)
     context = Context(
         engine=engine,
         names=names,
         created=int(time.time()),
         keys=keys,
-        admission=Admission(options.max_open),
-        tokenizing=Admission(options.max_open),
+        admission=admission,
+        tokenizing=Admission(options.max_open, of_key),
+        intake=intake,
         metrics=metrics,
+        figures=Figures(engine),
         sessions=Sessions(engine.inputs.limits, engine.inputs.eos_token_ids),
         texts=TokenTexts(engine.inputs.tokenizer),
-        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.limits),
+        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
         request_timeout=options.request_timeout,
         send_timeout=options.send_timeout,
-        ignore_unknown_fields=options.ignore_unknown_fields,
     )
     gate = Gate(keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()
-        watching = asyncio.create_task(health.watch())
+        watching = [asyncio.create_task(one) for one in (health.watch(), context.figures.watch())]
         try:
             yield
         finally:
             health.draining = True
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
             context.renderer.close()
+            intake.close()
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

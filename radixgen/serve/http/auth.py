@@ -52,6 +52,11 @@ class Keys:
         self._operators = [self._digest(key) for key in operators]
 
     @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return len(self._callers) + len(self._operators) > 1
+
+    @property
     def needed(self) -> bool:
         return bool(self._callers or self._operators)
 
@@ -110,6 +115,14 @@ class Gate:
         self.open = self._needs(Access.OPEN)
         self.caller = self._needs(Access.CALLER)
         self.operator = self._needs(Access.OPERATOR)
+
+    async def operates(self, request: Request) -> bool:
+        """Whether operators' routes are open to who asks."""
+        try:
+            await self.operator.dependency(request)
+        except Refused:
+            return False
+        return True
 
     def _needs(self, access: Access) -> Any:
         keys = self._keys

@@ -12,14 +12,13 @@ from starlette.requests import ClientDisconnect, Request
 from radixgen.core import InvalidRequest, Limits
 from radixgen.serve.http.errors import ClientGone, Refused
 from radixgen.serve.http.unserved import drop_unserved
-from radixgen.serve.http.warnings import warner
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _READ_SECONDS = 30.0
 """In which a body must have come."""
-_SMALL = 1 << 16
-"""Bytes that are decoded at once; more is decoded in a thread."""
+SMALL = 1 << 16
+"""Bytes of bodies that take no long time: to decode, or to tokenize what they hold"""
 _MOST_UNKNOWN = 64
 """Unknown fields inside of others that are dropped"""
 _PLACE = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
@@ -27,21 +26,14 @@ _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
 
-async def read(request: Request, kind: type[T], limits: Limits, *, ignore_unknown: bool = False) -> T:
-    """The body as `kind`; where unknown fields are ignored, the answer warns of each. Raises `InvalidRequest` with the
-    first field that is wrong, `Refused`, `ClientGone`.
-    """
+async def read_bytes(request: Request, limits: Limits) -> bytes:
+    """The body of a JSON request. Raises `Refused`, `ClientGone`."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Refused(
             415, f"content-type={media_type}: must be application/json", field="content-type", value=media_type
         )
-    data = await _read_bytes(request, limits.max_body_bytes)
-    warn = warner(request)
-    ignore = (lambda field: warn(f"ignored: {field}")) if ignore_unknown else None
-    if len(data) <= _SMALL:
-        return decode(data, kind, ignore)
-    return await asyncio.to_thread(decode, data, kind, ignore)
+    return await _read_all(request, limits.max_body_bytes)
 
 
 def decode(data: bytes, kind: type[T], ignore: Callable[[str], None] | None = None) -> T:
@@ -76,7 +68,7 @@ def _decode_known(data: bytes, kind: type[T], ignore: Callable[[str], None] | No
     raise _named(message, data, kind)
 
 
-async def _read_bytes(request: Request, most: int) -> bytes:
+async def _read_all(request: Request, most: int) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and len(length) < 20 and int(length) > most:
         raise _too_large(int(length), most)
@@ -117,7 +109,7 @@ def _named(message: str, data: bytes, kind: type[msgspec.Struct]) -> InvalidRequ
 
 def _value_at(path: str, data: bytes) -> Any:
     """What the body holds there, where that is easily told."""
-    if len(data) > _SMALL or "[...]" in path:
+    if len(data) > SMALL or "[...]" in path:
         return "…"
     try:
         return _at(path, msgspec.json.decode(data))

@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from radixgen.chat_template import ChatTemplate, as_messages
 from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
 from radixgen.messages import Roles, template_message, template_messages
 from radixgen.serve.http.auth import Caller, Gate
-from radixgen.serve.http.body import read
 from radixgen.serve.http.call_readers import Piece, Reader
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.fields import names_of, sent_as
@@ -41,7 +39,7 @@ from radixgen.serve.http.protocol import (
     Usage,
 )
 from radixgen.serve.http.schemas import enforceable_format
-from radixgen.serve.http.sessions import Turn
+from radixgen.serve.http.sessions import Key, Turn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
 from radixgen.serve.http.tools import Warn, constrain, reader_of, template_tools
 from radixgen.serve.http.warnings import warner
@@ -62,11 +60,13 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
     async def chat(request: Request) -> Response:
         """Answer a chat."""
-        with context.admission.enter() as place:
-            body = await read(request, ChatRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
+        place, body = await context.intake.receive(request, ChatRequest, context.admission)
+        with place, sent_as(names_of(body)):
             context.check_model(body.model)
-            chat = await asyncio.to_thread(_prepare, context, request.state.caller, body, warner(request))
-            generation = await Generation.start(context, chat.asked, place)
+            prepare = partial(_prepare, context, request.state.caller, body, warner(request))
+            chat = await context.intake.run(request, prepare)
+            grammar = await context.intake.compile(request, chat.asked.params)
+            generation = await Generation.start(context, chat.asked, place, grammar)
         answer = _Answer(context, body, generation, chat.turn)
         if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
@@ -92,12 +92,7 @@ def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTe
 
 
 def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
-    """Raises `InvalidRequest` for whatever is wrong with `body`."""
-    with sent_as(names_of(body)):
-        return _prepare_chat(context, caller, body, warn)
-
-
-def _prepare_chat(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
+    """Raises `InvalidRequest` for whatever is wrong with `body`, but for its grammar."""
     _check_served(body)
     inputs = context.engine.inputs
     namespace = context.namespace(caller, body.cache_salt)
@@ -107,13 +102,15 @@ def _prepare_chat(context: Context, caller: Caller, body: ChatRequest, warn: War
         ids = list(template.tokenize(template.render(messages)))
     else:
         inputs.check_name("session_id", body.session_id)
-        turn = context.sessions.begin((namespace, body.session_id), template, messages)
+        key = Key(caller.tenant, namespace, body.session_id)
+        turn = context.sessions.begin(key, template, messages)
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = _params(context, body, context.answer_tokens(most, tokens.size), warn)
-    inputs.check(tokens, params)
-    return _Chat(Asked([tokens], params, namespace, context.priority(body.priority)), turn)
+    logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
+    params = _params(context, body, context.answer_tokens(most, tokens.size, logprobs), warn)
+    inputs.check(tokens, params, compiles=False)
+    return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
@@ -207,8 +204,7 @@ class _Answer:
             for choices in ([one for one in new if one is not None], ended):
                 if choices:
                     yield event(chunk(choices=choices, usage=self._usage_so_far()))
-        if self._turn is not None:
-            await asyncio.to_thread(self._end_turn, self._turn)
+        await self._end_turn()
         if self._body.counts_usage:
             yield event(chunk(choices=[], usage=self._generation.usage()))
 
@@ -219,8 +215,7 @@ class _Answer:
         async for _, output in self._generation.outputs():
             for one in output.outputs:
                 self._choices[one.index].push(one)
-        if self._turn is not None:
-            await asyncio.to_thread(self._end_turn, self._turn)
+        await self._end_turn()
         return ChatResponse(
             **self._head,
             choices=[self._whole_choice(index, one) for index, one in enumerate(self._choices)],
@@ -266,11 +261,12 @@ class _Answer:
     def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
         return self._generation.asked.prompts[0].tolist() if self._body.return_token_ids else UNSET
 
-    def _end_turn(self, turn: Turn) -> None:
-        """The session keeps the answer."""
-        (choice,) = self._choices
+    async def _end_turn(self) -> None:
+        """The session, where there is one, keeps the answer."""
+        (choice, *_), turn = self._choices, self._turn
         output = choice.output
-        if output is not None:
+        if turn is not None and output is not None:
             message: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
             include = self._generation.asked.params.include_stop_str_in_output
-            self._context.sessions.end(turn, output, message, include_stop=include)
+            end = partial(self._context.sessions.end, turn, output, message, include_stop=include)
+            await self._context.intake.finish(turn.key.tenant, end)

@@ -1,6 +1,5 @@
 """`POST /v1/completions`."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput
 from radixgen.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
-from radixgen.serve.http.body import read
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.echo import Echo
 from radixgen.serve.http.fields import names_of, sent_as
@@ -46,11 +44,13 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         """Continue texts."""
-        with context.admission.enter() as place:
-            body = await read(request, CompletionRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
+        place, body = await context.intake.receive(request, CompletionRequest, context.admission)
+        with place, sent_as(names_of(body)):
             context.check_model(body.model)
-            asked, echoes = await asyncio.to_thread(_prepare, context, request.state.caller, body, warner(request))
-            generation = await Generation.start(context, asked, place)
+            prepare = partial(_prepare, context, request.state.caller, body, warner(request))
+            asked, echoes = await context.intake.run(request, prepare)
+            grammar = await context.intake.compile(request, asked.params)
+            generation = await Generation.start(context, asked, place, grammar)
         answer = _Answer(context, body, generation, echoes)
         if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
@@ -64,15 +64,8 @@ def _prepare(
     context: Context, caller: Caller, body: CompletionRequest, warn: Callable[[str], None]
 ) -> tuple[Asked, list[Echo]]:
     """What is asked for, and what is told before it of each prompt. Raises `InvalidRequest` for whatever is wrong with
-    `body`.
+    `body`, but for its grammar.
     """
-    with sent_as(names_of(body)):
-        return _prepare_prompts(context, caller, body, warn)
-
-
-def _prepare_prompts(
-    context: Context, caller: Caller, body: CompletionRequest, warn: Callable[[str], None]
-) -> tuple[Asked, list[Echo]]:
     _check_served(body)
     inputs = context.engine.inputs
     special = body.add_special_tokens is not False
@@ -84,9 +77,10 @@ def _prepare_prompts(
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
     for prompt in prompts:
-        inputs.check(prompt, params)
+        inputs.check(prompt, params, compiles=False)
+    inputs.check_logprobs(prompts, params)
     namespace = context.namespace(caller, body.cache_salt)
-    asked = Asked(prompts, params, namespace, context.priority(body.priority))
+    asked = Asked(prompts, params, caller.tenant, namespace, context.priority(body.priority))
     return asked, [_echo(context, *one) for one in zip(given, prompts, strict=True)] if body.echo else []
 
 
@@ -170,7 +164,8 @@ class _Answer:
             echo = self._echoes[prompt] if self._echoes and self._body.logprobs is not None else None
             if echo is not None and echo.logprobs is None:
                 if output.prompt_logprobs is not None:
-                    await asyncio.to_thread(echo.read, output.prompt_logprobs, self._context.texts)
+                    read = partial(echo.read, output.prompt_logprobs, self._context.texts)
+                    await self._context.intake.finish(self._generation.asked.tenant, read)
                 elif not output.finished:
                     held.setdefault(prompt, []).append(output)
                     continue

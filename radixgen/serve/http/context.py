@@ -7,6 +7,8 @@ from radixgen.serve.http.admission import Admission
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.errors import Refused
+from radixgen.serve.http.figures import Figures
+from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import Metrics
 from radixgen.serve.http.sessions import Sessions
@@ -25,13 +27,14 @@ class Context:
     keys: Keys
     admission: Admission
     tokenizing: Admission
+    intake: Intake
     metrics: Metrics
+    figures: Figures
     sessions: Sessions
     texts: TokenTexts
     renderer: TemplateRenderer
     request_timeout: float | None
     send_timeout: float
-    ignore_unknown_fields: bool
 
     @property
     def limits(self) -> Limits:
@@ -55,12 +58,15 @@ class Context:
         """Where a caller's requests share. Raises `InvalidRequest`."""
         return self.keys.namespace(caller, cache_salt, self.limits)
 
-    def answer_tokens(self, asked: int | None, prompt: int) -> int:
+    def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0) -> int:
         """How many an answer may have: what the prompt leaves where nothing is asked for, and no more than the pool
         holds. The context cuts each answer by itself.
+
+        logprobs: of one place in all answers, whose number is bounded.
         """
         if asked is None:
-            return max(self.room - prompt, 1)
+            most = self.limits.max_logprob_values // logprobs if logprobs else self.room
+            return max(min(self.room - prompt, most), 1)
         return min(asked, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
 
     def priority(self, asked: int | None) -> int:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from radixgen.cache import TokenArray
-from radixgen.core import CompletionOutput, GrammarFailed, RequestOutput, SamplingParams
+from radixgen.core import CompletionOutput, Grammar, GrammarFailed, RequestOutput, SamplingParams
 from radixgen.serve.http.admission import Place
 from radixgen.serve.http.backend import Outputs
 from radixgen.serve.http.context import Context
@@ -24,10 +24,11 @@ _LEAST_SECONDS = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is to be generated. Checked, with grammars compiled."""
+    """What is to be generated. Checked, but for its grammar."""
 
     prompts: list[TokenArray]
     params: SamplingParams
+    tenant: str
     namespace: str
     priority: int
 
@@ -36,8 +37,11 @@ class Generation:
     """Yields `(index of the prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
 
     @classmethod
-    async def start(cls, context: Context, asked: Asked, place: Place) -> "Generation":
-        """Queue all prompts, or none; then it keeps the place. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
+    async def start(cls, context: Context, asked: Asked, place: Place, grammar: Grammar | None) -> "Generation":
+        """Queue all prompts, or none; then it keeps the place. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`.
+
+        grammar: what was compiled for `asked`, held until the engine has it.
+        """
         place.keep(len(asked.prompts) * asked.params.n)
         timeout = None if context.request_timeout is None else max(context.request_timeout - place.age, _LEAST_SECONDS)
         open_one = partial(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from radixgen.core import RadixgenError, RequestFailed, SamplingParams
 from radixgen.serve.http.backend import Backend
@@ -15,11 +16,13 @@ _WARM_UP = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 class Health:
     """Watches an engine. `stalled`: there has been work, and nothing done, for `stall_seconds`."""
 
-    def __init__(self, engine: Backend, stall_seconds: float) -> None:
+    def __init__(self, engine: Backend, stall_seconds: float, intake_stalled: Callable[[float], bool]) -> None:
+        """intake_stalled: whether requests wait for a thread for so many seconds, and none gets on."""
         self.warm = False
         self.draining = False
         self._engine = engine
         self._stall_seconds = stall_seconds
+        self._intake_stalled = intake_stalled
         self._steps = -1
         self._moved = 0.0
 
@@ -38,6 +41,8 @@ class Health:
         if self._engine.closed:
             return "the engine is closed"
         self.look()
+        if self._intake_stalled(self._stall_seconds):
+            return "requests wait and no thread gets on"
         return "there is work and no progress" if self.stalled else None
 
     def unready(self) -> str | None:

@@ -1,7 +1,7 @@
 """Models, tokens, health, metrics: the routes that generate nothing."""
 
-import asyncio
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,9 +11,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from radixgen.core import EngineClosed, InvalidRequest, PromptTooLong, Stats
+from radixgen.core import InvalidRequest, PromptTooLong, Stats
 from radixgen.serve.http.auth import Gate
-from radixgen.serve.http.body import read
 from radixgen.serve.http.chat import prepared_messages, template_of
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.health import Health
@@ -28,9 +27,6 @@ from radixgen.serve.http.protocol import (
 )
 from radixgen.serve.http.stream import json_response
 from radixgen.version import VERSION
-
-_STATS_SECONDS = 1.0
-"""How long figures of the engine are waited for; a step may take longer."""
 
 
 def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
@@ -53,9 +49,10 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
         return JSONResponse({"version": VERSION})
 
     @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
-    async def metrics() -> Response:
-        """For Prometheus."""
-        text = context.metrics.expose(await _stats(context))
+    async def metrics(request: Request) -> Response:
+        """For Prometheus: everything for operators, for others how much is going on."""
+        everything = await gate.operates(request)
+        text = context.metrics.expose(await context.figures.latest(), everything=everything)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models", dependencies=[gate.caller], openapi_extra=described(None, ModelList))
@@ -72,25 +69,25 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Text, or a chat, as token ids."""
-        with context.tokenizing.enter():
-            body = await read(request, TokenizeRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
+        place, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
+        with place:
             context.check_model(body.model)
-            return json_response(await asyncio.to_thread(_tokenize, context, body))
+            return json_response(await context.intake.run(request, partial(_tokenize, context, body)))
 
     @router.post(
         "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)
     )
     async def detokenize(request: Request) -> Response:
         """Token ids as text, special tokens included."""
-        with context.tokenizing.enter():
-            body = await read(request, DetokenizeRequest, context.limits, ignore_unknown=context.ignore_unknown_fields)
+        place, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
+        with place:
             context.check_model(body.model)
-            return json_response(await asyncio.to_thread(_detokenize, context, body))
+            return json_response(await context.intake.run(request, partial(_detokenize, context, body)))
 
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
         """What is served, and within which bounds."""
-        return JSONResponse(_server_info(context, await _stats(context)))
+        return JSONResponse(_server_info(context, await context.figures.latest()))
 
     @router.post("/reset_prefix_cache", dependencies=[gate.operator], openapi_extra=described(None))
     async def reset_prefix_cache() -> Response:
@@ -115,15 +112,6 @@ def _state(fault: str | None) -> Response:
     return JSONResponse({"status": fault or "ok"}, 503 if fault else 200)
 
 
-async def _stats(context: Context) -> Stats | None:
-    """The engine's figures; those of the last time where they don't come soon."""
-    try:
-        async with asyncio.timeout(_STATS_SECONDS):
-            return await context.engine.stats()
-    except (TimeoutError, EngineClosed):
-        return context.metrics.stats
-
-
 def _model(context: Context, name: str) -> Model:
     inputs = context.engine.inputs
     return Model(id=name, created=context.created, root=context.engine.model_name, max_model_len=inputs.max_model_len)
@@ -141,6 +129,7 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
         "max_open": context.admission.most,
         "open": context.admission.open,
         "sessions": len(context.sessions),
+        "session_bytes": context.sessions.num_bytes,
         "limits": asdict(inputs.limits),
         "stats": None if stats is None else msgspec.to_builtins(stats),
     }

@@ -1,7 +1,7 @@
 """`/metrics`: the usual figures under `radixgen:`, what sharing saves, and on request vLLM's names for the same."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -61,13 +61,29 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
+        self._load = CollectorRegistry()
+        self._load.register(_Load(self.collect_load))
 
-    def expose(self, stats: Stats | None) -> bytes:
-        """The text that Prometheus reads. Without new `stats` those of the last time stand."""
-        self.stats = stats or self.stats
-        return generate_latest(self._registry)
+    def expose(self, stats: Stats | None, *, everything: bool) -> bytes:
+        """The text that Prometheus reads.
+
+        stats: the engine's; None where there are none yet.
+        everything: else only how much is going on, of which nothing depends on what requests hold: counts of cached
+            tokens, and times, would tell one caller what others have asked.
+        """
+        self.stats = stats
+        return generate_latest(self._registry if everything else self._load)
+
+    def collect_load(self) -> Iterator[Metric]:
+        """How much is going on, which callers may read."""
+        yield GaugeMetricFamily(_OWN + "http_open_requests", "Requests being answered", self.open_requests)
+        if self.stats is not None:
+            yield from _load_of(self.stats, _OWN, {})
+            if self._compat:
+                yield from _load_of(self.stats, "vllm:", {"model_name": self._model})
 
     def collect(self) -> Iterator[Metric]:
+        yield from self.collect_load()
         yield from self._of_requests(_OWN, {})
         if self.stats is not None:
             yield from _of_engine(self.stats)
@@ -100,14 +116,11 @@ class Metrics(Collector):
             for status, count in sorted(self.refused.items()):
                 refused.add_metric([str(status)], count)
             yield refused
-            yield GaugeMetricFamily(prefix + "http_open_requests", "Requests being answered", self.open_requests)
 
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
     """The engine's own figures. Counters begin with the engine."""
     for name, says, value in (
-        ("num_requests_running", "Sequences that run", stats.num_running),
-        ("num_requests_waiting", "Sequences that wait", stats.num_waiting),
         ("waiting_tokens", "Prompt tokens of the requests that wait", stats.num_waiting_tokens),
         ("kv_cache_usage_perc", "Slots that can't be evicted, of all, from 0 to 1", _usage(stats)),
         ("kv_tokens", "Slots of the KV pool", stats.kv_tokens_total),
@@ -145,14 +158,9 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
 def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
     """What vLLM's dashboards ask for."""
     names, values = list(labels), list(labels.values())
-    for name, value in (
-        ("num_requests_running", stats.num_running),
-        ("num_requests_waiting", stats.num_waiting),
-        ("kv_cache_usage_perc", _usage(stats)),
-    ):
-        gauge = GaugeMetricFamily("vllm:" + name, "As vLLM's", labels=names)
-        gauge.add_metric(values, value)
-        yield gauge
+    usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "As vLLM's", labels=names)
+    usage.add_metric(values, _usage(stats))
+    yield usage
     for name, count in (
         ("prompt_tokens", stats.prompt_tokens),
         ("generation_tokens", stats.generated_tokens),
@@ -163,6 +171,26 @@ def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
         counter = CounterMetricFamily("vllm:" + name, "As vLLM's", labels=names)
         counter.add_metric(values, count)
         yield counter
+
+
+class _Load(Collector):
+    """What callers may read."""
+
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collect()
+
+
+def _load_of(stats: Stats, prefix: str, labels: dict[str, str]) -> Iterator[Metric]:
+    for name, says, value in (
+        ("num_requests_running", "Sequences that run", stats.num_running),
+        ("num_requests_waiting", "Sequences that wait", stats.num_waiting),
+    ):
+        gauge = GaugeMetricFamily(prefix + name, says, labels=list(labels))
+        gauge.add_metric(list(labels.values()), value)
+        yield gauge
 
 
 def _usage(stats: Stats) -> float:

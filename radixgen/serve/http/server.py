@@ -136,6 +136,7 @@ class Server(uvicorn.Server):
         await asyncio.sleep(self._drain_timeout)
         logger.warning("open requests did not end within %g seconds", self._drain_timeout)
         self._app.state.context.renderer.close()
+        self._app.state.context.intake.close()
         await self._app.state.context.engine.close()
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         for connection in list(self.server_state.connections):  # of clients that take nothing

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from radixgen.core import EngineClosed, InvalidRequest, Limits, PromptTooLong
+from radixgen.core import EngineClosed, InvalidRequest, PromptTooLong
 from radixgen.input_processor import through_template
 from radixgen.serve.http.template_process import CPU_SECONDS, MEMORY_BYTES, receive, send
 
@@ -33,11 +33,11 @@ class TemplateRenderer:
     A tokenizer with an `apply_chat_template` of its own, which is no Jinja template, renders in this process.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", limits: Limits) -> None:
-        """tokenizer: whose templates are rendered."""
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", most_chars: int) -> None:
+        """tokenizer: whose templates are rendered. most_chars: of one render."""
         template = None if tokenizer is None else tokenizer.chat_template
         self._templates = [*template.values()] if isinstance(template, dict) else [template] if template else []
-        self._most_chars = limits.max_prompt_chars
+        self._most_chars = most_chars
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -65,16 +65,18 @@ class TemplateRenderer:
         """
         assert not tokenize
         if not _is_jinja(tokenizer):
-            return str(through_template(tokenizer, messages, tools=tools, tokenize=False, **variables))
-        answer = self._ask(
-            {
-                "template": tokenizer.get_chat_template(tools=tools),
-                "messages": [{name: value for name, value in one.items() if value is not None} for one in messages],
-                "tools": tools,
-                "variables": tokenizer.special_tokens_map | variables,
-                "most_chars": self._most_chars,
-            }
-        )
+            text = str(through_template(tokenizer, messages, tools=tools, tokenize=False, **variables))
+            answer: dict[str, Any] = {"text": text} if len(text) <= self._most_chars else {"length": len(text)}
+        else:
+            answer = self._ask(
+                {
+                    "template": tokenizer.get_chat_template(tools=tools),
+                    "messages": [{name: value for name, value in one.items() if value is not None} for one in messages],
+                    "tools": tools,
+                    "variables": tokenizer.special_tokens_map | variables,
+                    "most_chars": self._most_chars,
+                }
+            )
         if "length" in answer:
             raise PromptTooLong("len(messages)", answer["length"], f"at most {self._most_chars} characters")
         if "error" in answer:

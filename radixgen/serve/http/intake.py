@@ -1,0 +1,107 @@
+"""From a request to what an engine takes: read, decoded, prepared and compiled, callers by turns."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from radixgen.core import Grammar, SamplingParams
+from radixgen.input_processor import InputProcessor
+from radixgen.serve.fair_pool import FairPool
+from radixgen.serve.http.admission import Admission, Place
+from radixgen.serve.http.body import SMALL, decode, read_bytes
+from radixgen.serve.http.stream import while_connected
+from radixgen.serve.http.warnings import warner
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+_SHORT_THREADS = 4
+_LONG_THREADS = 3
+_COMPILERS = 2
+
+
+class Intake:
+    """What a request goes through before it is queued. Bodies that are read have bounds of their own, so that one that
+    does not come holds no place of those that generate. Long bodies, short ones and grammars each have threads of their
+    own.
+    """
+
+    def __init__(self, inputs: InputProcessor, admission: Admission, *, ignore_unknown: bool = False) -> None:
+        """
+        admission: whose bounds hold for bodies that are read too.
+        ignore_unknown: fields that are not served are ignored, and the answer warns of each.
+        """
+        limits, most = inputs.limits, admission.most
+        self.reading = Admission(most, admission.most_of_key)
+        self._inputs = inputs
+        self._ignore_unknown = ignore_unknown
+        self._short = FairPool(_SHORT_THREADS, "radixgen-short", most_waiting=most)
+        self._long = FairPool(_LONG_THREADS, "radixgen-long", most_waiting=most)
+        self._compilers = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=limits.max_compiling)
+
+    async def receive(self, request: Request, kind: type[Body], admission: Admission) -> tuple[Place, Body]:
+        """A place, taken when the whole body is there, and the body. Raises `QueueFull` before it is read where there
+        is no place now, `InvalidRequest` with the first field that is wrong, `Refused`, `ClientGone`.
+        """
+        begin, key = time.monotonic(), request.state.caller.tenant
+        admission.check(1, key)
+        with self.reading.enter(key):
+            data = await read_bytes(request, self._inputs.limits)
+            request.state.body_size = len(data)
+            decoding = partial(decode, data, kind, self._ignore(request))
+            body = decoding() if len(data) <= SMALL else await self.run(request, decoding)
+        return admission.enter(key, begin), body
+
+    async def run(self, request: Request, work: Callable[[], T]) -> T:
+        """What `work` returns, in a thread; dropped where the client goes before it begins. Raises `QueueFull`,
+        `ClientGone`, `EngineClosed`, and what `work` raises.
+        """
+        pool = self._short if request.state.body_size <= SMALL else self._long
+        return await _result(request, pool.submit(request.state.caller.tenant, work))
+
+    async def compile(self, request: Request, params: SamplingParams) -> Grammar | None:
+        """The grammar that `params`, which were checked, ask for. Whoever holds it keeps it from being compiled again.
+        Raises `InvalidRequest`, and what `run` raises.
+        """
+        if not params.structured:
+            return None
+        work = partial(self._inputs.grammar, params)
+        return await _result(request, self._compilers.submit(request.state.caller.tenant, work))
+
+    async def finish(self, tenant: str, work: Callable[[], T]) -> T:
+        """What `work`, of a request of `tenant` that is being answered, returns, in a thread. Raises `QueueFull`,
+        `EngineClosed`, and what `work` raises.
+        """
+        return await asyncio.wrap_future(self._long.submit(tenant, work))
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether requests wait for threads, and none has begun or ended its work for so long."""
+        return any(pool.stalled(seconds) for pool in self._pools)
+
+    def close(self) -> None:
+        """What waits ends with `EngineClosed`."""
+        for pool in self._pools:
+            pool.close()
+
+    @property
+    def _pools(self) -> tuple[FairPool, ...]:
+        return self._short, self._long, self._compilers
+
+    def _ignore(self, request: Request) -> Callable[[str], None] | None:
+        if not self._ignore_unknown:
+            return None
+        warn = warner(request)
+        return lambda field: warn(f"ignored: {field}")
+
+
+async def _result(request: Request, future: "Future[T]") -> T:
+    async def wait() -> T:
+        return await asyncio.wrap_future(future)
+
+    return await while_connected(request.receive, wait())
