@@ -21,6 +21,7 @@ from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import ErrorHandlers
+from radixgen.serve.http.head import Head
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.logprobs import TokenTexts
@@ -126,6 +127,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
     app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(Head)
     app.add_middleware(Warnings)
     app.add_middleware(AccessLog, metrics=metrics)
     app.state.context, app.state.health = context, health

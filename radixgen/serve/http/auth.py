@@ -55,17 +55,20 @@ class Keys:
     def needed(self) -> bool:
         return bool(self._callers or self._operators)
 
-    def check(self, access: Access, authorization: str) -> Caller:
-        """Raises `Refused`: 401 without a key that is known, 403 where it is not good for this."""
+    def check(self, access: Access, authorization: str, api_key: str = "") -> Caller:
+        """Who sent these headers, `Authorization: Bearer KEY` or else `X-API-Key: KEY`. Raises `Refused`: 401 without a
+        key that is known, 403 where it is not good for this.
+        """
         if access is Access.OPEN or not self.needed:
             return Caller("")
         scheme, _, key = authorization.partition(" ")
-        presented = self._digest(key.strip() if scheme.lower() == "bearer" else "")
+        bearer = key.strip() if scheme.lower() == "bearer" else ""
+        presented = self._digest(bearer or api_key)
         caller, operator = _among(presented, self._callers), _among(presented, self._operators)
         if not caller and not operator:
             raise Refused(
                 401,
-                "no valid API key: send Authorization: Bearer KEY",
+                "no valid API key: send Authorization: Bearer KEY, or X-API-Key: KEY",
                 type="authentication_error",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
@@ -120,7 +123,10 @@ class Gate:
             declared = access
 
             async def __call__(self, request: Request) -> None:
-                request.state.caller = keys.check(access, request.headers.get("authorization", ""))
+                headers = request.headers
+                request.state.caller = keys.check(
+                    access, headers.get("authorization", ""), headers.get("x-api-key", "")
+                )
 
         return Depends(Needs())
 

@@ -65,7 +65,9 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.get("/v1/models/{name:path}", dependencies=[gate.caller], openapi_extra=described(None, Model))
     async def model(name: str) -> Response:
-        """One of these."""
+        """One of these; all of them where the path ends with a slash."""
+        if not name:
+            return await models()
         context.check_model(name)
         return json_response(_model(context, name))
 
