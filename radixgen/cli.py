@@ -189,6 +189,20 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
     drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="Web pages that may use it (CORS), once for each; * is any.")
+    ] = None,
+    allowed_methods: Annotated[
+        list[str] | None, typer.Option(help="Methods of their requests; all by default.")
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None, typer.Option(help="Headers of their requests; all by default.")
+    ] = None,
+    allow_credentials: Annotated[bool, typer.Option("--allow-credentials", help="Let them send credentials.")] = False,
+    allowed_hosts: Annotated[
+        list[str] | None, typer.Option(help="Names of the server in Host, once for each; *.example.com is all below.")
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="What a proxy has in front of every path.")] = "",
     ignore_unknown_fields: Annotated[
         bool, typer.Option("--ignore-unknown-fields", help="Ignore fields that are not served, with a warning.")
     ] = False,
@@ -211,6 +225,7 @@ def serve(
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
+        from radixgen.serve.http.sites import Sites, listed
         from radixgen.serve.http.workers import connect
 
         limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
@@ -223,6 +238,14 @@ def serve(
             stall_timeout=stall_timeout,
             metrics_compat=metrics_compat,
             ignore_unknown_fields=ignore_unknown_fields,
+            root_path=root_path,
+            sites=Sites(
+                allowed_origins=listed("allowed_origins", allowed_origins),
+                allowed_methods=listed("allowed_methods", allowed_methods) or ["*"],
+                allowed_headers=listed("allowed_headers", allowed_headers) or ["*"],
+                allow_credentials=allow_credentials,
+                allowed_hosts=listed("allowed_hosts", allowed_hosts),
+            ),
         )
         binding = server.Binding(
             host=host, port=port, drain_timeout=drain_timeout, log_level=log_level, access_log=access_log

@@ -4,18 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
 from radixgen.serve.http.admission import Admission
-from radixgen.serve.http.auth import Gate, Keys, check_routes, check_site
+from radixgen.serve.http.auth import Gate, Keys, check_routes
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
@@ -28,6 +29,7 @@ from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.sessions import Sessions
+from radixgen.serve.http.sites import Sites
 from radixgen.serve.http.templates import TemplateRenderer
 from radixgen.serve.http.warnings import Warnings
 
@@ -47,6 +49,8 @@ class ServeOptions:
     stall_timeout: seconds without progress after which `/health` fails.
     ignore_unknown_fields: fields that are not served are ignored, with a warning in the answer, and not refused.
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
+    sites: which web pages may use it, and under which names it is reached.
+    root_path: what a proxy has in front of every path; requests may come with it or without.
     """
 
     names: Sequence[str] = ()
@@ -58,17 +62,22 @@ class ServeOptions:
     stall_timeout: float = 60.0
     metrics_compat: str | None = None
     ignore_unknown_fields: bool = False
+    sites: Sites = field(default_factory=Sites)
+    root_path: str = ""
 
     def check(self) -> None:
         """Raise `InvalidRequest` for the first that is out of its range."""
         check_integer("max_open", self.max_open, 1, 1 << 20)
-        for field in ("request_timeout", "send_timeout", "stall_timeout"):
-            seconds = getattr(self, field)
+        for name in ("request_timeout", "send_timeout", "stall_timeout"):
+            seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < 1e9:
-                raise InvalidRequest(field, seconds, "must be a number of seconds above 0")
+                raise InvalidRequest(name, seconds, "must be a number of seconds above 0")
         if self.metrics_compat is not None and self.metrics_compat not in COMPAT:
             raise InvalidRequest("metrics_compat", self.metrics_compat, f"must be one of {', '.join(COMPAT)}")
         Keys(self.api_keys, self.operator_keys)
+        self.sites.check()
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise InvalidRequest("root_path", self.root_path, "must begin with / and not end with it")
         if any(not name for name in self.names):
             raise InvalidRequest("served_model_name", self.names, "must not be empty")
 
@@ -117,7 +126,14 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
             context.renderer.close()
             await engine.close()
 
-    app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="radixgen",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        root_path=options.root_path,
+    )
     own = (completion_routes(context, gate), chat_routes(context, gate), info_routes(context, health, gate))
     for router in (*own, description_route(app, gate), *(routes(gate) for routes in more)):
         check_routes(router)
@@ -126,8 +142,10 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     handlers = ErrorHandlers(context.admission.retry_after)
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
-    app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(_Boundary, sites=options.sites, keys_needed=keys.needed, handlers=handlers)
     app.add_middleware(Head)
+    if options.sites.allowed_origins:
+        app.add_middleware(CORSMiddleware, **options.sites.cors)
     app.add_middleware(Warnings)
     app.add_middleware(AccessLog, metrics=metrics)
     app.state.context, app.state.health = context, health
@@ -138,8 +156,9 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
 class _Boundary:
     """Refuses what pages of other sites ask for; what no route foresaw ends the one request that it belongs to."""
 
-    def __init__(self, app: ASGIApp, *, keys_needed: bool, handlers: ErrorHandlers) -> None:
+    def __init__(self, app: ASGIApp, *, sites: Sites, keys_needed: bool, handlers: ErrorHandlers) -> None:
         self._app = app
+        self._sites = sites
         self._keys_needed = keys_needed
         self._handlers = handlers
 
@@ -155,7 +174,7 @@ class _Boundary:
             await send(message)
 
         try:
-            check_site(request, keys_needed=self._keys_needed)
+            self._sites.check_request(request, keys_needed=self._keys_needed)
             await self._app(scope, receive, told)
         except Exception as error:
             if begun:

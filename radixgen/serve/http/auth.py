@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 from fastapi import APIRouter, Depends
 from fastapi.routing import APIRoute
@@ -154,24 +153,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
     except ValueError:
         return False
-
-
-def check_site(request: Request, *, keys_needed: bool) -> None:
-    """Without keys, a web page of somebody else must not use the browser of who runs the server: the page's origin must
-    be this server, by a name of this machine. Raises `Refused`.
-    """
-    if keys_needed:
-        return
-    host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if not is_loopback(_split(f"//{host}").hostname or ""):
-        raise Refused(403, "Host must name this machine", type="permission_error", field="host", value=host)
-    if origin is not None and _split(origin).netloc != host:
-        raise Refused(403, "pages of other sites are not served", type="permission_error", field="origin", value=origin)
-
-
-def _split(address: str) -> SplitResult:
-    """Its parts; none where it has none."""
-    try:
-        return urlsplit(address)
-    except ValueError:
-        return urlsplit("")

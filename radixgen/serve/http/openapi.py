@@ -45,7 +45,8 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            found = get_openapi(title="radixgen", version=VERSION, routes=app.routes)
+            servers = [{"url": app.root_path}] if app.root_path else None
+            found = get_openapi(title="radixgen", version=VERSION, routes=app.routes, servers=servers)
             components = found.setdefault("components", {})
             components["schemas"] = {**components.get("schemas", {}), **protocol.schemas(*_TYPES)}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
