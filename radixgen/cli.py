@@ -188,6 +188,10 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Sequences that wait; beyond, 429.")] = 1024,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
+    timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
+    shutdown_delay: Annotated[
+        float, typer.Option(help="Seconds after SIGTERM with /ready at 503 and requests still taken.")
+    ] = 1,
     drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
     allowed_origins: Annotated[
         list[str] | None, typer.Option(help="Web pages that may use it (CORS), once for each; * is any.")
@@ -203,6 +207,12 @@ def serve(
         list[str] | None, typer.Option(help="Names of the server in Host, once for each; *.example.com is all below.")
     ] = None,
     root_path: Annotated[str, typer.Option(help="What a proxy has in front of every path.")] = "",
+    uds: Annotated[str | None, typer.Option(help="Unix socket to listen on, in place of --host and --port.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Private key for HTTPS, PEM.")] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="Certificate for HTTPS, PEM.")] = None,
+    ssl_ca_certs: Annotated[str | None, typer.Option(help="Certificates that sign those of clients, PEM.")] = None,
+    ssl_cert_reqs: Annotated[int, typer.Option(help="Certificates of clients: 0 none, 1 optional, 2 required.")] = 0,
+    ssl_ciphers: Annotated[str | None, typer.Option(help="Cipher suites of TLS 1.2, as OpenSSL lists them.")] = None,
     ignore_unknown_fields: Annotated[
         bool, typer.Option("--ignore-unknown-fields", help="Ignore fields that are not served, with a warning.")
     ] = False,
@@ -225,6 +235,7 @@ def serve(
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
+        from radixgen.serve.http.binding import Binding
         from radixgen.serve.http.sites import Sites, listed
         from radixgen.serve.http.workers import connect
 
@@ -247,8 +258,20 @@ def serve(
                 allowed_hosts=listed("allowed_hosts", allowed_hosts),
             ),
         )
-        binding = server.Binding(
-            host=host, port=port, drain_timeout=drain_timeout, log_level=log_level, access_log=access_log
+        binding = Binding(
+            host=host,
+            port=port,
+            uds=uds,
+            timeout_keep_alive=timeout_keep_alive,
+            shutdown_delay=shutdown_delay,
+            drain_timeout=drain_timeout,
+            ssl_keyfile=ssl_keyfile,
+            ssl_certfile=ssl_certfile,
+            ssl_ca_certs=ssl_ca_certs,
+            ssl_cert_reqs=ssl_cert_reqs,
+            ssl_ciphers=ssl_ciphers,
+            log_level=log_level,
+            access_log=access_log,
         )
         options.check()
         binding.check([*options.api_keys, *options.operator_keys])

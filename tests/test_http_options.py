@@ -1,11 +1,22 @@
 """How the server is reached: by which methods, names and pages, through proxies, and while it goes down."""
 
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import httpx
 import pytest
 from served import HI, Served, in_process, over_socket, tiny
 
 from radixgen import InvalidRequest
 from radixgen.serve.http.app import ServeOptions
+from radixgen.serve.http.binding import Binding
+from radixgen.serve.http.server import Server
 from radixgen.serve.http.sites import Sites, listed
 
 PAGE, OTHER = "http://page.example:3000", "http://other.example"
@@ -205,3 +216,123 @@ def test_a_slash_behind_models() -> None:
 def test_a_head_of_an_endless_answer_ends() -> None:
     with over_socket(tiny()) as served:
         assert httpx.head(f"{served.url}/tree/events", timeout=30).status_code == 200
+
+
+# -- where it listens -----------------------------------------------------------------------------------------
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with over_socket(tiny(), uds=path) as served, httpx.Client(transport=httpx.HTTPTransport(uds=path)) as client:
+        assert client.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Files of a key and of a certificate for 127.0.0.1, signed by itself."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command = ["openssl", "req", "-x509", *curve, "-keyout", key, "-out", certificate, "-days", "2", *names]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl here")
+    return key, certificate
+
+
+def test_https_with_certificates_of_clients(certificate: tuple[str, str]) -> None:
+    key, chain = certificate
+    own, anonymous = (ssl.create_default_context(cafile=chain) for _ in range(2))
+    own.load_cert_chain(chain, key)
+    options = {"ssl_keyfile": key, "ssl_certfile": chain, "ssl_ca_certs": chain, "ssl_cert_reqs": 2}
+    with over_socket(tiny(), **options) as served:
+        assert httpx.post(f"{served.url}{CHATS}", json=BODY, verify=own).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{served.url}/health", verify=anonymous)
+
+
+def test_tls_that_cannot_be_set_up(certificate: tuple[str, str], tmp_path: Path) -> None:
+    key, chain = certificate
+    other = tmp_path / "other.pem"
+    other.write_text("no PEM")
+    good = {"ssl_keyfile": key, "ssl_certfile": chain}
+    Binding(**good, ssl_ciphers="ECDHE+AESGCM").check([])  # type: ignore[arg-type]
+    for wrong, field in (
+        ({"ssl_certfile": str(other)}, "ssl_certfile"),
+        ({"ssl_keyfile": str(other)}, "ssl_certfile"),
+        ({"ssl_keyfile": None}, "ssl_certfile"),
+        ({"ssl_ciphers": "none such"}, "ssl_certfile"),
+        ({"ssl_ca_certs": str(other)}, "ssl_certfile"),
+        ({"ssl_certfile": None}, "ssl_keyfile"),
+        ({"ssl_certfile": "/no/such"}, "ssl_certfile"),
+        ({"ssl_cert_reqs": 2}, "ssl_cert_reqs"),
+        ({"ssl_cert_reqs": 3}, "ssl_cert_reqs"),
+    ):
+        assert refused(lambda: Binding(**(good | wrong)).check([])) == field, wrong  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"timeout_keep_alive": -1}, "timeout_keep_alive"),
+        ({"shutdown_delay": float("nan")}, "shutdown_delay"),
+        ({"ssl_cert_reqs": 1}, "ssl_cert_reqs"),
+        ({"ssl_ciphers": "ALL"}, "ssl_ciphers"),
+        ({"uds": ""}, "uds"),
+        ({"uds": "/tmp/" + "x" * 103}, "uds"),
+        ({"uds": "/no/such/folder/socket"}, "uds"),
+        ({"uds": __file__}, "uds"),
+    ],
+)
+def test_bindings_that_cannot_be(options: dict[str, Any], field: str) -> None:
+    assert refused(lambda: Binding(**options).check([])) == field
+
+
+def test_a_unix_socket_is_no_address_that_others_reach(tmp_path: Path) -> None:
+    Binding(uds=str(tmp_path / "socket"), host="0.0.0.0").check([])
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The field that is called wrong."""
+    with pytest.raises(InvalidRequest) as caught:
+        call()
+    return caught.value.field
+
+
+# -- going down -----------------------------------------------------------------------------------------------
+
+
+def test_not_ready_before_the_listener_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From SIGTERM on; what comes meanwhile is served, and a second one ends the delay."""
+    delaying, serve_on = threading.Event(), Server._serve_on
+
+    async def seen(server: Server, seconds: float) -> None:
+        delaying.set()
+        await serve_on(server, seconds)
+
+    monkeypatch.setattr(Server, "_serve_on", seen)
+    with over_socket(tiny(), shutdown_delay=600.0) as served:
+        assert served.server is not None and httpx.get(f"{served.url}/ready").status_code == 200
+        served.server.handle_exit(signal.SIGTERM, None)
+        assert delaying.wait(30)
+        assert httpx.get(f"{served.url}/ready").status_code == 503
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert httpx.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
+        served.server.handle_exit(signal.SIGTERM, None)
+        wait_closed(served)
+
+
+def test_an_interrupt_has_no_delay() -> None:
+    with over_socket(tiny(), shutdown_delay=600.0) as served:
+        assert served.server is not None
+        served.server.handle_exit(signal.SIGINT, None)
+        wait_closed(served)
+
+
+def wait_closed(served: Served) -> None:
+    end = time.monotonic() + 30
+    while not served.engine.closed:
+        assert time.monotonic() < end, "the server does not go down"
+        time.sleep(0.01)
