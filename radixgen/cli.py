@@ -213,6 +213,9 @@ def serve(
     ssl_ca_certs: Annotated[str | None, typer.Option(help="Certificates that sign those of clients, PEM.")] = None,
     ssl_cert_reqs: Annotated[int, typer.Option(help="Certificates of clients: 0 none, 1 optional, 2 required.")] = 0,
     ssl_ciphers: Annotated[str | None, typer.Option(help="Cipher suites of TLS 1.2, as OpenSSL lists them.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="File of a chat template in place of the model's, or the template itself.")
+    ] = None,
     ignore_unknown_fields: Annotated[
         bool, typer.Option("--ignore-unknown-fields", help="Ignore fields that are not served, with a warning.")
     ] = False,
@@ -236,6 +239,7 @@ def serve(
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
         from radixgen.serve.http.binding import Binding
+        from radixgen.serve.http.given_template import tokenizer_with
         from radixgen.serve.http.sites import Sites, listed
         from radixgen.serve.http.workers import connect
 
@@ -275,14 +279,16 @@ def serve(
         )
         options.check()
         binding.check([*options.api_keys, *options.operator_keys])
+        tokenizer = None if chat_template is None else tokenizer_with(name or model, chat_template)
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
             backend: Backend
             if zmq is not None:
-                backend = connect(zmq, model=name or model, workers=workers, limits=limits)
+                backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
             else:
                 engine = Engine(
                     name or model,
+                    tokenizer=tokenizer,
                     dtype=dtype,
                     device=device,
                     tensor_parallel_size=tp,

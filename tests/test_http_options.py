@@ -1,5 +1,6 @@
 """How the server is reached: by which methods, names and pages, through proxies, and while it goes down."""
 
+import asyncio
 import signal
 import ssl
 import subprocess
@@ -9,13 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import httpx
 import pytest
+import texts
 from served import HI, Served, in_process, over_socket, tiny
+from typer.testing import CliRunner
 
 from radixgen import InvalidRequest
+from radixgen.cli import app
 from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.http.binding import Binding
+from radixgen.serve.http.given_template import read_template
 from radixgen.serve.http.server import Server
 from radixgen.serve.http.sites import Sites, listed
 
@@ -299,6 +305,68 @@ def refused(call: Callable[[], object]) -> str:
     with pytest.raises(InvalidRequest) as caught:
         call()
     return caught.value.field
+
+
+# -- chat templates -------------------------------------------------------------------------------------------
+
+
+def test_templates_of_the_operator(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    text = "{% for m in messages %}\\n{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    file.write_text(text)
+    assert read_template(str(file)) == text
+    assert read_template(r"{{ a }}\n{{ 'é' }}") == "{{ a }}\n{{ 'é' }}"
+
+
+@pytest.mark.parametrize("given", ["no/such/file", "/", "", "{% if %}", "{{ x", "{{ x }}" * 200_000])
+def test_what_is_no_template(given: str) -> None:
+    assert "chat_template" in refused(lambda: read_template(given))
+
+
+# -- the command line -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    families.build("llama").save_pretrained(path)
+    texts.tokenizer().save_pretrained(path)
+    return path
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, model: Path, *flags: str) -> tuple[Any, ServeOptions, Binding]:
+    """What `radixgen serve` would serve."""
+    found: list[Any] = []
+    monkeypatch.setattr("radixgen.serve.http.server.serve", lambda *parts: found.extend(parts))
+    result = CliRunner().invoke(app, ["serve", str(model), "--kv-tokens", "64", *flags])
+    assert result.exit_code == 0, result.output
+    backend, options, binding = found
+    asyncio.run(backend.close())
+    return backend, options, binding
+
+
+def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    flags = ["--allowed-origins", PAGE, "--allowed-origins", f'["{OTHER}"]', "--allowed-methods", "GET"]
+    flags += ["--allowed-headers", '["x-a", "x-b"]', "--allow-credentials", "--allowed-hosts", "llm.example"]
+    flags += ["--root-path", "/llm", "--timeout-keep-alive", "5", "--shutdown-delay", "2.5", "--uds", "/tmp/radixgen"]
+    _, options, binding = serve(monkeypatch, model, *flags)
+    assert options.root_path == "/llm" and options.sites == Sites(
+        allowed_origins=[PAGE, OTHER],
+        allowed_methods=["GET"],
+        allowed_headers=["x-a", "x-b"],
+        allow_credentials=True,
+        allowed_hosts=["llm.example"],
+    )
+    assert binding == Binding(uds="/tmp/radixgen", timeout_keep_alive=5, shutdown_delay=2.5)
+    _, options, binding = serve(monkeypatch, model)
+    assert options.sites == Sites(allowed_origins=[], allowed_methods=["*"], allowed_headers=["*"], allowed_hosts=[])
+    assert binding == Binding()
+
+
+def test_a_template_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    given = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    backend, _, _ = serve(monkeypatch, model, "--chat-template", given)
+    assert backend.inputs.tokenizer.chat_template == given
 
 
 # -- going down -----------------------------------------------------------------------------------------------

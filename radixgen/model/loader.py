@@ -59,8 +59,16 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", *, ranks: int = 1) -> LoadedModel:
-    """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id.
+def load(
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    *,
+    ranks: int = 1,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> LoadedModel:
+    """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer`: in
+    place of its own.
 
     With `ranks` above 1, this process's share of what `check_shards` found fit; all ranks of the process group load at
     the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
@@ -88,7 +96,8 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
         except Exception as error:
             raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
         check_whole(f"{name} ({config.model_type})", model, info)
-        tokenizer = _tokenizer(source, options)
+        if tokenizer is None:
+            tokenizer = _tokenizer(source, options)
     return LoadedModel(str(name), (model if ranks > 1 else model.to(place)).eval(), tokenizer)
 
 

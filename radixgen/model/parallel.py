@@ -6,6 +6,7 @@ then takes part in it. Within a step the ranks meet in torch.distributed, after 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from radixgen.model.lockstep import Closed, Job, Kind, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
 from radixgen.model.ranks import START_SECONDS, Followers, bound_steps, join, leave
 from radixgen.model.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ParallelModel:
@@ -113,8 +117,10 @@ def shard(
     attention: str = "auto",
     max_model_len: int | None = None,
     max_step_tokens: int = 2048,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[ParallelModel, LoadedModel]:
     """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
+    `tokenizer`: in place of its own.
 
     Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
     """
@@ -136,7 +142,7 @@ def shard(
     try:
         followers.answers(START_SECONDS)
         join(followers.job)
-        runner, loaded = share_of(followers.job)
+        runner, loaded = share_of(followers.job, tokenizer)
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         if place == "cuda":
             followers.on_end(leave)
@@ -149,9 +155,9 @@ def shard(
         raise EngineDead(f"{name}: {ranks} ranks did not start: {how or f'rank 0 raised {error!r}'}") from error
 
 
-def share_of(job: Job) -> tuple[ModelRunner, LoadedModel]:
+def share_of(job: Job, tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[ModelRunner, LoadedModel]:
     """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
-    loaded = load(job.model, job.dtype, job.device, ranks=job.size)
+    loaded = load(job.model, job.dtype, job.device, ranks=job.size, tokenizer=tokenizer)
     tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len, job.max_step_tokens)
     bound_steps(loaded.model)
     return ModelRunner(tree_model, job.attention, loaded.eos_token_ids, graphs=False), loaded

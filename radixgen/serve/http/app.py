@@ -132,17 +132,16 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        root_path=options.root_path,
     )
     own = (completion_routes(context, gate), chat_routes(context, gate), info_routes(context, health, gate))
     for router in (*own, description_route(app, gate), *(routes(gate) for routes in more)):
         check_routes(router)
         app.include_router(router)
-    describe(app)
+    describe(app, options.root_path)
     handlers = ErrorHandlers(context.admission.retry_after)
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
-    app.add_middleware(_Boundary, sites=options.sites, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(_Boundary, options=options, keys_needed=keys.needed, handlers=handlers)
     app.add_middleware(Head)
     if options.sites.allowed_origins:
         app.add_middleware(CORSMiddleware, **options.sites.cors)
@@ -156,9 +155,10 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
 class _Boundary:
     """Refuses what pages of other sites ask for; what no route foresaw ends the one request that it belongs to."""
 
-    def __init__(self, app: ASGIApp, *, sites: Sites, keys_needed: bool, handlers: ErrorHandlers) -> None:
+    def __init__(self, app: ASGIApp, *, options: ServeOptions, keys_needed: bool, handlers: ErrorHandlers) -> None:
         self._app = app
-        self._sites = sites
+        self._sites = options.sites
+        self._root_path = options.root_path
         self._keys_needed = keys_needed
         self._handlers = handlers
 
@@ -166,6 +166,7 @@ class _Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path  # routes are found behind it, where the path has it
         request, begun = Request(scope, receive), False
 
         async def told(message: Message) -> None:
