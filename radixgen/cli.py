@@ -37,7 +37,14 @@ TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes the draws.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TensorParallel = Annotated[int, typer.Option("--tp", help="Processes, and GPUs where there are any, to shard it over.")]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel-size", "--tp", help="Processes, and GPUs if any, to shard the model over.")
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences that run at the same time.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Rows of one step at the most.")]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Never replay steps from CUDA graphs.")]
+EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
 InputFile = Annotated[
     Path | None,
@@ -169,13 +176,13 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 8000,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    tp: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", help="Processes to shard the model over.")] = 1,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at the same time.")] = None,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    tp: TensorParallel = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_tokens: KVTokens = None,
-    enforce_eager: Annotated[bool, typer.Option(help="Never replay steps from CUDA graphs.")] = False,
-    seed: Annotated[int, typer.Option(help="Of requests that have none.")] = 0,
+    enforce_eager: EnforceEager = False,
+    seed: EngineSeed = 0,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests call the model; once for each name.")
     ] = None,
@@ -400,9 +407,12 @@ def worker(
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_tokens: KVTokens = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
-    max_step_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    enforce_eager: EnforceEager = False,
+    seed: EngineSeed = 0,
     kv_events_config: Annotated[str | None, typer.Option(help="JSON, as vLLM's; zmq only.")] = None,
     curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
     curve_server: Annotated[Path | None, typer.Option(exists=True, help="The front end's public key.")] = None,
@@ -415,10 +425,12 @@ def worker(
         "dtype": dtype,
         "device": device,
         "tensor_parallel_size": tp,
-        "kv_tokens": kv_tokens,
         "max_model_len": max_model_len,
-        "max_step_tokens": max_step_tokens,
+        "kv_tokens": kv_tokens,
+        "enforce_eager": enforce_eager,
+        "seed": seed,
     }
+    step_sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     with _errors():
         if backend == "dynamo":
             alone = {
@@ -433,7 +445,7 @@ def worker(
             for field, value in alone.items():
                 if value:
                     raise InvalidRequest(field, value, "goes with --backend zmq")
-            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes, context.args)
+            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes | step_sizes, context.args)
             return
         if backend != "zmq":
             raise InvalidRequest("backend", backend, "must be zmq or dynamo")
@@ -446,11 +458,13 @@ def worker(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
         def load() -> "Engine":
+            from radixgen.core import Limits
             from radixgen.engine import Engine
 
+            limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
             with waiting(Console(stderr=True)) as say:
                 announce_loading(say, model)
-                return Engine(model, **sizes)  # type: ignore[arg-type]
+                return Engine(model, max_step_tokens=max_num_batched_tokens, limits=limits, **sizes)  # type: ignore[arg-type]
 
         drained = serve(
             load,
@@ -534,7 +548,13 @@ def _serve_dynamo(options: dict[str, Any], further: list[str]) -> None:
         from radixgen.serve.dynamo import main
     except ModuleNotFoundError as error:
         raise InvalidRequest("backend", "dynamo", "needs pip install 'radixgen[dynamo]'") from error
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    flags = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
     main([*flags, *further])
 
 

@@ -1,13 +1,16 @@
 """The command line, on a tiny model with a tokenizer."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import families
 import pytest
 import texts
+import typer
 from typer.testing import CliRunner, Result
 
+from radixgen import Engine
 from radixgen.cli import app
 
 
@@ -188,3 +191,32 @@ def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
     assert len(written) <= 3 and all(one in (1, "b") for one in written)
     refused = call(*options, "--regex", "(", "abc")
     assert refused.exit_code == 1 and "llguidance says" in " ".join(refused.stderr.split())
+
+
+ENGINE_OPTIONS = {
+    "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens", "enforce_eager",
+    "seed",
+}  # fmt: skip
+
+
+def test_serve_and_worker_have_one_name_for_one_option() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    serve, worker = ({one.name: one for one in commands[name].params} for name in ("serve", "worker"))
+    assert serve.keys() & worker.keys() >= ENGINE_OPTIONS
+    for name in ENGINE_OPTIONS:
+        ours, theirs = serve[name], worker[name]
+        assert (ours.opts, ours.default, ours.help) == (theirs.opts, theirs.default, theirs.help), name
+
+
+def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+
+    def serve(load: Callable[[], Engine], *_: object, **__: object) -> bool:
+        with load() as engine:
+            found.extend([engine.max_step_tokens, engine.limits.max_num_seqs, engine.max_model_len])
+        return True
+
+    monkeypatch.setattr("radixgen.serve.launch.serve", serve)
+    sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
+    result = call("worker", "--model", model, *sizes, "--enforce-eager", "--seed", 3)
+    assert result.exit_code == 0 and found == [33, 5, 44], result.output

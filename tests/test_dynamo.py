@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from consumer import blocks_of
 from oracle import StampModel
+from typer.testing import CliRunner
 
 import radixgen.engine as engine_module
 from radixgen import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
+from radixgen.cli import app
 from radixgen.serve.dynamo_requests import Usage, chunks, sampling_params
 
 VOCAB = 50
@@ -101,6 +103,23 @@ def test_what_is_registered(dynamo: ModuleType) -> None:
             await anext(served.generate(asked([1]), Context("late")))
 
     asyncio.run(main())
+
+
+def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+    monkeypatch.setattr(dynamo, "main", found.append)
+    flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", "64", "--seed", "3", "--tensor-parallel-size", "2"]
+    command = ["worker", "--backend", "dynamo", "--model", "stamp", "--block-size", "4", "--enforce-eager", *flags]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    options = dynamo._parser().parse_args(found[0])
+    assert (options.model, options.block_size, options.max_num_seqs, options.max_num_batched_tokens) == (
+        "stamp",
+        4,
+        7,
+        64,
+    )
+    assert options.enforce_eager and (options.seed, options.tensor_parallel_size) == (3, 2)
 
 
 def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: ModuleType) -> None:

@@ -18,7 +18,7 @@ from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
 from radixgen.async_engine import AsyncEngine
-from radixgen.core import EngineClosed, InvalidRequest, Stats
+from radixgen.core import EngineClosed, InvalidRequest, Limits, Stats
 from radixgen.core.settings import wait_without_spinning
 from radixgen.engine import Engine
 from radixgen.model import smollm2
@@ -79,7 +79,10 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             tensor_parallel_size=options.tensor_parallel_size,
             kv_tokens=options.kv_tokens,
             max_model_len=options.max_model_len,
-            max_step_tokens=options.max_step_tokens,
+            max_step_tokens=options.max_num_batched_tokens,
+            enforce_eager=options.enforce_eager,
+            seed=options.seed,
+            limits=Limits() if options.max_num_seqs is None else Limits(max_num_seqs=options.max_num_seqs),
         )
         slots = inner.stats().kv_tokens_total
         self._room = min(inner.max_model_len, slots)
@@ -96,7 +99,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
                 kv_cache_block_size=options.block_size,
                 total_kv_blocks=slots // options.block_size,
                 max_num_seqs=inner.limits.max_num_seqs,
-                max_num_batched_tokens=options.max_step_tokens,
+                max_num_batched_tokens=options.max_num_batched_tokens,
             ),
         )
 
@@ -199,7 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes, and GPUs, to shard it over")
     parser.add_argument("--kv-tokens", type=int, help="slots of the KV pool")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
-    parser.add_argument("--max-step-tokens", type=int, default=2048, help="rows of one step at the most")
+    parser.add_argument("--max-num-seqs", type=int, help="sequences that run at the same time")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="rows of one step at the most")
+    parser.add_argument("--enforce-eager", action="store_true", help="never replay steps from CUDA graphs")
+    parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
     parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
     parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")
     parser.add_argument("--drain-timeout", type=float, default=25.0, help=_DRAIN_HELP)
