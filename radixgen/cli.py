@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,9 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this 
 TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes the draws.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+GenerationConfig = Annotated[
+    str, typer.Option(help="Sampling defaults: auto, the model's generation_config.json; vllm, none; or a path.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TensorParallel = Annotated[
     int, typer.Option("--tensor-parallel-size", "--tp", help="Processes, and GPUs if any, to shard the model over.")
@@ -183,6 +186,7 @@ def serve(
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
     seed: EngineSeed = 0,
+    generation_config: GenerationConfig = "auto",
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests call the model; once for each name.")
     ] = None,
@@ -242,6 +246,7 @@ def serve(
         _require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.async_engine import AsyncEngine
         from radixgen.engine import Engine
+        from radixgen.model.sampling_defaults import sampling_defaults
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
@@ -286,9 +291,10 @@ def serve(
         )
         options.check()
         binding.check([*options.api_keys, *options.operator_keys])
-        tokenizer = None if chat_template is None else tokenizer_with(name or model, chat_template)
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
+            options = replace(options, sampling_defaults=sampling_defaults(name or model, generation_config))
+            tokenizer = None if chat_template is None else tokenizer_with(name or model, chat_template)
             backend: Backend
             if zmq is not None:
                 backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)

@@ -59,6 +59,7 @@ def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     model = StampModel(VOCAB, 128)
     module = import_module("radixgen.serve.dynamo")
     monkeypatch.setattr(module, "Engine", lambda name, **options: plain(model, **options, debug=True))
+    monkeypatch.setattr(module, "sampling_defaults", lambda *_: {})
     yield module
     del sys.modules["radixgen.serve.dynamo"]
 
@@ -281,6 +282,10 @@ def test_params_of_a_request_as_dynamo_sends_it() -> None:
         max_tokens=40, stop_token_ids=(0, 2),
     )  # fmt: skip
     assert sampling_params({}, 40) == SamplingParams(max_tokens=40)
+    defaults = {"temperature": 0.5, "top_k": 7, "max_tokens": 9}
+    assert sampling_params({}, 40, defaults) == SamplingParams(temperature=0.5, top_k=7, max_tokens=9)
+    set_ones = {"sampling_options": {"temperature": 0.0, "top_k": None}, "stop_conditions": {"max_tokens": 20}}
+    assert sampling_params(set_ones, 40, defaults) == SamplingParams(temperature=0.0, top_k=7, max_tokens=20)
     assert sampling_params({"stop_conditions": {"max_tokens": 50}}, 40).max_tokens == 40
     ignoring = {"stop_conditions": {"ignore_eos": True, "stop_token_ids_hidden": [2]}}
     assert sampling_params(ignoring, 9) == SamplingParams(max_tokens=9, ignore_eos=True)

@@ -363,6 +363,13 @@ def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Pat
     assert binding == Binding()
 
 
+def test_sampling_defaults_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"top_k": 9}')
+    for given, expected in ((tmp_path, {"top_k": 9}), ("vllm", {})):
+        _, options, _ = serve(monkeypatch, model, "--generation-config", str(given))
+        assert options.sampling_defaults == expected
+
+
 def test_a_template_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     given = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     backend, _, _ = serve(monkeypatch, model, "--chat-template", given)

@@ -17,8 +17,9 @@ from radixgen.model.checkpoint import check_quantization, check_whole
 from radixgen.model.ends import end_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,6 +126,32 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
     source, options = _found(name)
     with quiet_transformers():
         return _tokenizer(source, options)
+
+
+def load_generation_config(name: str | Path) -> "GenerationConfig | None":
+    """The `generation_config.json` of `name`, or `name` itself where it is such a file; None where there is none.
+
+    Raises `ModelNotFound`, and `InvalidRequest` for a file that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json":
+        source, file = str(path.parent), path.name
+    elif (path / _GENERATION_CONFIG).is_file():
+        source, file = str(path), _GENERATION_CONFIG
+    else:
+        source, options = _found(name)
+        if options:
+            return None
+        file = _GENERATION_CONFIG
+    with quiet_transformers():
+        try:
+            return GenerationConfig.from_pretrained(source, file)
+        except (OSError, TypeError, ValueError) as error:
+            if isinstance(error, OSError) and not Path(source, file).exists():
+                return None
+            raise InvalidRequest("generation_config", str(Path(source, file)), f"cannot be read: {error}") from error
 
 
 @contextmanager

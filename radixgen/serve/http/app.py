@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -51,6 +52,7 @@ class ServeOptions:
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
     sites: which web pages may use it, and under which names it is reached.
     root_path: what a proxy has in front of every path; requests may come with it or without.
+    sampling_defaults: fields of `SamplingParams` for requests that do not set them; `max_tokens` is of chats.
     """
 
     names: Sequence[str] = ()
@@ -64,6 +66,7 @@ class ServeOptions:
     ignore_unknown_fields: bool = False
     sites: Sites = field(default_factory=Sites)
     root_path: str = ""
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `InvalidRequest` for the first that is out of its range."""
@@ -109,6 +112,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         request_timeout=options.request_timeout,
         send_timeout=options.send_timeout,
         ignore_unknown_fields=options.ignore_unknown_fields,
+        sampling_defaults=dict(options.sampling_defaults),
     )
     gate = Gate(keys)
 

@@ -144,6 +144,7 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
         "open": context.admission.open,
         "sessions": len(context.sessions),
         "limits": asdict(inputs.limits),
+        "sampling_defaults": dict(context.sampling_defaults),
         "stats": None if stats is None else msgspec.to_builtins(stats),
     }
 
