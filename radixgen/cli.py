@@ -49,6 +49,9 @@ MaxNumBatchedTokens = Annotated[int, typer.Option(help="Rows of one step at the 
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Never replay steps from CUDA graphs.")]
 EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
+DrainTimeout = Annotated[
+    float, typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds that open requests have after SIGTERM.")
+]
 InputFile = Annotated[
     Path | None,
     typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, a line each."),
@@ -203,7 +206,7 @@ def serve(
     shutdown_delay: Annotated[
         float, typer.Option(help="Seconds after SIGTERM with /ready at 503 and requests still taken.")
     ] = 1,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
+    drain_timeout: DrainTimeout = 30,
     allowed_origins: Annotated[
         list[str] | None, typer.Option(help="Web pages that may use it (CORS), once for each; * is any.")
     ] = None,
@@ -423,7 +426,7 @@ def worker(
     curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
     curve_server: Annotated[Path | None, typer.Option(exists=True, help="The front end's public key.")] = None,
     allow_insecure_tcp: Annotated[bool, typer.Option(help="TCP without keys, for whoever reaches it.")] = False,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests have to end in after SIGTERM.")] = 25.0,
+    drain_timeout: DrainTimeout = 25.0,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without a step that make it unhealthy.")] = 60.0,
 ) -> None:
     """Serve a model to SMG, NVIDIA Dynamo or radixgen.Client. SIGTERM drains; a second one stops at once."""

@@ -206,6 +206,8 @@ def test_serve_and_worker_have_one_name_for_one_option() -> None:
     for name in ENGINE_OPTIONS:
         ours, theirs = serve[name], worker[name]
         assert (ours.opts, ours.default, ours.help) == (theirs.opts, theirs.default, theirs.help), name
+    for name in ("drain_timeout", "stall_timeout"):
+        assert serve[name].opts == worker[name].opts, name
 
 
 def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

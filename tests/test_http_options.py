@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -231,6 +232,10 @@ def test_a_unix_socket(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with over_socket(tiny(), uds=path) as served, httpx.Client(transport=httpx.HTTPTransport(uds=path)) as client:
         assert client.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
+        assert refused(lambda: Binding(uds=path).check([])) == "uds", "it is taken"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "left"))
+    Binding(uds=str(tmp_path / "left")).check([])
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Where and how the server listens."""
 
 import os
+import socket
 import ssl
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,5 +109,10 @@ def _check_socket_path(path: str) -> None:
     place = Path(path)
     if not place.parent.is_dir():
         raise InvalidRequest("uds", path, "must be in a folder that exists")
-    if place.exists() and not stat.S_ISSOCK(place.stat().st_mode):
+    if not place.exists():
+        return
+    if not stat.S_ISSOCK(place.stat().st_mode):
         raise InvalidRequest("uds", path, "there is a file that is no socket")
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):  # nobody listens at one that was left behind
+        probe.connect(path)
+        raise InvalidRequest("uds", path, "another process listens there")
