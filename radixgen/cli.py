@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,9 +36,22 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this 
 TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes the draws.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+GenerationConfig = Annotated[
+    str, typer.Option(help="Sampling defaults: auto, the model's generation_config.json; vllm, none; or a path.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TensorParallel = Annotated[int, typer.Option("--tp", help="Processes, and GPUs where there are any, to shard it over.")]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel-size", "--tp", help="Processes, and GPUs if any, to shard the model over.")
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences that run at the same time.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Rows of one step at the most.")]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Never replay steps from CUDA graphs.")]
+EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
+DrainTimeout = Annotated[
+    float, typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds that open requests have after SIGTERM.")
+]
 InputFile = Annotated[
     Path | None,
     typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, a line each."),
@@ -170,13 +183,14 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 8000,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    tp: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", help="Processes to shard the model over.")] = 1,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at the same time.")] = None,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    tp: TensorParallel = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_tokens: KVTokens = None,
-    enforce_eager: Annotated[bool, typer.Option(help="Never replay steps from CUDA graphs.")] = False,
-    seed: Annotated[int, typer.Option(help="Of requests that have none.")] = 0,
+    enforce_eager: EnforceEager = False,
+    seed: EngineSeed = 0,
+    generation_config: GenerationConfig = "auto",
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What requests call the model; once for each name.")
     ] = None,
@@ -192,7 +206,34 @@ def serve(
     ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds for open requests to end in when told to stop.")] = 30,
+    timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
+    shutdown_delay: Annotated[
+        float, typer.Option(help="Seconds after SIGTERM with /ready at 503 and requests still taken.")
+    ] = 1,
+    drain_timeout: DrainTimeout = 30,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="Web pages that may use it (CORS), once for each; * is any.")
+    ] = None,
+    allowed_methods: Annotated[
+        list[str] | None, typer.Option(help="Methods of their requests; all by default.")
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None, typer.Option(help="Headers of their requests; all by default.")
+    ] = None,
+    allow_credentials: Annotated[bool, typer.Option("--allow-credentials", help="Let them send credentials.")] = False,
+    allowed_hosts: Annotated[
+        list[str] | None, typer.Option(help="Names of the server in Host, once for each; *.example.com is all below.")
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="What a proxy has in front of every path.")] = "",
+    uds: Annotated[str | None, typer.Option(help="Unix socket to listen on, in place of --host and --port.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Private key for HTTPS, PEM.")] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="Certificate for HTTPS, PEM.")] = None,
+    ssl_ca_certs: Annotated[str | None, typer.Option(help="Certificates that sign those of clients, PEM.")] = None,
+    ssl_cert_reqs: Annotated[int, typer.Option(help="Certificates of clients: 0 none, 1 optional, 2 required.")] = 0,
+    ssl_ciphers: Annotated[str | None, typer.Option(help="Cipher suites of TLS 1.2, as OpenSSL lists them.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="File of a chat template in place of the model's, or the template itself.")
+    ] = None,
     ignore_unknown_fields: Annotated[
         bool, typer.Option("--ignore-unknown-fields", help="Ignore fields that are not served, with a warning.")
     ] = False,
@@ -216,9 +257,13 @@ def serve(
         _require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.async_engine import AsyncEngine
         from radixgen.engine import Engine
+        from radixgen.model.sampling_defaults import sampling_defaults
         from radixgen.serve.http import server
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
+        from radixgen.serve.http.binding import Binding
+        from radixgen.serve.http.given_template import tokenizer_with
+        from radixgen.serve.http.sites import Sites, listed
         from radixgen.serve.http.workers import connect
 
         limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
@@ -232,20 +277,43 @@ def serve(
             stall_timeout=stall_timeout,
             metrics_compat=metrics_compat,
             ignore_unknown_fields=ignore_unknown_fields,
+            root_path=root_path,
+            sites=Sites(
+                allowed_origins=listed("allowed_origins", allowed_origins),
+                allowed_methods=listed("allowed_methods", allowed_methods) or ["*"],
+                allowed_headers=listed("allowed_headers", allowed_headers) or ["*"],
+                allow_credentials=allow_credentials,
+                allowed_hosts=listed("allowed_hosts", allowed_hosts),
+            ),
         )
-        binding = server.Binding(
-            host=host, port=port, drain_timeout=drain_timeout, log_level=log_level, access_log=access_log
+        binding = Binding(
+            host=host,
+            port=port,
+            uds=uds,
+            timeout_keep_alive=timeout_keep_alive,
+            shutdown_delay=shutdown_delay,
+            drain_timeout=drain_timeout,
+            ssl_keyfile=ssl_keyfile,
+            ssl_certfile=ssl_certfile,
+            ssl_ca_certs=ssl_ca_certs,
+            ssl_cert_reqs=ssl_cert_reqs,
+            ssl_ciphers=ssl_ciphers,
+            log_level=log_level,
+            access_log=access_log,
         )
         options.check()
         binding.check([*options.api_keys, *options.operator_keys])
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
+            options = replace(options, sampling_defaults=sampling_defaults(name or model, generation_config))
+            tokenizer = None if chat_template is None else tokenizer_with(name or model, chat_template)
             backend: Backend
             if zmq is not None:
-                backend = connect(zmq, model=name or model, workers=workers, limits=limits)
+                backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
             else:
                 engine = Engine(
                     name or model,
+                    tokenizer=tokenizer,
                     dtype=dtype,
                     device=device,
                     tensor_parallel_size=tp,
@@ -357,14 +425,17 @@ def worker(
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_tokens: KVTokens = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
-    max_step_tokens: Annotated[int, typer.Option(help="Rows of one step at the most.")] = 2048,
+    enforce_eager: EnforceEager = False,
+    seed: EngineSeed = 0,
     kv_events_config: Annotated[str | None, typer.Option(help="JSON, as vLLM's; zmq only.")] = None,
     curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
     curve_server: Annotated[Path | None, typer.Option(exists=True, help="The front end's public key.")] = None,
     allow_insecure_tcp: Annotated[bool, typer.Option(help="TCP without keys, for whoever reaches it.")] = False,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests have to end in after SIGTERM.")] = 25.0,
+    drain_timeout: DrainTimeout = 25.0,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without a step that make it unhealthy.")] = 60.0,
 ) -> None:
     """Serve a model to SMG, NVIDIA Dynamo or radixgen.Client. SIGTERM drains; a second one stops at once."""
@@ -372,10 +443,12 @@ def worker(
         "dtype": dtype,
         "device": device,
         "tensor_parallel_size": tp,
-        "kv_tokens": kv_tokens,
         "max_model_len": max_model_len,
-        "max_step_tokens": max_step_tokens,
+        "kv_tokens": kv_tokens,
+        "enforce_eager": enforce_eager,
+        "seed": seed,
     }
+    step_sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     with _errors():
         if backend == "dynamo":
             alone = {
@@ -390,7 +463,7 @@ def worker(
             for field, value in alone.items():
                 if value:
                     raise InvalidRequest(field, value, "goes with --backend zmq")
-            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes, context.args)
+            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes | step_sizes, context.args)
             return
         if backend != "zmq":
             raise InvalidRequest("backend", backend, "must be zmq or dynamo")
@@ -403,11 +476,13 @@ def worker(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
         def load() -> "Engine":
+            from radixgen.core import Limits
             from radixgen.engine import Engine
 
+            limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
             with waiting(Console(stderr=True)) as say:
                 announce_loading(say, model)
-                return Engine(model, **sizes)  # type: ignore[arg-type]
+                return Engine(model, max_step_tokens=max_num_batched_tokens, limits=limits, **sizes)  # type: ignore[arg-type]
 
         drained = serve(
             load,
@@ -494,7 +569,13 @@ def _serve_dynamo(options: dict[str, Any], further: list[str]) -> None:
         from radixgen.serve.dynamo import main
     except ModuleNotFoundError as error:
         raise InvalidRequest("backend", "dynamo", "needs pip install 'radixgen[dynamo]'") from error
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    flags = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
     main([*flags, *further])
 
 

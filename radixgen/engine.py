@@ -96,7 +96,8 @@ class Engine:
         """
         model: `"smollm2"`, a directory, a `.gguf` file, a hub id, a transformers model (borrowed until `close`), or
         anything that has the methods of `radixgen.model.base.Model`.
-        tokenizer: for a model given as an object; a model without one serves token ids.
+        tokenizer: of a model given as an object, or in place of the one that a name brings; a model without one serves
+            token ids.
         dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
         tensor_parallel_size: processes that a model given by name is sharded over, this one and those that it starts,
             with a GPU each where the machine has any.
@@ -742,6 +743,7 @@ def _served(
             attention=attention,
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
+            tokenizer=tokenizer,
         )
         return sharded, loaded.tokenizer
     if isinstance(model, Model):
@@ -766,7 +768,7 @@ def _loaded(
     device: str,
 ) -> LoadedModel:
     if isinstance(model, str | Path):
-        return load(model, dtype, device)
+        return load(model, dtype, device, tokenizer=tokenizer)
 
     from transformers import PreTrainedModel
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from radixgen.core import InvalidRequest
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from transformers import PreTrainedTokenizerBase
 
 _RESERVED = {"messages", "conversations", "tokenizer", "loop", "caller", "varargs", "kwargs", "self"}
@@ -25,6 +26,16 @@ def check_options(field: str, options: Mapping[str, Any], tokenizer: "PreTrained
         if name not in known:
             limit = f"is no variable of the chat template that a request may set: {', '.join(sorted(known)) or 'none'}"
             raise InvalidRequest(f"{field}.{name}"[:200], value, limit[:1_000])
+
+
+def check_template(field: str, text: str) -> None:
+    """Raise `InvalidRequest` for what is no Jinja template."""
+    from jinja2 import TemplateError
+
+    try:
+        _environment().parse(text)
+    except TemplateError as error:
+        raise InvalidRequest(field, text, f"is no Jinja template: {error}") from error
 
 
 def template_variables(template: str | Mapping[str, str]) -> frozenset[str]:
@@ -50,9 +61,19 @@ def _arguments(kind: type["PreTrainedTokenizerBase"]) -> frozenset[str]:
 
 @lru_cache
 def _names(text: str) -> frozenset[str]:
-    from jinja2 import Environment, TemplateError
-    from jinja2.ext import Extension, loopcontrols
+    from jinja2 import TemplateError
     from jinja2.meta import find_undeclared_variables
+
+    try:
+        return frozenset(find_undeclared_variables(_environment().parse(text)))
+    except TemplateError:
+        return frozenset()
+
+
+def _environment() -> "Environment":
+    """That parses what transformers renders."""
+    from jinja2 import Environment
+    from jinja2.ext import Extension, loopcontrols
 
     class Generation(Extension):
         """`{% generation %}`, by which transformers marks the assistant's text."""
@@ -63,7 +84,4 @@ def _names(text: str) -> frozenset[str]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    try:
-        return frozenset(find_undeclared_variables(Environment(extensions=[Generation, loopcontrols]).parse(text)))
-    except TemplateError:
-        return frozenset()
+    return Environment(extensions=[Generation, loopcontrols])

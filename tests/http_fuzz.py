@@ -175,7 +175,8 @@ def serve() -> None:
 
     from radixgen import AsyncEngine
     from radixgen.serve.http.app import ServeOptions, create_app
-    from radixgen.serve.http.server import Binding, Server
+    from radixgen.serve.http.binding import Binding
+    from radixgen.serve.http.server import Server
 
     torch.set_num_threads(1)
     sys.setswitchinterval(0.001)

@@ -16,7 +16,8 @@ from scripted import ScriptedStamps, tokenizer
 
 from radixgen import AsyncEngine, Engine, Limits, RequestOutput
 from radixgen.serve.http.app import ServeOptions, create_app
-from radixgen.serve.http.server import Binding, Server, whole_app
+from radixgen.serve.http.binding import Binding
+from radixgen.serve.http.server import Server, whole_app
 
 CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 HI = [{"role": "user", "content": "hi"}]
@@ -77,19 +78,24 @@ class Served:
 
 @contextmanager
 def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
-    """A server in a thread of its own; in the end nothing is left of its requests."""
-    drain, port = options.pop("drain_timeout", 10.0), options.pop("port", 0)
+    """A server in a thread of its own; in the end nothing is left of its requests. Options of `Binding` may be among
+    those of the application.
+    """
+    listens = {name: options.pop(name) for name in Binding.__dataclass_fields__ if name in options}
+    binding = Binding(**({"port": 0, "drain_timeout": 10.0} | listens))
     served = AsyncEngine(engine)
     app = whole_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
-    server = Server(app, Binding(port=port, drain_timeout=drain))
+    server = Server(app, binding)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server does not start"
             time.sleep(0.002)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        found = Served(f"http://127.0.0.1:{port}", app, served, server)
+        address = server.servers[0].sockets[0].getsockname()
+        scheme = "http" if binding.ssl_certfile is None else "https"
+        url = f"{scheme}://127.0.0.1:{address[1]}" if binding.uds is None else f"{scheme}://localhost"
+        found = Served(url, app, served, server)
         while not app.state.health.warm:
             time.sleep(0.002)
         yield found

@@ -104,6 +104,13 @@ def test_end_tokens(configured: object, template: str | None, eos: str | None, e
     assert ("no end token" in caplog.text) == (not ends)
 
 
+def test_another_tokenizer_has_its_own_end_tokens(saved: Path) -> None:
+    """Given beside a name it was ignored."""
+    given = tokenizer(TURNS, "<end>")
+    with Engine(saved, tokenizer=given, kv_tokens=64) as engine:
+        assert engine.tokenizer is given and {1, 2} <= engine.eos_token_ids
+
+
 def test_the_default_model_ends_at_its_template_s_token(saved: Path) -> None:
     loaded = load("smollm2")
     loaded.model.generation_config.eos_token_id = 0

@@ -2,11 +2,13 @@
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import families
 import pytest
 import texts
+import typer
 from typer.testing import CliRunner, Result
 
 from radixgen import Engine, cli
@@ -224,3 +226,34 @@ def test_every_option_of_an_engine_is_known() -> None:
 def test_workers_are_waited_for_behind_an_address_only() -> None:
     result = call("serve", "--workers", 2)
     assert result.exit_code == 1 and "workers=2: goes with --zmq" in result.stderr
+
+
+SHARED_OPTIONS = {
+    "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens", "enforce_eager",
+    "seed",
+}  # fmt: skip
+
+
+def test_serve_and_worker_have_one_name_for_one_option() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    serve, worker = ({one.name: one for one in commands[name].params} for name in ("serve", "worker"))
+    assert serve.keys() & worker.keys() >= SHARED_OPTIONS
+    for name in SHARED_OPTIONS:
+        ours, theirs = serve[name], worker[name]
+        assert (ours.opts, ours.default, ours.help) == (theirs.opts, theirs.default, theirs.help), name
+    for name in ("drain_timeout", "stall_timeout"):
+        assert serve[name].opts == worker[name].opts, name
+
+
+def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+
+    def serve(load: Callable[[], Engine], *_: object, **__: object) -> bool:
+        with load() as engine:
+            found.extend([engine.max_step_tokens, engine.limits.max_num_seqs, engine.max_model_len])
+        return True
+
+    monkeypatch.setattr("radixgen.serve.launch.serve", serve)
+    sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
+    result = call("worker", "--model", model, *sizes, "--enforce-eager", "--seed", 3)
+    assert result.exit_code == 0 and found == [33, 5, 44], result.output

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from consumer import blocks_of
 from oracle import StampModel
+from typer.testing import CliRunner
 
 import radixgen.engine as engine_module
 from radixgen import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
+from radixgen.cli import app
 from radixgen.serve.dynamo_requests import Usage, chunks, sampling_params
 
 VOCAB = 50
@@ -57,6 +59,7 @@ def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     model = StampModel(VOCAB, 128)
     module = import_module("radixgen.serve.dynamo")
     monkeypatch.setattr(module, "Engine", lambda name, **options: plain(model, **options, debug=True))
+    monkeypatch.setattr(module, "sampling_defaults", lambda *_: {})
     yield module
     del sys.modules["radixgen.serve.dynamo"]
 
@@ -101,6 +104,23 @@ def test_what_is_registered(dynamo: ModuleType) -> None:
             await anext(served.generate(asked([1]), Context("late")))
 
     asyncio.run(main())
+
+
+def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str]] = []
+    monkeypatch.setattr(dynamo, "main", found.append)
+    flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", "64", "--seed", "3", "--tensor-parallel-size", "2"]
+    command = ["worker", "--backend", "dynamo", "--model", "stamp", "--block-size", "4", "--enforce-eager", *flags]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    options = dynamo._parser().parse_args(found[0])
+    assert (options.model, options.block_size, options.max_num_seqs, options.max_num_batched_tokens) == (
+        "stamp",
+        4,
+        7,
+        64,
+    )
+    assert options.enforce_eager and (options.seed, options.tensor_parallel_size) == (3, 2)
 
 
 def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: ModuleType) -> None:
@@ -262,6 +282,10 @@ def test_params_of_a_request_as_dynamo_sends_it() -> None:
         max_tokens=40, stop_token_ids=(0, 2),
     )  # fmt: skip
     assert sampling_params({}, 40) == SamplingParams(max_tokens=40)
+    defaults = {"temperature": 0.5, "top_k": 7, "max_tokens": 9}
+    assert sampling_params({}, 40, defaults) == SamplingParams(temperature=0.5, top_k=7, max_tokens=9)
+    set_ones = {"sampling_options": {"temperature": 0.0, "top_k": None}, "stop_conditions": {"max_tokens": 20}}
+    assert sampling_params(set_ones, 40, defaults) == SamplingParams(temperature=0.0, top_k=7, max_tokens=20)
     assert sampling_params({"stop_conditions": {"max_tokens": 50}}, 40).max_tokens == 40
     ignoring = {"stop_conditions": {"ignore_eos": True, "stop_token_ids_hidden": [2]}}
     assert sampling_params(ignoring, 9) == SamplingParams(max_tokens=9, ignore_eos=True)

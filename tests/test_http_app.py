@@ -17,9 +17,9 @@ from served import HI, Served, in_process, limited, scripted, slowed, tiny
 from radixgen import AsyncEngine, Engine, InvalidRequest, RequestOutput, SamplingParams
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys, access_of, is_loopback
+from radixgen.serve.http.binding import Binding
 from radixgen.serve.http.body import decode
 from radixgen.serve.http.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from radixgen.serve.http.server import Binding
 
 GREEDY = {"temperature": 0, "max_tokens": 4}
 

@@ -206,11 +206,10 @@ def test_a_client_that_takes_nothing_is_let_go_of() -> None:
         connection.close()
 
 
-def test_connections_that_do_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_that_do_nothing_are_closed() -> None:
     """Silent ones, half a request, and who takes nothing of an answer; not who takes it slowly."""
-    monkeypatch.setattr("radixgen.serve.http.server._KEEP_ALIVE_SECONDS", 2)
     body = {**LONG, "n": 32, "logprobs": 20, "return_token_ids": True}
-    with over_socket(tiny()) as served:
+    with over_socket(tiny(), timeout_keep_alive=2) as served:
         assert served.server is not None
         address = httpx.URL(served.url)
         silent, half = (socket.create_connection((address.host, address.port or 0)) for _ in range(2))

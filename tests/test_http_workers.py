@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import families
 import httpx
 import pytest
 from served import in_process, tiny
 from texts import tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from radixgen import AsyncClient, Engine, Stats
 from radixgen.serve.http.app import ServeOptions, create_app
@@ -35,7 +37,13 @@ def working(client: AsyncClient, engine: Engine, index: int = 0) -> Iterator[Wor
         assert not thread.is_alive()
 
 
-def over_workers(ask: Ask, *, before: Callable[[Worker], None] = lambda _: None, **options: Any) -> Any:
+def over_workers(
+    ask: Ask,
+    *,
+    before: Callable[[Worker], None] = lambda _: None,
+    text: PreTrainedTokenizerFast | None = None,
+    **options: Any,
+) -> Any:
     """What `ask` returns of an application over one worker; in the end nothing is left of its requests."""
 
     async def whole() -> Any:
@@ -43,7 +51,7 @@ def over_workers(ask: Ask, *, before: Callable[[Worker], None] = lambda _: None,
             with working(client, tiny()) as worker:
                 before(worker)
                 await client.wait()
-                backend = Workers(client, tokenizer(), model_name="tiny")
+                backend = Workers(client, text or tokenizer(), model_name="tiny")
                 app = create_app(backend, ServeOptions(names=["tiny"], **options))
                 async with app.router.lifespan_context(app):
                     while not app.state.health.warm:
@@ -90,6 +98,23 @@ def stream(**body: Any) -> Ask:
         return "".join(httpx.Response(200, text=chunk).json()["choices"][0]["text"] for chunk in chunks)
 
     return ask
+
+
+@pytest.mark.parametrize("body", [{}, {"ignore_eos": True}, {"stop_token_ids": [26]}], ids=str)
+def test_answers_end_where_the_front_end_s_template_ends_them(body: dict[str, Any]) -> None:
+    """Workers know only their own tokenizer's; `serve --chat-template` gives another."""
+    text = tokenizer()
+    text.add_special_tokens({"additional_special_tokens": [";"]})
+    text.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    ask = post("/v1/completions", **GREEDY | body)
+
+    async def by_engine(client: httpx.AsyncClient, _: Any) -> Any:
+        return await ask(client)
+
+    status, told = over_workers(ask, text=text)
+    (choice,) = told["choices"]
+    assert status == 200 and choice["finish_reason"] == ("length" if body.get("ignore_eos") else "stop")
+    assert (status, told) == in_process(by_engine, Engine(families.build("llama"), tokenizer=text, kv_tokens=2048))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
         eos = model.config.get_text_config().eos_token_id
     ids = {eos} if isinstance(eos, int) else set(eos or ())
     if tokenizer is not None:
-        ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
+        ids |= {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     known = model.get_input_embeddings().weight.shape[0]
     ends = frozenset(token for token in ids if token < known)
     if not ends:
@@ -28,7 +28,7 @@ def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
     return ends
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def end_of_turn(tokenizer: Any) -> int | None:
     """The special token behind an answer in the chat template; None where there is no template, or no such token."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None

@@ -17,8 +17,9 @@ from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_quanti
 from radixgen.model.ends import end_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,8 +60,16 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", *, ranks: int = 1) -> LoadedModel:
-    """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id.
+def load(
+    name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    *,
+    ranks: int = 1,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> LoadedModel:
+    """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer`: in
+    place of its own.
 
     With `ranks` above 1, this process's share of what `check_shards` found fit; all ranks of the process group load at
     the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
@@ -88,7 +97,8 @@ def load(name: str | Path, dtype: str | torch.dtype = "auto", device: str = "aut
         except Exception as error:
             raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
         check_whole(f"{name} ({config.model_type})", model, info)
-        tokenizer = _tokenizer(source, options)
+        if tokenizer is None:
+            tokenizer = _tokenizer(source, options)
     return LoadedModel(str(name), (model if ranks > 1 else model.to(place)).eval(), tokenizer)
 
 
@@ -116,6 +126,32 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
     source, options = _found(name)
     with quiet_transformers():
         return _tokenizer(source, options)
+
+
+def load_generation_config(name: str | Path) -> "GenerationConfig | None":
+    """The `generation_config.json` of `name`, or `name` itself where it is such a file; None where there is none.
+
+    Raises `ModelNotFound`, and `InvalidRequest` for a file that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json":
+        source, file = str(path.parent), path.name
+    elif (path / _GENERATION_CONFIG).is_file():
+        source, file = str(path), _GENERATION_CONFIG
+    else:
+        source, options = _found(name)
+        if options:
+            return None
+        file = _GENERATION_CONFIG
+    with quiet_transformers():
+        try:
+            return GenerationConfig.from_pretrained(source, file)
+        except (OSError, TypeError, ValueError) as error:
+            if isinstance(error, OSError) and not Path(source, file).exists():
+                return None
+            raise InvalidRequest("generation_config", str(Path(source, file)), f"cannot be read: {error}") from error
 
 
 @contextmanager

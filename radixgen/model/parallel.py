@@ -7,6 +7,7 @@ then takes part in it. Within a step the ranks meet in torch.distributed, after 
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from radixgen.model.lockstep import Closed, Job, Kind, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
 from radixgen.model.ranks import START_SECONDS, Followers, bound_steps, join
 from radixgen.model.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ParallelModel:
@@ -115,8 +119,10 @@ def shard(
     attention: str = "auto",
     max_model_len: int | None = None,
     max_step_tokens: int = 2048,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[ParallelModel, LoadedModel]:
     """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
+    `tokenizer`: in place of its own.
 
     Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
     """
@@ -143,7 +149,7 @@ def shard(
         if place == "cuda":
             torch.cuda.set_device(0)  # of this thread: steps may run in it
         with as_rank_0():
-            runner, loaded = followers.beside(partial(_load_rank_0, followers.job))
+            runner, loaded = followers.beside(partial(_load_rank_0, followers.job, tokenizer))
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
     except BaseException as error:
@@ -154,14 +160,14 @@ def shard(
         raise EngineDead(f"{name}: {ranks} ranks did not start: {how or f'rank 0 raised {error!r}'}") from error
 
 
-def _load_rank_0(job: Job) -> tuple[ModelRunner, LoadedModel]:
+def _load_rank_0(job: Job, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[ModelRunner, LoadedModel]:
     join(job)
-    return share_of(job)
+    return share_of(job, tokenizer)
 
 
-def share_of(job: Job) -> tuple[ModelRunner, LoadedModel]:
+def share_of(job: Job, tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[ModelRunner, LoadedModel]:
     """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
-    loaded = load(job.model, job.dtype, job.device, ranks=job.size)
+    loaded = load(job.model, job.dtype, job.device, ranks=job.size, tokenizer=tokenizer)
     tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len, job.max_step_tokens)
     bound_steps(loaded.model)
     return ModelRunner(tree_model, job.attention, loaded.eos_token_ids, graphs=False), loaded

@@ -18,10 +18,11 @@ from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
 from radixgen.async_engine import AsyncEngine
-from radixgen.core import EngineClosed, InvalidRequest, Stats
+from radixgen.core import EngineClosed, InvalidRequest, Limits, Stats
 from radixgen.core.settings import wait_without_spinning
 from radixgen.engine import Engine
 from radixgen.model import smollm2
+from radixgen.model.sampling_defaults import sampling_defaults
 from radixgen.serve.dynamo_requests import Chunk, Usage, check_adapter, chunks, sampling_params
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 
@@ -43,6 +44,8 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         self._publisher: Any = None
         self._room = 0
         """Tokens that a prompt and its output may have"""
+        self._defaults: dict[str, Any] = {}
+        """Fields of `SamplingParams` for requests that do not set them"""
         self._open: dict[str, set[str]] = {}
         """Our names of the requests under each of Dynamo's, which clients may choose"""
         self._serial = count(1)
@@ -71,6 +74,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         """Load the model. What Dynamo registers of it."""
         del worker_id
         options = self._options
+        self._defaults = await asyncio.to_thread(sampling_defaults, options.model, options.generation_config)
         inner = await asyncio.to_thread(
             Engine,
             options.model,
@@ -79,7 +83,10 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             tensor_parallel_size=options.tensor_parallel_size,
             kv_tokens=options.kv_tokens,
             max_model_len=options.max_model_len,
-            max_step_tokens=options.max_step_tokens,
+            max_step_tokens=options.max_num_batched_tokens,
+            enforce_eager=options.enforce_eager,
+            seed=options.seed,
+            limits=Limits() if options.max_num_seqs is None else Limits(max_num_seqs=options.max_num_seqs),
         )
         slots = inner.stats().kv_tokens_total
         self._room = min(inner.max_model_len, slots)
@@ -96,7 +103,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
                 kv_cache_block_size=options.block_size,
                 total_kv_blocks=slots // options.block_size,
                 max_num_seqs=inner.limits.max_num_seqs,
-                max_num_batched_tokens=options.max_step_tokens,
+                max_num_batched_tokens=options.max_num_batched_tokens,
             ),
         )
 
@@ -110,7 +117,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         try:
             check_adapter(request, (self._options.served_model_name, self._options.model))
             prompt = request["token_ids"]
-            params = sampling_params(request, self._room - len(prompt))
+            params = sampling_params(request, self._room - len(prompt), self._defaults)
             usage = Usage(len(prompt))
             async with aclosing(engine.generate(prompt, params, request_id=own)) as outputs:
                 async for output in outputs:
@@ -200,7 +207,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes, and GPUs, to shard it over")
     parser.add_argument("--kv-tokens", type=int, help="slots of the KV pool")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
-    parser.add_argument("--max-step-tokens", type=int, default=2048, help="rows of one step at the most")
+    parser.add_argument("--max-num-seqs", type=int, help="sequences that run at the same time")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="rows of one step at the most")
+    parser.add_argument("--enforce-eager", action="store_true", help="never replay steps from CUDA graphs")
+    parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
+    parser.add_argument(
+        "--generation-config",
+        default="auto",
+        help="sampling defaults: auto, the model's generation_config.json; vllm, none; or a path",
+    )
     parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
     parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")
     parser.add_argument("--drain-timeout", type=float, default=25.0, help=_DRAIN_HELP)

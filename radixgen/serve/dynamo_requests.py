@@ -25,8 +25,9 @@ _GRAMMARS = {"json": "json_schema", "regex": "regex", "choice": "choice", "gramm
 _REASONS = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 
-def sampling_params(request: Mapping[str, Any], room: int) -> SamplingParams:
-    """What a request asks for; where it sets no limit, `max_tokens` is `room`, and no more than that in any case.
+def sampling_params(request: Mapping[str, Any], room: int, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """What a request asks for, with `defaults` for what it does not set; where neither sets a limit, `max_tokens` is
+    `room`, and no more than that in any case.
 
     Stop strings are the frontend's to find: it ends the request then. Raises `InvalidRequest`.
     """
@@ -37,13 +38,16 @@ def sampling_params(request: Mapping[str, Any], room: int) -> SamplingParams:
             raise InvalidRequest(field, options[field], "is not served here")
     if told.get("prompt_logprobs") is not None:
         raise InvalidRequest("prompt_logprobs", told["prompt_logprobs"], "is not served here")
-    chosen = {field: options[field] for field in _SAMPLING if options.get(field) is not None}
+    chosen = {**(defaults or {})}
+    asked = chosen.pop("max_tokens", None)
+    chosen |= {field: options[field] for field in _SAMPLING if options.get(field) is not None}
     if "logit_bias" in chosen:
         chosen["logit_bias"] = _bias(chosen["logit_bias"])
     guided = options.get("guided_decoding")
     if isinstance(guided, Mapping):
         chosen |= {ours: guided[field] for field, ours in _GRAMMARS.items() if guided.get(field) is not None}
-    asked = stops.get("max_tokens")
+    if stops.get("max_tokens") is not None:
+        asked = stops["max_tokens"]
     if isinstance(asked, int) and not isinstance(asked, bool):
         room = min(asked, room) if asked > 0 else asked
     hidden = [*(stops.get("stop_token_ids") or ()), *(stops.get("stop_token_ids_hidden") or ())]

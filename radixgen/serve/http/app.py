@@ -2,26 +2,29 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
 from radixgen.serve.http.admission import Admission
-from radixgen.serve.http.auth import Gate, Keys, check_routes, check_site
+from radixgen.serve.http.auth import Gate, Keys, check_routes
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import ErrorHandlers
 from radixgen.serve.http.figures import Figures
+from radixgen.serve.http.head import Head
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.intake import Intake
@@ -29,6 +32,7 @@ from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.sessions import Sessions
+from radixgen.serve.http.sites import Sites
 from radixgen.serve.http.templates import TemplateRenderer
 from radixgen.serve.http.warnings import Warnings
 
@@ -49,6 +53,9 @@ class ServeOptions:
     stall_timeout: seconds without progress after which `/health` fails.
     ignore_unknown_fields: fields that are not served are ignored, with a warning in the answer, and not refused.
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
+    sites: which web pages may use it, and under which names it is reached.
+    root_path: what a proxy has in front of every path; requests may come with it or without.
+    sampling_defaults: fields of `SamplingParams` for requests that do not set them; `max_tokens` is of chats.
     """
 
     names: Sequence[str] = ()
@@ -61,19 +68,25 @@ class ServeOptions:
     stall_timeout: float = 60.0
     metrics_compat: str | None = None
     ignore_unknown_fields: bool = False
+    sites: Sites = field(default_factory=Sites)
+    root_path: str = ""
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `InvalidRequest` for the first that is out of its range."""
         check_integer("max_open", self.max_open, 1, 1 << 20)
         if self.max_concurrency_per_key is not None:
             check_integer("max_concurrency_per_key", self.max_concurrency_per_key, 1, 1 << 20)
-        for field in ("request_timeout", "send_timeout", "stall_timeout"):
-            seconds = getattr(self, field)
+        for name in ("request_timeout", "send_timeout", "stall_timeout"):
+            seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds < 1e9:
-                raise InvalidRequest(field, seconds, "must be a number of seconds above 0")
+                raise InvalidRequest(name, seconds, "must be a number of seconds above 0")
         if self.metrics_compat is not None and self.metrics_compat not in COMPAT:
             raise InvalidRequest("metrics_compat", self.metrics_compat, f"must be one of {', '.join(COMPAT)}")
         Keys(self.api_keys, self.operator_keys)
+        self.sites.check()
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise InvalidRequest("root_path", self.root_path, "must begin with / and not end with it")
         if any(not name for name in self.names):
             raise InvalidRequest("served_model_name", self.names, "must not be empty")
 
@@ -109,6 +122,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
         request_timeout=options.request_timeout,
         send_timeout=options.send_timeout,
+        sampling_defaults=dict(options.sampling_defaults),
     )
     gate = Gate(keys)
 
@@ -132,11 +146,14 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     for router in (*own, description_route(app, gate), *(routes(gate) for routes in more)):
         check_routes(router)
         app.include_router(router)
-    describe(app)
+    describe(app, options.root_path)
     handlers = ErrorHandlers(context.admission.retry_after)
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
-    app.add_middleware(_Boundary, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(_Boundary, options=options, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(Head)
+    if options.sites.allowed_origins:
+        app.add_middleware(CORSMiddleware, **options.sites.cors)
     app.add_middleware(Warnings)
     app.add_middleware(AccessLog, metrics=metrics)
     app.state.context, app.state.health = context, health
@@ -147,8 +164,10 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
 class _Boundary:
     """Refuses what pages of other sites ask for; what no route foresaw ends the one request that it belongs to."""
 
-    def __init__(self, app: ASGIApp, *, keys_needed: bool, handlers: ErrorHandlers) -> None:
+    def __init__(self, app: ASGIApp, *, options: ServeOptions, keys_needed: bool, handlers: ErrorHandlers) -> None:
         self._app = app
+        self._sites = options.sites
+        self._root_path = options.root_path
         self._keys_needed = keys_needed
         self._handlers = handlers
 
@@ -156,6 +175,7 @@ class _Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path  # routes are found behind it, where the path has it
         request, begun = Request(scope, receive), False
 
         async def told(message: Message) -> None:
@@ -164,7 +184,7 @@ class _Boundary:
             await send(message)
 
         try:
-            check_site(request, keys_needed=self._keys_needed)
+            self._sites.check_request(request, keys_needed=self._keys_needed)
             await self._app(scope, receive, told)
         except Exception as error:
             if begun:

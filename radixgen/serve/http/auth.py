@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 from fastapi import APIRouter, Depends
 from fastapi.routing import APIRoute
@@ -60,17 +59,20 @@ class Keys:
     def needed(self) -> bool:
         return bool(self._callers or self._operators)
 
-    def check(self, access: Access, authorization: str) -> Caller:
-        """Raises `Refused`: 401 without a key that is known, 403 where it is not good for this."""
+    def check(self, access: Access, authorization: str, api_key: str = "") -> Caller:
+        """Who sent these headers, `Authorization: Bearer KEY` or else `X-API-Key: KEY`. Raises `Refused`: 401 without a
+        key that is known, 403 where it is not good for this.
+        """
         if access is Access.OPEN or not self.needed:
             return Caller("")
         scheme, _, key = authorization.partition(" ")
-        presented = self._digest(key.strip() if scheme.lower() == "bearer" else "")
+        bearer = key.strip() if scheme.lower() == "bearer" else ""
+        presented = self._digest(bearer or api_key)
         caller, operator = _among(presented, self._callers), _among(presented, self._operators)
         if not caller and not operator:
             raise Refused(
                 401,
-                "no valid API key: send Authorization: Bearer KEY",
+                "no valid API key: send Authorization: Bearer KEY, or X-API-Key: KEY",
                 type="authentication_error",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
@@ -133,7 +135,10 @@ class Gate:
             declared = access
 
             async def __call__(self, request: Request) -> None:
-                request.state.caller = keys.check(access, request.headers.get("authorization", ""))
+                headers = request.headers
+                request.state.caller = keys.check(
+                    access, headers.get("authorization", ""), headers.get("x-api-key", "")
+                )
 
         return Depends(Needs())
 
@@ -161,24 +166,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
     except ValueError:
         return False
-
-
-def check_site(request: Request, *, keys_needed: bool) -> None:
-    """Without keys, a web page of somebody else must not use the browser of who runs the server: the page's origin must
-    be this server, by a name of this machine. Raises `Refused`.
-    """
-    if keys_needed:
-        return
-    host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    if not is_loopback(_split(f"//{host}").hostname or ""):
-        raise Refused(403, "Host must name this machine", type="permission_error", field="host", value=host)
-    if origin is not None and _split(origin).netloc != host:
-        raise Refused(403, "pages of other sites are not served", type="permission_error", field="origin", value=origin)
-
-
-def _split(address: str) -> SplitResult:
-    """Its parts; none where it has none."""
-    try:
-        return urlsplit(address)
-    except ValueError:
-        return urlsplit("")

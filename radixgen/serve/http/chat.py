@@ -106,16 +106,21 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
         turn = context.sessions.begin(key, template, messages)
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages")
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
-    params = _params(context, body, context.answer_tokens(most, tokens.size, logprobs), warn)
+    most = context.answer_tokens(_most_tokens(context, body), tokens.size, logprobs)
+    params = _params(context, body, most, warn)
     inputs.check(tokens, params, compiles=False)
     return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)
 
 
+def _most_tokens(context: Context, body: ChatRequest) -> int | None:
+    asked = (body.max_completion_tokens, body.max_tokens, context.sampling_defaults.get("max_tokens"))
+    return next((most for most in asked if most is not None), None)
+
+
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = body.params(max_tokens, logprobs)
+    params = body.params(max_tokens, logprobs, context.sampling_defaults)
     params = replace(params, response_format=enforceable_format(params.response_format, warn))
     return constrain(params, body, context.limits, warn)
 

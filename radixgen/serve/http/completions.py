@@ -72,7 +72,8 @@ def _prepare(
     given = _prompts(body.prompt, context.limits.max_prompts)
     prompts = [inputs.tokenize(one, special=special) for one in given]
     longest = max(prompt.size for prompt in prompts)
-    params = body.params(context.answer_tokens(_max_tokens(body), longest), body.logprobs)
+    max_tokens = context.answer_tokens(_max_tokens(body), longest)
+    params = body.params(max_tokens, body.logprobs, context.sampling_defaults)
     params = replace(params, response_format=enforceable_format(params.response_format, warn))
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)

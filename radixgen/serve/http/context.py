@@ -1,6 +1,8 @@
 """What the routes share: the engine, its bounds, and who may what."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
 from radixgen.serve.http.admission import Admission
@@ -18,7 +20,8 @@ from radixgen.serve.http.templates import TemplateRenderer
 @dataclass(frozen=True, slots=True)
 class Context:
     """One server's parts. `names`: of the model, the first is told; `created`: seconds of the epoch; `tokenizing`
-    counts requests of `/tokenize` and `/detokenize`, which take no place of those that generate.
+    counts requests of `/tokenize` and `/detokenize`, which take no place of those that generate; `sampling_defaults`:
+    fields of `SamplingParams` for requests that do not set them.
     """
 
     engine: Backend
@@ -35,6 +38,7 @@ class Context:
     renderer: TemplateRenderer
     request_timeout: float | None
     send_timeout: float
+    sampling_defaults: Mapping[str, Any]
 
     @property
     def limits(self) -> Limits:

@@ -62,7 +62,9 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.get("/v1/models/{name:path}", dependencies=[gate.caller], openapi_extra=described(None, Model))
     async def model(name: str) -> Response:
-        """One of these."""
+        """One of these; all of them where the path ends with a slash."""
+        if not name:
+            return await models()
         context.check_model(name)
         return json_response(_model(context, name))
 
@@ -131,6 +133,7 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
         "sessions": len(context.sessions),
         "session_bytes": context.sessions.num_bytes,
         "limits": asdict(inputs.limits),
+        "sampling_defaults": dict(context.sampling_defaults),
         "stats": None if stats is None else msgspec.to_builtins(stats),
     }
 

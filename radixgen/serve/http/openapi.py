@@ -40,12 +40,13 @@ def _json(kind: type[Struct]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
-def describe(app: FastAPI) -> None:
-    """Have `app.openapi()` know the types that routes refer to."""
+def describe(app: FastAPI, root_path: str) -> None:
+    """Have `app.openapi()` know the types that routes refer to, and what is in front of their paths."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            found = get_openapi(title="radixgen", version=VERSION, routes=app.routes)
+            servers = [{"url": root_path}] if root_path else None
+            found = get_openapi(title="radixgen", version=VERSION, routes=app.routes, servers=servers)
             components = found.setdefault("components", {})
             components["schemas"] = {**components.get("schemas", {}), **protocol.schemas(*_TYPES)}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -130,13 +130,14 @@ class Sampled(Ignored, kw_only=True):
         """Whether each chunk before has the usage up to it."""
         return self.counts_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """As the engine takes them, of which `validate` says what is out of its range."""
-        given = {name: getattr(self, name) for name in _SAME}
+    def params(
+        self, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """As the engine takes them, `defaults` for what is null; `validate` says what is out of its range."""
+        given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         seed = None if self.seed in (None, -1) else self.seed % 2**64
         return SamplingParams(
-            **{name: value for name, value in given.items() if value is not None},
-            max_tokens=max_tokens,
+            **{**(defaults or {}), **given, "max_tokens": max_tokens},
             seed=seed,
             logprobs=logprobs,
             **self._grammar(),

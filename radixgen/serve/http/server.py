@@ -9,55 +9,31 @@ import socket
 import sys
 import termios
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
 from radixgen.async_engine import AsyncEngine
-from radixgen.core import InvalidRequest
 from radixgen.serve.http.app import ServeOptions, create_app
-from radixgen.serve.http.auth import Gate, is_loopback
+from radixgen.serve.http.auth import Gate
 from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.binding import Binding
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.routes import tree_routes
 
 logger = logging.getLogger(__name__)
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
 _MAX_CONNECTIONS = 4_096
-_KEEP_ALIVE_SECONDS = 30
 _LAST_WORDS_SECONDS = 1.0
 """That clients have to take the end of what did not end in time."""
+_TICK_SECONDS = 0.05
 _SWITCH_SECONDS = 0.001
 """How long the engine's thread may keep the interpreter from the event loop's, where both want it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Binding:
-    """Where to listen. `drain_timeout`: seconds that open requests have to end in when the server goes down; then they
-    are told its end.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    drain_timeout: float = 30.0
-    log_level: str = "info"
-    access_log: bool = True
-
-    def check(self, keys: Sequence[str]) -> None:
-        """Raise `InvalidRequest` for an address that others reach where there is no key."""
-        if self.log_level not in LOG_LEVELS:
-            raise InvalidRequest("log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
-        if not 0 <= self.drain_timeout < 1e9:
-            raise InvalidRequest("drain_timeout", self.drain_timeout, "must be a number of seconds from 0")
-        if not 0 <= self.port < 1 << 16:
-            raise InvalidRequest("port", self.port, "must be from 0 to 65535")
-        if not keys and not is_loopback(self.host):
-            raise InvalidRequest("host", self.host, "others reach it, so there must be an API key: --api-key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +67,9 @@ class Server(uvicorn.Server):
             access_log=False,
             log_config=None,
             limit_concurrency=_MAX_CONNECTIONS,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            uds=binding.uds,
+            timeout_keep_alive=binding.timeout_keep_alive,
+            **binding.tls,
             timeout_graceful_shutdown=None,
             server_header=False,
             date_header=False,
@@ -99,7 +77,9 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app = app
+        self._shutdown_delay = binding.shutdown_delay
         self._drain_timeout = binding.drain_timeout
+        self._signals: list[int] = []
         self._idle: dict[Any, _Idle] = {}
 
     async def on_tick(self, counter: int) -> bool:
@@ -121,8 +101,15 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
         self._idle = idle
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals.append(sig)
+        self._app.state.health.draining = True
+        super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.health.draining = True
+        if self._signals == [signal.SIGTERM]:
+            await self._serve_on(self._shutdown_delay)
         for end in self._app.state.before_drain:
             end()
         deadline = asyncio.create_task(self._end_in_time())
@@ -130,6 +117,13 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             deadline.cancel()
+
+    async def _serve_on(self, seconds: float) -> None:
+        """Take requests for so long, or until the next signal."""
+        end = time.monotonic() + seconds
+        while len(self._signals) == 1 and time.monotonic() < end:
+            self._drop_idle(time.monotonic())
+            await asyncio.sleep(_TICK_SECONDS)
 
     async def _end_in_time(self) -> None:
         """Whoever still waits is told that the engine is closed, as its request's one end."""
@@ -162,11 +156,18 @@ def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
     app = whole_app(engine, options) if isinstance(engine, AsyncEngine) else create_app(engine, options)
     app.state.context.renderer.start()
     logging.config.dictConfig(_log_config(binding))
+    if options.sampling_defaults:
+        told = ", ".join(f"{name}={value}" for name, value in options.sampling_defaults.items())
+        logger.info("requests that set none have the sampling parameters of generation_config: %s", told)
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        Server(app, binding).run()
+    try:
+        with suppress(KeyboardInterrupt):
+            Server(app, binding).run()
+    finally:
+        if binding.uds is not None:
+            Path(binding.uds).unlink(missing_ok=True)
 
 
 def _log_config(binding: Binding) -> dict[str, Any]:

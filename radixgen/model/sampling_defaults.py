@@ -1,0 +1,51 @@
+"""Sampling parameters that a model's `generation_config.json` recommends."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from radixgen.core import InvalidRequest, Limits, SamplingParams
+from radixgen.model.loader import load_generation_config
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Those that vLLM takes over, and their names in `SamplingParams`"""
+
+
+def sampling_defaults(model: str | Path, generation_config: str = "auto") -> dict[str, Any]:
+    """Fields of `SamplingParams` for requests that do not set them.
+
+    generation_config: `"auto"`, the `generation_config.json` of `model`, if it has one; `"vllm"`, none; or the path of
+        another such file, or of its directory.
+
+    Raises `InvalidRequest` for values that no request may have, and `ModelNotFound`.
+    """
+    if generation_config == "vllm":
+        return {}
+    path = Path(generation_config).expanduser()
+    if generation_config == "auto":
+        found = load_generation_config(model)
+    elif path.is_file() or (path / "generation_config.json").is_file():
+        found = load_generation_config(path)
+    else:
+        limit = "must be auto, vllm, or a directory with a generation_config.json, or such a file"
+        raise InvalidRequest("generation_config", generation_config, limit)
+    return {} if found is None else _checked(found)
+
+
+def _checked(found: "GenerationConfig") -> dict[str, Any]:
+    values = {ours: value for field, ours in _FIELDS.items() if (value := getattr(found, field, None)) is not None}
+    try:
+        SamplingParams(**values).validate(Limits(), 2**31)
+    except InvalidRequest as error:
+        field = next((field for field, ours in _FIELDS.items() if ours == error.field), error.field)
+        raise InvalidRequest(f"generation_config.{field}", error.value, error.limit) from None
+    return values
