@@ -68,8 +68,9 @@ def check_adapter(request: Mapping[str, Any], served: Collection[str]) -> None:
     if model is not None and model not in served:
         raise InvalidRequest("model", model, f"must be {' or '.join(served)}; {ADAPTERS}")
     for place in (request, *(request.get(name) for name in ("routing", "sampling_options", "extra_args", "nvext"))):
-        for field in sorted(ADAPTER_FIELDS.intersection(place)) if isinstance(place, Mapping) else ():
-            refuse_adapter(field, place[field])
+        if isinstance(place, Mapping):
+            for field in sorted(ADAPTER_FIELDS.intersection(place)):
+                refuse_adapter(field, place[field])
 
 
 def chunks(output: RequestOutput, usage: "Usage", text_of: Callable[[int], str]) -> Iterator[Chunk]:
