@@ -11,7 +11,9 @@ from typing import Any
 import families
 import httpx
 import msgspec
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from oracle import StampModel
 from served import HI, Served, in_process, tiny
 
@@ -179,6 +181,21 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=r"adapter_config\.json.*merge it"):
         Engine(tmp_path, kv_tokens=64)
+
+
+@pytest.mark.parametrize(("kind", "says"), [("adapter", "adapters"), ("mmproj", "own file")])
+def test_a_gguf_file_that_is_no_model(kind: str, says: str, tmp_path: Path) -> None:
+    """transformers would make a model of the architecture's default size."""
+    writer = GGUFWriter(tmp_path / "it.gguf", "llama")
+    writer.add_type(kind)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for path in tmp_path, tmp_path / "it.gguf":
+        with pytest.raises(UnsupportedModel, match=rf"{path}: its GGUF file holds no model \({kind}\); .*{says}"):
+            Engine(path, kv_tokens=64)
 
 
 def test_a_model_with_adapters_in_its_layers() -> None:

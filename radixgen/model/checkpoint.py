@@ -1,6 +1,7 @@
 """Whether all that a checkpoint holds went into the model."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radixgen.core import UnsupportedModel
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Computed from the config, and saved by old versions of transformers."""
+_GGUF_TYPE = re.compile(rb"general\.type\x08\0\0\0(.{8})", re.DOTALL)
+"""The name, that a string follows, and the string's length."""
+_GGUF_HEAD_BYTES = 1 << 16
 _NAMED = 3
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -33,6 +37,16 @@ def check_adapter(name: str, source: str) -> None:
     for file in ADAPTER_FILES:
         if _holds(source, file):
             raise UnsupportedModel(f"{name}: it holds an adapter ({file}); {ADAPTERS}")
+
+
+def check_gguf(name: str, path: Path) -> None:
+    """Raise `UnsupportedModel` where a GGUF file says that it holds an adapter, or whatever else than a model."""
+    with path.open("rb") as file:
+        head = file.read(_GGUF_HEAD_BYTES)
+    found = _GGUF_TYPE.search(head)
+    if found and (kind := head[found.end() :][: int.from_bytes(found[1], "little")]) != b"model":
+        reason = ADAPTERS if kind == b"adapter" else "give the model's own file"
+        raise UnsupportedModel(f"{name}: its GGUF file holds no model ({kind[:40].decode(errors='replace')}); {reason}")
 
 
 def check_layers(name: str, model: "PreTrainedModel") -> None:

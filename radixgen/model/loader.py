@@ -13,7 +13,7 @@ import torch
 
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
-from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_quantization, check_whole
+from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_quantization, check_whole
 from radixgen.model.ends import end_tokens
 
 if TYPE_CHECKING:
@@ -201,6 +201,8 @@ def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     check_adapter(str(name), source)
+    if "gguf_file" in options:
+        check_gguf(str(name), Path(source) / options["gguf_file"])
     try:
         return AutoConfig.from_pretrained(source, **options)
     except Exception as error:
