@@ -1,8 +1,11 @@
 """Shared by all tests."""
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,3 +41,12 @@ def heeded_interrupts() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_collections_at_start() -> Iterator[None]:
+    """Each `AsyncEngine` begins with a collection of all of torch and transformers: half a second a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze)
+        patch.setattr("radixgen.async_engine.gc", quick)
+        yield
