@@ -131,7 +131,7 @@ class AsyncEngine:
             )
 
         stream = await self._begin(request_id, submit, cumulative)
-        return AsyncOutputs(stream, partial(self._post, _Command(partial(self._leave, request_id, stream))))
+        return AsyncOutputs(stream, partial(self._drop, request_id, stream))
 
     @refuses_adapters
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
@@ -169,9 +169,9 @@ class AsyncEngine:
         """As `Engine.decode`."""
         return await asyncio.to_thread(self._engine.decode, token_ids)
 
-    async def fork(self, request_id: str, n: int = 1) -> list[AsyncGenerator[RequestOutput, None]]:
+    async def fork(self, request_id: str, n: int = 1) -> "list[AsyncOutputs]":
         """As `Engine.fork`: for each fork its outputs, the first of which tells what was generated before. They
-        run whether or not they are read.
+        run whether or not they are read, until they are dropped.
         """
         loop = asyncio.get_running_loop()
         streams: list[tuple[str, _Stream]] = []
@@ -186,7 +186,7 @@ class AsyncEngine:
                 self._leave(name, stream)
 
         await self._call(fork, leave)
-        return [self._receive(name, stream) for name, stream in streams]
+        return [AsyncOutputs(stream, partial(self._drop, name, stream)) for name, stream in streams]
 
     async def abort(self, request_id: str) -> bool:
         """End a request with `abort`. False where it has ended already or never was."""
@@ -367,6 +367,12 @@ class AsyncEngine:
                 return
         command.fail(self._end)
 
+    def _drop(self, request_id: str, stream: "_Stream") -> None:
+        """Nobody reads it any more. The garbage collector calls this too, in whatever thread and holding whatever lock:
+        a `SimpleQueue` takes what is put without one. After the engine's end nobody takes it.
+        """
+        self._commands.put(_Command(partial(self._leave, request_id, stream)))
+
     def _new_id(self) -> str:
         return f"async-{uuid4().hex}"
 
@@ -444,7 +450,9 @@ class AsyncEngine:
 
 
 class AsyncOutputs(AsyncIterator[RequestOutput]):
-    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended."""
+    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended; so
+    does dropping it.
+    """
 
     def __init__(self, stream: "_Stream", leave: Callable[[], object]) -> None:
         self._stream = stream
@@ -460,6 +468,12 @@ class AsyncOutputs(AsyncIterator[RequestOutput]):
 
     async def aclose(self) -> None:
         """May be called twice."""
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._open:
             self._open = False
             self._leave()

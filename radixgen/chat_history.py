@@ -166,7 +166,13 @@ class ChatHistory:
         return replace(self._draft(messages, exchanges, self.state.end if kept else None, exact=False), found=None)
 
     def answer(
-        self, draft: Draft, output: CompletionOutput, eos_token_ids: Container[int], *, include_stop: bool = False
+        self,
+        draft: Draft,
+        output: CompletionOutput,
+        eos_token_ids: Container[int],
+        *,
+        include_stop: bool = False,
+        show_special: bool = False,
     ) -> None:
         """The draft's answer: `output`, whole and ended, of a model with these end tokens. A turn ends here.
 
@@ -174,12 +180,12 @@ class ChatHistory:
         the same. Neither is a stop string: the tokens before it are kept, and where it begins inside a token, the rest
         of that is tokenized anew. An answer that ended otherwise gets its end from the template.
         """
-        ids, end = self._cut(draft, output, eos_token_ids, include_stop)
+        ids, end = self._cut(draft, output, eos_token_ids, include_stop, show_special)
         before = draft.token_ids[-_TAIL:]
         answer = self.template.text(ids, before)
         raw = answer if end is None else answer + self.template.text([end])
         if isinstance(output.stop_reason, str) and output.finish_reason == "stop":
-            raw += output.text[len(self.template.text(ids, before, special=False)) :]
+            raw += output.text[len(self.template.text(ids, before, special=show_special)) :]
         message = self.template.message(output.text, raw, draft.text)
         exchange = Exchange(draft.prompt, draft.prompt_ids, answer, tuple(ids), len(draft.messages))
         self.state = State((*draft.messages, message), (*draft.exchanges, exchange), end)
@@ -334,18 +340,28 @@ class ChatHistory:
     # -- the answer ---------------------------------------------------------------------------------------
 
     def _cut(
-        self, draft: Draft, output: CompletionOutput, eos_token_ids: Container[int], include_stop: bool
+        self,
+        draft: Draft,
+        output: CompletionOutput,
+        eos_token_ids: Container[int],
+        include_stop: bool,
+        show_special: bool,
     ) -> tuple[list[int], int | None]:
         """The answer's tokens without what ended it; and the token that ended it."""
         ids, end = output.token_ids, end_token(output, eos_token_ids)
         if end is not None:
-            visible = include_stop and self.template.text(ids[-1:], ids[:-1], special=False)
+            visible = include_stop and self.template.text(ids[-1:], ids[:-1], special=show_special)
             return (ids, None) if visible else (ids[:-1], end)
         if output.finish_reason != "stop" or output.stop_reason is None:
             return ids, None
         before = draft.token_ids[-_TAIL:]
-        while ids and not output.text.startswith(self.template.text(ids, before, special=False)):
+        while ids and not output.text.startswith(self.template.text(ids, before, special=show_special)):
             ids = ids[:-1]
+        said = self.template.text(ids, before)
+        if not include_stop and said.endswith(str(output.stop_reason)):  # it is special tokens, which have no text
+            length = len(said) - len(str(output.stop_reason))
+            while len(self.template.text(ids, before)) > length:
+                ids = ids[:-1]
         return ids, None
 
     def _forget(self) -> None:

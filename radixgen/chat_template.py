@@ -121,9 +121,9 @@ def as_messages(field: str, value: object, limits: Limits) -> tuple[Message, ...
 
 
 def as_json(field: str, value: object) -> Any:
-    """A copy of `value` by way of JSON. Raises `InvalidRequest` where that cannot hold it."""
+    """A copy of `value` by way of JSON, in UTF-8. Raises `InvalidRequest` where that cannot hold it."""
     try:
-        return json.loads(json.dumps(_plain(value), allow_nan=False))
+        return json.loads(json.dumps(_plain(value), allow_nan=False, ensure_ascii=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(field, value, f"cannot be written as JSON: {error}") from error
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from radixgen.core import InvalidRequest, RadixgenError, SamplingParams
+from radixgen.core import InvalidRequest, RadixgenError, SamplingParams, check_texts
 from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
 from radixgen.progress import announce_loading, waiting
@@ -127,7 +127,8 @@ def generate(
             ]
             with Progress(console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("generating", total=len(asked))
-                outputs = engine.generate(asked, params, progress=lambda done, _: bar.update(task, completed=done))
+                each = [engine.inputs.for_chat(params) if "messages" in one else params for one in requests]
+                outputs = engine.generate(asked, each, progress=lambda done, _: bar.update(task, completed=done))
         for request, output in zip(requests, outputs, strict=True):
             line = {
                 "id": request.get("id", output.request_id),
@@ -600,6 +601,7 @@ def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str
             continue
         if fault := _fault(request):
             raise InvalidRequest(f"line {number}", line, fault)
+        check_texts(f"line {number}", request)
         yield request
 
 

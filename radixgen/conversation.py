@@ -268,7 +268,7 @@ class Dialogue(Generic[E]):
             raise InvalidRequest("n", params.n, "a turn has one answer: fork the conversation for more")
         draft = self._fit(self._history.draft(as_messages("message", message, self._inputs.limits)), params)
         self._report(draft.found)
-        return Turn(draft, params)
+        return Turn(draft, self._inputs.for_chat(params))
 
     def _settle(self, turn: "Turn | None", *, keep: bool) -> bool:
         """The turn is over. Whether it became part of the history: an answer that failed or has no token does not."""
@@ -278,8 +278,13 @@ class Dialogue(Generic[E]):
             return False
         if not output.outputs[0].token_ids:
             return False
-        include = turn.params.include_stop_str_in_output
-        self._history.answer(turn.draft, output.outputs[0], self._inputs.eos_token_ids, include_stop=include)
+        self._history.answer(
+            turn.draft,
+            output.outputs[0],
+            self._inputs.chat_eos_token_ids,
+            include_stop=turn.params.include_stop_str_in_output,
+            show_special=not turn.params.skip_special_tokens,
+        )
         return True
 
     def _fork(self) -> Self:

@@ -45,6 +45,7 @@ from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import ModelRunner
 from radixgen.output_processor import OutputProcessor
+from radixgen.sampling import Drawable
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode
 from radixgen.scheduler.sequence import Request
 
@@ -142,6 +143,14 @@ class Engine:
         self.max_model_len = served.max_model_len
         self._model = served
         self._clock = clock
+        self._inputs = InputProcessor(
+            self.tokenizer,
+            vocab_size=served.vocab_size,
+            max_model_len=served.max_model_len,
+            kv_tokens=slots,
+            limits=self.limits,
+            eos_token_ids=served.eos_token_ids,
+        )
         self._core = EngineCore(
             served,
             kv_tokens=slots,
@@ -152,17 +161,10 @@ class Engine:
             async_scheduling=async_scheduling,
             seed=seed,
             debug=debug,
-        )
-        self._inputs = InputProcessor(
-            self.tokenizer,
-            vocab_size=served.vocab_size,
-            max_model_len=served.max_model_len,
-            kv_tokens=slots,
-            limits=self.limits,
-            eos_token_ids=served.eos_token_ids,
+            drawable=_drawable(self._inputs),
         )
         self._guard = self._core.guard
-        self._outputs = OutputProcessor(self._core, self.tokenizer)
+        self._outputs = OutputProcessor(self._core, self._inputs.vocabulary)
         self._undelivered: dict[str, list[RequestOutput]] = {}
         """Of each request what one caller's step brought to another"""
         self._left: deque[str] = deque()
@@ -215,12 +217,14 @@ class Engine:
         """Serve one conversation, or many as one burst, through the model's chat template.
 
         A message is `{"role": …, "content": …}`; content is text, None, or a list of parts
-        `{"type": "text", "text": …}`. Raises `InvalidRequest`.
+        `{"type": "text", "text": …}`. An answer also ends at the tokenizer's end token and at the one by which the
+        template ends a turn. Raises `InvalidRequest`.
         """
         self._begin_call()
         many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
-        return self.generate([self.chat_tokens(one) for one in conversations], params)
+        each = [self._inputs.for_chat(one) for one in as_params(params, len(conversations))]
+        return self.generate([self.chat_tokens(one) for one in conversations], each)
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
@@ -231,7 +235,7 @@ class Engine:
 
     def chat_tokens(self, messages: Messages, tools: Tools = None) -> list[int]:
         """The conversation as token ids, ending where the model's answer begins; `tools`, JSON schemas of functions, go
-        to the chat template. Raises `InvalidRequest`.
+        to the chat template. `engine.inputs.for_chat(params)` ends the answer as `chat` does. Raises `InvalidRequest`.
         """
         return chat_tokens(self.tokenizer, messages, tools)
 
@@ -510,7 +514,7 @@ class Engine:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The model's own end tokens."""
+        """The model's own end tokens; `inputs.chat_eos_token_ids` has those of chats."""
         return self._model.eos_token_ids
 
     @property
@@ -778,6 +782,14 @@ def _loaded(
     if device != "auto":
         model = model.to(resolve_device(device))
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)
+
+
+def _drawable(inputs: InputProcessor) -> Drawable | None:
+    """What may be drawn, where that is not every token."""
+    if inputs.vocabulary is None:
+        return None
+    unknown = np.setdiff1d(inputs.vocabulary.unknown(inputs.vocab_size), list(inputs.eos_token_ids))
+    return Drawable(unknown, inputs.vocab_size) if 0 < unknown.size < inputs.vocab_size else None
 
 
 def _allocate(model: Model, asked: int | None, limits: Limits) -> int:

@@ -27,7 +27,7 @@ from radixgen.core import (
 from radixgen.grammar_budget import GrammarBudget
 from radixgen.model.base import Model
 from radixgen.run_ahead import Ran, RunAhead
-from radixgen.sampling import Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
+from radixgen.sampling import Drawable, Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
 from radixgen.scheduler.batch import Batch, Scheduler
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
@@ -56,8 +56,10 @@ class EngineCore:
         async_scheduling: bool = True,
         seed: int = 0,
         debug: bool = False,
+        drawable: Drawable | None = None,
     ) -> None:
         self.model = model
+        self._drawable = drawable
         self.limits = limits
         self.seed = seed
         self.guard = StateGuard()
@@ -124,7 +126,7 @@ class EngineCore:
         seed = params.seed if params.seed is not None else fork_seed(self.seed, self._serial)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            ends |= self.model.eos_token_ids
+            ends |= self.model.eos_token_ids | frozenset(params.end_token_ids)
         if beams is not None:
             request.search = BeamSearch(beams, max_output, ends)
         for index in range(params.n):
@@ -378,7 +380,8 @@ class EngineCore:
         """The next generation; None until all beams of this one have their logits, as those do whose `rows` these are.
         Raises `FloatingPointError`.
         """
-        for sequence, choices in zip(rows, likeliest(logits, list(rows.values()), search.num_choices), strict=True):
+        found = likeliest(logits, list(rows.values()), search.num_choices, self._drawable)
+        for sequence, choices in zip(rows, found, strict=True):
             if not np.isfinite(choices.log_probs[0]):
                 raise FloatingPointError("the model's logits are not finite")
             sequence.choices = choices
@@ -461,7 +464,7 @@ class EngineCore:
             return self._sample_others(batch, ran, faults)
         states = [sequence.sampling for sequence in batch.drawing]
         try:
-            draws = draw(ran.logits, ran.drawing, states)
+            draws = draw(ran.logits, ran.drawing, states, self._drawable)
         except Exception:
             logger.exception("drawing %d tokens at once failed; drawing them one by one", len(states))
             return self._sample_each(batch, ran, {})
@@ -473,7 +476,8 @@ class EngineCore:
         """Of those without faults, all at once."""
         places = [place for place in range(len(batch.drawing)) if place not in faults]
         try:
-            some = sample(ran.logits, [ran.drawing[at] for at in places], [batch.drawing[at].sampling for at in places])
+            rows, states = [ran.drawing[at] for at in places], [batch.drawing[at].sampling for at in places]
+            some = sample(ran.logits, rows, states, self._drawable)
         except Exception:
             logger.exception("drawing %d tokens at once failed; drawing them one by one", len(places))
             return self._sample_each(batch, ran, faults)
@@ -489,7 +493,7 @@ class EngineCore:
                 tokens.append(-1)
                 continue
             try:
-                one = sample(ran.logits, [row], [sequence.sampling])
+                one = sample(ran.logits, [row], [sequence.sampling], self._drawable)
             except Exception as error:
                 logger.exception("request %s could not be sampled", sequence.request.id)
                 tokens.append(-1)

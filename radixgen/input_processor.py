@@ -1,18 +1,31 @@
 """From what a caller gives to what the engine's core takes: token ids that were checked, or a named error."""
 
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
 
 from radixgen.cache import TokenArray
-from radixgen.core import BeamSearchParams, Grammar, InvalidRequest, Limits, PromptTooLong, SamplingParams
+from radixgen.core import (
+    BeamSearchParams,
+    Grammar,
+    InvalidRequest,
+    Limits,
+    PromptTooLong,
+    SamplingParams,
+    check_text,
+    check_texts,
+)
 from radixgen.messages import Roles, template_messages
+from radixgen.model.ends import chat_end_tokens
 from radixgen.structured import Grammars
+from radixgen.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +34,10 @@ Prompt = str | Seq[int] | TokenArray
 Messages = Seq[Mapping[str, Any]]
 Tools = Seq[Mapping[str, Any]] | None
 Params = SamplingParams | BeamSearchParams
+P = TypeVar("P", bound=Params)
+Warn = Callable[[str], None]
+
+logger = logging.getLogger(__name__)
 
 
 class InputProcessor:
@@ -42,6 +59,8 @@ class InputProcessor:
         self.kv_tokens = kv_tokens
         self.limits = limits
         self.eos_token_ids = eos_token_ids
+        self.vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+        self._warned_of_bos = False
         self._grammars = Grammars(tokenizer, vocab_size, limits)
 
     @cached_property
@@ -54,11 +73,35 @@ class InputProcessor:
         longest = max(map(len, self.tokenizer.get_vocab()), default=1)
         return min(self.limits.max_prompt_chars, longest * self.max_model_len)
 
-    def tokenize(self, prompt: Prompt, field: str = "prompt", *, special: bool = True) -> TokenArray:
-        """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`."""
+    @cached_property
+    def chat_eos_token_ids(self) -> frozenset[int]:
+        """What ends an answer in a chat: the model's own end tokens, the tokenizer's, and its chat template's."""
+        own = chat_end_tokens(self.tokenizer) if self.tokenizer is not None else frozenset()
+        return self.eos_token_ids | {token for token in own if token < self.vocab_size}
+
+    def for_chat(self, params: P) -> P:
+        """`params` of an answer to a chat, which ends at the tokens of `chat_eos_token_ids`."""
+        if not isinstance(params, Params):
+            raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
+        more = sorted(self.chat_eos_token_ids - self.eos_token_ids)
+        return replace(params, end_token_ids=(*params.end_token_ids, *more)) if more else params
+
+    def tokenize(
+        self, prompt: Prompt, field: str = "prompt", *, special: bool = True, warn: Warn | None = None
+    ) -> TokenArray:
+        """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`. Two tokens for the
+        beginning are logged, the first time, and `warn` is told of them.
+        """
+        tokens = self._tokenize(prompt, field, special)
+        if tokens.size > 1 and tokens[0] == tokens[1]:
+            self._check_bos(int(tokens[0]), field, warn)
+        return tokens
+
+    def _tokenize(self, prompt: Prompt, field: str, special: bool) -> TokenArray:
         if not isinstance(prompt, str):
             self._measure(prompt, field)
             return _token_ids(prompt, self.vocab_size, field)
+        check_text(field, prompt)
         if self.tokenizer is None:
             raise InvalidRequest(field, prompt, "the model has no tokenizer: give token ids")
         self.check_text(prompt, field)
@@ -132,6 +175,7 @@ class InputProcessor:
         limit = self.limits.max_request_id_len
         if not isinstance(text, str) or len(text) > limit or "\0" in text:
             raise InvalidRequest(field, text, f"must be text of at most {limit} characters, none of them NUL")
+        check_text(field, text)
 
     def check_seconds(self, field: str, seconds: object) -> float:
         """A span of time above 0; infinite where None."""
@@ -140,6 +184,18 @@ class InputProcessor:
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= sys.float_info.max:
             raise InvalidRequest(field, seconds, "must be a finite number of seconds above 0")
         return float(seconds)
+
+    def _check_bos(self, first: int, field: str, warn: Warn | None) -> None:
+        """`first` is there twice, at the beginning of a prompt."""
+        if first != getattr(self.tokenizer, "bos_token_id", None):
+            return
+        token = getattr(self.tokenizer, "bos_token", first)
+        text = f"{field} begins with {token} twice: leave it out of the text, or ask for no special tokens"
+        if warn is not None:
+            warn(text)
+        if not self._warned_of_bos:
+            self._warned_of_bos = True
+            logger.warning("%s; further prompts like it are not mentioned", text)
 
     def _measure(self, prompt: object, field: str) -> None:
         """Before any token is looked at."""
@@ -155,12 +211,14 @@ class InputProcessor:
 
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> list[int]:
     """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
+    check_texts("tools", tools)
     ids: list[int] = through_template(tokenizer, _prepared(tokenizer, messages), tools=tools, tokenize=True)
     return ids
 
 
 def chat_text(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> str:
     """The text whose tokens `chat_tokens` gives. Raises `InvalidRequest`."""
+    check_texts("tools", tools)
     return str(through_template(tokenizer, _prepared(tokenizer, messages), tools=tools, tokenize=False))
 
 

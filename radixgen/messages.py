@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from radixgen.core import InvalidRequest
+from radixgen.core import InvalidRequest, check_texts
 
 _ROLES = frozenset({"assistant", "developer", "function", "system", "tool", "user"})
 _COMPARED = re.compile(r"""role['"]?\]?\s*(?:==|!=|in|not in)\s*(\[[^\]]*\]|\([^)]*\)|['"]\w+['"])""")
@@ -48,6 +48,7 @@ def template_message(message: object, roles: Roles, field: str = "messages") -> 
     """One of them, which errors call `field`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(field, message, 'a message is {"role": …, "content": …}')
+    check_texts(field, message)
     found = {name: value for name, value in message.items() if value is not None}
     found["role"] = roles.role(message["role"], f"{field}.role")
     found["content"] = _text(found.get("content"), f"{field}.content")

@@ -3,15 +3,12 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from radixgen.core import CompletionOutput, FinishReason, OutputKind, RequestOutput
 from radixgen.detokenize import Detokenizer
 from radixgen.engine_core import EngineCore
 from radixgen.scheduler.sequence import Request, Sequence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from radixgen.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +38,9 @@ class OutputProcessor:
     that it belongs to, with `error`, and no other.
     """
 
-    def __init__(self, core: EngineCore, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    def __init__(self, core: EngineCore, vocabulary: Vocabulary | None) -> None:
         self._core = core
-        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._kinds: dict[Request, OutputKind] = {}
         self._told: dict[Sequence, _Told] = {}
         self._prompt_told: set[Request] = set()
@@ -98,11 +95,18 @@ class OutputProcessor:
         """
         told, params = _Told(None), sequence.request.params
         self._told[sequence] = told
-        if self._tokenizer is None:
+        if self._vocabulary is None:
             return None
-        prompt, include_stop = sequence.request.prompt[-16:].tolist(), params.include_stop_str_in_output
+        prompt = sequence.request.prompt[-16:].tolist()
         try:
-            told.detokenizer = Detokenizer(self._tokenizer, prompt, params.stop_strings, include_stop)
+            told.detokenizer = Detokenizer(
+                self._vocabulary.tokenizer,
+                prompt,
+                params.stop_strings,
+                params.include_stop_str_in_output,
+                params.skip_special_tokens,
+                self._vocabulary,
+            )
         except Exception as error:
             logger.exception("request %s: its prompt could not be decoded", sequence.request.id)
             return repr(error)

@@ -55,22 +55,61 @@ class Draws:
         return tokens
 
 
-def sample(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> Drawn:
-    """Draw one token each: draw `i` from row `rows[i]` of float32 logits `[rows, vocab]`, for `states[i]`.
+class Drawable:
+    """The tokens that may be drawn, where there are others: a model may have more than its tokenizer knows. All others
+    count as if the model gave them no probability, but in log-probabilities, which stay the model's own.
+    """
+
+    def __init__(self, others: NDArray[np.int64], vocab_size: int) -> None:
+        """others: tokens below `vocab_size` that may not be drawn, ascending, at least one and not all."""
+        self.count = vocab_size - others.size
+        last = vocab_size - 1
+        for token in others[::-1]:
+            if token != last:
+                break
+            last -= 1
+        self._width = last + 1
+        self._holes = torch.from_numpy(others[others < last])
+        self._placed: dict[torch.device, Tensor] = {}
+
+    def among(self, scores: Tensor) -> Tensor:
+        """Scores `[n, vocab]` without the tokens that may not be drawn: the first columns, where those are the last."""
+        kept = scores[:, : self._width]
+        return kept.index_fill(-1, self._holes_on(scores.device), -math.inf) if self._holes.numel() else kept
+
+    def hide(self, scores: Tensor) -> None:
+        """Set the scores `[n, vocab]` of tokens that may not be drawn to -inf, in place."""
+        scores[:, self._width :] = -math.inf
+        if self._holes.numel():
+            scores.index_fill_(-1, self._holes_on(scores.device), -math.inf)
+
+    def _holes_on(self, device: torch.device) -> Tensor:
+        if device not in self._placed:
+            self._placed[device] = self._holes.to(device)
+        return self._placed[device]
+
+
+def sample(
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
+) -> Drawn:
+    """Draw one token each: draw `i` from row `rows[i]` of float32 logits `[rows, vocab]`, for `states[i]`; without
+    `drawable`, of all tokens.
 
     A draw depends on its own row and state only, never on the rest of the batch.
     """
-    return report(logits, rows, states, draw(logits, rows, states).wait())
+    return report(logits, rows, states, draw(logits, rows, states, drawable).wait())
 
 
-def draw(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> Draws:
+def draw(
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
+) -> Draws:
     """As `sample`, without waiting for the device."""
-    best, likeliest = logits.max(-1)
+    best, likeliest = (logits if drawable is None else drawable.among(logits)).max(-1)
     choice = torch.where(best.isfinite(), likeliest, -1).index_select(0, _index(rows, logits))
     drawing = [i for i, state in enumerate(states) if not state.plain]
     if drawing:
         places = _index(drawing, logits)
-        drawn = _draw(_pick(logits, [rows[i] for i in drawing]), [states[i] for i in drawing])
+        drawn = _draw(_pick(logits, [rows[i] for i in drawing]), [states[i] for i in drawing], drawable)
         sound = choice.index_select(0, places) >= 0
         choice.index_copy_(0, places, torch.where(sound, drawn, -1))
     return Draws(choice)
@@ -105,19 +144,26 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
     ]
 
 
-def likeliest(logits: Tensor, rows: Sequence[int], count: int) -> list[Choices]:
-    """The `count` likeliest tokens of rows of logits `[n, vocab]`, or all where the vocabulary has fewer."""
+def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: Drawable | None = None) -> list[Choices]:
+    """The `count` likeliest tokens of rows of logits `[n, vocab]`, of those that are `drawable`, or all where there are
+    fewer.
+    """
     scores = _pick(logits, rows).log_softmax(-1)
+    if drawable is not None:
+        scores, count = drawable.among(scores), min(count, drawable.count)
     ids = _likeliest(scores, min(count, scores.shape[1]))
     found = scores.gather(-1, ids).cpu().numpy(), ids.cpu().numpy()
     return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*found, strict=True)]
 
 
-def distribution(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: Drawable | None = None) -> Tensor:
     """What each draw is made from: logits `[n, vocab]`, one row a state, to probabilities, float64; they need not
     add up to 1. Greedy states are given the likeliest token alone.
     """
-    scores = shape(logits.double(), states)
+    scores = logits.double()
+    if drawable is not None:
+        drawable.hide(scores)
+    scores = shape(scores, states)
     scores -= scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
     params = [state.params for state in states]
     greedy = [p.temperature == 0.0 for p in params]
@@ -195,12 +241,12 @@ def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, i
     return first, second, third, fourth
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+def _draw(logits: Tensor, states: Sequence[SamplingState], drawable: Drawable | None) -> Tensor:
     """One token a row, `[n]`, by the inverse of the cumulative distribution in the order of token ids.
 
     A uniform is at most 1 - 2**-53, so the target is less than the total, and the token found has a weight of its own.
     """
-    cumulative = _weights(distribution(logits, states)).cumsum(-1)
+    cumulative = _weights(distribution(logits, states, drawable)).cumsum(-1)
     target = torch.from_numpy(uniform(states)).to(cumulative.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target.long(), right=True)[:, 0]
 

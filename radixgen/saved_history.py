@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from radixgen.chat_history import ChatHistory, Exchange, HistoryMode, State, num_common
 from radixgen.chat_template import ChatTemplate, Message, as_messages
-from radixgen.core import InvalidRequest, Limits, check_integer
+from radixgen.core import InvalidRequest, Limits, check_integer, check_texts
 
 VERSION = 1
 _FIELDS = {
@@ -62,6 +62,7 @@ def parse(text: object, limits: Limits) -> dict[str, Any]:
         saved = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("saved", text, f"is not JSON: {error}") from error
+    check_texts("saved", saved)
     if isinstance(saved, dict):
         saved.setdefault("forgotten", 0)
     _check(saved, _FIELDS, "saved")

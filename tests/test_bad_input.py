@@ -358,11 +358,9 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     "regex of nothing": {"regex": "[^\\s\\S]"},
     "regex of the empty text": {"regex": "(b{0})*"},
     "regex without tokens": {"regex": "\x01"},
-    "half a character": {"regex": "\ud800"},
     "grammar without names": {"grammar": "x"},
     "grammar of an unknown name": {"grammar": "start: nobody"},
     "grammar that nests": {"grammar": "start: " + "(" * 9_000 + '"a"' + ")" * 9_000},
-    "choice of half a character": {"choice": ["\ud800"]},
     "response format": {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}}},
 }
 

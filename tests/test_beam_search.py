@@ -326,7 +326,7 @@ def test_a_search_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch, caplog:
     plain = core_module.likeliest
     params = BeamSearchParams(beam_width=3, max_tokens=6)
 
-    def likeliest(logits: torch.Tensor, rows: Sequence[int], count: int) -> list[Choices]:
+    def likeliest(logits: torch.Tensor, rows: Sequence[int], count: int, drawable: None) -> list[Choices]:
         if count == 5:
             raise RuntimeError("planted")
         return plain(logits, rows, count)

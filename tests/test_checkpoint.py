@@ -7,13 +7,13 @@ import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from radixgen import Engine, UnsupportedModel
-from radixgen.model.ends import end_tokens
+from radixgen.model.ends import chat_end_tokens, end_tokens
 from radixgen.model.loader import load
 
 
@@ -87,31 +87,42 @@ PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
-    ("configured", "template", "eos", "ends"),
+    ("configured", "template", "eos", "ends", "chats"),
     [
-        (7, TURNS, "<end>", {7, 1, 2}),
-        ([7, 8], PLAIN, "<end>", {7, 8, 1}),
-        (None, TURNS, None, {2}),
-        (None, None, "<end>", {1}),
-        (None, "{{ raise_exception('no') }}", None, set()),
-        (10**6, PLAIN, None, set()),
+        (7, TURNS, "<end>", {7}, {1, 2}),
+        ([7, 8], PLAIN, "<end>", {7, 8}, {1}),
+        (None, TURNS, None, set(), {2}),
+        (None, None, "<end>", set(), {1}),
+        (None, "{{ raise_exception('no') }}", None, set(), set()),
+        (10**6, PLAIN, None, set(), set()),
     ],
 )
-def test_end_tokens(configured: object, template: str | None, eos: str | None, ends: set[int], caplog) -> None:
+def test_end_tokens(
+    configured: object, template: str | None, eos: str | None, ends: set[int], chats: set[int], caplog
+) -> None:
+    """Those of the model for all requests, and what chats have besides."""
     model = families.build("llama")
     model.generation_config.eos_token_id = configured
     assert end_tokens("it", model, tokenizer(template, eos)) == ends
-    assert ("no end token" in caplog.text) == (not ends)
+    assert chat_end_tokens(tokenizer(template, eos)) == chats
+    assert ("no end token" in caplog.text) == (not ends | chats)
+
+
+def test_a_special_token_that_has_no_name_of_its_own_ends_a_turn() -> None:
+    made = tokenizer(TURNS.replace("<turn>", "<over>"), None)
+    made.add_tokens([AddedToken("<over>", special=True)])
+    assert chat_end_tokens(made) == {made.convert_tokens_to_ids("<over>")}
 
 
 def test_another_tokenizer_has_its_own_end_tokens(saved: Path) -> None:
     """Given beside a name it was ignored."""
     given = tokenizer(TURNS, "<end>")
     with Engine(saved, tokenizer=given, kv_tokens=64) as engine:
-        assert engine.tokenizer is given and {1, 2} <= engine.eos_token_ids
+        assert engine.tokenizer is given and {1, 2} <= engine.inputs.chat_eos_token_ids
 
 
-def test_the_default_model_ends_at_its_template_s_token(saved: Path) -> None:
+def test_the_default_model_s_chats_end_at_its_template_s_token() -> None:
     loaded = load("smollm2")
     loaded.model.generation_config.eos_token_id = 0
-    assert loaded.eos_token_ids == {0, 2}
+    assert loaded.tokenizer is not None
+    assert loaded.eos_token_ids == {0} and chat_end_tokens(loaded.tokenizer) == {2}

@@ -447,7 +447,7 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "a", "stop": ["x"] * 17}, 400, "len(stop)"),
     ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
     ("completions", {"prompt": "a", "best_of": 2}, 400, "best_of"),
-    ("completions", {"prompt": "a", "skip_special_tokens": False}, 400, "skip_special_tokens"),
+    ("completions", {"prompt": "a", "skip_special_tokens": "no"}, 400, "skip_special_tokens"),
     ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
     ("completions", {"prompt": ""}, 400, "prompt"),
     ("completions", {"prompt": []}, 400, "prompt"),

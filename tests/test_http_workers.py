@@ -102,11 +102,13 @@ def stream(**body: Any) -> Ask:
 
 @pytest.mark.parametrize("body", [{}, {"ignore_eos": True}, {"stop_token_ids": [26]}], ids=str)
 def test_answers_end_where_the_front_end_s_template_ends_them(body: dict[str, Any]) -> None:
-    """Workers know only their own tokenizer's; `serve --chat-template` gives another."""
+    """Chats, that is. Workers know only their own tokenizer's; `serve --chat-template` gives another."""
     text = tokenizer()
     text.add_special_tokens({"additional_special_tokens": [";"]})
-    text.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
-    ask = post("/v1/completions", **GREEDY | body)
+    text.chat_template = "{% for m in messages %}{{ m.content }}{{ ';' if m.role == 'assistant' }}{% endfor %}"
+    chat = GREEDY | {"messages": [{"role": "user", "content": GREEDY["prompt"]}]} | body
+    del chat["prompt"]
+    ask = post("/v1/chat/completions", **chat)
 
     async def by_engine(client: httpx.AsyncClient, _: Any) -> Any:
         return await ask(client)

@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"beam_search", "cache"},
     {"scheduler"},
-    {"calibration", "json_numbers", "messages"},
+    {"calibration", "json_numbers", "messages", "vocabulary"},
     {"attention", "model", "sampling", "detokenize", "structured"},
     {"grammar_budget", "run_ahead"},
     {"engine_core"},

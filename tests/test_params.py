@@ -33,7 +33,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
-FLAGS = ("include_stop_str_in_output", "ignore_eos")
+FLAGS = ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos")
 GRAMMARS = ("json_schema", "regex", "grammar", "choice", "response_format")
 OPTIONAL = ("logit_bias", "seed", "logprobs", "prompt_logprobs", *GRAMMARS)
 
@@ -88,7 +88,9 @@ ACCEPTED: dict[str, set[str]] = {
     "logit_bias": {"None", "{}"},
     "stop": {"'1'", "str_", *SEQUENCES},
     "stop_token_ids": {"[1]", *SEQUENCES},
+    "end_token_ids": {"[1]", *SEQUENCES},
     "include_stop_str_in_output": {"True"},
+    "skip_special_tokens": {"True"},
     "ignore_eos": {"True"},
     "min_tokens": set(),
     "max_tokens": set(),
@@ -124,7 +126,8 @@ def check_refusal(error: InvalidRequest, field: str, value: object) -> None:
 
 def test_the_tables_name_every_field() -> None:
     assert set(ACCEPTED) == set(FIELDS)
-    assert {*INTEGERS, *NUMBERS, *FLAGS, *GRAMMARS, "logit_bias", "stop", "stop_token_ids"} == set(FIELDS)
+    others = {"logit_bias", "stop", "stop_token_ids", "end_token_ids"}
+    assert {*INTEGERS, *NUMBERS, *FLAGS, *GRAMMARS, *others} == set(FIELDS)
 
 
 def test_the_defaults_are_accepted() -> None:

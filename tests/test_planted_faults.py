@@ -210,7 +210,7 @@ def a_preempted_sequence_forgets_a_token(patch: Patch) -> None:
 def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
     plain = core_module.draw
 
-    def draw(logits: Any, rows: Any, states: Any) -> Any:
+    def draw(logits: Any, rows: Any, states: Any, drawable: None) -> Any:
         kept = [state.index for state in states]
         for place, state in enumerate(states):
             state.index = place + 1

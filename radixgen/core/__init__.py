@@ -34,6 +34,7 @@ from radixgen.core.outputs import (
 )
 from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import Chunk, NodeSummary, Plan, Window, first_seen
+from radixgen.core.texts import check_text, check_texts
 
 __all__ = [
     "Allowed",
@@ -72,6 +73,8 @@ __all__ = [
     "UnsupportedModel",
     "Window",
     "check_integer",
+    "check_text",
+    "check_texts",
     "end_token",
     "first_seen",
     "joined",

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.errors import InvalidRequest
 from radixgen.core.limits import Limits
+from radixgen.core.texts import check_text, check_texts
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
 
@@ -71,6 +72,7 @@ def text_source(field: str, kind: GrammarKind, text: object, limits: Limits) -> 
     most = limits.max_grammar_chars
     if not isinstance(text, str) or not 0 < len(text) <= most:
         raise InvalidRequest(field, text, f"must be text of 1 to {most} characters")
+    check_text(field, text)
     return GrammarSource(field, kind, text)
 
 
@@ -101,6 +103,7 @@ def format_source(response_format: object, limits: Limits) -> GrammarSource | No
     schema = described.get("schema") if isinstance(described, Mapping) else None
     if not isinstance(schema, Mapping):
         raise InvalidRequest(field, response_format, 'must hold an object at ["json_schema"]["schema"]')
+    check_texts(field, response_format)
     return schema_source(schema, limits, field)
 
 
@@ -125,6 +128,7 @@ def _dumped(schema: Mapping[str, Any], limits: Limits, field: str) -> str:
         raise InvalidRequest(field, schema, f"is not JSON: {error}") from error
     if length > limits.max_grammar_chars:
         raise InvalidRequest(field, schema, f"must be at most {limits.max_grammar_chars} characters of JSON")
+    check_texts(field, schema)
     return "".join(pieces)
 
 

@@ -20,6 +20,7 @@ from radixgen.core.grammar import (
     text_source,
 )
 from radixgen.core.limits import Limits
+from radixgen.core.texts import check_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,10 @@ class SamplingParams:
     `temperature` (0 is greedy), `top_k` (0 or -1: off), `top_p` (1: off) and `min_p` (0: off), as in transformers.
 
     `stop` strings end a sequence and are left out of its text unless `include_stop_str_in_output`; so does any of
-    `stop_token_ids`, and the model's own end tokens unless `ignore_eos`. `logprobs=k` reports the sampled token's
+    `stop_token_ids`, and the model's own end tokens unless `ignore_eos`, with those that `end_token_ids` adds to them
+    (chats have the tokenizer's end token and the chat template's end of a turn). Special tokens have no text, but end
+    a sequence where a stop string names them; with `skip_special_tokens=False` the text shows them. No token that
+    the tokenizer does not know is drawn, unless it is an end token. `logprobs=k` reports the sampled token's
     natural-log probability and the `k` likeliest alternatives, both of the model's own distribution, before all of
     the above; `prompt_logprobs=k` the same of the prompt's tokens. `seed` fixes the draws; without one the engine
     derives them from its own seed and the order of submission.
@@ -53,7 +57,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    end_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int = 16
@@ -106,10 +112,12 @@ class SamplingParams:
         if self.logit_bias is not None:
             _check_bias(self.logit_bias, limits, vocab_size)
         _check_stop(self.stop, limits)
-        _sequence("stop_token_ids", self.stop_token_ids, limits.max_stop_token_ids)
-        for token in self.stop_token_ids:
-            check_integer("stop_token_ids", token, 0, 2**31 - 1)
+        for name, tokens in (("stop_token_ids", self.stop_token_ids), ("end_token_ids", self.end_token_ids)):
+            _sequence(name, tokens, limits.max_stop_token_ids)
+            for token in tokens:
+                check_integer(name, token, 0, 2**31 - 1)
         _boolean("include_stop_str_in_output", self.include_stop_str_in_output)
+        _boolean("skip_special_tokens", self.skip_special_tokens)
         _boolean("ignore_eos", self.ignore_eos)
         check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -144,8 +152,8 @@ class BeamSearchParams:
     and `early_stopping`: `beam_width` hypotheses, best first by score, which is the cumulative natural-log probability
     divided by `len(token_ids) ** length_penalty`. Once there are `beam_width` of them, `early_stopping=True` ends the
     search, False does when no beam that ended now would be better than the worst, and `"never"` when none could become
-    better by `max_tokens`. The model's end tokens (unless `ignore_eos`) and `stop_token_ids` end a hypothesis, none
-    before `min_tokens`.
+    better by `max_tokens`. The model's end tokens and `end_token_ids` (unless `ignore_eos`) and `stop_token_ids` end a
+    hypothesis, none before `min_tokens`.
     """
 
     beam_width: int
@@ -154,6 +162,7 @@ class BeamSearchParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     stop_token_ids: Sequence[int] = ()
+    end_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
     @property
@@ -164,6 +173,7 @@ class BeamSearchParams:
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,
             stop_token_ids=self.stop_token_ids,
+            end_token_ids=self.end_token_ids,
             ignore_eos=self.ignore_eos,
         )
 
@@ -279,3 +289,4 @@ def _check_stop(stop: Any, limits: Limits) -> None:
     for text in texts:
         if not isinstance(text, str) or not 0 < len(text) <= limits.max_stop_len:
             raise InvalidRequest("stop", text, f"must be text of 1 to {limits.max_stop_len} characters")
+        check_text("stop", text)

@@ -119,7 +119,7 @@ def burst(engine: Engine, document: str, max_tokens: int) -> list[Job]:
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     eight = SamplingParams(temperature=0.8, top_p=0.95, n=8, seed=1, max_tokens=max_tokens)
     asked = [(question, greedy) for question in QUESTIONS] + [(SAMPLED, eight)]
-    return [Job(q, engine.chat_tokens(_messages(document, q)), params) for q, params in asked]
+    return [Job(q, engine.chat_tokens(_messages(document, q)), engine.inputs.for_chat(p)) for q, p in asked]
 
 
 def follow_up(engine: Engine, document: str, answer: str, max_tokens: int) -> Job:
@@ -130,7 +130,7 @@ def follow_up(engine: Engine, document: str, answer: str, max_tokens: int) -> Jo
         {"role": "user", "content": FOLLOW_UP},
     ]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    return Job(FOLLOW_UP, engine.chat_tokens(messages), params)
+    return Job(FOLLOW_UP, engine.chat_tokens(messages), engine.inputs.for_chat(params))
 
 
 def serve(engine: Engine, jobs: Sequence[Job], watch: Watch = lambda *_: None) -> Served:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from radixgen.cache import ExtentPool, RadixTree, TokenArray, common_prefix_len
+from radixgen.core import check_texts
 from radixgen.explain.divergences import Found, Prompt, apply, divergences
 from radixgen.explain.kinds import Kind, common_len, difference
 from radixgen.explain.pieces import BLANK, Pieces, Row, Written, distinct_tokens
@@ -105,8 +106,9 @@ def explain(
     and behind the last is the same whatever is said, so it counts as nothing that a divergence keeps from being shared.
 
     Time and again the divergence that blocks the most tokens is remedied and the tree counted anew, so that one
-    behind another is seen too; at most 8 are reported.
+    behind another is seen too; at most 8 are reported. Raises `InvalidRequest` for text with half of a surrogate pair.
     """
+    check_texts("prompts", [one.text for one in prompts if isinstance(one, Written)])
     pieces = Pieces(tokenizer)
     cut = pieces.rows([*prompts, *templates])
     pieces.add_templates(cut[len(prompts) :])

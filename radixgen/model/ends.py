@@ -3,6 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
+from radixgen.vocabulary import Vocabulary
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,23 +14,27 @@ _ANSWER = "radixgen-answer"
 
 
 def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
-    """Those of the generation config, else of the config; that of the tokenizer; and the special token by which the
-    chat template ends an answer. A warning is logged where there are none.
+    """Those of the generation config, else of the config, as transformers' `generate` takes them. A warning is logged
+    where there are none, and chats have none of their own either.
     """
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         eos = model.config.get_text_config().eos_token_id
-    ids = {eos} if isinstance(eos, int) else set(eos or ())
-    if tokenizer is not None:
-        ids |= {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     known = model.get_input_embeddings().weight.shape[0]
-    ends = frozenset(token for token in ids if token < known)
-    if not ends:
+    ends = frozenset(token for token in ({eos} if isinstance(eos, int) else set(eos or ())) if token < known)
+    if not ends and (tokenizer is None or not chat_end_tokens(tokenizer)):
         logger.warning("%s has no end token: every request runs until max_tokens or a stop string", name)
     return ends
 
 
-def end_of_turn(tokenizer: Any) -> int | None:
+def chat_end_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """What else ends an answer in a chat: the tokenizer's end token, and the special token by which its chat template
+    ends an answer.
+    """
+    return frozenset({getattr(tokenizer, "eos_token_id", None), _end_of_turn(tokenizer)} - {None})  # type: ignore[arg-type]
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
     """The special token behind an answer in the chat template; None where there is no template, or no such token."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
@@ -40,4 +46,4 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     _, answer, rest = text.rpartition(_ANSWER)
     ids = tokenizer.encode(rest.lstrip(), add_special_tokens=False) if answer else []
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    return ids[0] if ids and ids[0] in Vocabulary(tokenizer).special else None

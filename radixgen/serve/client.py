@@ -19,6 +19,7 @@ from radixgen.core import (
     RequestOutput,
     SamplingParams,
     check_integer,
+    check_texts,
     joined,
 )
 from radixgen.core.adapters import refuses_adapters
@@ -45,6 +46,14 @@ class _Asked:
     cached: int = 0
     cumulative_logprob: float = 0.0
     finished: bool = False
+
+    def leave(self, front: FrontEnd) -> None:
+        """Abort the request if it has not ended, and hear no more of it."""
+        if not self.finished:
+            self.finished = True
+            with suppress(RadixgenError):
+                front.abort(self.engine, [self.request_id])
+                front.forget(self.engine, self.request_id)
 
     def read(self, output: wire.Output) -> RequestOutput:
         """What is new, as the engine itself would have told it."""
@@ -187,13 +196,14 @@ class _Face:
     ) -> tuple[_Asked, wire.Add]:
         """A request, and what is sent of it. Raises `InvalidRequest`, `EngineDead`."""
         params = params if params is not None else SamplingParams()
+        check_texts("cache_salt", cache_salt)
         engine = self._front.choose(worker)
         eos = engine.ready.eos_token_ids if engine.ready is not None else []
         sampling = wire.from_params(params, eos)
         request_id = self._new_id()
         tokens = [int(token) for token in prompt]
         add = wire.Add(request_id, tokens, sampling_params=sampling, cache_salt=cache_salt, priority=-priority)
-        unseen = frozenset(eos) - frozenset(params.stop_token_ids)
+        unseen = frozenset([*eos, *params.end_token_ids]) - frozenset(params.stop_token_ids)
         return _Asked(request_id, tokens, params, engine, unseen), add
 
     def _forks(self, asked: _Asked, n: int) -> list[_Asked]:
@@ -357,7 +367,7 @@ class Client(_Face):
 
 
 class Stream(Iterator[RequestOutput]):
-    """What is new of one request, as it comes."""
+    """What is new of one request, as it comes. One that is dropped is closed."""
 
     def __init__(self, front: FrontEnd, asked: _Asked) -> None:
         self.inbox = _Queue()
@@ -391,11 +401,10 @@ class Stream(Iterator[RequestOutput]):
 
     def close(self) -> None:
         """Abort the request if it has not ended, and hear no more of it."""
-        if not self.asked.finished:
-            self.asked.finished = True
-            with suppress(RadixgenError):
-                self.abort()
-                self._front.forget(self.asked.engine, self.request_id)
+        self.asked.leave(self._front)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class AsyncClient(_Face):
@@ -493,7 +502,8 @@ class AsyncClient(_Face):
 
 
 class AsyncStream(AsyncIterator[RequestOutput]):
-    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended.
+    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended; so
+    does dropping it.
 
     Where the worker dies, `EngineDead` is raised.
     """
@@ -516,11 +526,10 @@ class AsyncStream(AsyncIterator[RequestOutput]):
 
     async def aclose(self) -> None:
         """May be called twice."""
-        if not self._asked.finished:
-            self._asked.finished = True
-            with suppress(RadixgenError):
-                self._front.abort(self._asked.engine, [self._asked.request_id])
-                self._front.forget(self._asked.engine, self._asked.request_id)
+        self._asked.leave(self._front)
+
+    def __del__(self) -> None:
+        self._asked.leave(self._front)
 
 
 def _result(item: wire.Output | wire.Reply) -> Any:

@@ -98,7 +98,7 @@ class FrontEnd:
         self._outputs = 0
         self._standby: set[bytes] = set()
         """Names under which another worker has said HELLO"""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # streams that are dropped are aborted wherever the garbage collector runs
         self._end: RadixgenError | None = None
         self._thread = threading.Thread(target=self._run, name="radixgen-front", daemon=True)
         self._thread.start()

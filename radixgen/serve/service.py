@@ -22,6 +22,7 @@ from radixgen.core import (
     SamplingParams,
     UnknownRequest,
     check_integer,
+    check_text,
 )
 from radixgen.engine import Engine, scores_of
 from radixgen.serve import wire
@@ -351,7 +352,8 @@ class Service:
         most = self.engine.limits.max_salt_len
         if len(salt) > most:
             raise InvalidRequest("len(cache_salt)", len(salt), f"must be at most {most}")
-        text = salt.encode("utf-8", "surrogatepass")
+        check_text("cache_salt", salt)
+        text = salt.encode()
         tagged = b"salt" + len(text).to_bytes(8, "big") + text
         return "salt:" + hmac.new(self._salt_key, tagged, hashlib.sha256).hexdigest()
 

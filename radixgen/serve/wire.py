@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct, field
 
-from radixgen.core import FinishReason, InvalidRequest, Limits, RadixgenError, SamplingParams
+from radixgen.core import FinishReason, InvalidRequest, Limits, RadixgenError, SamplingParams, check_text, check_texts
 from radixgen.core.adapters import ADAPTERS
 from radixgen.core.grammar import format_source
 
@@ -288,8 +288,12 @@ _DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
 
 
 def encode(message: Any) -> bytes:
-    """As MessagePack."""
-    return _ENCODER.encode(message)
+    """As MessagePack. Raises `InvalidRequest` for text that has no UTF-8."""
+    try:
+        return _ENCODER.encode(message)
+    except UnicodeEncodeError as error:
+        check_text("text", error.object)
+        raise
 
 
 def decode(data: Raw | bytes | memoryview, kind: type[T]) -> T:
@@ -327,6 +331,7 @@ _UNSERVED = (
     "thinking_token_budget",
     "repetition_detection",
 )
+_GRAMMARS = ("json_schema", "regex", "grammar", "choice", "response_format")
 
 
 def check_served(request: Add) -> None:
@@ -389,8 +394,11 @@ def from_params(params: SamplingParams, eos_token_ids: Sequence[int]) -> Samplin
         raise InvalidRequest("stop", params.stop, "is text, and a worker sees tokens: use stop_token_ids")
     if params.n != 1:
         raise InvalidRequest("n", params.n, "a request of this wire has one sequence")
-    eos = [] if params.ignore_eos else list(eos_token_ids)
-    stops = [*params.stop_token_ids, *(token for token in eos[1:] if token not in params.stop_token_ids)]
+    for name in _GRAMMARS:
+        check_texts(name, getattr(params, name))
+    ends = [] if params.ignore_eos else list(dict.fromkeys([*eos_token_ids, *params.end_token_ids]))
+    eos = [token for token in ends if token not in params.stop_token_ids]  # the caller's own are told
+    stops = [*params.stop_token_ids, *eos[1:]]
     return Sampling(
         temperature=params.temperature,
         top_p=params.top_p,

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 
-from radixgen.core import InvalidRequest, Limits
+from radixgen.core import InvalidRequest, Limits, check_text
 from radixgen.serve.http.errors import Refused
 
 _LONGEST_KEY = 512
@@ -89,9 +89,10 @@ class Keys:
         salt = cache_salt or ""
         if len(salt) > limits.max_salt_len:
             raise InvalidRequest("len(cache_salt)", len(salt), f"must be at most {limits.max_salt_len}")
+        check_text("cache_salt", salt)
         if not caller.tenant and not salt:
             return ""
-        parts = [caller.tenant.encode(), salt.encode("utf-8", "surrogatepass")]
+        parts = [caller.tenant.encode(), salt.encode()]
         tagged = b"".join(
             tag + len(part).to_bytes(8, "big") + part for tag, part in zip((b"t", b"s"), parts, strict=True)
         )

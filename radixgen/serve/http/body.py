@@ -1,6 +1,7 @@
 """Request bodies: read within bounds, decoded as types, and what is wrong with them said by field."""
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from radixgen.core import InvalidRequest, Limits
+from radixgen.core import InvalidRequest, Limits, check_text, check_texts
 from radixgen.serve.http.errors import ClientGone, Refused
 from radixgen.serve.http.unserved import drop_unserved
 
@@ -50,7 +51,10 @@ def decode(data: bytes, kind: type[T], ignore: Callable[[str], None] | None = No
 
 def _decode_known(data: bytes, kind: type[T], ignore: Callable[[str], None] | None) -> T:
     """A body that has unknown fields, without those that may be left out."""
-    body = msgspec.json.decode(data)
+    try:
+        body = msgspec.json.decode(data)
+    except Exception as error:  # behind the unknown field
+        raise _named(str(error), data, kind) from None
     drop_unserved(body, kind.__struct_fields__, "", ignore)
     for _ in range(_MOST_UNKNOWN):
         try:
@@ -104,7 +108,23 @@ def _named(message: str, data: bytes, kind: type[msgspec.Struct]) -> InvalidRequ
         return InvalidRequest(f"{path}.{unknown[1]}".strip("."), "…", f"is no field that is known here{hint}")
     if place:
         return InvalidRequest(path or "body", _value_at(path, data), says[0].lower() + says[1:])
+    if half := _half_of_a_pair(data):
+        return half
     return InvalidRequest("body", data[:80].decode("utf-8", "replace"), f"must be a JSON object: {says}")
+
+
+def _half_of_a_pair(data: bytes) -> InvalidRequest | None:
+    """Which field holds half of a surrogate pair, of which msgspec says nothing that a caller would understand."""
+    try:
+        body = json.loads(data)
+        for name, value in body.items() if isinstance(body, dict) else ():
+            check_text("body", name)
+            check_texts(name, value)
+    except InvalidRequest as error:
+        return error
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def _value_at(path: str, data: bytes) -> Any:

@@ -105,10 +105,10 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
         key = Key(caller.tenant, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
         ids = turn.draft.token_ids
-    tokens = inputs.tokenize(ids, "messages")
+    tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
     most = context.answer_tokens(_most_tokens(context, body), tokens.size, logprobs)
-    params = _params(context, body, most, warn)
+    params = inputs.for_chat(_params(context, body, most, warn))
     inputs.check(tokens, params, compiles=False)
     return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)
 
@@ -261,7 +261,8 @@ class _Answer:
     def _logprobs(self, output: CompletionOutput) -> ChatLogprobs | None:
         if not output.logprobs:
             return None
-        return chat_logprobs(output, self._body.top_logprobs or 0, self._context.texts)
+        texts, special = self._context.texts, self._body.skip_special_tokens is False
+        return chat_logprobs(output, self._body.top_logprobs or 0, texts, special=special)
 
     def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
         return self._generation.asked.prompts[0].tolist() if self._body.return_token_ids else UNSET
@@ -272,6 +273,6 @@ class _Answer:
         output = choice.output
         if turn is not None and output is not None:
             message: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
-            include = self._generation.asked.params.include_stop_str_in_output
-            end = partial(self._context.sessions.end, turn, output, message, include_stop=include)
+            params = self._generation.asked.params
+            end = partial(self._context.sessions.end, turn, output, message, params)
             await self._context.intake.finish(turn.key.tenant, end)

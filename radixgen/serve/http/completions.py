@@ -70,7 +70,7 @@ def _prepare(
     inputs = context.engine.inputs
     special = body.add_special_tokens is not False
     given = _prompts(body.prompt, context.limits.max_prompts)
-    prompts = [inputs.tokenize(one, special=special) for one in given]
+    prompts = [inputs.tokenize(one, special=special, warn=warn) for one in given]
     longest = max(prompt.size for prompt in prompts)
     max_tokens = context.answer_tokens(_max_tokens(body), longest)
     params = body.params(max_tokens, body.logprobs, context.sampling_defaults)

@@ -1,5 +1,6 @@
 """Models, tokens, health, metrics: the routes that generate nothing."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from radixgen.serve.http.protocol import (
     TokenizeResponse,
 )
 from radixgen.serve.http.stream import json_response
+from radixgen.serve.http.warnings import warner
 from radixgen.version import VERSION
 
 
@@ -74,7 +76,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
         place, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
         with place:
             context.check_model(body.model)
-            return json_response(await context.intake.run(request, partial(_tokenize, context, body)))
+            return json_response(await context.intake.run(request, partial(_tokenize, context, body, warner(request))))
 
     @router.post(
         "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)
@@ -138,12 +140,12 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
     }
 
 
-def _tokenize(context: Context, body: TokenizeRequest) -> TokenizeResponse:
+def _tokenize(context: Context, body: TokenizeRequest, warn: Callable[[str], None]) -> TokenizeResponse:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt", body.prompt, "give either prompt or messages")
     inputs = context.engine.inputs
     if body.prompt is not None:
-        tokens = inputs.tokenize(body.prompt, special=body.add_special_tokens is not False).tolist()
+        tokens = inputs.tokenize(body.prompt, special=body.add_special_tokens is not False, warn=warn).tolist()
     else:
         template = template_of(context, body)
         tokens = list(template.tokenize(template.render(prepared_messages(context, body))))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from radixgen.core import CompletionOutput
 from radixgen.serve.http.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from radixgen.serve.http.token_bytes import TokenBytes
+from radixgen.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,24 +21,29 @@ class TokenTexts:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
-        self._bytes = None if tokenizer is None else TokenBytes(tokenizer)
+        self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self.text = lru_cache(_KEPT)(self._text)
 
-    def bytes(self, token: int) -> list[int] | None:
-        """What the token adds to a text in UTF-8; None without a tokenizer."""
-        return None if self._bytes is None else list(self._bytes(token))
+    def bytes(self, token: int, *, special: bool = False) -> list[int] | None:
+        """What the token adds to a text in UTF-8, one that shows special tokens where `special`; None without a
+        tokenizer.
+        """
+        if self._vocabulary is None:
+            return None
+        return [] if not special and token in self._vocabulary.special else list(self._vocabulary.bytes_of(token))
 
     def _text(self, token: int) -> str:
         return str(token) if self._tokenizer is None else str(self._tokenizer.decode([token]))
 
 
-def chat_logprobs(output: CompletionOutput, count: int, texts: TokenTexts) -> ChatLogprobs:
-    """Of the tokens of `output`, each with the `count` likeliest."""
+def chat_logprobs(output: CompletionOutput, count: int, texts: TokenTexts, *, special: bool = False) -> ChatLogprobs:
+    """Of the tokens of `output`, each with the `count` likeliest; `special`: its text shows special tokens."""
     content = []
     for found in output.logprobs or []:
         own = next(iter(found))
-        top = [TopLogprob(texts.text(t), _finite(found[t]), texts.bytes(t)) for t in likeliest(found, count)]
-        content.append(TokenLogprob(texts.text(own), _finite(found[own]), texts.bytes(own), top))
+        told = {t: (texts.text(t), _finite(found[t]), texts.bytes(t, special=special)) for t in found}
+        top = [TopLogprob(*told[token]) for token in likeliest(found, count)]
+        content.append(TokenLogprob(*told[own], top))
     return ChatLogprobs(content)
 
 

@@ -114,11 +114,9 @@ class Sampled(Ignored, kw_only=True):
     skip_special_tokens: bool | None = None
 
     def check(self) -> None:
-        """Raises `InvalidRequest` for options of a stream that is none, and for what is not served."""
+        """Raises `InvalidRequest` for options of a stream that is none."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options", "…", "is for stream=true")
-        if self.skip_special_tokens is False:
-            raise InvalidRequest("skip_special_tokens", False, "must be true: special tokens have no text")
 
     @property
     def counts_usage(self) -> bool:
@@ -170,6 +168,7 @@ _SAME = (
     "ignore_eos",
     "stop_token_ids",
     "include_stop_str_in_output",
+    "skip_special_tokens",
     "response_format",
 )
 """Fields that are those of `SamplingParams`."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from radixgen.chat_history import ChatHistory, Draft
 from radixgen.chat_template import ChatTemplate, Message
-from radixgen.core import CompletionOutput, Limits
+from radixgen.core import CompletionOutput, Limits, SamplingParams
 from radixgen.serve.http.session_sizes import bytes_of, new_bytes
 
 _KEEP_SECONDS = 3600.0
@@ -95,15 +95,21 @@ class Sessions:
         session.sizes = held.sizes[: len(history.turns)]
         return Turn(key, history.draft(messages[len(history.state.messages) :]), session)
 
-    def end(self, turn: Turn, output: CompletionOutput, told: Message, *, include_stop: bool = False) -> None:
-        """Keep the answer: `output` as it was generated, `told` as the caller was told of it."""
+    def end(self, turn: Turn, output: CompletionOutput, told: Message, params: SamplingParams) -> None:
+        """Keep the answer: `output` as `params` asked for it, `told` as the caller was told of it."""
         if output.finish_reason == "error" or not output.token_ids:
             return
         session, now = turn.session, time.monotonic()
         session.told = {place: one for place, one in session.told.items() if place < len(turn.draft.messages)}
         session.told[len(turn.draft.messages)] = told
         before = session.history.turns[-1]
-        session.history.answer(turn.draft, output, self._eos_token_ids, include_stop=include_stop)
+        session.history.answer(
+            turn.draft,
+            output,
+            self._eos_token_ids,
+            include_stop=params.include_stop_str_in_output,
+            show_special=not params.skip_special_tokens,
+        )
         session.sizes.append(session.num_bytes + new_bytes(before, session.history.state) + bytes_of(told))
         del session.sizes[: -len(session.history.turns)]
         session.used = now

@@ -18,7 +18,6 @@ from radixgen.core import (
 )
 from radixgen.detokenize import Detokenizer
 from radixgen.input_processor import InputProcessor
-from radixgen.model.ends import end_of_turn
 from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge
 from radixgen.serve.http.totals import Totals
@@ -46,10 +45,6 @@ class Workers:
         limits: Limits | None = None,
     ) -> None:
         ready = client.workers.values()
-        ends = {token for one in ready for token in one.eos_token_ids}
-        turn_end = end_of_turn(tokenizer)
-        self._further_ends = [] if turn_end is None or turn_end in ends else [turn_end]
-        """What this front end's chat template ends an answer with, where workers do not know it"""
         self.model_name = model_name
         self.inputs = InputProcessor(
             tokenizer,
@@ -57,7 +52,7 @@ class Workers:
             max_model_len=min(one.max_model_len for one in ready),
             kv_tokens=min(one.kv_cache_size_tokens or one.max_model_len for one in ready),
             limits=limits or Limits(),
-            eos_token_ids=frozenset(ends.union(self._further_ends)),
+            eos_token_ids=frozenset(token for one in ready for token in one.eos_token_ids),
         )
         self._client = client
         self._totals = Totals()
@@ -80,12 +75,11 @@ class Workers:
     ) -> "_Answer":
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineDead`."""
         worker, tokens = self._client.idlest, prompt.tolist()
-        stops = [*params.stop_token_ids, *([] if params.ignore_eos else self._further_ends)]
         streams: list[AsyncStream] = []
         try:
             for index in range(params.n):
                 seed = None if params.seed is None else (params.seed + index) % 2**64
-                own = replace(params, n=1, seed=seed, stop=(), stop_token_ids=stops)
+                own = replace(params, n=1, seed=seed, stop=())
                 streams.append(
                     await self._client.open(tokens, own, cache_salt=namespace, priority=priority, worker=worker)
                 )
@@ -160,11 +154,19 @@ class _Answer(AsyncIterator[RequestOutput]):
         """Abort what has not ended. May be called twice."""
         if self._left:
             return
-        self._left = True
-        self._workers.ended()
+        self._leave()
         for stream in self._streams:
             await stream.aclose()
         await self._merged.aclose()
+
+    def __del__(self) -> None:
+        """Its streams are dropped with it."""
+        if not self._left:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._left = True
+        self._workers.ended()
 
     async def _told(self, index: int, output: RequestOutput) -> RequestOutput:
         """A sequence's output with its text."""
@@ -188,18 +190,23 @@ class _Text:
     """One sequence's tokens as text, up to its stop string."""
 
     def __init__(self, inputs: InputProcessor, tail: list[int], params: SamplingParams) -> None:
-        self._eos_token_ids = frozenset[int]() if params.ignore_eos else inputs.eos_token_ids
-        self._unnamed_ends = self._eos_token_ids - {*params.stop_token_ids}
+        own = inputs.eos_token_ids.union(params.end_token_ids)
+        self._eos_token_ids = frozenset[int]() if params.ignore_eos else own
         self._include_stop = params.include_stop_str_in_output
-        self._detokenizer = Detokenizer(inputs.tokenizer, tail, params.stop_strings, self._include_stop)
+        self._detokenizer = Detokenizer(
+            inputs.tokenizer,
+            tail,
+            params.stop_strings,
+            self._include_stop,
+            params.skip_special_tokens,
+            inputs.vocabulary,
+        )
         self._min_tokens = params.min_tokens
         self._seen = 0
         self._told = 0
 
     def read(self, output: CompletionOutput) -> CompletionOutput:
         """`output` with its text. The text of a token that ended the sequence is left out, as that of a stop string."""
-        if output.stop_reason in self._unnamed_ends:
-            output = replace(output, stop_reason=None)
         tokens = output.token_ids
         silent = not self._include_stop and end_token(output, self._eos_token_ids) is not None
         for place, token in enumerate(tokens[:-1] if silent else tokens):
