@@ -110,7 +110,8 @@ class InputProcessor:
     def check_text(self, text: str, field: str) -> None:
         """That so much text could be served, before it is tokenized."""
         if len(text) > self.max_text_chars:
-            raise PromptTooLong(f"len({field})", len(text), f"at most {self.max_text_chars} characters")
+            limit = f"at most {self.max_text_chars} characters, for a context of {self.max_model_len} tokens"
+            raise PromptTooLong(f"len({field})", len(text), limit)
 
     def tokenize_continuation(self, text: Prompt) -> TokenArray:
         """What follows a prompt: no special tokens."""

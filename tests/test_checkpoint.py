@@ -126,3 +126,10 @@ def test_the_default_model_s_chats_end_at_its_template_s_token() -> None:
     loaded.model.generation_config.eos_token_id = 0
     assert loaded.tokenizer is not None
     assert loaded.eos_token_ids == {0} and chat_end_tokens(loaded.tokenizer) == {2}
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gemma2"])
+def test_a_model_without_tokenizer_files_has_no_tokenizer(family: str, tmp_path: Path) -> None:
+    """For these transformers makes one up, which knows a few special tokens: no others would ever be drawn."""
+    families.build(family).save_pretrained(tmp_path)
+    assert load(tmp_path).tokenizer is None

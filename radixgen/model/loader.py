@@ -210,10 +210,12 @@ def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
+    """Without files transformers may make one up, of special tokens only: that counts as none."""
     from transformers import AutoTokenizer
 
     gguf = {key: value for key, value in options.items() if key == "gguf_file"}
     try:
-        return AutoTokenizer.from_pretrained(source, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
+    return tokenizer if len(tokenizer) > len(tokenizer.get_added_vocab()) else None
