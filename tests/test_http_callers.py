@@ -86,7 +86,7 @@ def test_a_place_is_taken_when_the_body_is_there(path: str) -> None:
 def test_no_key_takes_every_place() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         admission = served.app.state.context.admission
-        assert (admission.most, admission.most_of_key) == (8, 3)
+        assert (admission.max_open, admission.max_open_per_key) == (8, 3)
         assert (await ask(client, "one", prompt="a", n=3)).status_code == 200
         assert (await ask(client, "one", prompt="a", n=4)).status_code == 400, "never"
         tenant = served.app.state.context.keys.check(Access.CALLER, "Bearer one").tenant
@@ -94,7 +94,7 @@ def test_no_key_takes_every_place() -> None:
         refused = await ask(client, "one", prompt="a", n=2)
         assert refused.status_code == 429 and "of one API key" in refused.json()["error"]["message"]
         assert (await ask(client, "two", prompt="a", n=3)).status_code == 200
-        admission.leave(2, None, tenant)
+        admission.leave(2, tenant)
 
     in_process(test, tiny(), max_open=8, max_concurrency_per_key=3, api_keys=KEYS)
 
@@ -105,7 +105,7 @@ def test_a_share_for_each_of_several_keys() -> None:
             app = create_app(served.engine, ServeOptions(max_open=7, api_keys=callers, operator_keys=operators))
             context = app.state.context
             places = context.admission, context.tokenizing, context.intake.reading
-            assert {one.most_of_key for one in places} == {most}
+            assert {one.max_open_per_key for one in places} == {most}
 
     in_process(test, tiny())
 

@@ -72,8 +72,8 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Text, or a chat, as token ids."""
-        place, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
-        with place:
+        ticket, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
+        with ticket:
             context.check_model(body.model)
             return json_response(await context.intake.run(request, partial(_tokenize, context, body, warner(request))))
 
@@ -82,8 +82,8 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """Token ids as text, special tokens included."""
-        place, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
-        with place:
+        ticket, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
+        with ticket:
             context.check_model(body.model)
             return json_response(await context.intake.run(request, partial(_detokenize, context, body)))
 
@@ -129,7 +129,7 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
         "max_model_len": inputs.max_model_len,
         "vocab_size": inputs.vocab_size,
         "kv_tokens": inputs.kv_tokens,
-        "max_open": context.admission.most,
+        "max_open": context.admission.max_open,
         "open": context.admission.open,
         "sessions": len(context.sessions),
         "session_bytes": context.sessions.num_bytes,
