@@ -268,8 +268,8 @@ def serve(
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
         from radixgen.serve.http.binding import Binding
-        from radixgen.serve.http.given_template import tokenizer_with
-        from radixgen.serve.http.sites import Sites, listed
+        from radixgen.serve.http.custom_template import tokenizer_with_template
+        from radixgen.serve.http.origins import OriginPolicy, parse_list
         from radixgen.serve.http.workers import connect
 
         limits = Limits(max_num_seqs=max_num_seqs)
@@ -284,12 +284,12 @@ def serve(
             metrics_compat=metrics_compat,
             ignore_unknown_fields=ignore_unknown_fields,
             root_path=root_path,
-            sites=Sites(
-                allowed_origins=listed("allowed_origins", allowed_origins),
-                allowed_methods=listed("allowed_methods", allowed_methods) or ["*"],
-                allowed_headers=listed("allowed_headers", allowed_headers) or ["*"],
+            origins=OriginPolicy(
+                allowed_origins=parse_list("allowed_origins", allowed_origins),
+                allowed_methods=parse_list("allowed_methods", allowed_methods) or ["*"],
+                allowed_headers=parse_list("allowed_headers", allowed_headers) or ["*"],
                 allow_credentials=allow_credentials,
-                allowed_hosts=listed("allowed_hosts", allowed_hosts),
+                allowed_hosts=parse_list("allowed_hosts", allowed_hosts),
             ),
         )
         binding = Binding(
@@ -312,7 +312,7 @@ def serve(
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
             options = replace(options, sampling_defaults=sampling_defaults(name or model, generation_config))
-            tokenizer = None if chat_template is None else tokenizer_with(name or model, chat_template)
+            tokenizer = None if chat_template is None else tokenizer_with_template(name or model, chat_template)
             backend: Backend
             if zmq is not None:
                 backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
