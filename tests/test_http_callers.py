@@ -181,7 +181,7 @@ def test_health_notices_threads_that_get_nowhere() -> None:
             hold("one", 100)
         while health.fault() is None:
             await asyncio.sleep(0.001)
-        assert health.fault() == "requests wait and no thread gets on"
+        assert health.fault() == "requests wait for threads that make no progress"
 
     with_intake(test)
 

@@ -52,7 +52,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
     async def metrics(request: Request) -> Response:
-        """For Prometheus: everything for operators, for others how much is going on."""
+        """For Prometheus: all metrics for operators, the load for others."""
         text = context.metrics.expose(await context.figures.latest(), everything=gate.is_operator(request))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

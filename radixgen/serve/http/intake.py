@@ -1,4 +1,4 @@
-"""From a request to what an engine takes: read, decoded, prepared and compiled, callers by turns."""
+"""What is done to a request before it is queued: read, decode, tokenize, compile. Tenants take turns."""
 
 import asyncio
 import time
@@ -27,15 +27,14 @@ _COMPILERS = 2
 
 
 class Intake:
-    """What a request goes through before it is queued. Bodies that are read have bounds of their own, so that one that
-    does not come holds up none that generates. Long bodies, short ones and grammars each have threads of their
-    own.
+    """Prepares requests in threads: long bodies, short ones and grammars have threads of their own. Bodies that are
+    still being read count apart from admitted requests: slow senders take no capacity from those who generate.
     """
 
     def __init__(self, inputs: InputProcessor, admission: Admission, *, ignore_unknown: bool = False) -> None:
         """
-        admission: whose bounds hold for bodies that are read too.
-        ignore_unknown: fields that are not served are ignored, and the answer warns of each.
+        admission: its bounds hold for the bodies being read too.
+        ignore_unknown: ignore fields that are not served, with a warning for each.
         """
         max_open = admission.max_open
         self.reading = Admission(max_open, admission.max_open_per_key)
@@ -81,7 +80,7 @@ class Intake:
         return await asyncio.wrap_future(self._long.submit(tenant, work))
 
     def stalled(self, seconds: float) -> bool:
-        """Whether requests wait for threads, and none has begun or ended its work for so long."""
+        """Whether requests wait for a thread, and no work has begun or ended for so long."""
         return any(pool.stalled(seconds) for pool in self._pools)
 
     def close(self) -> None:
