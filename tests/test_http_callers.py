@@ -17,9 +17,9 @@ from radixgen.core import CompletionOutput, EngineClosed
 from radixgen.serve.http.admission import Admission
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys
-from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.intake import Intake
+from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.session_sizes import bytes_of
 from radixgen.serve.http.sessions import Key, Sessions
 
@@ -318,32 +318,32 @@ class Stepping:
         return f"after {self.asked}"
 
 
-def test_figures_do_not_wait_for_a_step() -> None:
+def test_stats_do_not_wait_for_a_step() -> None:
     """They are the last that came, and asked for once; the next are there after the step."""
 
     async def test() -> None:
         engine: Any = Stepping()
-        figures = Figures(engine)
+        stats = LatestStats(engine)
         for _ in range(2):
-            assert await figures.latest() is None
+            assert await stats.get() is None
         engine.done.set()
-        assert await figures.latest() == "after 1"
+        assert await stats.get() == "after 1"
         engine.done.clear()
-        assert await figures.latest() == "after 1"
+        assert await stats.get() == "after 1"
         engine.done.set()
-        assert await figures.latest() == "after 2"
+        assert await stats.get() == "after 2"
         assert engine.asked == 2
 
     asyncio.run(asyncio.wait_for(test(), SECONDS))
 
 
-def test_figures_of_an_engine_that_is_closed() -> None:
+def test_stats_of_an_engine_that_is_closed() -> None:
     async def test() -> None:
         class Closed(Idle):
             async def stats(self) -> Stats:
                 raise EngineClosed("the engine is closed")
 
-        assert await Figures(Closed()).latest() is None  # type: ignore[arg-type]
+        assert await LatestStats(Closed()).get() is None  # type: ignore[arg-type]
 
     asyncio.run(asyncio.wait_for(test(), SECONDS))
 

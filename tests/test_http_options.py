@@ -232,7 +232,10 @@ def test_a_head_of_an_endless_answer_ends() -> None:
 
 def test_a_unix_socket(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    with over_socket(tiny(), uds=path) as served, httpx.Client(transport=httpx.HTTPTransport(uds=path)) as client:
+    with (
+        over_socket(tiny(), uds=path) as served,
+        httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=30) as client,
+    ):
         assert client.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
         assert refused(lambda: Binding(uds=path).check([])) == "uds", "it is taken"
     with socket.socket(socket.AF_UNIX) as left:
@@ -261,9 +264,9 @@ def test_https_with_certificates_of_clients(certificate: tuple[str, str]) -> Non
     own.load_cert_chain(chain, key)
     options = {"ssl_keyfile": key, "ssl_certfile": chain, "ssl_ca_certs": chain, "ssl_cert_reqs": 2}
     with over_socket(tiny(), **options) as served:
-        assert httpx.post(f"{served.url}{CHATS}", json=BODY, verify=own).status_code == 200
+        assert httpx.post(f"{served.url}{CHATS}", json=BODY, verify=own, timeout=30).status_code == 200
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{served.url}/health", verify=anonymous)
+            httpx.get(f"{served.url}/health", verify=anonymous, timeout=30)
 
 
 def test_tls_that_cannot_be_set_up(certificate: tuple[str, str], tmp_path: Path) -> None:
@@ -398,12 +401,12 @@ def test_not_ready_before_the_listener_closes(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Server, "_serve_on", seen)
     with over_socket(tiny(), shutdown_delay=600.0) as served:
-        assert served.server is not None and httpx.get(f"{served.url}/ready").status_code == 200
+        assert served.server is not None and httpx.get(f"{served.url}/ready", timeout=30).status_code == 200
         served.server.handle_exit(signal.SIGTERM, None)
         assert delaying.wait(30)
-        assert httpx.get(f"{served.url}/ready").status_code == 503
-        assert httpx.get(f"{served.url}/health").status_code == 200
-        assert httpx.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
+        assert httpx.get(f"{served.url}/ready", timeout=30).status_code == 503
+        assert httpx.get(f"{served.url}/health", timeout=30).status_code == 200
+        assert httpx.post(f"{served.url}{CHATS}", json=BODY, timeout=30).status_code == 200
         served.server.handle_exit(signal.SIGTERM, None)
         wait_closed(served)
 

@@ -23,11 +23,11 @@ from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import ErrorHandlers
-from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.head import Head
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.intake import Intake
+from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
@@ -116,7 +116,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
         tokenizing=Admission(options.max_open, per_key),
         intake=intake,
         metrics=metrics,
-        figures=Figures(engine),
+        stats=LatestStats(engine),
         sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),
         texts=TokenTexts(engine.inputs.tokenizer),
         renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
@@ -129,7 +129,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()
-        watching = [asyncio.create_task(one) for one in (health.watch(), context.figures.watch())]
+        watching = [asyncio.create_task(one) for one in (health.watch(), context.stats.watch())]
         try:
             yield
         finally:

@@ -9,8 +9,8 @@ from radixgen.serve.http.admission import Admission
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.errors import Refused
-from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.intake import Intake
+from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import Metrics
 from radixgen.serve.http.sessions import Sessions
@@ -32,7 +32,7 @@ class Context:
     tokenizing: Admission
     intake: Intake
     metrics: Metrics
-    figures: Figures
+    stats: LatestStats
     sessions: Sessions
     texts: TokenTexts
     renderer: TemplateRenderer

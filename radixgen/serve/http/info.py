@@ -53,7 +53,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
     async def metrics(request: Request) -> Response:
         """For Prometheus: all metrics for operators, the load for others."""
-        text = context.metrics.expose(await context.figures.latest(), everything=gate.is_operator(request))
+        text = context.metrics.expose(await context.stats.get(), everything=gate.is_operator(request))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models", dependencies=[gate.caller], openapi_extra=described(None, ModelList))
@@ -90,7 +90,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
         """What is served, and within which bounds."""
-        return JSONResponse(_server_info(context, await context.figures.latest()))
+        return JSONResponse(_server_info(context, await context.stats.get()))
 
     @router.post("/reset_prefix_cache", dependencies=[gate.operator], openapi_extra=described(None))
     async def reset_prefix_cache() -> Response:
