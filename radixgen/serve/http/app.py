@@ -100,31 +100,9 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     """
     options = options or ServeOptions()
     options.check()
-    keys = Keys(options.api_keys, options.operator_keys)
-    names = tuple(options.names) or (engine.model_name,)
-    metrics = Metrics(names[0], options.metrics_compat)
-    per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
-    admission = Admission(options.max_open, per_key)
-    intake = Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields)
-    health = Health(engine, options.stall_timeout, intake.stalled)
-    context = Context(
-        engine=engine,
-        names=names,
-        created=int(time.time()),
-        keys=keys,
-        admission=admission,
-        tokenizing=Admission(options.max_open, per_key),
-        intake=intake,
-        metrics=metrics,
-        stats=LatestStats(engine),
-        sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),
-        texts=TokenTexts(engine.inputs.tokenizer),
-        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
-        request_timeout=options.request_timeout,
-        send_timeout=options.send_timeout,
-        sampling_defaults=dict(options.sampling_defaults),
-    )
-    gate = Gate(keys)
+    context = _context(engine, options)
+    health = Health(engine, options.stall_timeout, context.intake.stalled)
+    gate = Gate(context.keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -138,7 +116,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
             context.renderer.close()
-            intake.close()
+            context.intake.close()
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -150,15 +128,39 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     handlers = ErrorHandlers(context.admission.retry_after)
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
-    app.add_middleware(_Boundary, options=options, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(_Boundary, options=options, keys_needed=context.keys.needed, handlers=handlers)
     app.add_middleware(Head)
     if options.origins.allowed_origins:
         app.add_middleware(CORSMiddleware, **options.origins.cors)
     app.add_middleware(Warnings)
-    app.add_middleware(AccessLog, metrics=metrics)
+    app.add_middleware(AccessLog, metrics=context.metrics)
     app.state.context, app.state.health = context, health
     app.state.before_drain = []
     return app
+
+
+def _context(engine: Backend, options: ServeOptions) -> Context:
+    keys = Keys(options.api_keys, options.operator_keys)
+    names = tuple(options.names) or (engine.model_name,)
+    per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
+    admission = Admission(options.max_open, per_key)
+    return Context(
+        engine=engine,
+        names=names,
+        created=int(time.time()),
+        keys=keys,
+        admission=admission,
+        tokenizing=Admission(options.max_open, per_key),
+        intake=Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields),
+        metrics=Metrics(names[0], options.metrics_compat),
+        stats=LatestStats(engine),
+        sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),
+        texts=TokenTexts(engine.inputs.tokenizer),
+        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
+        request_timeout=options.request_timeout,
+        send_timeout=options.send_timeout,
+        sampling_defaults=dict(options.sampling_defaults),
+    )
 
 
 class _Boundary:
