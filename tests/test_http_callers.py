@@ -383,7 +383,7 @@ class Talks:
             turn = self.sessions.begin(Key(tenant, tenant, name), self.template, tuple(messages))
             told = {"role": "assistant", "content": "ok"}
             output = CompletionOutput(0, "ok", list(self.template.tokenize("ok")), "length")
-            self.sessions.end(turn, output, told)
+            self.sessions.end(turn, output, told, SamplingParams())
             messages.append(told)
 
     def names(self, tenant: str) -> list[str]:
