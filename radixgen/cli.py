@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from radixgen.core import InvalidRequest, RadixgenError, SamplingParams, check_texts
+from radixgen.core import InvalidRequest, Limits, RadixgenError, SamplingParams, check_texts
 from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
 from radixgen.progress import announce_loading, waiting
@@ -29,28 +29,31 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+DEFAULT_LIMITS = Limits()
+
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a directory, a .gguf file, or a hub id.")]
-MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at the most.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
-Seed = Annotated[int | None, typer.Option(help="Fixes the draws.")]
+Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-GenerationConfig = Annotated[
-    str, typer.Option(help="Sampling defaults: auto, the model's generation_config.json; vllm, none; or a path.")
-]
+GenerationConfig = Annotated[str, typer.Option(help="Sampling defaults: auto (the model's), vllm (none) or a path.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TensorParallel = Annotated[
     int, typer.Option("--tensor-parallel-size", "--tp", help="Processes, and GPUs if any, to shard the model over.")
 ]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")]
-MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences that run at the same time.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Rows of one step at the most.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Maximum prompt plus output, in tokens.")]
+MaxNumSeqs = Annotated[int, typer.Option(help="Maximum sequences that run at the same time.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(help="Maximum tokens of one step.")]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Never replay steps from CUDA graphs.")]
 EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
 DrainTimeout = Annotated[
-    float, typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds that open requests have after SIGTERM.")
+    float,
+    typer.Option(
+        "--shutdown-timeout", "--drain-timeout", help="Seconds after SIGTERM in which open requests may still end."
+    ),
 ]
 InputFile = Annotated[
     Path | None,
@@ -186,7 +189,7 @@ def serve(
     device: Device = "auto",
     tp: TensorParallel = 1,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = None,
+    max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
@@ -196,58 +199,60 @@ def serve(
         list[str] | None, typer.Option(help="What requests call the model; once for each name.")
     ] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(help="A caller's key, once for each; also RADIXGEN_API_KEY.")
+        list[str] | None, typer.Option(help="A caller's API key, once for each; also RADIXGEN_API_KEY.")
     ] = None,
     operator_key: Annotated[
-        list[str] | None, typer.Option(help="Key for the routes that concern all callers, once for each.")
+        list[str] | None,
+        typer.Option(help="An operator's API key, for routes that concern all callers; once for each."),
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Sequences that wait; beyond, 429.")] = 1024,
+    max_queue: Annotated[int, typer.Option(help="Maximum waiting sequences; beyond, requests get 429.")] = 1024,
     max_concurrency_per_key: Annotated[
-        int | None, typer.Option(help="Sequences of one API key that run and wait; half of all if there are several.")
+        int | None, typer.Option(help="Maximum sequences of one API key; half of all if there are several keys.")
     ] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds after which a request is aborted.")] = None,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which /health fails.")] = 60,
     timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
     shutdown_delay: Annotated[
-        float, typer.Option(help="Seconds after SIGTERM with /ready at 503 and requests still taken.")
+        float, typer.Option(help="Seconds after SIGTERM in which requests are still accepted, /ready at 503.")
     ] = 1,
     drain_timeout: DrainTimeout = 30,
     allowed_origins: Annotated[
-        list[str] | None, typer.Option(help="Web pages that may use it (CORS), once for each; * is any.")
+        list[str] | None, typer.Option(help="Allowed CORS origin, once for each; * is any.")
     ] = None,
     allowed_methods: Annotated[
-        list[str] | None, typer.Option(help="Methods of their requests; all by default.")
+        list[str] | None, typer.Option(help="Allowed CORS method, once for each; all by default.")
     ] = None,
     allowed_headers: Annotated[
-        list[str] | None, typer.Option(help="Headers of their requests; all by default.")
+        list[str] | None, typer.Option(help="Allowed CORS request header, once for each; all by default.")
     ] = None,
-    allow_credentials: Annotated[bool, typer.Option("--allow-credentials", help="Let them send credentials.")] = False,
+    allow_credentials: Annotated[
+        bool, typer.Option("--allow-credentials", help="Allow credentials in CORS requests.")
+    ] = False,
     allowed_hosts: Annotated[
-        list[str] | None, typer.Option(help="Names of the server in Host, once for each; *.example.com is all below.")
+        list[str] | None, typer.Option(help="Accepted Host, once for each; *.example.com is every name below it.")
     ] = None,
-    root_path: Annotated[str, typer.Option(help="What a proxy has in front of every path.")] = "",
+    root_path: Annotated[str, typer.Option(help="Path prefix that a proxy puts in front of every route.")] = "",
     uds: Annotated[str | None, typer.Option(help="Unix socket to listen on, in place of --host and --port.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Private key for HTTPS, PEM.")] = None,
     ssl_certfile: Annotated[str | None, typer.Option(help="Certificate for HTTPS, PEM.")] = None,
-    ssl_ca_certs: Annotated[str | None, typer.Option(help="Certificates that sign those of clients, PEM.")] = None,
-    ssl_cert_reqs: Annotated[int, typer.Option(help="Certificates of clients: 0 none, 1 optional, 2 required.")] = 0,
+    ssl_ca_certs: Annotated[str | None, typer.Option(help="CA certificates for those of clients, PEM.")] = None,
+    ssl_cert_reqs: Annotated[int, typer.Option(help="Client certificates: 0 none, 1 optional, 2 required.")] = 0,
     ssl_ciphers: Annotated[str | None, typer.Option(help="Cipher suites of TLS 1.2, as OpenSSL lists them.")] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="File of a chat template in place of the model's, or the template itself.")
+        str | None, typer.Option(help="Chat template in place of the model's: a file, or the text in one line.")
     ] = None,
     ignore_unknown_fields: Annotated[
         bool, typer.Option("--ignore-unknown-fields", help="Ignore fields that are not served, with a warning.")
     ] = False,
-    metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics under vLLM's names too.")] = None,
-    access_log: Annotated[bool, typer.Option(help="A line of log for each request.")] = True,
+    metrics_compat: Annotated[str | None, typer.Option(help="vllm: add vLLM's names to /metrics.")] = None,
+    access_log: Annotated[bool, typer.Option(help="Log a line for each request.")] = True,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     zmq: Annotated[
-        str | None, typer.Option(help="Where workers shake hands, ipc:// or tcp://; they have the model then.")
+        str | None, typer.Option(help="Serve by workers that connect to this ipc:// or tcp:// address.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="How many to wait for, with --zmq.")] = 1,
+    workers: Annotated[int, typer.Option(help="Workers to wait for, with --zmq.")] = 1,
 ) -> None:
     """Serve a model over HTTP, to clients of OpenAI's API."""
-    from radixgen.core import Limits
     from radixgen.core.settings import api_keys
 
     with _errors():
@@ -263,11 +268,11 @@ def serve(
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
         from radixgen.serve.http.binding import Binding
-        from radixgen.serve.http.given_template import tokenizer_with
-        from radixgen.serve.http.sites import Sites, listed
+        from radixgen.serve.http.custom_template import tokenizer_with_template
+        from radixgen.serve.http.origins import OriginPolicy, parse_list
         from radixgen.serve.http.workers import connect
 
-        limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
+        limits = Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
             names=served_model_name or [name or model],
             api_keys=[*(api_key or []), *api_keys()],
@@ -279,12 +284,12 @@ def serve(
             metrics_compat=metrics_compat,
             ignore_unknown_fields=ignore_unknown_fields,
             root_path=root_path,
-            sites=Sites(
-                allowed_origins=listed("allowed_origins", allowed_origins),
-                allowed_methods=listed("allowed_methods", allowed_methods) or ["*"],
-                allowed_headers=listed("allowed_headers", allowed_headers) or ["*"],
+            origins=OriginPolicy(
+                allowed_origins=parse_list("allowed_origins", allowed_origins),
+                allowed_methods=parse_list("allowed_methods", allowed_methods) or ["*"],
+                allowed_headers=parse_list("allowed_headers", allowed_headers) or ["*"],
                 allow_credentials=allow_credentials,
-                allowed_hosts=listed("allowed_hosts", allowed_hosts),
+                allowed_hosts=parse_list("allowed_hosts", allowed_hosts),
             ),
         )
         binding = Binding(
@@ -307,7 +312,7 @@ def serve(
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, name or model)
             options = replace(options, sampling_defaults=sampling_defaults(name or model, generation_config))
-            tokenizer = None if chat_template is None else tokenizer_with(name or model, chat_template)
+            tokenizer = None if chat_template is None else tokenizer_with_template(name or model, chat_template)
             backend: Backend
             if zmq is not None:
                 backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
@@ -418,26 +423,28 @@ def worker(
     context: typer.Context,
     model: Model = DEFAULT_MODEL,
     backend: Annotated[
-        str, typer.Option(help="zmq: vLLM's wire, docs/wire.md. dynamo: NVIDIA Dynamo, and its options besides these.")
+        str, typer.Option(help="zmq: vLLM's protocol. dynamo: NVIDIA Dynamo, which has further options.")
     ] = "zmq",
-    handshake: Annotated[list[str] | None, typer.Option(help="A front end's ipc:// or tcp://; once for each.")] = None,
-    smg: Annotated[str | None, typer.Option(help="The ipc:// that SMG was given as --worker-urls.")] = None,
-    engine_index: Annotated[int, typer.Option(help="Its own among all workers of a front end.")] = 0,
+    handshake: Annotated[
+        list[str] | None, typer.Option(help="A front end's ipc:// or tcp:// address; once for each.")
+    ] = None,
+    smg: Annotated[str | None, typer.Option(help="The ipc:// address that SMG has in --worker-urls.")] = None,
+    engine_index: Annotated[int, typer.Option(help="Index of this worker, unique per front end.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = None,
+    max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
     seed: EngineSeed = 0,
-    kv_events_config: Annotated[str | None, typer.Option(help="JSON, as vLLM's; zmq only.")] = None,
+    kv_events_config: Annotated[str | None, typer.Option(help="Publish cache events: vLLM's JSON; zmq only.")] = None,
     curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
     curve_server: Annotated[Path | None, typer.Option(exists=True, help="The front end's public key.")] = None,
-    allow_insecure_tcp: Annotated[bool, typer.Option(help="TCP without keys, for whoever reaches it.")] = False,
+    allow_insecure_tcp: Annotated[bool, typer.Option(help="Allow TCP without keys, to whoever reaches it.")] = False,
     drain_timeout: DrainTimeout = 25.0,
-    stall_timeout: Annotated[float, typer.Option(help="Seconds without a step that make it unhealthy.")] = 60.0,
+    stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which it is unhealthy.")] = 60.0,
 ) -> None:
     """Serve a model to SMG, NVIDIA Dynamo or radixgen.Client. SIGTERM drains; a second one stops at once."""
     sizes = {
@@ -477,10 +484,9 @@ def worker(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
         def load() -> "Engine":
-            from radixgen.core import Limits
             from radixgen.engine import Engine
 
-            limits = Limits() if max_num_seqs is None else Limits(max_num_seqs=max_num_seqs)
+            limits = Limits(max_num_seqs=max_num_seqs)
             with waiting(Console(stderr=True)) as say:
                 announce_loading(say, model)
                 return Engine(model, max_step_tokens=max_num_batched_tokens, limits=limits, **sizes)  # type: ignore[arg-type]

@@ -179,7 +179,7 @@ def test_a_model_with_an_adapter_beside_it(file: str, ranks: int, tmp_path: Path
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match=r"adapter_config\.json.*merge it"):
+    with pytest.raises(UnsupportedModel, match=r"adapter_config\.json.*merge them"):
         Engine(tmp_path, kv_tokens=64)
 
 

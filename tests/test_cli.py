@@ -228,6 +228,12 @@ def test_workers_are_waited_for_behind_an_address_only() -> None:
     assert result.exit_code == 1 and "workers=2: goes with --zmq" in result.stderr
 
 
+def test_help_texts_are_short() -> None:
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        for option in command.params:
+            assert len(getattr(option, "help", None) or "") <= 80, f"{command.name} {option.name}"
+
+
 SHARED_OPTIONS = {
     "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens", "enforce_eager",
     "seed",

@@ -639,12 +639,12 @@ def test_beyond_what_is_open_is_refused_before_the_body_is_read() -> None:
         answer = await client.post("/v1/completions", content=b"not read")
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "overloaded"
         assert 1 <= int(answer.headers["retry-after"]) <= 60
-        admission.leave(4, 7.5)
+        admission.leave(4, seconds=7.5)
         admission.take(3)
         answer = await post(client, "/v1/completions", {"prompt": "a", "n": 2})
         assert answer.status_code == 429 and answer.headers["retry-after"] == "8"
         assert (await complete(client, prompt="a"))["choices"]
-        admission.leave(3, 0.0)
+        admission.leave(3, seconds=0.0)
 
     in_process(test, tiny(), max_open=4)
 

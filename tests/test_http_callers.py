@@ -17,9 +17,9 @@ from radixgen.core import CompletionOutput, EngineClosed
 from radixgen.serve.http.admission import Admission
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys
-from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.intake import Intake
+from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.session_sizes import bytes_of
 from radixgen.serve.http.sessions import Key, Sessions
 
@@ -86,7 +86,7 @@ def test_a_place_is_taken_when_the_body_is_there(path: str) -> None:
 def test_no_key_takes_every_place() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         admission = served.app.state.context.admission
-        assert (admission.most, admission.most_of_key) == (8, 3)
+        assert (admission.max_open, admission.max_open_per_key) == (8, 3)
         assert (await ask(client, "one", prompt="a", n=3)).status_code == 200
         assert (await ask(client, "one", prompt="a", n=4)).status_code == 400, "never"
         tenant = served.app.state.context.keys.check(Access.CALLER, "Bearer one").tenant
@@ -94,7 +94,7 @@ def test_no_key_takes_every_place() -> None:
         refused = await ask(client, "one", prompt="a", n=2)
         assert refused.status_code == 429 and "of one API key" in refused.json()["error"]["message"]
         assert (await ask(client, "two", prompt="a", n=3)).status_code == 200
-        admission.leave(2, None, tenant)
+        admission.leave(2, tenant)
 
     in_process(test, tiny(), max_open=8, max_concurrency_per_key=3, api_keys=KEYS)
 
@@ -105,7 +105,7 @@ def test_a_share_for_each_of_several_keys() -> None:
             app = create_app(served.engine, ServeOptions(max_open=7, api_keys=callers, operator_keys=operators))
             context = app.state.context
             places = context.admission, context.tokenizing, context.intake.reading
-            assert {one.most_of_key for one in places} == {most}
+            assert {one.max_open_per_key for one in places} == {most}
 
     in_process(test, tiny())
 
@@ -181,7 +181,7 @@ def test_health_notices_threads_that_get_nowhere() -> None:
             hold("one", 100)
         while health.fault() is None:
             await asyncio.sleep(0.001)
-        assert health.fault() == "requests wait and no thread gets on"
+        assert health.fault() == "requests wait for threads that make no progress"
 
     with_intake(test)
 
@@ -293,7 +293,7 @@ def test_metrics_tell_callers_nothing_of_each_other() -> None:
 def test_who_reads_all_metrics(callers: list[str], operators: list[str], asks: str, everything: bool) -> None:
     headers = [(b"authorization", b"Bearer " + asks.encode())] if asks else []
     request = Request({"type": "http", "headers": headers})
-    assert asyncio.run(Gate(Keys(callers, operators)).operates(request)) is everything
+    assert Gate(Keys(callers, operators)).is_operator(request) is everything
 
 
 class Idle:
@@ -318,32 +318,32 @@ class Stepping:
         return f"after {self.asked}"
 
 
-def test_figures_do_not_wait_for_a_step() -> None:
+def test_stats_do_not_wait_for_a_step() -> None:
     """They are the last that came, and asked for once; the next are there after the step."""
 
     async def test() -> None:
         engine: Any = Stepping()
-        figures = Figures(engine)
+        stats = LatestStats(engine)
         for _ in range(2):
-            assert await figures.latest() is None
+            assert await stats.get() is None
         engine.done.set()
-        assert await figures.latest() == "after 1"
+        assert await stats.get() == "after 1"
         engine.done.clear()
-        assert await figures.latest() == "after 1"
+        assert await stats.get() == "after 1"
         engine.done.set()
-        assert await figures.latest() == "after 2"
+        assert await stats.get() == "after 2"
         assert engine.asked == 2
 
     asyncio.run(asyncio.wait_for(test(), SECONDS))
 
 
-def test_figures_of_an_engine_that_is_closed() -> None:
+def test_stats_of_an_engine_that_is_closed() -> None:
     async def test() -> None:
         class Closed(Idle):
             async def stats(self) -> Stats:
                 raise EngineClosed("the engine is closed")
 
-        assert await Figures(Closed()).latest() is None  # type: ignore[arg-type]
+        assert await LatestStats(Closed()).get() is None  # type: ignore[arg-type]
 
     asyncio.run(asyncio.wait_for(test(), SECONDS))
 
@@ -383,7 +383,7 @@ class Talks:
             turn = self.sessions.begin(Key(tenant, tenant, name), self.template, tuple(messages))
             told = {"role": "assistant", "content": "ok"}
             output = CompletionOutput(0, "ok", list(self.template.tokenize("ok")), "length")
-            self.sessions.end(turn, output, told)
+            self.sessions.end(turn, output, told, SamplingParams())
             messages.append(told)
 
     def names(self, tenant: str) -> list[str]:

@@ -113,7 +113,7 @@ def test_errors(client: openai.OpenAI, served: Served) -> None:
     served.app.state.context.admission.take(1024)
     with pytest.raises(openai.RateLimitError) as full:
         client.chat.completions.create(model="tiny", messages=HI)
-    served.app.state.context.admission.leave(1024, 1.0)
+    served.app.state.context.admission.leave(1024, seconds=1.0)
     assert full.value.response.headers["retry-after"] == "1"
 
 

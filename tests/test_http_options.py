@@ -22,9 +22,9 @@ from radixgen import InvalidRequest
 from radixgen.cli import app
 from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.http.binding import Binding
-from radixgen.serve.http.given_template import read_template
+from radixgen.serve.http.custom_template import read_template
+from radixgen.serve.http.origins import OriginPolicy, parse_list
 from radixgen.serve.http.server import Server
-from radixgen.serve.http.sites import Sites, listed
 
 PAGE, OTHER = "http://page.example:3000", "http://other.example"
 BODY = {"messages": HI, "max_tokens": 1}
@@ -53,7 +53,7 @@ def test_pages_of_allowed_origins(keys: tuple[str, ...]) -> None:
         assert preflight.status_code == 400 and answer.status_code == (200 if keys else 403)
         assert origin_of(preflight) is origin_of(answer) is None
 
-    in_process(test, tiny(), sites=Sites(allowed_origins=[PAGE]), api_keys=keys)
+    in_process(test, tiny(), origins=OriginPolicy(allowed_origins=[PAGE]), api_keys=keys)
 
 
 def test_refusals_name_the_allowed_origin_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_refusals_name_the_allowed_origin_too(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("radixgen.serve.http.chat._prepare", None)
         assert await status(BODY, KEY) == 500
 
-    in_process(test, tiny(), sites=Sites(allowed_origins=[PAGE]), api_keys=["one"], max_open=1)
+    in_process(test, tiny(), origins=OriginPolicy(allowed_origins=[PAGE]), api_keys=["one"], max_open=1)
 
 
 @pytest.mark.parametrize(("credentials", "named"), [(False, "*"), (True, PAGE)])
@@ -84,7 +84,7 @@ def test_any_page(credentials: bool, named: str) -> None:
         assert answer.status_code == 200 and origin_of(answer) == named
         assert answer.headers.get("access-control-allow-credentials") == ("true" if credentials else None)
 
-    in_process(test, tiny(), sites=Sites(allowed_origins=["*"], allow_credentials=credentials))
+    in_process(test, tiny(), origins=OriginPolicy(allowed_origins=["*"], allow_credentials=credentials))
 
 
 def test_methods_and_headers_of_pages() -> None:
@@ -98,8 +98,8 @@ def test_methods_and_headers_of_pages() -> None:
             asks = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": header}
             assert (await client.options(CHATS, headers=asks | {"Origin": PAGE})).status_code == status, asks
 
-    sites = Sites(allowed_origins=[PAGE], allowed_methods=["POST"], allowed_headers=["X-Mine"])
-    in_process(test, tiny(), sites=sites)
+    origins = OriginPolicy(allowed_origins=[PAGE], allowed_methods=["POST"], allowed_headers=["X-Mine"])
+    in_process(test, tiny(), origins=origins)
 
 
 def test_without_allowed_origins_no_preflight_is_answered() -> None:
@@ -125,8 +125,8 @@ def test_allowed_hosts(keys: tuple[str, ...]) -> None:
         ):
             assert (await client.get("/health", headers={"Host": host})).status_code == status, host
 
-    sites = Sites(allowed_hosts=["llm.example", "*.lab.example", "[2001:db8::1]"])
-    in_process(test, tiny(), sites=sites, api_keys=keys)
+    origins = OriginPolicy(allowed_hosts=["llm.example", "*.lab.example", "[2001:db8::1]"])
+    in_process(test, tiny(), origins=origins, api_keys=keys)
 
 
 def test_without_allowed_hosts_every_name_is_good_beside_keys() -> None:
@@ -141,25 +141,27 @@ def test_without_allowed_hosts_every_name_is_good_beside_keys() -> None:
 )
 def test_origins_that_no_browser_sends(origin: str) -> None:
     with pytest.raises(InvalidRequest, match="allowed_origins"):
-        Sites(allowed_origins=[origin]).check()
+        OriginPolicy(allowed_origins=[origin]).check()
 
 
 @pytest.mark.parametrize("host", ["http://a", "a:80", "A", "a/", ""])
 def test_hosts_that_are_no_names(host: str) -> None:
     with pytest.raises(InvalidRequest, match="allowed_hosts"):
-        Sites(allowed_hosts=[host]).check()
+        OriginPolicy(allowed_hosts=[host]).check()
 
 
 def test_origins_and_hosts_that_are_good() -> None:
-    Sites(allowed_origins=["*", "null", PAGE, "tauri://localhost"], allowed_hosts=["*", "a", "*.a", "[::2]"]).check()
+    OriginPolicy(
+        allowed_origins=["*", "null", PAGE, "tauri://localhost"], allowed_hosts=["*", "a", "*.a", "[::2]"]
+    ).check()
 
 
 def test_options_that_are_lists() -> None:
-    assert listed("x", None) == [] and listed("x", ["a", '["b", "c"]', "d"]) == ["a", "b", "c", "d"]
-    assert listed("allowed_hosts", ["[::2]"]) == ["[::2]"]
+    assert parse_list("x", None) == [] and parse_list("x", ["a", '["b", "c"]', "d"]) == ["a", "b", "c", "d"]
+    assert parse_list("allowed_hosts", ["[::2]"]) == ["[::2]"]
     for wrong in ('["a"', '["a", 1]'):
         with pytest.raises(InvalidRequest, match="allowed_hosts"):
-            listed("allowed_hosts", [wrong])
+            parse_list("allowed_hosts", [wrong])
 
 
 def test_a_path_in_front() -> None:
@@ -230,7 +232,10 @@ def test_a_head_of_an_endless_answer_ends() -> None:
 
 def test_a_unix_socket(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    with over_socket(tiny(), uds=path) as served, httpx.Client(transport=httpx.HTTPTransport(uds=path)) as client:
+    with (
+        over_socket(tiny(), uds=path) as served,
+        httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=30) as client,
+    ):
         assert client.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
         assert refused(lambda: Binding(uds=path).check([])) == "uds", "it is taken"
     with socket.socket(socket.AF_UNIX) as left:
@@ -259,9 +264,9 @@ def test_https_with_certificates_of_clients(certificate: tuple[str, str]) -> Non
     own.load_cert_chain(chain, key)
     options = {"ssl_keyfile": key, "ssl_certfile": chain, "ssl_ca_certs": chain, "ssl_cert_reqs": 2}
     with over_socket(tiny(), **options) as served:
-        assert httpx.post(f"{served.url}{CHATS}", json=BODY, verify=own).status_code == 200
+        assert httpx.post(f"{served.url}{CHATS}", json=BODY, verify=own, timeout=30).status_code == 200
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{served.url}/health", verify=anonymous)
+            httpx.get(f"{served.url}/health", verify=anonymous, timeout=30)
 
 
 def test_tls_that_cannot_be_set_up(certificate: tuple[str, str], tmp_path: Path) -> None:
@@ -355,7 +360,7 @@ def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Pat
     flags += ["--allowed-headers", '["x-a", "x-b"]', "--allow-credentials", "--allowed-hosts", "llm.example"]
     flags += ["--root-path", "/llm", "--timeout-keep-alive", "5", "--shutdown-delay", "2.5", "--uds", "/tmp/radixgen"]
     _, options, binding = serve(monkeypatch, model, *flags)
-    assert options.root_path == "/llm" and options.sites == Sites(
+    assert options.root_path == "/llm" and options.origins == OriginPolicy(
         allowed_origins=[PAGE, OTHER],
         allowed_methods=["GET"],
         allowed_headers=["x-a", "x-b"],
@@ -364,7 +369,9 @@ def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Pat
     )
     assert binding == Binding(uds="/tmp/radixgen", timeout_keep_alive=5, shutdown_delay=2.5)
     _, options, binding = serve(monkeypatch, model)
-    assert options.sites == Sites(allowed_origins=[], allowed_methods=["*"], allowed_headers=["*"], allowed_hosts=[])
+    assert options.origins == OriginPolicy(
+        allowed_origins=[], allowed_methods=["*"], allowed_headers=["*"], allowed_hosts=[]
+    )
     assert binding == Binding()
 
 
@@ -394,12 +401,12 @@ def test_not_ready_before_the_listener_closes(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Server, "_serve_on", seen)
     with over_socket(tiny(), shutdown_delay=600.0) as served:
-        assert served.server is not None and httpx.get(f"{served.url}/ready").status_code == 200
+        assert served.server is not None and httpx.get(f"{served.url}/ready", timeout=30).status_code == 200
         served.server.handle_exit(signal.SIGTERM, None)
         assert delaying.wait(30)
-        assert httpx.get(f"{served.url}/ready").status_code == 503
-        assert httpx.get(f"{served.url}/health").status_code == 200
-        assert httpx.post(f"{served.url}{CHATS}", json=BODY).status_code == 200
+        assert httpx.get(f"{served.url}/ready", timeout=30).status_code == 503
+        assert httpx.get(f"{served.url}/health", timeout=30).status_code == 200
+        assert httpx.post(f"{served.url}{CHATS}", json=BODY, timeout=30).status_code == 200
         served.server.handle_exit(signal.SIGTERM, None)
         wait_closed(served)
 

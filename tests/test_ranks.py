@@ -75,9 +75,9 @@ def test_a_rank_that_fails_is_not_waited_for_behind_another(followers: Followers
 
 
 def test_work_beside_others(followers: Followers) -> None:
-    assert followers.beside(lambda: threading.current_thread().daemon) is True
+    assert followers.run_watched(lambda: threading.current_thread().daemon) is True
     with pytest.raises(ZeroDivisionError):
-        followers.beside(lambda: 1 // 0)
+        followers.run_watched(lambda: 1 // 0)
 
 
 def test_work_that_waits_for_a_rank_that_ended_is_given_up(followers: Followers) -> None:
@@ -90,7 +90,7 @@ def test_work_that_waits_for_a_rank_that_ended_is_given_up(followers: Followers)
         never.wait()
 
     with pytest.raises(Closed):
-        followers.beside(wait)
+        followers.run_watched(wait)
     assert followers.obituary() == "rank 1 raised RuntimeError: no such GPU"
     never.set()
 
@@ -104,7 +104,7 @@ def test_what_rank_0_says_itself_is_not_lost(followers: Followers) -> None:
         raise RuntimeError("connection closed by peer")
 
     with pytest.raises(RuntimeError, match="closed by peer"):
-        followers.beside(lose_peer)
+        followers.run_watched(lose_peer)
 
 
 @pytest.mark.parametrize("followers", ["cuda"], indirect=True)
@@ -127,7 +127,7 @@ def test_an_abort_that_hangs_holds_nobody(
         assert called.wait(10)
     elif when == "in a step":
         with pytest.raises(Closed):
-            followers.beside(lambda: (followers.processes[0].channel.close(), over.wait()))
+            followers.run_watched(lambda: (followers.processes[0].channel.close(), over.wait()))
     followers.stop()
     assert called.wait(10) and "NCCL did not end" in caplog.text
     over.set()
@@ -189,7 +189,7 @@ def test_rank_0_loads_as_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
         answers = stop = lambda *_: []
         obituary = lambda _: ""  # noqa: E731
-        beside = lambda _, call: call()  # noqa: E731
+        run_watched = lambda _, call: call()  # noqa: E731
 
     families.build("llama").save_pretrained(tmp_path)
     monkeypatch.setattr(parallel, "Followers", Alone)

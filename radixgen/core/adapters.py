@@ -1,4 +1,4 @@
-"""Adapters (LoRA) are not served: what names one is refused, so that nobody gets the base model's answer for it."""
+"""Adapters (LoRA) are not served: a request that names one is refused, and not answered by the base model."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -33,18 +33,18 @@ ADAPTER_FIELDS: Final = frozenset(
         "prompt_adapter_request",
     }
 )
-"""Where front ends, clients and libraries name one."""
-ADAPTERS: Final = "adapters (LoRA) are not served: merge it into the model's weights, and serve those"
+"""Fields and arguments by which clients, front ends and other libraries name an adapter"""
+ADAPTERS: Final = "adapters (LoRA) are not served: merge them into the model's weights"
 
 
 def refuse_adapter(field: str, value: object) -> None:
-    """Raise `InvalidRequest` unless `value` names no adapter: None, 0, nothing at all, or a list of such."""
+    """Raise `InvalidRequest` where `value` names an adapter: where it is true, or a list in which something is."""
     if any(value) if isinstance(value, list | tuple) else value:
         raise InvalidRequest(field, value, ADAPTERS)
 
 
 def refuses_adapters(method: Callable[P, R]) -> Callable[P, R]:
-    """Have `method` take the arguments by which other libraries name adapters, where they name none."""
+    """Decorate `method` to ignore adapter arguments of other libraries that name none, and to refuse all others."""
 
     @wraps(method)
     def checked(*arguments: P.args, **options: P.kwargs) -> R:

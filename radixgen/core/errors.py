@@ -15,11 +15,11 @@ class InvalidRequest(RadixgenError, ValueError):
     """A request that cannot be served as written; nothing else is disturbed."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        super().__init__(f"{field}={shown(value)}: {limit}")
+        super().__init__(f"{field}={short_repr(value)}: {limit}")
         self.field, self.value, self.limit = field, value, limit
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value in at most 80 characters; its type where it cannot be printed, as an integer of 5,000 digits. No more of
     it is written than is shown: shared parts can make a small object endless.
     """

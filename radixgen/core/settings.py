@@ -52,7 +52,7 @@ def rank_environment(rank: int) -> dict[str, str]:
 
 @contextmanager
 def as_rank_0() -> Iterator[None]:
-    """Let this process have the variables of rank 0, and then again what it had."""
+    """Set the environment variables of rank 0, and restore them afterwards."""
     variables = _rank_variables(0)
     before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)

@@ -19,7 +19,7 @@ from radixgen.model.ends import end_tokens
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -129,22 +129,18 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
 
 
 def load_generation_config(name: str | Path) -> "GenerationConfig | None":
-    """The `generation_config.json` of `name`, or `name` itself where it is such a file; None where there is none.
+    """The `generation_config.json` of a model; None where it has none, as a `.gguf` file.
 
     Raises `ModelNotFound`, and `InvalidRequest` for a file that cannot be read.
     """
+    source, _ = _found(name)
+    return None if Path(name).suffix == ".gguf" else read_generation_config(source)
+
+
+def read_generation_config(source: str, file: str = GENERATION_CONFIG) -> "GenerationConfig | None":
+    """What `file` of a directory or of a hub id holds; None where there is none. Raises `InvalidRequest`."""
     from transformers import GenerationConfig
 
-    path = Path(name).expanduser()
-    if path.suffix == ".json":
-        source, file = str(path.parent), path.name
-    elif (path / _GENERATION_CONFIG).is_file():
-        source, file = str(path), _GENERATION_CONFIG
-    else:
-        source, options = _found(name)
-        if options:
-            return None
-        file = _GENERATION_CONFIG
     with quiet_transformers():
         try:
             return GenerationConfig.from_pretrained(source, file)

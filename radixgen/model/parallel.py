@@ -149,7 +149,7 @@ def shard(
         if place == "cuda":
             torch.cuda.set_device(0)  # of this thread: steps may run in it
         with as_rank_0():
-            runner, loaded = followers.beside(partial(_load_rank_0, followers.job, tokenizer))
+            runner, loaded = followers.run_watched(partial(_load_rank_0, followers.job, tokenizer))
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
     except BaseException as error:

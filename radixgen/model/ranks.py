@@ -110,9 +110,9 @@ class Followers:
                     raise Closed(f"rank {rank} {self._raised[rank]}")
         return [found[rank] for rank in sorted(found)]
 
-    def beside(self, call: Callable[[], T]) -> T:
-        """What `call`, in which this rank waits for them, returns or raises. It is given up, in its thread, where one
-        of them has ended and it does not end by that: then raises `Closed`.
+    def run_watched(self, call: Callable[[], T]) -> T:
+        """Run `call`, which may wait for other ranks, in a thread, and return or raise what it does. Raises `Closed`,
+        and abandons that thread, where a rank has ended and `call` does not end soon after.
         """
         over = threading.Event()
         work = in_thread(call, "radixgen-rank-0")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radixgen.core import InvalidRequest, Limits, SamplingParams
-from radixgen.model.loader import load_generation_config
+from radixgen.model.loader import GENERATION_CONFIG, load_generation_config, read_generation_config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -17,7 +17,7 @@ _FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""Those that vLLM takes over, and their names in `SamplingParams`"""
+"""Those that vLLM applies, and their names in `SamplingParams`"""
 
 
 def sampling_defaults(model: str | Path, generation_config: str = "auto") -> dict[str, Any]:
@@ -33,10 +33,12 @@ def sampling_defaults(model: str | Path, generation_config: str = "auto") -> dic
     path = Path(generation_config).expanduser()
     if generation_config == "auto":
         found = load_generation_config(model)
-    elif path.is_file() or (path / "generation_config.json").is_file():
-        found = load_generation_config(path)
+    elif path.is_file():
+        found = read_generation_config(str(path.parent), path.name)
+    elif (path / GENERATION_CONFIG).is_file():
+        found = read_generation_config(str(path))
     else:
-        limit = "must be auto, vllm, or a directory with a generation_config.json, or such a file"
+        limit = f"must be auto, vllm, a file, or a directory with a {GENERATION_CONFIG}"
         raise InvalidRequest("generation_config", generation_config, limit)
     return {} if found is None else _checked(found)
 

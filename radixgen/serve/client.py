@@ -147,7 +147,7 @@ class _Waiter:
         return item
 
 
-class _Face:
+class _BaseClient:
     """What the two clients have in common."""
 
     def __init__(
@@ -222,7 +222,7 @@ class _Face:
         return f"{self._tag}-{self._front.new_serial()}"
 
 
-class Client(_Face):
+class Client(_BaseClient):
     """Drives one worker or several, from threads. Token ids in, token ids out; text is its caller's.
 
     ```python
@@ -407,7 +407,7 @@ class Stream(Iterator[RequestOutput]):
         self.close()
 
 
-class AsyncClient(_Face):
+class AsyncClient(_BaseClient):
     """As `Client`, for the coroutines of one event loop."""
 
     _courier: _Courier | None = None

@@ -32,9 +32,9 @@ class PeerCounters:
     finished: dict[str, int] = field(default_factory=dict)
     """Accepted requests by how they ended."""
     overflows: int = 0
-    """How often more waited for it than may."""
+    """Outbox overflows."""
     overflow_aborted: int = 0
-    """Requests that were aborted for that."""
+    """Requests that were aborted by an overflow."""
     lost: int = 0
     """How often it went away with its connection."""
     sent: int = 0

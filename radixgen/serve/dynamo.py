@@ -86,7 +86,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             max_step_tokens=options.max_num_batched_tokens,
             enforce_eager=options.enforce_eager,
             seed=options.seed,
-            limits=Limits() if options.max_num_seqs is None else Limits(max_num_seqs=options.max_num_seqs),
+            limits=Limits(max_num_seqs=options.max_num_seqs),
         )
         slots = inner.stats().kv_tokens_total
         self._room = min(inner.max_model_len, slots)
@@ -206,15 +206,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes, and GPUs, to shard it over")
     parser.add_argument("--kv-tokens", type=int, help="slots of the KV pool")
-    parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
-    parser.add_argument("--max-num-seqs", type=int, help="sequences that run at the same time")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="rows of one step at the most")
+    parser.add_argument("--max-model-len", type=int, help="maximum prompt plus output, in tokens")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum sequences that run at the same time"
+    )
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="maximum tokens of one step")
     parser.add_argument("--enforce-eager", action="store_true", help="never replay steps from CUDA graphs")
     parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
     parser.add_argument(
         "--generation-config",
         default="auto",
-        help="sampling defaults: auto, the model's generation_config.json; vllm, none; or a path",
+        help="sampling defaults: auto (the model's), vllm (none) or a path",
     )
     parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
     parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")

@@ -86,7 +86,7 @@ def check_library() -> None:
 
 
 def check_endpoint(address: str, *, curve: Curve | None = None, insecure_tcp: bool = False) -> None:
-    """That only who may can be at the other end of `address`: ipc in a folder that nobody else may enter, TCP on
+    """Check that only trusted peers can connect to `address`: ipc in a folder that nobody else may enter, or TCP on
     loopback; other TCP with keys, or, with a warning, where `insecure_tcp` allows it.
 
     Raises `InvalidRequest`, and `InsecureEndpoint`.

@@ -61,7 +61,7 @@ class FairPool:
             return bool(self._waiting) and time.monotonic() - self._moved > seconds
 
     def close(self) -> None:
-        """What has not begun ends with `EngineClosed`. What runs goes on, and is waited for by nobody."""
+        """What has not begun ends with `EngineClosed`. What runs goes on, and nobody waits for it."""
         with self._changed:
             self._closed = True
             waiting = [job for shares in self._waiting.values() for jobs in shares.values() for job in jobs]

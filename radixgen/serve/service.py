@@ -173,7 +173,7 @@ class Service:
         except AssertionError:
             raise
         except Exception as fault:
-            self._end(ticket, "error", _said(fault))
+            self._end(ticket, "error", _format_error(fault))
 
     def refuse(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request that never began."""
@@ -222,7 +222,7 @@ class Service:
             self._give_up(scoring, stop_reason)
 
     def leave(self, peer: Peer) -> None:
-        """A front end is gone: what it had is let go of, and nothing is told it."""
+        """A front end is gone: abort its requests, release its pins, send it nothing more."""
         peer.gone = True
         self.abort(peer, list(peer.tickets))
         for pin in peer.pins:
@@ -251,7 +251,7 @@ class Service:
         except Exception as error:
             if not isinstance(error, RadixgenError):
                 logger.exception("%s: %s could not be called", peer.name, call.method)
-            self._tell(peer, wire.Reply(call.call_id, _said(error)))
+            self._tell(peer, wire.Reply(call.call_id, _format_error(error)))
         else:
             if result is not PENDING:
                 self._tell(peer, wire.Reply(call.call_id, None, (None, result)))
@@ -431,7 +431,7 @@ class Service:
         try:
             scoring.scores[output.request_id] = scores_of(output)
         except RadixgenError as error:
-            self._give_up(scoring, _said(error))
+            self._give_up(scoring, _format_error(error))
             return
         if not scoring.waiting:
             self._tell(scoring.peer, wire.Reply(scoring.call_id, None, (None, list(scoring.scores.values()))))
@@ -473,9 +473,9 @@ def _as_array(tokens: list[int], most: int) -> TokenArray:
 
 
 def _refusal(name: str, error: Exception) -> wire.Output:
-    return wire.Output(name, [], finish_reason=_FINISH["error"], stop_reason=_said(error))
+    return wire.Output(name, [], finish_reason=_FINISH["error"], stop_reason=_format_error(error))
 
 
-def _said(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     """An error in a line, for the other end."""
     return f"{type(error).__name__}: {error}"[:1_000]

@@ -64,10 +64,10 @@ class Worker:
         """
         handshakes: one address for each front end, ipc in a folder of this user's alone, or TCP on loopback; other TCP
             takes `curve`, or `insecure_tcp`.
-        engine_index: the worker's name on the wire, of its own among all workers of a front end.
-        drain_timeout: seconds that requests have to end in once `drain` is called.
+        engine_index: index of this worker, unique per front end; its name on the wire.
+        drain_timeout: seconds after `drain` in which requests may still end.
         stall_timeout: seconds without a finished step, where there is work, after which the worker is unhealthy.
-        sentinel: is kept told whom it has to tell, should this process be killed.
+        sentinel: notifies front ends if this process dies.
 
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """

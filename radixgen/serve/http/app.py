@@ -23,16 +23,16 @@ from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import ErrorHandlers
-from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.head import Head
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.intake import Intake
+from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.openapi import describe
+from radixgen.serve.http.origins import OriginPolicy
 from radixgen.serve.http.sessions import Sessions
-from radixgen.serve.http.sites import Sites
 from radixgen.serve.http.templates import TemplateRenderer
 from radixgen.serve.http.warnings import Warnings
 
@@ -53,8 +53,8 @@ class ServeOptions:
     stall_timeout: seconds without progress after which `/health` fails.
     ignore_unknown_fields: fields that are not served are ignored, with a warning in the answer, and not refused.
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
-    sites: which web pages may use it, and under which names it is reached.
-    root_path: what a proxy has in front of every path; requests may come with it or without.
+    origins: allowed origins (CORS) and hosts.
+    root_path: path prefix of a proxy, which may strip it or not.
     sampling_defaults: fields of `SamplingParams` for requests that do not set them; `max_tokens` is of chats.
     """
 
@@ -68,7 +68,7 @@ class ServeOptions:
     stall_timeout: float = 60.0
     metrics_compat: str | None = None
     ignore_unknown_fields: bool = False
-    sites: Sites = field(default_factory=Sites)
+    origins: OriginPolicy = field(default_factory=OriginPolicy)
     root_path: str = ""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class ServeOptions:
         if self.metrics_compat is not None and self.metrics_compat not in COMPAT:
             raise InvalidRequest("metrics_compat", self.metrics_compat, f"must be one of {', '.join(COMPAT)}")
         Keys(self.api_keys, self.operator_keys)
-        self.sites.check()
+        self.origins.check()
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise InvalidRequest("root_path", self.root_path, "must begin with / and not end with it")
         if any(not name for name in self.names):
@@ -100,36 +100,14 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     """
     options = options or ServeOptions()
     options.check()
-    keys = Keys(options.api_keys, options.operator_keys)
-    names = tuple(options.names) or (engine.model_name,)
-    metrics = Metrics(names[0], options.metrics_compat)
-    of_key = options.max_concurrency_per_key or (-(-options.max_open // 2) if keys.several else None)
-    admission = Admission(options.max_open, of_key)
-    intake = Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields)
-    health = Health(engine, options.stall_timeout, intake.stalled)
-    context = Context(
-        engine=engine,
-        names=names,
-        created=int(time.time()),
-        keys=keys,
-        admission=admission,
-        tokenizing=Admission(options.max_open, of_key),
-        intake=intake,
-        metrics=metrics,
-        figures=Figures(engine),
-        sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),
-        texts=TokenTexts(engine.inputs.tokenizer),
-        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
-        request_timeout=options.request_timeout,
-        send_timeout=options.send_timeout,
-        sampling_defaults=dict(options.sampling_defaults),
-    )
-    gate = Gate(keys)
+    context = _context(engine, options)
+    health = Health(engine, options.stall_timeout, context.intake.stalled)
+    gate = Gate(context.keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()
-        watching = [asyncio.create_task(one) for one in (health.watch(), context.figures.watch())]
+        watching = [asyncio.create_task(one) for one in (health.watch(), context.stats.watch())]
         try:
             yield
         finally:
@@ -138,7 +116,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
             context.renderer.close()
-            intake.close()
+            context.intake.close()
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -150,23 +128,47 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     handlers = ErrorHandlers(context.admission.retry_after)
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
-    app.add_middleware(_Boundary, options=options, keys_needed=keys.needed, handlers=handlers)
+    app.add_middleware(_Boundary, options=options, keys_needed=context.keys.needed, handlers=handlers)
     app.add_middleware(Head)
-    if options.sites.allowed_origins:
-        app.add_middleware(CORSMiddleware, **options.sites.cors)
+    if options.origins.allowed_origins:
+        app.add_middleware(CORSMiddleware, **options.origins.cors)
     app.add_middleware(Warnings)
-    app.add_middleware(AccessLog, metrics=metrics)
+    app.add_middleware(AccessLog, metrics=context.metrics)
     app.state.context, app.state.health = context, health
     app.state.before_drain = []
     return app
 
 
+def _context(engine: Backend, options: ServeOptions) -> Context:
+    keys = Keys(options.api_keys, options.operator_keys)
+    names = tuple(options.names) or (engine.model_name,)
+    per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
+    admission = Admission(options.max_open, per_key)
+    return Context(
+        engine=engine,
+        names=names,
+        created=int(time.time()),
+        keys=keys,
+        admission=admission,
+        tokenizing=Admission(options.max_open, per_key),
+        intake=Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields),
+        metrics=Metrics(names[0], options.metrics_compat),
+        stats=LatestStats(engine),
+        sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),
+        texts=TokenTexts(engine.inputs.tokenizer),
+        renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
+        request_timeout=options.request_timeout,
+        send_timeout=options.send_timeout,
+        sampling_defaults=dict(options.sampling_defaults),
+    )
+
+
 class _Boundary:
-    """Refuses what pages of other sites ask for; what no route foresaw ends the one request that it belongs to."""
+    """Refuses origins and hosts that are not allowed; an unexpected exception ends its own request alone."""
 
     def __init__(self, app: ASGIApp, *, options: ServeOptions, keys_needed: bool, handlers: ErrorHandlers) -> None:
         self._app = app
-        self._sites = options.sites
+        self._origins = options.origins
         self._root_path = options.root_path
         self._keys_needed = keys_needed
         self._handlers = handlers
@@ -184,7 +186,7 @@ class _Boundary:
             await send(message)
 
         try:
-            self._sites.check_request(request, keys_needed=self._keys_needed)
+            self._origins.check_request(request, keys_needed=self._keys_needed)
             await self._app(scope, receive, told)
         except Exception as error:
             if begun:

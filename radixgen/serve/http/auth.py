@@ -119,16 +119,20 @@ class Gate:
         self.caller = self._needs(Access.CALLER)
         self.operator = self._needs(Access.OPERATOR)
 
-    async def operates(self, request: Request) -> bool:
-        """Whether operators' routes are open to who asks."""
+    def is_operator(self, request: Request) -> bool:
+        """Whether operators' routes are open to this request."""
         try:
-            await self.operator.dependency(request)
+            self._check(Access.OPERATOR, request)
         except Refused:
             return False
         return True
 
+    def _check(self, access: Access, request: Request) -> Caller:
+        headers = request.headers
+        return self._keys.check(access, headers.get("authorization", ""), headers.get("x-api-key", ""))
+
     def _needs(self, access: Access) -> Any:
-        keys = self._keys
+        check = self._check
 
         class Needs:
             """Called for each request before its route."""
@@ -136,10 +140,7 @@ class Gate:
             declared = access
 
             async def __call__(self, request: Request) -> None:
-                headers = request.headers
-                request.state.caller = keys.check(
-                    access, headers.get("authorization", ""), headers.get("x-api-key", "")
-                )
+                request.state.caller = check(access, request)
 
         return Depends(Needs())
 

@@ -23,15 +23,14 @@ _SSL_FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """Where and how the server listens, and how it goes down.
+    """Where and how the server listens, and how it shuts down.
 
     uds: path of a Unix socket to listen on, in place of `host` and `port`.
     timeout_keep_alive: seconds after which an idle connection is closed.
-    shutdown_delay: seconds after SIGTERM in which requests are still taken while `/ready` says 503, so that load
-        balancers notice.
-    drain_timeout: seconds that open requests have to end in after that; then they are told the server's end.
+    shutdown_delay: seconds after SIGTERM in which requests are still accepted, with `/ready` at 503.
+    drain_timeout: seconds after that in which open requests may still end; then they fail with `EngineClosed`.
     ssl_keyfile, ssl_certfile, ssl_ca_certs: PEM files; with a certificate the server speaks HTTPS.
-    ssl_cert_reqs: whether clients must have a certificate, as `ssl.CERT_NONE` (0), `CERT_OPTIONAL`, `CERT_REQUIRED`.
+    ssl_cert_reqs: whether clients must have a certificate: `ssl.CERT_NONE` (0), `CERT_OPTIONAL`, `CERT_REQUIRED`.
     ssl_ciphers: OpenSSL's list of cipher suites, for TLS 1.2.
     """
 

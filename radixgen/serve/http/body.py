@@ -18,8 +18,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _READ_SECONDS = 30.0
 """In which a body must have come."""
-SMALL = 1 << 16
-"""Bytes of bodies that take no long time: to decode, or to tokenize what they hold"""
+SMALL_BODY_BYTES = 1 << 16
+"""Up to so many, a body is quickly decoded and what it holds quickly tokenized."""
 _MOST_UNKNOWN = 64
 """Unknown fields inside of others that are dropped"""
 _PLACE = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
@@ -129,7 +129,7 @@ def _half_of_a_pair(data: bytes) -> InvalidRequest | None:
 
 def _value_at(path: str, data: bytes) -> Any:
     """What the body holds there, where that is easily told."""
-    if len(data) > SMALL or "[...]" in path:
+    if len(data) > SMALL_BODY_BYTES or "[...]" in path:
         return "…"
     try:
         return _at(path, msgspec.json.decode(data))

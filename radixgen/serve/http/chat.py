@@ -60,13 +60,13 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
     async def chat(request: Request) -> Response:
         """Answer a chat."""
-        place, body = await context.intake.receive(request, ChatRequest, context.admission)
-        with place, sent_as(names_of(body)):
+        ticket, body = await context.intake.receive(request, ChatRequest, context.admission)
+        with ticket, sent_as(names_of(body)):
             context.check_model(body.model)
             prepare = partial(_prepare, context, request.state.caller, body, warner(request))
             chat = await context.intake.run(request, prepare)
             grammar = await context.intake.compile(request, chat.asked.params)
-            generation = await Generation.start(context, chat.asked, place, grammar)
+            generation = await Generation.start(context, chat.asked, ticket, grammar)
         answer = _Answer(context, body, generation, chat.turn)
         if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)

@@ -44,13 +44,13 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         """Continue texts."""
-        place, body = await context.intake.receive(request, CompletionRequest, context.admission)
-        with place, sent_as(names_of(body)):
+        ticket, body = await context.intake.receive(request, CompletionRequest, context.admission)
+        with ticket, sent_as(names_of(body)):
             context.check_model(body.model)
             prepare = partial(_prepare, context, request.state.caller, body, warner(request))
             asked, echoes = await context.intake.run(request, prepare)
             grammar = await context.intake.compile(request, asked.params)
-            generation = await Generation.start(context, asked, place, grammar)
+            generation = await Generation.start(context, asked, ticket, grammar)
         answer = _Answer(context, body, generation, echoes)
         if body.stream:
             return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)

@@ -9,8 +9,8 @@ from radixgen.serve.http.admission import Admission
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.errors import Refused
-from radixgen.serve.http.figures import Figures
 from radixgen.serve.http.intake import Intake
+from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import Metrics
 from radixgen.serve.http.sessions import Sessions
@@ -20,7 +20,7 @@ from radixgen.serve.http.templates import TemplateRenderer
 @dataclass(frozen=True, slots=True)
 class Context:
     """One server's parts. `names`: of the model, the first is told; `created`: seconds of the epoch; `tokenizing`
-    counts requests of `/tokenize` and `/detokenize`, which take no place of those that generate; `sampling_defaults`:
+    counts requests of `/tokenize` and `/detokenize`, apart from requests that generate; `sampling_defaults`:
     fields of `SamplingParams` for requests that do not set them.
     """
 
@@ -32,7 +32,7 @@ class Context:
     tokenizing: Admission
     intake: Intake
     metrics: Metrics
-    figures: Figures
+    stats: LatestStats
     sessions: Sessions
     texts: TokenTexts
     renderer: TemplateRenderer
@@ -63,10 +63,11 @@ class Context:
         return self.keys.namespace(caller, cache_salt, self.limits)
 
     def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0) -> int:
-        """How many an answer may have: what the prompt leaves where nothing is asked for, and no more than the pool
-        holds. The context cuts each answer by itself.
+        """`max_tokens` of a request: what the prompt leaves where `asked` is None, else no more than the pool holds.
+        The context cuts each answer by itself.
 
-        logprobs: of one place in all answers, whose number is bounded.
+        logprobs: log-probabilities of one position, in all choices; by default there are so few tokens that
+            `Limits.max_logprob_values` holds.
         """
         if asked is None:
             most = self.limits.max_logprob_values // logprobs if logprobs else self.room

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from radixgen.core import EngineClosed, InvalidRequest, LimitReached, PromptTooLong, RadixgenError
-from radixgen.core.errors import shown
+from radixgen.core.errors import short_repr
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Refused(RadixgenError):
             type=type,
             param=field,
             code=code,
-            value=None if field is None else shown(value),
+            value=None if field is None else short_repr(value),
             limit=limit,
         )
 
@@ -89,7 +89,7 @@ def body_of(error: BaseException) -> ErrorBody:
             type="invalid_request_error" if refused else "rate_limit_error",
             param=error.field,
             code="context_length_exceeded" if too_long else None if refused else "overloaded",
-            value=shown(error.value),
+            value=short_repr(error.value),
             limit=error.limit,
         )
     if isinstance(error, ClientGone):
@@ -106,7 +106,7 @@ def encode(error: BaseException) -> bytes:
 
 def failed(what: object) -> Refused:
     """A sequence that ended with `error`, and what the engine said of it."""
-    return Refused(500, f"generation failed: {shown(what)}", type="server_error", code="generation_failed")
+    return Refused(500, f"generation failed: {short_repr(what)}", type="server_error", code="generation_failed")
 
 
 class ErrorHandlers:
@@ -134,4 +134,6 @@ def _invalid(error: RequestValidationError) -> Refused:
     """What FastAPI found wrong with a path or a query."""
     found = error.errors()[0]
     field, limit = ".".join(map(str, found["loc"])), str(found["msg"])
-    return Refused(400, f"{field}={shown(found['input'])}: {limit}", field=field, value=found["input"], limit=limit)
+    return Refused(
+        400, f"{field}={short_repr(found['input'])}: {limit}", field=field, value=found["input"], limit=limit
+    )

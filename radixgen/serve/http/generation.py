@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, Grammar, GrammarFailed, RequestOutput, SamplingParams
-from radixgen.serve.http.admission import Place
+from radixgen.serve.http.admission import Ticket
 from radixgen.serve.http.backend import Outputs
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import Refused, failed
@@ -37,13 +37,13 @@ class Generation:
     """Yields `(index of the prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
 
     @classmethod
-    async def start(cls, context: Context, asked: Asked, place: Place, grammar: Grammar | None) -> "Generation":
-        """Queue all prompts, or none; then it keeps the place. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`.
+    async def start(cls, context: Context, asked: Asked, ticket: Ticket, grammar: Grammar | None) -> "Generation":
+        """Queue all prompts, or none; then it keeps the ticket. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`.
 
         grammar: what was compiled for `asked`, held until the engine has it.
         """
-        place.keep(len(asked.prompts) * asked.params.n)
-        timeout = None if context.request_timeout is None else max(context.request_timeout - place.age, _LEAST_SECONDS)
+        ticket.keep(len(asked.prompts) * asked.params.n)
+        timeout = None if context.request_timeout is None else max(context.request_timeout - ticket.age, _LEAST_SECONDS)
         open_one = partial(
             context.engine.open,
             params=asked.params,
@@ -52,13 +52,13 @@ class Generation:
             timeout=timeout,
         )
         opened = await _all_or_none([open_one(prompt) for prompt in asked.prompts])
-        return cls(asked, opened, place, [Meter(context.metrics, place.begin) for _ in opened])
+        return cls(asked, opened, ticket, [Meter(context.metrics, ticket.begin) for _ in opened])
 
-    def __init__(self, asked: Asked, opened: Sequence[Outputs], place: Place, meters: Sequence[Meter]) -> None:
+    def __init__(self, asked: Asked, opened: Sequence[Outputs], ticket: Ticket, meters: Sequence[Meter]) -> None:
         self.asked = asked
         self.cached_tokens = [0] * len(opened)
         self._opened = opened
-        self._place = place
+        self._ticket = ticket
         self._meters = meters
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -85,7 +85,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what has not ended. May be called twice."""
-        self._place.leave()
+        self._ticket.leave()
         for one in self._opened:
             await one.aclose()
 

@@ -1,4 +1,4 @@
-"""Whether the engine gets on, and whether the server takes requests yet, or still."""
+"""Whether the engine makes progress (`/health`), and whether the server accepts requests (`/ready`)."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ class Health:
     """Watches an engine. `stalled`: there has been work, and nothing done, for `stall_seconds`."""
 
     def __init__(self, engine: Backend, stall_seconds: float, intake_stalled: Callable[[float], bool]) -> None:
-        """intake_stalled: whether requests wait for a thread for so many seconds, and none gets on."""
+        """intake_stalled: `Intake.stalled`."""
         self.warm = False
         self.draining = False
         self._engine = engine
@@ -42,7 +42,7 @@ class Health:
             return "the engine is closed"
         self.look()
         if self._intake_stalled(self._stall_seconds):
-            return "requests wait and no thread gets on"
+            return "requests wait for threads that make no progress"
         return "there is work and no progress" if self.stalled else None
 
     def unready(self) -> str | None:

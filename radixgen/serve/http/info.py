@@ -52,9 +52,8 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
     async def metrics(request: Request) -> Response:
-        """For Prometheus: everything for operators, for others how much is going on."""
-        everything = await gate.operates(request)
-        text = context.metrics.expose(await context.figures.latest(), everything=everything)
+        """For Prometheus: all metrics for operators, the load for others."""
+        text = context.metrics.expose(await context.stats.get(), everything=gate.is_operator(request))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models", dependencies=[gate.caller], openapi_extra=described(None, ModelList))
@@ -73,8 +72,8 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Text, or a chat, as token ids."""
-        place, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
-        with place:
+        ticket, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
+        with ticket:
             context.check_model(body.model)
             return json_response(await context.intake.run(request, partial(_tokenize, context, body, warner(request))))
 
@@ -83,15 +82,15 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """Token ids as text, special tokens included."""
-        place, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
-        with place:
+        ticket, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
+        with ticket:
             context.check_model(body.model)
             return json_response(await context.intake.run(request, partial(_detokenize, context, body)))
 
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
         """What is served, and within which bounds."""
-        return JSONResponse(_server_info(context, await context.figures.latest()))
+        return JSONResponse(_server_info(context, await context.stats.get()))
 
     @router.post("/reset_prefix_cache", dependencies=[gate.operator], openapi_extra=described(None))
     async def reset_prefix_cache() -> Response:
@@ -130,7 +129,7 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
         "max_model_len": inputs.max_model_len,
         "vocab_size": inputs.vocab_size,
         "kv_tokens": inputs.kv_tokens,
-        "max_open": context.admission.most,
+        "max_open": context.admission.max_open,
         "open": context.admission.open,
         "sessions": len(context.sessions),
         "session_bytes": context.sessions.num_bytes,

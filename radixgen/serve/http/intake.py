@@ -1,4 +1,4 @@
-"""From a request to what an engine takes: read, decoded, prepared and compiled, callers by turns."""
+"""What is done to a request before it is queued: read, decode, tokenize, compile. Tenants take turns."""
 
 import asyncio
 import time
@@ -13,8 +13,8 @@ from starlette.requests import Request
 from radixgen.core import Grammar, SamplingParams
 from radixgen.input_processor import InputProcessor
 from radixgen.serve.fair_pool import FairPool
-from radixgen.serve.http.admission import Admission, Place
-from radixgen.serve.http.body import SMALL, decode, read_bytes
+from radixgen.serve.http.admission import Admission, Ticket
+from radixgen.serve.http.body import SMALL_BODY_BYTES, decode, read_bytes
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.http.warnings import warner
 
@@ -27,42 +27,41 @@ _COMPILERS = 2
 
 
 class Intake:
-    """What a request goes through before it is queued. Bodies that are read have bounds of their own, so that one that
-    does not come holds no place of those that generate. Long bodies, short ones and grammars each have threads of their
-    own.
+    """Prepares requests in threads: long bodies, short ones and grammars have threads of their own. Bodies that are
+    still being read count apart from admitted requests: slow senders take no capacity from those who generate.
     """
 
     def __init__(self, inputs: InputProcessor, admission: Admission, *, ignore_unknown: bool = False) -> None:
         """
-        admission: whose bounds hold for bodies that are read too.
-        ignore_unknown: fields that are not served are ignored, and the answer warns of each.
+        admission: its bounds hold for the bodies being read too.
+        ignore_unknown: ignore fields that are not served, with a warning for each.
         """
-        limits, most = inputs.limits, admission.most
-        self.reading = Admission(most, admission.most_of_key)
+        max_open = admission.max_open
+        self.reading = Admission(max_open, admission.max_open_per_key)
         self._inputs = inputs
         self._ignore_unknown = ignore_unknown
-        self._short = FairPool(_SHORT_THREADS, "radixgen-short", most_waiting=most)
-        self._long = FairPool(_LONG_THREADS, "radixgen-long", most_waiting=most)
-        self._compilers = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=limits.max_compiling)
+        self._short = FairPool(_SHORT_THREADS, "radixgen-short", most_waiting=max_open)
+        self._long = FairPool(_LONG_THREADS, "radixgen-long", most_waiting=max_open)
+        self._compilers = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=inputs.limits.max_compiling)
 
-    async def receive(self, request: Request, kind: type[Body], admission: Admission) -> tuple[Place, Body]:
-        """A place, taken when the whole body is there, and the body. Raises `QueueFull` before it is read where there
-        is no place now, `InvalidRequest` with the first field that is wrong, `Refused`, `ClientGone`.
+    async def receive(self, request: Request, kind: type[Body], admission: Admission) -> tuple[Ticket, Body]:
+        """Read and decode the body, then admit the request. Raises `QueueFull`, before the body is read where nothing
+        could be admitted now, `InvalidRequest` with the first field that is wrong, `Refused`, `ClientGone`.
         """
-        begin, key = time.monotonic(), request.state.caller.tenant
-        admission.check(1, key)
-        with self.reading.enter(key):
+        begin, tenant = time.monotonic(), request.state.caller.tenant
+        admission.check(1, tenant)
+        with self.reading.enter(tenant):
             data = await read_bytes(request, self._inputs.limits)
             request.state.body_size = len(data)
             decoding = partial(decode, data, kind, self._ignore(request))
-            body = decoding() if len(data) <= SMALL else await self.run(request, decoding)
-        return admission.enter(key, begin), body
+            body = decoding() if len(data) <= SMALL_BODY_BYTES else await self.run(request, decoding)
+        return admission.enter(tenant, begin), body
 
     async def run(self, request: Request, work: Callable[[], T]) -> T:
         """What `work` returns, in a thread; dropped where the client goes before it begins. Raises `QueueFull`,
         `ClientGone`, `EngineClosed`, and what `work` raises.
         """
-        pool = self._short if request.state.body_size <= SMALL else self._long
+        pool = self._short if request.state.body_size <= SMALL_BODY_BYTES else self._long
         return await _result(request, pool.submit(request.state.caller.tenant, work))
 
     async def compile(self, request: Request, params: SamplingParams) -> Grammar | None:
@@ -81,7 +80,7 @@ class Intake:
         return await asyncio.wrap_future(self._long.submit(tenant, work))
 
     def stalled(self, seconds: float) -> bool:
-        """Whether requests wait for threads, and none has begun or ended its work for so long."""
+        """Whether requests wait for a thread, and no work has begun or ended for so long."""
         return any(pool.stalled(seconds) for pool in self._pools)
 
     def close(self) -> None:

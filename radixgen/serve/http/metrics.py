@@ -68,14 +68,13 @@ class Metrics(Collector):
         """The text that Prometheus reads.
 
         stats: the engine's; None where there are none yet.
-        everything: else only how much is going on, of which nothing depends on what requests hold: counts of cached
-            tokens, and times, would tell one caller what others have asked.
+        everything: else the load alone, as counts of cached tokens and latencies would tell one caller what others ask.
         """
         self.stats = stats
         return generate_latest(self._registry if everything else self._load)
 
     def collect_load(self) -> Iterator[Metric]:
-        """How much is going on, which callers may read."""
+        """The load, which callers may read."""
         yield GaugeMetricFamily(_OWN + "http_open_requests", "Requests being answered", self.open_requests)
         if self.stats is not None:
             yield from _load_of(self.stats, _OWN, {})
@@ -174,7 +173,7 @@ def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
 
 
 class _Load(Collector):
-    """What callers may read."""
+    """The metrics that callers may read."""
 
     def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
         self._collect = collect

@@ -157,8 +157,8 @@ def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
     app.state.context.renderer.start()
     logging.config.dictConfig(_log_config(binding))
     if options.sampling_defaults:
-        told = ", ".join(f"{name}={value}" for name, value in options.sampling_defaults.items())
-        logger.info("requests that set none have the sampling parameters of generation_config: %s", told)
+        defaults = ", ".join(f"{name}={value}" for name, value in options.sampling_defaults.items())
+        logger.info("default sampling parameters, of generation_config: %s", defaults)
     sys.setswitchinterval(_SWITCH_SECONDS)
     # uvicorn drains on the first signal, and raises it again when that is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

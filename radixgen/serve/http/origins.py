@@ -1,4 +1,4 @@
-"""Which web pages may use the server, and under which names it is reached."""
+"""Cross-origin requests (CORS) and `Host` headers: which are served."""
 
 import json
 import re
@@ -19,11 +19,11 @@ _EXPOSED_HEADERS = ("Retry-After", "Warning", "X-Request-Id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sites:
-    """Cross-origin rules.
+class OriginPolicy:
+    """Which origins and hosts are allowed.
 
     allowed_origins: pages that may read answers (CORS), as `scheme://host[:port]`; `"*"` is any page.
-    allowed_methods, allowed_headers, allow_credentials: what requests of these pages may have.
+    allowed_methods, allowed_headers, allow_credentials: of requests from these pages.
     allowed_hosts: names of the server in `Host`, besides those of this machine; `"*.example.com"` is every name below
         it, `"*"` any. Without any, every name is good where callers have keys.
     """
@@ -77,8 +77,8 @@ class Sites:
         return is_loopback(name) or any(fnmatchcase(name, one.strip("[]")) for one in self.allowed_hosts)
 
 
-def listed(field: str, values: Sequence[str] | None) -> list[str]:
-    """Values of an option that is given once for each, or, as vLLM's, as a JSON list. Raises `InvalidRequest`."""
+def parse_list(field: str, values: Sequence[str] | None) -> list[str]:
+    """The values of a repeated option, each of which may be a JSON list, as vLLM's. Raises `InvalidRequest`."""
     found: list[str] = []
     for value in values or ():
         if not _JSON_LIST.match(value):
@@ -100,7 +100,7 @@ def _name(host: str) -> str:
 
 
 def _split(address: str) -> SplitResult:
-    """Its parts; none where it has none."""
+    """`urlsplit`, with empty parts for what is no address."""
     try:
         return urlsplit(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The engine's own figures, for those who cannot wait for a step."""
+"""An engine's `Stats`, for those who cannot wait for a step."""
 
 import asyncio
 from contextlib import suppress
@@ -7,13 +7,13 @@ from radixgen.core import RadixgenError, Stats
 from radixgen.serve.http.backend import Backend
 
 _WAIT_SECONDS = 0.005
-"""For figures while there is work: they come between two steps."""
+"""For an engine that is busy: it answers between two steps."""
 _IDLE_SECONDS = 1.0
-"""For those of an engine that has nothing to do"""
+"""For one that is idle"""
 _WATCH_SECONDS = 1.0
 
 
-class Figures:
+class LatestStats:
     """The latest `Stats` of an engine."""
 
     def __init__(self, engine: Backend) -> None:
@@ -21,13 +21,13 @@ class Figures:
         self._last: Stats | None = None
         self._asking: asyncio.Task[None] | None = None
 
-    async def latest(self) -> Stats | None:
-        """Those of now where they come at once, else the last that came; None where none came yet."""
+    async def get(self) -> Stats | None:
+        """New ones where the engine answers at once, else the last; None where there are none yet."""
         _, busy = self._engine.progress
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
         else:
-            busy = True  # with what this server does not know of
+            busy = True  # it has not answered yet
         await asyncio.wait({self._asking}, timeout=_WAIT_SECONDS if busy else _IDLE_SECONDS)
         return self._last
 
@@ -35,7 +35,7 @@ class Figures:
         """Ask every second, so that the last ones are not old, until cancelled."""
         try:
             while True:
-                await self.latest()
+                await self.get()
                 await asyncio.sleep(_WATCH_SECONDS)
         finally:
             if self._asking is not None:

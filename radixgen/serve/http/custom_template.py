@@ -13,10 +13,8 @@ _MOST_CHARS = 1 << 20
 _ESCAPES = {"\\n": "\n", "\\t": "\t", '\\"': '"'}
 
 
-def tokenizer_with(model: str, given: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `model` with the chat template that `given` is, or names. Raises `InvalidRequest`,
-    `ModelNotFound`.
-    """
+def tokenizer_with_template(model: str, given: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of `model` with the chat template of `read_template`. Raises `InvalidRequest`, `ModelNotFound`."""
     from transformers import PreTrainedTokenizerBase
 
     from radixgen.model.loader import load_tokenizer
