@@ -76,6 +76,11 @@ DAMAGES = {
     "radixgen-manifest.json: No such file": lambda home: (home / MANIFEST).unlink(),
     "": lambda home: (home / MANIFEST).write_bytes(b"\xff{}"),
     "radixgen-manifest.json has changed": lambda home: (home / MANIFEST).write_text("[]"),
+    "radixgen-manifest.json has changed: empty": lambda home: (home / MANIFEST).write_text("{}"),
+    "maximum recursion depth": lambda home: (home / MANIFEST).write_text("[" * 100_000),
+    "radixgen-manifest.json is no file": lambda home: ((home / MANIFEST).unlink(), os.mkfifo(home / MANIFEST)),
+    "config.json is no file: a pipe": lambda home: ((home / "config.json").unlink(), os.mkfifo(home / "config.json")),
+    "config.json is no file: a folder": lambda home: ((home / "config.json").unlink(), (home / "config.json").mkdir()),
     "config.json has changed: its hash": change(MANIFEST, flip(30)),
     "Not a directory": lambda home: (home.rename(home.with_name("gone")), home.write_text("")),
 }
