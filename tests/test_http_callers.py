@@ -466,6 +466,10 @@ def test_log_probabilities_of_a_request_are_bounded() -> None:
         assert answer.json()["error"]["param"] == "n × max_tokens × logprobs"
         answer = await client.post("/v1/completions", json={**body, "prompt": ["abcdefgh"] * 20, "echo": True})
         assert answer.json()["error"]["param"] == "len(prompt) × logprobs"
+        body = {"prompt": "a" * 20, "logprobs": 4, "max_tokens": 0, "echo": True}
+        assert (await client.post("/v1/completions", json={**body, "n": 5})).status_code == 200
+        answer = await client.post("/v1/completions", json={**body, "n": 6})
+        assert answer.json()["error"]["param"] == "n × len(prompt) × logprobs", "each choice has them"
 
     in_process(test, tiny(limits=limited(max_logprob_values=500)))
 
