@@ -99,6 +99,25 @@ def test_no_key_takes_every_place() -> None:
     in_process(test, tiny(), max_open=8, max_concurrency_per_key=3, api_keys=KEYS)
 
 
+def test_when_to_come_again_is_told_by_the_own_requests() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        context = served.app.state.context
+        one, two = (context.keys.check(Access.CALLER, f"Bearer {key}").tenant for key in KEYS)
+        admission = context.admission
+        for _ in range(32):
+            admission.take(1, one)
+            admission.leave(1, one, 9.5)
+        for tenant in one, two:
+            admission.take(1, tenant)
+        for key, seconds in ("one", "10"), ("two", "1"):
+            refused = await ask(client, key, prompt="a")
+            assert refused.status_code == 429 and refused.headers["retry-after"] == seconds
+        for tenant in one, two:
+            admission.leave(1, tenant)
+
+    in_process(test, tiny(), max_open=2, api_keys=KEYS)
+
+
 def test_a_share_for_each_of_several_keys() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         for callers, operators, most in (([], [], 7), (["one"], [], 7), (KEYS, [], 4), (["one"], ["all"], 4)):
