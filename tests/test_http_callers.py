@@ -118,6 +118,25 @@ def test_when_to_come_again_is_told_by_the_own_requests() -> None:
     in_process(test, tiny(), max_open=2, api_keys=KEYS)
 
 
+def test_no_key_takes_all_that_may_wait() -> None:
+    """Long prompts of one key, and a short one of another."""
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        prompts = [[1 + place] * 200 for place in range(40)]
+        asking = [asyncio.create_task(ask(client, "one", prompt=one, max_tokens=20)) for one in prompts]
+        while (waiting := served.app.state.context.waiting._of_key).total() < 800:
+            await asyncio.sleep(0)
+        assert (await ask(client, "two", prompt=[5, 6, 7])).status_code == 200
+        answers = await asyncio.gather(*asking)
+        assert {answer.status_code for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert "at most 1000 prompt tokens of one API key" in refused.json()["error"]["message"]
+        assert not waiting
+
+    engine = tiny(limits=Limits(max_waiting_tokens=2_000, max_num_seqs=2))
+    in_process(test, engine, api_keys=KEYS, max_open=128)
+
+
 def test_a_share_for_each_of_several_keys() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         for callers, operators, most in (([], [], 7), (["one"], [], 7), (KEYS, [], 4), (["one"], ["all"], 4)):

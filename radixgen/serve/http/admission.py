@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -106,3 +106,29 @@ class Ticket:
     ) -> None:
         if error is not None or not self._kept:
             self.leave()
+
+
+class WaitingTokens:
+    """Prompt tokens of the requests of each key of which nothing has come yet, so that no key takes all that may wait
+    in the engine.
+    """
+
+    def __init__(self, most_of_key: int | None) -> None:
+        """most_of_key: a single request may have more; None: no bound but the engine's."""
+        self._most_of_key = most_of_key
+        self._of_key: Counter[str] = Counter()
+
+    def take(self, tokens: int, key: str) -> None:
+        """Count so many more. Raises `QueueFull`."""
+        waiting = self._of_key[key]
+        if self._most_of_key is not None and waiting and waiting + tokens > self._most_of_key:
+            limit = f"at most {self._most_of_key} prompt tokens of one API key wait"
+            raise QueueFull("waiting_tokens", waiting + tokens, limit)
+        self._of_key[key] += tokens
+
+    def leave(self, tokens: int, key: str) -> None:
+        """So many wait no more."""
+        self._of_key[key] -= tokens
+        assert self._of_key[key] >= 0
+        if not self._of_key[key]:
+            del self._of_key[key]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
-from radixgen.serve.http.admission import Admission
+from radixgen.serve.http.admission import Admission, WaitingTokens
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.errors import Refused
@@ -30,6 +30,7 @@ class Context:
     keys: Keys
     admission: Admission
     tokenizing: Admission
+    waiting: WaitingTokens
     intake: Intake
     metrics: Metrics
     stats: LatestStats
