@@ -204,7 +204,8 @@ def test_what_cannot_be_written_is_named(
 
 
 @pytest.mark.parametrize(
-    "place", ["{file}", "{file}/below", "/proc/none", "/dev/null/none", "~no-such-user/x", "x" * 999]
+    "place",
+    ["{file}", "{file}/below", "/proc", "/proc/none", "/dev/null/none", "~no-such-user/x", "x" * 999, "x/" * 2_000],
 )
 @pytest.mark.usefixtures("conversions")
 def test_a_cache_that_cannot_be_is_named(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
