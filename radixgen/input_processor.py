@@ -141,16 +141,18 @@ class InputProcessor:
         self._check_slots("len(prompt) + max_tokens", prompt.size + params.max_tokens)
         self.check_logprobs([prompt], params)
 
-    def check_logprobs(self, prompts: Seq[TokenArray], params: Params) -> None:
-        """That all these prompts, of one request, do not come to too many log-probabilities."""
+    def check_logprobs(self, prompts: Seq[TokenArray], params: Params, *, echoes: int = 1) -> None:
+        """That all these prompts, of one request, do not come to too many log-probabilities; each prompt's are told
+        `echoes` times.
+        """
         if isinstance(params, BeamSearchParams):
             return
-        length = sum(prompt.size for prompt in prompts)
+        length = echoes * sum(prompt.size for prompt in prompts)
         answers = params.n * sum(min(params.max_tokens, self.max_model_len - prompt.size) for prompt in prompts)
         most = self.limits.max_logprob_values
         for field, tokens, beside in (
             ("n × max_tokens × logprobs", answers, params.logprobs),
-            ("len(prompt) × prompt_logprobs", length, params.prompt_logprobs),
+            (f"{'n × ' * (echoes > 1)}len(prompt) × prompt_logprobs", length, params.prompt_logprobs),
         ):
             if beside is not None and tokens * (1 + beside) > most:
                 limit = f"at most {most} log-probabilities, those of the tokens themselves included"

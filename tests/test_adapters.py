@@ -134,6 +134,23 @@ def test_requests_over_http(ignore: bool) -> None:
     in_process(run, tiny(), ignore_unknown_fields=ignore)
 
 
+@pytest.mark.parametrize(
+    "field", ["loraPath", "LoRA", "useLoRA", "lora-name", "x_lora", "qlora_id", "adapterId", "my_adapters", "peft_id"]
+)
+def test_other_spellings_over_http(field: str) -> None:
+    async def run(client: httpx.AsyncClient, _: Served) -> None:
+        for path, body in BODIES.items():
+            for name, value in (field, {field: "mine"}), ("extra_body", {"a": {field: "mine"}}):
+                answer = await client.post(path, json=body | {name: value if name == "extra_body" else "mine"})
+                error = answer.json()["error"]
+                assert answer.status_code == 400 and error["param"].endswith(field), answer.text
+                assert "adapters (LoRA) are not served" in error["message"]
+        for other in {"exploration": 1}, {"extra_body": {field: None}}, {"guided_json": {"adapter": {}}}:
+            assert (await client.post(path, json=body | other)).status_code == 200
+
+    in_process(run, tiny(), ignore_unknown_fields=True)
+
+
 # -- front ends -----------------------------------------------------------------------------------------------
 
 

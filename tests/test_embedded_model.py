@@ -76,6 +76,11 @@ DAMAGES = {
     "radixgen-manifest.json: No such file": lambda home: (home / MANIFEST).unlink(),
     "": lambda home: (home / MANIFEST).write_bytes(b"\xff{}"),
     "radixgen-manifest.json has changed": lambda home: (home / MANIFEST).write_text("[]"),
+    "radixgen-manifest.json has changed: empty": lambda home: (home / MANIFEST).write_text("{}"),
+    "maximum recursion depth": lambda home: (home / MANIFEST).write_text("[" * 100_000),
+    "radixgen-manifest.json is no file": lambda home: ((home / MANIFEST).unlink(), os.mkfifo(home / MANIFEST)),
+    "config.json is no file: a pipe": lambda home: ((home / "config.json").unlink(), os.mkfifo(home / "config.json")),
+    "config.json is no file: a folder": lambda home: ((home / "config.json").unlink(), (home / "config.json").mkdir()),
     "config.json has changed: its hash": change(MANIFEST, flip(30)),
     "Not a directory": lambda home: (home.rename(home.with_name("gone")), home.write_text("")),
 }
@@ -199,7 +204,8 @@ def test_what_cannot_be_written_is_named(
 
 
 @pytest.mark.parametrize(
-    "place", ["{file}", "{file}/below", "/proc/none", "/dev/null/none", "~no-such-user/x", "x" * 999]
+    "place",
+    ["{file}", "{file}/below", "/proc", "/proc/none", "/dev/null/none", "~no-such-user/x", "x" * 999, "x/" * 2_000],
 )
 @pytest.mark.usefixtures("conversions")
 def test_a_cache_that_cannot_be_is_named(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

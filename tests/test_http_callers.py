@@ -99,6 +99,44 @@ def test_no_key_takes_every_place() -> None:
     in_process(test, tiny(), max_open=8, max_concurrency_per_key=3, api_keys=KEYS)
 
 
+def test_when_to_come_again_is_told_by_the_own_requests() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        context = served.app.state.context
+        one, two = (context.keys.check(Access.CALLER, f"Bearer {key}").tenant for key in KEYS)
+        admission = context.admission
+        for _ in range(32):
+            admission.take(1, one)
+            admission.leave(1, one, 9.5)
+        for tenant in one, two:
+            admission.take(1, tenant)
+        for key, seconds in ("one", "10"), ("two", "1"):
+            refused = await ask(client, key, prompt="a")
+            assert refused.status_code == 429 and refused.headers["retry-after"] == seconds
+        for tenant in one, two:
+            admission.leave(1, tenant)
+
+    in_process(test, tiny(), max_open=2, api_keys=KEYS)
+
+
+def test_no_key_takes_all_that_may_wait() -> None:
+    """Long prompts of one key, and a short one of another."""
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        prompts = [[1 + place] * 200 for place in range(40)]
+        asking = [asyncio.create_task(ask(client, "one", prompt=one, max_tokens=20)) for one in prompts]
+        while (waiting := served.app.state.context.waiting._of_key).total() < 800:
+            await asyncio.sleep(0)
+        assert (await ask(client, "two", prompt=[5, 6, 7])).status_code == 200
+        answers = await asyncio.gather(*asking)
+        assert {answer.status_code for answer in answers} == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert "at most 1000 prompt tokens of one API key" in refused.json()["error"]["message"]
+        assert not waiting
+
+    engine = tiny(limits=Limits(max_waiting_tokens=2_000, max_num_seqs=2))
+    in_process(test, engine, api_keys=KEYS, max_open=128)
+
+
 def test_a_share_for_each_of_several_keys() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         for callers, operators, most in (([], [], 7), (["one"], [], 7), (KEYS, [], 4), (["one"], ["all"], 4)):
@@ -466,6 +504,10 @@ def test_log_probabilities_of_a_request_are_bounded() -> None:
         assert answer.json()["error"]["param"] == "n × max_tokens × logprobs"
         answer = await client.post("/v1/completions", json={**body, "prompt": ["abcdefgh"] * 20, "echo": True})
         assert answer.json()["error"]["param"] == "len(prompt) × logprobs"
+        body = {"prompt": "a" * 20, "logprobs": 4, "max_tokens": 0, "echo": True}
+        assert (await client.post("/v1/completions", json={**body, "n": 5})).status_code == 200
+        answer = await client.post("/v1/completions", json={**body, "n": 6})
+        assert answer.json()["error"]["param"] == "n × len(prompt) × logprobs", "each choice has them"
 
     in_process(test, tiny(limits=limited(max_logprob_values=500)))
 

@@ -137,23 +137,33 @@ def test_without_allowed_hosts_every_name_is_good_beside_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["page.example", "http://page.example/", "http://page.example/x", "HTTP://a", "", "["]
+    "origin",
+    ["page.example", "http://page.example/", "http://page.example/x", "HTTP://a", "", "["]
+    + [
+        "https://*.page.example",
+        "http://me@a",
+        "http://a b",
+        "https://münchen.de",
+        "http://a:b",
+        "http://a:",
+        "file://",
+    ]
+    + ["http://a:80", "https://[::1]:443", "http://a,http://b", "http://a\n"],
 )
 def test_origins_that_no_browser_sends(origin: str) -> None:
     with pytest.raises(InvalidRequest, match="allowed_origins"):
         OriginPolicy(allowed_origins=[origin]).check()
 
 
-@pytest.mark.parametrize("host", ["http://a", "a:80", "A", "a/", ""])
+@pytest.mark.parametrize("host", ["http://a", "a:80", "A", "a/", "", "a b", "münchen", "::1", "a\n", "?"])
 def test_hosts_that_are_no_names(host: str) -> None:
     with pytest.raises(InvalidRequest, match="allowed_hosts"):
         OriginPolicy(allowed_hosts=[host]).check()
 
 
 def test_origins_and_hosts_that_are_good() -> None:
-    OriginPolicy(
-        allowed_origins=["*", "null", PAGE, "tauri://localhost"], allowed_hosts=["*", "a", "*.a", "[::2]"]
-    ).check()
+    origins = ["*", "null", PAGE, "tauri://localhost", "https://a:80", "http://[::1]:443", "http://10.0.0.1", "app://."]
+    OriginPolicy(allowed_origins=origins, allowed_hosts=["*", "a", "*.a", "[::2]", "10.0.0.1"]).check()
 
 
 def test_options_that_are_lists() -> None:

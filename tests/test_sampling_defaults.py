@@ -7,9 +7,9 @@ from typing import Any
 import families
 import httpx
 import pytest
-from served import HI, Served, in_process, tiny
+from served import HI, Served, in_process, limited, tiny
 
-from radixgen import InvalidRequest, SamplingParams
+from radixgen import Engine, InvalidRequest, SamplingParams, UnsupportedModel
 from radixgen.model.sampling_defaults import sampling_defaults
 
 FILE = "generation_config.json"
@@ -101,3 +101,37 @@ def test_requests_have_them_unless_they_set_their_own(monkeypatch: pytest.Monkey
         assert (await client.get("/server_info")).json()["sampling_defaults"] == defaults
 
     in_process(test, tiny(), sampling_defaults=defaults)
+
+
+def test_a_default_of_tokens_refuses_no_log_probabilities() -> None:
+    async def test(client: httpx.AsyncClient, _: Served) -> None:
+        body = {"messages": HI, "logprobs": True, "top_logprobs": 4}
+        for n, tokens in (1, 100), (4, 25):
+            answer = await client.post("/v1/chat/completions", json={**body, "n": n})
+            assert answer.json()["usage"]["completion_tokens"] == n * tokens, answer.text
+        answer = await client.post("/v1/chat/completions", json={**body, "max_tokens": 101})
+        assert answer.status_code == 400, "asked for"
+
+    in_process(test, tiny(limits=limited(max_logprob_values=500)), sampling_defaults={"max_tokens": 200})
+
+
+@pytest.mark.parametrize("text", ["{", "", "\ufeff{}", "[" * 100_000])
+def test_a_model_is_not_loaded_without_its_own(model: Path, text: str) -> None:
+    """transformers would leave out a file that it cannot read, and the end tokens in it."""
+    (model / FILE).write_text(text)
+    with pytest.raises(InvalidRequest, match="generation_config"):
+        Engine(model, kv_tokens=64)
+
+
+@pytest.mark.parametrize("eos", ["2", [2, None], [2, "3"], 1.0, [[2]], {"a": 1}])
+def test_end_tokens_that_are_none(model: Path, eos: Any) -> None:
+    write(model / FILE, eos_token_id=eos)
+    with pytest.raises(UnsupportedModel, match="eos_token_id"):
+        Engine(model, kv_tokens=64)
+
+
+@pytest.mark.parametrize(("eos", "ends"), [([], set()), (-1, set()), ([3, 2, 10**9], {2, 3}), (2, {2})])
+def test_end_tokens_that_are_some(model: Path, eos: Any, ends: set[int]) -> None:
+    write(model / FILE, eos_token_id=eos)
+    with Engine(model, kv_tokens=64) as engine:
+        assert engine.inputs.eos_token_ids == ends

@@ -1,5 +1,6 @@
 """Adapters (LoRA) are not served: a request that names one is refused, and not answered by the base model."""
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Final, ParamSpec, TypeVar
@@ -34,7 +35,26 @@ ADAPTER_FIELDS: Final = frozenset(
     }
 )
 """Fields and arguments by which clients, front ends and other libraries name an adapter"""
+_NAMES_ONE = re.compile(r"(?:.*[^a-z])?(?:[dq]?loras?|adapters?|peft)(?:[^a-z].*)?", re.DOTALL)
+_DEEPEST = 4
 ADAPTERS: Final = "adapters (LoRA) are not served: merge them into the model's weights"
+
+
+def names_adapter(field: str) -> bool:
+    """Whether a field of this name, in whatever spelling, is where an adapter is named: `loraPath`, `x-lora-name`."""
+    if field in ADAPTER_FIELDS:
+        return True
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", field[:200].replace("LoRA", "Lora"))
+    return _NAMES_ONE.fullmatch(parted.lower()) is not None
+
+
+def refuse_adapters_in(field: str, value: object, depth: int = 0) -> None:
+    """Raise `InvalidRequest` where `value`, of a field that is about to be ignored, names an adapter inside."""
+    if isinstance(value, dict) and depth < _DEEPEST:
+        for name, inner in value.items():
+            if isinstance(name, str) and names_adapter(name):
+                refuse_adapter(f"{field}.{name}"[:200], inner)
+            refuse_adapters_in(f"{field}.{name}"[:200], inner, depth + 1)
 
 
 def refuse_adapter(field: str, value: object) -> None:

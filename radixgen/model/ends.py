@@ -1,8 +1,10 @@
 """The tokens with which a model ends what it says."""
 
 import logging
+import operator
 from typing import TYPE_CHECKING, Any
 
+from radixgen.core import UnsupportedModel
 from radixgen.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -15,13 +17,18 @@ _ANSWER = "radixgen-answer"
 
 def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
     """Those of the generation config, else of the config, as transformers' `generate` takes them. A warning is logged
-    where there are none, and chats have none of their own either.
+    where there are none, and chats have none of their own either. Raises `UnsupportedModel` for what is no token id.
     """
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         eos = model.config.get_text_config().eos_token_id
+    listed = eos if isinstance(eos, list | tuple | set) else [] if eos is None else [eos]
+    try:
+        ids = set(map(operator.index, listed))
+    except TypeError:
+        raise UnsupportedModel(f"{name}: its eos_token_id={eos!r} is neither a token id nor a list of them") from None
     known = model.get_input_embeddings().weight.shape[0]
-    ends = frozenset(token for token in ({eos} if isinstance(eos, int) else set(eos or ())) if token < known)
+    ends = frozenset(token for token in ids if 0 <= token < known)
     if not ends and (tokenizer is None or not chat_end_tokens(tokenizer)):
         logger.warning("%s has no end token: every request runs until max_tokens or a stop string", name)
     return ends

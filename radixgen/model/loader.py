@@ -86,6 +86,7 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         else:
             check_quantization(f"{name} ({config.model_type})", config, source)
+            load_generation_config(name)  # transformers does without one that it can't read, and without its end tokens
         if ranks > 1:
             from transformers.distributed import DistributedConfig
 
@@ -144,7 +145,7 @@ def read_generation_config(source: str, file: str = GENERATION_CONFIG) -> "Gener
     with quiet_transformers():
         try:
             return GenerationConfig.from_pretrained(source, file)
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, OSError) and not Path(source, file).exists():
                 return None
             raise InvalidRequest("generation_config", str(Path(source, file)), f"cannot be read: {error}") from error

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
+from stat import S_ISREG
 
 MANIFEST = "radixgen-manifest.json"
 _PART_BYTES = 1 << 20
@@ -36,18 +37,22 @@ def damage(folder: Path, known: Mapping[str, str] | None = None) -> str:
     """
     try:
         found = {path.name: path.stat() for path in folder.iterdir() if not path.name.startswith(".")}
-        hashes = known if known and MANIFEST not in found else json.loads((folder / MANIFEST).read_text())
-        found.pop(MANIFEST, None)
-        if not isinstance(hashes, Mapping):
+        manifest = found.pop(MANIFEST, None)
+        if manifest is not None and not S_ISREG(manifest.st_mode):
+            return f"{MANIFEST} is no file"
+        hashes = known if known and manifest is None else json.loads((folder / MANIFEST).read_text())
+        if not isinstance(hashes, Mapping) or not hashes:
             return f"{MANIFEST} has changed"
         if found.keys() != hashes.keys():
             return f"{min(found.keys() ^ hashes.keys())} is {'missing' if hashes.keys() - found.keys() else 'new'}"
+        if odd := [name for name in sorted(found) if not S_ISREG(found[name].st_mode)]:
+            return f"{odd[0]} is no file"
         expected = tuple((name, str(hashes[name])) for name in sorted(hashes))
         stamps = tuple((found[name].st_ino, found[name].st_size, found[name].st_mtime_ns) for name in sorted(found))
         _check(folder, expected, stamps)
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return str(error)
     return ""
 

@@ -81,7 +81,7 @@ def _writing(home: Path, fault: str) -> Iterator[None]:
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError, RecursionError) as error:  # the last where a path has too many parts
         raise ModelNotFound(
             f"{NAME}: {home} holds no whole model ({fault}), and none could be written there: {error}; "
             f"set {CACHE_VARIABLE} to a writable directory with 1 GB free"
@@ -93,6 +93,7 @@ def _lock(home: Path, progress: Progress) -> Iterator[None]:
     """One process converts at a time. Raises `ModelNotFound` where another does not end."""
     from filelock import FileLock, Timeout
 
+    home.with_suffix(".lock").touch()  # FileLock would wait where a file cannot be there
     lock = FileLock(home.with_suffix(".lock"))
     try:
         try:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -22,7 +23,7 @@ class Admission:
         self.max_open_per_key = max_open if max_open_per_key is None else min(max_open_per_key, max_open)
         self.open = 0
         self._open_by_tenant: dict[str, int] = {}
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._recent: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=_RECENT))
 
     def enter(self, tenant: str = "", begin: float | None = None) -> "Ticket":
         """Count a request, which arrived at `begin`, as one sequence until it is known how many it has. Raises
@@ -53,11 +54,14 @@ class Admission:
         if not self._open_by_tenant[tenant]:
             del self._open_by_tenant[tenant]
         if seconds is not None:
-            self._recent.append(seconds)
+            self._recent[tenant].append(seconds)
 
-    def retry_after(self) -> int:
-        """Seconds after which to try again: the mean that recent requests took, from 1 to 60."""
-        mean = sum(self._recent) / len(self._recent) if self._recent else 0.0
+    def retry_after(self, tenant: str = "") -> int:
+        """Seconds after which a place may be free: what a request with this key has taken lately, from 1 to 60. Those
+        with others would tell what these have asked.
+        """
+        recent = self._recent.get(tenant)
+        mean = sum(recent) / len(recent) if recent else 0.0
         return min(max(math.ceil(mean), 1), _LONGEST_WAIT)
 
 
@@ -102,3 +106,29 @@ class Ticket:
     ) -> None:
         if error is not None or not self._kept:
             self.leave()
+
+
+class WaitingTokens:
+    """Prompt tokens of the requests of each key of which nothing has come yet, so that no key takes all that may wait
+    in the engine.
+    """
+
+    def __init__(self, most_of_key: int | None) -> None:
+        """most_of_key: a single request may have more; None: no bound but the engine's."""
+        self._most_of_key = most_of_key
+        self._of_key: Counter[str] = Counter()
+
+    def take(self, tokens: int, key: str) -> None:
+        """Count so many more. Raises `QueueFull`."""
+        waiting = self._of_key[key]
+        if self._most_of_key is not None and waiting and waiting + tokens > self._most_of_key:
+            limit = f"at most {self._most_of_key} prompt tokens of one API key wait"
+            raise QueueFull("waiting_tokens", waiting + tokens, limit)
+        self._of_key[key] += tokens
+
+    def leave(self, tokens: int, key: str) -> None:
+        """So many wait no more."""
+        self._of_key[key] -= tokens
+        assert self._of_key[key] >= 0
+        if not self._of_key[key]:
+            del self._of_key[key]

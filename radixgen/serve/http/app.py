@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
-from radixgen.serve.http.admission import Admission
+from radixgen.serve.http.admission import Admission, WaitingTokens
 from radixgen.serve.http.auth import Gate, Keys, check_routes
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.chat import chat_routes
@@ -151,6 +151,7 @@ def _context(engine: Backend, options: ServeOptions) -> Context:
         keys=keys,
         admission=admission,
         tokenizing=Admission(options.max_open, per_key),
+        waiting=WaitingTokens((engine.inputs.limits.max_waiting_tokens + 1) // 2 if keys.several else None),
         intake=Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields),
         metrics=Metrics(names[0], options.metrics_compat),
         stats=LatestStats(engine),

@@ -107,15 +107,11 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
-    most = context.answer_tokens(_most_tokens(context, body), tokens.size, logprobs)
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    most = context.answer_tokens(asked, tokens.size, logprobs, context.sampling_defaults.get("max_tokens"))
     params = inputs.for_chat(_params(context, body, most, warn))
     inputs.check(tokens, params, compiles=False)
     return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)
-
-
-def _most_tokens(context: Context, body: ChatRequest) -> int | None:
-    asked = (body.max_completion_tokens, body.max_tokens, context.sampling_defaults.get("max_tokens"))
-    return next((most for most in asked if most is not None), None)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:

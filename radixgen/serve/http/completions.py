@@ -79,7 +79,7 @@ def _prepare(
         params = replace(params, prompt_logprobs=body.logprobs)
     for prompt in prompts:
         inputs.check(prompt, params, compiles=False)
-    inputs.check_logprobs(prompts, params)
+    inputs.check_logprobs(prompts, params, echoes=params.n if body.echo else 1)
     namespace = context.namespace(caller, body.cache_salt)
     asked = Asked(prompts, params, caller.tenant, namespace, context.priority(body.priority))
     return asked, [_echo(context, *one) for one in zip(given, prompts, strict=True)] if body.echo else []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
-from radixgen.serve.http.admission import Admission
+from radixgen.serve.http.admission import Admission, WaitingTokens
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.errors import Refused
@@ -30,6 +30,7 @@ class Context:
     keys: Keys
     admission: Admission
     tokenizing: Admission
+    waiting: WaitingTokens
     intake: Intake
     metrics: Metrics
     stats: LatestStats
@@ -62,16 +63,16 @@ class Context:
         """Where a caller's requests share. Raises `InvalidRequest`."""
         return self.keys.namespace(caller, cache_salt, self.limits)
 
-    def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0) -> int:
-        """`max_tokens` of a request: what the prompt leaves where `asked` is None, else no more than the pool holds.
-        The context cuts each answer by itself.
+    def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0, default: int | None = None) -> int:
+        """`max_tokens` of a request: `default`, or what the prompt leaves, where `asked` is None, else no more than the
+        pool holds. The context cuts each answer by itself.
 
         logprobs: log-probabilities of one position, in all choices; by default there are so few tokens that
             `Limits.max_logprob_values` holds.
         """
         if asked is None:
             most = self.limits.max_logprob_values // logprobs if logprobs else self.room
-            return max(min(self.room - prompt, most), 1)
+            return max(min(self.room - prompt, most, self.room if default is None else default), 1)
         return min(asked, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
 
     def priority(self, asked: int | None) -> int:

@@ -110,9 +110,9 @@ def failed(what: object) -> Refused:
 
 
 class ErrorHandlers:
-    """Exceptions of routes as responses. `retry_after()`: seconds after which to try again where all is taken."""
+    """Exceptions of routes as responses. `retry_after(tenant)`: seconds after which to try again where all is taken."""
 
-    def __init__(self, retry_after: Callable[[], int]) -> None:
+    def __init__(self, retry_after: Callable[[str], int]) -> None:
         self._retry_after = retry_after
 
     async def handle(self, request: Request, error: Exception) -> Response:
@@ -123,7 +123,8 @@ class ErrorHandlers:
             error = Refused(error.status_code, str(error.detail), field="path", value=request.url.path, headers=kept)
         status, headers = status_of(error), dict(getattr(error, "headers", None) or {})
         if status == 429:
-            headers.setdefault("retry-after", str(self._retry_after()))
+            caller = getattr(request.state, "caller", None)
+            headers.setdefault("retry-after", str(self._retry_after("" if caller is None else caller.tenant)))
         if status == 500 and not isinstance(error, Refused):
             request_id = getattr(request.state, "request_id", "?")
             logger.error("request %s failed", request_id, exc_info=error)

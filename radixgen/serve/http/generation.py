@@ -51,11 +51,21 @@ class Generation:
             namespace=asked.namespace,
             timeout=timeout,
         )
-        opened = await _all_or_none([open_one(prompt) for prompt in asked.prompts])
-        return cls(asked, opened, ticket, [Meter(context.metrics, ticket.begin) for _ in opened])
+        tokens = sum(prompt.size for prompt in asked.prompts)
+        context.waiting.take(tokens, asked.tenant)
+        try:
+            opened = await _all_or_none([open_one(prompt) for prompt in asked.prompts])
+        except BaseException:
+            context.waiting.leave(tokens, asked.tenant)
+            raise
+        return cls(context, asked, opened, ticket)
 
-    def __init__(self, asked: Asked, opened: Sequence[Outputs], ticket: Ticket, meters: Sequence[Meter]) -> None:
+    def __init__(self, context: Context, asked: Asked, opened: Sequence[Outputs], ticket: Ticket) -> None:
+        meters = [Meter(context.metrics, ticket.begin) for _ in opened]
         self.asked = asked
+        self._waiting = context.waiting
+        self._silent = set(range(len(opened)))
+        """Prompts of which nothing has come"""
         self.cached_tokens = [0] * len(opened)
         self._opened = opened
         self._ticket = ticket
@@ -65,6 +75,7 @@ class Generation:
         """Raises `Refused` where a sequence fails, `EngineClosed` where the engine does."""
         async with aclosing(merge(self._opened)) as merged:
             async for prompt, output in merged:
+                self._begun(prompt)
                 self._meters[prompt].see(output, time.monotonic())
                 self.cached_tokens[prompt] = output.num_cached_tokens
                 for one in output.outputs:
@@ -86,8 +97,15 @@ class Generation:
     async def aclose(self) -> None:
         """Abort what has not ended. May be called twice."""
         self._ticket.leave()
+        for prompt in [*self._silent]:
+            self._begun(prompt)
         for one in self._opened:
             await one.aclose()
+
+    def _begun(self, prompt: int) -> None:
+        if prompt in self._silent:
+            self._silent.discard(prompt)
+            self._waiting.leave(self.asked.prompts[prompt].size, self.asked.tenant)
 
     async def __aenter__(self) -> Self:
         return self

@@ -15,6 +15,9 @@ from radixgen.serve.http.auth import is_loopback
 from radixgen.serve.http.errors import Refused
 
 _JSON_LIST = re.compile(r'\[\s*["\]]')
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?")
+_DEFAULT_PORT = re.compile(r"http://.*[^:]:80|https://.*[^:]:443")
+_HOST = re.compile(r"[a-z0-9._*-]+|\[[0-9a-f:.]+\]")
 _EXPOSED_HEADERS = ("Retry-After", "Warning", "X-Request-Id")
 
 
@@ -37,12 +40,13 @@ class OriginPolicy:
     def check(self) -> None:
         """Raise `InvalidRequest` for an origin that no browser sends, or a host that is no name."""
         for origin in self.allowed_origins:
-            parts = _split(origin)
-            whole = f"{parts.scheme}://{parts.netloc}".lower()
-            if origin not in ("*", "null") and (not parts.netloc or origin != whole):
-                raise InvalidRequest("allowed_origins", origin, "must be scheme://host[:port] in lower case, or *")
+            if origin in ("*", "null"):
+                continue
+            if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
+                limit = "must be * or scheme://host[:port] as browsers send it: in lower case, without a default port"
+                raise InvalidRequest("allowed_origins", origin, limit)
         for host in self.allowed_hosts:
-            if not _name(host) or host not in (_name(host), f"[{_name(host)}]"):
+            if not _HOST.fullmatch(host) or host.strip("[]") != _name(host):
                 raise InvalidRequest("allowed_hosts", host, "must be a name in lower case, without scheme and port")
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from radixgen.core import InvalidRequest
-from radixgen.core.adapters import ADAPTER_FIELDS, refuse_adapter
+from radixgen.core.adapters import names_adapter, refuse_adapter, refuse_adapters_in
 
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -105,9 +105,11 @@ def drop_unserved(
     """
     for name in [name for name in holder if name not in served]:
         field = f"{path}.{name}".strip(".")
-        if name in ADAPTER_FIELDS:
+        if names_adapter(name):
             refuse_adapter(field, holder[name])
         elif not is_neutral(name, holder[name]):
+            if not is_known(name) or name == "vllm_xargs":
+                refuse_adapters_in(field, holder[name])
             if ignore is not None:
                 ignore(field)
             elif is_known(name):
