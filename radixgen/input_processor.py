@@ -109,9 +109,10 @@ class InputProcessor:
 
     def check_text(self, text: str, field: str) -> None:
         """That so much text could be served, before it is tokenized."""
-        if len(text) > self.max_text_chars:
-            limit = f"at most {self.max_text_chars} characters, for a context of {self.max_model_len} tokens"
-            raise PromptTooLong(f"len({field})", len(text), limit)
+        most = self.max_text_chars
+        if len(text) > most:
+            why = f": the context holds {self.max_model_len} tokens" if most < self.limits.max_prompt_chars else ""
+            raise PromptTooLong(f"len({field})", len(text), f"at most {most} characters{why}")
 
     def tokenize_continuation(self, text: Prompt) -> TokenArray:
         """What follows a prompt: no special tokens."""

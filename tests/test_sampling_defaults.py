@@ -93,11 +93,13 @@ def test_requests_have_them_unless_they_set_their_own(monkeypatch: pytest.Monkey
             null = dict.fromkeys(own)
             for more in ({}, null, own):
                 assert (await client.post(path, json=body | more)).status_code == 200
-        longest = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1, max_tokens=16)
         mine = SamplingParams(temperature=0.0, repetition_penalty=1, max_tokens=2)
-        assert seen == [unset, unset, mine, longest, longest, mine]
+        assert seen == [unset, unset, mine, unset, unset, mine]
         assert (await client.post(chats[0], json={**chats[1], "max_completion_tokens": 3})).status_code == 200
         assert seen[-1].max_tokens == 3
+        for path, body in (chats, completions):
+            assert (await client.post(path, json={**body, "max_tokens": 9})).status_code == 200
+            assert seen[-1].max_tokens == 5, "a limit too"
         assert (await client.get("/server_info")).json()["sampling_defaults"] == defaults
 
     in_process(test, tiny(), sampling_defaults=defaults)

@@ -26,8 +26,8 @@ _REASONS = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 
 def sampling_params(request: Mapping[str, Any], room: int, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
-    """What a request asks for, with `defaults` for what it does not set; where neither sets a limit, `max_tokens` is
-    `room`, and no more than that in any case.
+    """What a request asks for, with `defaults` for what it does not set; `max_tokens` is at most `room` and that of
+    `defaults`.
 
     Stop strings are the frontend's to find: it ends the request then. Raises `InvalidRequest`.
     """
@@ -39,15 +39,14 @@ def sampling_params(request: Mapping[str, Any], room: int, defaults: Mapping[str
     if told.get("prompt_logprobs") is not None:
         raise InvalidRequest("prompt_logprobs", told["prompt_logprobs"], "is not served here")
     chosen = {**(defaults or {})}
-    asked = chosen.pop("max_tokens", None)
+    room = min(room, chosen.pop("max_tokens", room))
     chosen |= {field: options[field] for field in _SAMPLING if options.get(field) is not None}
     if "logit_bias" in chosen:
         chosen["logit_bias"] = _bias(chosen["logit_bias"])
     guided = options.get("guided_decoding")
     if isinstance(guided, Mapping):
         chosen |= {ours: guided[field] for field, ours in _GRAMMARS.items() if guided.get(field) is not None}
-    if stops.get("max_tokens") is not None:
-        asked = stops["max_tokens"]
+    asked = stops.get("max_tokens")
     if isinstance(asked, int) and not isinstance(asked, bool):
         room = min(asked, room) if asked > 0 else asked
     hidden = [*(stops.get("stop_token_ids") or ()), *(stops.get("stop_token_ids_hidden") or ())]

@@ -55,7 +55,7 @@ class ServeOptions:
     metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
     origins: allowed origins (CORS) and hosts.
     root_path: path prefix of a proxy, which may strip it or not.
-    sampling_defaults: fields of `SamplingParams` for requests that do not set them; `max_tokens` is of chats.
+    sampling_defaults: fields of `SamplingParams` for requests that do not set them; `max_tokens` is a limit for all.
     """
 
     names: Sequence[str] = ()

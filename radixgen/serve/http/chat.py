@@ -108,7 +108,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
     tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    most = context.answer_tokens(asked, tokens.size, logprobs, context.sampling_defaults.get("max_tokens"))
+    most = context.answer_tokens(asked, tokens.size, logprobs)
     params = inputs.for_chat(_params(context, body, most, warn))
     inputs.check(tokens, params, compiles=False)
     return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)

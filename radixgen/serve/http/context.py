@@ -63,17 +63,18 @@ class Context:
         """Where a caller's requests share. Raises `InvalidRequest`."""
         return self.keys.namespace(caller, cache_salt, self.limits)
 
-    def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0, default: int | None = None) -> int:
-        """`max_tokens` of a request: `default`, or what the prompt leaves, where `asked` is None, else no more than the
-        pool holds. The context cuts each answer by itself.
+    def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0) -> int:
+        """`max_tokens` of a request: what the prompt leaves where `asked` is None, else no more than the pool holds;
+        never more than `sampling_defaults` say. The context cuts each answer by itself.
 
         logprobs: log-probabilities of one position, in all choices; by default there are so few tokens that
             `Limits.max_logprob_values` holds.
         """
+        limit = int(self.sampling_defaults.get("max_tokens", self.room))
         if asked is None:
             most = self.limits.max_logprob_values // logprobs if logprobs else self.room
-            return max(min(self.room - prompt, most, self.room if default is None else default), 1)
-        return min(asked, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
+            return max(min(self.room - prompt, most, limit), 1)
+        return min(asked, limit, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
 
     def priority(self, asked: int | None) -> int:
         """As vLLM's: the lower goes first. Raises `InvalidRequest`."""
