@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 
 from radixgen.cache import TokenArray
 from radixgen.core import (
@@ -280,7 +281,14 @@ def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int, field: str) -> To
             if isinstance(token, bool) or not isinstance(token, int | np.integer):
                 raise InvalidRequest(f"{field}[{place}]", token, "must be an integer token id")
         ids = np.array(prompt, object)
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+    if ids.size and not _all_below(ids, vocab_size):
         place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
         raise InvalidRequest(f"{field}[{place}]", int(ids[place]), f"must be from 0 to {vocab_size - 1}")
     return ids.astype(np.int32)
+
+
+def _all_below(ids: NDArray[Any], bound: int) -> bool:
+    """Whether all are from 0 to below `bound`. Read once where they are int32: a negative one is above as uint32."""
+    if ids.dtype == np.int32:
+        return bool(ids.view(np.uint32).max() < bound)
+    return bool(ids.min() >= 0 and ids.max() < bound)
