@@ -26,8 +26,8 @@ README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
-    "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission", "plan",
-    "step", "simulate", "startup",
+    "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
+    "plan", "step", "simulate", "startup",
 )  # fmt: skip
 """Benchmarks with bounds, in README's order."""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
