@@ -14,7 +14,7 @@ from starlette.requests import Request
 from radixgen import InvalidRequest, Limits, PromptTooLong, SamplingParams, Stats
 from radixgen.chat_template import ChatTemplate
 from radixgen.core import CompletionOutput, EngineClosed
-from radixgen.serve.http.admission import Admission
+from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys
 from radixgen.serve.http.health import Health
@@ -137,6 +137,50 @@ def test_no_key_takes_all_that_may_wait() -> None:
     in_process(test, engine, api_keys=KEYS, max_open=128)
 
 
+def test_no_key_takes_all_bytes_that_are_read() -> None:
+    """A body counts with what has come of it, until it is decoded."""
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        let_go = asyncio.Event()
+
+        async def body(size: int) -> AsyncIterator[bytes]:
+            yield b"{" + b" " * size
+            await let_go.wait()
+            yield b"}"
+
+        async def send(key: str, size: int) -> httpx.Response:
+            headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+            return await client.post("/v1/completions", content=body(size), headers=headers)
+
+        bodies = served.app.state.context.intake._bodies
+        held = [asyncio.create_task(send("one", 900)) for _ in range(2)]
+        while bodies.total < 1_800:
+            await asyncio.sleep(0)
+        refused = await send("one", 900)
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        assert "at most 2000 bytes" in refused.json()["error"]["message"]
+        held.append(asyncio.create_task(send("two", 1_900)))
+        while bodies.total < 3_700:
+            await asyncio.sleep(0)
+        assert "at most 4000 bytes" in (await send("three", 500)).json()["error"]["message"], "of all"
+        let_go.set()
+        assert [(await one).status_code for one in held] == [400] * 3, "no prompt"
+        assert bodies.total == 0 and not bodies._of_key
+
+    in_process(test, tiny(limits=limited(max_reading_bytes=4_000, max_body_bytes=2_000)), api_keys=[*KEYS, "three"])
+
+
+def test_of_several_keys_only_an_operator_s_goes_ahead_of_others() -> None:
+    async def test(client: httpx.AsyncClient, _: Served) -> None:
+        for key, priority, status in ("one", -1, 400), ("one", 0, 200), ("one", 5, 200), ("all", -1, 200):
+            for path, body in ("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": HI}):
+                answer = await ask(client, key, path, **body, priority=priority)
+                assert answer.status_code == status, answer.text
+                assert status == 200 or answer.json()["error"]["param"] == "priority"
+
+    in_process(test, tiny(), api_keys=KEYS, operator_keys=["all"])
+
+
 def test_a_share_for_each_of_several_keys() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         for callers, operators, most in (([], [], 7), (["one"], [], 7), (KEYS, [], 4), (["one"], ["all"], 4)):
@@ -176,7 +220,7 @@ def with_intake(test: Callable[[Intake, Callable[[str, int], Any]], Any]) -> Non
 
     async def whole() -> None:
         with tiny() as engine:
-            intake, let_go = Intake(engine.inputs, Admission(64)), threading.Event()
+            intake, let_go = Intake(engine.inputs, Admission(64), Quota("bytes", "bytes")), threading.Event()
 
             async def hold(tenant: str, size: int) -> bool:
                 return await intake.run(Asking(tenant, size), lambda: let_go.wait(SECONDS))  # type: ignore[arg-type]

@@ -53,6 +53,8 @@ class Limits:
     """Thoughts of one search."""
     max_body_bytes: int = 1 << 25
     """Bytes of one HTTP request's body."""
+    max_reading_bytes: int = 1 << 29
+    """Bytes of all bodies that are being read or decoded."""
     max_prompts: int = 128
     """Prompts of one HTTP request."""
     max_sessions: int = 1_024

@@ -3,6 +3,8 @@
 import math
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -108,27 +110,48 @@ class Ticket:
             self.leave()
 
 
-class WaitingTokens:
-    """Prompt tokens of the requests of each key of which nothing has come yet, so that no key takes all that may wait
-    in the engine.
-    """
+class Quota:
+    """An amount that requests hold, bounded for each key and for all."""
 
-    def __init__(self, most_of_key: int | None) -> None:
-        """most_of_key: a single request may have more; None: no bound but the engine's."""
+    def __init__(self, field: str, unit: str, *, most: int | None = None, most_of_key: int | None = None) -> None:
+        """most_of_key: whoever holds nothing may take more at once."""
+        self.total = 0
+        self._field = field
+        self._unit = unit
+        self._most = most
         self._most_of_key = most_of_key
         self._of_key: Counter[str] = Counter()
 
-    def take(self, tokens: int, key: str) -> None:
-        """Count so many more. Raises `QueueFull`."""
-        waiting = self._of_key[key]
-        if self._most_of_key is not None and waiting and waiting + tokens > self._most_of_key:
-            limit = f"at most {self._most_of_key} prompt tokens of one API key wait"
-            raise QueueFull("waiting_tokens", waiting + tokens, limit)
-        self._of_key[key] += tokens
+    def take(self, amount: int, key: str) -> None:
+        """Hold so much more. Raises `QueueFull`."""
+        held = self._of_key[key]
+        if self._most_of_key is not None and held and held + amount > self._most_of_key:
+            limit = f"at most {self._most_of_key} {self._unit} of one API key"
+            raise QueueFull(self._field, held + amount, limit)
+        if self._most is not None and self.total + amount > self._most:
+            raise QueueFull(self._field, self.total + amount, f"at most {self._most} {self._unit}")
+        self.total += amount
+        self._of_key[key] += amount
 
-    def leave(self, tokens: int, key: str) -> None:
-        """So many wait no more."""
-        self._of_key[key] -= tokens
+    @contextmanager
+    def held_by(self, key: str) -> Iterator[Callable[[int], None]]:
+        """What is taken by the function that this gives is held until the end."""
+        taken = 0
+
+        def take(amount: int) -> None:
+            nonlocal taken
+            self.take(amount, key)
+            taken += amount
+
+        try:
+            yield take
+        finally:
+            self.leave(taken, key)
+
+    def leave(self, amount: int, key: str) -> None:
+        """So much is held no more."""
+        self.total -= amount
+        self._of_key[key] -= amount
         assert self._of_key[key] >= 0
         if not self._of_key[key]:
             del self._of_key[key]

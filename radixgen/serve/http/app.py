@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
-from radixgen.serve.http.admission import Admission, WaitingTokens
+from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Gate, Keys, check_routes
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.chat import chat_routes
@@ -144,6 +144,14 @@ def _context(engine: Backend, options: ServeOptions) -> Context:
     names = tuple(options.names) or (engine.model_name,)
     per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
     admission = Admission(options.max_open, per_key)
+    limits = engine.inputs.limits
+    bodies = Quota(
+        "reading_bytes",
+        "bytes of bodies are read at a time",
+        most=limits.max_reading_bytes,
+        most_of_key=max(limits.max_reading_bytes // 2, limits.max_body_bytes) if keys.several else None,
+    )
+    waiting_of_key = (limits.max_waiting_tokens + 1) // 2 if keys.several else None
     return Context(
         engine=engine,
         names=names,
@@ -151,8 +159,8 @@ def _context(engine: Backend, options: ServeOptions) -> Context:
         keys=keys,
         admission=admission,
         tokenizing=Admission(options.max_open, per_key),
-        waiting=WaitingTokens((engine.inputs.limits.max_waiting_tokens + 1) // 2 if keys.several else None),
-        intake=Intake(engine.inputs, admission, ignore_unknown=options.ignore_unknown_fields),
+        waiting=Quota("waiting_tokens", "prompt tokens", most_of_key=waiting_of_key),
+        intake=Intake(engine.inputs, admission, bodies, ignore_unknown=options.ignore_unknown_fields),
         metrics=Metrics(names[0], options.metrics_compat),
         stats=LatestStats(engine),
         sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),

@@ -32,6 +32,8 @@ class Caller:
     """Who authenticated. `tenant` is empty where no key is asked for."""
 
     tenant: str
+    operator: bool = False
+    """Whether the key is an operator's"""
 
 
 class Keys:
@@ -80,7 +82,7 @@ class Keys:
         alone = not self._operators and len(self._callers) == 1
         if access is Access.OPERATOR and not operator and not alone:
             raise Refused(403, "needs an operator's key", type="permission_error", code="operator_only")
-        return Caller(presented.hex())
+        return Caller(presented.hex(), operator)
 
     def namespace(self, caller: Caller, cache_salt: str | None, limits: Limits) -> str:
         """Where requests of `caller` with this salt share prefixes: a keyed hash, so that nobody can name another's.

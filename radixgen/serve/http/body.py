@@ -27,14 +27,16 @@ _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
 
-async def read_bytes(request: Request, limits: Limits) -> bytes:
-    """The body of a JSON request. Raises `Refused`, `ClientGone`."""
+async def read_bytes(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
+    """The body of a JSON request; `take` is told the bytes of each part. Raises `Refused`, `ClientGone`, and what
+    `take` raises.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Refused(
             415, f"content-type={media_type}: must be application/json", field="content-type", value=media_type
         )
-    return await _read_all(request, limits.max_body_bytes)
+    return await _read_all(request, limits.max_body_bytes, take)
 
 
 def decode(data: bytes, kind: type[T], ignore: Callable[[str], None] | None = None) -> T:
@@ -72,7 +74,7 @@ def _decode_known(data: bytes, kind: type[T], ignore: Callable[[str], None] | No
     raise _named(message, data, kind)
 
 
-async def _read_all(request: Request, most: int) -> bytes:
+async def _read_all(request: Request, most: int, take: Callable[[int], None]) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and len(length) < 20 and int(length) > most:
         raise _too_large(int(length), most)
@@ -83,6 +85,7 @@ async def _read_all(request: Request, most: int) -> bytes:
                 size += len(part)
                 if size > most:
                     raise _too_large(size, most)
+                take(len(part))
                 parts.append(part)
     except TimeoutError:
         raise Refused(408, f"the body did not come within {_READ_SECONDS:g} seconds") from None

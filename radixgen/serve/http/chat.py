@@ -111,7 +111,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
     most = context.answer_tokens(asked, tokens.size, logprobs)
     params = inputs.for_chat(_params(context, body, most, warn))
     inputs.check(tokens, params, compiles=False)
-    return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(body.priority)), turn)
+    return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(caller, body.priority)), turn)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:

@@ -81,7 +81,7 @@ def _prepare(
         inputs.check(prompt, params, compiles=False)
     inputs.check_logprobs(prompts, params, echoes=params.n if body.echo else 1)
     namespace = context.namespace(caller, body.cache_salt)
-    asked = Asked(prompts, params, caller.tenant, namespace, context.priority(body.priority))
+    asked = Asked(prompts, params, caller.tenant, namespace, context.priority(caller, body.priority))
     return asked, [_echo(context, *one) for one in zip(given, prompts, strict=True)] if body.echo else []
 
 

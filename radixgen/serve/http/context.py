@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
-from radixgen.serve.http.admission import Admission, WaitingTokens
+from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import Backend
 from radixgen.serve.http.errors import Refused
@@ -30,7 +30,7 @@ class Context:
     keys: Keys
     admission: Admission
     tokenizing: Admission
-    waiting: WaitingTokens
+    waiting: Quota
     intake: Intake
     metrics: Metrics
     stats: LatestStats
@@ -76,8 +76,11 @@ class Context:
             return max(min(self.room - prompt, most, limit), 1)
         return min(asked, limit, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
 
-    def priority(self, asked: int | None) -> int:
-        """As vLLM's: the lower goes first. Raises `InvalidRequest`."""
-        if asked is not None and not -(2**31) < asked < 2**31:
-            raise InvalidRequest("priority", asked, f"must be from {-(2**31) + 1} to {2**31 - 1}")
+    def priority(self, caller: Caller, asked: int | None) -> int:
+        """As vLLM's: the lower goes first. Of several keys only an operator's goes ahead of others. Raises
+        `InvalidRequest`.
+        """
+        lowest = 0 if self.keys.several and not caller.operator else -(2**31) + 1
+        if asked is not None and not lowest <= asked < 2**31:
+            raise InvalidRequest("priority", asked, f"must be from {lowest} to {2**31 - 1}")
         return -(asked or 0)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from radixgen.core import Grammar, SamplingParams
 from radixgen.input_processor import InputProcessor
 from radixgen.serve.fair_pool import FairPool
-from radixgen.serve.http.admission import Admission, Ticket
+from radixgen.serve.http.admission import Admission, Quota, Ticket
 from radixgen.serve.http.body import SMALL_BODY_BYTES, decode, read_bytes
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.http.warnings import warner
@@ -31,13 +31,17 @@ class Intake:
     still being read count apart from admitted requests: slow senders take no capacity from those who generate.
     """
 
-    def __init__(self, inputs: InputProcessor, admission: Admission, *, ignore_unknown: bool = False) -> None:
+    def __init__(
+        self, inputs: InputProcessor, admission: Admission, bodies: Quota, *, ignore_unknown: bool = False
+    ) -> None:
         """
-        admission: its bounds hold for the bodies being read too.
+        admission: its bounds hold for the number of bodies being read too.
+        bodies: the bytes of these.
         ignore_unknown: ignore fields that are not served, with a warning for each.
         """
         max_open = admission.max_open
         self.reading = Admission(max_open, admission.max_open_per_key)
+        self._bodies = bodies
         self._inputs = inputs
         self._ignore_unknown = ignore_unknown
         self._short = FairPool(_SHORT_THREADS, "radixgen-short", most_waiting=max_open)
@@ -50,8 +54,8 @@ class Intake:
         """
         begin, tenant = time.monotonic(), request.state.caller.tenant
         admission.check(1, tenant)
-        with self.reading.enter(tenant):
-            data = await read_bytes(request, self._inputs.limits)
+        with self.reading.enter(tenant), self._bodies.held_by(tenant) as take:
+            data = await read_bytes(request, self._inputs.limits, take)
             request.state.body_size = len(data)
             decoding = partial(decode, data, kind, self._ignore(request))
             body = decoding() if len(data) <= SMALL_BODY_BYTES else await self.run(request, decoding)
