@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import families
 import pytest
@@ -208,7 +210,18 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_rank_that_ends_at_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_rank_that_ends_at_once(llama: Path, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """At some time, or before it is told its job."""
+    plain = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        process = plain(*arguments, **options)
+        if waits:
+            process.wait()
+        return process
+
+    monkeypatch.setattr(ranks.subprocess, "Popen", start)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EngineDead, match="2 ranks did not start: rank 1 ended with exit code 1"):
         Engine(llama, kv_tokens=64, tensor_parallel_size=2)

@@ -85,7 +85,8 @@ class Followers:
                     env=rank_environment(rank),
                 )
             )
-        self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
+        with suppress(Closed):  # `answers` finds that it has ended
+            self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
 
     def send(self, frame: bytes) -> None:
         """To each. Raises `Closed`."""
