@@ -247,7 +247,7 @@ class EngineMachine(RuleBasedStateMachine):
         params=sampling_params(),
         namespace=NAMESPACES,
         priority=st.sampled_from([0, 0, 0, 1]),
-        timeout=st.sampled_from([None, None, None, 4.0]),
+        timeout=st.sampled_from([None, None, 4.0]),
         kind=KINDS,
     )
     def submit(self, **request: Any) -> None:

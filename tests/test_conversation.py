@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from names import name_of
 from oracle import StampModel, expected_logits
+from sizes import size
 
 from radixgen import (
     AsyncConversation,
@@ -167,12 +168,12 @@ def test_a_tiny_model_computes_each_token_once_in_twelve_turns_and_three_branche
 
 
 @pytest.mark.slow
-def test_smollm2_computes_each_token_once_in_twelve_turns_and_three_branches() -> None:
+def test_smollm2_computes_each_token_once_in_many_turns_and_three_branches() -> None:
     path = smollm2.fetch()
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1)
     with Engine(path, kv_tokens=2048, dtype="float32") as engine:
         log = Log(engine)
-        log.branch(engine.conversation("Answer in one word.", params=params), 12, 6)
+        log.branch(engine.conversation("Answer in one word.", params=params), size(8, 12), 5)
     with Engine(path, kv_tokens=2048, dtype="float32", share=False) as fresh:
         assert log.compare(fresh, params, every=12) <= 1
         assert log.score(fresh) <= 1

@@ -10,6 +10,7 @@ import pytest
 import texts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sizes import size
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -382,7 +383,7 @@ def test_a_sequence_that_ends_otherwise_releases_what_is_held() -> None:
 
 @pytest.mark.parametrize("make", ALL)
 @given(text=TEXTS, other=TEXTS, stops=st.lists(st.text("ab 漢😀", min_size=1, max_size=4), max_size=2).map(tuple))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=size(25, 60), deadline=None)
 def test_a_fork_goes_on_as_if_it_were_no_fork(make: Any, text: str, other: str, stops: tuple[str, ...]) -> None:
     """From every place, while the origin goes on another way."""
     tokenizer = make()

@@ -218,7 +218,7 @@ def test_connections_that_do_nothing_are_closed() -> None:
         head, _, answer = slow.recv(1 << 14).partition(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].split()[0])
         while len(answer) < length:
-            time.sleep(0.02)
+            time.sleep(0.005)
             received = slow.recv(1 << 14)
             assert received, "it was closed while it was being read"
             answer += received
