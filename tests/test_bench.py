@@ -104,10 +104,7 @@ def test_tree_on_a_file(capsys, tmp_path) -> None:
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tokenizer and a chat template."""
-    path = tmp_path_factory.mktemp("spoken")
-    families.build("llama").save_pretrained(path)
-    texts.tokenizer().save_pretrained(path)
-    return path
+    return texts.saved_model(tmp_path_factory.mktemp("spoken"))
 
 
 @pytest.fixture
@@ -380,8 +377,7 @@ def test_live(capsys, monkeypatch) -> None:
 
 
 def test_agents(capsys, tmp_path) -> None:
-    families.build("llama").save_pretrained(tmp_path)
-    texts.tokenizer().save_pretrained(tmp_path)
+    texts.saved_model(tmp_path)
     toy = ["--agents", "3", "--turns", "2", "--system-tokens", "30", "--new-tokens", "3"]
     assert agents.main([*toy, "--check", "--model", str(tmp_path)]) == 0
     figures = last_line(capsys)

@@ -17,10 +17,7 @@ from radixgen.cli import app
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    families.build("llama").save_pretrained(path)
-    texts.tokenizer().save_pretrained(path)
-    return path
+    return texts.saved_model(tmp_path_factory.mktemp("model"))
 
 
 def call(*arguments: object, stdin: str | None = None) -> Result:

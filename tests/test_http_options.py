@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
 import httpx
 import pytest
 import texts
@@ -348,10 +347,7 @@ def test_what_is_no_template(given: str) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    families.build("llama").save_pretrained(path)
-    texts.tokenizer().save_pretrained(path)
-    return path
+    return texts.saved_model(tmp_path_factory.mktemp("model"))
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, model: Path, *flags: str) -> tuple[Any, ServeOptions, Binding]:

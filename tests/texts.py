@@ -1,6 +1,7 @@
 """A byte-level tokenizer with a chat template, for models of `families.VOCAB` tokens."""
 
 from itertools import islice, product
+from pathlib import Path
 
 import families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,3 +27,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=plain, chat_template=TEMPLATE)
+
+
+def saved_model(folder: Path) -> Path:
+    """A tiny model with a tokenizer and a chat template, in `folder`."""
+    families.build("llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
