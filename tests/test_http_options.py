@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.http.binding import Binding
 from radixgen.serve.http.custom_template import read_template
 from radixgen.serve.http.origins import OriginPolicy, parse_list
-from radixgen.serve.http.server import Server
+from radixgen.serve.http.server import Server, _held
 
 PAGE, OTHER = "http://page.example:3000", "http://other.example"
 BODY = {"messages": HI, "max_tokens": 1}
@@ -276,6 +277,12 @@ def test_https_with_certificates_of_clients(certificate: tuple[str, str]) -> Non
         assert httpx.post(f"{served.url}{CHATS}", json=BODY, verify=own, timeout=30).status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{served.url}/health", verify=anonymous, timeout=30)
+
+
+def test_a_connection_whose_socket_is_gone_is_let_be() -> None:
+    """TLS lets go of its socket when a handshake fails; the server looks at its connections before it is told."""
+    transport = SimpleNamespace(get_extra_info={"socket": None}.get, is_closing=lambda: True)
+    assert _held(SimpleNamespace(transport=transport, cycle=None)) is None
 
 
 def test_tls_that_cannot_be_set_up(certificate: tuple[str, str], tmp_path: Path) -> None:

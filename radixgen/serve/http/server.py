@@ -46,12 +46,15 @@ class _Idle:
 
 def _held(connection: Any) -> int | None:
     """Bytes that a connection without a request holds for its client, the kernel's among them; None while it has a
-    request.
+    request, and where it is gone: TLS lets go of its socket before it says so.
     """
     transport, cycle = connection.transport, connection.cycle
     if transport is None or (cycle is not None and not cycle.response_complete and not transport.is_closing()):
         return None
-    descriptor = transport.get_extra_info("socket").fileno()
+    connected = transport.get_extra_info("socket")
+    if connected is None:
+        return None
+    descriptor = connected.fileno()
     unsent = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)) if descriptor >= 0 else bytes(4)
     return int(transport.get_write_buffer_size()) + int.from_bytes(unsent, sys.byteorder)
 
