@@ -11,10 +11,12 @@ import logging
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from radixgen.cache import Node
+from radixgen.kernels.upload import upload
 from radixgen.model.base import Model, RunsAhead
 from radixgen.sampling import Draws
 from radixgen.scheduler.batch import Batch, Scheduler
@@ -79,7 +81,7 @@ class RunAhead:
         if any(node.next_slot != batch.row_slots[row] + 1 for node, row in batch.last_row.items()):
             return
         ordered = torch.empty_like(draws.tokens)
-        ordered[torch.tensor(drawing, device=ordered.device)] = draws.tokens.clamp(min=0)
+        ordered.index_copy_(0, upload(np.array(drawing), ordered.device), draws.tokens.clamp(min=0))
         try:
             logits = self._model.run_ahead(ordered)
         except AssertionError:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from radixgen.beam_search import Choices
 from radixgen.core import SamplingParams, SamplingState
+from radixgen.kernels.draw import draw_tokens, probabilities
+from radixgen.kernels.upload import upload
 
+GREEDY = SamplingParams(temperature=0.0)
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
@@ -104,14 +107,18 @@ def draw(
     logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
 ) -> Draws:
     """As `sample`, without waiting for the device."""
-    best, likeliest = (logits if drawable is None else drawable.among(logits)).max(-1)
-    choice = torch.where(best.isfinite(), likeliest, -1).index_select(0, _index(rows, logits))
-    drawing = [i for i, state in enumerate(states) if not state.plain]
-    if drawing:
-        places = _index(drawing, logits)
-        drawn = _draw(_pick(logits, [rows[i] for i in drawing]), [states[i] for i in drawing], drawable)
-        sound = choice.index_select(0, places) >= 0
-        choice.index_copy_(0, places, torch.where(sound, drawn, -1))
+    params, numbers = [state.params for state in states], uniform(states)
+    among = logits if drawable is None else drawable.among(logits)
+    shaped = [i for i, state in enumerate(states) if state.shaped]
+    if not shaped:
+        return Draws(_draw_tokens(among, rows, params, numbers))
+    # Whoever is shaped is drawn for as if it were greedy, too: that tells whether its row is sound.
+    first = [GREEDY if state.shaped else state.params for state in states]
+    choice = _draw_tokens(among, rows, first, numbers)
+    scores = _shaped(logits, [rows[i] for i in shaped], [states[i] for i in shaped], drawable)
+    drawn = _draw_tokens(scores, range(len(shaped)), [params[i] for i in shaped], numbers[shaped])
+    places = _index(shaped, logits)
+    choice.index_copy_(0, places, torch.where(choice.index_select(0, places) >= 0, drawn, -1))
     return Draws(choice)
 
 
@@ -160,26 +167,8 @@ def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: Draw
     """What each draw is made from: logits `[n, vocab]`, one row a state, to probabilities, float64; they need not
     add up to 1. Greedy states are given the likeliest token alone.
     """
-    scores = logits.double()
-    if drawable is not None:
-        drawable.hide(scores)
-    scores = shape(scores, states)
-    scores -= scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
-    params = [state.params for state in states]
-    greedy = [p.temperature == 0.0 for p in params]
-    scores /= _column([p.temperature or 1.0 for p in params], scores)
-    probabilities = scores.softmax(-1)
-    sorted_rows = [i for i, p in enumerate(params) if not greedy[i] and (p.top_k > 0 or p.top_p < 1.0)]
-    if sorted_rows:
-        some = [params[i] for i in sorted_rows]
-        probabilities[sorted_rows] = _keep_likeliest(probabilities[sorted_rows], some)
-    if any(p.min_p for p in params):
-        least = _column([p.min_p for p in params], scores) * probabilities.amax(-1, keepdim=True)
-        probabilities *= probabilities >= least
-    if any(greedy):
-        chosen = torch.zeros_like(probabilities).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
-        probabilities = torch.where(torch.tensor(greedy, device=scores.device)[:, None], chosen, probabilities)
-    return probabilities
+    scores = _shaped(logits, range(len(states)), states, drawable)
+    return probabilities(scores, [state.params for state in states])
 
 
 def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -241,21 +230,23 @@ def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, i
     return first, second, third, fourth
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState], drawable: Drawable | None) -> Tensor:
-    """One token a row, `[n]`, by the inverse of the cumulative distribution in the order of token ids.
-
-    A uniform is at most 1 - 2**-53, so the target is less than the total, and the token found has a weight of its own.
-    """
-    cumulative = _weights(distribution(logits, states, drawable)).cumsum(-1)
-    target = torch.from_numpy(uniform(states)).to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target.long(), right=True)[:, 0]
+def _shaped(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None) -> Tensor:
+    """The logits of `rows`, one row a state, as `shape` leaves them of what is drawable: float64 `[n, vocab]`."""
+    scores = _pick(logits, rows).double()
+    if drawable is not None:
+        drawable.hide(scores)
+    return shape(scores, states)
 
 
-def _weights(probabilities: Tensor) -> Tensor:
-    """Probabilities `[n, vocab]` in units of 2**-62, int64. Their sums are exact: on a GPU the order in which a row of
-    floats is summed depends on how many rows there are, and for one row on the moment.
-    """
-    return (probabilities * 2.0**62).long()
+def _draw_tokens(
+    logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
+) -> Tensor:
+    """By the fastest kernel on the device of `logits`."""
+    if logits.is_cuda:
+        from radixgen.kernels import triton_draw
+
+        return triton_draw.draw_tokens(logits, rows, params, uniforms)
+    return draw_tokens(logits, rows, params, uniforms)
 
 
 def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
@@ -263,7 +254,7 @@ def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def _index(places: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(places, dtype=torch.int64, device=like.device)
+    return upload(np.array(places, np.int64), like.device)
 
 
 def _likeliest(scores: Tensor, count: int) -> Tensor:
@@ -275,19 +266,6 @@ def _likeliest(scores: Tensor, count: int) -> Tensor:
     last = scores.shape[1] - 1
     keys = (ordered + torch.arange(last, -1, -1, device=scores.device)).topk(count, -1).values
     return last - (keys & 0xFFFFFFFF)
-
-
-def _keep_likeliest(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """top-k, with all that equal the k-th; then top-p of what is left, the likeliest always."""
-    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    width = ordered.shape[1]
-    counts = [min(p.top_k, width) if p.top_k > 0 else width for p in params]
-    ordered *= ordered >= ordered.gather(-1, torch.tensor(counts, device=ordered.device)[:, None] - 1)
-    weights = _weights(ordered)
-    cumulative = weights.cumsum(-1)
-    share = _column([p.top_p if p.top_p < 1.0 else math.inf for p in params], ordered)
-    ordered *= cumulative - weights < share * cumulative[:, -1:]
-    return torch.zeros_like(ordered).scatter(-1, ids, ordered)
 
 
 def _add_bias(scores: Tensor, states: Sequence[SamplingState]) -> None:
@@ -335,7 +313,7 @@ def _keep_allowed(scores: Tensor, states: Sequence[SamplingState]) -> None:
         return
     distinct = {id(allowed): allowed.mask for _, allowed in some}
     place = {key: at for at, key in enumerate(distinct)}
-    masks = _unpack(torch.from_numpy(np.stack(list(distinct.values()))).to(scores.device), scores.shape[1])
+    masks = _unpack(upload(np.stack(list(distinct.values())), scores.device), scores.shape[1])
     allows = masks.index_select(0, _index([place[id(allowed)] for _, allowed in some], scores))
     ends = [(at, t) for at, (i, allowed) in enumerate(some) if allowed.accepts for t in states[i].stop_ids]
     ends = [(at, token) for at, token in ends if token < scores.shape[1]]
@@ -377,16 +355,12 @@ def _places(rows: Sequence[int], tokens: Sequence[NDArray[np.int64]], like: Tens
     """Row and token of every entry, for all of these tokens of each row."""
     owners = np.repeat(rows, [some.size for some in tokens])
     ids = np.concatenate(tokens)
-    return torch.from_numpy(owners).to(like.device), torch.from_numpy(ids).to(like.device)
+    return upload(owners, like.device), upload(ids, like.device)
 
 
 def _sizes(tokens: Sequence[NDArray[np.int64]], like: Tensor) -> Tensor:
-    return torch.tensor([some.size for some in tokens], device=like.device)
+    return upload(np.array([some.size for some in tokens]), like.device)
 
 
 def _values(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.array(values, np.float64)).to(like.device)
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return _values(values, like)[:, None]
+    return upload(np.array(values, np.float64), like.device)

@@ -25,9 +25,9 @@ from transformers import (
 
 from radixgen import SamplingParams
 from radixgen.core import SamplingState
+from radixgen.kernels.draw import weights
 from radixgen.sampling import (
     Drawn,
-    _weights,
     distribution,
     fork_seed,
     philox4x32,
@@ -446,10 +446,10 @@ def test_each_draw_inverts_the_cumulative_distribution() -> None:
 def test_no_order_of_summing_moves_a_draw() -> None:
     """Pins that sums of floats decided draws and top-p: on a GPU they depend on the rest of the batch."""
     probabilities = random_logits(4, 1000).double().softmax(-1)
-    weights = _weights(probabilities)
-    assert torch.equal(weights.flip(-1).cumsum(-1)[:, -1], weights.cumsum(-1)[:, -1])
+    summed = weights(probabilities)
+    assert torch.equal(summed.flip(-1).cumsum(-1)[:, -1], summed.cumsum(-1)[:, -1])
     assert not torch.equal(probabilities.flip(-1).cumsum(-1)[:, -1], probabilities.cumsum(-1)[:, -1])
-    torch.testing.assert_close(weights.double() / 2**62, probabilities, rtol=1e-9, atol=2**-62)
+    torch.testing.assert_close(summed.double() / 2**62, probabilities, rtol=1e-9, atol=2**-62)
 
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])

@@ -1,0 +1,93 @@
+"""Drawing tokens from logits: filters, and the inverse of the cumulative distribution.
+
+`draw_tokens` here is the plain form, in float64 and in sums of integers; `radixgen.kernels.triton_draw` has the one for
+GPUs, with the same signature. Both find the same token, but where a number of `uniforms` lies within 1e-6 of where two
+tokens meet.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radixgen.core import SamplingParams
+from radixgen.kernels.upload import upload
+
+
+def draw_tokens(
+    logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
+) -> Tensor:
+    """One token a draw, int64 `[draws]`, from `logits` `[rows, vocab]`: draw `i` from row `rows[i]` by the
+    temperature, top-k, top-p and min-p of `params[i]` and the number `uniforms[i]` in [0, 1).
+
+    The token is the first at which the cumulative distribution, in the order of token ids, passes that number; of a
+    greedy draw, the first of the likeliest. -1 where the row holds NaN or +inf, or nothing finite. A draw does not
+    depend on the others.
+    """
+    best, likeliest = logits.max(-1)
+    where = upload(np.array(rows, np.int64), logits.device)
+    choice = torch.where(best.isfinite(), likeliest, -1).index_select(0, where)
+    drawing = [i for i, one in enumerate(params) if not one.greedy]
+    if drawing:
+        places = upload(np.array(drawing), logits.device)
+        scores = logits.index_select(0, where.index_select(0, places)).double()
+        found = _invert(probabilities(scores, [params[i] for i in drawing]), uniforms[drawing])
+        choice.index_copy_(0, places, torch.where(choice.index_select(0, places) >= 0, found, -1))
+    return choice
+
+
+def probabilities(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What each draw is made from: float64 scores `[n, vocab]`, one row a draw, to probabilities, which need not add up
+    to 1. Greedy draws are given the likeliest token alone.
+    """
+    scores = scores - scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
+    greedy = [one.greedy for one in params]
+    scores /= _column([one.temperature or 1.0 for one in params], scores)
+    found = scores.softmax(-1)
+    filtered = [i for i, one in enumerate(params) if not greedy[i] and (one.top_k > 0 or one.top_p < 1.0)]
+    if filtered:
+        found[filtered] = _keep_likeliest(found[filtered], [params[i] for i in filtered])
+    if any(one.min_p for one in params):
+        least = _column([one.min_p for one in params], scores) * found.amax(-1, keepdim=True)
+        found *= found >= least
+    if any(greedy):
+        chosen = torch.zeros_like(found).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+        found = torch.where(torch.tensor(greedy, device=scores.device)[:, None], chosen, found)
+    return found
+
+
+def _invert(found: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
+    """One token a row, `[n]`, in the order of token ids.
+
+    A uniform is at most 1 - 2**-53, so the target is less than the total, and the token found has a weight of its own.
+    """
+    cumulative = weights(found).cumsum(-1)
+    target = upload(uniforms, cumulative.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target.long(), right=True)[:, 0]
+
+
+def weights(found: Tensor) -> Tensor:
+    """Probabilities `[n, vocab]` in units of 2**-62, int64. Their sums are exact: on a GPU the order in which a row of
+    floats is summed depends on how many rows there are, and for one row on the moment.
+    """
+    return (found * 2.0**62).long()
+
+
+def _keep_likeliest(found: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """top-k, then top-p of what is left, the likeliest always; with all that equal the last one kept."""
+    ordered = found.sort(dim=-1, descending=True).values
+    width = ordered.shape[1]
+    counts = [min(one.top_k, width) if one.top_k > 0 else width for one in params]
+    ordered *= ordered >= ordered.gather(-1, torch.tensor(counts, device=ordered.device)[:, None] - 1)
+    shares = weights(ordered)
+    cumulative = shares.cumsum(-1)
+    most = _column([one.top_p if one.top_p < 1.0 else math.inf for one in params], ordered)
+    kept = (cumulative - shares < most * cumulative[:, -1:]) & (ordered > 0)
+    return found * (found >= torch.where(kept, ordered, math.inf).amin(-1, keepdim=True))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return upload(np.array(values, np.float64), like.device)[:, None]

@@ -1,0 +1,79 @@
+"""The kernels that draw tokens, in Triton's interpreter, against the plain form; many numbers of one row in turn."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from radixgen import SamplingParams
+from radixgen.kernels import draw, triton_draw
+
+INF = float("inf")
+PARAMS = [
+    SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    for temperature, top_k, top_p, min_p in product(
+        (0.0, 1e-300, 1e-3, 1.0, 30.0), (0, 1, 7, 2**31 - 1), (1.0, 0.9, 0.3, 1e-9), (0.0, 0.1)
+    )
+]
+# NumPy's, of infinities that a GPU takes as they are
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def some_logits(rng: np.random.Generator, kind: str, vocab: int) -> Tensor:
+    """A plain row, one with tokens hidden, and rows with NaN, with +inf, and with nothing that is finite."""
+    logits = rng.normal(0, 3, (5, vocab))
+    if kind == "ties":
+        logits = np.round(logits * 2) / 2
+    if kind == "flat":
+        logits *= 0.01
+    logits[1, 1::2] = -INF
+    logits[2, vocab // 2], logits[3, 0], logits[4] = np.nan, INF, -INF
+    return torch.from_numpy(logits.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "kind"),
+    [(1, "flat"), (2, "ties"), (37, "distinct"), (37, "ties"), (2048, "distinct"), (2049, "ties"), (5000, "flat")],
+)
+def test_the_kernels_draw_what_the_plain_form_draws(vocab: int, kind: str) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = some_logits(rng, kind, vocab)
+    params = [PARAMS[at] for at in rng.choice(len(PARAMS), 7, replace=False)] + [SamplingParams()] * 4
+    rows = [*rng.integers(0, 2, 8).tolist(), 2, 3, 4]
+    uniforms = np.append([0.0, 1 - 2**-53], rng.random(9))
+    found = triton_draw.draw_tokens(logits, rows, params, uniforms)
+    assert found.tolist() == draw.draw_tokens(logits, rows, params, uniforms).tolist()
+    assert found[-3:].tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_p=0.8), SamplingParams(top_k=9, min_p=0.05)])
+def test_frequencies_are_those_of_the_distribution(params: SamplingParams) -> None:
+    """Evenly spaced numbers give each token its share, but for one draw at either end."""
+    count, vocab = 20, 2100
+    logits = torch.full((1, vocab), -INF)
+    logits[0, 7::300] = torch.randn(7, generator=torch.Generator().manual_seed(3))
+    uniforms = (np.arange(count) + 0.5) / count
+    found = np.bincount(triton_draw.draw_tokens(logits, [0] * count, [params] * count, uniforms), minlength=vocab)
+    shares = draw.probabilities(logits.double(), [params])[0]
+    wanted = (shares / shares.sum() * count).numpy()
+    assert (np.abs(found - wanted) <= 1).all() and found[wanted == 0].sum() == 0
+
+
+def test_a_draw_does_not_see_its_batch() -> None:
+    logits = some_logits(np.random.default_rng(0), "ties", 2500)
+    params = [PARAMS[at] for at in (3, 70, 150)]
+    params.append(replace(params[0], temperature=0.7))
+    rows, uniforms = [0, 1, 2, 0], np.random.default_rng(1).random(4)
+    together = triton_draw.draw_tokens(logits, rows, params, uniforms).tolist()
+    for index, row in enumerate(rows):
+        one = triton_draw.draw_tokens(logits[row : row + 1], [0], [params[index]], uniforms[[index]])
+        assert one.tolist() == [together[index]]
+
+
+def test_scores_in_float64_that_float32_does_not_hold() -> None:
+    scores = torch.tensor([[1e300, -INF, 3.0, -1e300]], dtype=torch.float64)
+    uniforms, params = np.array([0.0, 0.99]), [SamplingParams()] * 2
+    assert triton_draw.draw_tokens(scores, [0, 0], params, uniforms).tolist() == [0, 0]
