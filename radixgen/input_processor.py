@@ -275,16 +275,24 @@ def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int, field: str) -> To
     elif not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidRequest(field, prompt, "must be text or a flat sequence of token ids")
     else:
-        for place, token in enumerate(prompt):
-            if type(token) is int:
-                continue
-            if isinstance(token, bool) or not isinstance(token, int | np.integer):
-                raise InvalidRequest(f"{field}[{place}]", token, "must be an integer token id")
-        ids = np.array(prompt, object)
+        ids = _integers(prompt, field)
     if ids.size and not _all_below(ids, vocab_size):
         place = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
         raise InvalidRequest(f"{field}[{place}]", int(ids[place]), f"must be from 0 to {vocab_size - 1}")
     return ids.astype(np.int32)
+
+
+def _integers(prompt: Seq[int], field: str) -> NDArray[Any]:
+    """Int64, or objects where int64 does not hold them or not all are plain integers."""
+    if set(map(type, prompt)) == {int}:
+        try:
+            return np.array(prompt, np.int64)
+        except OverflowError:
+            return np.array(prompt, object)
+    for place, token in enumerate(prompt):
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise InvalidRequest(f"{field}[{place}]", token, "must be an integer token id")
+    return np.array(prompt, object)
 
 
 def _all_below(ids: NDArray[Any], bound: int) -> bool:
