@@ -45,8 +45,12 @@ TensorParallel = Annotated[
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Maximum prompt plus output, in tokens.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Maximum sequences that run at the same time.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Maximum tokens of one step.")]
-EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Never replay steps from CUDA graphs.")]
+MaxNumBatchedTokens = Annotated[
+    int | None, typer.Option(help="Maximum tokens of one step.", show_default="2048; 8192 on a GPU of 32 GiB or more")
+]
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", help="Neither compile the model nor replay steps from CUDA graphs.")
+]
 EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
 DrainTimeout = Annotated[
@@ -190,7 +194,7 @@ def serve(
     tp: TensorParallel = 1,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
     seed: EngineSeed = 0,
@@ -435,7 +439,7 @@ def worker(
     tp: TensorParallel = 1,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
     seed: EngineSeed = 0,

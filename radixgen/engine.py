@@ -84,10 +84,10 @@ class Engine:
         plan: PlanMode = "auto",
         share: bool = True,
         kv_tokens: int | None = None,
-        max_step_tokens: int = 2048,
+        max_step_tokens: int | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool = False,
-        torch_compile: bool = False,
+        torch_compile: bool | None = None,
         async_scheduling: bool = True,
         seed: int = 0,
         limits: Limits | None = None,
@@ -107,10 +107,13 @@ class Engine:
         share: False gives every sequence a tree of its own, so that nothing is stored or computed in common.
         kv_tokens: slots of the KV pool; by default what 85 % of a GPU's free memory holds, or 25 % of the machine's,
             and fewer where that can't be had.
-        max_step_tokens: rows of one step at the most; longer prompts are computed in chunks.
+        max_step_tokens: rows of one step at the most; longer prompts are computed in chunks. By default 2,048, and
+            8,192 on a GPU with 32 GiB or more.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
-        enforce_eager: never replay decoding steps from CUDA graphs.
-        torch_compile: let PyTorch fuse the model's blocks; the first steps then take a minute.
+        enforce_eager: never replay decoding steps from CUDA graphs, nor compile by default.
+        torch_compile: let PyTorch fuse the model's blocks; what it makes is kept in the cache directory, and the very
+            first steps take a minute. By default on one GPU. Where it fails, there is a warning, and the model runs as
+            it is.
         async_scheduling: let the device begin a step while the host still reads the tokens of the one before, where
             steps are captured. The tokens are the same.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
@@ -124,6 +127,7 @@ class Engine:
         check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
         backend(attention, resolve_device(device))
+        max_step_tokens = max_step_tokens or _default_step_tokens(resolve_device(device))
         self.limits = limits or Limits()
         check_integer("tensor_parallel_size", tensor_parallel_size, 1, self.limits.max_ranks)
         served, self.tokenizer = _served(
@@ -715,9 +719,8 @@ def _check_options(plan: str, **sizes: int | None) -> None:
     if plan not in PLAN_MODES:
         raise InvalidRequest("plan", plan, f"must be one of {', '.join(PLAN_MODES)}")
     for field, value in sizes.items():
-        if value is None and field != "max_step_tokens":
-            continue
-        check_integer(field, value, 1, 2**63 - 1)
+        if value is not None:
+            check_integer(field, value, 1, 2**63 - 1)
 
 
 def _served(
@@ -731,7 +734,7 @@ def _served(
     *,
     ranks: int,
     graphs: bool,
-    torch_compile: bool,
+    torch_compile: bool | None,
 ) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
     """The model behind the engine's interface, and its tokenizer."""
     if ranks > 1:
@@ -755,9 +758,10 @@ def _served(
     loaded = _loaded(model, tokenizer, dtype, device)
     tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
     try:
-        if loaded.model.device.type == "cuda":
+        cuda = loaded.model.device.type == "cuda"
+        if cuda:
             tree_model.fuse_linears()
-        if torch_compile:
+        if torch_compile or (torch_compile is None and cuda and graphs):
             tree_model.compile_blocks()
         return ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs), loaded.tokenizer
     except BaseException:
@@ -782,6 +786,11 @@ def _loaded(
     if device != "auto":
         model = model.to(resolve_device(device))
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)
+
+
+def _default_step_tokens(device: torch.device) -> int:
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 32 << 30
+    return 8192 if large else 2048
 
 
 def _drawable(inputs: InputProcessor) -> Drawable | None:

@@ -18,6 +18,9 @@ if not all((PACKAGE / name).is_dir() for name in ("kernels", "scheduler")):
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on the CPU, in NumPy.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    # Engines compile by default on a GPU, which takes a minute for each kind of model; tests of that turn it on again.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 # Two threads that spin on two shared cores are slower than one: for what tests start, and below for this process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -141,6 +141,22 @@ def test_bytes_of_a_token() -> None:
     assert LayerShape(kv_heads=3, head_dim=64, v_head_dim=32, dtype=torch.bfloat16).bytes_per_token == 3 * 96 * 2
 
 
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no compiler on this machine")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=broken))
+    model = families.build("llama")
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    with Engine(model, kv_tokens=64) as engine:
+        expected = engine.generate([5, 6, 7], params)[0].outputs[0].token_ids
+    with Engine(model, kv_tokens=64, torch_compile=True) as engine:
+        assert engine.generate([5, 6, 7], params)[0].outputs[0].token_ids == expected
+        engine.check()
+    warnings = [record.message for record in caplog.records if "torch.compile failed" in record.message]
+    assert len(warnings) == 1 and "no compiler on this machine" in warnings[0]
+
+
 def test_compiled_blocks_answer_as_they_did_and_are_given_back(monkeypatch) -> None:
     """Twice, because a model that stayed compiled would be traced through the next engine's probe."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))

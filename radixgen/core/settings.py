@@ -11,8 +11,8 @@ CACHE_VARIABLE = "RADIXGEN_CACHE"
 
 
 def cache_dir() -> Path:
-    """Where radixgen keeps the embedded model: `RADIXGEN_CACHE`, else `radixgen` in the user's cache. An empty variable
-    counts as none. Raises `FileNotFoundError` where neither is to be had.
+    """Where radixgen keeps the embedded model and what is compiled: `RADIXGEN_CACHE`, else `radixgen` in the user's
+    cache. An empty variable counts as none. Raises `FileNotFoundError` where neither is to be had.
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     path = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "radixgen"
@@ -22,6 +22,13 @@ def cache_dir() -> Path:
         return path.expanduser().absolute()
     except RuntimeError as error:
         raise FileNotFoundError(f"{path}: {error}; set {CACHE_VARIABLE} to a directory") from error
+
+
+def keep_compiled() -> None:
+    """Have PyTorch keep the kernels that it compiles in `cache_dir`, so that they outlive a reboot, unless
+    `TORCHINDUCTOR_CACHE_DIR` says otherwise. Raises as `cache_dir`.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
 
 
 def flash_attention_3() -> Path | None:

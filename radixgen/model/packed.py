@@ -5,9 +5,11 @@ keys and values to the `TreeModel` that owns the module; the model around it is 
 the model is loaded: it reads each layer's mask, and compares our attention with the model's own.
 """
 
+import logging
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from radixgen.cache.storage import LayerShape
 from radixgen.core import InvalidRequest, UnsupportedModel, Window, first_seen
+from radixgen.core.settings import keep_compiled
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
 from radixgen.model.fused_linear import fuse_linears, restore_linears
@@ -23,6 +26,8 @@ from radixgen.model.masks import MaskError, MaskReader, make_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 # transformers looks for "flash" in this name and then changes what it passes.
 IMPLEMENTATION = "radixgen"
@@ -172,22 +177,35 @@ class TreeModel:
         """
         self.attend = attend
         try:
-            output = self.model(
-                input_ids=token_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=logit_rows,
-            )
+            return self._forward(token_ids, positions, logit_rows)
+        except RuntimeError as error:
+            if not (self._compiled and _is_of_compiler(error)):
+                raise
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            logger.warning("%s: torch.compile failed, so that it runs uncompiled from now on: %s", self.name, reason)
+            self._uncompile()
+            return self._forward(token_ids, positions, logit_rows)
         finally:
             self.attend = self._no_attend
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=logit_rows,
+        )
         logits: Tensor = output.logits[0]
         return logits.float()
 
     def compile_blocks(self) -> None:
         """Let `torch.compile` fuse what stands between the matrix products of each block, for any number of rows.
 
-        The first passes are slow; attention itself is left as it is.
+        The first passes are slow, unless the cache directory holds what they need; attention itself is left as it is.
+        Where compiling fails, in any later pass, there is a warning, and the model runs as it is from then on.
         """
+        with suppress(FileNotFoundError):
+            keep_compiled()
         opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
         _register(opaque)
         for module in self.model.modules():
@@ -214,10 +232,14 @@ class TreeModel:
         self.windows.append(self._reader.window_of(mask, rows))
         self.layer_of(module)
 
-    def release(self) -> None:
-        """Give the model back as it was."""
+    def _uncompile(self) -> None:
         for module in self._compiled:
             module._compiled_call_impl = None
+        self._compiled.clear()
+
+    def release(self) -> None:
+        """Give the model back as it was."""
+        self._uncompile()
         restore_linears(self.model)
         for module in self.model.modules():
             module.__dict__.pop("radixgen_owner", None)
@@ -324,6 +346,12 @@ class TreeModel:
 
     def _no_attend(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         raise UnsupportedModel(f"{self.name}: radixgen holds this model; close its engine first")
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
