@@ -103,7 +103,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
                 kv_cache_block_size=options.block_size,
                 total_kv_blocks=slots // options.block_size,
                 max_num_seqs=inner.limits.max_num_seqs,
-                max_num_batched_tokens=options.max_num_batched_tokens,
+                max_num_batched_tokens=inner.max_step_tokens,
             ),
         )
 
@@ -210,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum sequences that run at the same time"
     )
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="maximum tokens of one step")
-    parser.add_argument("--enforce-eager", action="store_true", help="never replay steps from CUDA graphs")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="maximum tokens of one step")
+    parser.add_argument("--enforce-eager", action="store_true", help="neither compile the model nor replay CUDA graphs")
     parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
     parser.add_argument(
         "--generation-config",
