@@ -3,7 +3,7 @@ hide tokens.
 
 Each block keeps its largest logit and the sum of its weights against that; a draw then finds its block by these, and
 its token inside of it. Filters are a least logit, the *floor*, which is searched for without sorting: each pass over a
-row weighs what lies above 15 thresholds between two bounds, and the next bounds are two of these.
+row weighs what lies from a few thresholds on between two bounds, and the next bounds are two of these.
 
 Every sum has a fixed order that depends on the width of the vocabulary alone, so that a draw depends on nothing but its
 own row, and two runs agree.
@@ -26,8 +26,10 @@ def _setting(settings, field, draws, draw):
 
 
 @triton.jit
-def _row(logits, row_stride, settings, draws, draw):
-    return logits + _setting(settings, ROW, draws, draw).to(tl.int64) * row_stride
+def _scores(logits, row_stride, settings, width, draws, draw, token):
+    """A draw's logits of these tokens, float32; -inf beyond the vocabulary."""
+    row = logits + _setting(settings, ROW, draws, draw).to(tl.int64) * row_stride
+    return tl.load(row + token, mask=token < width, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def weigh_blocks(
     place = draw * blocks + block
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
     token = block * BLOCK + tl.arange(0, BLOCK)
-    scores = tl.load(_row(logits, row_stride, settings, draws, draw) + token, mask=token < width, other=float("-inf"))
+    scores = _scores(logits, row_stride, settings, width, draws, draw, token)
     if FILTERED:
         top = tl.load(tops + place)
         scores = tl.where(scores >= tl.load(floors + draw), scores, float("-inf"))
@@ -63,81 +65,127 @@ def weigh_blocks(
 
 
 @triton.jit(do_not_specialize=("draws",))
-def find_floors(
-    logits, row_stride, settings, floors, tops, width, draws, blocks,
-    BLOCKS: tl.constexpr, CHUNK: tl.constexpr, WAYS: tl.constexpr, MOST_PASSES: tl.constexpr,
+def narrow_floors(
+    logits, row_stride, settings, floors, tops, masses, bounds, before, found, width, draws, blocks,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, WEIGHED: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """The least logit that top-k, then top-p of what it left, and min-p keep of each draw, `[draws]` float32."""
-    draw = tl.program_id(0)
-    row = _row(logits, row_stride, settings, draws, draw)
+    """One pass of the search for floors: what lies from each of WAYS thresholds on, in one block of one draw.
+
+    The floor is the largest logit such that what lies from it on is enough: TOP_K tokens, or where it is WEIGHED the
+    share TOP_P of the weight that `masses` tell. It is searched for between two bounds, the lower of which is enough,
+    by what the pass before found. `before` and `found`: of `[draws, blocks, WAYS + 2]` float32, sums from the
+    thresholds on, then the least and the largest logit between the bounds. `bounds`: `[2, 3, draws]` float32, those of
+    the pass before, which this pass moves to their other half: lower, upper, and what is enough.
+    """
+    block, draw = tl.program_id(0), tl.program_id(1)
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
-    top_k = _setting(settings, TOP_K, draws, draw)
-    top_p = _setting(settings, TOP_P, draws, draw)
-    min_p = _setting(settings, MIN_P, draws, draw).to(tl.float32)
-    block = tl.arange(0, BLOCKS)
-    top = tl.max(tl.load(tops + draw * blocks + block, mask=block < blocks, other=float("-inf")), 0)
-    floor = tl.full([], float("-inf"), tl.float32)
-    sound = (top == top) & (top > float("-inf")) & (unit > 0.0)
-    if sound & (top_k > 0) & (top_k < width):
-        floor = _largest_floor(row, width, top, unit, floor, top_k.to(tl.float32), False, CHUNK, WAYS, MOST_PASSES)
-    if sound & (top_p < 1.0):
-        share = top_p.to(tl.float32)
-        floor = _largest_floor(row, width, top, unit, floor, share, True, CHUNK, WAYS, MOST_PASSES)
-    if sound:
-        floor = tl.maximum(floor, top + min_p / unit)
+    if FIRST:
+        top = _top(tops, draw, blocks, BLOCKS)
+        low, high, target = _first_bounds(
+            settings, floors, tops, masses, top, unit, width, draws, blocks, draw, BLOCKS, WEIGHED
+        )
+    else:
+        low, high, target = _next_bounds(bounds, before, draws, blocks, draw, BLOCKS, WAYS)
+        top = _top(tops, draw, blocks, BLOCKS)
+    if block == 0:
+        own = bounds + 3 * draws + draw
+        tl.store(own, low)
+        tl.store(own + draws, high)
+        tl.store(own + 2 * draws, target)
+    if low < high:
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        scores = _scores(logits, row_stride, settings, width, draws, draw, token)
+        if WEIGHED:
+            weights = _weights(scores, top, unit)
+        else:
+            weights = tl.full([BLOCK], 1.0, tl.float32)
+        way = tl.arange(0, WAYS)
+        above = tl.where(scores[:, None] >= _thresholds(low, high, WAYS)[None, :], weights[:, None], 0.0)
+        within = (scores >= low) & (scores < high)
+        place = found + (draw * blocks + block) * (WAYS + 2)
+        tl.store(place + way, tl.sum(above, 0))
+        tl.store(place + WAYS, tl.min(tl.where(within, scores, float("inf")), 0))
+        tl.store(place + WAYS + 1, tl.max(tl.where(within, scores, float("-inf")), 0))
+
+
+@triton.jit(do_not_specialize=("draws",))
+def settle_floors(
+    settings, floors, tops, bounds, before, draws, blocks,
+    BLOCKS: tl.constexpr, WAYS: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """The floor of each draw, `[draws]` float32: the lower bound after the last pass where it was SEARCHED for, and
+    what min-p keeps at least.
+    """
+    draw = tl.program_id(0)
+    floor = tl.load(floors + draw)
+    if SEARCHED:
+        low, _, _ = _next_bounds(bounds, before, draws, blocks, draw, BLOCKS, WAYS)
+        floor = tl.maximum(floor, low)
+    unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
+    top = _top(tops, draw, blocks, BLOCKS)
+    if (unit > 0.0) & (top > float("-inf")):
+        floor = tl.maximum(floor, top + _setting(settings, MIN_P, draws, draw).to(tl.float32) / unit)
     tl.store(floors + draw, floor)
 
 
 @triton.jit
-def _largest_floor(
-    row, width, top, unit, floor, wanted, WEIGHED: tl.constexpr, CHUNK: tl.constexpr, WAYS: tl.constexpr,
-    MOST_PASSES: tl.constexpr,
+def _top(tops, draw, blocks, BLOCKS: tl.constexpr):
+    block = tl.arange(0, BLOCKS)
+    return tl.max(tl.load(tops + draw * blocks + block, mask=block < blocks, other=float("-inf")), 0)
+
+
+@triton.jit
+def _thresholds(low, high, WAYS: tl.constexpr):
+    """`[WAYS]` between the bounds, `low` the first."""
+    share = tl.arange(0, WAYS).to(tl.float32) / WAYS
+    return low * (1.0 - share) + high * share
+
+
+@triton.jit
+def _first_bounds(
+    settings, floors, tops, masses, top, unit, width, draws, blocks, draw, BLOCKS: tl.constexpr, WEIGHED: tl.constexpr
 ):  # fmt: skip
-    """The largest logit, of those from `floor` on, such that what lies from it on is enough: `wanted` tokens, or where
-    it is WEIGHED the share `wanted` of the weight from `floor` on.
-    """
-    place = tl.arange(0, CHUNK)
-    way = tl.arange(0, WAYS)
-    lowest = top
+    """Everything finite, where the draw has the filter; else nothing. And what is enough."""
+    block = tl.arange(0, BLOCKS)
+    inside = block < blocks
     if WEIGHED:
-        total = 0.0
+        own_tops = tl.load(tops + draw * blocks + block, mask=inside, other=float("-inf"))
+        mass = tl.load(masses + draw * blocks + block, mask=inside, other=0.0) * _weights(own_tops, top, unit)
+        share = _setting(settings, TOP_P, draws, draw).to(tl.float32)
+        wanted, target = share < 1.0, share * tl.sum(mass, 0)
     else:
-        total = 1.0
-    for first in range(0, width, CHUNK):
-        scores = tl.load(row + first + place, mask=first + place < width, other=float("-inf"))
-        kept = (scores >= floor) & (scores > float("-inf"))
-        lowest = tl.minimum(lowest, tl.min(tl.where(kept, scores, top), 0))
-        if WEIGHED:
-            total += tl.sum(tl.where(kept, _weights(scores, top, unit), 0.0), 0)
-    target = wanted * total
-    low, high = lowest, top + tl.abs(top) * 2.4e-7 + 1e-30
-    passes = 0
-    while (low < high) & (passes < MOST_PASSES):
-        thresholds = low + (high - low) * (way.to(tl.float32) / WAYS)
-        above = tl.zeros([CHUNK, WAYS], tl.float32)
-        least = tl.full([CHUNK], float("inf"), tl.float32)
-        most = tl.full([CHUNK], float("-inf"), tl.float32)
-        for first in range(0, width, CHUNK):
-            scores = tl.load(row + first + place, mask=first + place < width, other=float("-inf"))
-            if WEIGHED:
-                weights = _weights(scores, top, unit)
-            else:
-                weights = tl.full([CHUNK], 1.0, tl.float32)
-            above += tl.where(scores[:, None] >= thresholds[None, :], weights[:, None], 0.0)
-            within = (scores >= low) & (scores < high)
-            least = tl.minimum(least, tl.where(within, scores, float("inf")))
-            most = tl.maximum(most, tl.where(within, scores, float("-inf")))
-        smallest, largest = tl.min(least, 0), tl.max(most, 0)
-        enough = (tl.sum(above, 0) >= target) | (way == 0)
-        chosen = tl.max(tl.where(enough, way, 0), 0)
-        # The bounds: `low` is a logit or a threshold that is not too high, everything from `high` on is.
-        next_high = tl.min(tl.where(way > chosen, thresholds, high), 0)
-        next_low = tl.maximum(tl.max(tl.where(way <= chosen, thresholds, low), 0), smallest)
+        target = _setting(settings, TOP_K, draws, draw).to(tl.float32)
+        wanted = (target > 0.0) & (target < width)
+    wanted = wanted & (top > float("-inf")) & (unit > 0.0)
+    low = tl.maximum(tl.load(floors + draw), -3.0e38)
+    high = tl.minimum(top + tl.abs(top) * 2.4e-7 + 1e-30, 3.4e38)
+    return tl.where(wanted, low, float("-inf")), tl.where(wanted, high, float("-inf")), target
+
+
+@triton.jit
+def _next_bounds(bounds, before, draws, blocks, draw, BLOCKS: tl.constexpr, WAYS: tl.constexpr):
+    """By what a pass found: the last threshold from which on there is enough, and the one behind it. Where all logits
+    between the bounds are equal, both are that.
+    """
+    low = tl.load(bounds + draw)
+    high = tl.load(bounds + draws + draw)
+    target = tl.load(bounds + 2 * draws + draw)
+    if low < high:
+        block = tl.arange(0, BLOCKS)
+        way = tl.arange(0, WAYS)
+        inside = block < blocks
+        place = before + (draw * blocks + block) * (WAYS + 2)
+        sums = tl.load(place[:, None] + way[None, :], mask=inside[:, None], other=0.0)
+        smallest = tl.min(tl.load(place + WAYS, mask=inside, other=float("inf")), 0)
+        largest = tl.max(tl.load(place + WAYS + 1, mask=inside, other=float("-inf")), 0)
+        chosen = tl.max(tl.where((tl.sum(sums, 0) >= target) | (way == 0), way, 0), 0)
+        thresholds = _thresholds(low, high, WAYS)
+        upper = tl.min(tl.where(way > chosen, thresholds, high), 0)
+        lower = tl.maximum(tl.max(tl.where(way <= chosen, thresholds, low), 0), smallest)
         alone = smallest >= largest
-        low = tl.where(alone, smallest, next_low)
-        high = tl.where(alone, smallest, next_high)
-        passes += 1
-    return low
+        low = tl.where(alone, smallest, lower)
+        high = tl.where(alone, smallest, upper)
+    return low, high, target
 
 
 @triton.jit(do_not_specialize=("draws",))
@@ -164,8 +212,7 @@ def choose(
         chosen = tl.min(tl.where((mass > 0.0) & (ends > target), block, last), 0)
         before = tl.max(tl.where(block < chosen, ends, 0.0), 0)
         token = chosen * BLOCK + tl.arange(0, BLOCK)
-        row = _row(logits, row_stride, settings, draws, draw)
-        scores = tl.load(row + token, mask=token < width, other=float("-inf"))
+        scores = _scores(logits, row_stride, settings, width, draws, draw, token)
         if FILTERED:
             scores = tl.where(scores >= tl.load(floors + draw), scores, float("-inf"))
         weights = _weights(scores, top, unit)

@@ -95,7 +95,7 @@ class Drawable:
 def sample(
     logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
 ) -> Drawn:
-    """Draw one token each: draw `i` from row `rows[i]` of float32 logits `[rows, vocab]`, for `states[i]`; without
+    """Draw one token each: draw `i` from row `rows[i]` of logits `[rows, vocab]`, for `states[i]`; without
     `drawable`, of all tokens.
 
     A draw depends on its own row and state only, never on the rest of the batch.
@@ -139,7 +139,7 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
     """For each row of logits `[n, vocab]` the natural-log probability of `tokens` `[n]`, and of the `top[i]`
     likeliest tokens.
     """
-    scores = logits.log_softmax(-1)
+    scores = logits.float().log_softmax(-1)
     own = scores.gather(-1, torch.from_numpy(tokens.astype(np.int64)).to(logits.device)[:, None])[:, 0].tolist()
     ids = _likeliest(scores, min(max(top), scores.shape[1]))
     values = scores.gather(-1, ids)
@@ -250,7 +250,9 @@ def _draw_tokens(
 
 
 def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    return logits.index_select(0, _index(rows, logits))
+    """Float32 or float64 `[n, vocab]`."""
+    picked = logits.index_select(0, _index(rows, logits))
+    return picked if picked.dtype == torch.float64 else picked.float()
 
 
 def _index(places: Sequence[int], like: Tensor) -> Tensor:

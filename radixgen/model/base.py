@@ -39,7 +39,7 @@ class Model(Protocol):
         """Write the K and V of the plan's rows into their slots, then attend by the plan.
 
         `token_ids` `[rows]`; `slots` `[rows]`, -1 where a row's KV exists already; `logit_rows` `[n]`. Returns
-        float32 logits `[n, vocab]`.
+        logits `[n, vocab]`, of any floating dtype.
         """
 
     def release(self) -> None:
@@ -54,6 +54,6 @@ class RunsAhead(Protocol):
         """Run the last step's rows again, each moved on by one token of its own leaf, into the slot behind its last.
 
         `tokens` int64 `[n]`, on the model's device: what was drawn for each of the last run's `n` logit rows. Returns
-        float32 logits `[n, vocab]`, which overwrite those of the last run; None, and nothing is done, where the last
+        logits `[n, vocab]`, which overwrite those of the last run; None, and nothing is done, where the last
         plan's rows don't all grow in place.
         """

@@ -173,7 +173,7 @@ class TreeModel:
     def forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: Attend) -> Tensor:
         """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
 
-        Returns float32 logits `[n, vocab]` of `logit_rows`.
+        Returns logits `[n, vocab]` of `logit_rows`, in the dtype that the model gives them.
         """
         self.attend = attend
         try:
@@ -196,7 +196,7 @@ class TreeModel:
             logits_to_keep=logit_rows,
         )
         logits: Tensor = output.logits[0]
-        return logits.float()
+        return logits
 
     def compile_blocks(self) -> None:
         """Let `torch.compile` fuse what stands between the matrix products of each block, for any number of rows.
