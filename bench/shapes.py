@@ -27,9 +27,8 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, device: torch.device, context: int = 32_768) -> PreTrainedModel:
-    """A Llama of this shape in bfloat16 on a GPU, in float32 elsewhere, its weights drawn with seed 0."""
-    config = LlamaConfig(
+def configuration(shape: Shape, context: int = 32_768) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inner,
         num_hidden_layers=shape.layers,
@@ -42,11 +41,14 @@ def build(shape: Shape, device: torch.device, context: int = 32_768) -> PreTrain
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def build(shape: Shape, device: torch.device, context: int = 32_768) -> PreTrainedModel:
+    """A Llama of this shape in bfloat16 on a GPU, in float32 elsewhere, its weights drawn with seed 0."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
-        )
+        model = AutoModelForCausalLM.from_config(configuration(shape, context), dtype=dtype)
     return model.eval()
 
 

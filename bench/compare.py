@@ -1,0 +1,175 @@
+"""Nine workloads on whole engines, side by side: radixgen, and vLLM where it is installed.
+
+    python -m bench.compare [--engines radixgen vllm vllm-cascade] [--workloads NAME ...] [--save]
+
+Prints the limit of each workload first, then what each engine took and its ratio to it. A Llama of 8B shape in bfloat16
+with random weights, the same for all; KV of 400,000 tokens, at most 1,024 sequences, token ids in and out, the end of
+sequence ignored. Each engine runs in a process of its own. A workload runs once untimed, with other prompts of the same
+lengths, so that graphs are captured; then the cache is dropped and the time from the first prompt to the last token is
+taken. It is run again for one new token, which tells the time to all first tokens and what decoding took.
+
+The limit: the weights read once a step (or multiplied, whichever is longer), each distinct key read once a step, and
+prompts computed once. The chip's ceilings are measured in the same run.
+
+Bias. One run a figure: differences under 10 % are noise. Starting is not timed. Neither HTTP nor text is in it. vLLM
+runs in one process with its engine, which its users don't have. Without a GPU a toy model runs toy sizes, and there is
+no limit.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench.device import Timer
+from bench.engines import Contender, Options, Radixgen, Vllm
+from bench.limits import Limit, Model
+from bench.report import Report
+from bench.shapes import SHAPES
+from bench.workloads import FULL, TOY, Sizes, describe, workload
+
+ENGINES = ("radixgen", "vllm", "vllm-cascade")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.alone:
+        return _run_one(options)
+    report = Report("compare")
+    results: dict[str, dict[str, Any]] = {}
+    for engine in options.engines:
+        command = [sys.executable, "-m", "bench.compare", "--alone", "--engines", engine, "--workloads"]
+        command += [*options.workloads, "--step-tokens", str(options.step_tokens)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        results[engine] = _read(done.stdout)
+        if done.returncode:
+            report.say(f"{engine}: did not finish (exit status {done.returncode})")
+    for line in table(results, options.workloads):
+        report.say(line)
+    report.keep(engines=results)
+    return report.finish(check=False, save=options.save) or int(any("about" not in one for one in results.values()))
+
+
+def table(results: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """A line of Markdown for each workload: its limit, each engine's time and its ratio to that, and how many times
+    faster than the others the first engine is.
+    """
+    first, *others = results
+    what = describe(FULL if torch.cuda.is_available() else TOY)
+    lines = [
+        "| workload | limit | " + " | ".join([*results, *(f"{first} over {other}" for other in others)]) + " |",
+        "| --- |" + " --- |" * (1 + len(results) + len(others)),
+    ]
+    for name in names:
+        found = {engine: one[name] for engine, one in results.items() if name in one}
+        limit = next((one["limit_seconds"] for one in found.values() if one.get("limit_seconds")), None)
+        cells = [what[name], f"{limit:.2f} s" if limit else "–"]
+        cells += [_cell(found[engine]) if engine in found else "–" for engine in results]
+        cells += [
+            f"{found[other]['seconds'] / found[first]['seconds']:.2f}×" if {first, other} <= found.keys() else "–"
+            for other in others
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(found: dict[str, Any]) -> str:
+    limit = found.get("limit_seconds")
+    ratio = f" ({found['seconds'] / limit:.2f}×)" if limit else ""
+    each = f", {found['ms_per_token']:.2f} ms a token" if found.get("ms_per_token") else ""
+    return f"{found['seconds']:.2f} s{ratio}; first tokens {1e3 * found['first_seconds']:.0f} ms{each}"
+
+
+def _read(output: str) -> dict[str, Any]:
+    """What one engine's process told, by workload, and `about`."""
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            told = json.loads(line)
+            found[told.pop("workload", "about")] = told
+    return found
+
+
+def _run_one(options: argparse.Namespace) -> int:
+    """One engine in this process: a JSON line of what it is, then one a workload."""
+    cuda = torch.cuda.is_available()
+    shape, scale = SHAPES["8B" if cuda else "toy"], FULL if cuda else TOY
+    sizes = Options(
+        shape,
+        kv_tokens=400_000 if cuda else 20_000,
+        max_seqs=1024,
+        context=32_768 if cuda else 512,
+        step_tokens=options.step_tokens or None,
+    )
+    ceilings = Timer(torch.device("cuda")).ceilings() if cuda else None
+    (name,) = options.engines
+    engine: Contender = Radixgen(sizes) if name == "radixgen" else Vllm(sizes, cascade=name == "vllm-cascade")
+    limits = {} if ceilings is None else {"read": ceilings.read, "matrix": ceilings.matrix}
+    print(json.dumps({**engine.about, **limits}), flush=True)
+    for one in options.workloads:
+        model = None if ceilings is None else Model(shape, ceilings)
+        told = measure(engine, one, Sizes(scale, shape.vocab), Sizes(scale, shape.vocab, seed=1), model)
+        print(json.dumps({"workload": one, **told}), flush=True)
+        print(f"{name} {one}: {told['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return 0
+
+
+def measure(engine: Contender, name: str, sizes: Sizes, other: Sizes, model: Model | None) -> dict[str, Any]:
+    """One workload: seconds in all and until all first tokens, and what either takes at least."""
+    run(engine, name, other, None)
+    whole = run(engine, name, sizes, model)
+    begun = run(engine, name, sizes, None, first=True)
+    told = {**whole, "first_seconds": begun["seconds"]}
+    if name.startswith("latency"):
+        told["ms_per_token"] = 1e3 * (whole["seconds"] - begun["seconds"]) / (sizes.scale.new - 1)
+    return told
+
+
+def run(engine: Contender, name: str, sizes: Sizes, model: Model | None, *, first: bool = False) -> dict[str, Any]:
+    """One pass from an empty cache; `first` ends with the first ask's first tokens."""
+    engine.reset()
+    asks = workload(sizes, name)
+    limit = None if model is None else Limit(model, engine.about["step_tokens"])
+    seconds = least = least_first = 0.0
+    tokens = 0
+    try:
+        ask = next(asks)
+        while True:
+            if first and ask.timed:
+                ask = type(ask)(ask.prompts, 1, ask.n, ask.temperature)
+            begin = time.perf_counter()
+            answers = engine.answer(ask)
+            if ask.timed:
+                seconds += time.perf_counter() - begin
+                tokens += sum(len(one) for some in answers for one in some)
+            if limit is not None:
+                until_first, in_all = limit.seconds(ask, answers)
+                if ask.timed:
+                    least, least_first = least + in_all, least_first + until_first
+            if first and ask.timed:
+                break
+            ask = asks.send(answers)
+    except StopIteration:
+        pass
+    told: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
+    return told if limit is None else {**told, "limit_seconds": least, "limit_first_seconds": least_first}
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(describe(FULL))
+    parser.add_argument("--engines", nargs="+", default=["radixgen"], choices=ENGINES)
+    parser.add_argument("--workloads", nargs="+", default=names, choices=names)
+    parser.add_argument("--step-tokens", type=int, default=0, help="rows of a step; 0: the engine's own default")
+    parser.add_argument("--save", action="store_true", help="keep the JSON line under bench/results/")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

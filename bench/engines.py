@@ -1,0 +1,118 @@
+"""Whole engines behind one face: radixgen, and vLLM where it is installed, with the same random weights."""
+
+import gc
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from bench.shapes import Shape, build, configuration
+from bench.workloads import Answers, Ask
+from radixgen import Engine, SamplingParams
+from radixgen.core import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What both engines are given."""
+
+    shape: Shape
+    kv_tokens: int
+    max_seqs: int
+    context: int
+    step_tokens: int | None
+
+
+class Contender(Protocol):
+    """An engine that answers asks."""
+
+    about: dict[str, Any]
+    """Its name, version, and what it chose"""
+
+    def answer(self, ask: Ask) -> Answers: ...
+
+    def reset(self) -> None:
+        """Forget what is cached."""
+
+
+class Radixgen:
+    def __init__(self, options: Options) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = Engine(
+            build(options.shape, device, options.context),
+            kv_tokens=options.kv_tokens,
+            max_model_len=options.context,
+            max_step_tokens=options.step_tokens,
+            limits=Limits(max_num_seqs=options.max_seqs),
+        )
+        self.about = {"engine": "radixgen", "version": version("radixgen"), "step_tokens": self._engine.max_step_tokens}
+
+    def answer(self, ask: Ask) -> Answers:
+        params = SamplingParams(n=ask.n, temperature=ask.temperature, max_tokens=ask.new, ignore_eos=True)
+        return [[one.token_ids for one in output.outputs] for output in self._engine.generate(ask.prompts, params)]
+
+    def reset(self) -> None:
+        self._engine.reset_prefix_cache()
+
+
+class Vllm:
+    """In one process, its cascade attention on where `cascade` asks for it and this version has it."""
+
+    def __init__(self, options: Options, *, cascade: bool = False) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if cascade:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        import vllm
+
+        more: dict[str, Any] = {"disable_cascade_attn": False} if cascade else {}
+        if options.step_tokens:
+            more["max_num_batched_tokens"] = options.step_tokens
+        self._llm = vllm.LLM(
+            model=_saved_config(options),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            generation_config="vllm",
+            dtype="bfloat16",
+            max_model_len=options.context,
+            num_gpu_blocks_override=options.kv_tokens // 16,
+            max_num_seqs=options.max_seqs,
+            gpu_memory_utilization=0.85,
+            enable_prefix_caching=True,
+            seed=0,
+            **more,
+        )
+        self._take_weights(build(options.shape, torch.device("cuda"), options.context))
+        gc.collect()
+        torch.cuda.empty_cache()
+        steps = self._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+        name = "vllm-cascade" if cascade else "vllm"
+        self.about = {"engine": name, "version": vllm.__version__, "step_tokens": steps}
+
+    def _take_weights(self, network: PreTrainedModel) -> None:
+        self._llm.apply_model(lambda model: len(model.load_weights(iter(network.named_parameters()))))
+
+    def answer(self, ask: Ask) -> Answers:
+        from vllm import SamplingParams as Params
+
+        params = Params(n=ask.n, temperature=ask.temperature, max_tokens=ask.new, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": prompt} for prompt in ask.prompts]
+        found = self._llm.generate(prompts, params, use_tqdm=False)
+        return [[list(one.token_ids) for one in output.outputs] for output in found]
+
+    def reset(self) -> None:
+        assert self._llm.reset_prefix_cache(), "vLLM kept its prefix cache"
+
+
+def _saved_config(options: Options) -> str:
+    """A directory that holds a model's configuration and nothing else."""
+    folder = Path(tempfile.mkdtemp())
+    config = configuration(options.shape, options.context).to_dict()
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)

@@ -1,0 +1,69 @@
+"""The comparison of whole engines: what its workloads ask, the limits that they are held against, and its table."""
+
+import random
+
+import numpy as np
+import pytest
+
+from bench.compare import run, table
+from bench.device import Ceilings
+from bench.limits import Limit, Model, distinct
+from bench.shapes import SHAPES, Shape
+from bench.workloads import TOY, Answers, Ask, Sizes, describe
+
+CEILINGS = Ceilings(read=1e9, copy=1e9, matrix=1e12)
+
+
+class Echo:
+    """Answers every sample with its place, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.about = {"engine": "echo", "step_tokens": 64}
+        self.asked: list[Ask] = []
+
+    def answer(self, ask: Ask) -> Answers:
+        self.asked.append(ask)
+        return [[[index % 90] * ask.new for index in range(ask.n)] for _ in ask.prompts]
+
+    def reset(self) -> None:
+        self.asked.clear()
+
+
+@pytest.mark.parametrize("name", list(describe(TOY)))
+def test_a_workload_is_the_same_for_every_engine(name: str) -> None:
+    engines, model = [Echo(), Echo()], Model(SHAPES["toy"], CEILINGS)
+    told = [run(engine, name, Sizes(TOY, 97), model) for engine in engines]
+    assert engines[0].asked == engines[1].asked
+    assert all(0 <= token < 97 for ask in engines[0].asked for prompt in ask.prompts for token in prompt)
+    made = sum(len(ask.prompts) * ask.n * ask.new for ask in engines[0].asked if ask.timed)
+    assert told[0]["tokens"] == made
+    assert 0 < told[0]["limit_first_seconds"] <= told[0]["limit_seconds"] == told[1]["limit_seconds"]
+    first = run(engines[0], name, Sizes(TOY, 97, seed=1), model, first=True)
+    assert first["tokens"] == sum(len(ask.prompts) * ask.n for ask in engines[0].asked if ask.timed)
+
+
+def test_distinct_tokens_are_those_of_a_tree() -> None:
+    chosen = random.Random(3)
+    for _ in range(50):
+        paths = [[chosen.randrange(2) for _ in range(chosen.randrange(9))] for _ in range(chosen.randrange(9))]
+        nodes = {tuple(path[:length]) for path in paths for length in range(1, len(path) + 1)}
+        assert distinct([np.array(path, np.int32) for path in paths]) == len(nodes)
+
+
+def test_the_limit_by_hand() -> None:
+    shape = Shape(layers=1, hidden=2, inner=3, q_heads=2, kv_heads=1, vocab=5, head_dim=4)
+    layer, head, key = 2 * (4 * 2 + 4 * 2 + 4 * 2) + 3 * 2 * 3, 2 * 5, 2 * 4 * 2
+    limit = Limit(Model(shape, Ceilings(read=1.0, copy=1.0, matrix=1e30)), step_tokens=100)
+    first, whole = limit.seconds(Ask([[1, 2, 3], [1, 2, 4]], 2, n=3), [[[7, 7]] * 3] * 2)
+    assert first == 2 * (layer + head) + 4 * key
+    assert whole - first == pytest.approx(2 * (layer + head) + (4 + 6) * key)
+    again, _ = limit.seconds(Ask([[1, 2, 3, 7, 7]], 1), [[[9]]])
+    assert again == 2 * (layer + head) + 5 * key
+
+
+def test_the_table_has_a_line_a_workload_and_says_what_is_missing() -> None:
+    ours = {"latency": {"seconds": 2.0, "first_seconds": 0.5, "limit_seconds": 1.0, "ms_per_token": 5.0}}
+    theirs = {"latency": {"seconds": 3.0, "first_seconds": 0.5}}
+    lines = table({"radixgen": ours, "vllm": theirs}, ["latency", "prefill"])
+    assert "(2.00×)" in lines[2] and "1.50×" in lines[2] and "5.00 ms" in lines[2]
+    assert lines[3].count("–") == 4
