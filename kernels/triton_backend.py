@@ -1,6 +1,8 @@
-"""Tree attention by the Triton kernels: one launch for all units of the plan, one more where rows have partials."""
+"""Tree attention by the Triton kernels: a launch for all units of the plan, one before it for wide tiles on Hopper, and
+one more where rows have partials.
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radixgen.core import Chunk, Plan, Window
-from radixgen.kernels import torch_backend, triton_kernels
+from radixgen.kernels import torch_backend, triton_kernels, wide_backend
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
-from radixgen.kernels.work import TABLES, Launch, Work, lay_out
+from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,18 @@ class Chip:
         return (208 if self.capability >= 90 else 144) * 1024
 
 
-def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: bool = False) -> Launch:
-    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, 64, or 128.
+def takes_wide(geometry: Geometry, chip: Chip) -> bool:
+    """Whether tiles of 128 rows have a launch of their own on this chip, for layers without window or soft cap."""
+    heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
+    usable = triton.knobs.runtime.interpret or wide_backend.usable()
+    return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and usable
+
+
+def choose_launch(
+    geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: bool = False, capped: bool = False
+) -> Launch:
+    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, 64, or 128; of
+    16, 64 and 128 where those of 128 have a launch of their own.
 
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
     launch with narrow tiles without spilling; 128 are for groups of more than 64 heads. A window's masks leave no
@@ -57,6 +69,9 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: b
         warps, programs = 8 if large or not hopper else 4, 1 if large else 2
     else:
         tiles, warps, programs = (0, 0, 128), 8, 1
+    wide = tile_rows > 64 and not windowed and not capped and takes_wide(geometry, chip)
+    if wide:
+        tiles = (16, 64, 128)
     block_keys = 32 if narrow or large else 64
     room = chip.shared_bytes // programs
     block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
@@ -71,6 +86,7 @@ def choose_launch(geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: b
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
         registers=255 if max(geometry.padded) <= 64 else None,
+        wide_programs=chip.multiprocessors if wide else 0,
     )
 
 
@@ -79,10 +95,11 @@ def constants(
 ) -> dict[str, Any]:
     """What the attention kernel is compiled for."""
     padded_dim, padded_v_dim = geometry.padded
+    tiles = (*launch.tiles[:WIDE], 0) if launch.wide_programs else launch.tiles
     return {
         "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
         "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": padded_dim, "PADDED_V_DIM": padded_v_dim,
-        "TILES": launch.tiles, "BLOCK_KEYS": launch.block_keys, "GATHER_KEYS": launch.gather_keys,
+        "TILES": tiles, "BLOCK_KEYS": launch.block_keys, "GATHER_KEYS": launch.gather_keys,
         "STAGES": launch.num_stages, "GATHER_STAGES": launch.gather_stages, "BULK": launch.least_run > 0,
         "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "PDL": launch.overlap,
     }  # fmt: skip
@@ -171,7 +188,7 @@ class Attention:
             return self._torch(q, k, v, scale, softcap, sinks)
         if geometry not in self._tables:
             chip, windowed = Chip.of(self._device), self._window is not None
-            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed)
+            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=softcap is not None)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry] = Tables(work, geometry, launch, self._device, roomy=False)
         out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
@@ -217,8 +234,8 @@ class StaticAttention:
         if not answers(geometry, q, k, v):
             raise ValueError(f"no kernel for {geometry}")
         if geometry not in self._tables:
-            windowed = self._window is not None
-            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), windowed=windowed)
+            masks = {"windowed": self._window is not None, "capped": softcap is not None}
+            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
             self._tables[geometry] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
             out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
             self._results[geometry] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
@@ -245,7 +262,7 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """Both launches; `out` and `lse` are written for the rows of the plan."""
+    """All launches; `out` and `lse` are written for the rows of the plan."""
     size = window.size if isinstance(window, Chunk) else window or 0
     masks = {
         "window": window is not None,
@@ -256,6 +273,9 @@ def _attend(
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     early = {"launch_pdl": True} if launch.overlap else {}
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
+    if launch.wide_programs:
+        wide = _attend_wide_plainly if triton.knobs.runtime.interpret else wide_backend.attend
+        wide(tables, positions, out, lse, q, k, v, scale, sinks)
     triton_kernels.attend[(launch.programs,)](
         q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
         lse if sinks is None else sinks, positions, views["laid_out_positions"], views["queue"], views["items"],
@@ -272,6 +292,21 @@ def _attend(
         views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
         SINKS=sinks is not None, PDL=launch.overlap, **early,
+    )  # fmt: skip
+
+
+def _attend_wide_plainly(
+    tables: Tables, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
+    """As `wide_backend.attend`, by the kernel for all tiles."""
+    wide = replace(tables.launch, tiles=(0, 0, 128), block_keys=tables.launch.wide_keys, wide_programs=0)
+    masks = {"window": False, "softcap": False, "sinks": sinks is not None}
+    views = tables.views
+    triton_kernels.attend[(tables.launch.wide_programs,)](
+        q, k, v, *_blocks(k, v, wide), out, lse, tables.partial_out, tables.partial_lse,
+        lse if sinks is None else sinks, positions, views["laid_out_positions"], views["wide_queue"], views["items"],
+        views["runs"], *tables.keys, scale, 0.0, 0, **constants(tables.geometry, wide, **masks),
     )  # fmt: skip
 
 

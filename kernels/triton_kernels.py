@@ -21,7 +21,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-ITEM_FIELDS = tl.constexpr(9)
+ITEM_FIELDS = tl.constexpr(10)
 PIECE_FIELDS = tl.constexpr(8)
 
 

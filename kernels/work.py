@@ -7,7 +7,8 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 | counts | how many pieces, and how many rows to merge |
 | laid_out_positions | each row's, when the plan is laid out |
 | queue | `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
-| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class, grows |
+| wide_queue | the same for the items of the wide launch |
+| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class, grows, wide blocks |
 | runs | first slot, keys: whole blocks that every row of the tile sees |
 | pieces | first slot, first position, keys, the tile's first row, from, to which of its rows see them, place, stride |
 | rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
@@ -25,12 +26,16 @@ from radixgen.core import Plan, first_seen
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.schedule import assign
 
-TABLES = ("counts", "laid_out_positions", "queue", "items", "runs", "pieces", "rows", "offsets", "partials")
+TABLES = (
+    "counts", "laid_out_positions", "queue", "wide_queue", "items", "runs", "pieces", "rows", "offsets", "partials",
+)  # fmt: skip
+WIDE = 2
+"""Which class of tiles is the wide launch's, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How one launch of the attention kernel is shaped."""
+    """How the attention kernel is launched, and before it, where there are wide tiles, the one for those."""
 
     tiles: tuple[int, int, int]
     """Query heads' rows in a tile of each class, ascending; 0 where the launch does without the class."""
@@ -47,6 +52,10 @@ class Launch:
     """Whether a launch begins while the one before it ends"""
     registers: int | None = None
     """Of a thread, at most; None leaves it to the compiler, which for small heads would rather spill than pass 128."""
+    wide_programs: int = 0
+    """Of the wide launch; 0 where there is none"""
+    wide_keys: int = 128
+    """Keys in a block there"""
 
     def most_rows(self, group: int) -> int:
         """Rows of the tree in the widest tile."""
@@ -155,13 +164,19 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
             partial,
             tiles.kind,
             grows,
+            np.bincount(reads.tile, weights=reads.run, minlength=count).astype(np.int64) // launch.wide_keys,
         ],
         axis=1,
     )
     counts = np.array([len(pieces), merged[0].size])
     first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[tiles.unit, 0]]
-    queue = _queue(plan.unit_cost[tiles.unit], first_slots, kv_heads, launch.programs)
-    tables = tuple(_aligned(table) for table in (counts, plan.row_positions, queue, items, runs, pieces, *merged))
+    wide = (tiles.kind == WIDE) & (launch.wide_programs > 0)
+    queue, wide_queue = (
+        _queue(np.flatnonzero(some), plan.unit_cost[tiles.unit], first_slots, kv_heads, programs)
+        for some, programs in ((~wide, launch.programs), (wide, max(launch.wide_programs, 1)))
+    )
+    laid_out = counts, plan.row_positions, queue, wide_queue, items, runs, pieces, *merged
+    tables = tuple(_aligned(table) for table in laid_out)
     sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
     return Work(tables, sizes, len(pieces), merged[0].size, int(np.diff(merged[1]).max(initial=0)))
 
@@ -173,12 +188,14 @@ def _aligned(table: Int32Array | Int64Array) -> Int32Array:
     return flat
 
 
-def _queue(costs: NDArray[np.float64], first_slots: Int64Array, kv_heads: int, programs: int) -> Int64Array:
+def _queue(
+    items: Int64Array, costs: NDArray[np.float64], first_slots: Int64Array, kv_heads: int, programs: int
+) -> Int64Array:
     """Each program's items in turn, in rounds of one entry a program, ending with two rounds of -1: the kernel looks
     that far ahead. Tiles of equal cost `[tiles]` that begin with the same keys go together, so that these come from
     memory once.
     """
-    order = np.argsort(first_slots, kind="stable")
+    order = items[np.argsort(first_slots[items], kind="stable")]
     ordered = (kv_heads * order[:, None] + np.arange(kv_heads)).reshape(-1)
     offsets, places = assign(np.repeat(costs[order], kv_heads), programs)
     turns = np.arange(places.size) - np.repeat(offsets[:-1], np.diff(offsets))
@@ -232,7 +249,8 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
         until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
         if plan.window is not None:
             before = np.clip(first_seen(plan.window, tiles.highest[tile] + slack) - position, 0, length)
-        run = (until - before) // launch.block_keys * launch.block_keys
+        block = np.where((tiles.kind[tile] == WIDE) & (launch.wide_programs > 0), launch.wide_keys, launch.block_keys)
+        run = (until - before) // block * block
         run[~whole | (run < launch.least_run)] = 0
         before[run == 0] = 0
     if slack:

@@ -27,7 +27,11 @@ _SHIPPED = Path(__file__).with_name("calibration.json")
 
 @dataclass(frozen=True, slots=True)
 class LaunchCost:
-    """One way to launch the attention kernel: how many programs run at the same time, and what a tile takes them."""
+    """One way to launch the attention kernels: how many programs run at the same time, and what a tile takes them.
+
+    Where tiles of 128 rows have a launch of their own, the programs are that launch's; of the other one two run where
+    one of these would, so that a tile takes them half as long.
+    """
 
     programs: int
     tiles: tuple[TileCost, ...]
@@ -47,8 +51,11 @@ class Calibration:
     flash: FlashCost | None = None
     """Of the flash-attn package, likewise but of the whole device, where it has been measured there"""
 
-    def cost_models(self, geometry: Geometry) -> tuple[CostModel, ...]:
-        """The costs of layers of this shape, one model a launch: those of keys and partials go with their bytes."""
+    def cost_models(self, geometry: Geometry, *, wide: bool = False) -> tuple[CostModel, ...]:
+        """The costs of layers of this shape, one model a launch: those of keys and partials go with their bytes.
+
+        `wide`: whether these layers' tiles of 128 rows have a launch of their own.
+        """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
         return tuple(
             CostModel(
@@ -63,7 +70,7 @@ class Calibration:
                 mix=True,
             )
             for launch in self.launches
-            if launch.tiles[-1].rows >= geometry.group
+            if launch.tiles[-1].rows >= geometry.group and (wide or launch.tiles[-1].rows <= 64)
         )
 
 
@@ -79,7 +86,16 @@ def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ..
     if not geometry.supported:
         return (CostModel(),)
     known = _known(name := _name(device))
-    return known.get(name, next(iter(known.values()))).cost_models(geometry) or (CostModel(),)
+    found = known.get(name, next(iter(known.values())))
+    return found.cost_models(geometry, wide=_takes_wide(device, geometry)) or (CostModel(),)
+
+
+def _takes_wide(device: torch.device, geometry: Geometry) -> bool:
+    if device.type != "cuda":
+        return False
+    from radixgen.kernels.triton_backend import Chip, takes_wide
+
+    return takes_wide(geometry, Chip.of(device))
 
 
 def flash_cost(device: torch.device, geometry: Geometry) -> FlashCost | None:
@@ -143,15 +159,20 @@ def _launch(programs: int, tiles: list[dict[str, float]]) -> LaunchCost:
 
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
     """Measure `device`, in some seconds; `time_us` gives the median microseconds of a call, launches excluded."""
-    from radixgen.kernels.triton_backend import Chip, choose_launch
+    from radixgen.kernels.triton_backend import Chip, choose_launch, takes_wide
 
     measure = _Measure(device, time_us)
     apart = measure.tiles(nodes=64, rows=1, keys=4096, tile=16)
     launches = []
+    chip, geometry = Chip.of(device), Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16)
     for classes in ((16,), (16, 64)):
-        launch = choose_launch(Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16), classes[-1], Chip.of(device))
+        launch = choose_launch(geometry, classes[-1], chip)
         tiles = tuple(measure.tile(rows, classes, launch.programs) for rows in classes)
         launches.append(LaunchCost(launch.programs, tiles))
+    if takes_wide(geometry, chip):
+        programs = chip.multiprocessors
+        half = (TileCost(one.rows, one.unit / 2, one.key / 2, (one.mixed or one.key) / 2) for one in tiles)
+        launches.append(LaunchCost(programs, (*half, measure.tile(128, (16, 64, 128), programs))))
     return Calibration(
         device=torch.cuda.get_device_name(device),
         launches=tuple(launches),

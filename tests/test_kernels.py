@@ -2,6 +2,8 @@
 Triton's interpreter.
 """
 
+from dataclasses import replace
+
 import families
 import numpy as np
 import pytest
@@ -26,6 +28,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 COST = CostModel(tiles=(TileCost(16, 60.0, 1.0), TileCost(64, 70.0, 1.2)), partial=0.1, programs=7, mix=True)
+WIDE = CostModel(
+    tiles=(TileCost(16, 60.0, 1.0, 2.0), TileCost(64, 70.0, 1.2, 2.4), TileCost(128, 20.0, 1.3, 2.6)),
+    partial=0.1, programs=3, least_run=128, mix=True,
+)  # fmt: skip
 MASKS = [(None, None, False), (1, None, False), (70, None, True), (None, 20.0, True), (Chunk(70), None, False)]
 HEADS = [
     ((2, 2), (64, 64)), ((6, 2), (80, 80)), ((3, 1), (96, 96)), ((16, 1), (128, 128)), ((2, 1), (192, 128)),
@@ -109,6 +115,48 @@ def test_a_span_has_its_own_diagonal() -> None:
     case = Case([-1, 0], [[(0, 200)], [(250, 150)]], [1] * 150, list(range(200, 350)), 450)
     for window in (None, 40, Chunk(40)):
         check(case, (4, 2) if EVERYTHING else (2, 1), (64, 64), torch.float32, cost=COST, window=window)
+
+
+def leaves_and_span(rows: int) -> tuple[Case, Case]:
+    """A prefix, part of it private to some, under leaves of a few keys with a row each; and a span of a prompt."""
+    parents = [-1, 0, 0] + [1 + leaf % 2 for leaf in range(rows)]
+    extents = [[(3, 260), (300, 150)], [(460, 70)], [(540, 1)]]
+    extents += [[(600 + 9 * leaf, 1 + leaf % 7)] for leaf in range(rows)]
+    leaves = Case(parents, extents, list(range(3, 3 + rows)), None, 620 + 9 * rows)
+    return leaves, Case([-1, 0], [[(0, 140)], [(150, rows)]], [1] * rows, list(range(140, 140 + rows)), 170 + rows)
+
+
+@pytest.mark.parametrize(
+    ("heads", "mode", "masks"),
+    [
+        ((8, 2), "auto", MASKS[0]),
+        ((20, 2), "naive", (None, None, True)),
+        *(pairs([(8, 2), (20, 2), (128, 4)], ["auto", "naive"], MASKS, everything=True) if EVERYTHING else []),
+    ],
+)
+def test_wide_tiles(heads: tuple[int, int], mode, masks) -> None:
+    window, softcap, sinks = masks
+    for case in leaves_and_span(150 * heads[1] // heads[0]):
+        attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=WIDE)
+        assert attn.plan.tile_rows == 128 and np.diff(attn.plan.unit_rows).max() * heads[0] // heads[1] > 64
+        options = {"mode": mode, "cost": WIDE, "window": window, "softcap": softcap, "sinks": sinks}
+        check(case, heads, (128, 128), DTYPES[-1], **options)
+
+
+def test_wide_tiles_have_a_launch_of_their_own() -> None:
+    hopper, geometry = triton_backend.Chip(90, 132), Geometry(8, 4, 128, 128, torch.bfloat16)
+    if not triton_backend.takes_wide(geometry, hopper):
+        pytest.skip("this version of Triton does not compile the kernel")
+    found = triton_backend.choose_launch(geometry, 128, hopper)
+    assert found.tiles == (16, 64, 128) and found.wide_programs == 132
+    for launch in (
+        triton_backend.choose_launch(geometry, 64, hopper),
+        triton_backend.choose_launch(geometry, 128, hopper, windowed=True),
+        triton_backend.choose_launch(geometry, 128, hopper, capped=True),
+        triton_backend.choose_launch(geometry, 128, triton_backend.Chip(80, 108)),
+        triton_backend.choose_launch(replace(geometry, head_dim=64, v_head_dim=64), 128, hopper),
+    ):
+        assert launch.tiles == (16, 64, 0) and launch.wide_programs == 0
 
 
 def test_a_row_without_keys() -> None:

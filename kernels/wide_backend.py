@@ -1,0 +1,45 @@
+"""The launch for wide tiles on Hopper, by the kernel of `radixgen.kernels.wide_kernels`."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from radixgen.kernels.triton_backend import Tables
+
+_STAGES = 3
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 224, 56
+
+
+def usable() -> bool:
+    """Whether this Triton compiles the kernel: Gluon, in which it is written, changes from version to version."""
+    return triton.__version__.startswith("3.6.")
+
+
+def attend(
+    tables: "Tables", positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
+    """The items of `wide_queue`: `out` and `lse` of rows that no other item has, partials of all others."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from radixgen.kernels.wide_kernels import attend_wide
+
+    launch, geometry, views = tables.launch, tables.geometry, tables.views
+    dtype = gl.bfloat16 if k.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([launch.wide_keys, geometry.head_dim], dtype)
+    blocks = [
+        TensorDescriptor.from_tensor(pool.view(pool.shape[0], -1), [launch.wide_keys, pool.shape[2]], layout)
+        for pool in (k, v)
+    ]
+    key_slots, _, key_rows = tables.keys
+    attend_wide[(launch.wide_programs,)](
+        q, k, v, *blocks, out, lse, tables.partial_out, tables.partial_lse, lse if sinks is None else sinks, positions,
+        views["laid_out_positions"], views["wide_queue"], views["items"], views["runs"], key_slots, key_rows, scale,
+        KV_HEADS=geometry.kv_heads, GROUP=geometry.group, DIM=geometry.head_dim, BLOCK=launch.wide_keys, STAGES=_STAGES,
+        SINKS=sinks is not None, PDL=launch.overlap, CONSUMER_REGS=_CONSUMER_REGISTERS,
+        PRODUCER_REGS=_PRODUCER_REGISTERS, num_warps=4, **({"launch_pdl": True} if launch.overlap else {}),
+    )  # fmt: skip
