@@ -99,11 +99,10 @@ def narrow_floors(
             weights = _weights(scores, top, unit)
         else:
             weights = tl.full([BLOCK], 1.0, tl.float32)
-        way = tl.arange(0, WAYS)
-        above = tl.where(scores[:, None] >= _thresholds(low, high, WAYS)[None, :], weights[:, None], 0.0)
         within = (scores >= low) & (scores < high)
         place = found + (draw * blocks + block) * (WAYS + 2)
-        tl.store(place + way, tl.sum(above, 0))
+        for way in tl.static_range(WAYS):
+            tl.store(place + way, tl.sum(tl.where(scores >= _threshold(low, high, way / WAYS), weights, 0.0), 0))
         tl.store(place + WAYS, tl.min(tl.where(within, scores, float("inf")), 0))
         tl.store(place + WAYS + 1, tl.max(tl.where(within, scores, float("-inf")), 0))
 
@@ -135,10 +134,9 @@ def _top(tops, draw, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _thresholds(low, high, WAYS: tl.constexpr):
-    """`[WAYS]` between the bounds, `low` the first."""
-    share = tl.arange(0, WAYS).to(tl.float32) / WAYS
-    return low * (1.0 - share) + high * share
+def _threshold(low, high, share):
+    """Between the bounds, `low` for share 0; rounded once, so that all kernels find the same."""
+    return tl.fma(high - low, share, low)
 
 
 @triton.jit
@@ -157,8 +155,8 @@ def _first_bounds(
         target = _setting(settings, TOP_K, draws, draw).to(tl.float32)
         wanted = (target > 0.0) & (target < width)
     wanted = wanted & (top > float("-inf")) & (unit > 0.0)
-    low = tl.maximum(tl.load(floors + draw), -3.0e38)
-    high = tl.minimum(top + tl.abs(top) * 2.4e-7 + 1e-30, 3.4e38)
+    low = tl.maximum(tl.load(floors + draw), -1.0e38)
+    high = tl.minimum(top + tl.abs(top) * 2.4e-7 + 1e-30, 2.0e38)
     return tl.where(wanted, low, float("-inf")), tl.where(wanted, high, float("-inf")), target
 
 
@@ -179,7 +177,7 @@ def _next_bounds(bounds, before, draws, blocks, draw, BLOCKS: tl.constexpr, WAYS
         smallest = tl.min(tl.load(place + WAYS, mask=inside, other=float("inf")), 0)
         largest = tl.max(tl.load(place + WAYS + 1, mask=inside, other=float("-inf")), 0)
         chosen = tl.max(tl.where((tl.sum(sums, 0) >= target) | (way == 0), way, 0), 0)
-        thresholds = _thresholds(low, high, WAYS)
+        thresholds = _threshold(low, high, way.to(tl.float32) / WAYS)
         upper = tl.min(tl.where(way > chosen, thresholds, high), 0)
         lower = tl.maximum(tl.max(tl.where(way <= chosen, thresholds, low), 0), smallest)
         alone = smallest >= largest

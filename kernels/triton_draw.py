@@ -17,7 +17,7 @@ BLOCK = 2048
 """Tokens whose logits one program reads at once"""
 _WAYS, _PASSES = 8, 12
 """Thresholds of a pass, and passes, of the search for a floor: a floor is right to 8**-11 of the logits' range."""
-_LARGEST = 3e38
+_LARGEST = 1e38
 _LARGEST_UNIT = 1e30
 """A lower temperature draws the likeliest tokens alone."""
 

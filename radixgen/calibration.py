@@ -35,6 +35,8 @@ class LaunchCost:
 
     programs: int
     tiles: tuple[TileCost, ...]
+    launch: float = 0.0
+    """Of one more launch, where there is one"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Calibration:
                 kv_heads=geometry.kv_heads,
                 programs=launch.programs,
                 merge=self.merge,
+                launch=launch.launch,
                 least_run=LEAST_RUN,
                 mix=True,
             )
@@ -153,8 +156,8 @@ def _read(path: Path) -> list[Calibration]:
     ]
 
 
-def _launch(programs: int, tiles: list[dict[str, float]]) -> LaunchCost:
-    return LaunchCost(programs, tuple(TileCost(**tile) for tile in tiles))  # type: ignore[arg-type]
+def _launch(programs: int, tiles: list[dict[str, float]], launch: float = 0.0) -> LaunchCost:
+    return LaunchCost(programs, tuple(TileCost(**tile) for tile in tiles), launch)  # type: ignore[arg-type]
 
 
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
@@ -172,7 +175,7 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
     if takes_wide(geometry, chip):
         programs = chip.multiprocessors
         half = (TileCost(one.rows, one.unit / 2, one.key / 2, (one.mixed or one.key) / 2) for one in tiles)
-        launches.append(LaunchCost(programs, (*half, measure.tile(128, (16, 64, 128), programs))))
+        launches.append(LaunchCost(programs, (*half, measure.tile(128, (16, 64, 128), programs)), measure.launch()))
     return Calibration(
         device=torch.cuda.get_device_name(device),
         launches=tuple(launches),
@@ -226,6 +229,14 @@ class _Measure:
             apart = self._time(parents, keys, standing, 64, "naive", (16, 64))
             taken.append(apart - self._time(parents, keys, standing, 64, "unshared", (16, 64)))
         return max(taken[1] - taken[0], 0.0) / (rows * _GROUP * _KV_HEADS * 7)
+
+    def launch(self) -> float:
+        """What a tile of 64 rows takes longer where there is a launch for wide ones before it."""
+        rows, keys = np.zeros(64 // _GROUP, np.int64), np.full(1, 128)
+        one, two = (
+            self._time(np.array([-1]), keys, rows, 64, "unshared", classes) for classes in ((16, 64), (16, 64, 128))
+        )
+        return max(two - one, 0.1)
 
     def merge(self) -> float:
         """What the launch that merges adds: a row over two short nodes as two units, which run at the same time, and

@@ -35,22 +35,27 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
 
     Limits from a program's fair share down to an eighth of it are tried, each split charged with its partials, until
     the makespan is within 1.15 of what no balance could beat; the best is taken. Where even work would take longer than
-    `to_beat`, nothing is tried. What is bound by memory slows all programs alike.
+    `to_beat`, nothing is tried. What is bound by memory slows all programs of a launch alike.
     """
     rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
     costs = cost.unit_costs(rows, units[:, 7], units[:, 8])
     costs += cost.partial * cost.group * coverage(units, num_rows)[1]
-    work = max(float(costs.sum()) * cost.kv_heads / cost.programs, 1e-9)
-    even = max(work, cost.reads(unique, int(units[:, 7].sum())))
-    costs *= even / work
-    merge = 0.0 if int(rows.sum()) == num_rows else cost.merge
+    apart = cost.apart(rows)
+    even = 0.0
+    for part in (~apart, apart) if apart.any() else (~apart,):
+        read = int(units[part, 7].sum())
+        work = max(float(costs[part].sum()) * cost.kv_heads / cost.programs, 1e-9)
+        least = max(work, cost.reads(min(unique, read), read))
+        costs[part] *= least / work
+        even, unique = even + least, unique - min(unique, read)
+    merge = cost.launch + (0.0 if int(rows.sum()) == num_rows else cost.merge)
     whole = np.zeros(len(units), np.int64)
     if cost.programs == 1 or even + merge >= to_beat:
         return Balance(whole, even + merge, even)
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
         return Balance(whole, even + longest / 2 + merge, even)
-    least = makespan(costs, cost.programs, cost.kv_heads)
+    least = _makespan(costs, apart, cost)
     best = Balance(whole, least + merge, even)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     for part in _SHARES:
@@ -60,10 +65,16 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
         partials = (cost.partial * cost.group) * rows.astype(np.float64)
         split = _pieces(costs, keys, limits, pieces, partials, cost.tiles[0].unit)
-        least = makespan(split, cost.programs, cost.kv_heads)
-        if least + cost.merge < best.time:
-            best = Balance(limits, least + cost.merge, even)
+        least = _makespan(split, np.repeat(apart, pieces), cost)
+        if least + cost.merge + cost.launch < best.time:
+            best = Balance(limits, least + cost.merge + cost.launch, even)
     return best
+
+
+def _makespan(costs: Floats, apart: NDArray[np.bool_], cost: CostModel) -> float:
+    """Of both launches, one after the other, where some units are apart."""
+    parts = (costs[apart], costs[~apart]) if apart.any() else (costs,)
+    return sum(makespan(part, cost.programs, cost.kv_heads) for part in parts)
 
 
 def _pieces(

@@ -52,6 +52,8 @@ class CostModel:
     merge: float = 0.0
     least_run: int = 0
     """Keys of an extent, from which they cost `tile.key` where all rows see them."""
+    launch: float = 0.0
+    """What one more launch takes, of tiles of the last class alone and before all others; 0 where there is one"""
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
@@ -76,6 +78,11 @@ class CostModel:
             np.array([tile.rows // self.group for tile in usable], np.int64),
             np.array([(t.unit, t.key, t.key if t.mixed is None else t.mixed) for t in usable], np.float64).T.copy(),
         )
+
+    def apart(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which units of so many rows of the tree, `[units]`, are launched before the others."""
+        held = self.columns()[0]
+        return rows > held[-2] if self.launch and held.size > 1 else np.zeros(rows.shape, bool)
 
     def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]) -> Floats:
         """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys,

@@ -12,6 +12,7 @@ from radixgen import SamplingParams
 from radixgen.kernels import draw, triton_draw
 
 INF = float("inf")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARAMS = [
     SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     for temperature, top_k, top_p, min_p in product(
@@ -31,7 +32,7 @@ def some_logits(rng: np.random.Generator, kind: str, vocab: int) -> Tensor:
         logits *= 0.01
     logits[1, 1::2] = -INF
     logits[2, vocab // 2], logits[3, 0], logits[4] = np.nan, INF, -INF
-    return torch.from_numpy(logits.astype(np.float32))
+    return torch.from_numpy(logits.astype(np.float32)).to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +54,13 @@ def test_the_kernels_draw_what_the_plain_form_draws(vocab: int, kind: str) -> No
 def test_frequencies_are_those_of_the_distribution(params: SamplingParams) -> None:
     """Evenly spaced numbers give each token its share, but for one draw at either end."""
     count, vocab = 20, 2100
-    logits = torch.full((1, vocab), -INF)
-    logits[0, 7::300] = torch.randn(7, generator=torch.Generator().manual_seed(3))
+    logits = torch.full((1, vocab), -INF, device=DEVICE)
+    logits[0, 7::300] = torch.randn(7, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     uniforms = (np.arange(count) + 0.5) / count
-    found = np.bincount(triton_draw.draw_tokens(logits, [0] * count, [params] * count, uniforms), minlength=vocab)
+    tokens = triton_draw.draw_tokens(logits, [0] * count, [params] * count, uniforms)
+    found = np.bincount(tokens.cpu(), minlength=vocab)
     shares = draw.probabilities(logits.double(), [params])[0]
-    wanted = (shares / shares.sum() * count).numpy()
+    wanted = (shares / shares.sum() * count).cpu().numpy()
     assert (np.abs(found - wanted) <= 1).all() and found[wanted == 0].sum() == 0
 
 
@@ -74,6 +76,6 @@ def test_a_draw_does_not_see_its_batch() -> None:
 
 
 def test_scores_in_float64_that_float32_does_not_hold() -> None:
-    scores = torch.tensor([[1e300, -INF, 3.0, -1e300]], dtype=torch.float64)
+    scores = torch.tensor([[1e300, -INF, 3.0, -1e300]], dtype=torch.float64, device=DEVICE)
     uniforms, params = np.array([0.0, 0.99]), [SamplingParams()] * 2
     assert triton_draw.draw_tokens(scores, [0, 0], params, uniforms).tolist() == [0, 0]
