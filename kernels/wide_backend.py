@@ -15,7 +15,7 @@ _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 224, 56
 
 def usable() -> bool:
     """Whether this Triton compiles the kernel: Gluon, in which it is written, changes from version to version."""
-    return triton.__version__.startswith("3.6.")
+    return bool(triton.__version__.startswith("3.6."))
 
 
 def attend(

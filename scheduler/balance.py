@@ -42,12 +42,12 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     costs += cost.partial * cost.group * coverage(units, num_rows)[1]
     apart = cost.apart(rows)
     even = 0.0
-    for part in (~apart, apart) if apart.any() else (~apart,):
-        read = int(units[part, 7].sum())
-        work = max(float(costs[part].sum()) * cost.kv_heads / cost.programs, 1e-9)
-        least = max(work, cost.reads(min(unique, read), read))
-        costs[part] *= least / work
-        even, unique = even + least, unique - min(unique, read)
+    for launched in (~apart, apart) if apart.any() else (~apart,):
+        read = int(units[launched, 7].sum())
+        work = max(float(costs[launched].sum()) * cost.kv_heads / cost.programs, 1e-9)
+        longer = max(work, cost.reads(min(unique, read), read))
+        costs[launched] *= longer / work
+        even, unique = even + longer, unique - min(unique, read)
     merge = cost.launch + (0.0 if int(rows.sum()) == num_rows else cost.merge)
     whole = np.zeros(len(units), np.int64)
     if cost.programs == 1 or even + merge >= to_beat:

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, multiplied as one.
+"""Linear layers that read the same input, multiplied as one, and by the kernel for few rows where there is one.
 
 A product with few rows is bound by reading its weights, and a narrow one does not keep the whole chip reading. The
 modules around stay as they are: the first layer that is asked multiplies for all, and the others hand out their share.
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from radixgen.kernels import products
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers' models feed the same tensor, side by side in one module."""
 
@@ -19,11 +21,15 @@ class FusedLinear:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._sizes = [layer.out_features for layer in layers]
-        self._weight = torch.cat([layer.weight.data for layer in layers])
+        weights = [layer.weight.data for layer in layers]
+        self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         for layer, rows in zip(layers, torch.split(self._weight, self._sizes), strict=True):
             layer.weight.data = rows
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat([bias.data for bias in biases]) if biases else None
+        self._fast = self._bias is None and products.takes(self._weight)
+        if self._fast:
+            products.register()
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
         self._due = 0
@@ -32,12 +38,15 @@ class FusedLinear:
         """What layer `index` makes of `given`; kept for its siblings until each has asked once."""
         if given is not self._input:
             self._input, self._due = given, len(self._sizes)
-            self._outputs = list(torch.split(linear(given, self._weight, self._bias), self._sizes, -1))
+            self._outputs = list(torch.split(self._multiply(given), self._sizes, -1))
         output = self._outputs[index]
         self._due -= 1
         if not self._due:
             self._input, self._outputs = None, []
         return output
+
+    def _multiply(self, given: Tensor) -> Tensor:
+        return products.linear(given, self._weight) if self._fast else linear(given, self._weight, self._bias)
 
 
 class Share(nn.Module):
@@ -61,7 +70,9 @@ class Share(nn.Module):
 
 
 def fuse_linears(model: nn.Module) -> None:
-    """Put `Share`s in the place of all layers that can be fused; `restore_linears` takes them out again."""
+    """Put `Share`s in the place of all layers that can be fused, and of those alone that the kernel for few rows takes;
+    `restore_linears` takes them out again.
+    """
     for module in list(model.modules()):
         for names in SIBLINGS:
             layers = [module._modules.get(name) for name in names]
@@ -70,6 +81,13 @@ def fuse_linears(model: nn.Module) -> None:
                 fused = FusedLinear(found)
                 for index, (name, layer) in enumerate(zip(names, found, strict=True)):
                     module._modules[name] = Share(fused, index, layer)
+        for name, child in list(module._modules.items()):
+            if isinstance(child, nn.Linear) and _taken(child):
+                module._modules[name] = Share(FusedLinear([child]), 0, child)
+
+
+def _taken(layer: nn.Linear) -> bool:
+    return _alike([layer]) and layer._parameters["bias"] is None and products.takes(layer.weight)
 
 
 def restore_linears(model: nn.Module) -> None:

@@ -1,0 +1,132 @@
+"""Matrix products of few rows on Hopper, in Gluon: `y [M, N] = x [M, K] @ w [N, K].T`, bound by reading the weights.
+
+One launch cuts the work evenly. Whole tiles are written as they are; a product whose tiles are split along K leaves
+float32 parts `[SPLIT, M, N]` for whoever reads them next to add up in the order of K: no atomics, so that two runs
+agree bit for bit. Weights do not depend on the kernel before: with programmatic dependent launch they are loaded while
+that kernel still drains.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@gluon.jit
+def place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
+    """(tile_n, tile_m, block of K) of unit j of a segment; programs start at different blocks."""
+    tile = segment // SPLIT
+    tile_n = tile // tiles_m
+    j += tile_n * turn % length
+    j = gl.where(j >= length, j - length, j)
+    return tile_n, tile % tiles_m, segment % SPLIT * length + j
+
+
+@gluon.jit
+def write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write a tile `acc [BLOCK_N, BLOCK_M]` of y.T to rows below M of y."""
+    n = (tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)))[:, None]
+    m = (tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)))[None, :]
+    gl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=m < M)
+
+
+@gluon.jit(do_not_specialize=["M", "tiles_m", "turn"])
+def product(
+    w_desc,
+    x_desc,
+    y,
+    M,
+    tiles_m,
+    length,
+    segments,
+    turn,
+    y_stride,
+    BLOCK_N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    LAG: gl.constexpr,
+    SPLIT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Parts `[SPLIT, M, N]` of y.
+
+    A segment is `length` blocks of K of one tile; a tile has SPLIT segments. What is computed is y.T, so that few rows
+    are the narrow side of the instruction. LAG is how many products are left running while the slot of the one before
+    is filled again.
+    """
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    w_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    x_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bytes_: gl.constexpr = w_desc.block_type.nbytes + x_desc.block_type.nbytes
+    W_ROWS: gl.constexpr = w_desc.block_type.shape[1]
+
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    first = pid * segments // programs
+    last = (pid + 1) * segments // programs
+    units = (last - first) * length
+
+    # Fill the ring with weights, which no kernel before this one writes.
+    segment = first
+    j = 0
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+        mbarrier.expect(bars.index(i), bytes_, pred=i < units)
+        tile_n, tile_m, k = place(segment, j, length, turn, tiles_m, SPLIT)
+        tma.async_copy_global_to_shared(
+            w_desc, [0, tile_n * W_ROWS, k * BLOCK_K], bars.index(i), w_slots.index(i), i < units
+        )
+        j += 1
+        segment += gl.where(j == length, 1, 0)
+        j = gl.where(j == length, 0, j)
+    gdc_launch_dependents()
+    gdc_wait()
+    segment = first
+    j = 0
+    for i in gl.static_range(STAGES):
+        tile_n, tile_m, k = place(segment, j, length, turn, tiles_m, SPLIT)
+        tma.async_copy_global_to_shared(
+            x_desc, [tile_m * BLOCK_M, k * BLOCK_K], bars.index(i), x_slots.index(i), i < units
+        )
+        j += 1
+        segment += gl.where(j == length, 1, 0)
+        j = gl.where(j == length, 0, j)
+
+    # The unit at hand is in `slot`; (segment, j) is the unit to ask for next.
+    slot = 0
+    phase = 0
+    unit = 0
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, LAYOUT)
+    for now in range(first, last):
+        for step in range(length):
+            mbarrier.wait(bars.index(slot), phase)
+            w_now = w_slots.index(slot).reshape([BLOCK_N, BLOCK_K])
+            x_now = x_slots.index(slot)
+            acc = warpgroup_mma(w_now, x_now.permute([1, 0]), acc, use_acc=step > 0, is_async=True)
+            acc = warpgroup_mma_wait(LAG, deps=[acc])
+            gl.thread_barrier()
+            if LAG == 0:
+                free = slot
+            else:
+                free = gl.where(slot == 0, STAGES - 1, slot - 1)
+            fits = (unit >= LAG) & (unit + STAGES - LAG < units)
+            bar = bars.index(free)
+            tile_n, tile_m, k = place(segment, j, length, turn, tiles_m, SPLIT)
+            mbarrier.expect(bar, bytes_, pred=fits)
+            tma.async_copy_global_to_shared(w_desc, [0, tile_n * W_ROWS, k * BLOCK_K], bar, w_slots.index(free), fits)
+            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k * BLOCK_K], bar, x_slots.index(free), fits)
+            j += fits.to(gl.int32)
+            segment += gl.where(j == length, 1, 0)
+            j = gl.where(j == length, 0, j)
+            unit += 1
+            slot += 1
+            phase = gl.where(slot == STAGES, phase ^ 1, phase)
+            slot = gl.where(slot == STAGES, 0, slot)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+
+        tile_n = now // SPLIT // tiles_m
+        tile_m = now // SPLIT % tiles_m
+        parts = y + now % SPLIT * M * y_stride
+        write(parts, acc, y_stride, tile_n, tile_m, M, BLOCK_N, BLOCK_M, LAYOUT)
