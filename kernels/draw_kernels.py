@@ -112,18 +112,19 @@ def settle_floors(
     settings, floors, tops, bounds, before, draws, blocks,
     BLOCKS: tl.constexpr, WAYS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """The floor of each draw, `[draws]` float32: the lower bound after the last pass where it was SEARCHED for, and
-    what min-p keeps at least.
+    """Raise the floor of each draw, `[draws]` float32: to the lower bound after the last pass where it was SEARCHED
+    for, else to what min-p keeps.
     """
     draw = tl.program_id(0)
     floor = tl.load(floors + draw)
     if SEARCHED:
         low, _, _ = _next_bounds(bounds, before, draws, blocks, draw, BLOCKS, WAYS)
         floor = tl.maximum(floor, low)
-    unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
-    top = _top(tops, draw, blocks, BLOCKS)
-    if (unit > 0.0) & (top > float("-inf")):
-        floor = tl.maximum(floor, top + _setting(settings, MIN_P, draws, draw).to(tl.float32) / unit)
+    else:
+        unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
+        top = _top(tops, draw, blocks, BLOCKS)
+        if (unit > 0.0) & (top > float("-inf")):
+            floor = tl.maximum(floor, top + _setting(settings, MIN_P, draws, draw).to(tl.float32) / unit)
     tl.store(floors + draw, floor)
 
 

@@ -36,7 +36,7 @@ def split_for(outputs: int, inputs: int, programs: int) -> int:
 def linear(given: Tensor, weight: Tensor) -> Tensor:
     """`given [..., inputs]` times `weight [outputs, inputs]`, a weight that the kernel `takes`."""
     rows = given.numel() // given.shape[-1]
-    if rows > MOST_ROWS:
+    if not 0 < rows <= MOST_ROWS:
         return torch.nn.functional.linear(given, weight)
     found: Tensor = torch.ops.radixgen.parts(given.reshape(rows, given.shape[-1]), weight)
     summed = found[0] if found.shape[0] == 1 else found.sum(0).to(given.dtype)

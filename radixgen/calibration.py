@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _BYTES = 512
 """K and V of one key and head where the constants were measured: head_dim 128, 16 bit."""
 _KV_HEADS, _GROUP = 8, 4
+_LEAST_LAUNCH = 3.0
+"""Microseconds of a launch, of which the timing of one after the other hides a part"""
 _SHIPPED = Path(__file__).with_name("calibration.json")
 
 
@@ -236,7 +238,7 @@ class _Measure:
         one, two = (
             self._time(np.array([-1]), keys, rows, 64, "unshared", classes) for classes in ((16, 64), (16, 64, 128))
         )
-        return max(two - one, 0.1)
+        return max(two - one, _LEAST_LAUNCH)
 
     def merge(self) -> float:
         """What the launch that merges adds: a row over two short nodes as two units, which run at the same time, and

@@ -64,6 +64,16 @@ def test_frequencies_are_those_of_the_distribution(params: SamplingParams) -> No
     assert (np.abs(found - wanted) <= 1).all() and found[wanted == 0].sum() == 0
 
 
+def test_min_p_takes_nothing_from_what_top_p_is_a_share_of() -> None:
+    """Whether or not another draw of the batch has a top-k, whose floor is searched for first."""
+    logits = torch.log(torch.tensor([[0.4, 0.25, 0.12, 0.09, 0.08, 0.06]], device=DEVICE))
+    params = [SamplingParams(top_p=0.7, min_p=0.21)] * 12 + [SamplingParams(top_k=2)]
+    uniforms = np.append((np.arange(12) + 0.5) / 12, 0.5)
+    found = triton_draw.draw_tokens(logits, [0] * 13, params, uniforms).tolist()
+    assert found == draw.draw_tokens(logits, [0] * 13, params, uniforms).tolist()
+    assert set(found) == {0, 1, 2}
+
+
 def test_a_draw_does_not_see_its_batch() -> None:
     logits = some_logits(np.random.default_rng(0), "ties", 2500)
     params = [PARAMS[at] for at in (3, 70, 150)]
