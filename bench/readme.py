@@ -1,8 +1,8 @@
-"""Writes what the README shows out of what was measured: the demo's output and picture, and the table of results.
+"""Writes out what was measured: five rows and the demo's output into the README, everything into docs/benchmarks.md.
 
 `python -m bench.readme [--demo]`
 
-The table comes from `bench/results/*.json`, which the benchmarks write with `--save`. `--demo` runs the demo on this
+The tables come from `bench/results/*.json`, which the benchmarks write with `--save`. `--demo` runs the demo on this
 machine first and keeps its picture.
 """
 
@@ -23,6 +23,7 @@ from radixgen.model import smollm2
 
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
+ALL = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
@@ -30,6 +31,14 @@ TABLE = (
     "plan", "step", "simulate", "startup",
 )  # fmt: skip
 """Benchmarks with bounds, in README's order."""
+SHOWN = {
+    "prefix": "against generate",
+    "agents": "prompt tokens",
+    "thoughts": "rows over distinct tokens",
+    "http": "throughput",
+    "engine_W2": "times as fast",
+}
+"""What README shows: of each of these benchmarks the first bound that says so."""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
 CONTENDERS = {
     "auto": "radixgen", "unshared": "the same tree, read path by path", "private": "private copies, as many as fit",
@@ -45,7 +54,19 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     shown = (RESULTS / "demo.txt").read_text(encoding="utf-8").rstrip()
     text = _replace(text, "demo", f"```console\n{shown}\n```")
-    README.write_text(_replace(text, "results", _table()), encoding="utf-8")
+    README.write_text(_replace(text, "results", "\n".join(_few())), encoding="utf-8")
+    ALL.write_text(_replace(ALL.read_text(encoding="utf-8"), "results", _table()), encoding="utf-8")
+
+
+def _few() -> list[str]:
+    """README's rows, each with where it was measured."""
+    rows = ["| benchmark | measured | bound | on |", "| --- | --- | --- | --- |"]
+    for name, start in SHOWN.items():
+        found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        text, bound = next(one for one in found["bounds"] if start in one[0])
+        place = found.get("device") or found["processor"]
+        rows.append(f"| `bench.{name.split('_')[0]}` | {text} | {bound} | {place}, {found['date']} |")
+    return rows
 
 
 def _keep_demo() -> None:
