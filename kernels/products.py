@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from radixgen.kernels import gluon
+
 MOST_ROWS = 64
 """Beyond it cuBLAS is faster."""
 _TILE = 128
@@ -17,12 +19,10 @@ _TILE = 128
 
 def takes(weight: Tensor) -> bool:
     """Whether the kernel multiplies by this weight `[outputs, inputs]`: on Hopper, where this Triton compiles it."""
-    from radixgen.kernels.wide_backend import usable
-
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return False
     hopper = torch.cuda.get_device_capability(weight.device) == (9, 0)
-    return hopper and usable() and weight.shape[0] % _TILE == 0 and weight.shape[1] % _TILE == 0
+    return hopper and gluon.usable() and weight.shape[0] % _TILE == 0 and weight.shape[1] % _TILE == 0
 
 
 def split_for(outputs: int, inputs: int, programs: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radixgen.core import Chunk, Plan, Window
-from radixgen.kernels import torch_backend, triton_kernels, wide_backend
+from radixgen.kernels import gluon, torch_backend, triton_kernels, wide_backend
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out
 
@@ -43,7 +43,7 @@ class Chip:
 def takes_wide(geometry: Geometry, chip: Chip) -> bool:
     """Whether tiles of 128 rows have a launch of their own on this chip, for layers without window or soft cap."""
     heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
-    usable = triton.knobs.runtime.interpret or wide_backend.usable()
+    usable = triton.knobs.runtime.interpret or gluon.usable()
     return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and usable
 
 

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -11,11 +10,6 @@ if TYPE_CHECKING:
 
 _STAGES = 3
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 224, 56
-
-
-def usable() -> bool:
-    """Whether this Triton compiles the kernel: Gluon, in which it is written, changes from version to version."""
-    return bool(triton.__version__.startswith("3.6."))
 
 
 def attend(

@@ -1,8 +1,10 @@
 """From logits to tokens: penalties and filters as in transformers, with counter-based randomness."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from radixgen.core import SamplingParams, SamplingState
 from radixgen.kernels.draw import draw_tokens, probabilities
 from radixgen.kernels.upload import upload
 
+DrawTokens = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], NDArray[np.float64]], Tensor]
+"""As `radixgen.kernels.draw.draw_tokens`."""
 GREEDY = SamplingParams(temperature=0.0)
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
@@ -241,12 +245,19 @@ def _shaped(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState]
 def _draw_tokens(
     logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> Tensor:
-    """By the fastest kernel on the device of `logits`."""
-    if logits.is_cuda:
-        from radixgen.kernels import triton_draw
+    """By the fastest form on the device of `logits`."""
+    form = _fused_draw_tokens() if logits.is_cuda else None
+    return (form or draw_tokens)(logits, rows, params, uniforms)
 
-        return triton_draw.draw_tokens(logits, rows, params, uniforms)
-    return draw_tokens(logits, rows, params, uniforms)
+
+@cache
+def _fused_draw_tokens() -> DrawTokens | None:
+    """The form for GPUs, where Triton is installed."""
+    if find_spec("triton") is None:
+        return None
+    from radixgen.kernels import triton_draw
+
+    return triton_draw.draw_tokens
 
 
 def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
