@@ -1,5 +1,5 @@
-"""Tree attention by the Triton kernels: a launch for all units of the plan, one before it for wide tiles on Hopper, and
-one more where rows have partials.
+"""Tree attention by the Triton kernels: on Hopper a launch for the plan's wide tiles, then one for all others, and one
+more where rows have partials.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radixgen.core import Chunk, Plan, Window
-from radixgen.kernels import gluon, torch_backend, triton_kernels, wide_backend
+from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out
 
@@ -43,8 +43,8 @@ class Chip:
 def takes_wide(geometry: Geometry, chip: Chip) -> bool:
     """Whether tiles of 128 rows have a launch of their own on this chip, for layers without window or soft cap."""
     heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
-    usable = triton.knobs.runtime.interpret or gluon.usable()
-    return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and usable
+    compiles = triton.knobs.runtime.interpret or gluon_support.supported()
+    return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and compiles
 
 
 def choose_launch(
@@ -55,7 +55,7 @@ def choose_launch(
 
     64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
     launch with narrow tiles without spilling; 128 are for groups of more than 64 heads. A window's masks leave no
-    registers for a fifth stage in wide tiles.
+    registers for a fifth stage in tiles of 64 rows or more.
     """
     narrow = max(tile_rows, geometry.group) <= 16
     large = max(geometry.padded) > 128
@@ -93,7 +93,7 @@ def choose_launch(
 def constants(
     geometry: Geometry, launch: Launch, *, window: bool, softcap: bool, sinks: bool, chunked: bool = False
 ) -> dict[str, Any]:
-    """What the attention kernel is compiled for."""
+    """What the attention kernel is compiled for: for all tiles that have no launch of their own."""
     padded_dim, padded_v_dim = geometry.padded
     tiles = (*launch.tiles[:WIDE], 0) if launch.wide_programs else launch.tiles
     return {
@@ -263,26 +263,16 @@ def _attend(
     sinks: Tensor | None,
 ) -> None:
     """All launches; `out` and `lse` are written for the rows of the plan."""
-    size = window.size if isinstance(window, Chunk) else window or 0
-    masks = {
-        "window": window is not None,
-        "chunked": isinstance(window, Chunk),
-        "softcap": softcap is not None,
-        "sinks": sinks is not None,
-    }
     launch, geometry, views = tables.launch, tables.geometry, tables.views
-    early = {"launch_pdl": True} if launch.overlap else {}
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
-    if launch.wide_programs:
-        wide = _attend_wide_plainly if triton.knobs.runtime.interpret else wide_backend.attend
-        wide(tables, positions, out, lse, q, k, v, scale, sinks)
-    triton_kernels.attend[(launch.programs,)](
-        q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
-        lse if sinks is None else sinks, positions, views["laid_out_positions"], views["queue"], views["items"],
-        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
-        **constants(geometry, launch, **masks),
-        num_warps=launch.num_warps, maxnreg=launch.registers, **early,
-    )  # fmt: skip
+    if launch.wide_programs and triton.knobs.runtime.interpret:  # which Gluon does not have
+        wide = replace(
+            launch, tiles=(0, 0, 128), block_keys=launch.wide_keys, programs=launch.wide_programs, wide_programs=0
+        )
+        _attend_queue(tables, wide, "wide_queue", positions, out, lse, q, k, v, scale, window, softcap, sinks)
+    elif launch.wide_programs:
+        hopper_attention.attend(tables, positions, out, lse, q, k, v, scale, sinks)
+    _attend_queue(tables, launch, "queue", positions, out, lse, q, k, v, scale, window, softcap, sinks)
     if not tables.most_merged:
         return
     q_heads = q.shape[1]
@@ -291,23 +281,34 @@ def _attend(
         tables.partial_out, tables.partial_lse, out, lse, lse if sinks is None else sinks, views["counts"],
         views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
-        SINKS=sinks is not None, PDL=launch.overlap, **early,
+        SINKS=sinks is not None, PDL=launch.overlap, **_early(launch),
     )  # fmt: skip
 
 
-def _attend_wide_plainly(
-    tables: Tables, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float,
-    sinks: Tensor | None,
+def _attend_queue(
+    tables: Tables, launch: Launch, queue: str, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, scale: float, window: Window | None, softcap: float | None, sinks: Tensor | None,
 ) -> None:  # fmt: skip
-    """As `wide_backend.attend`, by the kernel for all tiles."""
-    wide = replace(tables.launch, tiles=(0, 0, 128), block_keys=tables.launch.wide_keys, wide_programs=0)
-    masks = {"window": False, "softcap": False, "sinks": sinks is not None}
+    """Answer the items of one queue, `queue` or `wide_queue`."""
+    masks = {
+        "window": window is not None,
+        "chunked": isinstance(window, Chunk),
+        "softcap": softcap is not None,
+        "sinks": sinks is not None,
+    }
+    size = window.size if isinstance(window, Chunk) else window or 0
     views = tables.views
-    triton_kernels.attend[(tables.launch.wide_programs,)](
-        q, k, v, *_blocks(k, v, wide), out, lse, tables.partial_out, tables.partial_lse,
-        lse if sinks is None else sinks, positions, views["laid_out_positions"], views["wide_queue"], views["items"],
-        views["runs"], *tables.keys, scale, 0.0, 0, **constants(tables.geometry, wide, **masks),
+    triton_kernels.attend[(launch.programs,)](
+        q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
+        lse if sinks is None else sinks, positions, views["laid_out_positions"], views[queue], views["items"],
+        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
+        **constants(tables.geometry, launch, **masks),
+        num_warps=launch.num_warps, maxnreg=launch.registers, **_early(launch),
     )  # fmt: skip
+
+
+def _early(launch: Launch) -> dict[str, bool]:
+    return {"launch_pdl": True} if launch.overlap else {}
 
 
 def _blocks(k: Tensor, v: Tensor, launch: Launch) -> tuple[object, object]:

@@ -30,12 +30,12 @@ TABLES = (
     "counts", "laid_out_positions", "queue", "wide_queue", "items", "runs", "pieces", "rows", "offsets", "partials",
 )  # fmt: skip
 WIDE = 2
-"""Which class of tiles is the wide launch's, where there is one."""
+"""The class of tiles that have a launch of their own on some chips"""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the attention kernel is launched, and before it, where there are wide tiles, the one for those."""
+    """How the attention kernels are launched: one for wide tiles first, where they have their own, then one for all."""
 
     tiles: tuple[int, int, int]
     """Query heads' rows in a tile of each class, ascending; 0 where the launch does without the class."""
@@ -53,9 +53,9 @@ class Launch:
     registers: int | None = None
     """Of a thread, at most; None leaves it to the compiler, which for small heads would rather spill than pass 128."""
     wide_programs: int = 0
-    """Of the wide launch; 0 where there is none"""
+    """Of the launch for wide tiles; 0 where there is none"""
     wide_keys: int = 128
-    """Keys in a block there"""
+    """Keys in a block of that launch"""
 
     def most_rows(self, group: int) -> int:
         """Rows of the tree in the widest tile."""
@@ -109,6 +109,8 @@ class _Tiles:
     rows: Int64Array
     kind: Int64Array
     """Which of the launch's tile classes"""
+    wide: NDArray[np.bool_]
+    """Whether it belongs to the launch for wide tiles"""
     lowest: Int64Array
     """Position of the earliest row"""
     highest: Int64Array
@@ -170,10 +172,9 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     )
     counts = np.array([len(pieces), merged[0].size])
     first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[tiles.unit, 0]]
-    wide = (tiles.kind == WIDE) & (launch.wide_programs > 0)
     queue, wide_queue = (
         _queue(np.flatnonzero(some), plan.unit_cost[tiles.unit], first_slots, kv_heads, programs)
-        for some, programs in ((~wide, launch.programs), (wide, max(launch.wide_programs, 1)))
+        for some, programs in ((~tiles.wide, launch.programs), (tiles.wide, max(launch.wide_programs, 1)))
     )
     laid_out = counts, plan.row_positions, queue, wide_queue, items, runs, pieces, *merged
     tables = tuple(_aligned(table) for table in laid_out)
@@ -191,9 +192,9 @@ def _aligned(table: Int32Array | Int64Array) -> Int32Array:
 def _queue(
     items: Int64Array, costs: NDArray[np.float64], first_slots: Int64Array, kv_heads: int, programs: int
 ) -> Int64Array:
-    """Each program's items in turn, in rounds of one entry a program, ending with two rounds of -1: the kernel looks
-    that far ahead. Tiles of equal cost `[tiles]` that begin with the same keys go together, so that these come from
-    memory once.
+    """Each program's share of `items` in turn, in rounds of one entry a program, ending with two rounds of -1: the
+    kernel looks that far ahead. Tiles of equal cost `[tiles]` that begin with the same keys go together, so that these
+    come from memory once.
     """
     order = items[np.argsort(first_slots[items], kind="stable")]
     ordered = (kv_heads * order[:, None] + np.arange(kv_heads)).reshape(-1)
@@ -223,6 +224,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
         first=first,
         rows=rows,
         kind=kind,
+        wide=(kind == WIDE) & (launch.wide_programs > 0),
         lowest=reduce_ranges(np.minimum, plan.row_positions, bounds).astype(np.int64),
         highest=reduce_ranges(np.maximum, plan.row_positions, bounds).astype(np.int64),
     )
@@ -249,7 +251,7 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
         until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
         if plan.window is not None:
             before = np.clip(first_seen(plan.window, tiles.highest[tile] + slack) - position, 0, length)
-        block = np.where((tiles.kind[tile] == WIDE) & (launch.wide_programs > 0), launch.wide_keys, launch.block_keys)
+        block = np.where(tiles.wide[tile], launch.wide_keys, launch.block_keys)
         run = (until - before) // block * block
         run[~whole | (run < launch.least_run)] = 0
         before[run == 0] = 0

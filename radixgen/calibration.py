@@ -31,14 +31,14 @@ _SHIPPED = Path(__file__).with_name("calibration.json")
 class LaunchCost:
     """One way to launch the attention kernels: how many programs run at the same time, and what a tile takes them.
 
-    Where tiles of 128 rows have a launch of their own, the programs are that launch's; of the other one two run where
-    one of these would, so that a tile takes them half as long.
+    Where tiles of 128 rows have a launch of their own, the programs are that launch's. The launch of the other tiles
+    runs twice as many, so that half of what one of these takes is charged to a program.
     """
 
     programs: int
     tiles: tuple[TileCost, ...]
     launch: float = 0.0
-    """Of one more launch, where there is one"""
+    """Microseconds of that launch for tiles of 128 rows; 0 where they have none of their own"""
 
 
 @dataclass(frozen=True, slots=True)

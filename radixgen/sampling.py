@@ -13,12 +13,13 @@ from torch import Tensor
 
 from radixgen.beam_search import Choices
 from radixgen.core import SamplingParams, SamplingState
-from radixgen.kernels.draw import draw_tokens, probabilities
+from radixgen.kernels import torch_sampling
+from radixgen.kernels.torch_sampling import probabilities
 from radixgen.kernels.upload import upload
 
 DrawTokens = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], NDArray[np.float64]], Tensor]
-"""As `radixgen.kernels.draw.draw_tokens`."""
-GREEDY = SamplingParams(temperature=0.0)
+"""As `radixgen.kernels.torch_sampling.draw_tokens`."""
+_GREEDY = SamplingParams(temperature=0.0)
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
@@ -111,19 +112,19 @@ def draw(
     logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
 ) -> Draws:
     """As `sample`, without waiting for the device."""
-    params, numbers = [state.params for state in states], uniform(states)
+    draw_tokens = _fastest_draw_tokens(logits.is_cuda)
+    params, uniforms = [state.params for state in states], uniform(states)
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:
-        return Draws(_draw_tokens(among, rows, params, numbers))
-    # Whoever is shaped is drawn for as if it were greedy, too: that tells whether its row is sound.
-    first = [GREEDY if state.shaped else state.params for state in states]
-    choice = _draw_tokens(among, rows, first, numbers)
-    scores = _shaped(logits, [rows[i] for i in shaped], [states[i] for i in shaped], drawable)
-    drawn = _draw_tokens(scores, range(len(shaped)), [params[i] for i in shaped], numbers[shaped])
+        return Draws(draw_tokens(among, rows, params, uniforms))
+    # A shaped draw is made twice: first greedily from the logits as they are, which gives -1 where its row is unsound.
+    tokens = draw_tokens(among, rows, [_GREEDY if s.shaped else s.params for s in states], uniforms)
+    scores = _shaped_scores(logits, [rows[i] for i in shaped], [states[i] for i in shaped], drawable)
+    drawn = draw_tokens(scores, range(len(shaped)), [params[i] for i in shaped], uniforms[shaped])
     places = _index(shaped, logits)
-    choice.index_copy_(0, places, torch.where(choice.index_select(0, places) >= 0, drawn, -1))
-    return Draws(choice)
+    tokens.index_copy_(0, places, torch.where(tokens.index_select(0, places) >= 0, drawn, -1))
+    return Draws(tokens)
 
 
 def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> Drawn:
@@ -171,7 +172,7 @@ def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: Draw
     """What each draw is made from: logits `[n, vocab]`, one row a state, to probabilities, float64; they need not
     add up to 1. Greedy states are given the likeliest token alone.
     """
-    scores = _shaped(logits, range(len(states)), states, drawable)
+    scores = _shaped_scores(logits, range(len(states)), states, drawable)
     return probabilities(scores, [state.params for state in states])
 
 
@@ -234,30 +235,24 @@ def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, i
     return first, second, third, fourth
 
 
-def _shaped(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None) -> Tensor:
-    """The logits of `rows`, one row a state, as `shape` leaves them of what is drawable: float64 `[n, vocab]`."""
+def _shaped_scores(
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None
+) -> Tensor:
+    """The logits of `rows`, one row a state, of what is drawable, after `shape`: float64 `[n, vocab]`."""
     scores = _pick(logits, rows).double()
     if drawable is not None:
         drawable.hide(scores)
     return shape(scores, states)
 
 
-def _draw_tokens(
-    logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
-) -> Tensor:
-    """By the fastest form on the device of `logits`."""
-    form = _fused_draw_tokens() if logits.is_cuda else None
-    return (form or draw_tokens)(logits, rows, params, uniforms)
-
-
 @cache
-def _fused_draw_tokens() -> DrawTokens | None:
-    """The form for GPUs, where Triton is installed."""
-    if find_spec("triton") is None:
-        return None
-    from radixgen.kernels import triton_draw
+def _fastest_draw_tokens(cuda: bool) -> DrawTokens:
+    """By the Triton kernels on a GPU where Triton is installed, else by PyTorch."""
+    if not cuda or find_spec("triton") is None:
+        return torch_sampling.draw_tokens
+    from radixgen.kernels import triton_sampling
 
-    return triton_draw.draw_tokens
+    return triton_sampling.draw_tokens
 
 
 def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:

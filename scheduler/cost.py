@@ -33,9 +33,9 @@ class CostModel:
       for keys that only some of these rows see;
     - `partial` for each query head's row of each partial result: a row covered by one unit has none, one covered by
       `k > 1` has `k`;
-    and takes `merge` longer where there are partials at all. It takes no less than `first_key` for each distinct key
-    and the least `tile.key` for each time that one is read again: neither hides behind the other, because all programs
-    go from the root down at the same time.
+    and takes `merge` longer where there are partials at all, and `launch` longer in any case. It takes no less than
+    `first_key` for each distinct key and the least `tile.key` for each time that one is read again: neither hides
+    behind the other, because all programs go from the root down at the same time.
 
     The default suits PyTorch on a CPU at head_dim 64, in keys read: a unit costs an operator's dispatch, a partial its
     write, read and merge.
@@ -53,7 +53,7 @@ class CostModel:
     least_run: int = 0
     """Keys of an extent, from which they cost `tile.key` where all rows see them."""
     launch: float = 0.0
-    """What one more launch takes, of tiles of the last class alone and before all others; 0 where there is one"""
+    """Of a launch for tiles of the last class alone, ahead of the others; 0 where one launch has all"""
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
@@ -80,9 +80,9 @@ class CostModel:
         )
 
     def apart(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which units of so many rows of the tree, `[units]`, are launched before the others."""
-        held = self.columns()[0]
-        return rows > held[-2] if self.launch and held.size > 1 else np.zeros(rows.shape, bool)
+        """Which units of so many rows of the tree, `[units]`, have the launch ahead of the others."""
+        most = self.columns()[0]
+        return rows > most[-2] if self.launch and most.size > 1 else np.zeros(rows.shape, bool)
 
     def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]) -> Floats:
         """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys,

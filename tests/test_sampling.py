@@ -25,7 +25,7 @@ from transformers import (
 
 from radixgen import SamplingParams
 from radixgen.core import SamplingState
-from radixgen.kernels.draw import weights
+from radixgen.kernels.torch_sampling import weights
 from radixgen.sampling import (
     Drawn,
     distribution,

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, multiplied as one, and by the kernel for few rows where there is one.
+"""Linear layers that read the same input, multiplied as one; few rows by `radixgen.kernels.skinny_gemm`, where it can.
 
 A product with few rows is bound by reading its weights, and a narrow one does not keep the whole chip reading. The
 modules around stay as they are: the first layer that is asked multiplies for all, and the others hand out their share.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from radixgen.kernels import products
+from radixgen.kernels import skinny_gemm
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers' models feed the same tensor, side by side in one module."""
@@ -27,9 +27,9 @@ class FusedLinear:
             layer.weight.data = rows
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat([bias.data for bias in biases]) if biases else None
-        self._fast = self._bias is None and products.takes(self._weight)
-        if self._fast:
-            products.register()
+        self._skinny = self._bias is None and skinny_gemm.supports(self._weight)
+        if self._skinny:
+            skinny_gemm.register()
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
         self._due = 0
@@ -46,7 +46,7 @@ class FusedLinear:
         return output
 
     def _multiply(self, given: Tensor) -> Tensor:
-        return products.linear(given, self._weight) if self._fast else linear(given, self._weight, self._bias)
+        return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
 
 
 class Share(nn.Module):
@@ -70,7 +70,7 @@ class Share(nn.Module):
 
 
 def fuse_linears(model: nn.Module) -> None:
-    """Put `Share`s in the place of all layers that can be fused, and of those alone that the kernel for few rows takes;
+    """Put `Share`s in the place of all layers that can be fused, and of all others that `skinny_gemm` supports;
     `restore_linears` takes them out again.
     """
     for module in list(model.modules()):
@@ -82,12 +82,12 @@ def fuse_linears(model: nn.Module) -> None:
                 for index, (name, layer) in enumerate(zip(names, found, strict=True)):
                     module._modules[name] = Share(fused, index, layer)
         for name, child in list(module._modules.items()):
-            if isinstance(child, nn.Linear) and _taken(child):
+            if isinstance(child, nn.Linear) and _supported(child):
                 module._modules[name] = Share(FusedLinear([child]), 0, child)
 
 
-def _taken(layer: nn.Linear) -> bool:
-    return _alike([layer]) and layer._parameters["bias"] is None and products.takes(layer.weight)
+def _supported(layer: nn.Linear) -> bool:
+    return _alike([layer]) and layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
 
 
 def restore_linears(model: nn.Module) -> None:

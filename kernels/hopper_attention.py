@@ -1,4 +1,4 @@
-"""The launch for wide tiles on Hopper, by the kernel of `radixgen.kernels.wide_kernels`."""
+"""The launch of `radixgen.kernels.hopper_attention_kernels`: a plan's wide tiles on Hopper."""
 
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,11 @@ def attend(
     tables: "Tables", positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float,
     sinks: Tensor | None,
 ) -> None:  # fmt: skip
-    """The items of `wide_queue`: `out` and `lse` of rows that no other item has, partials of all others."""
+    """Answer the items of `wide_queue`: rows that no other item has into `out` and `lse`, all others into partials."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from radixgen.kernels.wide_kernels import attend_wide
+    from radixgen.kernels.hopper_attention_kernels import attend_wide
 
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     dtype = gl.bfloat16 if k.dtype == torch.bfloat16 else gl.float16

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @gluon.jit
-def place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
+def _place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
     """(tile_n, tile_m, block of K) of unit j of a segment; programs start at different blocks."""
     tile = segment // SPLIT
     tile_n = tile // tiles_m
@@ -23,7 +23,7 @@ def place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+def _write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
     """Write a tile `acc [BLOCK_N, BLOCK_M]` of y.T to rows below M of y."""
     n = (tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)))[:, None]
     m = (tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)))[None, :]
@@ -31,9 +31,9 @@ def write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: g
 
 
 @gluon.jit(do_not_specialize=["M", "tiles_m", "turn"])
-def product(
-    w_desc,
-    x_desc,
+def linear_kernel(
+    w_blocks,
+    x_blocks,
     y,
     M,
     tiles_m,
@@ -56,11 +56,11 @@ def product(
     is filled again.
     """
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
-    w_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + w_desc.block_type.shape, w_desc.layout)
-    x_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    w_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + w_blocks.block_type.shape, w_blocks.layout)
+    x_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], x_blocks.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bytes_: gl.constexpr = w_desc.block_type.nbytes + x_desc.block_type.nbytes
-    W_ROWS: gl.constexpr = w_desc.block_type.shape[1]
+    bytes_: gl.constexpr = w_blocks.block_type.nbytes + x_blocks.block_type.nbytes
+    W_ROWS: gl.constexpr = w_blocks.block_type.shape[1]
 
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
@@ -74,9 +74,9 @@ def product(
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
         mbarrier.expect(bars.index(i), bytes_, pred=i < units)
-        tile_n, tile_m, k = place(segment, j, length, turn, tiles_m, SPLIT)
+        tile_n, tile_m, k = _place(segment, j, length, turn, tiles_m, SPLIT)
         tma.async_copy_global_to_shared(
-            w_desc, [0, tile_n * W_ROWS, k * BLOCK_K], bars.index(i), w_slots.index(i), i < units
+            w_blocks, [0, tile_n * W_ROWS, k * BLOCK_K], bars.index(i), w_slots.index(i), i < units
         )
         j += 1
         segment += gl.where(j == length, 1, 0)
@@ -86,9 +86,9 @@ def product(
     segment = first
     j = 0
     for i in gl.static_range(STAGES):
-        tile_n, tile_m, k = place(segment, j, length, turn, tiles_m, SPLIT)
+        tile_n, tile_m, k = _place(segment, j, length, turn, tiles_m, SPLIT)
         tma.async_copy_global_to_shared(
-            x_desc, [tile_m * BLOCK_M, k * BLOCK_K], bars.index(i), x_slots.index(i), i < units
+            x_blocks, [tile_m * BLOCK_M, k * BLOCK_K], bars.index(i), x_slots.index(i), i < units
         )
         j += 1
         segment += gl.where(j == length, 1, 0)
@@ -113,10 +113,10 @@ def product(
                 free = gl.where(slot == 0, STAGES - 1, slot - 1)
             fits = (unit >= LAG) & (unit + STAGES - LAG < units)
             bar = bars.index(free)
-            tile_n, tile_m, k = place(segment, j, length, turn, tiles_m, SPLIT)
+            tile_n, tile_m, k = _place(segment, j, length, turn, tiles_m, SPLIT)
             mbarrier.expect(bar, bytes_, pred=fits)
-            tma.async_copy_global_to_shared(w_desc, [0, tile_n * W_ROWS, k * BLOCK_K], bar, w_slots.index(free), fits)
-            tma.async_copy_global_to_shared(x_desc, [tile_m * BLOCK_M, k * BLOCK_K], bar, x_slots.index(free), fits)
+            tma.async_copy_global_to_shared(w_blocks, [0, tile_n * W_ROWS, k * BLOCK_K], bar, w_slots.index(free), fits)
+            tma.async_copy_global_to_shared(x_blocks, [tile_m * BLOCK_M, k * BLOCK_K], bar, x_slots.index(free), fits)
             j += fits.to(gl.int32)
             segment += gl.where(j == length, 1, 0)
             j = gl.where(j == length, 0, j)
@@ -129,4 +129,4 @@ def product(
         tile_n = now // SPLIT // tiles_m
         tile_m = now // SPLIT % tiles_m
         parts = y + now % SPLIT * M * y_stride
-        write(parts, acc, y_stride, tile_n, tile_m, M, BLOCK_N, BLOCK_M, LAYOUT)
+        _write(parts, acc, y_stride, tile_n, tile_m, M, BLOCK_N, BLOCK_M, LAYOUT)

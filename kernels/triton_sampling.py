@@ -1,4 +1,4 @@
-"""Drawing tokens on a GPU, by the kernels of `radixgen.kernels.draw_kernels`."""
+"""Drawing tokens on a GPU, by the kernels of `radixgen.kernels.sampling_kernels`."""
 
 import math
 from collections.abc import Sequence
@@ -10,43 +10,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.core import SamplingParams
-from radixgen.kernels import draw_kernels
+from radixgen.kernels import sampling_kernels
 from radixgen.kernels.upload import upload
 
 BLOCK = 2048
 """Tokens whose logits one program reads at once"""
 _WAYS, _PASSES = 8, 12
-"""Thresholds of a pass, and passes, of the search for a floor: a floor is right to 8**-11 of the logits' range."""
-_LARGEST = 1e38
+"""Thresholds of each pass of the search for a floor, and passes: it ends within 8**-12 of the logits' range."""
+_LARGEST_LOGIT = 1e38
 _LARGEST_UNIT = 1e30
-"""A lower temperature draws the likeliest tokens alone."""
+"""Base-2 exponents a logit; a lower temperature draws the likeliest tokens alone"""
 
 
 def draw_tokens(
     logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> Tensor:
-    """As `radixgen.kernels.draw.draw_tokens`, in float32."""
+    """As `radixgen.kernels.torch_sampling.draw_tokens`, in float32."""
     if logits.dtype == torch.float64:
-        logits = logits.clamp(max=_LARGEST).float()
-    drawing = [one for one in params if not one.greedy]
-    by_count = any(one.top_k > 0 for one in drawing)
-    by_weight = any(one.top_p < 1.0 for one in drawing)
-    draws = _Draws(logits, upload(_settings(rows, params, uniforms), logits.device))
-    draws.weigh_blocks()
-    if by_count:
-        draws.find_floors(weighed=False)
-        draws.weigh_blocks(filtered=True)
-    if by_weight:
-        draws.find_floors(weighed=True)
-    filtered = by_count or by_weight or any(one.min_p for one in drawing)
+        logits = logits.clamp(max=_LARGEST_LOGIT).float()
+    sampled = [one for one in params if not one.greedy]
+    top_k = any(one.top_k > 0 for one in sampled)
+    top_p = any(one.top_p < 1.0 for one in sampled)
+    filtered = top_k or top_p or any(one.min_p for one in sampled)
+    step = _Step(logits, upload(_settings(rows, params, uniforms), logits.device))
+    step.weigh_blocks()
+    if top_k:
+        step.find_floors(weighed=False)
+        step.weigh_blocks(filtered=True)
+    if top_p:
+        step.find_floors(weighed=True)
     if filtered:
-        draws.settle_floors()
-        draws.weigh_blocks(filtered=True)
-    return draws.choose(filtered=filtered)
+        step.raise_floors()
+        step.weigh_blocks(filtered=True)
+    return step.choose(filtered=filtered)
 
 
-class _Draws:
-    """What the kernels hand to each other for the draws of one step."""
+class _Step:
+    """All draws of one step: the kernels' launches, and the memory by which each hands its results to the next."""
 
     def __init__(self, logits: Tensor, settings: Tensor) -> None:
         """Logits `[rows, vocab]`, not float64; settings as `_settings` makes them."""
@@ -54,7 +54,7 @@ class _Draws:
         self._settings = settings
         self._draws, self._width = settings.shape[1], logits.shape[1]
         self._blocks = triton.cdiv(self._width, BLOCK)
-        self._padded = triton.next_power_of_2(self._blocks)
+        self._padded_blocks = triton.next_power_of_2(self._blocks)
         self._tops, self._masses = self._floats(2, self._draws, self._blocks)
         self._best = logits.new_empty((self._draws, self._blocks), dtype=torch.int32)
         self._floors = self._floats(self._draws).fill_(-math.inf)
@@ -63,40 +63,40 @@ class _Draws:
         return self._logits.new_empty(shape, dtype=torch.float32)
 
     def weigh_blocks(self, *, filtered: bool = False) -> None:
-        draw_kernels.weigh_blocks[(self._blocks, self._draws)](
+        sampling_kernels.weigh_blocks[(self._blocks, self._draws)](
             self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses, self._best,
             self._width, self._draws, self._blocks, BLOCK=BLOCK, FILTERED=filtered, num_warps=4,
         )  # fmt: skip
 
     def find_floors(self, *, weighed: bool) -> None:
-        """Search for the floors of top-p where they are `weighed`, else of top-k, from those that there are on."""
+        """Raise the floors to what top-p keeps where they are `weighed`, else to what top-k keeps."""
         bounds = self._floats(_PASSES + 1, 3, self._draws)
         found = self._floats(2, self._draws, self._blocks, _WAYS + 2)
-        for turn in range(_PASSES):
-            draw_kernels.narrow_floors[(self._blocks, self._draws)](
+        for index in range(_PASSES):
+            sampling_kernels.narrow_floors[(self._blocks, self._draws)](
                 self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses,
-                bounds[turn], found[turn % 2 - 1], found[turn % 2], self._width, self._draws, self._blocks,
-                BLOCKS=self._padded, BLOCK=BLOCK, WAYS=_WAYS, WEIGHED=weighed, FIRST=turn == 0, num_warps=4,
+                bounds[index], found[index % 2 - 1], found[index % 2], self._width, self._draws, self._blocks,
+                BLOCKS=self._padded_blocks, BLOCK=BLOCK, WAYS=_WAYS, WEIGHED=weighed, FIRST=index == 0, num_warps=4,
             )  # fmt: skip
         self._settle(bounds[-1], found[_PASSES % 2 - 1], searched=True)
 
-    def settle_floors(self) -> None:
-        """Raise floors to what min-p keeps."""
+    def raise_floors(self) -> None:
+        """Raise the floors to what min-p keeps."""
         self._settle(self._floors, self._floors, searched=False)
 
     def _settle(self, bounds: Tensor, found: Tensor, *, searched: bool) -> None:
-        draw_kernels.settle_floors[(self._draws,)](
+        sampling_kernels.settle_floors[(self._draws,)](
             self._settings, self._floors, self._tops, bounds, found, self._draws, self._blocks,
-            BLOCKS=self._padded, WAYS=_WAYS, SEARCHED=searched, num_warps=1,
+            BLOCKS=self._padded_blocks, WAYS=_WAYS, SEARCHED=searched, num_warps=1,
         )  # fmt: skip
 
     def choose(self, *, filtered: bool) -> Tensor:
         """Int64 `[draws]`."""
         tokens = self._logits.new_empty(self._draws, dtype=torch.int64)
-        draw_kernels.choose[(self._draws,)](
+        sampling_kernels.choose[(self._draws,)](
             self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses, self._best,
             tokens, self._width, self._draws, self._blocks,
-            BLOCKS=self._padded, BLOCK=BLOCK, FILTERED=filtered, num_warps=4,
+            BLOCKS=self._padded_blocks, BLOCK=BLOCK, FILTERED=filtered, num_warps=4,
         )  # fmt: skip
         return tokens
 
@@ -104,16 +104,14 @@ class _Draws:
 def _settings(
     rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """What the kernels read of each draw, float64 `[6, draws]`. UNIT is what logits are multiplied by to be exponents
-    of 2, 0 for a greedy draw; MIN_P the base-2 logarithm of min_p, so that floors are told in logits.
-    """
-    found = np.empty((6, len(rows)))
-    kinds: dict[int, tuple[float, float, float, float]] = {}
+    """What the kernels read of each draw, float64 `[6, draws]`, in the order of `radixgen.kernels.sampling_kernels`."""
+    settings = np.empty((6, len(rows)))
+    columns: dict[int, tuple[float, float, float, float]] = {}
     for one in params:
-        if id(one) not in kinds:
+        if id(one) not in columns:  # many draws have the same parameters
             unit = 0.0 if one.greedy else min(math.log2(math.e) / one.temperature, _LARGEST_UNIT)
-            least = math.log2(one.min_p) if one.min_p else -math.inf
-            kinds[id(one)] = unit, max(one.top_k, 0), one.top_p, least
-    found[0], found[5] = rows, uniforms
-    found[1:5] = np.array([kinds[id(one)] for one in params]).T
-    return found
+            min_p = math.log2(one.min_p) if one.min_p else -math.inf
+            columns[id(one)] = unit, max(one.top_k, 0), one.top_p, min_p
+    settings[0], settings[5] = rows, uniforms
+    settings[1:5] = np.array([columns[id(one)] for one in params]).T
+    return settings

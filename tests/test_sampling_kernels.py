@@ -1,4 +1,4 @@
-"""The kernels that draw tokens, in Triton's interpreter, against the plain form; many numbers of one row in turn."""
+"""The kernels that draw tokens, on a GPU or in Triton's interpreter, against their twin in PyTorch."""
 
 from dataclasses import replace
 from itertools import product
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from radixgen import SamplingParams
-from radixgen.kernels import draw, triton_draw
+from radixgen.kernels import torch_sampling, triton_sampling
 
 INF = float("inf")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,14 +39,14 @@ def some_logits(rng: np.random.Generator, kind: str, vocab: int) -> Tensor:
     ("vocab", "kind"),
     [(1, "flat"), (2, "ties"), (37, "distinct"), (37, "ties"), (2048, "distinct"), (2049, "ties"), (5000, "flat")],
 )
-def test_the_kernels_draw_what_the_plain_form_draws(vocab: int, kind: str) -> None:
+def test_the_kernels_draw_what_pytorch_draws(vocab: int, kind: str) -> None:
     rng = np.random.default_rng(vocab)
     logits = some_logits(rng, kind, vocab)
     params = [PARAMS[at] for at in rng.choice(len(PARAMS), 7, replace=False)] + [SamplingParams()] * 4
     rows = [*rng.integers(0, 2, 8).tolist(), 2, 3, 4]
     uniforms = np.append([0.0, 1 - 2**-53], rng.random(9))
-    found = triton_draw.draw_tokens(logits, rows, params, uniforms)
-    assert found.tolist() == draw.draw_tokens(logits, rows, params, uniforms).tolist()
+    found = triton_sampling.draw_tokens(logits, rows, params, uniforms)
+    assert found.tolist() == torch_sampling.draw_tokens(logits, rows, params, uniforms).tolist()
     assert found[-3:].tolist() == [-1] * 3
 
 
@@ -57,9 +57,9 @@ def test_frequencies_are_those_of_the_distribution(params: SamplingParams) -> No
     logits = torch.full((1, vocab), -INF, device=DEVICE)
     logits[0, 7::300] = torch.randn(7, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     uniforms = (np.arange(count) + 0.5) / count
-    tokens = triton_draw.draw_tokens(logits, [0] * count, [params] * count, uniforms)
+    tokens = triton_sampling.draw_tokens(logits, [0] * count, [params] * count, uniforms)
     found = np.bincount(tokens.cpu(), minlength=vocab)
-    shares = draw.probabilities(logits.double(), [params])[0]
+    shares = torch_sampling.probabilities(logits.double(), [params])[0]
     wanted = (shares / shares.sum() * count).cpu().numpy()
     assert (np.abs(found - wanted) <= 1).all() and found[wanted == 0].sum() == 0
 
@@ -69,8 +69,8 @@ def test_min_p_takes_nothing_from_what_top_p_is_a_share_of() -> None:
     logits = torch.log(torch.tensor([[0.4, 0.25, 0.12, 0.09, 0.08, 0.06]], device=DEVICE))
     params = [SamplingParams(top_p=0.7, min_p=0.21)] * 12 + [SamplingParams(top_k=2)]
     uniforms = np.append((np.arange(12) + 0.5) / 12, 0.5)
-    found = triton_draw.draw_tokens(logits, [0] * 13, params, uniforms).tolist()
-    assert found == draw.draw_tokens(logits, [0] * 13, params, uniforms).tolist()
+    found = triton_sampling.draw_tokens(logits, [0] * 13, params, uniforms).tolist()
+    assert found == torch_sampling.draw_tokens(logits, [0] * 13, params, uniforms).tolist()
     assert set(found) == {0, 1, 2}
 
 
@@ -79,13 +79,13 @@ def test_a_draw_does_not_see_its_batch() -> None:
     params = [PARAMS[at] for at in (3, 70, 150)]
     params.append(replace(params[0], temperature=0.7))
     rows, uniforms = [0, 1, 2, 0], np.random.default_rng(1).random(4)
-    together = triton_draw.draw_tokens(logits, rows, params, uniforms).tolist()
+    together = triton_sampling.draw_tokens(logits, rows, params, uniforms).tolist()
     for index, row in enumerate(rows):
-        one = triton_draw.draw_tokens(logits[row : row + 1], [0], [params[index]], uniforms[[index]])
+        one = triton_sampling.draw_tokens(logits[row : row + 1], [0], [params[index]], uniforms[[index]])
         assert one.tolist() == [together[index]]
 
 
 def test_scores_in_float64_that_float32_does_not_hold() -> None:
     scores = torch.tensor([[1e300, -INF, 3.0, -1e300]], dtype=torch.float64, device=DEVICE)
     uniforms, params = np.array([0.0, 0.99]), [SamplingParams()] * 2
-    assert triton_draw.draw_tokens(scores, [0, 0], params, uniforms).tolist() == [0, 0]
+    assert triton_sampling.draw_tokens(scores, [0, 0], params, uniforms).tolist() == [0, 0]

@@ -1,5 +1,5 @@
-"""Drawing tokens on a GPU: the logits of a draw are read once, in blocks of the vocabulary, and once more where filters
-hide tokens.
+"""Drawing tokens on a GPU, in Triton: the logits of a draw are read once, in blocks of the vocabulary, and more often
+only where filters hide tokens.
 
 Each block keeps its largest logit and the sum of its weights against that; a draw then finds its block by these, and
 its token inside of it. Filters are a least logit, the *floor*, which is searched for without sorting: each pass over a
@@ -7,17 +7,28 @@ row weighs what lies from a few thresholds on between two bounds, and the next b
 
 Every sum has a fixed order that depends on the width of the vocabulary alone, so that a draw depends on nothing but its
 own row, and two runs agree.
+
+Symbols: `draws` tokens are drawn, from `logits` `[rows, width]` whose rows are `row_stride` apart, cut into `blocks` of
+BLOCK tokens; BLOCKS is `blocks` rounded up to a power of two. `settings` float64 `[6, draws]`, see below; `floors`
+float32 `[draws]`; `tops`, `masses` float32 and `best` int32 `[draws, blocks]`, see `weigh_blocks`.
 """
 
 import triton
 import triton.language as tl
 
+# Rows of `settings`
 ROW = tl.constexpr(0)
+"""Which row of the logits"""
 UNIT = tl.constexpr(1)
+"""What logits are multiplied by to be exponents of 2; 0 of a greedy draw"""
 TOP_K = tl.constexpr(2)
+"""Tokens to keep; 0: all"""
 TOP_P = tl.constexpr(3)
+"""Share of the weight to keep"""
 MIN_P = tl.constexpr(4)
+"""Base-2 logarithm of the least weight to keep, the largest being 1"""
 UNIFORM = tl.constexpr(5)
+"""A number in [0, 1)"""
 
 
 @triton.jit
@@ -34,7 +45,7 @@ def _scores(logits, row_stride, settings, width, draws, draw, token):
 
 @triton.jit
 def _weights(scores, top, unit):
-    """Of float32 logits against the largest of them; where that is -inf, all are 0."""
+    """Powers of two of float32 logits, 1 for the largest, `top`; where that is -inf, all are 0."""
     return tl.exp2((scores - tl.where(top == float("-inf"), 0.0, top)) * unit)
 
 
@@ -43,10 +54,9 @@ def weigh_blocks(
     logits, row_stride, settings, floors, tops, masses, best, width, draws, blocks,
     BLOCK: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of each block of each draw, NaN where the block holds NaN or +inf; the first token that has it;
-    and the weights of the block's tokens together, of those from the draw's floor on where it is FILTERED.
-
-    Of `[draws, blocks]` tops, masses float32 and best int32.
+    """Of each block of each draw: its largest logit into `tops`, NaN where it holds NaN or +inf; the first token with
+    that logit into `best`; and the sum of its weights into `masses`. FILTERED: `masses` alone, of those logits that
+    reach the draw's floor.
     """
     block, draw = tl.program_id(0), tl.program_id(1)
     place = draw * blocks + block
@@ -73,9 +83,9 @@ def narrow_floors(
 
     The floor is the largest logit such that what lies from it on is enough: TOP_K tokens, or where it is WEIGHED the
     share TOP_P of the weight that `masses` tell. It is searched for between two bounds, the lower of which is enough,
-    by what the pass before found. `before` and `found`: of `[draws, blocks, WAYS + 2]` float32, sums from the
-    thresholds on, then the least and the largest logit between the bounds. `bounds`: `[2, 3, draws]` float32, those of
-    the pass before, which this pass moves to their other half: lower, upper, and what is enough.
+    by what the pass before found. `before` and `found`, float32 `[draws, blocks, WAYS + 2]`, of the pass before and of
+    this one: sums from the thresholds on, then the least and the largest logit between the bounds. `bounds`, float32
+    `[2, 3, draws]`, of the pass before, and of this one, which writes them: lower, upper, and what is enough.
     """
     block, draw = tl.program_id(0), tl.program_id(1)
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)

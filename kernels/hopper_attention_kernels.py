@@ -1,4 +1,5 @@
-"""Tree attention of wide tiles on Hopper, in Gluon: items, runs and gathered keys as `radixgen.kernels.work` lays out.
+"""Tree attention of wide tiles (65 to 128 query heads' rows) on Hopper, in Gluon, over the tables of
+`radixgen.kernels.work`.
 
 A program is three warp groups. One copies: queries, blocks of runs (by the bulk copy engine) and gathered keys (one by
 one), all into one ring of shared memory. The others attend, to 64 query heads' rows each, and never see a slot: to them
@@ -9,7 +10,6 @@ The ring's place j of a run's blocks holds block j's keys and block j - 1's valu
 that n blocks take n + 1 places; a place of gathered keys holds keys and values of the same block.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,10 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
-ITEM_FIELDS = gl.constexpr(10)
+from radixgen.kernels.triton_kernels import ITEM_FIELDS, LN_2, LOG2_E
 
 
 @gluon.jit
@@ -40,29 +39,16 @@ def _item(items, task, age, KV_HEADS: gl.constexpr):
     item = items + (gl.maximum(task, 0) // KV_HEADS) * ITEM_FIELDS
     key_end = gl.load(item + 5) + age * gl.load(item + 8)
     return (
-        gl.load(item),
-        gl.load(item + 1),
-        gl.load(item + 2),
-        gl.load(item + 3),
-        gl.load(item + 4),
-        key_end,
-        gl.load(item + 6),
-        gl.load(item + 9),
-    )
+        gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3), gl.load(item + 4), key_end,
+        gl.load(item + 6), gl.load(item + 9),
+    )  # fmt: skip
 
 
 @gluon.jit
 def _copy_queries(
-    q,
-    tile,
-    first_row,
-    num_rows,
-    head,
-    FIRST: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DIM: gl.constexpr,
-):
+    q, tile, first_row, num_rows, head,
+    FIRST: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
+):  # fmt: skip
     """64 packed rows from FIRST on into `tile [64, DIM]`; 0 for those that there are not."""
     COPIED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     packed = FIRST + gl.arange(0, 64, gl.SliceLayout(1, COPIED))
@@ -76,20 +62,9 @@ def _copy_queries(
 
 @gluon.jit
 def _copy_keys(
-    k,
-    v,
-    key_slots,
-    key_rows,
-    k_tile,
-    v_tile,
-    rows_tile,
-    begin,
-    end,
-    head,
-    KV_HEADS: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-):
+    k, v, key_slots, key_rows, k_tile, v_tile, rows_tile, begin, end, head,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
     """Gathered keys [begin, end), at most BLOCK, their values, and which rows see them; 0, so none, behind the last."""
     COPIED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -107,24 +82,9 @@ def _copy_keys(
 
 @gluon.jit
 def _produce(
-    q,
-    k,
-    v,
-    k_blocks,
-    v_blocks,
-    queue,
-    items,
-    runs,
-    key_slots,
-    key_rows,
-    age,
-    shared,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q, k, v, k_blocks, v_blocks, queue, items, runs, key_slots, key_rows, age, shared,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Copy what every item needs, in the order in which it is attended to, as places become empty.
 
     Nothing is waited for but those: copies say themselves, to the barriers of their places, that they have arrived.
@@ -138,15 +98,9 @@ def _produce(
     while task >= 0:
         after = _task(queue, turn + 2)
         (
-            next_first_row,
-            next_num_rows,
-            next_run_begin,
-            next_run_end,
-            next_key_begin,
-            next_key_end,
-            next_partial,
+            next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, next_partial,
             next_blocks,
-        ) = _item(items, coming, age, KV_HEADS)
+        ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
         head = task % KV_HEADS
         column = head * DIM
         # The first keys go ahead of the queries, whose place is not empty before all keys of the item before are seen.
@@ -188,20 +142,9 @@ def _produce(
             at = count % STAGES
             mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
             _copy_keys(
-                k,
-                v,
-                key_slots,
-                key_rows,
-                k_ring.index(at),
-                v_ring.index(at),
-                rows_ring.index(at),
-                begin,
-                key_end,
-                head,
-                KV_HEADS,
-                DIM,
-                BLOCK,
-            )
+                k, v, key_slots, key_rows, k_ring.index(at), v_ring.index(at), rows_ring.index(at), begin, key_end,
+                head, KV_HEADS, DIM, BLOCK,
+            )  # fmt: skip
             async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
             mbarrier.arrive(ready.index(at), count=1)  # which nobody waits for: that its phases count its place's uses
             count += 1
@@ -227,24 +170,10 @@ def _shrunk(total, shrink):
 
 @gluon.jit
 def _consume(
-    out,
-    lse,
-    partial_out,
-    partial_lse,
-    sinks,
-    queue,
-    items,
-    age,
-    scale,
-    shared,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
-    HALF: gl.constexpr,
-    SINKS: gl.constexpr,
-):
+    out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    HALF: gl.constexpr, SINKS: gl.constexpr,
+):  # fmt: skip
     """64 packed rows of every item, the first or the second HALF, by one warp group."""
     FIRST: gl.constexpr = 64 * HALF
     q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
@@ -274,15 +203,9 @@ def _consume(
         # which would wait for them.
         after_coming = _task(queue, turn + 2)
         (
-            next_first_row,
-            next_num_rows,
-            next_run_begin,
-            next_run_end,
-            next_key_begin,
-            next_key_end,
-            next_partial,
+            next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, next_partial,
             next_blocks,
-        ) = _item(items, coming, age, KV_HEADS)
+        ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
 
         if blocks > 0:
             at = count % STAGES
@@ -374,35 +297,14 @@ def _consume(
 
 @gluon.jit
 def attend_wide(
-    q,
-    k,
-    v,
-    k_blocks,
-    v_blocks,
-    out,
-    lse,
-    partial_out,
-    partial_lse,
-    sinks,
-    row_positions,
-    laid_out_positions,
-    queue,
-    items,
-    runs,
-    key_slots,
-    key_rows,
-    scale,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK: gl.constexpr,
-    STAGES: gl.constexpr,
-    SINKS: gl.constexpr,
-    PDL: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
-):
-    """Every work item (unit x KV head) of this program; the tables are `radixgen.kernels.triton_kernels.attend`'s."""
+    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, laid_out_positions,
+    queue, items, runs, key_slots, key_rows, scale,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    SINKS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """Every work item (unit x KV head) of this program, of the queue of wide tiles; arguments are as those of
+    `radixgen.kernels.triton_kernels.attend`, with heads of DIM for keys and values, and BLOCK keys in a block.
+    """
     dtype: gl.constexpr = k_blocks.dtype
     QUERIES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -425,79 +327,25 @@ def attend_wide(
         mbarrier.init(q_empty.index(half), count=1)
     laid_out_at = gl.load(laid_out_positions)
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()
     age = gl.load(row_positions).to(gl.int32) - laid_out_at
     shared = (q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    out,
-                    lse,
-                    partial_out,
-                    partial_lse,
-                    sinks,
-                    queue,
-                    items,
-                    age,
-                    scale,
-                    shared,
-                    KV_HEADS,
-                    GROUP,
-                    DIM,
-                    BLOCK,
-                    STAGES,
-                    0,
-                    SINKS,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    out,
-                    lse,
-                    partial_out,
-                    partial_lse,
-                    sinks,
-                    queue,
-                    items,
-                    age,
-                    scale,
-                    shared,
-                    KV_HEADS,
-                    GROUP,
-                    DIM,
-                    BLOCK,
-                    STAGES,
-                    1,
-                    SINKS,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    q,
-                    k,
-                    v,
-                    k_blocks,
-                    v_blocks,
-                    queue,
-                    items,
-                    runs,
-                    key_slots,
-                    key_rows,
-                    age,
-                    shared,
-                    KV_HEADS,
-                    GROUP,
-                    DIM,
-                    BLOCK,
-                    STAGES,
-                ),
-            ),
+            (_consume, (
+                out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared, KV_HEADS, GROUP, DIM,
+                BLOCK, STAGES, 0, SINKS,
+            )),
+            (_consume, (
+                out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared, KV_HEADS, GROUP, DIM,
+                BLOCK, STAGES, 1, SINKS,
+            )),
+            (_produce, (
+                q, k, v, k_blocks, v_blocks, queue, items, runs, key_slots, key_rows, age, shared, KV_HEADS, GROUP,
+                DIM, BLOCK, STAGES,
+            )),
         ],
         [4, 4],
         [CONSUMER_REGS, PRODUCER_REGS],
-    )
+    )  # fmt: skip

@@ -1,8 +1,7 @@
-"""Drawing tokens from logits: filters, and the inverse of the cumulative distribution.
+"""Drawing tokens from logits in PyTorch: filters, and the inverse of the cumulative distribution.
 
-`draw_tokens` here is the plain form, in float64 and in sums of integers; `radixgen.kernels.triton_draw` has the one for
-GPUs, with the same signature. Both find the same token, but where a number of `uniforms` lies within 1e-6 of where two
-tokens meet.
+In float64 and sums of integers. `radixgen.kernels.triton_sampling` is the same for GPUs: both draw the same token, but
+where a number of `uniforms` lies within 1e-6 of where two tokens meet.
 """
 
 import math
@@ -28,15 +27,15 @@ def draw_tokens(
     depend on the others.
     """
     best, likeliest = logits.max(-1)
-    where = upload(np.array(rows, np.int64), logits.device)
-    choice = torch.where(best.isfinite(), likeliest, -1).index_select(0, where)
-    drawing = [i for i, one in enumerate(params) if not one.greedy]
-    if drawing:
-        places = upload(np.array(drawing), logits.device)
-        scores = logits.index_select(0, where.index_select(0, places)).double()
-        found = _invert(probabilities(scores, [params[i] for i in drawing]), uniforms[drawing])
-        choice.index_copy_(0, places, torch.where(choice.index_select(0, places) >= 0, found, -1))
-    return choice
+    draw_rows = upload(np.array(rows, np.int64), logits.device)
+    tokens = torch.where(best.isfinite(), likeliest, -1).index_select(0, draw_rows)
+    sampled = [i for i, one in enumerate(params) if not one.greedy]
+    if sampled:
+        places = upload(np.array(sampled), logits.device)
+        scores = logits.index_select(0, draw_rows.index_select(0, places)).double()
+        drawn = _invert(probabilities(scores, [params[i] for i in sampled]), uniforms[sampled])
+        tokens.index_copy_(0, places, torch.where(tokens.index_select(0, places) >= 0, drawn, -1))
+    return tokens
 
 
 def probabilities(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -1,16 +1,16 @@
-"""Products of few rows by their own kernel, against float64 and PyTorch's; where there is a chip for it."""
+"""Products of few rows by their own kernel, against float64 and PyTorch's, on a Hopper GPU."""
 
 import pytest
 import torch
 from torch import nn
 
-from radixgen.kernels import products
+from radixgen.kernels import skinny_gemm
 from radixgen.model.fused_linear import Share, fuse_linears, restore_linears
 
 CUDA = torch.cuda.is_available()
 SHAPES = [(128, 128), (384, 640), (6144, 4096), (4096, 14_336)]
 on_hopper = pytest.mark.skipif(
-    not CUDA or not products.takes(torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")),
+    not CUDA or not skinny_gemm.supports(torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")),
     reason="needs a Hopper GPU and the version of Triton that compiles the kernel",
 )
 
@@ -19,14 +19,14 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def test_a_product_is_cut_into_as_many_parts_as_keep_all_programs_busy() -> None:
-    assert [products.split_for(*shape, 132) for shape in SHAPES] == [1, 1, 2, 4]
-    assert products.split_for(28_672, 4096, 132) == 1
-    assert products.split_for(4096, 4096, 132) == 4
+def test_inputs_are_split_until_all_programs_are_busy() -> None:
+    assert [skinny_gemm.split_k(*shape, 132) for shape in SHAPES] == [1, 1, 2, 4]
+    assert skinny_gemm.split_k(28_672, 4096, 132) == 1
+    assert skinny_gemm.split_k(4096, 4096, 132) == 4
 
 
-def test_other_weights_are_not_taken() -> None:
-    assert not products.takes(torch.empty(128, 128, dtype=torch.bfloat16))
+def test_other_weights_are_not_supported() -> None:
+    assert not skinny_gemm.supports(torch.empty(128, 128, dtype=torch.bfloat16))
     layer = nn.Sequential(nn.Linear(128, 128, bias=False))
     fuse_linears(layer)
     assert type(layer[0]) is nn.Linear
@@ -36,24 +36,24 @@ def test_other_weights_are_not_taken() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_as_exact_as_pytorch_s(shape: tuple[int, int]) -> None:
     weight, given = random(*shape) * 0.02, random(64, shape[1])
-    products.register()
+    skinny_gemm.register()
     wanted = given.double() @ weight.double().T
     for rows in (1, 2, 8, 9, 16, 17, 32, 33, 63, 64):
-        found = products.linear(given[:rows], weight)
+        found = skinny_gemm.linear(given[:rows], weight)
         theirs = nn.functional.linear(given[:rows], weight)
         errors = [float((one - wanted[:rows]).norm() / wanted[:rows].norm()) for one in (found, theirs)]
         assert found.dtype == torch.bfloat16 and errors[0] <= 1.05 * errors[1] + 1e-6
-        alone = products.linear(given[rows - 1], weight)
+        alone = skinny_gemm.linear(given[rows - 1], weight)
         assert torch.equal(found[-1], alone), "a row depends on the others"
     for other in (random(65, shape[1]), given[:0]):
-        assert torch.equal(products.linear(other, weight), nn.functional.linear(other, weight))
+        assert torch.equal(skinny_gemm.linear(other, weight), nn.functional.linear(other, weight))
 
 
 @on_hopper
 def test_the_operator_is_sound() -> None:
-    products.register()
-    products.register()
-    torch.library.opcheck(torch.ops.radixgen.parts.default, (random(5, 256), random(256, 256)))
+    skinny_gemm.register()
+    skinny_gemm.register()
+    torch.library.opcheck(torch.ops.radixgen.linear_partials.default, (random(5, 256), random(256, 256)))
 
 
 @on_hopper
