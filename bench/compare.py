@@ -1,8 +1,8 @@
 """Nine workloads on whole engines, side by side: radixgen, and vLLM where it is installed.
 
-    python -m bench.compare [--engines radixgen vllm vllm-cascade] [--workloads NAME ...] [--save]
+    python -m bench.compare [--engines radixgen vllm vllm-cascade] [--workloads NAME ...] [--step-tokens N] [--save]
 
-Prints the limit of each workload first, then what each engine took and its ratio to it. A Llama of 8B shape in bfloat16
+Prints a line a workload: its limit, then what each engine took and its ratio to that. A Llama of 8B shape in bfloat16
 with random weights, the same for all; KV of 400,000 tokens, at most 1,024 sequences, token ids in and out, the end of
 sequence ignored. Each engine runs in a process of its own. A workload runs once untimed, with other prompts of the same
 lengths, so that graphs are captured; then the cache is dropped and the time from the first prompt to the last token is
@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from bench.contenders import Contender, Options, Radixgen, Vllm
 from bench.device import Timer
-from bench.engines import Contender, Options, Radixgen, Vllm
-from bench.limits import Limit, Model
+from bench.limits import StepLimit, WorkloadLimit
 from bench.report import Report
 from bench.shapes import SHAPES
 from bench.workloads import FULL, TOY, Sizes, describe, workload
@@ -99,30 +100,30 @@ def _run_one(options: argparse.Namespace) -> int:
     """One engine in this process: a JSON line of what it is, then one a workload."""
     cuda = torch.cuda.is_available()
     shape, scale = SHAPES["8B" if cuda else "toy"], FULL if cuda else TOY
-    sizes = Options(
+    given = Options(
         shape,
         kv_tokens=400_000 if cuda else 20_000,
         max_seqs=1024,
-        context=32_768 if cuda else 512,
+        max_model_len=32_768 if cuda else 512,
         step_tokens=options.step_tokens or None,
     )
     ceilings = Timer(torch.device("cuda")).ceilings() if cuda else None
     (name,) = options.engines
-    engine: Contender = Radixgen(sizes) if name == "radixgen" else Vllm(sizes, cascade=name == "vllm-cascade")
-    limits = {} if ceilings is None else {"read": ceilings.read, "matrix": ceilings.matrix}
-    print(json.dumps({**engine.about, **limits}), flush=True)
+    engine: Contender = Radixgen(given) if name == "radixgen" else Vllm(given, cascade=name == "vllm-cascade")
+    measured = {} if ceilings is None else {"read": ceilings.read, "matrix": ceilings.matrix}
+    print(json.dumps({**engine.about, **measured}), flush=True)
+    step_limit = None if ceilings is None else StepLimit(shape, ceilings)
     for one in options.workloads:
-        model = None if ceilings is None else Model(shape, ceilings)
-        told = measure(engine, one, Sizes(scale, shape.vocab), Sizes(scale, shape.vocab, seed=1), model)
+        told = measure(engine, one, Sizes(scale, shape.vocab), Sizes(scale, shape.vocab, seed=1), step_limit)
         print(json.dumps({"workload": one, **told}), flush=True)
         print(f"{name} {one}: {told['seconds']:.2f} s", file=sys.stderr, flush=True)
     return 0
 
 
-def measure(engine: Contender, name: str, sizes: Sizes, other: Sizes, model: Model | None) -> dict[str, Any]:
+def measure(engine: Contender, name: str, sizes: Sizes, warm_up: Sizes, step_limit: StepLimit | None) -> dict[str, Any]:
     """One workload: seconds in all and until all first tokens, and what either takes at least."""
-    run(engine, name, other, None)
-    whole = run(engine, name, sizes, model)
+    run(engine, name, warm_up, None)
+    whole = run(engine, name, sizes, step_limit)
     begun = run(engine, name, sizes, None, first=True)
     told = {**whole, "first_seconds": begun["seconds"]}
     if name.startswith("latency"):
@@ -130,18 +131,20 @@ def measure(engine: Contender, name: str, sizes: Sizes, other: Sizes, model: Mod
     return told
 
 
-def run(engine: Contender, name: str, sizes: Sizes, model: Model | None, *, first: bool = False) -> dict[str, Any]:
-    """One pass from an empty cache; `first` ends with the first ask's first tokens."""
+def run(
+    engine: Contender, name: str, sizes: Sizes, step_limit: StepLimit | None, *, first: bool = False
+) -> dict[str, Any]:
+    """One pass from an empty cache; `first` ends it with the first tokens of the first ask that is timed."""
     engine.reset()
     asks = workload(sizes, name)
-    limit = None if model is None else Limit(model, engine.about["step_tokens"])
+    limit = None if step_limit is None else WorkloadLimit(step_limit, engine.about["step_tokens"])
     seconds = least = least_first = 0.0
     tokens = 0
     try:
         ask = next(asks)
         while True:
             if first and ask.timed:
-                ask = type(ask)(ask.prompts, 1, ask.n, ask.temperature)
+                ask = replace(ask, new=1)
             begin = time.perf_counter()
             answers = engine.answer(ask)
             if ask.timed:

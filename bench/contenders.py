@@ -1,4 +1,4 @@
-"""Whole engines behind one face: radixgen, and vLLM where it is installed, with the same random weights."""
+"""Whole engines behind one interface, with the same random weights: radixgen, and vLLM where it is installed."""
 
 import gc
 import json
@@ -20,22 +20,24 @@ from radixgen.core import Limits
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What both engines are given."""
+    """What every engine is given."""
 
     shape: Shape
     kv_tokens: int
     max_seqs: int
-    context: int
+    max_model_len: int
     step_tokens: int | None
+    """Rows of a step at the most; None: the engine's own default"""
 
 
 class Contender(Protocol):
-    """An engine that answers asks."""
+    """An engine that is measured."""
 
     about: dict[str, Any]
-    """Its name, version, and what it chose"""
+    """`engine`, `version`, and the `step_tokens` that it has"""
 
-    def answer(self, ask: Ask) -> Answers: ...
+    def answer(self, ask: Ask) -> Answers:
+        """Generate for all prompts together, and wait for the last token."""
 
     def reset(self) -> None:
         """Forget what is cached."""
@@ -45,9 +47,9 @@ class Radixgen:
     def __init__(self, options: Options) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = Engine(
-            build(options.shape, device, options.context),
+            build(options.shape, device, options.max_model_len),
             kv_tokens=options.kv_tokens,
-            max_model_len=options.context,
+            max_model_len=options.max_model_len,
             max_step_tokens=options.step_tokens,
             limits=Limits(max_num_seqs=options.max_seqs),
         )
@@ -62,7 +64,7 @@ class Radixgen:
 
 
 class Vllm:
-    """In one process, its cascade attention on where `cascade` asks for it and this version has it."""
+    """In this process; with `cascade`, its cascade attention on, by the model runner before version 2."""
 
     def __init__(self, options: Options, *, cascade: bool = False) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -79,7 +81,7 @@ class Vllm:
             load_format="dummy",
             generation_config="vllm",
             dtype="bfloat16",
-            max_model_len=options.context,
+            max_model_len=options.max_model_len,
             num_gpu_blocks_override=options.kv_tokens // 16,
             max_num_seqs=options.max_seqs,
             gpu_memory_utilization=0.85,
@@ -87,7 +89,7 @@ class Vllm:
             seed=0,
             **more,
         )
-        self._take_weights(build(options.shape, torch.device("cuda"), options.context))
+        self._take_weights(build(options.shape, torch.device("cuda"), options.max_model_len))
         gc.collect()
         torch.cuda.empty_cache()
         steps = self._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
@@ -112,7 +114,7 @@ class Vllm:
 def _saved_config(options: Options) -> str:
     """A directory that holds a model's configuration and nothing else."""
     folder = Path(tempfile.mkdtemp())
-    config = configuration(options.shape, options.context).to_dict()
+    config = configuration(options.shape, options.max_model_len).to_dict()
     config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)

@@ -30,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from bench.attention import roofline_us
 from bench.device import Ceilings, Timer
-from bench.model import weights_us
+from bench.limits import StepLimit
 from bench.report import Report, benchmark_options
 from bench.shapes import SHAPES, Shape, build
 from bench.trees import Tree, levels, shared_prefix
@@ -99,7 +99,8 @@ class Bench:
         if self.ceilings is None:
             return 0.0
         attention = roofline_us(tree, (self.shape.q_heads, self.shape.kv_heads), self.ceilings)
-        return weights_us(self.network, len(tree[2]), self.ceilings) + self.shape.layers * attention
+        rows = len(tree[2])
+        return 1e6 * StepLimit(self.shape, self.ceilings).weights(rows, rows) + self.shape.layers * attention
 
     def tokens(self, seed: int, count: int) -> Prompt:
         drawn: Prompt = np.random.default_rng(seed).integers(3, self.shape.vocab, count).tolist()

@@ -24,7 +24,8 @@ import torch
 from bench import plots
 from bench.report import RESULTS, Report, surroundings, track
 
-CHECKS = ("tests/test_kernels.py", "tests/test_cuda.py", "tests/test_sampling.py", "tests/test_attention.py")
+KERNEL_CHECKS = ("tests/test_kernels.py", "tests/test_sampling_kernels.py", "tests/test_skinny_gemm.py")
+CHECKS = (*KERNEL_CHECKS, "tests/test_cuda.py", "tests/test_sampling.py", "tests/test_attention.py")
 SANITIZED = tuple(
     f"tests/test_kernels.py::test_{name}"
     for name in (
@@ -41,7 +42,7 @@ def checks(*, full: bool) -> int:
     tensor in memory of its own.
     """
     report, passed = Report("checks"), True
-    tests = CHECKS if full else CHECKS[:1]
+    tests = CHECKS if full else KERNEL_CHECKS
     parallel = ["-n", "8", "-p", "no:benchmark"] if find_spec("xdist") else []
     runs = {"tests": [*PYTEST, *parallel, *tests]}
     if full and shutil.which("compute-sanitizer"):

@@ -2,10 +2,10 @@
 
     python -m bench.kernels [--disassemble CHIP ...] [--save]
 
-One line for each launch of attention that the backend can choose, plain and with the masks that models have, for each
-other kernel, and for each chip: registers a thread, spilled bytes, shared memory, and how many matrix (`HGMMA` on
-sm_90, `HMMA`), bulk copy (`UTMALDG`) and asynchronous copy (`LDGSTS`) instructions its machine code holds. The limits
-are the chip's own: 255 registers a thread, 227 KiB of shared memory on sm_90, 163 on sm_80.
+One line for each launch of `triton_kernels.attend` that the backend can choose, plain and with the masks that models
+have, for each other kernel of that module, and for each chip: registers a thread, spilled bytes, shared memory, and how
+many matrix (`HGMMA` on sm_90, `HMMA`), bulk copy (`UTMALDG`) and asynchronous copy (`LDGSTS`) instructions its machine
+code holds. The limits are the chip's own: 255 registers a thread, 227 KiB of shared memory on sm_90, 163 on sm_80.
 """
 
 import re

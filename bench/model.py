@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench.attention import roofline_us
-from bench.device import Ceilings, Timer
+from bench.device import Timer
+from bench.limits import StepLimit
 from bench.report import Report, benchmark_options, track
-from bench.shapes import SHAPES, Shape, build, weight_bytes
+from bench.shapes import SHAPES, build, weight_bytes
 from bench.trees import Tree, lay_out, shared_prefix
 from radixgen.model.packed import LayerCall, TreeModel
 from radixgen.model.runner import ModelRunner
@@ -32,12 +33,6 @@ from radixgen.scheduler.planner import plan
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)
 PREFIX, SUFFIX = 4096, 64
-
-
-def weights_us(model: PreTrainedModel, rows: int, ceilings: Ceilings) -> float:
-    """Microseconds to read the weights once, or to multiply `rows` rows by them."""
-    size = weight_bytes(model)
-    return 1e6 * max(size / ceilings.read, size / 2 * 2 * rows / ceilings.matrix)
 
 
 def stub(call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -60,10 +55,10 @@ def step(runner: ModelRunner, tree: Tree) -> Callable[[], Tensor]:
     return lambda: runner.run(made, rows % runner.vocab_size, slots, rows)
 
 
-def report_around(report: Report, timer: Timer, ceilings: Ceilings, model: TreeModel, label: str) -> None:
+def report_around(report: Report, timer: Timer, limits: StepLimit, model: TreeModel, label: str) -> None:
     for rows in ROWS:
         taken = timer.graph_us(forward(model, rows))
-        limit = weights_us(model.model, rows, ceilings)
+        limit = 1e6 * limits.weights(rows, rows)
         bound = 1.15 if label == "compiled" else None
         report.figure(
             f"{label}_{rows}", taken / limit,
@@ -73,12 +68,13 @@ def report_around(report: Report, timer: Timer, ceilings: Ceilings, model: TreeM
         report.keep(**{f"{label}_{rows}_us": taken})
 
 
-def report_steps(report: Report, timer: Timer, ceilings: Ceilings, runner: ModelRunner, shape: Shape) -> None:
+def report_steps(report: Report, timer: Timer, limits: StepLimit, runner: ModelRunner) -> None:
+    shape = limits.shape
     for rows in ROWS:
         tree = shared_prefix(rows, PREFIX, SUFFIX)
         taken = timer.host_us(step(runner, tree))
-        attention = roofline_us(tree, (shape.q_heads, shape.kv_heads), ceilings) * shape.layers
-        limit = weights_us(runner.model.model, rows, ceilings) + attention
+        attention = roofline_us(tree, (shape.q_heads, shape.kv_heads), limits.ceilings) * shape.layers
+        limit = 1e6 * limits.weights(rows, rows) + attention
         report.figure(
             f"step_{rows}", taken / limit,
             f"whole step, {rows:5d} rows on {PREFIX} + {SUFFIX}: {taken:8.0f} us, limit {limit:8.0f}, "
@@ -102,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not cuda:
             return toy(report, network)
         timer = Timer(device)
-        ceilings = timer.ceilings()
-        report.say(f"limit: {torch.cuda.get_device_name()} {ceilings.describe()}")
-        report.keep(shape=options.shape, weight_bytes=weight_bytes(network), ceilings=asdict(ceilings))
+        limits = StepLimit(shape, timer.ceilings())
+        report.say(f"limit: {torch.cuda.get_device_name()} {limits.ceilings.describe()}")
+        report.keep(shape=options.shape, weight_bytes=weight_bytes(network), ceilings=asdict(limits.ceilings))
         model = TreeModel(network, options.shape, None)
         runner = ModelRunner(model, "auto", frozenset())
         runner.allocate(PREFIX + 1024 * SUFFIX)
@@ -114,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if label == "compiled":
                 model.compile_blocks()
             if label == "compiled" or not options.quick:
-                report_around(report, timer, ceilings, model, label)
-        report_steps(report, timer, ceilings, runner, shape)
+                report_around(report, timer, limits, model, label)
+        report_steps(report, timer, limits, runner)
     return report.finish(check=options.check, save=options.save)
 
 

@@ -1,4 +1,4 @@
-"""Writes out what was measured: five rows and the demo's output into the README, everything into docs/benchmarks.md.
+"""Writes out what was measured: five rows and the demo's output into README.md, all tables into docs/benchmarks.md.
 
 `python -m bench.readme [--demo]`
 
@@ -23,14 +23,14 @@ from radixgen.model import smollm2
 
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
-ALL = ROOT / "docs" / "benchmarks.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
     "plan", "step", "simulate", "startup",
 )  # fmt: skip
-"""Benchmarks with bounds, in README's order."""
+"""Benchmarks with bounds, in the order of docs/benchmarks.md."""
 SHOWN = {
     "prefix": "against generate",
     "agents": "prompt tokens",
@@ -38,7 +38,7 @@ SHOWN = {
     "http": "throughput",
     "engine_W2": "times as fast",
 }
-"""What README shows: of each of these benchmarks the first bound that says so."""
+"""What README.md shows: of each of these benchmarks the first bound whose text has these words."""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
 CONTENDERS = {
     "auto": "radixgen", "unshared": "the same tree, read path by path", "private": "private copies, as many as fit",
@@ -54,16 +54,16 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     shown = (RESULTS / "demo.txt").read_text(encoding="utf-8").rstrip()
     text = _replace(text, "demo", f"```console\n{shown}\n```")
-    README.write_text(_replace(text, "results", "\n".join(_few())), encoding="utf-8")
-    ALL.write_text(_replace(ALL.read_text(encoding="utf-8"), "results", _table()), encoding="utf-8")
+    README.write_text(_replace(text, "results", "\n".join(highlights())), encoding="utf-8")
+    BENCHMARKS.write_text(_replace(BENCHMARKS.read_text(encoding="utf-8"), "results", tables()), encoding="utf-8")
 
 
-def _few() -> list[str]:
+def highlights() -> list[str]:
     """README's rows, each with where it was measured."""
     rows = ["| benchmark | measured | bound | on |", "| --- | --- | --- | --- |"]
-    for name, start in SHOWN.items():
+    for name, words in SHOWN.items():
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        text, bound = next(one for one in found["bounds"] if start in one[0])
+        text, bound = next(one for one in found["bounds"] if words in one[0])
         place = found.get("device") or found["processor"]
         rows.append(f"| `bench.{name.split('_')[0]}` | {text} | {bound} | {place}, {found['date']} |")
     return rows
@@ -80,7 +80,8 @@ def _keep_demo() -> None:
     picture.save_svg(str(PICTURE), title="radixgen demo")
 
 
-def _table() -> str:
+def tables() -> str:
+    """What docs/benchmarks.md shows."""
     rows = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
     places = []
     for name in TABLE:

@@ -1,8 +1,4 @@
-"""Nine workloads for whole engines, as generators: each yields what it asks and is sent the answers.
-
-An engine answers an `Ask` with the generated tokens of every prompt's samples. What is asked before the clock runs is
-marked `timed=False`.
-"""
+"""Nine workloads for whole engines, as generators: each yields what it asks, an `Ask`, and is sent the `Answers`."""
 
 import random
 from collections.abc import Callable, Generator
@@ -22,9 +18,11 @@ class Ask:
 
     prompts: list[Tokens]
     new: int
+    """Tokens of each answer"""
     n: int = 1
     temperature: float = 0.0
     timed: bool = True
+    """False of what is only to be cached"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ TOY = Scale(
 
 
 class Sizes:
-    """The workloads at one scale, with tokens below `vocab`; `seed` makes their prompts other ones."""
+    """The workloads at one scale, with tokens below `vocab`; another `seed` makes other prompts of the same lengths."""
 
     def __init__(self, scale: Scale, vocab: int, seed: int = 0) -> None:
         self.scale, self.vocab, self.seed = scale, vocab, seed
