@@ -2,9 +2,9 @@
 
     python -m bench.calibrate [--save]
 
-Prints what a unit, a key, a partial row and a key's first read cost, in microseconds of one of the programs that run at
-the same time, and keeps them in the cache directory by the device's name. With --save they are also kept under
-`bench/results/`. The limit is a key's bytes over the measured read bandwidth, shared by all programs.
+Prints what a unit, a key, a partial row, a key's first read and a launch of wide tiles cost, in microseconds of one of
+the programs that run at the same time, and keeps them in the cache directory by the device's name. With --save they are
+also kept under `bench/results/`. The limit is a key's bytes over the measured read bandwidth, shared by all programs.
 """
 
 import sys
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{launch.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, "
                 f"{tile.key:.4f} us a key from the cache, {tile.mixed:.4f} where only some rows see it"
             )
+        if launch.launch:
+            report.say(f"{launch.programs} programs: {launch.launch:.2f} us for the launch of the widest tiles")
     report.say(
         f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, merge {found.merge:.2f} us"
     )

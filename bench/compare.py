@@ -32,7 +32,7 @@ from bench.device import Timer
 from bench.limits import StepLimit, WorkloadLimit
 from bench.report import Report
 from bench.shapes import SHAPES
-from bench.workloads import FULL, TOY, Sizes, describe, workload
+from bench.workloads import FULL, TOY, Workloads, describe
 
 ENGINES = ("radixgen", "vllm", "vllm-cascade")
 
@@ -114,31 +114,33 @@ def _run_one(options: argparse.Namespace) -> int:
     print(json.dumps({**engine.about, **measured}), flush=True)
     step_limit = None if ceilings is None else StepLimit(shape, ceilings)
     for one in options.workloads:
-        told = measure(engine, one, Sizes(scale, shape.vocab), Sizes(scale, shape.vocab, seed=1), step_limit)
+        told = measure(engine, one, Workloads(scale, shape.vocab), Workloads(scale, shape.vocab, seed=1), step_limit)
         print(json.dumps({"workload": one, **told}), flush=True)
         print(f"{name} {one}: {told['seconds']:.2f} s", file=sys.stderr, flush=True)
     return 0
 
 
-def measure(engine: Contender, name: str, sizes: Sizes, warm_up: Sizes, step_limit: StepLimit | None) -> dict[str, Any]:
-    """One workload: seconds in all and until all first tokens, and what either takes at least."""
+def measure(
+    engine: Contender, name: str, workloads: Workloads, warm_up: Workloads, step_limit: StepLimit | None
+) -> dict[str, Any]:
+    """One workload: seconds in all, the least that this takes, and seconds until all first tokens."""
     run(engine, name, warm_up, None)
-    whole = run(engine, name, sizes, step_limit)
-    begun = run(engine, name, sizes, None, first=True)
+    whole = run(engine, name, workloads, step_limit)
+    begun = run(engine, name, workloads, None, first=True)
     told = {**whole, "first_seconds": begun["seconds"]}
     if name.startswith("latency"):
-        told["ms_per_token"] = 1e3 * (whole["seconds"] - begun["seconds"]) / (sizes.scale.new - 1)
+        told["ms_per_token"] = 1e3 * (whole["seconds"] - begun["seconds"]) / (workloads.scale.new - 1)
     return told
 
 
 def run(
-    engine: Contender, name: str, sizes: Sizes, step_limit: StepLimit | None, *, first: bool = False
+    engine: Contender, name: str, workloads: Workloads, step_limit: StepLimit | None, *, first: bool = False
 ) -> dict[str, Any]:
     """One pass from an empty cache; `first` ends it with the first tokens of the first ask that is timed."""
     engine.reset()
-    asks = workload(sizes, name)
+    asks = workloads.start(name)
     limit = None if step_limit is None else WorkloadLimit(step_limit, engine.about["step_tokens"])
-    seconds = least = least_first = 0.0
+    seconds = least = 0.0
     tokens = 0
     try:
         ask = next(asks)
@@ -151,16 +153,14 @@ def run(
                 seconds += time.perf_counter() - begin
                 tokens += sum(len(one) for some in answers for one in some)
             if limit is not None:
-                until_first, in_all = limit.seconds(ask, answers)
-                if ask.timed:
-                    least, least_first = least + in_all, least_first + until_first
+                least += limit.seconds(ask, answers) * ask.timed
             if first and ask.timed:
                 break
             ask = asks.send(answers)
     except StopIteration:
         pass
     told: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
-    return told if limit is None else {**told, "limit_seconds": least, "limit_first_seconds": least_first}
+    return told if limit is None else {**told, "limit_seconds": least}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -51,8 +51,8 @@ class WorkloadLimit:
         self._limit, self._step_tokens = limit, step_tokens
         self._cached: list[TokenPath] = []
 
-    def seconds(self, ask: Ask, answers: Answers) -> tuple[float, float]:
-        """Seconds until all first tokens are there, and for all tokens. What was asked is cached afterwards."""
+    def seconds(self, ask: Ask, answers: Answers) -> float:
+        """From the first prompt to the last token. Prompts and answers are cached afterwards."""
         prompts = [_path(prompt) for prompt in ask.prompts]
         fresh = distinct([*self._cached, *prompts]) - distinct(self._cached)
         rows, length = ask.n * len(prompts), sum(map(len, prompts)) / len(prompts)
@@ -64,7 +64,7 @@ class WorkloadLimit:
         later = sum(self._limit.step(rows, rows, keys + rows * turn, seen + rows * turn) for turn in range(1, ask.new))
         for prompt, some in zip(ask.prompts, answers, strict=True):
             self._cached += [_path(prompt + answer) for answer in some]
-        return first, first + later
+        return first + later
 
 
 def distinct(paths: list[TokenPath]) -> int:

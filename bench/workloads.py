@@ -64,11 +64,16 @@ TOY = Scale(
 )  # fmt: skip
 
 
-class Sizes:
-    """The workloads at one scale, with tokens below `vocab`; another `seed` makes other prompts of the same lengths."""
+class Workloads:
+    """All workloads at one scale, with tokens below `vocab`; another `seed` makes other prompts of the same lengths."""
 
     def __init__(self, scale: Scale, vocab: int, seed: int = 0) -> None:
         self.scale, self.vocab, self.seed = scale, vocab, seed
+
+    def start(self, name: str) -> Workload:
+        """One of those that `describe` names."""
+        begin: Callable[[], Workload] = getattr(self, name)
+        return begin()
 
     def tokens(self, key: int, count: int) -> Tokens:
         """The same ones for the same key."""
@@ -146,9 +151,3 @@ def describe(scale: Scale) -> dict[str, str]:
         "unshared": f"{scale.unshared} × {scale.latency_prompt:,} + {scale.new}, nothing shared",
         "prefill": f"prefill {scale.documents} × {scale.document:,}",
     }
-
-
-def workload(sizes: Sizes, name: str) -> Workload:
-    """One of those that `describe` names."""
-    start: Callable[[], Workload] = getattr(sizes, name)
-    return start()

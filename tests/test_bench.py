@@ -21,6 +21,7 @@ from bench import (
     attention,
     beam,
     calibrate,
+    compare,
     engine,
     explain,
     gpu,
@@ -228,6 +229,15 @@ def test_model_and_engine(capsys) -> None:
     assert {f"W2_{prefix}_{plan}" for prefix in (16, 32) for plan in ("auto", "unshared", "private")} <= figures
     assert {"W3_auto", "W3_prefix", "W3_unshared", "W4_3_seconds", "W10_C_radixgen"} <= figures
     assert gpu.main([]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real one takes minutes on a GPU")
+def test_compare(capsys) -> None:
+    assert compare.main(["--alone", "--engines", "radixgen", "--workloads", "latency", "thoughts"]) == 0
+    about, latency, search = map(json.loads, capsys.readouterr().out.splitlines())
+    assert about["engine"] == "radixgen" and about["step_tokens"] == 2048
+    assert latency["workload"] == "latency" and latency["tokens"] == 4
+    assert search["workload"] == "thoughts" and search["tokens"] == 2 * (1 + 2) * 2 * 3
 
 
 def test_a_stage_is_kept_for_its_commit_device_and_arguments(monkeypatch, tmp_path) -> None:

@@ -9,7 +9,7 @@ from bench.compare import run, table
 from bench.device import Ceilings
 from bench.limits import StepLimit, WorkloadLimit, distinct
 from bench.shapes import SHAPES, Shape
-from bench.workloads import TOY, Answers, Ask, Sizes, describe
+from bench.workloads import TOY, Answers, Ask, Workloads, describe
 
 CEILINGS = Ceilings(read=1e9, copy=1e9, matrix=1e12)
 
@@ -32,13 +32,13 @@ class Echo:
 @pytest.mark.parametrize("name", list(describe(TOY)))
 def test_a_workload_is_the_same_for_every_engine(name: str) -> None:
     engines, step_limit = [Echo(), Echo()], StepLimit(SHAPES["toy"], CEILINGS)
-    told = [run(engine, name, Sizes(TOY, 97), step_limit) for engine in engines]
+    told = [run(engine, name, Workloads(TOY, 97), step_limit) for engine in engines]
     assert engines[0].asked == engines[1].asked
     assert all(0 <= token < 97 for ask in engines[0].asked for prompt in ask.prompts for token in prompt)
     made = sum(len(ask.prompts) * ask.n * ask.new for ask in engines[0].asked if ask.timed)
     assert told[0]["tokens"] == made
-    assert 0 < told[0]["limit_first_seconds"] <= told[0]["limit_seconds"] == told[1]["limit_seconds"]
-    first = run(engines[0], name, Sizes(TOY, 97, seed=1), step_limit, first=True)
+    assert 0 < told[0]["limit_seconds"] == told[1]["limit_seconds"]
+    first = run(engines[0], name, Workloads(TOY, 97, seed=1), step_limit, first=True)
     assert first["tokens"] == sum(len(ask.prompts) * ask.n for ask in engines[0].asked if ask.timed)
 
 
@@ -53,12 +53,13 @@ def test_distinct_tokens_are_those_of_a_tree() -> None:
 def test_the_limit_by_hand() -> None:
     shape = Shape(layers=1, hidden=2, inner=3, q_heads=2, kv_heads=1, vocab=5, head_dim=4)
     layer, head, key = 2 * (4 * 2 + 4 * 2 + 4 * 2) + 3 * 2 * 3, 2 * 5, 2 * 4 * 2
-    limit = WorkloadLimit(StepLimit(shape, Ceilings(read=1.0, copy=1.0, matrix=1e30)), step_tokens=100)
-    first, whole = limit.seconds(Ask([[1, 2, 3], [1, 2, 4]], 2, n=3), [[[7, 7]] * 3] * 2)
+    step, prompts = StepLimit(shape, Ceilings(read=1.0, copy=1.0, matrix=1e30)), [[1, 2, 3], [1, 2, 4]]
+    first = WorkloadLimit(step, step_tokens=100).seconds(Ask(prompts, 1, n=3), [[[7]] * 3] * 2)
+    limit = WorkloadLimit(step, step_tokens=100)
+    whole = limit.seconds(Ask(prompts, 2, n=3), [[[7, 7]] * 3] * 2)
     assert first == 2 * (layer + head) + 4 * key
     assert whole - first == pytest.approx(2 * (layer + head) + (4 + 6) * key)
-    again, _ = limit.seconds(Ask([[1, 2, 3, 7, 7]], 1), [[[9]]])
-    assert again == 2 * (layer + head) + 5 * key
+    assert limit.seconds(Ask([[1, 2, 3, 7, 7]], 1), [[[9]]]) == 2 * (layer + head) + 5 * key
 
 
 def test_the_table_has_a_line_a_workload_and_says_what_is_missing() -> None:
