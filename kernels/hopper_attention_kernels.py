@@ -94,12 +94,11 @@ def _produce(
     count = 0
     gathers = 0
     task, coming = _task(queue, 0), _task(queue, 1)
-    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, blocks = _item(items, task, age, KV_HEADS)
+    first_row, num_rows, run_begin, run_end, key_begin, key_end, _, blocks = _item(items, task, age, KV_HEADS)
     while task >= 0:
         after = _task(queue, turn + 2)
         (
-            next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, next_partial,
-            next_blocks,
+            next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, _, next_blocks,
         ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
         head = task % KV_HEADS
         column = head * DIM
@@ -150,7 +149,7 @@ def _produce(
             count += 1
             gathers += 1
         turn += 1
-        task, coming, blocks, partial = coming, after, next_blocks, next_partial
+        task, coming, blocks = coming, after, next_blocks
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
         key_begin, key_end = next_key_begin, next_key_end
 
@@ -191,7 +190,7 @@ def _consume(
     nothing = gl.zeros([64, BLOCK], gl.float32, SCORES)
     row = (FIRST + gl.arange(0, 64, SCORES_ROW)) // GROUP
     task, coming = _task(queue, 0), _task(queue, 1)
-    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, blocks = _item(items, task, age, KV_HEADS)
+    first_row, num_rows, _, _, key_begin, key_end, partial, blocks = _item(items, task, age, KV_HEADS)
     while task >= 0:
         head = task % KV_HEADS
         top = gl.full([64], float("-inf"), gl.float32, SCORES_ROW)
@@ -203,8 +202,7 @@ def _consume(
         # which would wait for them.
         after_coming = _task(queue, turn + 2)
         (
-            next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, next_partial,
-            next_blocks,
+            next_first_row, next_num_rows, _, _, next_key_begin, next_key_end, next_partial, next_blocks,
         ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
 
         if blocks > 0:
@@ -244,7 +242,7 @@ def _consume(
             mbarrier.arrive(empty.index(at), count=1)
             count += 1
 
-        for begin in range(key_begin, key_end, BLOCK):
+        for _ in range(key_begin, key_end, BLOCK):
             at = count % STAGES
             mbarrier.wait(gathered.index(gathers % STAGES), gathers // STAGES & 1)
             fence_async_shared()

@@ -32,28 +32,17 @@ def _write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: 
 
 @gluon.jit(do_not_specialize=["M", "tiles_m", "turn"])
 def linear_kernel(
-    w_blocks,
-    x_blocks,
-    y,
-    M,
-    tiles_m,
-    length,
-    segments,
-    turn,
-    y_stride,
-    BLOCK_N: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    LAG: gl.constexpr,
-    SPLIT: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """Parts `[SPLIT, M, N]` of y.
+    w_blocks, x_blocks, y, M, tiles_m, length, segments, turn, y_stride,
+    BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    SPLIT: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Parts `[SPLIT, M, N]` of y, whose rows are `y_stride` apart.
 
-    A segment is `length` blocks of K of one tile; a tile has SPLIT segments. What is computed is y.T, so that few rows
-    are the narrow side of the instruction. LAG is how many products are left running while the slot of the one before
-    is filled again.
+    `w_blocks`: descriptor of blocks `[1, BLOCK_N, BLOCK_K]` over `[1, N, K]`; `x_blocks`: of `[BLOCK_M, BLOCK_K]` over
+    `[M, K]`, `tiles_m` blocks of rows. A segment is `length` blocks of K of one tile; a tile has SPLIT segments. Tile
+    `n` begins `n * turn` blocks into its segments, so that programs read different columns of x. What is computed is
+    y.T, so that few rows are the narrow side of the instruction. LAG is how many products are left running while the
+    slot of the one before is filled again.
     """
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     w_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + w_blocks.block_type.shape, w_blocks.layout)
