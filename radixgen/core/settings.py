@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CACHE_VARIABLE = "RADIXGEN_CACHE"
@@ -26,9 +26,15 @@ def cache_dir() -> Path:
 
 def keep_compiled() -> None:
     """Have PyTorch keep the kernels that it compiles in `cache_dir`, so that they outlive a reboot, unless
-    `TORCHINDUCTOR_CACHE_DIR` says otherwise. Raises as `cache_dir`.
+    `TORCHINDUCTOR_CACHE_DIR` says otherwise or nothing can be written there.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    with suppress(OSError):
+        folder = cache_dir() / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def flash_attention_3() -> Path | None:
