@@ -542,7 +542,7 @@ SIZES = [0, -1, 2**63, 2**64, HUGE, -HUGE, 1.0, NAN, INF, True, "1", "", [], {},
 TYPES = [5, 1.5, "", "magic", b"auto", [], {}, ("auto",), object()]
 ENGINE: dict[str, list[Any]] = {
     "kv_tokens": SIZES,
-    "max_step_tokens": [None, *SIZES],
+    "max_step_tokens": SIZES,
     "max_model_len": SIZES,
     "seed": [None, -1, 2**64, HUGE, 1.0, NAN, INF, True, "1", [], np.int64(1)],
     "plan": [None, *TYPES],
