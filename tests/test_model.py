@@ -9,11 +9,11 @@ import families
 import pytest
 import torch
 from oracle import StampModel
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedModel
 
 from radixgen import Engine, InvalidRequest, Limits, ModelNotFound, SamplingParams, UnsupportedModel
 from radixgen.cache.storage import LayerShape
-from radixgen.core.settings import keep_compiled
 
 UNSUPPORTED = families.build_unsupported()
 
@@ -171,19 +171,19 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog) -> N
 
 
 def test_what_is_compiled_is_kept_where_that_can_be_written(monkeypatch, tmp_path) -> None:
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    monkeypatch.setenv(variable, "")  # so that it is restored
-    monkeypatch.delenv(variable)
+    """PyTorch names its own folder as soon as it is imported, which is no wish of the user's."""
     (tmp_path / "file").touch()
-    monkeypatch.setenv("RADIXGEN_CACHE", str(tmp_path / "file"))
-    keep_compiled()
-    assert variable not in os.environ
-    monkeypatch.setenv("RADIXGEN_CACHE", str(tmp_path / "new"))
-    keep_compiled()
-    assert os.environ[variable] == str(tmp_path / "new" / "inductor")
-    monkeypatch.setenv("RADIXGEN_CACHE", str(tmp_path))
-    keep_compiled()
-    assert os.environ[variable] == str(tmp_path / "new" / "inductor")
+
+    def folder(cache: Path, before: Path) -> Path:
+        monkeypatch.setenv("RADIXGEN_CACHE", str(cache))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(before))
+        with Engine(families.build("llama"), kv_tokens=64, torch_compile=True):
+            return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    default = Path(default_cache_dir())
+    assert folder(tmp_path / "new", default) == tmp_path / "new" / "inductor"
+    assert folder(tmp_path / "file", default) == default
+    assert folder(tmp_path / "new", tmp_path / "wished") == tmp_path / "wished"
 
 
 def test_compiled_blocks_answer_as_they_did_and_are_given_back(monkeypatch) -> None:

@@ -24,11 +24,12 @@ def cache_dir() -> Path:
         raise FileNotFoundError(f"{path}: {error}; set {CACHE_VARIABLE} to a directory") from error
 
 
-def keep_compiled() -> None:
+def keep_compiled(default: str) -> None:
     """Have PyTorch keep the kernels that it compiles in `cache_dir`, so that they outlive a reboot, unless
-    `TORCHINDUCTOR_CACHE_DIR` says otherwise or nothing can be written there.
+    `TORCHINDUCTOR_CACHE_DIR` names another folder than its `default`, as it does itself when it is imported, or nothing
+    can be written there.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
         return
     with suppress(OSError):
         folder = cache_dir() / "inductor"
