@@ -85,7 +85,7 @@ def narrow_floors(
     share TOP_P of the weight that `masses` tell. It is searched for between two bounds, the lower of which is enough,
     by what the pass before found. `before` and `found`, float32 `[draws, blocks, WAYS + 2]`, of the pass before and of
     this one: sums from the thresholds on, then the least and the largest logit between the bounds. `bounds`, float32
-    `[2, 3, draws]`, of the pass before, and of this one, which writes them: lower, upper, and what is enough.
+    `[2, 4, draws]`, of the pass before, and of this one, which writes them: lower, upper, what is enough, and nothing.
     """
     block, draw = tl.program_id(0), tl.program_id(1)
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
@@ -98,7 +98,7 @@ def narrow_floors(
         low, high, target = _next_bounds(bounds, before, draws, blocks, draw, BLOCKS, WAYS)
         top = _top(tops, draw, blocks, BLOCKS)
     if block == 0:
-        own = bounds + 3 * draws + draw
+        own = bounds + 4 * draws + draw
         tl.store(own, low)
         tl.store(own + draws, high)
         tl.store(own + 2 * draws, target)
@@ -123,16 +123,16 @@ def settle_floors(
     BLOCKS: tl.constexpr, WAYS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
     """Raise the floor of each draw, `[draws]` float32: to the lower bound after the last pass where it was SEARCHED
-    for, else to what min-p keeps.
+    for, but not above the likeliest token; else to what min-p keeps.
     """
     draw = tl.program_id(0)
     floor = tl.load(floors + draw)
+    top = _top(tops, draw, blocks, BLOCKS)
     if SEARCHED:
         low, _, _ = _next_bounds(bounds, before, draws, blocks, draw, BLOCKS, WAYS)
-        floor = tl.maximum(floor, low)
+        floor = tl.maximum(floor, tl.minimum(low, top))
     else:
         unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
-        top = _top(tops, draw, blocks, BLOCKS)
         if (unit > 0.0) & (top > float("-inf")):
             floor = tl.maximum(floor, top + _setting(settings, MIN_P, draws, draw).to(tl.float32) / unit)
     tl.store(floors + draw, floor)

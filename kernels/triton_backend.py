@@ -174,7 +174,7 @@ class Attention:
         self._whole, self._window, self._device = plan, window, device
         self._plan = plan.within(window)
         self._positions = torch.from_numpy(plan.row_positions).to(device)
-        self._tables: dict[Geometry, Tables] = {}
+        self._tables: dict[tuple[Geometry, bool], Tables] = {}
         self._torch: torch_backend.Attention | None = None
 
     def __call__(
@@ -186,14 +186,16 @@ class Attention:
             if self._torch is None:
                 self._torch = torch_backend.Attention(self._whole, self._window, self._device)
             return self._torch(q, k, v, scale, softcap, sinks)
-        if geometry not in self._tables:
+        capped = softcap is not None
+        if (geometry, capped) not in self._tables:
             chip, windowed = Chip.of(self._device), self._window is not None
-            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=softcap is not None)
+            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
-            self._tables[geometry] = Tables(work, geometry, launch, self._device, roomy=False)
+            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device, roomy=False)
         out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        _attend(self._tables[geometry], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
+        tables = self._tables[geometry, capped]
+        _attend(tables, self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
 
 
@@ -203,8 +205,8 @@ class StaticAttention:
     def __init__(self, plan: Plan, window: Window | None, positions: Tensor) -> None:
         self._window, self._positions = window, positions
         self._tile_rows = plan.tile_rows
-        self._tables: dict[Geometry, Tables] = {}
-        self._results: dict[Geometry, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[Geometry, bool], Tables] = {}
+        self._results: dict[tuple[Geometry, bool], tuple[Tensor, Tensor]] = {}
         self._origin: Plan | None = None
         self._last_age = 0
         self.load(plan)
@@ -233,14 +235,15 @@ class StaticAttention:
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
             raise ValueError(f"no kernel for {geometry}")
-        if geometry not in self._tables:
+        kind = geometry, softcap is not None
+        if kind not in self._tables:
             masks = {"windowed": self._window is not None, "capped": softcap is not None}
             launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
-            self._tables[geometry] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
+            self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
             out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
-            self._results[geometry] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
-        out, lse = self._results[geometry]
-        _attend(self._tables[geometry], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
+            self._results[kind] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
+        out, lse = self._results[kind]
+        _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
 
 

@@ -17,7 +17,6 @@ BLOCK = 2048
 """Tokens whose logits one program reads at once"""
 _WAYS, _PASSES = 8, 12
 """Thresholds of each pass of the search for a floor, and passes: it ends within 8**-12 of the logits' range."""
-_LARGEST_LOGIT = 1e38
 _LARGEST_UNIT = 1e30
 """Base-2 exponents a logit; a lower temperature draws the likeliest tokens alone"""
 
@@ -26,8 +25,10 @@ def draw_tokens(
     logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> Tensor:
     """As `radixgen.kernels.torch_sampling.draw_tokens`, in float32."""
-    if logits.dtype == torch.float64:
-        logits = logits.clamp(max=_LARGEST_LOGIT).float()
+    if logits.dtype == torch.float64:  # against their largest: float32 tells those near it apart, and holds it
+        logits = (logits - logits.amax(-1, keepdim=True)).float()
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
     sampled = [one for one in params if not one.greedy]
     top_k = any(one.top_k > 0 for one in sampled)
     top_p = any(one.top_p < 1.0 for one in sampled)
@@ -55,12 +56,17 @@ class _Step:
         self._draws, self._width = settings.shape[1], logits.shape[1]
         self._blocks = triton.cdiv(self._width, BLOCK)
         self._padded_blocks = triton.next_power_of_2(self._blocks)
-        self._tops, self._masses = self._floats(2, self._draws, self._blocks)
+        self._tops, self._masses = self._pair(self._draws, self._blocks)
         self._best = logits.new_empty((self._draws, self._blocks), dtype=torch.int32)
         self._floors = self._floats(self._draws).fill_(-math.inf)
 
     def _floats(self, *shape: int) -> Tensor:
         return self._logits.new_empty(shape, dtype=torch.float32)
+
+    def _pair(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Two of this size, flat, at multiples of 16 bytes: a kernel is compiled anew for an address that is none."""
+        first, second = self._floats(2, -(-math.prod(shape) // 4) * 4)
+        return first, second
 
     def weigh_blocks(self, *, filtered: bool = False) -> None:
         sampling_kernels.weigh_blocks[(self._blocks, self._draws)](
@@ -70,8 +76,8 @@ class _Step:
 
     def find_floors(self, *, weighed: bool) -> None:
         """Raise the floors to what top-p keeps where they are `weighed`, else to what top-k keeps."""
-        bounds = self._floats(_PASSES + 1, 3, self._draws)
-        found = self._floats(2, self._draws, self._blocks, _WAYS + 2)
+        bounds = self._floats(_PASSES + 1, 4, self._draws)
+        found = self._pair(self._draws, self._blocks, _WAYS + 2)
         for index in range(_PASSES):
             sampling_kernels.narrow_floors[(self._blocks, self._draws)](
                 self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses,

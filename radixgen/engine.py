@@ -127,7 +127,7 @@ class Engine:
         check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
         backend(attention, resolve_device(device))
-        max_step_tokens = max_step_tokens or _default_step_tokens(resolve_device(device))
+        max_step_tokens = max_step_tokens or _default_step_tokens(_device_of(model, device))
         self.limits = limits or Limits()
         check_integer("tensor_parallel_size", tensor_parallel_size, 1, self.limits.max_ranks)
         served, self.tokenizer = _served(
@@ -786,6 +786,12 @@ def _loaded(
     if device != "auto":
         model = model.to(resolve_device(device))
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)
+
+
+def _device_of(model: object, device: str) -> torch.device:
+    """Where the model runs: one given as an object stays where it is by default."""
+    own = getattr(model, "device", None)
+    return own if device == "auto" and isinstance(own, torch.device) else resolve_device(device)
 
 
 def _default_step_tokens(device: torch.device) -> int:

@@ -160,7 +160,7 @@ def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: Drawabl
     """The `count` likeliest tokens of rows of logits `[n, vocab]`, of those that are `drawable`, or all where there are
     fewer.
     """
-    scores = _pick(logits, rows).log_softmax(-1)
+    scores = _pick(logits, rows).float().log_softmax(-1)
     if drawable is not None:
         scores, count = drawable.among(scores), min(count, drawable.count)
     ids = _likeliest(scores, min(count, scores.shape[1]))

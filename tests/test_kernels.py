@@ -143,6 +143,24 @@ def test_wide_tiles(heads: tuple[int, int], mode, masks) -> None:
         check(case, heads, (128, 128), DTYPES[-1], **options)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> None:
+    """The launch of wide tiles knows no soft cap, so that layers of both kinds have tables of their own."""
+    case, _ = leaves_and_span(40)
+    plan = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, cost=WIDE).plan
+    q, k, v = (tensor.to(DEVICE) for tensor in tensors(case, (4, 1), (128, 128), torch.float16))
+    positions = torch.from_numpy(plan.row_positions.astype(np.int64)).to(DEVICE)
+
+    def prepared():
+        if static:
+            return triton_backend.StaticAttention(plan, None, positions)
+        return triton_backend.Attention(plan, None, DEVICE)
+
+    shared = prepared()
+    for softcap in (None, 2.0, None):
+        assert torch.equal(shared(q, k, v, 0.1, softcap)[0], prepared()(q, k, v, 0.1, softcap)[0])
+
+
 def test_wide_tiles_have_a_launch_of_their_own() -> None:
     hopper, geometry = triton_backend.Chip(90, 132), Geometry(8, 4, 128, 128, torch.bfloat16)
     if not triton_backend.takes_wide(geometry, hopper):

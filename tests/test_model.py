@@ -1,12 +1,15 @@
 """What is loaded, and what is refused by name and with the reason."""
 
+import os
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from oracle import StampModel
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedModel
 
 from radixgen import Engine, InvalidRequest, Limits, ModelNotFound, SamplingParams, UnsupportedModel
@@ -141,6 +144,16 @@ def test_bytes_of_a_token() -> None:
     assert LayerShape(kv_heads=3, head_dim=64, v_head_dim=32, dtype=torch.bfloat16).bytes_per_token == 3 * 96 * 2
 
 
+def test_steps_are_as_large_as_the_models_own_device_takes(monkeypatch) -> None:
+    """A model that is given as an object stays on the CPU of a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    with Engine(families.build("llama"), kv_tokens=64, attention="torch") as engine:
+        assert engine.max_step_tokens == 2048
+    with Engine(StampModel(), kv_tokens=64, attention="torch") as engine:
+        assert engine.max_step_tokens == 8192
+
+
 def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog) -> None:
     def broken(*_: object) -> None:
         raise OSError("no compiler on this machine")
@@ -155,6 +168,22 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog) -> N
         engine.check()
     warnings = [record.message for record in caplog.records if "torch.compile failed" in record.message]
     assert len(warnings) == 1 and "no compiler on this machine" in warnings[0]
+
+
+def test_what_is_compiled_is_kept_where_that_can_be_written(monkeypatch, tmp_path) -> None:
+    """PyTorch names its own folder as soon as it is imported, which is no wish of the user's."""
+    (tmp_path / "file").touch()
+
+    def folder(cache: Path, before: Path) -> Path:
+        monkeypatch.setenv("RADIXGEN_CACHE", str(cache))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(before))
+        with Engine(families.build("llama"), kv_tokens=64, torch_compile=True):
+            return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    default = Path(default_cache_dir())
+    assert folder(tmp_path / "new", default) == tmp_path / "new" / "inductor"
+    assert folder(tmp_path / "file", default) == default
+    assert folder(tmp_path / "new", tmp_path / "wished") == tmp_path / "wished"
 
 
 def test_compiled_blocks_answer_as_they_did_and_are_given_back(monkeypatch) -> None:

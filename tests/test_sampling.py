@@ -30,6 +30,7 @@ from radixgen.sampling import (
     Drawn,
     distribution,
     fork_seed,
+    likeliest,
     philox4x32,
     sample,
     shape,
@@ -593,3 +594,15 @@ def test_logprobs_of_impossible_tokens() -> None:
     """Minus infinity, and no NaN, where the model rules a token out."""
     found = token_logprobs(torch.tensor([[-INF, 0.0, -INF]]), np.array([0]), [3])[0]
     assert found == {0: -INF, 1: 0.0, 2: -INF}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_any_dtype_are_told_of(dtype: torch.dtype) -> None:
+    logits = random_logits(3, VOCAB).to(dtype)
+    scores = logits.float().log_softmax(-1)
+    found = likeliest(logits, [2, 0], 4)
+    for row, choices in zip((2, 0), found, strict=True):
+        assert choices.log_probs.tolist() == scores[row].topk(4).values.tolist()
+        assert choices.log_probs.tolist() == scores[row][choices.token_ids].tolist()
+    told = token_logprobs(logits, np.array([1, 2, 3]), [2, 2, 2])
+    assert [one[token] for one, token in zip(told, (1, 2, 3), strict=True)] == scores[[0, 1, 2], [1, 2, 3]].tolist()

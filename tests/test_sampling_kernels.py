@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,3 +90,45 @@ def test_scores_in_float64_that_float32_does_not_hold() -> None:
     scores = torch.tensor([[1e300, -INF, 3.0, -1e300]], dtype=torch.float64, device=DEVICE)
     uniforms, params = np.array([0.0, 0.99]), [SamplingParams()] * 2
     assert triton_sampling.draw_tokens(scores, [0, 0], params, uniforms).tolist() == [0, 0]
+
+
+def test_scores_in_float64_that_float32_cannot_tell_apart() -> None:
+    """Penalties leave such; and a row of which nothing else may be drawn may be far below what float32 holds."""
+    scores = torch.tensor([[9.0, 9.0 + 1e-9, 3.0], [-INF, -5e300, -INF]], dtype=torch.float64, device=DEVICE)
+    params = [SamplingParams(temperature=0.0), SamplingParams(temperature=1e-12), SamplingParams()]
+    found = triton_sampling.draw_tokens(scores, [0, 0, 1], params, np.full(3, 0.3))
+    assert (
+        found.tolist() == torch_sampling.draw_tokens(scores, [0, 0, 1], params, np.full(3, 0.3)).tolist() == [1, 1, 1]
+    )
+
+
+@pytest.mark.parametrize("top", [1.0, 1e38, 3e38, torch.finfo(torch.float32).max, -2e38])
+def test_filters_never_hide_the_likeliest_token(top: float) -> None:
+    """A share that float32 rounds to 0, and logits as large as there are."""
+    logits = torch.tensor([[-INF, -3e38, top, -3.1e38]], device=DEVICE)
+    params = [SamplingParams(top_p=1e-300), SamplingParams(top_k=1), SamplingParams(top_k=2, top_p=0.5, min_p=0.1)]
+    assert triton_sampling.draw_tokens(logits, [0] * 3, params, np.full(3, 0.7)).tolist() == [2] * 3
+
+
+def test_logits_that_lie_transposed() -> None:
+    logits = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE).T
+    params, uniforms = [SamplingParams(), SamplingParams(top_k=5), SamplingParams(temperature=0.0)], np.full(3, 0.4)
+    found = triton_sampling.draw_tokens(logits, [0, 1, 2], params, uniforms)
+    assert found.tolist() == torch_sampling.draw_tokens(logits, [0, 1, 2], params, uniforms).tolist()
+
+
+@pytest.mark.parametrize("vocab", [5, 2049])
+def test_no_number_of_draws_compiles_a_kernel_anew(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for addresses that are multiples of 16 bytes, and once more for others."""
+    addresses: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, **_: addresses.extend(a.data_ptr() for a in args if isinstance(a, Tensor))
+
+    names = ("weigh_blocks", "narrow_floors", "settle_floors", "choose")
+    monkeypatch.setattr(triton_sampling, "sampling_kernels", SimpleNamespace(**dict.fromkeys(names, Kernel())))
+    logits, params = torch.zeros(1, vocab, device=DEVICE), SamplingParams(top_k=3, top_p=0.5, min_p=0.1)
+    for draws in range(1, 6):
+        triton_sampling.draw_tokens(logits, [0] * draws, [params] * draws, np.zeros(draws))
+    assert addresses and all(address % 16 == 0 for address in addresses)

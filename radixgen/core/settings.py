@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CACHE_VARIABLE = "RADIXGEN_CACHE"
@@ -24,11 +24,18 @@ def cache_dir() -> Path:
         raise FileNotFoundError(f"{path}: {error}; set {CACHE_VARIABLE} to a directory") from error
 
 
-def keep_compiled() -> None:
+def keep_compiled(default: str) -> None:
     """Have PyTorch keep the kernels that it compiles in `cache_dir`, so that they outlive a reboot, unless
-    `TORCHINDUCTOR_CACHE_DIR` says otherwise. Raises as `cache_dir`.
+    `TORCHINDUCTOR_CACHE_DIR` names another folder than its `default`, as it does itself when it is imported, or nothing
+    can be written there.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
+        return
+    with suppress(OSError):
+        folder = cache_dir() / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def flash_attention_3() -> Path | None:

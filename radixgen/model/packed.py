@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -204,8 +203,9 @@ class TreeModel:
         The first passes are slow, unless the cache directory holds what they need; attention itself is left as it is.
         Where compiling fails, in any later pass, there is a warning, and the model runs as it is from then on.
         """
-        with suppress(FileNotFoundError):
-            keep_compiled()
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        keep_compiled(default_cache_dir())
         opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
         _register(opaque)
         for module in self.model.modules():
