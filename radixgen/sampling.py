@@ -111,7 +111,8 @@ def draw(
     logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
 ) -> Draws:
     """As `sample`, without waiting for the device."""
-    params, numbers = [state.params for state in states], uniform(states)
+    params = [state.params for state in states]
+    numbers = np.zeros(len(states)) if all(one.greedy for one in params) else uniform(states)
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:
