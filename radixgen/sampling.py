@@ -113,7 +113,8 @@ def draw(
 ) -> Draws:
     """As `sample`, without waiting for the device."""
     draw_tokens = _fastest_draw_tokens(logits.is_cuda)
-    params, uniforms = [state.params for state in states], uniform(states)
+    params = [state.params for state in states]
+    uniforms = np.zeros(len(states)) if all(one.greedy for one in params) else uniform(states)
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:

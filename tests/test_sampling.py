@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from radixgen import SamplingParams
+from radixgen import SamplingParams, sampling
 from radixgen.core import SamplingState
 from radixgen.kernels.torch_sampling import weights
 from radixgen.sampling import (
@@ -606,3 +606,12 @@ def test_logits_of_any_dtype_are_told_of(dtype: torch.dtype) -> None:
         assert choices.log_probs.tolist() == scores[row][choices.token_ids].tolist()
     told = token_logprobs(logits, np.array([1, 2, 3]), [2, 2, 2])
     assert [one[token] for one, token in zip(told, (1, 2, 3), strict=True)] == scores[[0, 1, 2], [1, 2, 3]].tolist()
+
+
+def test_greedy_draws_take_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost the host as much as all else that a step of many greedy sequences draws."""
+    monkeypatch.setattr(sampling, "uniform", None)
+    logits = random_logits(2)
+    greedy = SamplingParams(temperature=0.0)
+    states = [state(greedy), state(replace(greedy, logit_bias={3: 50.0}))]
+    assert sample(logits, [1, 0], states).tokens == [int(logits[1].argmax()), 3]
