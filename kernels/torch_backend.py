@@ -120,7 +120,8 @@ class Attention:
         long &= self._dense(plan)
         self._long = [self._long_unit(unit) for unit in np.flatnonzero(long).tolist()]
         self._padded = [self._pad(units) for units in self._classes(np.flatnonzero(~long), sizes)]
-        self._order = self._merge_order(sizes) if not plan.single else None
+        in_order = plan.single and bool((np.diff(plan.unit_rows[:, 0]) > 0).all())
+        self._order = None if in_order else self._merge_order(sizes)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None

@@ -362,7 +362,7 @@ def _sequence(
 
 @compiled
 def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, prices: Floats) -> tuple[Ints, Ints]:
-    """The units of the partition, in order of rows, ancestors first: `[units, 9]`. A `cuts` of one column holds
+    """The units of the partition, ancestors first: `[units, 9]`. A `cuts` of one column holds
     however many nodes are pending.
 
     First row and the row behind the last; the lowest pending node and how many are pending; the first node of the

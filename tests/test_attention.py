@@ -293,3 +293,18 @@ def test_bad_shapes_are_named(shapes) -> None:
     attn = TreeAttention([-1], [[(0, 5)]], [0])
     with pytest.raises(InvalidRequest):
         attn(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_units_that_are_not_in_the_order_of_rows() -> None:
+    """Whole subtrees in one tile come before what is left of the subtrees ahead of them, with partials or without."""
+    parents = [-1, 0, 0] + [1 + leaf % 2 for leaf in range(28)]
+    extents = [[(3, 3)], [(10, 277)], [(300, 37)]] + [[(400 + 9 * leaf, 1 + leaf % 7)] for leaf in range(28)]
+    case = Case(parents, extents, list(range(3, 31)), None, 700)
+    tiles = TileCost(16, 5.0, 1.0, 2.0), TileCost(64, 6.0, 1.2, 2.4), TileCost(128, 9.0, 1.3, 2.6)
+    cost = CostModel(tiles, partial=0.5, first_key=0.1, group=4, kv_heads=2, programs=3, least_run=128, mix=True)
+    plan = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, cost=cost).plan
+    assert plan.single and (np.diff(plan.unit_rows[:, 0]) < 0).any()
+    q, k, v = tensors(case, (8, 2), (16, 16), torch.float64)
+    attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, cost=cost, attention="torch")
+    plain = {"scale": 0.25, "dtype": torch.float64, "window": None, "softcap": None, "sinks": None}
+    assert error(attn(q, k, v)[0], reference(case, q, k, v, **plain)[0]) < 1e-12
