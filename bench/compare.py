@@ -87,12 +87,12 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def _read(output: str) -> dict[str, Any]:
-    """What one engine's process told, by workload, and `about`."""
+    """The output lines of one engine's process, by workload; the line about the engine itself under `about`."""
     found: dict[str, Any] = {}
     for line in output.splitlines():
         if line.startswith("{"):
-            told = json.loads(line)
-            found[told.pop("workload", "about")] = told
+            figures = json.loads(line)
+            found[figures.pop("workload", "about")] = figures
     return found
 
 
@@ -114,9 +114,10 @@ def _run_one(options: argparse.Namespace) -> int:
     print(json.dumps({**engine.about, **measured}), flush=True)
     step_limit = None if ceilings is None else StepLimit(shape, ceilings)
     for one in options.workloads:
-        told = measure(engine, one, Workloads(scale, shape.vocab), Workloads(scale, shape.vocab, seed=1), step_limit)
-        print(json.dumps({"workload": one, **told}), flush=True)
-        print(f"{name} {one}: {told['seconds']:.2f} s", file=sys.stderr, flush=True)
+        timed, warm_up = Workloads(scale, shape.vocab), Workloads(scale, shape.vocab, seed=1)
+        figures = measure(engine, one, timed, warm_up, step_limit)
+        print(json.dumps({"workload": one, **figures}), flush=True)
+        print(f"{name} {one}: {figures['seconds']:.2f} s", file=sys.stderr, flush=True)
     return 0
 
 
@@ -127,10 +128,10 @@ def measure(
     run(engine, name, warm_up, None)
     whole = run(engine, name, workloads, step_limit)
     begun = run(engine, name, workloads, None, first=True)
-    told = {**whole, "first_seconds": begun["seconds"]}
+    figures = {**whole, "first_seconds": begun["seconds"]}
     if name.startswith("latency"):
-        told["ms_per_token"] = 1e3 * (whole["seconds"] - begun["seconds"]) / (workloads.scale.new - 1)
-    return told
+        figures["ms_per_token"] = 1e3 * (whole["seconds"] - begun["seconds"]) / (workloads.scale.new - 1)
+    return figures
 
 
 def run(
@@ -159,8 +160,8 @@ def run(
             ask = asks.send(answers)
     except StopIteration:
         pass
-    told: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
-    return told if limit is None else {**told, "limit_seconds": least}
+    figures: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
+    return figures if limit is None else {**figures, "limit_seconds": least}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

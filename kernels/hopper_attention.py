@@ -35,5 +35,5 @@ def attend(
         views["laid_out_positions"], views["wide_queue"], views["items"], views["runs"], key_slots, key_rows, scale,
         KV_HEADS=geometry.kv_heads, GROUP=geometry.group, DIM=geometry.head_dim, BLOCK=launch.wide_keys, STAGES=_STAGES,
         SINKS=sinks is not None, PDL=launch.overlap, CONSUMER_REGS=_CONSUMER_REGISTERS,
-        PRODUCER_REGS=_PRODUCER_REGISTERS, num_warps=4, **({"launch_pdl": True} if launch.overlap else {}),
+        PRODUCER_REGS=_PRODUCER_REGISTERS, num_warps=4, **launch.pdl,
     )  # fmt: skip

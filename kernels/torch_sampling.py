@@ -54,7 +54,7 @@ def probabilities(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         found *= found >= least
     if any(greedy):
         chosen = torch.zeros_like(found).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
-        found = torch.where(torch.tensor(greedy, device=scores.device)[:, None], chosen, found)
+        found = torch.where(upload(np.array(greedy), scores.device)[:, None], chosen, found)
     return found
 
 
@@ -80,7 +80,7 @@ def _keep_likeliest(found: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     ordered = found.sort(dim=-1, descending=True).values
     width = ordered.shape[1]
     counts = [min(one.top_k, width) if one.top_k > 0 else width for one in params]
-    ordered *= ordered >= ordered.gather(-1, torch.tensor(counts, device=ordered.device)[:, None] - 1)
+    ordered *= ordered >= ordered.gather(-1, upload(np.array(counts), ordered.device)[:, None] - 1)
     shares = weights(ordered)
     cumulative = shares.cumsum(-1)
     most = _column([one.top_p if one.top_p < 1.0 else math.inf for one in params], ordered)

@@ -284,7 +284,7 @@ def _attend(
         tables.partial_out, tables.partial_lse, out, lse, lse if sinks is None else sinks, views["counts"],
         views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
-        SINKS=sinks is not None, PDL=launch.overlap, **_early(launch),
+        SINKS=sinks is not None, PDL=launch.overlap, **launch.pdl,
     )  # fmt: skip
 
 
@@ -306,12 +306,8 @@ def _attend_queue(
         lse if sinks is None else sinks, positions, views["laid_out_positions"], views[queue], views["items"],
         views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
         **constants(tables.geometry, launch, **masks),
-        num_warps=launch.num_warps, maxnreg=launch.registers, **_early(launch),
+        num_warps=launch.num_warps, maxnreg=launch.registers, **launch.pdl,
     )  # fmt: skip
-
-
-def _early(launch: Launch) -> dict[str, bool]:
-    return {"launch_pdl": True} if launch.overlap else {}
 
 
 def _blocks(k: Tensor, v: Tensor, launch: Launch) -> tuple[object, object]:

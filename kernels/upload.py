@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def upload(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy of `values` on `device`. On a GPU it is made in the order of the current stream, from pinned memory: the
-    host goes on at once, where a copy from ordinary memory waits for all that was given to the device before.
+    """`values` on `device`; on the CPU they may share memory. On a GPU they are copied in the order of the current
+    stream, from pinned memory, so that the host goes on at once: a copy from ordinary memory waits for what was begun
+    before.
     """
     host = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":

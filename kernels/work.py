@@ -57,6 +57,11 @@ class Launch:
     wide_keys: int = 128
     """Keys in a block of that launch"""
 
+    @property
+    def pdl(self) -> dict[str, bool]:
+        """Triton's option for `overlap` (programmatic dependent launch)."""
+        return {"launch_pdl": True} if self.overlap else {}
+
     def most_rows(self, group: int) -> int:
         """Rows of the tree in the widest tile."""
         return max(self.tiles) // group

@@ -48,15 +48,16 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
         longer = max(work, cost.reads(min(unique, read), read))
         costs[launched] *= longer / work
         even, unique = even + longer, unique - min(unique, read)
-    merge = cost.launch + (0.0 if int(rows.sum()) == num_rows else cost.merge)
+    split_fixed = cost.launch + cost.merge
+    whole_fixed = cost.launch if int(rows.sum()) == num_rows else split_fixed
     whole = np.zeros(len(units), np.int64)
-    if cost.programs == 1 or even + merge >= to_beat:
-        return Balance(whole, even + merge, even)
+    if cost.programs == 1 or even + whole_fixed >= to_beat:
+        return Balance(whole, even + whole_fixed, even)
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
-        return Balance(whole, even + longest / 2 + merge, even)
+        return Balance(whole, even + longest / 2 + whole_fixed, even)
     least = _makespan(costs, apart, cost)
-    best = Balance(whole, least + merge, even)
+    best = Balance(whole, least + whole_fixed, even)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     for part in _SHARES:
         if least <= ENOUGH * max(even, fixed):
@@ -66,8 +67,8 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
         partials = (cost.partial * cost.group) * rows.astype(np.float64)
         split = _pieces(costs, keys, limits, pieces, partials, cost.tiles[0].unit)
         least = _makespan(split, np.repeat(apart, pieces), cost)
-        if least + cost.merge + cost.launch < best.time:
-            best = Balance(limits, least + cost.merge + cost.launch, even)
+        if least + split_fixed < best.time:
+            best = Balance(limits, least + split_fixed, even)
     return best
 
 
