@@ -79,7 +79,7 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
     for kernel, fixed in (
         (triton_kernels.expand_keys, {"BLOCK": 128, "ROWS": 128}),
         (triton_kernels.advance, {"BLOCK": 1024}),
-        (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width}),
+        (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 16, "BLOCK_PARTIALS": 1, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 1, "BLOCK_PARTIALS": 64, "PDL": chip >= 90}),
     ):

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from radixgen.kernels.work import pdl
+
 if TYPE_CHECKING:
     from radixgen.kernels.triton_backend import Tables
 
@@ -35,5 +37,5 @@ def attend(
         views["laid_out_positions"], views["wide_queue"], views["items"], views["runs"], key_slots, key_rows, scale,
         KV_HEADS=geometry.kv_heads, GROUP=geometry.group, DIM=geometry.head_dim, BLOCK=launch.wide_keys, STAGES=_STAGES,
         SINKS=sinks is not None, PDL=launch.overlap, CONSUMER_REGS=_CONSUMER_REGISTERS,
-        PRODUCER_REGS=_PRODUCER_REGISTERS, num_warps=4, **launch.pdl,
+        PRODUCER_REGS=_PRODUCER_REGISTERS, num_warps=4, **pdl(launch.overlap),
     )  # fmt: skip

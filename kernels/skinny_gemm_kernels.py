@@ -70,8 +70,8 @@ def linear_kernel(
         j += 1
         segment += gl.where(j == length, 1, 0)
         j = gl.where(j == length, 0, j)
-    gdc_launch_dependents()
     gdc_wait()
+    gdc_launch_dependents()
     segment = first
     j = 0
     for i in gl.static_range(STAGES):

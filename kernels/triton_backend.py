@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
-from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out
+from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out, pdl
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,11 @@ class Chip:
     def shared_bytes(self) -> int:
         """Shared memory of a multiprocessor that blocks of keys in flight may take."""
         return (208 if self.capability >= 90 else 144) * 1024
+
+
+def overlaps(chip: Chip) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return chip.capability >= 90 and not triton.knobs.runtime.interpret
 
 
 def takes_wide(geometry: Geometry, chip: Chip) -> bool:
@@ -84,7 +89,7 @@ def choose_launch(
         gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (32 * block_bytes))),
         programs=programs * chip.multiprocessors,
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
-        overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
+        overlap=overlaps(chip),
         registers=255 if max(geometry.padded) <= 64 else None,
         wide_programs=chip.multiprocessors if wide else 0,
     )
@@ -115,6 +120,7 @@ class Writes:
 
     def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
         self._slots = torch.as_tensor(slots).to(device)
+        self._overlap = overlaps(Chip.of(device))
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
         """As `radixgen.kernels.backend.Writes`."""
@@ -125,7 +131,7 @@ class Writes:
             key, value, self._slots, k, v, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             KV_HEADS=kv_heads, HEAD_DIM=head_dim, V_HEAD_DIM=v.shape[2],
             PADDED_K=triton.next_power_of_2(kv_heads * head_dim),
-            PADDED_V=triton.next_power_of_2(kv_heads * v.shape[2]),
+            PADDED_V=triton.next_power_of_2(kv_heads * v.shape[2]), PDL=self._overlap, **pdl(self._overlap),
         )  # fmt: skip
 
 
@@ -284,7 +290,7 @@ def _attend(
         tables.partial_out, tables.partial_lse, out, lse, lse if sinks is None else sinks, views["counts"],
         views["rows"], views["offsets"], views["partials"], Q_HEADS=q_heads, V_HEAD_DIM=geometry.v_head_dim,
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
-        SINKS=sinks is not None, PDL=launch.overlap, **launch.pdl,
+        SINKS=sinks is not None, PDL=launch.overlap, **pdl(launch.overlap),
     )  # fmt: skip
 
 
@@ -306,7 +312,7 @@ def _attend_queue(
         lse if sinks is None else sinks, positions, views["laid_out_positions"], views[queue], views["items"],
         views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
         **constants(tables.geometry, launch, **masks),
-        num_warps=launch.num_warps, maxnreg=launch.registers, **launch.pdl,
+        num_warps=launch.num_warps, maxnreg=launch.registers, **pdl(launch.overlap),
     )  # fmt: skip
 
 

@@ -260,6 +260,7 @@ def merge(
         place, inside = _places(partials, begin, end, head, Q_HEADS, BLOCK_PARTIALS)
         if PDL:
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         given_lse, given_out = _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM, PADDED_V_DIM)
         top = tl.max(given_lse, 1)
         for first in range(begin + BLOCK_PARTIALS, end, BLOCK_PARTIALS):
@@ -284,6 +285,7 @@ def merge(
     if PDL:
         # A launch without rows to merge must not end before the one that it follows.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -308,9 +310,13 @@ def _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM: tl.constexpr,
 def write_kv(
     key, value, slots, k, v, key_row, key_head, value_row, value_head,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_K: tl.constexpr,
-    PADDED_V: tl.constexpr,
+    PADDED_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value go to slot `slots[i]` of k and v; -1 goes nowhere."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        if tl.num_programs(0) <= 64:  # programs of many rows would leave no even room for those of the launch after
+            tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     if slot >= 0:

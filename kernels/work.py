@@ -33,6 +33,11 @@ WIDE = 2
 """The class of tiles that have a launch of their own on some chips"""
 
 
+def pdl(overlap: bool) -> dict[str, bool]:
+    """Triton's option for a launch that overlaps with the one before it (programmatic dependent launch)."""
+    return {"launch_pdl": True} if overlap else {}
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How the attention kernels are launched: one for wide tiles first, where they have their own, then one for all."""
@@ -56,11 +61,6 @@ class Launch:
     """Of the launch for wide tiles; 0 where there is none"""
     wide_keys: int = 128
     """Keys in a block of that launch"""
-
-    @property
-    def pdl(self) -> dict[str, bool]:
-        """Triton's option for `overlap` (programmatic dependent launch)."""
-        return {"launch_pdl": True} if self.overlap else {}
 
     def most_rows(self, group: int) -> int:
         """Rows of the tree in the widest tile."""

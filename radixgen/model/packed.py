@@ -206,11 +206,12 @@ class TreeModel:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         keep_compiled(default_cache_dir())
+        options = _early_launches(self.device)
         opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
         _register(opaque)
         for module in self.model.modules():
             if type(module).__name__ in (self.model._no_split_modules or ()):
-                module.compile(dynamic=True)
+                module.compile(dynamic=True, options=options)
                 self._compiled.append(module)
 
     def fuse_linears(self) -> None:
@@ -346,6 +347,16 @@ class TreeModel:
 
     def _no_attend(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         raise UnsupportedModel(f"{self.name}: radixgen holds this model; close its engine first")
+
+
+def _early_launches(device: torch.device) -> dict[str, bool] | None:
+    """The compiler's option for kernels that begin while those before them end, as radixgen's do; None where it has
+    none.
+    """
+    from torch._inductor import config
+
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"triton.enable_pdl": True} if hopper and hasattr(config.triton, "enable_pdl") else None
 
 
 def _is_of_compiler(error: RuntimeError) -> bool:
