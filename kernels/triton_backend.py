@@ -15,6 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
+from radixgen.kernels.room import Room, empty_partials
+from radixgen.kernels.upload import Upload, upload
 from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out, pdl
 
 
@@ -119,7 +121,7 @@ class Writes:
     """New keys and values into their slots, in one launch."""
 
     def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
-        self._slots = torch.as_tensor(slots).to(device)
+        self._slots = slots if isinstance(slots, Tensor) else upload(slots, device)
         self._overlap = overlaps(Chip.of(device))
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
@@ -138,32 +140,34 @@ class Writes:
 class Tables:
     """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
-    `roomy` tables have room for larger work at the same addresses: what was captured with them answers it too.
+    With `room` there is some to spare at the same addresses: what was captured with these tables answers larger work
+    too.
     """
 
-    def __init__(self, work: Work, geometry: Geometry, launch: Launch, device: torch.device, *, roomy: bool) -> None:
+    def __init__(
+        self, work: Work, geometry: Geometry, launch: Launch, device: torch.device, room: Room | None = None
+    ) -> None:
         self.launch, self.geometry = launch, geometry
-        self._sizes = work.sizes.roomy() if roomy else work.sizes
-        self._buffer = torch.empty(sum(self._sizes.tables), dtype=torch.int32, device=device)
-        views = torch.split(self._buffer, list(self._sizes.tables))
+        self._sizes = work.sizes if room is None else room.sizes(work.sizes)
+        self._upload = Upload(sum(self._sizes.tables), torch.int32, device)
+        views = torch.split(self._upload.tensor, list(self._sizes.tables))
         self.views = dict(zip(TABLES, views, strict=True))
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
         self.merge_block = min(64, triton.next_power_of_2(max(work.most_partials, 1)))
-        partials = (self._sizes.partials, geometry.kv_heads * geometry.group)
-        self.partial_lse = torch.empty(partials, dtype=torch.float32, device=device)
-        self.partial_out = torch.empty((*partials, geometry.v_head_dim), dtype=torch.float32, device=device)
+        partials = self._sizes.partials, geometry.kv_heads * geometry.group, geometry.v_head_dim, device
+        self.partial_lse, self.partial_out = empty_partials(*partials) if room is None else room.partials(*partials)
         self.load(work)
 
     def load(self, work: Work) -> bool:
         """Replace the work; False, and nothing is changed, where there is no room for it."""
         if not self._sizes.hold(work.sizes):
             return False
-        if self._sizes == work.sizes:
-            self._buffer.copy_(torch.from_numpy(np.concatenate(work.tables)))
-        else:
-            for view, table in zip(self.views.values(), work.tables, strict=True):
-                view[: table.size].copy_(torch.from_numpy(table))
+        begins = np.cumsum(self._sizes.tables) - self._sizes.tables
+        filled = self._upload.fill()
+        for begin, table in zip(begins, work.tables, strict=True):
+            filled[begin : begin + table.size] = table
+        self._upload.send()
         if work.num_pieces:
             grid = (min(work.num_pieces, 4096),)
             triton_kernels.expand_keys[grid](
@@ -179,7 +183,7 @@ class Attention:
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         self._plan = plan.within(window)
-        self._positions = torch.from_numpy(plan.row_positions).to(device)
+        self._positions = upload(plan.row_positions, device)
         self._tables: dict[tuple[Geometry, bool], Tables] = {}
         self._torch: torch_backend.Attention | None = None
 
@@ -197,7 +201,7 @@ class Attention:
             chip, windowed = Chip.of(self._device), self._window is not None
             launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
-            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device, roomy=False)
+            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
         out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         tables = self._tables[geometry, capped]
@@ -208,8 +212,8 @@ class Attention:
 class StaticAttention:
     """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
-    def __init__(self, plan: Plan, window: Window | None, positions: Tensor) -> None:
-        self._window, self._positions = window, positions
+    def __init__(self, plan: Plan, window: Window | None, positions: Tensor, room: Room) -> None:
+        self._window, self._positions, self._room = window, positions, room
         self._tile_rows = plan.tile_rows
         self._tables: dict[tuple[Geometry, bool], Tables] = {}
         self._results: dict[tuple[Geometry, bool], tuple[Tensor, Tensor]] = {}
@@ -245,7 +249,7 @@ class StaticAttention:
         if kind not in self._tables:
             masks = {"windowed": self._window is not None, "capped": softcap is not None}
             launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
-            self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
+            self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, self._room)
             out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
             self._results[kind] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
         out, lse = self._results[kind]

@@ -85,11 +85,17 @@ class Sizes:
 
     def roomy(self) -> "Sizes":
         """At least twice as much of everything, so that plans that grow seldom need more."""
-        return Sizes(tuple(map(_room, self.tables)), _room(self.keys), _room(self.partials))
+        tables = tuple(_room(size, 1 << 14) for size in self.tables)
+        return Sizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 10))
+
+    def union(self, other: "Sizes") -> "Sizes":
+        """What holds both."""
+        tables = tuple(map(max, self.tables, other.tables))
+        return Sizes(tables, max(self.keys, other.keys), max(self.partials, other.partials))
 
 
-def _room(size: int) -> int:
-    return max(1024, 1 << (2 * size - 1).bit_length())
+def _room(size: int, least: int) -> int:
+    return max(least, 1 << (2 * size - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)

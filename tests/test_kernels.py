@@ -18,7 +18,9 @@ from radixgen import Engine, TreeAttention
 from radixgen.core import Chunk
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
+from radixgen.kernels.room import Room
 from radixgen.kernels.schedule import assign
+from radixgen.model import graphs
 from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
 
 pytest.importorskip("triton")
@@ -153,7 +155,7 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
 
     def prepared():
         if static:
-            return triton_backend.StaticAttention(plan, None, positions)
+            return triton_backend.StaticAttention(plan, None, positions, Room())
         return triton_backend.Attention(plan, None, DEVICE)
 
     shared = prepared()
@@ -273,7 +275,7 @@ def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
         padded = torch.zeros(64, *q.shape[1:], device=DEVICE)
         padded[:rows] = q[order]
         if static is None:
-            static = triton_backend.StaticAttention(attn.plan, 50, positions)
+            static = triton_backend.StaticAttention(attn.plan, 50, positions, Room())
             out, lse = static(padded, k, v, 64**-0.5)
         else:
             assert static.load(attn.plan)
@@ -301,7 +303,7 @@ def test_rows_move_on_over_the_same_tables(mode, window) -> None:
     for begin, length, room in zip(extents, lengths, rooms, strict=True):
         pools[:, begin + length : begin + length + room] = float("nan")
     positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
-    static = triton_backend.StaticAttention(made, window, positions)
+    static = triton_backend.StaticAttention(made, window, positions, Room())
     looked_at = range(steps + 1) if EVERYTHING else (0, 1, steps)
     for step in range(steps + 1):
         if step:
@@ -327,6 +329,28 @@ def test_captured_steps_give_the_tokens_of_eager_ones(name: str) -> None:
     with Engine(families.build(name).to(DEVICE), attention="triton", kv_tokens=512, debug=True) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(asked, params)] == expected
         engine.check()
+        assert engine.stats().failed_captures == 0
+
+
+def test_prompts_are_computed_by_captured_steps_too(monkeypatch) -> None:
+    """Also beside sequences that decode, with logits for few of the rows."""
+    monkeypatch.setattr(graphs, "_FINE", 8)
+    asked = [[*range(5, 45)], [*range(5, 25), 7], [9, 8, 7]]
+
+    def answers(engine: Engine) -> list[list[int]]:
+        engine.submit(asked[0], greedy(20))
+        for _ in range(4):
+            engine.step()
+        return [output.outputs[0].token_ids for output in engine.generate(asked[1:], greedy(6))]
+
+    with Engine(families.build("llama").to(DEVICE), attention="triton", enforce_eager=True, kv_tokens=512) as engine:
+        expected = answers(engine)
+    with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=512, debug=True) as engine:
+        assert answers(engine) == expected
+        engine.check()
+        sizes = set(engine._model._graphs._graphs)
+        assert engine.stats().failed_captures == 0
+    assert {(128, 8), (1, 1)} <= {(size.rows, size.logits) for size in sizes}
 
 
 class Traced(TorchDispatchMode):

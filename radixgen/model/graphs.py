@@ -1,4 +1,4 @@
-"""A step's forward pass, captured once for a number of rows and replayed for whatever plan comes.
+"""A step's forward pass, captured once for a number of rows and of logits, and replayed for whatever plan comes.
 
 Everything that a captured pass reads stands at fixed addresses: token ids, positions, slots, rows of logits, and the
 tables of `StaticAttention`. A step fills them and replays; where only lengths grew, the tables stay as they are.
@@ -6,6 +6,7 @@ tables of `StaticAttention`. A step fills them and replays; where only lengths g
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Backend, StaticAttention
+from radixgen.kernels.room import Room
+from radixgen.kernels.upload import Upload
 from radixgen.model.packed import LayerCall, TreeModel
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Turns a call into one that does the same with less host work and returns the same tensor again."""
 
-_FINE, _COARSE = 256, 128
-"""Up to _FINE rows a graph for each power of two, beyond it for each multiple of _COARSE."""
+_FINE, _COARSE = 256, 1024
+"""Up to _FINE rows a graph for each power of two, up to _COARSE for each multiple of 128, then of 256."""
 
 
 _PADDING = np.array([[0], [0], [-1], [0]])
@@ -29,9 +32,26 @@ _PADDING = np.array([[0], [0], [-1], [0]])
 
 def bucket(rows: int) -> int:
     """Rows of the graph that answers `rows` rows."""
-    if rows > _FINE:
-        return -(-rows // _COARSE) * _COARSE
-    return 1 << (rows - 1).bit_length()
+    if rows <= _FINE:
+        return 1 << (rows - 1).bit_length()
+    step = 128 if rows <= _COARSE else 256
+    return -(-rows // step) * step
+
+
+class Size(NamedTuple):
+    """What a graph is captured for."""
+
+    rows: int
+    logits: int
+    """Rows that it gives logits of: all, or `_FINE` of more where few are wanted, as while prompts are computed"""
+    tile_rows: int
+    """Of the plans"""
+
+    @classmethod
+    def of(cls, plan: Plan, logits: int) -> "Size":
+        """For a plan, of which so many rows give logits."""
+        rows = bucket(plan.num_rows)
+        return cls(rows, rows if logits > _FINE else min(rows, _FINE), plan.tile_rows)
 
 
 class CudaCapture:
@@ -92,35 +112,28 @@ def call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def _key(plan: Plan) -> tuple[int, int]:
-    """Which graph answers a plan."""
-    return bucket(plan.num_rows), plan.tile_rows
-
-
 class NotCapturable(Exception):
     """The model's pass can't be captured, or what it was captured with is short of memory."""
 
 
 class StepGraphs:
-    """The captured passes of one model, made when they are first needed: one for a number of rows and a launch."""
+    """The captured passes of one model, made when they are first needed, one a `Size`."""
 
     def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int) -> None:
         self.max_rows = max_rows
         self._model, self._storage, self._backend = model, storage, backend
         self._capture = CudaCapture(model.device) if model.device.type == "cuda" else call
-        self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._refused: set[tuple[int, int]] = set()
+        self._room = Room()
+        self._graphs: dict[Size, _Graph] = {}
+        self._refused: set[Size] = set()
         self.usable = True
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
         self._last: tuple[_Graph, Plan, int] | None = None
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
-        """Whether a step is one for a graph: not too large, and most of its rows give logits, as in decoding. A graph
-        makes as many logits as it has rows.
-        """
-        decodes = plan.num_rows <= self.max_rows and 2 * logit_rows.size >= plan.num_rows
-        return decodes and self.usable and _key(plan) not in self._refused
+        """Whether a step is one for a graph: not too large, nor of a size that was refused."""
+        return self.usable and plan.num_rows <= self.max_rows and Size.of(plan, logit_rows.size) not in self._refused
 
     @torch.inference_mode()
     def run(
@@ -131,13 +144,13 @@ class StepGraphs:
         Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
         """
         self._last = None
-        key = _key(plan)
-        graph = self._graphs.get(key)
+        size = Size.of(plan, logit_rows.size)
+        graph = self._graphs.get(size)
         if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
             self._remember(graph, plan, slots, logit_rows)
             return graph.replay()[: logit_rows.size]
-        self._graphs.pop(key, None)
-        graph = _Graph(self._model, self._storage, self._backend, key[0])
+        self._graphs.pop(size, None)
+        graph = _Graph(self._model, self._storage, self._backend, size, self._room)
         graph.load(plan, token_ids, slots, logit_rows)
         try:
             graph.replay = self._capture(graph.forward)
@@ -145,11 +158,11 @@ class StepGraphs:
         except AssertionError:
             raise
         except Exception as error:
-            self._refused.add(key)
+            self._refused.add(size)
             self.usable = self._captured_any
             raise NotCapturable(str(error)) from error
         self._captured_any = True
-        self._graphs[key] = graph
+        self._graphs[size] = graph
         self._remember(graph, plan, slots, logit_rows)
         return logits[: logit_rows.size]
 
@@ -175,12 +188,12 @@ class _Graph:
 
     replay: Callable[[], Tensor]
 
-    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, rows: int) -> None:
-        self._model, self._storage = model, storage
+    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, size: Size, room: Room) -> None:
+        self._model, self._storage, self._room = model, storage, room
         assert backend.static is not None
         self._new_attention = backend.static
         self._plan: Plan | None = None
-        self._inputs = _Inputs(rows, model.device)
+        self._inputs = _Inputs(size, model.device)
         self._writes = backend.writes(self._inputs.slots, model.device)
         self._by_window: dict[Window | None, StaticAttention] = {}
 
@@ -209,30 +222,26 @@ class _Graph:
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
         self._writes(call.k, call.v, k, v)
         if call.window not in self._by_window:
-            self._by_window[call.window] = self._new_attention(self._plan, call.window, self._inputs.positions)
+            self._by_window[call.window] = self._new_attention(
+                self._plan, call.window, self._inputs.positions, self._room
+            )
         return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)
 
 
 class _Inputs:
-    """Token ids, positions, slots and rows of logits, int64 `[rows]` each, in one copy a step; rows beyond the step's
-    own write no KV.
+    """Token ids, positions and slots, int64 `[rows]` each, and rows of logits, int64 `[logits]`, in one copy a step;
+    rows beyond the step's own write no KV.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        self._staged = torch.zeros((4, rows), dtype=torch.int64, pin_memory=self._copied is not None)
-        self._all = torch.zeros((4, rows), dtype=torch.int64, device=device)
-        self.token_ids, self.positions, self.slots, self.logit_rows = self._all
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self._upload = Upload((4, size.rows), torch.int64, device)
+        self.token_ids, self.positions, self.slots, logit_rows = self._upload.tensor
+        self.logit_rows = logit_rows[: size.logits]
 
     def load(self, *columns: NDArray[np.integer]) -> None:
         """The columns in this order, each padded with 0, slots with -1."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        staged = self._staged.numpy()
-        staged[:] = _PADDING
-        for row, column in zip(staged, columns, strict=True):
+        filled = self._upload.fill()
+        filled[:] = _PADDING
+        for row, column in zip(filled, columns, strict=True):
             row[: column.size] = column
-        self._all.copy_(self._staged, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._upload.send()

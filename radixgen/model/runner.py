@@ -14,6 +14,7 @@ from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Attention, Backend, Writes, backend
+from radixgen.kernels.upload import upload
 from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.packed import LayerCall, TreeModel
 from radixgen.scheduler.cost import CostModel
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend.
 
-    With `graphs`, steps in which most rows give logits are captured and replayed, up to `max_graph_rows` rows; what
-    can't be captured runs eagerly.
+    With `graphs`, steps of up to `max_graph_rows` rows are captured and replayed; what can't be captured runs eagerly.
+    Beyond so many rows the device takes longer than the host.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
         *,
         graphs: bool = True,
-        max_graph_rows: int = 1024,
+        max_graph_rows: int = 2048,
     ) -> None:
         self.model = model
         self.name = model.name
@@ -108,9 +109,9 @@ class ModelRunner:
         device = self.model.device
         step = _StepAttention(self.storage, self._backend, plan, self._backend.writes(slots, device))
         return self.model.forward(
-            torch.from_numpy(token_ids).to(device),
-            torch.from_numpy(plan.row_positions.astype(np.int64)).to(device),
-            torch.from_numpy(logit_rows).to(device),
+            upload(token_ids, device),
+            upload(plan.row_positions.astype(np.int64), device),
+            upload(logit_rows, device),
             step,
         )
 
