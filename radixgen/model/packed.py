@@ -198,7 +198,8 @@ class TreeModel:
         return logits
 
     def compile_blocks(self) -> None:
-        """Let `torch.compile` fuse what stands between the matrix products of each block, for any number of rows.
+        """Let `torch.compile` fuse what stands between the matrix products of each block, and what the model computes
+        around its blocks, for any number of rows.
 
         The first passes are slow, unless the cache directory holds what they need; attention itself is left as it is.
         Where compiling fails, in any later pass, there is a warning, and the model runs as it is from then on.
@@ -206,13 +207,12 @@ class TreeModel:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         keep_compiled(default_cache_dir())
-        options = _early_launches(self.device)
+        options = _compiler_options(self.device)
         opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
         _register(opaque)
-        for module in self.model.modules():
-            if type(module).__name__ in (self.model._no_split_modules or ()):
-                module.compile(dynamic=True, options=options)
-                self._compiled.append(module)
+        for module in _compilable(self.model):
+            module.compile(dynamic=True, options=options)
+            self._compiled.append(module)
 
     def fuse_linears(self) -> None:
         """Multiply by the weights of layers with the same input at once."""
@@ -349,14 +349,27 @@ class TreeModel:
         raise UnsupportedModel(f"{self.name}: radixgen holds this model; close its engine first")
 
 
-def _early_launches(device: torch.device) -> dict[str, bool] | None:
-    """The compiler's option for kernels that begin while those before them end, as radixgen's do; None where it has
-    none.
+def _compilable(model: "PreTrainedModel") -> list[nn.Module]:
+    """The blocks, and what is called beside them and holds none: the last norm and rotary embeddings."""
+    blocks = [one for one in model.modules() if type(one).__name__ in (model._no_split_modules or ())]
+    beside = [
+        one
+        for one in model.get_decoder().children()
+        if not isinstance(one, nn.Embedding) and not any(isinstance(inner, nn.ModuleList) for inner in one.modules())
+    ]
+    return list(dict.fromkeys((*blocks, *beside)))
+
+
+def _compiler_options(device: torch.device) -> dict[str, bool] | None:
+    """On a GPU, independent small kernels become one, and on Hopper kernels begin while those before them end, as
+    radixgen's do.
     """
     from torch._inductor import config
 
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"triton.enable_pdl": True} if hopper and hasattr(config.triton, "enable_pdl") else None
+    if device.type != "cuda":
+        return None
+    early = torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(config.triton, "enable_pdl")
+    return {"combo_kernels": True} | ({"triton.enable_pdl": True} if early else {})
 
 
 def _is_of_compiler(error: RuntimeError) -> bool:

@@ -1,0 +1,37 @@
+"""Memory of captured steps for their tables and partial results."""
+
+import torch
+from torch import Tensor
+
+from radixgen.kernels.work import Sizes
+
+
+class Room:
+    """What captured steps share, since one of them runs at a time: memory for partial results, and how large tables are
+    made. It only grows, so that plans of every kind soon fit into whatever is captured.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: Sizes | None = None
+        self._partials: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def sizes(self, wanted: Sizes) -> Sizes:
+        """Sizes of new tables, with room to spare for `wanted` and for all that was wanted before."""
+        roomy = wanted.roomy()
+        self._sizes = roomy if self._sizes is None else self._sizes.union(roomy)
+        return self._sizes
+
+    def partials(self, rows: int, q_heads: int, v_head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """LSE `[rows or more, q_heads]` and values `[rows or more, q_heads, v_head_dim]`, float32. Those that were
+        given before stay as they are, for what was captured with them.
+        """
+        kind = q_heads, v_head_dim
+        if kind not in self._partials or len(self._partials[kind][0]) < rows:
+            self._partials[kind] = empty_partials(rows, q_heads, v_head_dim, device)
+        return self._partials[kind]
+
+
+def empty_partials(rows: int, q_heads: int, v_head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """LSE `[rows, q_heads]` and values `[rows, q_heads, v_head_dim]`, float32, undefined."""
+    lse = torch.empty((rows, q_heads), dtype=torch.float32, device=device)
+    return lse, torch.empty((rows, q_heads, v_head_dim), dtype=torch.float32, device=device)
