@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from radixgen import Engine, SamplingParams
 from radixgen.core import SamplingState
+from radixgen.model import packed
 from radixgen.model.graphs import CudaCapture, StepGraphs
 from radixgen.sampling import sample
 
@@ -109,3 +110,33 @@ def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.Mo
         assert engine.stats().failed_captures == 0 and len(steps) > 4
         assert engine._model._graphs.usable
         engine.check()
+
+
+def test_early_launches_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that begin while those before them end read nothing too early."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=1_024, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    rng = np.random.default_rng(0)
+    batches = [[rng.integers(3, 512, 40 + row % 9).tolist() for row in range(rows)] for rows in (1, 7, 100)]
+    options = packed._compiler_options(model.device) or {}
+
+    def answers(options: dict[str, bool]) -> list[object]:
+        monkeypatch.setattr(packed, "_compiler_options", lambda _: options)
+        torch._dynamo.reset()
+        found: list[object] = []
+        with Engine(model, kv_tokens=20_000, torch_compile=True) as engine:
+            for batch in batches:
+                for logprobs in (None, 3):
+                    engine.reset_prefix_cache()
+                    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=logprobs)
+                    found += [
+                        (one.outputs[0].token_ids, one.outputs[0].logprobs) for one in engine.generate(batch, params)
+                    ]
+            assert engine.stats().failed_captures == 0
+        return found
+
+    assert answers(options) == answers({name: on for name, on in options.items() if name != "triton.enable_pdl"})
