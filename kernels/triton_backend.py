@@ -202,8 +202,7 @@ class Attention:
             launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
-        out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out, lse = _empty_results(q, geometry)
         tables = self._tables[geometry, capped]
         _attend(tables, self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
@@ -216,7 +215,6 @@ class StaticAttention:
         self._window, self._positions, self._room = window, positions, room
         self._tile_rows = plan.tile_rows
         self._tables: dict[tuple[Geometry, bool], Tables] = {}
-        self._results: dict[tuple[Geometry, bool], tuple[Tensor, Tensor]] = {}
         self._origin: Plan | None = None
         self._last_age = 0
         self.load(plan)
@@ -250,11 +248,13 @@ class StaticAttention:
             masks = {"windowed": self._window is not None, "capped": softcap is not None}
             launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
             self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, self._room)
-            out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
-            self._results[kind] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
-        out, lse = self._results[kind]
+        out, lse = _empty_results(q, geometry)
         _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
+
+
+def _empty_results(q: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:2], geometry.v_head_dim)), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def answers(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -275,7 +275,7 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """All launches; `out` and `lse` are written for the rows of the plan."""
+    """All launches; `out` and `lse` are written for the rows of the plan, and for those beyond where there is room."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     if launch.wide_programs and triton.knobs.runtime.interpret:  # which Gluon does not have

@@ -247,7 +247,8 @@ def merge(
     Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partials of each row that has them, in the order of its list, against their common maximum.
+    """Merge the partials of each row that has them, in the order of its list, against their common maximum. Rows beyond
+    those of the plan, which pad a captured step, become 0.
 
     One program a row and block of heads. (Hydragen, arXiv 2402.05099, section 3.2.)
     """
@@ -286,6 +287,11 @@ def merge(
         # A launch without rows to merge must not end before the one that it follows.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0)
+    if row >= tl.load(counts + 2):
+        none = tl.zeros([BLOCK_HEADS, PADDED_V_DIM], tl.float32)
+        nothing = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+        _store(none, nothing, out, lse, row * Q_HEADS + head, real, V_HEAD_DIM, PADDED_V_DIM)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 
 | table | a row of it |
 | --- | --- |
-| counts | how many pieces, and how many rows to merge |
+| counts | how many pieces, how many rows to merge, and how many rows in all |
 | laid_out_positions | each row's, when the plan is laid out |
 | queue | `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
 | wide_queue | the same for the items of the wide launch |
@@ -181,7 +181,7 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
         ],
         axis=1,
     )
-    counts = np.array([len(pieces), merged[0].size])
+    counts = np.array([len(pieces), merged[0].size, plan.num_rows])
     first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[tiles.unit, 0]]
     queue, wide_queue = (
         _queue(np.flatnonzero(some), plan.unit_cost[tiles.unit], first_slots, kv_heads, programs)

@@ -5,6 +5,7 @@ keys and values to the `TreeModel` that owns the module; the model around it is 
 the model is loaded: it reads each layer's mask, and compares our attention with the model's own.
 """
 
+import itertools
 import logging
 import re
 import sys
@@ -22,6 +23,7 @@ from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
 from radixgen.model.fused_linear import fuse_linears, restore_linears
 from radixgen.model.masks import MaskError, MaskReader, make_mask
+from radixgen.model.tree_attention import answered_by, register, tree_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,10 +60,10 @@ class Attend(Protocol):
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
 
 
-def _register(attention: Callable[..., tuple[Tensor, None]]) -> None:
+def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionInterface.register(READING, _reading_attention)
     AttentionMaskInterface.register(READING, make_mask)
 
@@ -78,19 +80,11 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every attention layer; q, k, v `[1, heads, rows, head_dim]`."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if torch.compiler.is_compiling():
+        return tree_attention(query, key, value, scale, softcap, s_aux), None
     owner: TreeModel = module.__dict__["radixgen_owner"]
-    layer = owner.layer_of(module)
-    call = LayerCall(
-        layer=layer,
-        q=query[0].transpose(0, 1),
-        k=key[0].transpose(0, 1),
-        v=value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        window=owner.windows[layer],
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return owner.attend(call)[0].contiguous().unsqueeze(0), None
+    return owner.answer(owner.layer_of(module), query, key, value, scale, softcap, s_aux), None
 
 
 def _reading_attention(
@@ -148,7 +142,7 @@ class TreeModel:
         self._compiled: list[nn.Module] = []
         self._former_rotary: list[tuple[nn.Module, Any]] = []
         self._former_attention = model.config._attn_implementation
-        _register(_attention)
+        _register()
         try:
             model.set_attn_implementation(IMPLEMENTATION)
         except (ValueError, ImportError) as error:
@@ -188,28 +182,45 @@ class TreeModel:
             self.attend = self._no_attend
 
     def _forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=logit_rows,
-        )
+        layers = itertools.count()
+        with answered_by(lambda *asked: self.answer(next(layers), *asked)):
+            output = self.model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=logit_rows,
+            )
         logits: Tensor = output.logits[0]
         return logits
+
+    def answer(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """As `radixgen.model.tree_attention.Answer`, for one layer."""
+        q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
+        call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
+        return self.attend(call)[0].contiguous().unsqueeze(0)
 
     def compile_blocks(self) -> None:
         """Let `torch.compile` fuse what stands between the matrix products of each block, and what the model computes
         around its blocks, for any number of rows.
 
-        The first passes are slow, unless the cache directory holds what they need; attention itself is left as it is.
+        The first passes are slow, unless the cache directory holds what they need; attention is one operator to the
+        compiler.
         Where compiling fails, in any later pass, there is a warning, and the model runs as it is from then on.
         """
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         keep_compiled(default_cache_dir())
         options = _compiler_options(self.device)
-        opaque: Any = torch.compiler.disable(_attention)  # type: ignore[no-untyped-call]
-        _register(opaque)
+        register()
         for module in _compilable(self.model):
             module.compile(dynamic=True, options=options)
             self._compiled.append(module)

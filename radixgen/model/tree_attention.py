@@ -1,0 +1,64 @@
+"""`radixgen::tree_attention`: what a layer asks of attention as one operator, which a compiled block calls as it is.
+
+A compiled block is the same code for every layer, so that the operator is told nothing of its layer or model: a forward
+pass says who answers, and layers are answered in the order in which they ask.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Answer(Protocol):
+    """Answers the next layer of a forward pass."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Query `[1, q_heads, rows, head_dim]`, key and value `[1, kv_heads, rows, head_dim or v_head_dim]`; returns
+        new memory, `[1, rows, q_heads, v_head_dim]` in the query's dtype.
+        """
+
+
+_ANSWER: ContextVar[Answer] = ContextVar("radixgen_tree_attention")
+
+
+@contextmanager
+def answered_by(answer: Answer) -> Iterator[None]:
+    """Whatever calls the operator in this thread gets its results from `answer`."""
+    token = _ANSWER.set(answer)
+    try:
+        yield
+    finally:
+        _ANSWER.reset(token)
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """As `Answer`, by the operator; after `register`."""
+    found: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
+    return found
+
+
+def register() -> None:
+    """Make the operator known to PyTorch."""
+    if hasattr(torch.ops.radixgen, "tree_attention"):
+        return
+
+    @torch.library.custom_op("radixgen::tree_attention", mutates_args=())
+    def operator(
+        query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        return _ANSWER.get()(query, key, value, scale, softcap, sinks)
+
+    @operator.register_fake
+    def _(
+        query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        _, q_heads, rows, _ = query.shape
+        return query.new_empty((1, rows, q_heads, value.shape[3]))
