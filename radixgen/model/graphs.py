@@ -134,7 +134,7 @@ class StepGraphs:
         key = _key(plan)
         graph = self._graphs.get(key)
         if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
-            self._remember(graph, plan, slots, logit_rows)
+            self._remember(graph, plan, logit_rows)
             return graph.replay()[: logit_rows.size]
         self._graphs.pop(key, None)
         graph = _Graph(self._model, self._storage, self._backend, key[0])
@@ -150,13 +150,12 @@ class StepGraphs:
             raise NotCapturable(str(error)) from error
         self._captured_any = True
         self._graphs[key] = graph
-        self._remember(graph, plan, slots, logit_rows)
+        self._remember(graph, plan, logit_rows)
         return logits[: logit_rows.size]
 
-    def _remember(self, graph: "_Graph", plan: Plan, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]) -> None:
+    def _remember(self, graph: "_Graph", plan: Plan, logit_rows: NDArray[np.int64]) -> None:
         """A step that could be gone on from: every row is drawn for and grows in place."""
-        rows = plan.num_rows
-        if logit_rows.size == rows == plan.growing.size and slots.min() >= 0:
+        if logit_rows.size == plan.num_rows == plan.growing.size:
             self._last = graph, plan, plan.slack
 
     @torch.inference_mode()
