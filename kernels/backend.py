@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from radixgen.kernels.flash_backend import FlashCost
+    from radixgen.kernels.scratch import Scratch
 
 BACKENDS = ("torch", "triton", "flash")
 
@@ -62,8 +63,10 @@ class StaticAttention(Protocol):
     answer.
     """
 
-    def __init__(self, plan: Plan, window: Window | None, positions: "Tensor") -> None:
-        """`positions` int64 `[rows]`, at least as many as the plan's rows, is read at each call. `plan` is loaded."""
+    def __init__(self, plan: Plan, window: Window | None, positions: "Tensor", scratch: "Scratch") -> None:
+        """`positions` int64 `[rows]`, at least as many as the plan's rows, is read at each call. `plan` is loaded.
+        `scratch` has the memory for partial results.
+        """
 
     def load(self, plan: Plan) -> bool:
         """Make ready for a plan of the same `tile_rows`: no work where lengths only grew and there was room for it.

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
+from radixgen.kernels.scratch import Scratch
 from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out
 
 
@@ -132,21 +133,34 @@ class Writes:
 class Tables:
     """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
-    `roomy` tables have room for larger work at the same addresses: what was captured with them answers it too.
+    With `static_rows` they have room for larger work at the same addresses: what was captured with them, for so many
+    rows, answers it too.
     """
 
-    def __init__(self, work: Work, geometry: Geometry, launch: Launch, device: torch.device, *, roomy: bool) -> None:
+    def __init__(
+        self,
+        work: Work,
+        geometry: Geometry,
+        launch: Launch,
+        device: torch.device,
+        scratch: Scratch | None = None,
+        *,
+        static_rows: int = 0,
+    ) -> None:
         self.launch, self.geometry = launch, geometry
-        self._sizes = work.sizes.roomy() if roomy else work.sizes
+        self._sizes = work.sizes.roomy() if static_rows else work.sizes
         self._buffer = torch.empty(sum(self._sizes.tables), dtype=torch.int32, device=device)
         views = torch.split(self._buffer, list(self._sizes.tables))
         self.views = dict(zip(TABLES, views, strict=True))
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
-        self.merge_block = min(64, triton.next_power_of_2(max(work.most_partials, 1)))
-        partials = (self._sizes.partials, geometry.kv_heads * geometry.group)
-        self.partial_lse = torch.empty(partials, dtype=torch.float32, device=device)
-        self.partial_out = torch.empty((*partials, geometry.v_head_dim), dtype=torch.float32, device=device)
+        partials = work.most_partials
+        if static_rows:  # whatever plan comes: the keys of few rows are split among all programs
+            partials = max(4, launch.programs // (geometry.kv_heads * static_rows))
+        self.merge_block = min(64, triton.next_power_of_2(max(partials, 1)))
+        rows = -(-self._sizes.partials * geometry.kv_heads * geometry.group // 4) * 4  # so that both are aligned
+        memory = (scratch or Scratch(device)).floats(rows * (1 + geometry.v_head_dim))
+        self.partial_lse, self.partial_out = memory[:rows], memory[rows:]
         self.load(work)
 
     def load(self, work: Work) -> bool:
@@ -191,7 +205,7 @@ class Attention:
             chip, windowed = Chip.of(self._device), self._window is not None
             launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
-            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device, roomy=False)
+            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
         out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         tables = self._tables[geometry, capped]
@@ -202,8 +216,8 @@ class Attention:
 class StaticAttention:
     """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
-    def __init__(self, plan: Plan, window: Window | None, positions: Tensor) -> None:
-        self._window, self._positions = window, positions
+    def __init__(self, plan: Plan, window: Window | None, positions: Tensor, scratch: Scratch) -> None:
+        self._window, self._positions, self._scratch = window, positions, scratch
         self._tile_rows = plan.tile_rows
         self._tables: dict[tuple[Geometry, bool], Tables] = {}
         self._results: dict[tuple[Geometry, bool], tuple[Tensor, Tensor]] = {}
@@ -239,7 +253,8 @@ class StaticAttention:
         if kind not in self._tables:
             masks = {"windowed": self._window is not None, "capped": softcap is not None}
             launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
-            self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
+            work = self._lay_out(geometry, launch)
+            self._tables[kind] = Tables(work, geometry, launch, q.device, self._scratch, static_rows=q.shape[0])
             out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
             self._results[kind] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)
         out, lse = self._results[kind]

@@ -88,8 +88,12 @@ class Sizes:
         return Sizes(tuple(map(_room, self.tables)), _room(self.keys), _room(self.partials))
 
 
+_LEAST_ROOM = 4096
+"""Entries: enough to split the keys of few rows among all programs, and few enough for many graphs"""
+
+
 def _room(size: int) -> int:
-    return max(1024, 1 << (2 * size - 1).bit_length())
+    return max(_LEAST_ROOM, 1 << (2 * size - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from radixgen.core import Chunk
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.schedule import assign
+from radixgen.kernels.scratch import Scratch
 from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
 
 pytest.importorskip("triton")
@@ -153,7 +154,7 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
 
     def prepared():
         if static:
-            return triton_backend.StaticAttention(plan, None, positions)
+            return triton_backend.StaticAttention(plan, None, positions, Scratch(DEVICE))
         return triton_backend.Attention(plan, None, DEVICE)
 
     shared = prepared()
@@ -273,7 +274,7 @@ def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
         padded = torch.zeros(64, *q.shape[1:], device=DEVICE)
         padded[:rows] = q[order]
         if static is None:
-            static = triton_backend.StaticAttention(attn.plan, 50, positions)
+            static = triton_backend.StaticAttention(attn.plan, 50, positions, Scratch(DEVICE))
             out, lse = static(padded, k, v, 64**-0.5)
         else:
             assert static.load(attn.plan)
@@ -301,7 +302,7 @@ def test_rows_move_on_over_the_same_tables(mode, window) -> None:
     for begin, length, room in zip(extents, lengths, rooms, strict=True):
         pools[:, begin + length : begin + length + room] = float("nan")
     positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
-    static = triton_backend.StaticAttention(made, window, positions)
+    static = triton_backend.StaticAttention(made, window, positions, Scratch(DEVICE))
     looked_at = range(steps + 1) if EVERYTHING else (0, 1, steps)
     for step in range(steps + 1):
         if step:

@@ -1,5 +1,6 @@
 """What the engine asks of a model."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -44,6 +45,16 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Give back what was borrowed and drop the storage."""
+
+
+@runtime_checkable
+class WarmsUp(Protocol):
+    """A model whose first step of each kind takes longer, because something is compiled or captured for it."""
+
+    def warm_up_steps(self, max_rows: int) -> list[Callable[[], Tensor]]:
+        """One call for each kind of step of up to `max_rows` rows, to be called in this order after `allocate`. They
+        write no KV and count nothing. Each returns logits `[n, vocab]` of no meaning; `n` is 0 where there are none.
+        """
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ tables of `StaticAttention`. A step fills them and replays; where only lengths g
 
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Backend, StaticAttention
+from radixgen.kernels.scratch import Scratch
 from radixgen.model.packed import LayerCall, TreeModel
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -34,8 +36,18 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
+def buckets(most: int) -> list[int]:
+    """Rows of all graphs that answer up to `most` rows, ascending, the last one cut off there."""
+    sizes, rows = [], 1
+    while rows <= most:
+        sizes.append(min(bucket(rows), most))
+        rows = bucket(rows) + 1
+    return sizes
+
+
 class CudaCapture:
-    """A `Capture` into CUDA graphs that share one memory pool.
+    """A `Capture` into CUDA graphs that share one memory pool. What a graph returns stands until another is replayed:
+    where it lies, they may have something of theirs.
 
     A pool ends with the last of its graphs, though tensors of theirs live on, and PyTorch can't capture into it again.
     So a pool has a first graph that does next to nothing and is kept.
@@ -56,6 +68,7 @@ class CudaCapture:
             run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph, result = self._record(run)
+        result = _unowned(result)
 
         def replay() -> Tensor:
             graph.replay()
@@ -87,6 +100,22 @@ class CudaCapture:
         generator.graphsafe_set_state(generator.clone_state())
 
 
+def _unowned(tensor: Tensor) -> Tensor:
+    """A tensor on a GPU once more, as one that does not keep its memory: that is its graph's, and the pool's again for
+    the next capture.
+    """
+    typestr = f"<i{tensor.element_size()}"
+    interface = {
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+        "typestr": typestr,
+        "data": (tensor.data_ptr(), False),
+        "version": 3,
+    }
+    bits = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=tensor.device)
+    return bits.view(tensor.dtype)
+
+
 def call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Captures nothing: the plain twin, for any device."""
     return run
@@ -113,6 +142,7 @@ class StepGraphs:
         self.usable = True
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
+        self._scratch = Scratch(model.device)
         self._last: tuple[_Graph, Plan, int] | None = None
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
@@ -137,7 +167,7 @@ class StepGraphs:
             self._remember(graph, plan, logit_rows)
             return graph.replay()[: logit_rows.size]
         self._graphs.pop(key, None)
-        graph = _Graph(self._model, self._storage, self._backend, key[0])
+        graph = _Graph(self._model, self._storage, self._backend, key[0], self._scratch)
         graph.load(plan, token_ids, slots, logit_rows)
         try:
             graph.replay = self._capture(graph.forward)
@@ -174,8 +204,8 @@ class _Graph:
 
     replay: Callable[[], Tensor]
 
-    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, rows: int) -> None:
-        self._model, self._storage = model, storage
+    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, rows: int, scratch: Scratch) -> None:
+        self._model, self._storage, self._scratch = model, storage, scratch
         assert backend.static is not None
         self._new_attention = backend.static
         self._plan: Plan | None = None
@@ -208,7 +238,8 @@ class _Graph:
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
         self._writes(call.k, call.v, k, v)
         if call.window not in self._by_window:
-            self._by_window[call.window] = self._new_attention(self._plan, call.window, self._inputs.positions)
+            made = self._new_attention(self._plan, call.window, self._inputs.positions, self._scratch)
+            self._by_window[call.window] = made
         return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)
 
 
