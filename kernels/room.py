@@ -27,11 +27,6 @@ class Room:
         """
         kind = q_heads, v_head_dim
         if kind not in self._partials or len(self._partials[kind][0]) < rows:
-            self._partials[kind] = empty_partials(rows, q_heads, v_head_dim, device)
+            lse = torch.empty((rows, q_heads), dtype=torch.float32, device=device)
+            self._partials[kind] = lse, torch.empty((rows, q_heads, v_head_dim), dtype=torch.float32, device=device)
         return self._partials[kind]
-
-
-def empty_partials(rows: int, q_heads: int, v_head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """LSE `[rows, q_heads]` and values `[rows, q_heads, v_head_dim]`, float32, undefined."""
-    lse = torch.empty((rows, q_heads), dtype=torch.float32, device=device)
-    return lse, torch.empty((rows, q_heads, v_head_dim), dtype=torch.float32, device=device)

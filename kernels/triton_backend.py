@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
-from radixgen.kernels.room import Room, empty_partials
+from radixgen.kernels.room import Room
 from radixgen.kernels.upload import Upload, upload
 from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out, pdl
 
@@ -140,12 +140,18 @@ class Writes:
 class Tables:
     """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
-    With `room` there is some to spare at the same addresses: what was captured with these tables answers larger work
-    too.
+    With `room` there is some to spare at the same addresses: what was captured with these tables, for `static_rows` rows,
+    answers larger work too.
     """
 
     def __init__(
-        self, work: Work, geometry: Geometry, launch: Launch, device: torch.device, room: Room | None = None
+        self,
+        work: Work,
+        geometry: Geometry,
+        launch: Launch,
+        device: torch.device,
+        room: Room | None = None,
+        static_rows: int = 0,
     ) -> None:
         self.launch, self.geometry = launch, geometry
         self._sizes = work.sizes if room is None else room.sizes(work.sizes)
@@ -154,9 +160,12 @@ class Tables:
         self.views = dict(zip(TABLES, views, strict=True))
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
-        self.merge_block = min(64, triton.next_power_of_2(max(work.most_partials, 1)))
+        most = work.most_partials
+        if static_rows:  # whatever plan comes: the keys of few rows are split among all programs
+            most = max(4, launch.programs // (geometry.kv_heads * static_rows))
+        self.merge_block = min(64, triton.next_power_of_2(max(most, 1)))
         partials = self._sizes.partials, geometry.kv_heads * geometry.group, geometry.v_head_dim, device
-        self.partial_lse, self.partial_out = empty_partials(*partials) if room is None else room.partials(*partials)
+        self.partial_lse, self.partial_out = (room or Room()).partials(*partials)
         self.load(work)
 
     def load(self, work: Work) -> bool:
@@ -247,7 +256,8 @@ class StaticAttention:
         if kind not in self._tables:
             masks = {"windowed": self._window is not None, "capped": softcap is not None}
             launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
-            self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, self._room)
+            work = self._lay_out(geometry, launch)
+            self._tables[kind] = Tables(work, geometry, launch, q.device, self._room, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)
         _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse

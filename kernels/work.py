@@ -86,7 +86,7 @@ class Sizes:
     def roomy(self) -> "Sizes":
         """At least twice as much of everything, so that plans that grow seldom need more."""
         tables = tuple(_room(size, 1 << 14) for size in self.tables)
-        return Sizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 10))
+        return Sizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12))
 
     def union(self, other: "Sizes") -> "Sizes":
         """What holds both."""

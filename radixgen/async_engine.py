@@ -31,7 +31,7 @@ from radixgen.core import (
     joined,
 )
 from radixgen.core.adapters import refuses_adapters
-from radixgen.engine import PRELOADING, Engine, scores_of
+from radixgen.engine import PRELOADING, Engine, Progress, scores_of
 from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
 
 T = TypeVar("T")
@@ -287,6 +287,14 @@ class AsyncEngine:
     def closed(self) -> bool:
         """Whether the engine was closed or died, and takes no more requests."""
         return self._end is not None
+
+    async def warm_up(self, progress: Progress | None = None) -> None:
+        """As `Engine.warm_up`; requests are served meanwhile, between its steps."""
+        steps = await self._call(self._engine.warm_up_steps)
+        for done, step in enumerate(steps, 1):
+            await self._call(step)
+            if progress is not None:
+                progress(done, len(steps))
 
     async def stats(self) -> Stats:
         return await self._call(self._engine.stats)

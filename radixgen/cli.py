@@ -17,7 +17,7 @@ from rich.text import Text
 from radixgen.core import InvalidRequest, Limits, RadixgenError, SamplingParams, check_texts
 from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
-from radixgen.progress import announce_loading, waiting
+from radixgen.progress import announce_loading, announce_warm_up, waiting
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,10 @@ MaxNumBatchedTokens = Annotated[
 ]
 EnforceEager = Annotated[
     bool, typer.Option("--enforce-eager", help="Neither compile the model nor replay steps from CUDA graphs.")
+]
+WarmUp = Annotated[
+    bool | None,
+    typer.Option("--warm-up/--no-warm-up", help="Compile and capture before requests come.", show_default="on a GPU"),
 ]
 EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Slots of the KV pool.")]
@@ -126,7 +130,9 @@ def generate(
         requests = list(_requests(prompts, file))
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
-            engine = Engine(model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens)
+            engine = Engine(
+                model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens, warm_up=False
+            )
         with engine:
             asked = [
                 engine.chat_tokens(one["messages"], one.get("tools")) if "messages" in one else one["prompt"]
@@ -170,7 +176,9 @@ def chat(
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
-            engine = Engine(model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens)
+            engine = Engine(
+                model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens, warm_up=False
+            )
         with engine, engine.conversation(system, params=params) as talk:
             while (said := _ask(console)) is not None:
                 with talk.stream(said) as answer:
@@ -197,6 +205,7 @@ def serve(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
+    warm_up: WarmUp = None,
     seed: EngineSeed = 0,
     generation_config: GenerationConfig = "auto",
     served_model_name: Annotated[
@@ -323,6 +332,7 @@ def serve(
             else:
                 engine = Engine(
                     name or model,
+                    warm_up=False,
                     tokenizer=tokenizer,
                     dtype=dtype,
                     device=device,
@@ -334,6 +344,7 @@ def serve(
                     seed=seed,
                     limits=limits,
                 )
+                options = replace(options, warm_up=engine.runs_on_gpu if warm_up is None else warm_up)
                 backend = AsyncEngine(engine)
         server.serve(backend, options, binding)
 
@@ -442,6 +453,7 @@ def worker(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
     enforce_eager: EnforceEager = False,
+    warm_up: WarmUp = None,
     seed: EngineSeed = 0,
     kv_events_config: Annotated[str | None, typer.Option(help="Publish cache events: vLLM's JSON; zmq only.")] = None,
     curve_secret: Annotated[Path | None, typer.Option(exists=True, help="Own CURVE keys, for TCP.")] = None,
@@ -475,7 +487,8 @@ def worker(
             for field, value in alone.items():
                 if value:
                     raise InvalidRequest(field, value, "goes with --backend zmq")
-            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes | step_sizes, context.args)
+            warm = {"warm_up": warm_up, "no_warm_up": warm_up is False}
+            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes | step_sizes | warm, context.args)
             return
         if backend != "zmq":
             raise InvalidRequest("backend", backend, "must be zmq or dynamo")
@@ -493,7 +506,16 @@ def worker(
             limits = Limits(max_num_seqs=max_num_seqs)
             with waiting(Console(stderr=True)) as say:
                 announce_loading(say, model)
-                return Engine(model, max_step_tokens=max_num_batched_tokens, limits=limits, **sizes)  # type: ignore[arg-type]
+                engine = Engine(
+                    model,
+                    max_step_tokens=max_num_batched_tokens,
+                    limits=limits,
+                    warm_up=False,
+                    **sizes,  # type: ignore[arg-type]
+                )
+                if engine.runs_on_gpu if warm_up is None else warm_up:
+                    engine.warm_up(announce_warm_up(say))
+                return engine
 
         drained = serve(
             load,
@@ -659,6 +681,7 @@ _ENGINE_OPTIONS = [
     "max_num_batched_tokens",
     "kv_tokens",
     "enforce_eager",
+    "warm_up",
     "seed",
 ]
 """Of `serve`, those that only an engine in this process can obey"""

@@ -48,6 +48,7 @@ from radixgen.output_processor import OutputProcessor
 from radixgen.sampling import Drawable
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode
 from radixgen.scheduler.sequence import Request
+from radixgen.warm_up import warm_up_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ Progress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
+_MAX_GRAPH_ROWS = 2048
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
 _SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
@@ -89,6 +91,7 @@ class Engine:
         enforce_eager: bool = False,
         torch_compile: bool | None = None,
         async_scheduling: bool = True,
+        warm_up: bool | None = None,
         seed: int = 0,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -105,8 +108,8 @@ class Engine:
         attention: `"auto"` or a backend of `radixgen.kernels.BACKENDS`.
         plan: `"auto"`; `"unshared"` reads the same tree one path a row.
         share: False gives every sequence a tree of its own, so that nothing is stored or computed in common.
-        kv_tokens: slots of the KV pool; by default what 85 % of a GPU's free memory holds, or 25 % of the machine's,
-            and fewer where that can't be had.
+        kv_tokens: slots of the KV pool; by default what 85 % of the memory holds that a GPU has free when the largest
+            step has run, or 25 % of the machine's, and fewer where that can't be had.
         max_step_tokens: rows of one step at the most; longer prompts are computed in chunks. By default 2,048, and
             8,192 on a GPU with 32 GiB or more.
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
@@ -116,6 +119,8 @@ class Engine:
             it is.
         async_scheduling: let the device begin a step while the host still reads the tokens of the one before, where
             steps are captured. The tokens are the same.
+        warm_up: run every kind of step once, as `Engine.warm_up` does, before the constructor returns. By default on
+            one GPU.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
         clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
@@ -140,9 +145,10 @@ class Engine:
             max_step_tokens,
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
+            max_graph_rows=min(max_step_tokens, _MAX_GRAPH_ROWS),
             torch_compile=torch_compile,
         )
-        slots = _allocate(served, kv_tokens, self.limits)
+        slots = _allocate(served, kv_tokens, self.limits, max_step_tokens)
         self.share = share
         self.max_model_len = served.max_model_len
         self._model = served
@@ -155,6 +161,7 @@ class Engine:
             limits=self.limits,
             eos_token_ids=served.eos_token_ids,
         )
+        self._drawable = _drawable(self._inputs)
         self._core = EngineCore(
             served,
             kv_tokens=slots,
@@ -165,7 +172,7 @@ class Engine:
             async_scheduling=async_scheduling,
             seed=seed,
             debug=debug,
-            drawable=_drawable(self._inputs),
+            drawable=self._drawable,
         )
         self._guard = self._core.guard
         self._outputs = OutputProcessor(self._core, self._inputs.vocabulary)
@@ -174,6 +181,8 @@ class Engine:
         self._left: deque[str] = deque()
         """Requests whose streams were dropped. The garbage collector drops some in the middle of a step."""
         self._closed = False
+        if self.runs_on_gpu if warm_up is None else warm_up:
+            self.warm_up()
 
     # -- whole requests -----------------------------------------------------------------------------------
 
@@ -469,6 +478,33 @@ class Engine:
         return [self.pin(ids, namespace=namespace, priority=priority, ttl=ttl) for ids in tokens]
 
     @property
+    def runs_on_gpu(self) -> bool:
+        """Whether its model runs on one GPU, where the first step of each kind is slow."""
+        return isinstance(self._model, ModelRunner) and self._model.device.type == "cuda"
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Run every kind of step once: all sizes of CUDA graphs, the largest step and small ones, and each way of
+        drawing tokens, so that no request waits for something to be compiled or captured.
+
+        Nothing of it stays: tree, KV, statistics and seeds are as before. `progress(done, total)` is called after each.
+        A kind that fails, for want of memory perhaps, is logged as a warning. Does nothing for a model sharded over
+        several processes, which captures nothing, or one that is not transformers'.
+        """
+        steps, began = self.warm_up_steps(), time.monotonic()
+        for done, step in enumerate(steps, 1):
+            step()
+            if progress is not None:
+                progress(done, len(steps))
+        if steps:
+            logger.info("warmed up %d kinds of steps in %.1f seconds", len(steps), time.monotonic() - began)
+
+    def warm_up_steps(self) -> list[Callable[[], None]]:
+        """What `warm_up` calls, one after the other. Other calls may come between them."""
+        self._begin_call()
+        steps = warm_up_steps(self._model, self._drawable, self.max_step_tokens, self.limits.max_num_seqs)
+        return [partial(self._run_apart, step) for step in steps]
+
+    @property
     def num_steps(self) -> int:
         """Steps that ran or failed."""
         return self._core.num_attempts
@@ -608,6 +644,13 @@ class Engine:
             except QueueFull:
                 break
 
+    def _run_apart(self, step: Callable[[], None]) -> None:
+        """Run what uses the model, between two steps."""
+        self._begin_call()
+        with self._guard:
+            self._core.ahead.drop()
+            step()
+
     def _step(self) -> list[RequestOutput]:
         return self._outputs.process(self._core.step(self._clock()))
 
@@ -734,6 +777,7 @@ def _served(
     *,
     ranks: int,
     graphs: bool,
+    max_graph_rows: int,
     torch_compile: bool | None,
 ) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
     """The model behind the engine's interface, and its tokenizer."""
@@ -763,7 +807,8 @@ def _served(
             tree_model.fuse_linears()
         if torch_compile or (torch_compile is None and cuda and graphs):
             tree_model.compile_blocks()
-        return ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs), loaded.tokenizer
+        runner = ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs, max_graph_rows=max_graph_rows)
+        return runner, loaded.tokenizer
     except BaseException:
         tree_model.release()
         raise
@@ -807,11 +852,11 @@ def _drawable(inputs: InputProcessor) -> Drawable | None:
     return Drawable(unknown, inputs.vocab_size) if 0 < unknown.size < inputs.vocab_size else None
 
 
-def _allocate(model: Model, asked: int | None, limits: Limits) -> int:
+def _allocate(model: Model, asked: int | None, limits: Limits, max_step_tokens: int) -> int:
     """Give the model the KV slots that were asked for; by default what a share of the free memory should hold, and
     where it does not, a quarter less and again, down to an eighth. Returns how many there are.
     """
-    slots = asked or _default_slots(model, limits)
+    slots = asked or _default_slots(model, limits, max_step_tokens)
     least = asked or slots // 8
     while True:
         try:
@@ -827,8 +872,12 @@ def _allocate(model: Model, asked: int | None, limits: Limits) -> int:
         return slots
 
 
-def _default_slots(model: Model, limits: Limits) -> int:
-    """As many tokens as a share of the free memory holds."""
+def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
+    """As many tokens as a share of the free memory holds. On a GPU the largest step has run by then, and has the memory
+    that it takes; what CUDA graphs take comes out of the rest.
+    """
+    if isinstance(model, ModelRunner) and model.device.type == "cuda":
+        model.rehearse(max_step_tokens)
     if isinstance(model, ParallelModel):
         room = model.kv_room
     else:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from radixgen.kernels.upload import upload
 DrawTokens = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], NDArray[np.float64]], Tensor]
 """As `radixgen.kernels.torch_sampling.draw_tokens`."""
 _GREEDY = SamplingParams(temperature=0.0)
+_EACH_WAY: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1})
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
@@ -126,6 +128,19 @@ def draw(
     places = _index(shaped, logits)
     tokens.index_copy_(0, places, torch.where(tokens.index_select(0, places) >= 0, drawn, -1))
     return Draws(tokens)
+
+
+def draw_each_way(logits: Tensor, drawable: Drawable | None = None) -> None:
+    """Draw from the first rows of logits `[rows, vocab]` in each way that there are kernels for, and forget the tokens,
+    so that all of these are compiled.
+    """
+    prompt = np.zeros(1, np.int32)
+    for options in _EACH_WAY:
+        for penalty in (1.0, 1.1):
+            params = SamplingParams(**options, repetition_penalty=penalty)
+            for count in {1, min(2, len(logits))}:
+                states = [SamplingState(params, 0, index, prompt, [], frozenset()) for index in range(count)]
+                draw(logits, range(count), states, drawable).wait()
 
 
 def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> Drawn:

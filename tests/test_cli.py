@@ -200,6 +200,7 @@ ENGINE_OPTIONS = {
     "--max-num-batched-tokens": 64,
     "--kv-tokens": 4096,
     "--enforce-eager": None,
+    "--no-warm-up": None,
     "--seed": 0,
 }
 
@@ -209,7 +210,8 @@ def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> No
     """By name, also with the value that is the default."""
     value = ENGINE_OPTIONS[option]
     result = call("serve", "--zmq", "ipc:///nowhere", option, *([] if value is None else [value]))
-    name = "tp" if option == "--tensor-parallel-size" else option.strip("-").replace("-", "_")
+    names = {"--tensor-parallel-size": "tp", "--no-warm-up": "warm_up"}
+    name = names.get(option, option.strip("-").replace("-", "_"))
     assert result.exit_code == 1 and f"InvalidRequest {name}=" in result.stderr, result.stderr
     assert "radixgen worker" in result.stderr
 
@@ -233,7 +235,7 @@ def test_help_texts_are_short() -> None:
 
 SHARED_OPTIONS = {
     "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens", "enforce_eager",
-    "seed",
+    "warm_up", "seed",
 }  # fmt: skip
 
 
@@ -258,5 +260,6 @@ def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytes
 
     monkeypatch.setattr("radixgen.serve.launch.serve", serve)
     sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
-    result = call("worker", "--model", model, *sizes, "--enforce-eager", "--seed", 3)
+    result = call("worker", "--model", model, *sizes, "--enforce-eager", "--warm-up", "--seed", 3)
     assert result.exit_code == 0 and found == [33, 5, 44], result.output
+    assert "warming up: 1 of " in " ".join(result.stderr.split()), result.stderr

@@ -23,7 +23,7 @@ def test_families(name: str) -> None:
     oracle, served = Oracle(families.build(name).to("cuda")), families.build(name).to("cuda")
     asked = prompts(families.VOCAB)
     for way in ("default", "chunks of 7", "unshared reads", "a pool that is always full"):
-        with Engine(served, debug=True, **({"kv_tokens": 2048} | WAYS[way])) as engine:
+        with Engine(served, debug=True, warm_up=False, **({"kv_tokens": 2048} | WAYS[way])) as engine:
             for prompt, output in zip(asked, engine.generate(asked, greedy(NEW_TOKENS)), strict=True):
                 oracle.expect(engine, prompt, output.outputs[0].token_ids, NEW_TOKENS)
             engine.check()
@@ -61,6 +61,49 @@ def test_captures_go_on_when_the_last_graph_is_gone() -> None:
         assert replay().tolist() == [4.0] * 4
         del replay
         gc.collect()
+
+
+def test_results_of_graphs_take_no_memory_of_their_own() -> None:
+    """The next capture has the memory of what the last one returned; each replay's result is right until the next."""
+    capture, x = CudaCapture(torch.device("cuda")), torch.ones(1 << 22, device="cuda", dtype=torch.bfloat16)
+    replays = [capture(lambda by=by: (x * by + 1) * 2) for by in range(6)]
+    torch.cuda.synchronize()
+    pooled = [s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != (0, 0)]
+    assert sum(pooled) < 5 * 2 * x.numel() * x.element_size()
+    for by in (3, 0, 5, 5, 1):
+        result = replays[by]()
+        assert result.dtype == x.dtype and result.shape == x.shape and torch.equal(result, (x * by + 1) * 2)
+
+
+def test_no_step_after_warming_up_captures_or_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bursts of several sizes, alone and together, drawn in several ways; the tokens are those of a cold engine."""
+    from triton.runtime.jit import JITFunction
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2_048, dtype=torch.float32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, made = LlamaForCausalLM(config).to("cuda").eval(), []
+    rng = np.random.default_rng(0)
+    bursts = [[rng.integers(3, 256, 5 + size).tolist() for size in range(count)] for count in (1, 2, 3, 17, 40)]
+    ways = [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.05, "repetition_penalty": 1.1}]
+    params = [SamplingParams(max_tokens=20, seed=1, ignore_eos=True, **way) for way in ways]
+
+    def serve(engine: Engine) -> list[list[int]]:
+        return [o.outputs[0].token_ids for one in params for burst in bursts for o in engine.generate(burst, one)]
+
+    with Engine(model, kv_tokens=20_000, warm_up=False) as cold:
+        expected = serve(cold)
+    with Engine(model, kv_tokens=20_000) as warm:
+        assert warm.stats().steps == 0 and warm.tree.num_nodes == 0
+        capture, compiled = CudaCapture.__call__, JITFunction._do_compile
+        monkeypatch.setattr(CudaCapture, "__call__", lambda *a: made.append("graph") or capture(*a))
+        monkeypatch.setattr(JITFunction, "_do_compile", lambda *a, **o: made.append(a[0]) or compiled(*a, **o))
+        assert serve(warm) == expected
+        assert not made
+        assert warm.stats().failed_captures == 0
+        warm.check()
 
 
 def test_a_capture_that_fails_leaves_nothing_behind() -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"scheduler"},
     {"calibration", "json_numbers", "messages", "vocabulary"},
     {"attention", "model", "sampling", "detokenize", "structured"},
-    {"grammar_budget", "run_ahead"},
+    {"grammar_budget", "run_ahead", "warm_up"},
     {"engine_core"},
     {"input_processor", "output_processor", "template_variables"},
     {"chat_template"},

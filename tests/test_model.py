@@ -173,17 +173,21 @@ def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog) -> N
 def test_what_is_compiled_is_kept_where_that_can_be_written(monkeypatch, tmp_path) -> None:
     """PyTorch names its own folder as soon as it is imported, which is no wish of the user's."""
     (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
 
     def folder(cache: Path, before: Path) -> Path:
         monkeypatch.setenv("RADIXGEN_CACHE", str(cache))
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(before))
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
         with Engine(families.build("llama"), kv_tokens=64, torch_compile=True):
             return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
     default = Path(default_cache_dir())
     assert folder(tmp_path / "new", default) == tmp_path / "new" / "inductor"
+    assert Path(os.environ["TRITON_CACHE_DIR"]) == tmp_path / "new" / "inductor" / "triton"
     assert folder(tmp_path / "file", default) == default
     assert folder(tmp_path / "new", tmp_path / "wished") == tmp_path / "wished"
+    assert "TRITON_CACHE_DIR" not in os.environ
 
 
 def test_compiled_blocks_answer_as_they_did_and_are_given_back(monkeypatch) -> None:

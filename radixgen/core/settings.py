@@ -25,9 +25,9 @@ def cache_dir() -> Path:
 
 
 def keep_compiled(default: str) -> None:
-    """Have PyTorch keep the kernels that it compiles in `cache_dir`, so that they outlive a reboot, unless
-    `TORCHINDUCTOR_CACHE_DIR` names another folder than its `default`, as it does itself when it is imported, or nothing
-    can be written there.
+    """Have PyTorch keep the kernels that it compiles in `cache_dir`, and Triton its own, so that they outlive a
+    reboot, unless `TORCHINDUCTOR_CACHE_DIR` names another folder than PyTorch's `default`, as that does itself when it
+    is imported, or nothing can be written there. `TRITON_CACHE_DIR` stays as it is.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
         return
@@ -36,6 +36,7 @@ def keep_compiled(default: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def flash_attention_3() -> Path | None:

@@ -94,7 +94,7 @@ def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Sho
     document = files(__package__).joinpath("document.md").read_text(encoding="utf-8")
     with waiting(console) as say:
         announce_loading(say, model)
-        engine = Engine(model, kv_tokens=KV_TOKENS)
+        engine = Engine(model, kv_tokens=KV_TOKENS, warm_up=False)
     with engine:
         jobs = burst(engine, document, max_tokens)
         console.print(f"[bold]{len(jobs)} requests on one document of {len(document.split())} words[/]")
@@ -105,7 +105,7 @@ def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Sho
         _show_follow_up(console, second, again.outputs[0])
     with waiting(console) as say:
         say("the same requests with share=False")
-        with Engine(model, kv_tokens=KV_TOKENS, share=False) as engine:
+        with Engine(model, kv_tokens=KV_TOKENS, share=False, warm_up=False) as engine:
             alone = serve(engine, [*jobs, second], _counted(say, len(jobs) + 1))
     figures = _figures([*jobs, second], shared, again, alone)
     shown = Shown(shared.tree, figures)

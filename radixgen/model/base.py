@@ -1,5 +1,6 @@
 """What the engine asks of a model."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -47,11 +48,23 @@ class Model(Protocol):
 
 
 @runtime_checkable
+class WarmsUp(Protocol):
+    """A model whose first step of each kind takes longer, because something is compiled or captured for it."""
+
+    def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
+        """One call for each kind of step of up to `max_rows` rows that gives up to `max_logits` logits, to be called in
+        this order after `allocate`. They write no KV and count nothing. Each returns logits `[n, vocab]` of no meaning;
+        `n` is 0 where there are none.
+        """
+
+
+@runtime_checkable
 class RunsAhead(Protocol):
     """A model that can begin a step before the tokens of the step before it are known to the host."""
 
     def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """Run the last step's rows again, each moved on by one token of its own leaf, into the slot behind its last.
+        """Run the last step's rows again, each moved on by one token of its own leaf, into the slot behind its last; a
+        row that only read, reads that slot.
 
         `tokens` int64 `[n]`, on the model's device: what was drawn for each of the last run's `n` logit rows. Returns
         logits `[n, vocab]`, which overwrite those of the last run; None, and nothing is done, where the last

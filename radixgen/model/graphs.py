@@ -6,6 +6,7 @@ tables of `StaticAttention`. A step fills them and replays; where only lengths g
 
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 _FINE, _COARSE = 256, 1024
 """Up to _FINE rows a graph for each power of two, up to _COARSE for each multiple of 128, then of 256."""
+FEW_LOGITS = 256
 
 
 _PADDING = np.array([[0], [0], [-1], [0]])
@@ -43,7 +45,7 @@ class Size(NamedTuple):
 
     rows: int
     logits: int
-    """Rows that it gives logits of: all, or `_FINE` of more where few are wanted, as while prompts are computed"""
+    """Rows that it gives logits of: all, or `FEW_LOGITS` of more where few are wanted, as while prompts are computed"""
     tile_rows: int
     """Of the plans"""
 
@@ -51,11 +53,21 @@ class Size(NamedTuple):
     def of(cls, plan: Plan, logits: int) -> "Size":
         """For a plan, of which so many rows give logits."""
         rows = bucket(plan.num_rows)
-        return cls(rows, rows if logits > _FINE else min(rows, _FINE), plan.tile_rows)
+        return cls(rows, rows if logits > FEW_LOGITS else min(rows, FEW_LOGITS), plan.tile_rows)
+
+
+def buckets(most: int) -> list[int]:
+    """Rows of all graphs that answer up to `most` rows, ascending, the last one cut off there."""
+    sizes, rows = [], 1
+    while rows <= most:
+        sizes.append(min(bucket(rows), most))
+        rows = bucket(rows) + 1
+    return sizes
 
 
 class CudaCapture:
-    """A `Capture` into CUDA graphs that share one memory pool.
+    """A `Capture` into CUDA graphs that share one memory pool. What a graph returns stands until another is replayed:
+    where it lies, they may have something of theirs.
 
     A pool ends with the last of its graphs, though tensors of theirs live on, and PyTorch can't capture into it again.
     So a pool has a first graph that does next to nothing and is kept.
@@ -76,6 +88,7 @@ class CudaCapture:
             run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph, result = self._record(run)
+        result = _unowned(result)
 
         def replay() -> Tensor:
             graph.replay()
@@ -105,6 +118,22 @@ class CudaCapture:
         self._first = None
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """A tensor on a GPU once more, as one that does not keep its memory: that is its graph's, and the pool's again for
+    the next capture.
+    """
+    typestr = f"<i{tensor.element_size()}"
+    interface = {
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+        "typestr": typestr,
+        "data": (tensor.data_ptr(), False),
+        "version": 3,
+    }
+    bits = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=tensor.device)
+    return bits.view(tensor.dtype)
 
 
 def call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -147,7 +176,7 @@ class StepGraphs:
         size = Size.of(plan, logit_rows.size)
         graph = self._graphs.get(size)
         if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
-            self._remember(graph, plan, slots, logit_rows)
+            self._remember(graph, plan, logit_rows)
             return graph.replay()[: logit_rows.size]
         self._graphs.pop(size, None)
         graph = _Graph(self._model, self._storage, self._backend, size, self._room)
@@ -163,13 +192,12 @@ class StepGraphs:
             raise NotCapturable(str(error)) from error
         self._captured_any = True
         self._graphs[size] = graph
-        self._remember(graph, plan, slots, logit_rows)
+        self._remember(graph, plan, logit_rows)
         return logits[: logit_rows.size]
 
-    def _remember(self, graph: "_Graph", plan: Plan, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]) -> None:
+    def _remember(self, graph: "_Graph", plan: Plan, logit_rows: NDArray[np.int64]) -> None:
         """A step that could be gone on from: every row is drawn for and grows in place."""
-        rows = plan.num_rows
-        if logit_rows.size == rows == plan.growing.size and slots.min() >= 0:
+        if logit_rows.size == plan.num_rows == plan.growing.size:
             self._last = graph, plan, plan.slack
 
     @torch.inference_mode()

@@ -4,6 +4,8 @@ plan.
 
 import logging
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +19,13 @@ from radixgen.kernels.backend import Attention, Backend, Writes, backend
 from radixgen.kernels.upload import upload
 from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP_SLOTS = 512
+"""More than warming up reads of a pool"""
 
 
 class ModelRunner:
@@ -67,7 +73,10 @@ class ModelRunner:
         return device
 
     def allocate(self, slots: int) -> None:
+        self._slots = slots
         self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
+        for pool in (*self.storage.keys, *self.storage.values):
+            pool[:_WARM_UP_SLOTS].zero_()  # so that what is read there before anything was written is finite
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
             self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows)
@@ -81,16 +90,28 @@ class ModelRunner:
     ) -> Tensor:
         """As `Model.run`; the logits stand until the next call."""
         self.count(plan)
-        self._captured = self._graphs is not None and self._graphs.takes(plan, logit_rows)
-        if self._graphs is not None and self._captured:
-            try:
-                return self._graphs.run(plan, token_ids, slots, logit_rows)
-            except NotCapturable as error:
-                self._captured = False
-                self.failed_captures += 1
-                steps = f"steps like one of {plan.num_rows} rows run" if self._graphs.usable else "runs"
-                logger.warning("%s: %s without CUDA graphs from now on: %s", self.name, steps, error)
-        return self._run_eagerly(plan, token_ids, slots, logit_rows)
+        logits = self._replay(plan, token_ids, slots, logit_rows)
+        return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
+
+    def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
+        """As `radixgen.model.base.WarmsUp`."""
+        depth = min(self._slots, self.max_model_len)
+        costs = self.costs or (CostModel(),)
+        steps = warm_up_steps(
+            costs, max_rows=max_rows, graph_rows=self._max_graph_rows, max_logits=max_logits, max_depth=depth
+        )
+        return [partial(self._warm_up, step) for step in steps]
+
+    def rehearse(self, max_rows: int) -> None:
+        """Run a step of `max_rows` rows before `allocate`, so that the memory that it takes is no longer free. Where
+        there is too little, there is a warning.
+        """
+        self.allocate(_WARM_UP_SLOTS)
+        try:
+            self.warm_up_steps(max_rows, 1)[0]()
+        except torch.OutOfMemoryError as error:
+            logger.warning("%s: no memory for a step of %d rows: %s", self.name, max_rows, error)
+        self.allocate(0)
 
     def count(self, plan: Plan) -> None:
         """Add what a step by `plan` reads to the totals."""
@@ -102,6 +123,37 @@ class ModelRunner:
     def run_ahead(self, tokens: Tensor) -> Tensor | None:
         """As `radixgen.model.base.RunsAhead`: only after a captured step."""
         return self._graphs.run_ahead(tokens) if self._graphs is not None and self._captured else None
+
+    def _warm_up(self, step: WarmUpStep) -> Tensor:
+        """Run a step, and where it is captured, the one after it. One that should be captured and can't be has had its
+        warning, and gives no logits.
+        """
+        plan = step.plan(self._slots, self.max_model_len)
+        token_ids, logit_rows = np.zeros(step.rows, np.int64), np.arange(step.num_logits)
+        slots = np.full(step.rows, -1)
+        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
+            return self._run_eagerly(plan, token_ids, slots, logit_rows)
+        logits = self._replay(plan, token_ids, slots, logit_rows)
+        if logits is None:
+            return torch.empty((0, self.vocab_size), device=self.device)
+        self.run_ahead(torch.zeros(step.num_logits, dtype=torch.int64, device=self.device))
+        return logits
+
+    def _replay(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """Logits by a captured pass; None where there is none for such steps."""
+        self._captured = self._graphs is not None and self._graphs.takes(plan, logit_rows)
+        if self._graphs is None or not self._captured:
+            return None
+        try:
+            return self._graphs.run(plan, token_ids, slots, logit_rows)
+        except NotCapturable as error:
+            self._captured = False
+            self.failed_captures += 1
+            steps = f"steps like one of {plan.num_rows} rows run" if self._graphs.usable else "runs"
+            logger.warning("%s: %s without CUDA graphs from now on: %s", self.name, steps, error)
+            return None
 
     def _run_eagerly(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]

@@ -85,6 +85,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             max_model_len=options.max_model_len,
             max_step_tokens=options.max_num_batched_tokens,
             enforce_eager=options.enforce_eager,
+            warm_up=options.warm_up,
             seed=options.seed,
             limits=Limits(max_num_seqs=options.max_num_seqs),
         )
@@ -212,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-num-batched-tokens", type=int, help="maximum tokens of one step")
     parser.add_argument("--enforce-eager", action="store_true", help="neither compile the model nor replay CUDA graphs")
+    warm_up = "compile and capture before requests come; by default on a GPU"
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, help=warm_up)
     parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
     parser.add_argument(
         "--generation-config",

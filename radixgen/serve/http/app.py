@@ -71,6 +71,7 @@ class ServeOptions:
     origins: OriginPolicy = field(default_factory=OriginPolicy)
     root_path: str = ""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    warm_up: bool = False
 
     def check(self) -> None:
         """Raise `InvalidRequest` for the first that is out of its range."""
@@ -101,7 +102,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     options = options or ServeOptions()
     options.check()
     context = _context(engine, options)
-    health = Health(engine, options.stall_timeout, context.intake.stalled)
+    health = Health(engine, options.stall_timeout, context.intake.stalled, warm_up=options.warm_up)
     gate = Gate(context.keys)
 
     @asynccontextmanager

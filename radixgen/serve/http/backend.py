@@ -5,6 +5,7 @@ from typing import Protocol
 
 from radixgen.cache import TokenArray
 from radixgen.core import RequestOutput, SamplingParams, Stats
+from radixgen.engine import Progress
 from radixgen.input_processor import InputProcessor
 
 
@@ -39,6 +40,9 @@ class Backend(Protocol):
         self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
     ) -> Outputs:
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
+
+    async def warm_up(self, progress: Progress | None = None) -> None:
+        """Do all that makes first requests slow. `progress(done, total)` is called now and then."""
 
     async def stats(self) -> Stats: ...
 

@@ -16,9 +16,18 @@ _WARM_UP = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 class Health:
     """Watches an engine. `stalled`: there has been work, and nothing done, for `stall_seconds`."""
 
-    def __init__(self, engine: Backend, stall_seconds: float, intake_stalled: Callable[[float], bool]) -> None:
-        """intake_stalled: `Intake.stalled`."""
+    def __init__(
+        self,
+        engine: Backend,
+        stall_seconds: float,
+        intake_stalled: Callable[[float], bool],
+        *,
+        warm_up: bool = False,
+    ) -> None:
+        """intake_stalled: `Intake.stalled`. warm_up: whether the engine runs every kind of step, before it is ready."""
         self.warm = False
+        self._whole_warm_up = warm_up
+        self._warming = ""
         self.draining = False
         self._engine = engine
         self._stall_seconds = stall_seconds
@@ -49,11 +58,13 @@ class Health:
         """Why no requests should be sent here now."""
         if self.draining:
             return "the server is going down"
-        return self.fault() or (None if self.warm else "the model is warming up")
+        return self.fault() or (None if self.warm else f"the model is warming up{self._warming}")
 
     async def watch(self) -> None:
         """Warm the engine up, then look at it until cancelled."""
         try:
+            if self._whole_warm_up:
+                await self._engine.warm_up(self._note)
             await self._warm_up()
         except RadixgenError as error:
             logger.warning("warming up failed: %s", error)
@@ -61,6 +72,12 @@ class Health:
         while True:
             self.look()
             await asyncio.sleep(_WATCH_SECONDS)
+
+    def _note(self, done: int, total: int) -> None:
+        """So many kinds of steps are warm: told by `/ready`, and at each tenth by the log."""
+        self._warming = f": {done} of {total}"
+        if 10 * done // total > 10 * (done - 1) // total:
+            logger.info("warming up: %d of %d kinds of steps", done, total)
 
     async def _warm_up(self) -> None:
         """One short request, of which nothing stays: what is compiled or captured at first is there afterwards."""

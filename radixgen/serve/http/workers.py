@@ -17,6 +17,7 @@ from radixgen.core import (
     end_token,
 )
 from radixgen.detokenize import Detokenizer
+from radixgen.engine import Progress
 from radixgen.input_processor import InputProcessor
 from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge
@@ -89,6 +90,9 @@ class Workers:
             raise
         self._open += 1
         return _Answer(self, streams, params, tokens, timeout)
+
+    async def warm_up(self, progress: Progress | None = None) -> None:
+        """Workers are warm before they come."""
 
     async def stats(self) -> Stats:
         """Of all workers together."""
