@@ -140,8 +140,8 @@ class Writes:
 class Tables:
     """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
-    With `room` there is some to spare at the same addresses: what was captured with these tables, for `static_rows` rows,
-    answers larger work too.
+    With `room` there is some to spare at the same addresses: what was captured with these tables, for `static_rows`
+    rows, answers larger work too.
     """
 
     def __init__(

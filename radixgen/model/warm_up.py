@@ -22,8 +22,7 @@ _ROWS_OF_A_LEAF = 16
 _MOST_PARTIALS = 64
 """Of a row, that the kernels merge at once"""
 _FEW_ROWS = (1, 2, 15, 16, 100)
-"""Beyond those of graphs: what is compiled for any number of rows is compiled anew for one, for few and for multiples of
-16."""
+"""Beyond those of graphs: what is compiled for any number of rows is compiled anew for one, few and multiples of 16."""
 _MOST_LOGITS = 1024
 
 
