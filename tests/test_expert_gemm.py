@@ -62,6 +62,15 @@ def test_other_weights_are_not_supported() -> None:
     model.release()
 
 
+@on_gpu
+def test_the_operator_is_sound() -> None:
+    expert_gemm.register()
+    expert_gemm.register()
+    given, weight = random(5, 64, dtype=torch.bfloat16), random(7, 128, 64, dtype=torch.bfloat16)
+    asked = given, weight, choices(5, 7, 2).reshape(-1), False
+    torch.library.opcheck(torch.ops.radixgen.expert_linear.default, asked)
+
+
 def own_value(call: LayerCall) -> tuple[Tensor, Tensor]:
     """Attention of rows that see nothing but themselves."""
     return call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], 1), call.q[..., 0]
