@@ -18,18 +18,19 @@ _TILE = 128
 
 
 def supports(weight: Tensor) -> bool:
-    """Whether the kernel multiplies by this weight `[outputs, inputs]`: contiguous bfloat16 in whole tiles, on a Hopper
-    GPU, with a Triton that compiles the kernel.
+    """Whether the kernel multiplies by this weight `[outputs, inputs]`: contiguous bfloat16, its inputs whole tiles,
+    on a Hopper GPU, with a Triton that compiles the kernel.
     """
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return False
     hopper = torch.cuda.get_device_capability(weight.device) == (9, 0)
-    return hopper and gluon_support.supported() and weight.shape[0] % _TILE == 0 and weight.shape[1] % _TILE == 0
+    outputs, inputs = weight.shape
+    return hopper and gluon_support.supported() and inputs % _TILE == 0 and outputs >= _TILE and outputs % 8 == 0
 
 
 def split_k(outputs: int, inputs: int, programs: int) -> int:
     """How many parts inputs are split into: as many, by doubling, as leave no program more than one; else 1."""
-    tiles, split = outputs // _TILE, 1
+    tiles, split = -(-outputs // _TILE), 1
     while tiles * split * 2 <= programs and inputs // _TILE % (split * 2) == 0:
         split *= 2
     return split
@@ -59,7 +60,7 @@ def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
     programs = _programs(weight.device)
     split = split_k(outputs, inputs, programs)
     block_rows, stages, lag = _block(rows)
-    segments = outputs // _TILE * split
+    segments = -(-outputs // _TILE) * split
     given = given.contiguous()
     layouts = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 2)
     weights = TensorDescriptor(weight, [1, *weight.shape], [weight.numel(), inputs, 1], [1, _TILE, _TILE], layouts[0])

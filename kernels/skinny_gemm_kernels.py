@@ -24,10 +24,10 @@ def _place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write a tile `acc [BLOCK_N, BLOCK_M]` of y.T to rows below M of y."""
+    """Write a tile `acc [BLOCK_N, BLOCK_M]` of y.T to rows below M of y, as far as y has columns."""
     n = (tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)))[:, None]
     m = (tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)))[None, :]
-    gl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=m < M)
+    gl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < y_stride))
 
 
 @gluon.jit(do_not_specialize=["M", "tiles_m", "turn"])

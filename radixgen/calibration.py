@@ -61,14 +61,17 @@ class Calibration:
         `wide`: whether these layers' tiles of 128 rows have a launch of their own.
         """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
+        # Of large heads a multiprocessor holds half as many programs, each as fast as two, in tiles of one class.
+        large = max(geometry.padded) > 128
+        fewer = 2 if large else 1
         return tuple(
             CostModel(
-                tiles=tuple(_scaled(tile, width) for tile in launch.tiles),
-                partial=self.partial * launch.programs * geometry.v_head_dim / 128,
-                first_key=self.first_key * launch.programs * width,
+                tiles=tuple(_scaled(tile, width / fewer) for tile in (launch.tiles[-1:] if large else launch.tiles)),
+                partial=self.partial * launch.programs / fewer * geometry.v_head_dim / 128,
+                first_key=self.first_key * launch.programs / fewer * width,
                 group=geometry.group,
                 kv_heads=geometry.kv_heads,
-                programs=launch.programs,
+                programs=launch.programs // fewer,
                 merge=self.merge,
                 launch=launch.launch,
                 least_run=LEAST_RUN,

@@ -161,7 +161,7 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
         unit_segments=laid.unit_segments,
         unit_rank=laid.unit_rank,
         unit_cost=costs + cost.partial * cost.group * partials,
-        tile_rows=cost.tiles[-1].rows,
+        tile_rows=_widest(cost, np.diff(laid.unit_rows, axis=1)),
         predicted=choice.balance.time,
         segment_starts=laid.segment_starts,
         segment_lengths=laid.segment_lengths,
@@ -178,6 +178,13 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
             readers=counts[1:].astype(np.int32),
         ),
     )
+
+
+def _widest(cost: CostModel, unit_rows: Int32Array) -> int:
+    """Rows of the widest class of tiles that is launched: the launch for the last class alone is left out where no unit
+    wants it.
+    """
+    return cost.tiles[-1].rows if not cost.launch or cost.apart(unit_rows).any() else cost.tiles[-2].rows
 
 
 class Planner:

@@ -41,6 +41,9 @@ from bench import (
     thoughts,
     tree,
 )
+from bench import (
+    families as bench_families,
+)
 from bench.report import Memory, Report
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from radixgen import Engine, Limits
@@ -369,6 +372,13 @@ def test_bytes_loaded_count_partials_twice() -> None:
     keys, partials = loads.loads(naive, 640 + 8 * 16)
     assert keys == 1 and naive.num_units == 9
     assert partials == 2 * (8 * 2) * 32 * 129 * 4 / ((640 + 8 * 16) * 8 * 256 * 2)
+
+
+def test_other_shapes(capsys) -> None:
+    assert bench_families.main([]) == 0
+    figures = last_line(capsys)
+    for name in bench_families.FAMILIES:
+        assert figures[f"{name}_1_ms"] > 0 and figures[f"{name}_3_limit_ms"] > 0
 
 
 def test_step(capsys, monkeypatch) -> None:

@@ -284,6 +284,21 @@ SHIPPED = [
 """Of the H100; with one program, a plan's cost is the sum of its units'."""
 
 
+@pytest.mark.parametrize(("rows", "widest"), [(1, 64), (100, 128)])
+def test_there_is_no_launch_for_wide_tiles_where_no_unit_is_wide(rows: int, widest: int) -> None:
+    tiles = TileCost(16, 1.0, 1.0), TileCost(64, 1.5, 1.0), TileCost(128, 2.0, 1.0)
+    cost = CostModel(tiles=tiles, launch=3.0, partial=9.0, mix=True)
+    assert plan(*trees.lay_out(trees.shared_prefix(rows, 64, 1)), cost=cost).tile_rows == widest
+
+
+def test_large_heads_run_in_half_as_many_programs_of_twice_the_speed() -> None:
+    usual, large = (cost_models(torch.device("cpu"), Geometry(4, 2, dim, dim, torch.bfloat16)) for dim in (128, 256))
+    for one, other in zip(usual, large, strict=True):
+        assert other.programs == one.programs // 2 and len(other.tiles) == 1
+        assert other.tiles[-1].key == pytest.approx(one.tiles[-1].key)
+        assert other.reads(1000, 1000) == pytest.approx(2 * one.reads(1000, 1000))
+
+
 @given(small_trees(), st.sampled_from([cost for cost in COSTS if cost.programs == 1] + SHIPPED))
 @settings(max_examples=600, deadline=None)
 def test_the_partition_costs_the_least_of_all(tree, cost) -> None:

@@ -8,7 +8,7 @@ from radixgen.kernels import skinny_gemm
 from radixgen.model.fused_linear import Share, fuse_linears, restore_linears
 
 CUDA = torch.cuda.is_available()
-SHAPES = [(128, 128), (384, 640), (6144, 4096), (4096, 14_336)]
+SHAPES = [(128, 128), (384, 640), (6144, 4096), (4096, 14_336), (1000, 256)]
 on_hopper = pytest.mark.skipif(
     not CUDA or not skinny_gemm.supports(torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")),
     reason="needs a Hopper GPU and the version of Triton that compiles the kernel",
@@ -20,7 +20,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def test_inputs_are_split_until_all_programs_are_busy() -> None:
-    assert [skinny_gemm.split_k(*shape, 132) for shape in SHAPES] == [1, 1, 2, 4]
+    assert [skinny_gemm.split_k(*shape, 132) for shape in SHAPES] == [1, 1, 2, 4, 2]
     assert skinny_gemm.split_k(28_672, 4096, 132) == 1
     assert skinny_gemm.split_k(4096, 4096, 132) == 4
 
