@@ -75,9 +75,7 @@ class StaticAttention(Protocol):
 
     @staticmethod
     def advance(positions: "Tensor", slots: "Tensor", rows: int) -> None:
-        """Add 1 to the first `rows` of `positions` and of `slots`, int64, but for slots of -1: each row moves on by a
-        token of its own leaf.
-        """
+        """Add 1 to the first `rows` of `positions` and `slots`, int64: each row moves on by a token of its own leaf."""
 
     def __call__(
         self,

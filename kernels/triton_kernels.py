@@ -336,13 +336,10 @@ def write_kv(
         tl.store(v + slot * (KV_HEADS * V_HEAD_DIM) + place, tl.load(source, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=("rows",))
+@triton.jit
 def advance(row_positions, slots, rows, BLOCK: tl.constexpr):
-    """Every row moves on by one token of its own leaf: its position and its slot, `[rows]`, grow by one; a slot of -1
-    stays.
-    """
+    """Every row moves on by one token of its own leaf: its position and its slot, `[rows]`, grow by one."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     tl.store(row_positions + row, tl.load(row_positions + row, mask=inside) + 1, mask=inside)
-    slot = tl.load(slots + row, mask=inside)
-    tl.store(slots + row, slot + 1, mask=inside & (slot >= 0))
+    tl.store(slots + row, tl.load(slots + row, mask=inside) + 1, mask=inside)

@@ -68,7 +68,7 @@ class RunAhead:
 
     def begin(self, batch: Batch, drawing: Seq[int], draws: Draws) -> None:
         """Begin the step after `batch`, whose draws read rows `drawing` of the logits, where nobody waits for whom
-        there is room, each sequence draws from a row of its own, and every row's next slot lies behind its last.
+        there is room, each sequence draws from a row of its own, and every leaf has the next slot in reserve.
         """
         if self._model is None or not self._resumable or batch.reads:
             return
@@ -78,7 +78,7 @@ class RunAhead:
             return
         if any(s.request.params.logprobs is not None for s in batch.drawing):
             return
-        if not all(self._goes_on(node, batch.row_slots[row]) for node, row in batch.last_row.items()):
+        if any(node.next_slot != batch.row_slots[row] + 1 for node, row in batch.last_row.items()):
             return
         ordered = torch.empty_like(draws.tokens)
         ordered.index_copy_(0, upload(np.array(drawing), ordered.device), draws.tokens.clamp(min=0))
@@ -91,11 +91,12 @@ class RunAhead:
             return
         if logits is not None:
             draw_of = {row: draw for draw, row in enumerate(batch.drawing_rows)}
-            rows = {}
-            for node, row in batch.last_row.items():
-                slot, draw = batch.row_slots[row], draw_of[row]
-                next_slot = slot + 1 if slot >= 0 else -1
-                rows[node] = _Foreseen(batch.row_positions[row] + 1, next_slot, draw, drawing[draw])
+            rows = {
+                node: _Foreseen(
+                    batch.row_positions[row] + 1, batch.row_slots[row] + 1, draw_of[row], drawing[draw_of[row]]
+                )
+                for node, row in batch.last_row.items()
+            }
             self._begun = _Begun(logits, draws, rows)
 
     def claim(self, batch: Batch) -> Ran | None:
@@ -113,15 +114,6 @@ class RunAhead:
         """Nobody will claim what was begun."""
         self.wasted_rows += self.pending
         self._begun, self._resumable = None, True
-
-    def _goes_on(self, node: Node, slot: int) -> bool:
-        """Whether a row's next slot lies behind its last, `slot`: in reserve, or where it only read, -1, that of a
-        cached token. That this will be drawn is expected once a token of the same child has been.
-        """
-        if slot >= 0:
-            return node.next_slot == slot + 1
-        followed = self._scheduler.tree.columns.following[node.id] > 0
-        return bool(followed) and node.next_cached_slot == node.extents[-1].end
 
     def _found(self, begun: _Begun, batch: Batch) -> Ran | None:
         if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:

@@ -36,8 +36,8 @@ def active_forest(tree: RadixTree, node_ids: Int32Array) -> tuple[Forest, Int32A
     columns = tree.columns
     ids, rows = _climb(node_ids, columns.parent, columns.place)
     parents, starts, lengths, rooms, offsets, slots, counts = _read(
-        ids, columns.parent, columns.start, columns.scheduled, columns.reserved, columns.following,
-        columns.num_extents, columns.first_slot, columns.first_extent, columns.extents, columns.place,
+        ids, columns.parent, columns.start, columns.scheduled, columns.reserved, columns.num_extents,
+        columns.first_slot, columns.first_extent, columns.extents, columns.place,
     )  # fmt: skip
     return Forest(parents, starts, lengths, offsets, slots, counts, rooms), rows, ids
 
@@ -69,8 +69,7 @@ def _climb(node_ids: Int32Array, parent: Int32Array, place: Int64Array) -> tuple
 @compiled
 def _read(
     ids: Int64Array, parent: Int32Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array,
-    following: Int32Array, num_extents: Int32Array, first_slot: Int64Array, first_extent: Int64Array,
-    extents: Int64Array, place: Int64Array,
+    num_extents: Int32Array, first_slot: Int64Array, first_extent: Int64Array, extents: Int64Array, place: Int64Array,
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Int64Array, Int64Array, Int32Array]:  # fmt: skip
     """The columns of `ids`, as `Forest` holds them, and the extents of scheduled tokens; no reserved tails. Takes the
     ids out of `place`.
@@ -87,7 +86,7 @@ def _read(
         node = ids[at]
         above, left = parent[node], scheduled[node]
         parents[at] = place[above] if above >= 0 else -1
-        starts[at], lengths[at], rooms[at] = start[node], left, reserved[node] + following[node]
+        starts[at], lengths[at], rooms[at] = start[node], left, reserved[node]
         if num_extents[node] == 1 and left:
             slots[made], counts[made] = first_slot[node], left
             made += 1

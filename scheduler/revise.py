@@ -33,8 +33,8 @@ class Followed(NamedTuple):
 @compiled
 def _follow(
     old_ids: Int32Array, old_positions: Int32Array, ids: Int32Array, positions: Int32Array, start: Int32Array,
-    scheduled: Int32Array, reserved: Int32Array, following: Int32Array, extended: Int64Array, extension: Int64Array,
-    changed: Int64Array, nodes: Int64Array, version: int,
+    scheduled: Int32Array, reserved: Int32Array, extended: Int64Array, extension: Int64Array, changed: Int64Array,
+    nodes: Int64Array, version: int,
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
     kept, slots = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
@@ -48,7 +48,7 @@ def _follow(
         node, position = ids[found], positions[found]
         if position != old_positions[row] + 1 or position != start[node] + scheduled[node] - 1:
             break
-        kept[row], rooms[row] = True, reserved[node] + following[node]
+        kept[row], rooms[row] = True, reserved[node]
         if extended[node] > version:
             slots[row] = extension[node]
             num_extended += 1
@@ -71,8 +71,8 @@ def follow(
     more than length.
     """
     follows, kept, slots, rooms, num_extended = _follow(
-        old_ids, old_positions, ids, positions, columns.start, columns.scheduled, columns.reserved, columns.following,
-        columns.extended, columns.extension, columns.changed, nodes, version,
+        old_ids, old_positions, ids, positions, columns.start, columns.scheduled, columns.reserved, columns.extended,
+        columns.extension, columns.changed, nodes, version,
     )  # fmt: skip
     return Followed(kept, slots, rooms, num_extended) if follows else None
 

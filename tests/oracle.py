@@ -110,26 +110,13 @@ class StampModel:
             return None
         plan, token_ids, slots, logit_rows = self._last
         rows = plan.num_rows
-        if not logit_rows.size == rows == plan.growing.size or plan.slack < 1:
+        if not logit_rows.size == rows == plan.growing.size or slots.min() < 0 or plan.slack < 1:
             return None
         token_ids = token_ids.copy()
         token_ids[logit_rows] = tokens.numpy()
-        plan, slots = plan.advance(), np.where(slots < 0, slots, slots + 1)
-        if not self._cached(plan, token_ids, slots):
-            self._last = None
-            return torch.full((rows, self.vocab_size), torch.nan)
         self.rows_ahead += rows
         self.rows -= rows
-        return self._compute(plan, token_ids, slots, logit_rows)
-
-    def _cached(self, plan: Plan, token_ids: Int64Array, slots: Int64Array) -> bool:
-        """Whether the rows that only read find their tokens in their slots; otherwise nobody may use their logits."""
-        reads = _reads(plan, self._positions.size)
-        own, before = reads.slots[reads.last].tolist(), reads.slots[reads.last - 1].tolist()
-        return all(
-            self._stamp_at(own[row]) == extend(self._stamp_at(before[row]), int(token_ids[row]))
-            for row in np.flatnonzero(slots < 0).tolist()
-        )
+        return self._compute(plan.advance(), token_ids, slots + 1, logit_rows)
 
     def _compute(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
         self._last = plan, token_ids, slots, logit_rows

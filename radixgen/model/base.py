@@ -63,8 +63,7 @@ class RunsAhead(Protocol):
     """A model that can begin a step before the tokens of the step before it are known to the host."""
 
     def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """Run the last step's rows again, each moved on by one token of its own leaf, into the slot behind its last; a
-        row that only read, reads that slot.
+        """Run the last step's rows again, each moved on by one token of its own leaf, into the slot behind its last.
 
         `tokens` int64 `[n]`, on the model's device: what was drawn for each of the last run's `n` logit rows. Returns
         logits `[n, vocab]`, which overwrite those of the last run; None, and nothing is done, where the last

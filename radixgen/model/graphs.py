@@ -176,7 +176,7 @@ class StepGraphs:
         size = Size.of(plan, logit_rows.size)
         graph = self._graphs.get(size)
         if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
-            self._remember(graph, plan, logit_rows)
+            self._remember(graph, plan, slots, logit_rows)
             return graph.replay()[: logit_rows.size]
         self._graphs.pop(size, None)
         graph = _Graph(self._model, self._storage, self._backend, size, self._room)
@@ -192,12 +192,13 @@ class StepGraphs:
             raise NotCapturable(str(error)) from error
         self._captured_any = True
         self._graphs[size] = graph
-        self._remember(graph, plan, logit_rows)
+        self._remember(graph, plan, slots, logit_rows)
         return logits[: logit_rows.size]
 
-    def _remember(self, graph: "_Graph", plan: Plan, logit_rows: NDArray[np.int64]) -> None:
+    def _remember(self, graph: "_Graph", plan: Plan, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]) -> None:
         """A step that could be gone on from: every row is drawn for and grows in place."""
-        if logit_rows.size == plan.num_rows == plan.growing.size:
+        rows = plan.num_rows
+        if logit_rows.size == rows == plan.growing.size and slots.min() >= 0:
             self._last = graph, plan, plan.slack
 
     @torch.inference_mode()
