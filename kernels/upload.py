@@ -1,4 +1,4 @@
-"""Host arrays onto a device, without waiting for it."""
+"""Host arrays onto a device, without waiting for it: copies from ordinary memory wait for what was begun before."""
 
 from typing import Any
 
@@ -10,10 +10,32 @@ from torch import Tensor
 
 def upload(values: NDArray[Any], device: torch.device) -> Tensor:
     """`values` on `device`; on the CPU they may share memory. On a GPU they are copied in the order of the current
-    stream, from pinned memory, so that the host goes on at once: a copy from ordinary memory waits for what was begun
-    before.
+    stream, from pinned memory, so that the host goes on at once.
     """
     host = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+class Staging:
+    """Pinned memory from which one tensor is filled again and again, in the order of the current stream."""
+
+    def __init__(self, target: Tensor) -> None:
+        """On the CPU the tensor is filled directly."""
+        self._target = target
+        self._copied = torch.cuda.Event() if target.is_cuda else None  # type: ignore[no-untyped-call]
+        self._host = torch.zeros_like(target, device="cpu", pin_memory=True) if target.is_cuda else target
+        self._array: NDArray[Any] = self._host.numpy()
+
+    def open(self) -> NDArray[Any]:
+        """What was copied last, of the tensor's shape, to be changed: waits for that copy alone."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._array
+
+    def copy(self) -> None:
+        """Begin to copy what `open` returned."""
+        if self._copied is not None:
+            self._target.copy_(self._host, non_blocking=True)
+            self._copied.record()

@@ -15,6 +15,7 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Backend, StaticAttention
+from radixgen.kernels.upload import Staging
 from radixgen.model.packed import LayerCall, TreeModel
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -25,6 +26,8 @@ _FINE, _COARSE = 256, 128
 
 
 _PADDING = np.array([[0], [0], [-1], [0]])
+_UNKNOWN = np.empty(0, np.int64)
+"""Token ids that the device fills in"""
 
 
 def bucket(rows: int) -> int:
@@ -113,7 +116,6 @@ class StepGraphs:
         self.usable = True
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
-        self._last: tuple[_Graph, Plan, int] | None = None
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, and most of its rows give logits, as in decoding. A graph
@@ -130,13 +132,10 @@ class StepGraphs:
 
         Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
         """
-        self._last = None
         key = _key(plan)
-        graph = self._graphs.get(key)
-        if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
-            self._remember(graph, plan, slots, logit_rows)
+        graph = self._loaded(plan, token_ids, slots, logit_rows)
+        if graph is not None:
             return graph.replay()[: logit_rows.size]
-        self._graphs.pop(key, None)
         graph = _Graph(self._model, self._storage, self._backend, key[0])
         graph.load(plan, token_ids, slots, logit_rows)
         try:
@@ -150,24 +149,28 @@ class StepGraphs:
             raise NotCapturable(str(error)) from error
         self._captured_any = True
         self._graphs[key] = graph
-        self._remember(graph, plan, slots, logit_rows)
         return logits[: logit_rows.size]
 
-    def _remember(self, graph: "_Graph", plan: Plan, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]) -> None:
-        """A step that could be gone on from: every row is drawn for and grows in place."""
-        rows = plan.num_rows
-        if logit_rows.size == rows == plan.growing.size and slots.min() >= 0:
-            self._last = graph, plan, plan.slack
-
     @torch.inference_mode()
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`."""
-        if self._last is None or self._last[2] < 1:
+    def run_ahead(
+        self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`; None where nothing was captured that answers such a step."""
+        graph = self._loaded(plan, _UNKNOWN, slots, logit_rows)
+        if graph is None:
             return None
-        graph, plan, slack = self._last
-        self._last = graph, plan, slack - 1
-        graph.advance(tokens)
-        return graph.replay()[: tokens.numel()]
+        graph.fill_in(tokens)
+        return graph.replay()[: logit_rows.size]
+
+    def _loaded(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> "_Graph | None":
+        """The graph for a step, ready to be replayed; None where there is none, or it was too small and is gone now."""
+        graph = self._graphs.pop(_key(plan), None)
+        if graph is None or not graph.load(plan, token_ids, slots, logit_rows):
+            return None
+        self._graphs[_key(plan)] = graph
+        return graph
 
 
 class _Graph:
@@ -194,11 +197,10 @@ class _Graph:
         self._inputs.load(token_ids, plan.row_positions, slots, logit_rows)
         return True
 
-    def advance(self, tokens: Tensor) -> None:
-        """Move every row on by one of `tokens` `[rows]`, in the order of the logit rows, with no work for the host."""
-        rows, inputs = tokens.numel(), self._inputs
-        inputs.token_ids.index_copy_(0, inputs.logit_rows[:rows], tokens)
-        self._new_attention.advance(inputs.positions, inputs.slots, rows)
+    def fill_in(self, tokens: Tensor) -> None:
+        """Take the token ids of a step from the device: `tokens` `[n]`, in the order of its logit rows."""
+        inputs = self._inputs
+        inputs.token_ids.index_copy_(0, inputs.logit_rows[: tokens.numel()], tokens)
 
     def forward(self) -> Tensor:
         inputs = self._inputs
@@ -219,20 +221,14 @@ class _Inputs:
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        self._staged = torch.zeros((4, rows), dtype=torch.int64, pin_memory=self._copied is not None)
-        self._all = torch.zeros((4, rows), dtype=torch.int64, device=device)
-        self.token_ids, self.positions, self.slots, self.logit_rows = self._all
+        every = torch.zeros((4, rows), dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.slots, self.logit_rows = every
+        self._staging = Staging(every)
 
     def load(self, *columns: NDArray[np.integer]) -> None:
         """The columns in this order, each padded with 0, slots with -1."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        staged = self._staged.numpy()
+        staged = self._staging.open()
         staged[:] = _PADDING
         for row, column in zip(staged, columns, strict=True):
             row[: column.size] = column
-        self._all.copy_(self._staged, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._staging.copy()

@@ -47,8 +47,6 @@ class ModelRunner:
         self.kv_bytes_unshared = 0
         self.failed_captures = 0
         """After each of them, steps run eagerly that would have been replayed."""
-        self._captured = False
-        """Whether the last step was"""
         self._window_bytes: Counter[Window | None] = Counter()
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
@@ -80,12 +78,10 @@ class ModelRunner:
     ) -> Tensor:
         """As `Model.run`; the logits stand until the next call."""
         self.count(plan)
-        self._captured = self._graphs is not None and self._graphs.takes(plan, logit_rows)
-        if self._graphs is not None and self._captured:
+        if self._graphs is not None and self._graphs.takes(plan, logit_rows):
             try:
                 return self._graphs.run(plan, token_ids, slots, logit_rows)
             except NotCapturable as error:
-                self._captured = False
                 self.failed_captures += 1
                 steps = f"steps like one of {plan.num_rows} rows run" if self._graphs.usable else "runs"
                 logger.warning("%s: %s without CUDA graphs from now on: %s", self.name, steps, error)
@@ -98,9 +94,21 @@ class ModelRunner:
             self.kv_bytes_read += seen.kv_tokens_read * size
             self.kv_bytes_unshared += seen.kv_tokens_unshared * size
 
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`: only after a captured step."""
-        return self._graphs.run_ahead(tokens) if self._graphs is not None and self._captured else None
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps are captured."""
+        return self._graphs is not None and self._graphs.usable
+
+    def run_ahead(
+        self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`: only steps that were captured before."""
+        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
+            return None
+        logits = self._graphs.run_ahead(plan, tokens, slots, logit_rows)
+        if logits is not None:
+            self.count(plan)
+        return logits
 
     def _run_eagerly(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
