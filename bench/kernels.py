@@ -78,14 +78,11 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
     width = triton.next_power_of_2(8 * head_dim)
     for kernel, fixed in (
         (triton_kernels.expand_keys, {"BLOCK": 128, "ROWS": 128}),
-        (triton_kernels.advance, {"BLOCK": 1024}),
         (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 16, "BLOCK_PARTIALS": 1, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 1, "BLOCK_PARTIALS": 64, "PDL": chip >= 90}),
     ):
         known = pool | floats | strides
-        if kernel is triton_kernels.advance:
-            known["row_positions"] = "*i64"
         if kernel is triton_kernels.merge:
             known["rows"] = "*i32"
         types = {name: known.get(name, "*i32") for name in kernel.arg_names if name not in fixed}

@@ -27,10 +27,10 @@ from bench.report import Memory, Report, benchmark_options, measure_memory, time
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
-from radixgen.core.plan import Int32Array
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler import planner as planner_module
 from radixgen.scheduler.planner import Planner
+from radixgen.scheduler.revise import Rows
 
 LEAVES = 1_024
 RUN = 8
@@ -110,11 +110,13 @@ def advance(tree: RadixTree, leaves: Sequence[Lock], reserve: int = RESERVE) -> 
         tree.commit(node)
 
 
-def rows(leaves: Sequence[Lock]) -> tuple[Int32Array, Int32Array]:
+def rows(leaves: Sequence[Lock]) -> Rows:
+    """The last token of each leaf."""
     nodes = [cursor.held for cursor in leaves]
-    return (
+    return Rows(
         np.array([node.id for node in nodes], np.int32),
         np.array([node.end - 1 for node in nodes], np.int32),
+        np.concatenate([node.slots(node.known - 1, node.known) for node in nodes]),
     )
 
 
@@ -129,9 +131,9 @@ def time_carried(tree: RadixTree, leaves: Sequence[Lock], times: int) -> list[fl
     seconds = []
     for _ in range(times):
         advance(tree, leaves)
-        ids, positions = rows(leaves)
+        grown = rows(leaves)
         begin = time.perf_counter()
-        step = planner.plan(ids, positions)
+        step = planner.plan(*grown)
         elapsed = time.perf_counter() - begin
         if not step.rebuilt:
             seconds.append(elapsed)
@@ -149,9 +151,9 @@ def time_revised(tree: RadixTree, leaves: Sequence[Lock], times: int) -> list[fl
     for turn in range(min(times, len(left) // 9)):
         tree.unlock(left.pop(7 * turn % len(left)))
         advance(tree, left)
-        ids, positions = rows(left)
+        grown = rows(left)
         begin = time.perf_counter()
-        step = planner.plan(ids, positions)
+        step = planner.plan(*grown)
         elapsed = time.perf_counter() - begin
         if step.nodes is built.nodes:
             seconds.append(elapsed)
@@ -166,8 +168,8 @@ def num_bytes(plan: Plan) -> int:
 
 def report_shape(report: Report, name: str, leaves: int, times: int, memory: Memory) -> None:
     tree, cursors = grow(SHAPES[name](leaves))
-    ids, positions = rows(cursors)
-    plan = Planner(tree).plan(ids, positions)
+    last = rows(cursors)
+    plan = Planner(tree).plan(*last)
     limit = num_bytes(plan) / memory.copy
     report.say(
         f"limit, {name}: {1e3 * limit:.4f} ms to copy the plan's {num_bytes(plan):,} bytes; "
@@ -178,7 +180,7 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
     planner = Planner(tree)
 
     def from_nothing() -> None:
-        planner.plan_anew(ids, positions)
+        planner.plan_anew(last)
 
     seconds = time_each(from_nothing, times=times, warm_up=3)
     pieces = time_pieces(planner_module, PIECES, from_nothing, times=times)
@@ -195,7 +197,7 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
     parts["rest"] = 1e3 * median - sum(parts.values())
     report.say(f"{name}:   " + ", ".join(f"{piece} {spent:.2f}" for piece, spent in parts.items()))
     planner = Planner(tree, cost=cost_models(torch.device("cpu"), H100))
-    shipped = time_each(lambda: planner.plan_anew(ids, positions), times=times, warm_up=3)
+    shipped = time_each(lambda: planner.plan_anew(last), times=times, warm_up=3)
     shipped_ms = 1e3 * float(np.median(shipped))
     report.figure(
         f"{name}_shipped_ms",

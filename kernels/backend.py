@@ -73,10 +73,6 @@ class StaticAttention(Protocol):
         False where the plan takes more memory than there is.
         """
 
-    @staticmethod
-    def advance(positions: "Tensor", slots: "Tensor", rows: int) -> None:
-        """Add 1 to the first `rows` of `positions` and `slots`, int64: each row moves on by a token of its own leaf."""
-
     def __call__(
         self,
         q: "Tensor",

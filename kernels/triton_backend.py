@@ -16,7 +16,7 @@ from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.room import Room
-from radixgen.kernels.upload import Upload, upload
+from radixgen.kernels.upload import Staging, upload
 from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out, pdl
 
 
@@ -155,8 +155,9 @@ class Tables:
     ) -> None:
         self.launch, self.geometry = launch, geometry
         self._sizes = work.sizes if room is None else room.sizes(work.sizes)
-        self._upload = Upload(sum(self._sizes.tables), torch.int32, device)
-        views = torch.split(self._upload.tensor, list(self._sizes.tables))
+        buffer = torch.empty(sum(self._sizes.tables), dtype=torch.int32, device=device)
+        self._staging = Staging(buffer)
+        views = torch.split(buffer, list(self._sizes.tables))
         self.views = dict(zip(TABLES, views, strict=True))
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
@@ -172,11 +173,11 @@ class Tables:
         """Replace the work; False, and nothing is changed, where there is no room for it."""
         if not self._sizes.hold(work.sizes):
             return False
-        begins = np.cumsum(self._sizes.tables) - self._sizes.tables
-        filled = self._upload.fill()
-        for begin, table in zip(begins, work.tables, strict=True):
-            filled[begin : begin + table.size] = table
-        self._upload.send()
+        staged, begin = self._staging.open(), 0
+        for size, table in zip(self._sizes.tables, work.tables, strict=True):
+            staged[begin : begin + table.size] = table
+            begin += size
+        self._staging.copy()
         if work.num_pieces:
             grid = (min(work.num_pieces, 4096),)
             triton_kernels.expand_keys[grid](
@@ -233,13 +234,11 @@ class StaticAttention:
         assert plan.tile_rows == self._tile_rows
         if plan.origin is self._origin and plan.age <= self._last_age:
             return True
-        self._plan, self._origin, self._last_age = plan, plan.origin, plan.age + plan.slack
-        return all(tables.load(self._lay_out(tables.geometry, tables.launch)) for tables in self._tables.values())
-
-    @staticmethod
-    def advance(positions: Tensor, slots: Tensor, rows: int) -> None:
-        """As `radixgen.kernels.backend.StaticAttention.advance`."""
-        triton_kernels.advance[(triton.cdiv(rows, 1024),)](positions, slots, rows, BLOCK=1024)
+        self._plan, self._origin = plan, None
+        if not all(tables.load(self._lay_out(tables.geometry, tables.launch)) for tables in self._tables.values()):
+            return False
+        self._origin, self._last_age = plan.origin, plan.age + plan.slack
+        return True
 
     def _lay_out(self, geometry: Geometry, launch: Launch) -> Work:
         plan = self._plan.within(self._window)

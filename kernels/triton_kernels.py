@@ -334,12 +334,3 @@ def write_kv(
         inside = place < KV_HEADS * V_HEAD_DIM
         source = value + row * value_row + (place // V_HEAD_DIM) * value_head + place % V_HEAD_DIM
         tl.store(v + slot * (KV_HEADS * V_HEAD_DIM) + place, tl.load(source, mask=inside), mask=inside)
-
-
-@triton.jit
-def advance(row_positions, slots, rows, BLOCK: tl.constexpr):
-    """Every row moves on by one token of its own leaf: its position and its slot, `[rows]`, grow by one."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    tl.store(row_positions + row, tl.load(row_positions + row, mask=inside) + 1, mask=inside)
-    tl.store(slots + row, tl.load(slots + row, mask=inside) + 1, mask=inside)

@@ -1,6 +1,5 @@
-"""Host arrays onto a device, without waiting for what it does."""
+"""Host arrays onto a device, without waiting for it: copies from ordinary memory wait for what was begun before."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,7 @@ from torch import Tensor
 
 def upload(values: NDArray[Any], device: torch.device) -> Tensor:
     """`values` on `device`; on the CPU they may share memory. On a GPU they are copied in the order of the current
-    stream, from pinned memory, so that the host goes on at once: a copy from ordinary memory waits for what was begun
-    before.
+    stream, from pinned memory, so that the host goes on at once.
     """
     host = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
@@ -20,28 +18,24 @@ def upload(values: NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class Upload:
-    """A tensor at a fixed address that the host fills again and again.
+class Staging:
+    """Pinned memory from which one tensor is filled again and again, in the order of the current stream."""
 
-    `tensor` is on the device. `fill` gives the array to write to, once the copy before is over; `send` copies all of it
-    in the order of the current stream.
-    """
+    def __init__(self, target: Tensor) -> None:
+        """On the CPU the tensor is filled directly."""
+        self._target = target
+        self._copied = torch.cuda.Event() if target.is_cuda else None  # type: ignore[no-untyped-call]
+        self._host = torch.zeros_like(target, device="cpu", pin_memory=True) if target.is_cuda else target
+        self._array: NDArray[Any] = self._host.numpy()
 
-    def __init__(self, shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self._host = torch.zeros(shape, dtype=dtype, pin_memory=cuda)
-        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-
-    def fill(self) -> NDArray[Any]:
-        """The host's array, as it was sent last."""
+    def open(self) -> NDArray[Any]:
+        """What was copied last, of the tensor's shape, to be changed: waits for that copy alone."""
         if self._copied is not None:
             self._copied.synchronize()
-        filled: NDArray[Any] = self._host.numpy()
-        return filled
+        return self._array
 
-    def send(self) -> None:
-        """Copy to the device."""
-        self.tensor.copy_(self._host, non_blocking=True)
+    def copy(self) -> None:
+        """Begin to copy what `open` returned."""
         if self._copied is not None:
+            self._target.copy_(self._host, non_blocking=True)
             self._copied.record()

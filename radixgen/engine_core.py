@@ -469,7 +469,7 @@ class EngineCore:
             logger.exception("drawing %d tokens at once failed; drawing them one by one", len(states))
             return self._sample_each(batch, ran, {})
         if not self._suspects:
-            self.ahead.begin(batch, ran.drawing, draws)
+            self.ahead.begin(batch, draws)
         return report(ran.logits, ran.drawing, states, draws.wait())
 
     def _sample_others(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:

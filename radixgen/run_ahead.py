@@ -1,7 +1,7 @@
 """The next step, begun before the tokens of this one are known.
 
-While every sequence decodes alone on its leaf, the next step's rows are this step's, each one token further: the device
-can begin it with tokens that only it knows, and the host keeps its books meanwhile. Nothing is decided early: the
+While every sequence decodes alone on its leaf, all of the next step but its tokens is known: the device can begin it
+with tokens that only it knows, and the host plans and keeps its books meanwhile. Nothing is decided early: the
 scheduler makes the next batch from the tokens when it has them, and what was computed is used where the batch holds no
 row that was not foreseen, in node, token, position and slot. Otherwise the step is run as if nothing had been begun;
 what that wrote lies in slots that the leaves hold in reserve, and whoever gets them later writes them first.
@@ -12,10 +12,8 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from radixgen.cache import Node
 from radixgen.kernels.upload import upload
 from radixgen.model.base import Model, RunsAhead
 from radixgen.sampling import Draws
@@ -37,18 +35,13 @@ class Ran(NamedTuple):
     """The same for all rows of `Batch.reads`, one after the other."""
 
 
-class _Foreseen(NamedTuple):
-    position: int
-    slot: int
-    draw: int
-    """Which of the draws gave its token"""
-    logits_row: int
-
-
 class _Begun(NamedTuple):
     logits: Tensor
+    """One row for each of the batch's, in its order"""
+    batch: Batch
     draws: Draws
-    rows: dict[Node, _Foreseen]
+    order: list[int]
+    """For each row of the batch, which of the draws gave its token"""
 
 
 class RunAhead:
@@ -59,71 +52,82 @@ class RunAhead:
         self._model = model if enabled and isinstance(model, RunsAhead) else None
         self._scheduler = scheduler
         self._begun: _Begun | None = None
-        self._resumable = True
 
     @property
     def pending(self) -> int:
         """Rows of the step that is under way, in which nobody new can take part; 0 where none is."""
-        return len(self._begun.rows) if self._begun else 0
+        return self._begun.batch.num_rows if self._begun else 0
 
-    def begin(self, batch: Batch, drawing: Seq[int], draws: Draws) -> None:
-        """Begin the step after `batch`, whose draws read rows `drawing` of the logits, where nobody waits for whom
-        there is room, each sequence draws from a row of its own, and every leaf has the next slot in reserve.
+    def begin(self, batch: Batch, draws: Draws) -> None:
+        """Begin the step after `batch`, whose tokens are `draws`, where it can be foreseen and nobody waits for whom
+        there is room.
         """
-        if self._model is None or not self._resumable or batch.reads:
+        if self._model is None or not self._model.runs_ahead:
             return
-        if len(self._scheduler.waiting) and not batch.admitting:
+        if any(sequence.request.params.logprobs is not None for sequence in batch.drawing):
             return
-        if not batch.num_rows == len(batch.last_row) == len(batch.drawing) == len(self._scheduler.running):
+        foreseen = self._scheduler.foresee(batch)
+        if foreseen is None:
             return
-        if any(s.request.params.logprobs is not None for s in batch.drawing):
-            return
-        if any(node.next_slot != batch.row_slots[row] + 1 for node, row in batch.last_row.items()):
-            return
-        ordered = torch.empty_like(draws.tokens)
-        ordered.index_copy_(0, upload(np.array(drawing), ordered.device), draws.tokens.clamp(min=0))
+        step = self._scheduler.freeze(foreseen)
+        order = _places(foreseen.drawing, batch.drawing)
         try:
-            logits = self._model.run_ahead(ordered)
+            tokens = _in_order(draws.tokens, order)
+            logits = self._model.run_ahead(step.plan, tokens, step.slots, step.logit_rows)
         except AssertionError:
             raise
         except Exception:
             logger.exception("a step could not be begun ahead of its tokens")
             return
         if logits is not None:
-            draw_of = {row: draw for draw, row in enumerate(batch.drawing_rows)}
-            rows = {
-                node: _Foreseen(
-                    batch.row_positions[row] + 1, batch.row_slots[row] + 1, draw_of[row], drawing[draw_of[row]]
-                )
-                for node, row in batch.last_row.items()
-            }
-            self._begun = _Begun(logits, draws, rows)
+            self._begun = _Begun(logits, foreseen, draws, order)
 
     def claim(self, batch: Batch) -> Ran | None:
         """The results for `batch`, if it was begun as it turned out to be."""
-        begun, self._begun, self._resumable = self._begun, None, True
+        begun, self._begun = self._begun, None
         if begun is None:
             return None
-        found = self._found(begun, batch)
-        self.wasted_rows += len(begun.rows) - (batch.num_rows if found else 0)
-        # Rows that are gone would be moved on with the others, into slots that are theirs no more.
-        self._resumable = found is not None and batch.num_rows == len(begun.rows)
-        return found
+        found = _rows_of(begun, batch)
+        self.wasted_rows += begun.batch.num_rows - (0 if found is None else batch.num_rows)
+        if found is None:
+            return None
+        return Ran(begun.logits, [found[row] for row in batch.drawing_rows], [], [])
 
     def drop(self) -> None:
         """Nobody will claim what was begun."""
         self.wasted_rows += self.pending
-        self._begun, self._resumable = None, True
+        self._begun = None
 
-    def _found(self, begun: _Begun, batch: Batch) -> Ran | None:
-        if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
-            return None
-        tokens, which = begun.draws.wait(), {}
-        for node, row in batch.last_row.items():
-            one = begun.rows.get(node)
-            if one is None or (batch.row_positions[row], batch.row_slots[row]) != (one.position, one.slot):
-                return None
-            if batch.row_tokens[row] != tokens[one.draw]:
-                return None
-            which[row] = one.logits_row
-        return Ran(begun.logits, [which[row] for row in batch.drawing_rows], [], [])
+
+def _places(sequences: Seq[object], among: Seq[object]) -> list[int]:
+    """Where each of `sequences` stands in `among`."""
+    if sequences == among:
+        return list(range(len(among)))
+    place = {sequence: at for at, sequence in enumerate(among)}
+    return [place[sequence] for sequence in sequences]
+
+
+def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
+    """The tokens that `order` names, 0 where none was drawn."""
+    if order != list(range(tokens.numel())):
+        tokens = tokens.index_select(0, upload(np.array(order), tokens.device))
+    return tokens.clamp(min=0)
+
+
+def _rows_of(begun: _Begun, batch: Batch) -> Seq[int] | None:
+    """For each row of `batch`, which of those that were begun it is; None where one is none of them."""
+    if batch.reads or batch.branching or len(batch.nodes) != batch.num_rows:
+        return None
+    drawn, foreseen = begun.draws.wait(), begun.batch
+    tokens = [drawn[draw] for draw in begun.order]
+    if batch.nodes == foreseen.nodes:
+        rows: Seq[int] = range(batch.num_rows)
+    else:
+        row_of = {node: row for row, node in enumerate(foreseen.nodes)}
+        rows = [row_of.get(node, -1) for node in batch.nodes]
+    own = zip(batch.row_positions, batch.row_slots, batch.row_tokens, strict=True)
+    same = all(
+        row >= 0 and one == (foreseen.row_positions[row], foreseen.row_slots[row], tokens[row])
+        for row, one in zip(rows, own, strict=True)
+    )
+    return rows if same else None

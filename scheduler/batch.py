@@ -230,9 +230,39 @@ class Scheduler:
         batch.fence = self.tree.pool.begin_step()
         return batch
 
+    def foresee(self, batch: Batch) -> Batch | None:
+        """The step after `batch`, its tokens not known yet and 0: every sequence that `batch` does not bring to its
+        last token goes on by one, in its own leaf, for which a slot is reserved. None where that can't be told: others
+        are to come, or memory is short.
+        """
+        if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
+            return None
+        going = [one for one in self.running if len(one.output) + 1 < one.request.max_output]
+        if len(self.waiting) and (not batch.admitting or len(going) < len(self.running)):
+            return None
+        nodes = [one.cursor.held for one in going if one.cursor is not None]
+        if any(node.lock_count != 1 or node.children or node.parent is None for node in nodes):
+            return None  # the token may begin a node of its own
+        if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
+            return None
+        return Batch(
+            step=batch.step + 1,
+            nodes=nodes,
+            row_nodes=[node.id for node in nodes],
+            row_positions=[node.end for node in nodes],
+            row_tokens=[0] * len(nodes),
+            row_slots=[node.next_slot for node in nodes],
+            drawing=going,
+            drawing_rows=list(range(len(nodes))),
+        )
+
     def freeze(self, batch: Batch) -> StepInput:
         """Plan the batch and lay its rows out depth-first."""
-        plan = self.planner.plan(np.array(batch.row_nodes, np.int32), np.array(batch.row_positions, np.int32))
+        plan = self.planner.plan(
+            np.array(batch.row_nodes, np.int32),
+            np.array(batch.row_positions, np.int32),
+            np.array(batch.row_slots, np.int64),
+        )
         if self.debug:
             _check_slots(plan, self.tree.pool)
         order = plan.row_order
@@ -386,17 +416,34 @@ class Scheduler:
         return added, position == request.targets.size
 
     def _reserve(self, node: Node, count: int) -> int:
-        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow; a fair share of
-        what is free or could be evicted. A leaf grows until a step at which others run out of room too, because a
-        plan is made anew for a thousand of them as for one.
-        """
-        share = (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
+        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow."""
+        share = self._share()
         ahead = node.known - node.scheduled - count
         if ahead:
             return min(share, ahead)
-        period = 1 << (min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE).bit_length() - 1)
-        growth = period - 1 - self._steps % period
-        return min(share, growth if 2 * growth >= period else growth + period)
+        return min(share, _growth(node, self._steps))
+
+    def _share(self) -> int:
+        """Slots that one sequence may keep in reserve: a fair share of what is free or could be evicted."""
+        return (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
+
+    def _reserve_ahead(self, sequences: Seq[Sequence], leaves: Seq[Node], step: int) -> bool:
+        """Reserve slots where the leaf of a sequence has none for the token that it computes in `step`; False where
+        others may need them, which is decided when tokens are known.
+        """
+        full = [at for at, node in enumerate(leaves) if node.capacity == node.scheduled]
+        if not full:
+            return True
+        share, tree = self._share(), self.tree
+        if len(self.waiting) or share < _FIRST_RESERVE:
+            return False
+        lacking, counts = [leaves[at] for at in full], []
+        for at in full:
+            left = sequences[at].request.max_output - len(sequences[at].output)
+            counts.append(min(share + 1, _growth(leaves[at], step) + 1, left - 1))
+        tree.evict(sum(counts) - tree.pool.free)
+        tree.reserve(lacking, counts)
+        return True
 
     # -- admission ----------------------------------------------------------------------------------------
 
@@ -541,6 +588,15 @@ def _check_slots(plan: Plan, pool: ExtentPool) -> None:
         taken[extent.start : extent.end] = False
     for start, length in zip(plan.segment_starts.tolist(), plan.segment_lengths.tolist(), strict=True):
         assert taken[start : start + length].all(), f"a plan reads free slots in [{start}, {start + length})"
+
+
+def _growth(node: Node, step: int) -> int:
+    """How many tokens a leaf has room for behind the one that it computes in `step`: until a step at which others run
+    out of room too, because a plan is made anew for a thousand of them as for one.
+    """
+    period = 1 << (min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE).bit_length() - 1)
+    growth = period - 1 - step % period
+    return growth if 2 * growth >= period else growth + period
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

@@ -31,13 +31,17 @@ class Forest:
     """Slots behind the node's last extent into which it can grow; none by default."""
 
 
-def active_forest(tree: RadixTree, node_ids: Int32Array) -> tuple[Forest, Int32Array, Int64Array]:
-    """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all."""
+def active_forest(
+    tree: RadixTree, node_ids: Int32Array, row_positions: Int32Array
+) -> tuple[Forest, Int32Array, Int64Array]:
+    """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all. A
+    node has its scheduled keys, and those up to its rows, at `row_positions`, which its reserve then holds.
+    """
     columns = tree.columns
     ids, rows = _climb(node_ids, columns.parent, columns.place)
     parents, starts, lengths, rooms, offsets, slots, counts = _read(
-        ids, columns.parent, columns.start, columns.scheduled, columns.reserved, columns.num_extents,
-        columns.first_slot, columns.first_extent, columns.extents, columns.place,
+        ids, rows, row_positions, columns.parent, columns.start, columns.scheduled, columns.reserved,
+        columns.num_extents, columns.first_slot, columns.first_extent, columns.extents, columns.place,
     )  # fmt: skip
     return Forest(parents, starts, lengths, offsets, slots, counts, rooms), rows, ids
 
@@ -68,11 +72,12 @@ def _climb(node_ids: Int32Array, parent: Int32Array, place: Int64Array) -> tuple
 
 @compiled
 def _read(
-    ids: Int64Array, parent: Int32Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array,
-    num_extents: Int32Array, first_slot: Int64Array, first_extent: Int64Array, extents: Int64Array, place: Int64Array,
+    ids: Int64Array, rows: Int32Array, positions: Int32Array, parent: Int32Array, start: Int32Array,
+    scheduled: Int32Array, reserved: Int32Array, num_extents: Int32Array, first_slot: Int64Array,
+    first_extent: Int64Array, extents: Int64Array, place: Int64Array,
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Int64Array, Int64Array, Int32Array]:  # fmt: skip
-    """The columns of `ids`, as `Forest` holds them, and the extents of scheduled tokens; no reserved tails. Takes the
-    ids out of `place`.
+    """The columns of `ids`, as `Forest` holds them, and the extents of their keys; no reserved tails. Takes the ids out
+    of `place`.
     """
     size = ids.size
     parents, starts, lengths, rooms = np.empty((4, size), np.int32)
@@ -80,13 +85,17 @@ def _read(
     most = 0
     for at in range(size):
         most += num_extents[ids[at]]
+        lengths[at] = scheduled[ids[at]]
+    for row in range(rows.size):
+        at = rows[row]
+        lengths[at] = max(lengths[at], positions[row] + 1 - start[ids[at]])
     slots, counts = np.empty(most, np.int64), np.empty(most, np.int32)
     offsets[0] = made = 0
     for at in range(size):
         node = ids[at]
-        above, left = parent[node], scheduled[node]
+        above, left = parent[node], lengths[at]
         parents[at] = place[above] if above >= 0 else -1
-        starts[at], lengths[at], rooms[at] = start[node], left, reserved[node]
+        starts[at], rooms[at] = start[node], reserved[node] + scheduled[node] - left
         if num_extents[node] == 1 and left:
             slots[made], counts[made] = first_slot[node], left
             made += 1

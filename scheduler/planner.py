@@ -23,7 +23,7 @@ from radixgen.scheduler.partition import (
     readers,
     unmixed_total,
 )
-from radixgen.scheduler.revise import Followed, follow, revise
+from radixgen.scheduler.revise import Followed, Rows, follow, revise
 from radixgen.scheduler.segments import lay_out, path_rows
 
 __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost", "active_forest", "plan"]
@@ -205,17 +205,17 @@ class Planner:
         self._last: Plan | None = None
         self._built: _Built | None = None
         self._version = -1
-        self._node_ids = np.empty(0, np.int32)
-        self._row_positions = np.empty(0, np.int32)
+        self._rows = Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
         self._plan_anything()
 
     def _plan_anything(self) -> None:
         """So that everything is compiled before the first request waits for it."""
         ids, ones = np.arange(2, dtype=np.int32), np.ones(2, np.int32)
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
-        active_forest(self.tree, ids[:0])
+        active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
-        follow(self.tree.columns, 0, ids[:0].astype(np.int64), ids, ids, ids, ids)
+        rows = Rows(ids, ids, ids.astype(np.int64))
+        follow(self.tree.columns, rows, rows)
         revise(made, Followed(ids >= 0, np.full(2, -1), ones, 0))
 
     @property
@@ -223,12 +223,14 @@ class Planner:
         """The plan of the step before, if any."""
         return self._last
 
-    def plan(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
-        """Plan rows that stand at `row_positions` `[rows]` in the tree nodes with these ids, `node_ids` `[rows]`."""
-        found = self._carry(node_ids, row_positions) or self.plan_anew(node_ids, row_positions)
-        self._last = found
-        self._version = self.tree.version
-        self._node_ids, self._row_positions = node_ids, row_positions
+    def plan(self, node_ids: Int32Array, row_positions: Int32Array, row_slots: Int64Array) -> Plan:
+        """Plan rows that stand at `row_positions` `[rows]` in the tree nodes with these ids, `node_ids` `[rows]`, and
+        whose KV goes into `row_slots` `[rows]`, -1 where it exists. A leaf need not know its row's token yet, if it has
+        the slot in reserve.
+        """
+        rows = Rows(node_ids, row_positions, row_slots)
+        found = self._carry(rows) or self.plan_anew(rows)
+        self._last, self._rows, self._version = found, rows, self.tree.version
         return found
 
     def forget(self) -> None:
@@ -236,27 +238,30 @@ class Planner:
         self._last = self._built = None
         self.tree.columns.place.fill(-1)
 
-    def plan_anew(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan:
+    def plan_anew(self, rows: Rows) -> Plan:
         """As `plan`, from nothing."""
-        forest, row_nodes, active = active_forest(self.tree, node_ids)
-        found = plan(forest, row_nodes, row_positions, mode=self.mode, cost=self.cost)
+        forest, row_nodes, active = active_forest(self.tree, rows.nodes, rows.positions)
+        found = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
         self._built = _Built(found, active)
         return found
 
-    def _carry(self, node_ids: Int32Array, row_positions: Int32Array) -> Plan | None:
-        """The last plan, advanced or revised; None where one must be made anew."""
+    def _carry(self, rows: Rows) -> Plan | None:
+        """The last plan, as it is, advanced or revised; None where one must be made anew."""
         last, built, columns = self._last, self._built, self.tree.columns
-        if last is None or built is None or last.growing.size != self._node_ids.size:
+        if last is None or built is None or columns.changed[built.nodes].max(initial=0) > self._version:
             return None
-        followed = follow(
-            columns, self._version, built.nodes, self._node_ids, self._row_positions, node_ids, row_positions
-        )
+        if rows.same(self._rows):
+            return last
+        if last.growing.size != last.num_rows:
+            return None
+        followed = follow(columns, self._rows, rows)
         if followed is None:
             return None
         built.steps += 1
-        if last.slack and node_ids.size == last.num_rows and not followed.num_extended:
+        count = rows.nodes.size
+        if last.slack and count == last.num_rows and not followed.num_extended:
             return last.advance()
-        return None if built.outgrown(node_ids.size) else revise(last, followed)
+        return None if built.outgrown(count) else revise(last, followed)
 
 
 class _Built:

@@ -30,50 +30,46 @@ class Followed(NamedTuple):
     num_extended: int
 
 
+class Rows(NamedTuple):
+    """The rows of a step; arrays are `[rows]`."""
+
+    nodes: Int32Array
+    """The id of each row's node"""
+    positions: Int32Array
+    slots: Int64Array
+    """-1 where the row's KV exists already"""
+
+    def same(self, other: "Rows") -> bool:
+        return all(map(np.array_equal, self, other))
+
+
 @compiled
 def _follow(
-    old_ids: Int32Array, old_positions: Int32Array, ids: Int32Array, positions: Int32Array, start: Int32Array,
-    scheduled: Int32Array, reserved: Int32Array, extended: Int64Array, extension: Int64Array, changed: Int64Array,
-    nodes: Int64Array, version: int,
+    old_ids: Int32Array, old_positions: Int32Array, old_slots: Int64Array, ids: Int32Array, positions: Int32Array,
+    slots: Int64Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array,
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
-    kept, slots = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
+    kept, extension = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
     found = num_extended = 0
-    for node in nodes:
-        if changed[node] > version:
-            return False, kept, slots, rooms, 0
     for row in range(old_ids.size):
         if found == ids.size or old_ids[row] != ids[found]:
             continue
-        node, position = ids[found], positions[found]
-        if position != old_positions[row] + 1 or position != start[node] + scheduled[node] - 1:
+        node, position, slot = ids[found], positions[found], slots[found]
+        if position != old_positions[row] + 1 or slot < 0 or old_slots[row] < 0:
             break
-        kept[row], rooms[row] = True, reserved[node]
-        if extended[node] > version:
-            slots[row] = extension[node]
+        kept[row], rooms[row] = True, reserved[node] + start[node] + scheduled[node] - position - 1
+        if slot != old_slots[row] + 1:
+            extension[row] = slot
             num_extended += 1
         found += 1
-    return found == ids.size, kept, slots, rooms, num_extended
+    return found == ids.size, kept, extension, rooms, num_extended
 
 
-def follow(
-    columns: Columns,
-    version: int,
-    nodes: Int64Array,
-    old_ids: Int32Array,
-    old_positions: Int32Array,
-    ids: Int32Array,
-    positions: Int32Array,
-) -> Followed | None:
-    """What became of rows in the leaves `old_ids` at `old_positions` since the tree's `version`: `ids` `[n]` and
-    `positions` are those of the step to come. None where these are not some of the leaves, in their order, each with
-    its row on its last token, one further than before; or where any of `nodes`, all that the plan reads, has changed in
-    more than length.
+def follow(columns: Columns, old: Rows, rows: Rows) -> Followed | None:
+    """What became of the rows `old`, each the last token of a leaf, in the step to come, whose rows are `rows`. None
+    where these are not some of the leaves, in their order, each one token further than before.
     """
-    follows, kept, slots, rooms, num_extended = _follow(
-        old_ids, old_positions, ids, positions, columns.start, columns.scheduled, columns.reserved, columns.extended,
-        columns.extension, columns.changed, nodes, version,
-    )  # fmt: skip
+    follows, kept, slots, rooms, num_extended = _follow(*old, *rows, columns.start, columns.scheduled, columns.reserved)
     return Followed(kept, slots, rooms, num_extended) if follows else None
 
 

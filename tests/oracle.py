@@ -76,7 +76,6 @@ class StampModel:
         """Raised by the next `run`, once, when some of its writes are made: all its write slots hold garbage."""
         self.rows_ahead = 0
         """Rows that were computed before their step was asked for"""
-        self._last: tuple[Plan, Int64Array, Int64Array, Int64Array] | None = None
         self.allocate(0)
 
     def allocate(self, slots: int) -> None:
@@ -104,22 +103,19 @@ class StampModel:
             raise failure
         return self._compute(plan, token_ids, slots, logit_rows)
 
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """The last step's rows once more, each one token further, where all of them can be moved on."""
-        if self._last is None:
-            return None
-        plan, token_ids, slots, logit_rows = self._last
-        rows = plan.num_rows
-        if not logit_rows.size == rows == plan.growing.size or slots.min() < 0 or plan.slack < 1:
-            return None
-        token_ids = token_ids.copy()
+    runs_ahead = True
+
+    def run_ahead(self, plan: Plan, tokens: Tensor, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
+        """As `run`, of rows that all write and give logits, whose tokens come in the order of `logit_rows`."""
+        token_ids = np.full(plan.num_rows, -1)
         token_ids[logit_rows] = tokens.numpy()
-        self.rows_ahead += rows
-        self.rows -= rows
-        return self._compute(plan.advance(), token_ids, slots + 1, logit_rows)
+        if refusal := self._refusal(plan, token_ids, slots, logit_rows):
+            raise AssertionError(refusal)
+        self.rows_ahead += plan.num_rows
+        self.rows -= plan.num_rows
+        return self._compute(plan, token_ids, slots, logit_rows)
 
     def _compute(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
-        self._last = plan, token_ids, slots, logit_rows
         reads = _reads(plan, self._positions.size)
         stamps = self._write(token_ids.tolist(), slots.tolist(), reads)
         self._check_chains(reads, stamps)

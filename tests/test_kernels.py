@@ -24,7 +24,7 @@ from radixgen.model import graphs
 from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
 
 pytest.importorskip("triton")
-from radixgen.kernels import triton_backend, triton_kernels
+from radixgen.kernels import triton_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -221,13 +221,6 @@ def test_writes_equal_their_twin(kv_heads, dims, dtype) -> None:
     assert pools[0][0][7].any() and not pools[0][0][1].any()
 
 
-def test_rows_advance() -> None:
-    positions = torch.tensor([4, 9, 0], dtype=torch.int32, device=DEVICE)
-    slots = torch.tensor([40, 7, 3], dtype=torch.int64, device=DEVICE)
-    triton_kernels.advance[(1,)](positions, slots, 3, BLOCK=16)
-    assert positions.tolist() == [5, 10, 1] and slots.tolist() == [41, 8, 4]
-
-
 @pytest.mark.parametrize(("items", "programs"), [(1, 7), (7, 7), (100, 7), (2_000, 132)])
 def test_schedule_is_complete_and_even(items: int, programs: int) -> None:
     costs = np.random.default_rng(items).exponential(1.0, items)
@@ -367,20 +360,20 @@ class Traced(TorchDispatchMode):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="stands a plain function in for the graph's replay")
 def test_where_lengths_grow_a_step_allocates_nothing(monkeypatch) -> None:
-    """Before the graph is replayed, only the inputs are moved on, where they lie."""
+    """Before the graph is replayed, only the inputs are filled in, where they lie."""
     with Engine(families.build("llama"), attention="triton", kv_tokens=512) as engine:
         for index in range(3):
             engine.submit([5, 6, index], greedy(60))
         graphs = engine._model._graphs
-        while graphs._last is None or graphs._last[2] < 2:
+        while not engine._core.ahead.pending or engine._core.planner.last.slack < 2:
             engine.step()
-        logits = torch.zeros(4, families.VOCAB)
-        monkeypatch.setattr(graphs._last[0], "replay", lambda: logits)
-        monkeypatch.setattr(triton_backend.StaticAttention, "advance", lambda *_: None)
+        plan, logits = engine._core.planner.last.advance(), torch.zeros(4, families.VOCAB)
+        for graph in graphs._graphs.values():
+            monkeypatch.setattr(graph, "replay", lambda: logits)
         monkeypatch.setattr(triton_backend, "lay_out", lambda *_: pytest.fail("laid out anew"))
-        tokens = torch.tensor([7, 8, 9])
+        tokens, rows = torch.tensor([7, 8, 9]), np.arange(3)
         with Traced() as traced:
-            assert graphs.run_ahead(tokens) is not None
+            assert graphs.run_ahead(plan, tokens, rows, rows) is not None
         assert traced.names <= {"index_copy_", "slice", "select"}
 
 

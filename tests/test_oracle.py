@@ -116,8 +116,8 @@ class Driver:
     def _freeze(self, rows: list[tuple[Node, int, int]]) -> Call:
         if not self.tidy:
             self.random.shuffle(rows)
-        nodes = np.array([node.id for node, _, _ in rows], np.int32)
-        plan = self.planner.plan(nodes, np.array([position for _, position, _ in rows], np.int32))
+        nodes, positions = np.array([(node.id, position) for node, position, _ in rows], np.int32).T.copy()
+        plan = self.planner.plan(nodes, positions, np.array([slot for _, _, slot in rows], np.int64))
         ordered = [rows[row] for row in plan.row_order]
         prefixes = [node.path_tokens()[: position + 1].tolist() for node, position, _ in ordered]
         return Call(

@@ -35,9 +35,9 @@ class ClockedModel(StampModel):
         self._spend(plan.num_rows)
         return logits
 
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        logits = super().run_ahead(tokens)
-        self._spend(0 if logits is None else tokens.shape[0])
+    def run_ahead(self, plan: Plan, tokens: Tensor, slots: Any, logit_rows: NDArray[np.int64]) -> Tensor:
+        logits = super().run_ahead(plan, tokens, slots, logit_rows)
+        self._spend(plan.num_rows)
         return logits
 
     def _spend(self, rows: int) -> None:

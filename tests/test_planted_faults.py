@@ -16,7 +16,7 @@ from sizes import size
 import radixgen.cache.tree as tree_module
 import radixgen.engine_core as core_module
 import radixgen.scheduler.forest as forest_module
-from radixgen import run_ahead
+import radixgen.scheduler.planner as planner_module
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import EngineDead, Plan
 from radixgen.engine_core import EngineCore
@@ -25,6 +25,7 @@ from radixgen.run_ahead import RunAhead
 from radixgen.scheduler.batch import Batch, Scheduler
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
+from radixgen.scheduler.revise import Followed, Rows
 
 PROFILE = settings(
     max_examples=120,
@@ -155,15 +156,22 @@ def namespaces_share_a_root(patch: Patch) -> None:
 
 
 def a_stale_plan_is_carried_on(patch: Patch) -> None:
-    def carry(self: Planner, node_ids: NDArray[np.int32], _: object) -> Plan | None:
+    def carry(self: Planner, rows: Rows) -> Plan | None:
         last = self._last
-        return last.advance() if last and last.growing.size and node_ids.size == last.num_rows else None
+        return last.advance() if last and last.growing.size and rows.nodes.size == last.num_rows else None
 
     patch.setattr(Planner, "_carry", carry)
 
 
 def a_new_extent_is_missed(patch: Patch) -> None:
-    patch.setattr(RadixTree, "_extended", lambda tree, node, slot: None)
+    """The slot after the one before is taken for the row's own."""
+    plain = planner_module.follow
+
+    def follow(columns: Any, old: Rows, rows: Rows) -> Followed | None:
+        followed = plain(columns, old, rows)
+        return followed and followed._replace(slots=np.full_like(followed.slots, -1), num_extended=0)
+
+    patch.setattr(planner_module, "follow", follow)
 
 
 def a_read_row_writes(patch: Patch) -> None:
@@ -234,7 +242,13 @@ def rows_computed_ahead_are_taken_by_their_place(patch: Patch) -> None:
 
 
 def a_step_is_begun_without_slots_for_it(patch: Patch) -> None:
-    patch.setattr(run_ahead, "any", lambda _: False, raising=False)
+    """They are written where the first tokens are."""
+
+    def misplace(foreseen: Batch | None, *_: object) -> None:
+        if foreseen is not None:
+            foreseen.row_slots = [node.extents[0].start for node in foreseen.nodes]
+
+    after(patch, Scheduler, "foresee", misplace)
 
 
 def a_prompt_is_scored_one_token_late(patch: Patch) -> None:

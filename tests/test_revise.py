@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import COSTS, keys_read
+from test_planner import decode_rows as rows
 
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import Plan
 from radixgen.scheduler import planner as planner_module
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, PlanMode, Planner
-from radixgen.scheduler.revise import follow, revise
+from radixgen.scheduler.revise import Rows, follow, revise
 
 TRUNK = 40
 
@@ -37,11 +38,6 @@ def step(tree: RadixTree, cursors: list[Lock], reserve: int) -> None:
         node = tree.advance([cursor], 1)
         tree.schedule(node, 1, reserve)
         tree.commit(node)
-
-
-def rows(cursors: list[Lock]) -> tuple[np.ndarray, np.ndarray]:
-    nodes = [cursor.held for cursor in cursors]
-    return np.array([n.id for n in nodes], np.int32), np.array([n.end - 1 for n in nodes], np.int32)
 
 
 def reads_of_callers_rows(found: Plan) -> list[list[tuple[int, int]]]:
@@ -145,8 +141,8 @@ def test_an_id_that_another_node_took_over_is_not_carried(monkeypatch: pytest.Mo
     tree, cursors = grown(8, 1)
     planner = Planner(tree)
     noted = revisions(monkeypatch)
-    ids, positions = rows(cursors)
-    planner.plan(ids, positions)
+    before = rows(cursors)
+    planner.plan(*before)
     last = cursors[-1].held
     prompt, size = last.path_tokens().copy(), last.end
     tree.unlock(cursors.pop())
@@ -159,7 +155,7 @@ def test_an_id_that_another_node_took_over_is_not_carried(monkeypatch: pytest.Mo
             tree.commit(node)
     step(tree, cursors[:-1], 4)
     again = rows(cursors)
-    assert np.array_equal(again[0], ids) and cursors[-1].held.end == size + 1
+    assert np.array_equal(again.nodes, before.nodes) and cursors[-1].held.end == size + 1
     found = planner.plan(*again)
     assert not noted
     assert reads_of_callers_rows(found) == reads_of_callers_rows(Planner(tree).plan(*again))
@@ -168,17 +164,17 @@ def test_an_id_that_another_node_took_over_is_not_carried(monkeypatch: pytest.Mo
 @given(st.lists(st.booleans(), min_size=6, max_size=6), st.integers(0, 5))
 def test_rows_are_followed_by_leaf_and_position(drawn: list[bool], other: int) -> None:
     tree, cursors = grown(6, 2)
-    version, old, nodes = tree.version, rows(cursors), rows(cursors)[0].astype(np.int64)
-    stay = np.flatnonzero(drawn)
+    old, stay = rows(cursors), np.flatnonzero(drawn)
     step(tree, [cursors[i] for i in stay], 3)
-    ids, positions = old[0][stay], old[1][stay] + 1
-    followed = follow(tree.columns, version, nodes, *old, ids, positions)
+    after = rows(cursors)
+    found = Rows(*(column[stay] for column in after))
+    followed = follow(tree.columns, old, found)
     assert followed is not None and followed.kept.tolist() == drawn
     if stay.size > 1:
-        assert follow(tree.columns, version, nodes, *old, ids[::-1].copy(), positions[::-1].copy()) is None
+        assert follow(tree.columns, old, Rows(*(column[::-1].copy() for column in found))) is None
     if other not in stay:
-        more = np.append(ids, old[0][other]), np.append(positions, old[1][other] + 1)
-        assert follow(tree.columns, version, nodes, *old, *more) is None
+        more = Rows(*(np.append(column, own[other]) for column, own in zip(found, after, strict=True)))
+        assert follow(tree.columns, old, more) is None
     elif stay.size:
-        positions[np.flatnonzero(stay == other)] -= 1
-        assert follow(tree.columns, version, nodes, *old, ids, positions) is None
+        found.positions[np.flatnonzero(stay == other)] -= 1
+        assert follow(tree.columns, old, found) is None

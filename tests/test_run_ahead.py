@@ -5,7 +5,9 @@ import pytest
 from oracle import StampModel
 
 from radixgen import Engine, SamplingParams
+from radixgen.scheduler import planner as planner_module
 from radixgen.scheduler.batch import Scheduler
+from radixgen.scheduler.planner import Planner
 
 VOCAB = 50
 
@@ -50,11 +52,14 @@ def test_most_steps_of_steady_decoding_were_begun_before() -> None:
     assert engine.stats().wasted_rows <= 8
 
 
-def test_rows_of_sequences_that_ended_are_wasted_and_no_others() -> None:
-    """One ends by its length at a time; the others' rows of the same step are used."""
+def test_rows_of_sequences_that_ended_by_a_token_are_wasted_and_no_others() -> None:
+    """One ends at a time; the others' rows of the same step are used, and they go on ahead of the host."""
     _, engine, model = serve(many(8, temperature=0.0, ignore_eos=True), ahead=True)
+    assert engine.stats().wasted_rows == 0
+    assert model.rows_ahead > 0.9 * engine.stats().computed_rows
+    _, engine, model = serve(many(8, temperature=0.0), ahead=True)
     assert 0 < engine.stats().wasted_rows <= 8
-    assert model.rows_ahead > 0.4 * engine.stats().computed_rows
+    assert model.rows_ahead > 0.9 * engine.stats().computed_rows
 
 
 def test_while_only_lengths_grow_nothing_is_planned_or_laid_out(monkeypatch) -> None:
@@ -65,8 +70,14 @@ def test_while_only_lengths_grow_nothing_is_planned_or_laid_out(monkeypatch) -> 
         while model.rows_ahead < 20:
             engine.step()
         begun = model.rows_ahead
-        for name in ("freeze", "_admit", "_make_room"):
-            monkeypatch.setattr(Scheduler, name, lambda *_, name=name: pytest.fail(name))
+        for owner, name in (
+            (Planner, "plan_anew"),
+            (planner_module, "revise"),
+            (Scheduler, "_admit"),
+            (Scheduler, "_make_room"),
+            (Scheduler, "_schedule_path"),
+        ):
+            monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(name))
         for _ in range(8):
             assert len(engine.step()) == 5
         assert model.rows_ahead - begun == 8 * 5

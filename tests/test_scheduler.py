@@ -327,6 +327,7 @@ def test_as_many_pins_yield_as_a_waiting_request_needs() -> None:
         engine.submit(some(10, 4), greedy(20, ignore_eos=True))
         engine.step()
         engine.submit(some(35, 5), greedy(1))
+        engine.step()  # which was begun before
         engine.step()
         assert engine.pins == {pins[2]} and engine.stats().num_waiting == 0
 

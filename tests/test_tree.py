@@ -16,7 +16,8 @@ def compute(tree: RadixTree, node: Node, reserve: int = 0) -> None:
 def plan(planner: Planner, lock: Lock) -> Plan:
     """The plan of one row, the last token under `lock`."""
     node = lock.held
-    return planner.plan(np.array([node.id], np.int32), np.array([node.end - 1], np.int32))
+    rows = np.array([node.id], np.int32), np.array([node.end - 1], np.int32)
+    return planner.plan(*rows, node.slots(node.known - 1, node.known))
 
 
 def slots_read(step: Plan) -> list[int]:

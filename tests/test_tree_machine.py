@@ -111,7 +111,8 @@ class TreeMachine(RuleBasedStateMachine):
         if not ready:
             return
         ends = [node.end - 1 for node in ready.values()]
-        plan = self.planner.plan(np.array(list(ready), np.int32), np.array(ends, np.int32))
+        slots = np.concatenate([node.slots(node.known - 1, node.known) for node in ready.values()])
+        plan = self.planner.plan(np.array(list(ready), np.int32), np.array(ends, np.int32), slots)
         nodes = list(ready.values())
         read: list[list[int]] = [[] for _ in ready]
         for (first, stop), (low, high) in zip(plan.unit_rows.tolist(), plan.unit_segments.tolist(), strict=True):

@@ -1,5 +1,6 @@
 """Slots of the KV pool, handed out as long extents. Integers only: the tensors are in `storage`."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sortedcontainers import SortedList
@@ -64,6 +65,24 @@ class ExtentPool:
                 length = count
             taken.append(Extent(start, length))
             count -= length
+        return taken
+
+    def allocate_each(self, counts: Sequence[int]) -> list[list[Extent]]:
+        """As `allocate`, for several at once: so many slots each, side by side where one extent holds them all."""
+        if not counts:
+            return []
+        extents = self.allocate(sum(counts))[::-1]
+        taken: list[list[Extent]] = []
+        for count in counts:
+            own: list[Extent] = []
+            while count:
+                start, length = extents.pop()
+                if length > count:
+                    extents.append(Extent(start + count, length - count))
+                    length = count
+                own.append(Extent(start, length))
+                count -= length
+            taken.append(own)
         return taken
 
     def grow(self, end: int, count: int) -> int:

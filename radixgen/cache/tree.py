@@ -122,11 +122,15 @@ class Node:
 
     @property
     def next_slot(self) -> int:
-        """The slot that the next token would get of the reserved tail, where that lies in the last extent; else -1."""
+        """The slot that the next token would get of the reserved tail; -1 where nothing is reserved."""
         spare = self.capacity - self.scheduled
-        if not spare or spare > self.extents[-1].length:
+        if not spare:
             return -1
-        return self.extents[-1].end - spare
+        for start, length in reversed(self.extents):
+            if spare <= length:
+                return start + length - spare
+            spare -= length
+        raise AssertionError("the extents hold less than the node says")
 
     def path(self) -> list["Node"]:
         """The nodes from the root to this one."""
@@ -216,12 +220,8 @@ class Columns:
         """How many have room there"""
         self.place = np.full(64, -1, np.int64)
         """For whoever renumbers nodes: -1 before and after"""
-        self.extended = np.zeros(64, np.int64)
-        """The tree's version when the last scheduled token got a slot that does not follow the one before it"""
-        self.extension = np.zeros(64, np.int64)
-        """That slot"""
         self.changed = np.zeros(64, np.int64)
-        """The tree's version when a plan last became wrong by anything else"""
+        """The tree's version when a plan last became wrong by anything but more tokens at a leaf's end"""
         self.cut = np.zeros(64, np.int64)
         """The tree's `num_cuts` when tokens at its end were last dropped"""
         self.extents = np.zeros((64, 2), np.int64)
@@ -249,6 +249,18 @@ class Columns:
             place = self._extent_place(row, len(node.extents))
             self.extents[place : place + len(node.extents)] = node.extents
 
+    def write_extents(self, nodes: Sequence[Node]) -> None:
+        """As `write`, of nodes whose extents were lengthened or more added behind them, and nothing else."""
+        rows = [node.id for node in nodes]
+        self.reserved[rows] = [node.reserved for node in nodes]
+        self.num_extents[rows] = [len(node.extents) for node in nodes]
+        self.first_slot[rows] = [node.extents[0].start for node in nodes]
+        for node in nodes:
+            count = len(node.extents)
+            if count > 1:
+                place = self._extent_place(node.id, count)
+                self.extents[place : place + count] = node.extents
+
     def _extent_place(self, row: int, count: int) -> int:
         """Where the node's extents stand; with room for twice as many where `count` did not fit."""
         if count > self.extent_room[row]:
@@ -264,7 +276,7 @@ class RadixTree:
     """A forest of radix trees, one root a namespace, over one `ExtentPool`.
 
     `version` counts the times that a plan made before could have become wrong in more than lengths; `columns.changed`
-    and `columns.extended` say by which nodes.
+    says by which nodes.
     """
 
     def __init__(
@@ -500,26 +512,38 @@ class RadixTree:
         self.unscheduled_tokens -= count
         self.columns.scheduled[node.id] = node.scheduled
         self.columns.reserved[node.id] -= count
-        before = max(first - 1, 0)
-        slots = node.slots(before, node.scheduled)
-        if slots[-1] - slots[0] != slots.size - 1:
-            self._extended(node, int(slots[-1]))
-        return slots[first - before :]
+        return node.slots(first, node.scheduled)
 
     def schedule_next(self, node: Node) -> int:
         """`schedule` for the one token that a leaf lacks, out of its reserved tail: its slot, or -1, with nothing
-        changed, where the last extent has no slot in reserve.
+        changed, where no slot is in reserve.
         """
-        slot, spare = node.next_slot, node.capacity - node.scheduled
+        slot = node.next_slot
         if slot < 0:
             return -1
-        if slot == node.extents[-1].start and len(node.extents) > 1:
-            self._extended(node, slot)
         node.scheduled += 1
         self.unscheduled_tokens -= 1
         self.columns.scheduled[node.id] = node.scheduled
-        self.columns.reserved[node.id] = spare - 1
+        self.columns.reserved[node.id] = node.capacity - node.scheduled
         return slot
+
+    def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
+        """Reserve up to so many slots, at least one each, behind those of leaves, for tokens that they don't know yet.
+
+        Raises `OutOfSlots`, with nothing changed, where fewer are free.
+        """
+        if sum(counts) > self.pool.free:
+            raise OutOfSlots(f"count={sum(counts)}: only {self.pool.free} of {self.pool.capacity} slots are free")
+        moved, wanted = [], []
+        for node, count in zip(leaves, counts, strict=True):
+            assert not node.children, "the next token would begin a leaf of its own"
+            if not self._grow(node, count):
+                moved.append(node)
+                wanted.append(count)
+        for node, extents in zip(moved, self.pool.allocate_each(wanted), strict=True):
+            node.extents += extents
+            node.capacity += sum(extent.length for extent in extents)
+        self.columns.write_extents(leaves)
 
     def commit(self, node: Node) -> None:
         """The step that held the node's scheduled tokens has retired: they are computed.
@@ -706,11 +730,6 @@ class RadixTree:
         self.version += 1
         self.columns.changed[node.id] = self.version
 
-    def _extended(self, node: Node, slot: int) -> None:
-        """A plan that lengthens the extent before would miss the one that begins with `slot`."""
-        self.version += 1
-        self.columns.extended[node.id], self.columns.extension[node.id] = self.version, slot
-
     def _compute(self, node: Node) -> None:
         """What is scheduled of the node is computed; all before it is."""
         if self._stamps is not None:
@@ -822,16 +841,22 @@ class RadixTree:
         if node.children:
             reserve = min(reserve, node.known - node.scheduled - count)
         want = min(need + reserve, self.pool.free)
-        if node.extents:
-            last = node.extents[-1]
-            got = self.pool.grow(last.end, want)
-            node.extents[-1] = Extent(last.start, last.length + got)
-            node.capacity += got
-            need, want = need - got, want - got
-        if need > 0:
-            node.extents.extend(self.pool.allocate(want))
-            node.capacity += want
+        got = self._grow(node, want)
+        if need > got:
+            node.extents.extend(self.pool.allocate(want - got))
+            node.capacity += want - got
         self.columns.write(node)
+
+    def _grow(self, node: Node, count: int) -> int:
+        """Lengthen the node's last extent by up to `count` slots, those that are free behind it. Returns how many."""
+        if not node.extents:
+            return 0
+        start, length = node.extents[-1]
+        got = self.pool.grow(start + length, count)
+        if got:
+            node.extents[-1] = Extent(start, length + got)
+            node.capacity += got
+        return got
 
     def _protect(self, node: Node) -> None:
         """`node` became locked: so do its ancestors."""

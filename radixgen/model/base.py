@@ -62,10 +62,15 @@ class WarmsUp(Protocol):
 class RunsAhead(Protocol):
     """A model that can begin a step before the tokens of the step before it are known to the host."""
 
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """Run the last step's rows again, each moved on by one token of its own leaf, into the slot behind its last.
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether there are steps that it would begin."""
 
-        `tokens` int64 `[n]`, on the model's device: what was drawn for each of the last run's `n` logit rows. Returns
-        logits `[n, vocab]`, which overwrite those of the last run; None, and nothing is done, where the last
-        plan's rows don't all grow in place.
+    def run_ahead(
+        self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """As `Model.run`, of rows that all give logits, without waiting for what the device does: `tokens` int64 `[n]`,
+        on the model's device, are those of the rows `logit_rows` `[n]`.
+
+        The logits may overwrite those of the last run. None, and nothing is done, where the step has to be `run`.
         """

@@ -18,7 +18,7 @@ from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Backend, StaticAttention
 from radixgen.kernels.room import Room
-from radixgen.kernels.upload import Upload
+from radixgen.kernels.upload import Staging
 from radixgen.model.packed import LayerCall, TreeModel
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -30,6 +30,8 @@ FEW_LOGITS = 256
 
 
 _PADDING = np.array([[0], [0], [-1], [0]])
+_UNKNOWN = np.empty(0, np.int64)
+"""Token ids that the device fills in"""
 
 
 def bucket(rows: int) -> int:
@@ -158,7 +160,6 @@ class StepGraphs:
         self.usable = True
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
-        self._last: tuple[_Graph, Plan, int] | None = None
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, nor of a size that was refused."""
@@ -172,13 +173,10 @@ class StepGraphs:
 
         Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
         """
-        self._last = None
         size = Size.of(plan, logit_rows.size)
-        graph = self._graphs.get(size)
-        if graph is not None and graph.load(plan, token_ids, slots, logit_rows):
-            self._remember(graph, plan, slots, logit_rows)
+        graph = self._loaded(plan, token_ids, slots, logit_rows)
+        if graph is not None:
             return graph.replay()[: logit_rows.size]
-        self._graphs.pop(size, None)
         graph = _Graph(self._model, self._storage, self._backend, size, self._room)
         graph.load(plan, token_ids, slots, logit_rows)
         try:
@@ -192,24 +190,29 @@ class StepGraphs:
             raise NotCapturable(str(error)) from error
         self._captured_any = True
         self._graphs[size] = graph
-        self._remember(graph, plan, slots, logit_rows)
         return logits[: logit_rows.size]
 
-    def _remember(self, graph: "_Graph", plan: Plan, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]) -> None:
-        """A step that could be gone on from: every row is drawn for and grows in place."""
-        rows = plan.num_rows
-        if logit_rows.size == rows == plan.growing.size and slots.min() >= 0:
-            self._last = graph, plan, plan.slack
-
     @torch.inference_mode()
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`."""
-        if self._last is None or self._last[2] < 1:
+    def run_ahead(
+        self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`; None where nothing was captured that answers such a step."""
+        graph = self._loaded(plan, _UNKNOWN, slots, logit_rows)
+        if graph is None:
             return None
-        graph, plan, slack = self._last
-        self._last = graph, plan, slack - 1
-        graph.advance(tokens)
-        return graph.replay()[: tokens.numel()]
+        graph.fill_in(tokens)
+        return graph.replay()[: logit_rows.size]
+
+    def _loaded(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> "_Graph | None":
+        """The graph for a step, ready to be replayed; None where there is none, or it was too small and is gone now."""
+        size = Size.of(plan, logit_rows.size)
+        graph = self._graphs.pop(size, None)
+        if graph is None or not graph.load(plan, token_ids, slots, logit_rows):
+            return None
+        self._graphs[size] = graph
+        return graph
 
 
 class _Graph:
@@ -236,11 +239,10 @@ class _Graph:
         self._inputs.load(token_ids, plan.row_positions, slots, logit_rows)
         return True
 
-    def advance(self, tokens: Tensor) -> None:
-        """Move every row on by one of `tokens` `[rows]`, in the order of the logit rows, with no work for the host."""
-        rows, inputs = tokens.numel(), self._inputs
-        inputs.token_ids.index_copy_(0, inputs.logit_rows[:rows], tokens)
-        self._new_attention.advance(inputs.positions, inputs.slots, rows)
+    def fill_in(self, tokens: Tensor) -> None:
+        """Take the token ids of a step from the device: `tokens` `[n]`, in the order of its logit rows."""
+        inputs = self._inputs
+        inputs.token_ids.index_copy_(0, inputs.logit_rows[: tokens.numel()], tokens)
 
     def forward(self) -> Tensor:
         inputs = self._inputs
@@ -263,14 +265,15 @@ class _Inputs:
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self._upload = Upload((4, size.rows), torch.int64, device)
-        self.token_ids, self.positions, self.slots, logit_rows = self._upload.tensor
+        every = torch.zeros((4, size.rows), dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.slots, logit_rows = every
         self.logit_rows = logit_rows[: size.logits]
+        self._staging = Staging(every)
 
     def load(self, *columns: NDArray[np.integer]) -> None:
         """The columns in this order, each padded with 0, slots with -1."""
-        filled = self._upload.fill()
-        filled[:] = _PADDING
-        for row, column in zip(filled, columns, strict=True):
+        staged = self._staging.open()
+        staged[:] = _PADDING
+        for row, column in zip(staged, columns, strict=True):
             row[: column.size] = column
-        self._upload.send()
+        self._staging.copy()

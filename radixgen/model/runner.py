@@ -54,8 +54,6 @@ class ModelRunner:
         self.kv_bytes_unshared = 0
         self.failed_captures = 0
         """After each of them, steps run eagerly that would have been replayed."""
-        self._captured = False
-        """Whether the last step was"""
         self._window_bytes: Counter[Window | None] = Counter()
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
@@ -120,14 +118,24 @@ class ModelRunner:
             self.kv_bytes_read += seen.kv_tokens_read * size
             self.kv_bytes_unshared += seen.kv_tokens_unshared * size
 
-    def run_ahead(self, tokens: Tensor) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`: only after a captured step."""
-        return self._graphs.run_ahead(tokens) if self._graphs is not None and self._captured else None
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps are captured."""
+        return self._graphs is not None and self._graphs.usable
+
+    def run_ahead(
+        self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`: only steps that were captured before."""
+        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
+            return None
+        logits = self._graphs.run_ahead(plan, tokens, slots, logit_rows)
+        if logits is not None:
+            self.count(plan)
+        return logits
 
     def _warm_up(self, step: WarmUpStep) -> Tensor:
-        """Run a step, and where it is captured, the one after it. One that should be captured and can't be has had its
-        warning, and gives no logits.
-        """
+        """Run a step. One that should be captured and can't be has had its warning, and gives no logits."""
         plan = step.plan(self._slots, self.max_model_len)
         token_ids, logit_rows = np.zeros(step.rows, np.int64), np.arange(step.num_logits)
         slots = np.full(step.rows, -1)
@@ -136,20 +144,17 @@ class ModelRunner:
         logits = self._replay(plan, token_ids, slots, logit_rows)
         if logits is None:
             return torch.empty((0, self.vocab_size), device=self.device)
-        self.run_ahead(torch.zeros(step.num_logits, dtype=torch.int64, device=self.device))
         return logits
 
     def _replay(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
         """Logits by a captured pass; None where there is none for such steps."""
-        self._captured = self._graphs is not None and self._graphs.takes(plan, logit_rows)
-        if self._graphs is None or not self._captured:
+        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
             return None
         try:
             return self._graphs.run(plan, token_ids, slots, logit_rows)
         except NotCapturable as error:
-            self._captured = False
             self.failed_captures += 1
             steps = f"steps like one of {plan.num_rows} rows run" if self._graphs.usable else "runs"
             logger.warning("%s: %s without CUDA graphs from now on: %s", self.name, steps, error)
