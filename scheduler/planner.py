@@ -161,7 +161,7 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
         unit_segments=laid.unit_segments,
         unit_rank=laid.unit_rank,
         unit_cost=costs + cost.partial * cost.group * partials,
-        tile_rows=_widest(cost, np.diff(laid.unit_rows, axis=1)),
+        tile_rows=_widest(cost, np.diff(laid.unit_rows, axis=1).astype(np.int64)),
         predicted=choice.balance.time,
         segment_starts=laid.segment_starts,
         segment_lengths=laid.segment_lengths,
@@ -180,7 +180,7 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
     )
 
 
-def _widest(cost: CostModel, unit_rows: Int32Array) -> int:
+def _widest(cost: CostModel, unit_rows: Int64Array) -> int:
     """Rows of the widest class of tiles that is launched: the launch for the last class alone is left out where no unit
     wants it.
     """

@@ -43,9 +43,8 @@ def restore_experts(model: "PreTrainedModel") -> None:
         model.set_experts_implementation(_SORTED)
 
 
-def _weights(module: nn.Module) -> tuple[Tensor, Tensor]:
-    first: Tensor = module.gate_up_proj if module.has_gate else module.up_proj
-    return first, module.down_proj
+def _weights(module: Any) -> tuple[Tensor, Tensor]:
+    return module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
 
 
 def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
