@@ -1,6 +1,7 @@
 """Work items onto programs: longest first, each onto the least loaded (Graham, 1969: at most 4/3 of the best)."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +17,42 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
     order; deterministic.
     """
     order = np.argsort(-costs, kind="stable")
-    owners, _ = _place(costs[order], programs)
+    owners, _ = _place(costs[order], np.zeros(programs))
     items = order[np.argsort(owners, kind="stable")]
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-def makespan(costs: Floats, programs: int, copies: int = 1) -> float:
-    """When the last program is done with `copies` of each item, in the unit of `costs`. Shares of copies and programs
-    that are alike are done at the same time, so one is looked at.
+def makespan(launches: Sequence[tuple[Floats, int]], copies: int = 1) -> float:
+    """When the last program is done with `copies` of each item, in the unit of the items' costs; of each launch, in
+    their order, costs and programs. Shares of copies and programs that are alike are done at the same time, so one is
+    looked at.
     """
-    if not costs.size:
-        return 0.0
-    shares = math.gcd(copies, programs)
-    return float(_place(-np.sort(-np.repeat(costs, copies // shares)), programs // shares)[1].max())
+    shares = math.gcd(copies, *(programs for _, programs in launches))
+    loads, last = np.zeros(1), 0.0
+    for costs, programs in launches:
+        loads = _following(loads, programs // shares)
+        if costs.size:
+            loads = _place(-np.sort(-np.repeat(costs, copies // shares)), loads)[1]
+            last = max(last, float(loads.max()))
+    return last
+
+
+def _following(loads: Floats, programs: int) -> Floats:
+    """When each program of a launch can begin, `[programs]`: as those of the launch before it end, `loads`, first come,
+    first served.
+    """
+    ends = np.arange(1, programs + 1) * loads.size
+    return np.sort(loads)[-(-ends // programs) - 1]
 
 
 @compiled
-def _place(costs: Floats, programs: int) -> tuple[Ints, Floats]:
-    """The program of each item, in the order given, and each program's load; a heap of programs by load."""
+def _place(costs: Floats, loads: Floats) -> tuple[Ints, Floats]:
+    """The program of each item, in the order given, and each program's load, which before was `loads`, ascending; a
+    heap of programs by load.
+    """
+    programs = loads.size
     heap = np.arange(programs)
-    loads = np.zeros(programs)
+    loads = loads.copy()
     owners = np.empty(costs.size, np.int64)
     for item in range(costs.size):
         program = heap[0]

@@ -1,8 +1,6 @@
-"""Tree attention by the Triton kernels: on Hopper a launch for the plan's wide tiles, then one for all others, and one
-more where rows have partials.
-"""
+"""Tree attention by the Triton kernels: a launch for each class of tiles, and one more where rows have partials."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
-from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out
+from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,58 +48,69 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
 def choose_launch(
     geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: bool = False, capped: bool = False
 ) -> Launch:
-    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, 64, or 128; of
-    16, 64 and 128 where those of 128 have a launch of their own.
+    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: classes of 16, of 64 and of 128, as
+    far as they are wanted.
 
-    64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
-    launch with narrow tiles without spilling; 128 are for groups of more than 64 heads. A window's masks leave no
-    registers for a fifth stage in tiles of 64 rows or more.
+    128 rows are for Hopper's own kernel and for groups of more than 64 heads: elsewhere 64 do as well
+    (`bench/NOTES.md`).
     """
-    narrow = max(tile_rows, geometry.group) <= 16
-    large = max(geometry.padded) > 128
-    if geometry.dtype == torch.float32:
-        tiles, warps, programs = (max(16, triton.next_power_of_2(geometry.group)), 0, 0), 4, 1
-    elif narrow:
-        tiles, warps, programs = (16, 0, 0), 4 if large else 2, 2 if large else 4
-    elif geometry.group <= 64:
-        hopper = chip.capability >= 90
-        tiles = (0 if large and hopper else 16, 64, 0)
-        warps, programs = 8 if large or not hopper else 4, 1 if large else 2
-    else:
-        tiles, warps, programs = (0, 0, 128), 8, 1
     wide = tile_rows > 64 and not windowed and not capped and takes_wide(geometry, chip)
-    if wide:
-        tiles = (16, 64, 128)
+    if geometry.dtype == torch.float32:
+        sizes = [max(16, triton.next_power_of_2(geometry.group))]
+    else:
+        most = 128 if wide or geometry.group > 64 else 64
+        sizes = [rows for rows in (16, 64, 128) if geometry.group <= rows <= most]
+        wanted = sum(rows < tile_rows for rows in sizes) + 1
+        sizes = sizes[:wanted]
+    return Launch(
+        classes=tuple(_tile_class(geometry, rows, chip, windowed, hopper=wide and rows == 128) for rows in sizes),
+        least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
+        overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
+    )
+
+
+def _tile_class(geometry: Geometry, rows: int, chip: Chip, windowed: bool, hopper: bool) -> TileClass:
+    """How tiles of `rows` rows are launched. 64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8.
+    A window's masks leave no registers for a fifth stage in tiles of 64 rows or more.
+    """
+    if hopper:
+        return TileClass(rows, chip.multiprocessors, block_keys=128, hopper=True)
+    large, narrow = max(geometry.padded) > 128, rows <= 16
+    if geometry.dtype == torch.float32:
+        warps, programs = 4, 1
+    elif narrow:
+        warps, programs = 4 if large else 2, 2 if large else 4
+    else:
+        four = rows == 64 and not large and chip.capability >= 90
+        warps, programs = (4, 2) if four else (8, 1)
     block_keys = 32 if narrow or large else 64
     room = chip.shared_bytes // programs
     block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
-    return Launch(
-        tiles=tiles,
+    return TileClass(
+        rows=rows,
+        programs=programs * chip.multiprocessors,
         block_keys=block_keys,
-        gather_keys=32,
         num_warps=warps,
         num_stages=max(1, min(3, room // (block_keys * block_bytes))),
         gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (32 * block_bytes))),
-        programs=programs * chip.multiprocessors,
-        least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
-        overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
         registers=255 if max(geometry.padded) <= 64 else None,
-        wide_programs=chip.multiprocessors if wide else 0,
     )
 
 
 def constants(
-    geometry: Geometry, launch: Launch, *, window: bool, softcap: bool, sinks: bool, chunked: bool = False
-) -> dict[str, Any]:
-    """What the attention kernel is compiled for: for all tiles that have no launch of their own."""
+    geometry: Geometry, launch: Launch, kind: int, *, window: bool, softcap: bool, sinks: bool,
+    chunked: bool = False, first: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """What the attention kernel is compiled for: the launch's tiles of one class."""
+    shape = launch.classes[kind]
     padded_dim, padded_v_dim = geometry.padded
-    tiles = (*launch.tiles[:WIDE], 0) if launch.wide_programs else launch.tiles
     return {
         "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
         "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": padded_dim, "PADDED_V_DIM": padded_v_dim,
-        "TILES": tiles, "BLOCK_KEYS": launch.block_keys, "GATHER_KEYS": launch.gather_keys,
-        "STAGES": launch.num_stages, "GATHER_STAGES": launch.gather_stages, "BULK": launch.least_run > 0,
-        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "PDL": launch.overlap,
+        "BLOCK_ROWS": shape.rows, "BLOCK_KEYS": shape.block_keys, "GATHER_KEYS": shape.gather_keys,
+        "STAGES": shape.num_stages, "GATHER_STAGES": shape.gather_stages, "BULK": launch.least_run > 0,
+        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "KIND": kind,
+        "THREADS": 32 * shape.num_warps, "FIRST": first, "PDL": launch.overlap,
     }  # fmt: skip
 
 
@@ -141,6 +150,8 @@ class Tables:
         self._buffer = torch.empty(sum(self._sizes.tables), dtype=torch.int32, device=device)
         views = torch.split(self._buffer, list(self._sizes.tables))
         self.views = dict(zip(TABLES, views, strict=True))
+        self.tickets = torch.zeros(len(launch.classes), dtype=torch.int32, device=device)
+        self.launched = [kind for kind, used in enumerate(work.used) if used or roomy][::-1]
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
         self.merge_block = min(64, triton.next_power_of_2(max(work.most_partials, 1)))
@@ -268,14 +279,22 @@ def _attend(
     """All launches; `out` and `lse` are written for the rows of the plan."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
-    if launch.wide_programs and triton.knobs.runtime.interpret:  # which Gluon does not have
-        wide = replace(
-            launch, tiles=(0, 0, 128), block_keys=launch.wide_keys, programs=launch.wide_programs, wide_programs=0
-        )
-        _attend_queue(tables, wide, "wide_queue", positions, out, lse, q, k, v, scale, window, softcap, sinks)
-    elif launch.wide_programs:
-        hopper_attention.attend(tables, positions, out, lse, q, k, v, scale, sinks)
-    _attend_queue(tables, launch, "queue", positions, out, lse, q, k, v, scale, window, softcap, sinks)
+    for kind in tables.launched:
+        shape = launch.classes[kind]
+        if shape.hopper and not triton.knobs.runtime.interpret:  # which Gluon does not have
+            hopper_attention.attend(tables, shape, positions, out, lse, q, k, v, scale, sinks)
+            continue
+        options = constants(
+            geometry, launch, kind, window=window is not None, chunked=isinstance(window, Chunk),
+            softcap=softcap is not None, sinks=sinks is not None, first=kind == tables.launched[0],
+        )  # fmt: skip
+        triton_kernels.attend[(shape.programs,)](
+            q, k, v, *_blocks(k, v, launch, shape), out, lse, tables.partial_out, tables.partial_lse,
+            lse if sinks is None else sinks, positions, views["laid_out_positions"], views["bounds"],
+            tables.tickets, views["items"], views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap,
+            window.size if isinstance(window, Chunk) else window or 0,
+            **options, num_warps=shape.num_warps, maxnreg=shape.registers, **launch.pdl,
+        )  # fmt: skip
     if not tables.most_merged:
         return
     q_heads = q.shape[1]
@@ -288,35 +307,13 @@ def _attend(
     )  # fmt: skip
 
 
-def _attend_queue(
-    tables: Tables, launch: Launch, queue: str, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
-    v: Tensor, scale: float, window: Window | None, softcap: float | None, sinks: Tensor | None,
-) -> None:  # fmt: skip
-    """Answer the items of one queue, `queue` or `wide_queue`."""
-    masks = {
-        "window": window is not None,
-        "chunked": isinstance(window, Chunk),
-        "softcap": softcap is not None,
-        "sinks": sinks is not None,
-    }
-    size = window.size if isinstance(window, Chunk) else window or 0
-    views = tables.views
-    triton_kernels.attend[(launch.programs,)](
-        q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
-        lse if sinks is None else sinks, positions, views["laid_out_positions"], views[queue], views["items"],
-        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
-        **constants(tables.geometry, launch, **masks),
-        num_warps=launch.num_warps, maxnreg=launch.registers, **launch.pdl,
-    )  # fmt: skip
-
-
-def _blocks(k: Tensor, v: Tensor, launch: Launch) -> tuple[object, object]:
+def _blocks(k: Tensor, v: Tensor, launch: Launch, shape: TileClass) -> tuple[object, object]:
     """Descriptors of blocks `[block_keys, dim]` over the pools as `[slots, kv_heads * dim]`, where there are runs."""
     if not launch.least_run:
         return k, v
     flat = [pool.view(pool.shape[0], -1) for pool in (k, v)]
     key, value = (
-        TensorDescriptor.from_tensor(pool, [launch.block_keys, whole.shape[2]])
+        TensorDescriptor.from_tensor(pool, [shape.block_keys, whole.shape[2]])
         for pool, whole in zip(flat, (k, v), strict=True)
     )
     return key, value

@@ -136,10 +136,11 @@ def leaves_and_span(rows: int) -> tuple[Case, Case]:
 )
 def test_wide_tiles(heads: tuple[int, int], mode, masks) -> None:
     window, softcap, sinks = masks
+    cost = replace(WIDE, group=heads[0] // heads[1])
     for case in leaves_and_span(150 * heads[1] // heads[0]):
-        attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=WIDE)
-        assert attn.plan.tile_rows == 128 and np.diff(attn.plan.unit_rows).max() * heads[0] // heads[1] > 64
-        options = {"mode": mode, "cost": WIDE, "window": window, "softcap": softcap, "sinks": sinks}
+        attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=cost)
+        assert attn.plan.tile_rows == 128 and np.diff(attn.plan.unit_rows).max() * cost.group > 64
+        options = {"mode": mode, "cost": cost, "window": window, "softcap": softcap, "sinks": sinks}
         check(case, heads, (128, 128), DTYPES[-1], **options)
 
 
@@ -161,12 +162,13 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
         assert torch.equal(shared(q, k, v, 0.1, softcap)[0], prepared()(q, k, v, 0.1, softcap)[0])
 
 
-def test_wide_tiles_have_a_launch_of_their_own() -> None:
+def test_each_class_of_tiles_has_a_launch() -> None:
     hopper, geometry = triton_backend.Chip(90, 132), Geometry(8, 4, 128, 128, torch.bfloat16)
     if not triton_backend.takes_wide(geometry, hopper):
         pytest.skip("this version of Triton does not compile the kernel")
     found = triton_backend.choose_launch(geometry, 128, hopper)
-    assert found.tiles == (16, 64, 128) and found.wide_programs == 132
+    assert [one.rows for one in found.classes] == [16, 64, 128]
+    assert [one.hopper for one in found.classes] == [False, False, True] and found.classes[-1].programs == 132
     for launch in (
         triton_backend.choose_launch(geometry, 64, hopper),
         triton_backend.choose_launch(geometry, 128, hopper, windowed=True),
@@ -174,7 +176,7 @@ def test_wide_tiles_have_a_launch_of_their_own() -> None:
         triton_backend.choose_launch(geometry, 128, triton_backend.Chip(80, 108)),
         triton_backend.choose_launch(replace(geometry, head_dim=64, v_head_dim=64), 128, hopper),
     ):
-        assert launch.tiles == (16, 64, 0) and launch.wide_programs == 0
+        assert [one.rows for one in launch.classes] == [16, 64] and not any(one.hopper for one in launch.classes)
 
 
 def test_a_row_without_keys() -> None:
@@ -240,7 +242,7 @@ def test_every_supported_geometry_has_a_launch() -> None:
         for dtype in DTYPES:
             geometry = Geometry(2, group, 128, 128, dtype)
             launch = triton_backend.choose_launch(geometry, 200, triton_backend.Chip.of(DEVICE))
-            assert max(launch.tiles) >= group
+            assert launch.classes[-1].rows >= group
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
