@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +23,43 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-def makespan(launches: Sequence[tuple[Floats, int]], copies: int = 1) -> float:
-    """When the last program is done with `copies` of each item, in the unit of the items' costs; of each launch, in
-    their order, costs and programs. Shares of copies and programs that are alike are done at the same time, so one is
-    looked at.
+class Launched(NamedTuple):
+    """The items of one launch."""
+
+    costs: Floats
+    """`[items]`"""
+    programs: int
+    slowed: float = 1.0
+    """How many times longer all take while all programs are busy, because memory is. So many fewer programs as would
+    not keep memory busy are not slowed at all.
     """
-    shares = math.gcd(copies, *(programs for _, programs in launches))
+
+
+def makespan(launches: Sequence[Launched], copies: int = 1) -> float:
+    """When the last program is done with `copies` of each item, in the unit of the items' costs; a launch's programs
+    begin as those of the launch before it end. Shares of copies and programs that are alike are done at the same time,
+    so one is looked at.
+    """
+    shares = math.gcd(copies, *(launch.programs for launch in launches))
     loads, last = np.zeros(1), 0.0
-    for costs, programs in launches:
+    for costs, programs, slowed in launches:
         loads = _following(loads, programs // shares)
         if costs.size:
-            loads = _place(-np.sort(-np.repeat(costs, copies // shares)), loads)[1]
+            ends = _place(-np.sort(-np.repeat(costs, copies // shares)), loads)[1]
+            loads = loads + _stretched(ends - loads, slowed)
             last = max(last, float(loads.max()))
     return last
+
+
+def _stretched(work: Floats, slowed: float) -> Floats:
+    """When each program is done with its work, `[programs]`, if all begin together and are slowed as in `Launched`."""
+    if slowed <= 1.0:
+        return work
+    order = np.argsort(work)
+    busy = np.arange(work.size, 0, -1)
+    times = np.empty_like(work)
+    times[order] = np.cumsum(np.diff(work[order], prepend=0.0) * np.maximum(busy * slowed / work.size, 1.0))
+    return times
 
 
 def _following(loads: Floats, programs: int) -> Floats:

@@ -46,12 +46,12 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
 
 
 def choose_launch(
-    geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: bool = False, capped: bool = False
+    geometry: Geometry, tile_rows: int, chip: Chip, *, rows: int = 64, windowed: bool = False, capped: bool = False
 ) -> Launch:
-    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: classes of 16, of 64 and of 128, as
-    far as they are wanted.
+    """The launch for a plan of about `rows` rows, whose tiles hold at most `tile_rows` query heads' rows: classes of
+    16, of 64 and of 128, as far as they are wanted.
 
-    128 rows are for Hopper's own kernel and for groups of more than 64 heads: elsewhere 64 do as well
+    Tiles of 128 rows are for Hopper's own kernel and for groups of more than 64 heads: elsewhere 64 do as well
     (`bench/NOTES.md`).
     """
     wide = tile_rows > 64 and not windowed and not capped and takes_wide(geometry, chip)
@@ -59,40 +59,46 @@ def choose_launch(
         sizes = [max(16, triton.next_power_of_2(geometry.group))]
     else:
         most = 128 if wide or geometry.group > 64 else 64
-        sizes = [rows for rows in (16, 64, 128) if geometry.group <= rows <= most]
-        wanted = sum(rows < tile_rows for rows in sizes) + 1
-        sizes = sizes[:wanted]
+        sizes = [size for size in (16, 64, 128) if geometry.group <= size <= most]
+        sizes = sizes[: sum(size < tile_rows for size in sizes) + 1]
     return Launch(
-        classes=tuple(_tile_class(geometry, rows, chip, windowed, hopper=wide and rows == 128) for rows in sizes),
+        classes=tuple(_tile_class(geometry, size, chip, rows, windowed, wide and size == 128) for size in sizes),
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=chip.capability >= 90 and not triton.knobs.runtime.interpret,
     )
 
 
-def _tile_class(geometry: Geometry, rows: int, chip: Chip, windowed: bool, hopper: bool) -> TileClass:
-    """How tiles of `rows` rows are launched. 64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8.
-    A window's masks leave no registers for a fifth stage in tiles of 64 rows or more.
+def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: bool, hopper: bool) -> TileClass:
+    """How tiles of `size` rows are launched.
+
+    64 by 4 warps, two programs a multiprocessor, do as well as 128 by 8. 16 take one warp on Hopper, where eight
+    programs hide each other's beginnings; where there is nothing to hide behind, with one row or two, four warps. A
+    window's masks leave no registers for a fifth stage in tiles of 64 or more.
     """
     if hopper:
-        return TileClass(rows, chip.multiprocessors, block_keys=128, hopper=True)
-    large, narrow = max(geometry.padded) > 128, rows <= 16
+        return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
+    large, narrow, recent = max(geometry.padded) > 128, size <= 16, chip.capability >= 90
+    block_keys = 32 if narrow or large else 64
     if geometry.dtype == torch.float32:
         warps, programs = 4, 1
+    elif narrow and recent and not large:
+        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (1, 8, 16)
     elif narrow:
-        warps, programs = 4 if large else 2, 2 if large else 4
+        warps, programs = (4, 2) if large else (2, 4)
     else:
-        four = rows == 64 and not large and chip.capability >= 90
+        four = size == 64 and recent and not large
         warps, programs = (4, 2) if four else (8, 1)
-    block_keys = 32 if narrow or large else 64
+    gather_keys = min(block_keys, 32)
     room = chip.shared_bytes // programs
     block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
     return TileClass(
-        rows=rows,
+        rows=size,
         programs=programs * chip.multiprocessors,
         block_keys=block_keys,
         num_warps=warps,
         num_stages=max(1, min(3, room // (block_keys * block_bytes))),
-        gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (32 * block_bytes))),
+        gather_keys=gather_keys,
+        gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (gather_keys * block_bytes))),
         registers=255 if max(geometry.padded) <= 64 else None,
     )
 
@@ -199,8 +205,8 @@ class Attention:
             return self._torch(q, k, v, scale, softcap, sinks)
         capped = softcap is not None
         if (geometry, capped) not in self._tables:
-            chip, windowed = Chip.of(self._device), self._window is not None
-            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=capped)
+            shape = {"rows": self._plan.num_rows, "windowed": self._window is not None, "capped": capped}
+            launch = choose_launch(geometry, self._plan.tile_rows, Chip.of(self._device), **shape)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry, capped] = Tables(work, geometry, launch, self._device, roomy=False)
         out = q.new_empty((*q.shape[:2], geometry.v_head_dim))
@@ -248,8 +254,8 @@ class StaticAttention:
             raise ValueError(f"no kernel for {geometry}")
         kind = geometry, softcap is not None
         if kind not in self._tables:
-            masks = {"windowed": self._window is not None, "capped": softcap is not None}
-            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
+            shape = {"rows": len(q), "windowed": self._window is not None, "capped": softcap is not None}
+            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **shape)
             self._tables[kind] = Tables(self._lay_out(geometry, launch), geometry, launch, q.device, roomy=True)
             out = q.new_zeros((*q.shape[:2], geometry.v_head_dim))
             self._results[kind] = out, q.new_zeros(q.shape[:2], dtype=torch.float32)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.schedule import makespan
+from radixgen.kernels.schedule import Launched, makespan
 from radixgen.scheduler.cost import CostModel
 
 Floats = NDArray[np.float64]
@@ -35,20 +35,20 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
 
     Limits from a program's fair share down to an eighth of it are tried, each split charged with its partials, until
     the makespan is within 1.15 of what no balance could beat; the best is taken. Where even work would take longer than
-    `to_beat`, nothing is tried. What is bound by memory slows all programs of a launch alike.
+    `to_beat`, nothing is tried.
     """
     rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
     classes, programs = cost.classes(rows), [cost.programs_of(tile) for tile in cost.usable]
     taken = (np.array(programs) / cost.programs)[classes]
     partial = cost.partial * cost.group * taken
     costs = cost.unit_costs(rows, units[:, 7], units[:, 8]) * taken + partial * coverage(units, num_rows)[1]
-    even = 0.0
+    even, slowed = 0.0, [1.0] * len(programs)
     for index in np.unique(classes):
         launched = classes == index
         read = int(units[launched, 7].sum())
         work = max(float(costs[launched].sum()) * cost.kv_heads / programs[index], 1e-9)
         longer = max(work, cost.reads(min(unique, read), read))
-        costs[launched] *= longer / work
+        slowed[index] = longer / work
         even, unique = even + longer, unique - min(unique, read)
     split_fixed = cost.launch * int(classes.max(initial=0)) + cost.merge
     whole_fixed = split_fixed - (cost.merge if int(rows.sum()) == num_rows else 0.0)
@@ -58,7 +58,12 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
         return Balance(whole, even + longest / 2 + whole_fixed, even)
-    least = _makespan(costs, classes, programs, cost.kv_heads)
+
+    def time(costs: Floats, classes: Int64Array) -> float:
+        shares = [costs[classes == index] for index in range(len(programs))]
+        return makespan([*map(Launched, shares, programs, slowed)][::-1], cost.kv_heads)
+
+    least = time(costs, classes)
     best = Balance(whole, least + whole_fixed, even)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     unit = np.array([tile.unit for tile in cost.usable])[classes]
@@ -68,16 +73,10 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
         limits = _limits(costs, keys, part * even)
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
         split = _pieces(costs, keys, limits, pieces, partial * rows, unit)
-        least = _makespan(split, np.repeat(classes, pieces), programs, cost.kv_heads)
+        least = time(split, np.repeat(classes, pieces))
         if least + split_fixed < best.time:
             best = Balance(limits, least + split_fixed, even)
     return best
-
-
-def _makespan(costs: Floats, classes: Int64Array, programs: list[int], kv_heads: int) -> float:
-    """Of the launches of all classes, the widest first; each begins as the one before it ends."""
-    launches = [(costs[classes == index], programs[index]) for index in reversed(range(len(programs)))]
-    return makespan(launches, kv_heads)
 
 
 def _pieces(
