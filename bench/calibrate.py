@@ -2,7 +2,7 @@
 
     python -m bench.calibrate [--save]
 
-Prints what a unit, a key, a partial row, a key's first read and a launch of wide tiles cost, in microseconds of one of
+Prints what a unit, a key, a partial row, a key's first read and a further launch cost, in microseconds of one of
 the programs that run at the same time, and keeps them in the cache directory by the device's name. With --save they are
 also kept under `bench/results/`. The limit is a key's bytes over the measured read bandwidth, shared by all programs.
 """
@@ -29,16 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = timer.ceilings()
     found = calibrate(device, timer.warm_us)
     report.say(f"limit: {ceilings.describe()}; a key's first read {1e6 * 512 / ceilings.read:.6f} us")
-    for launch in found.launches:
-        for tile in launch.tiles:
-            report.say(
-                f"{launch.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, "
-                f"{tile.key:.4f} us a key from the cache, {tile.mixed:.4f} where only some rows see it"
-            )
-        if launch.launch:
-            report.say(f"{launch.programs} programs: {launch.launch:.2f} us for the launch of the widest tiles")
+    for tile in found.tiles:
+        report.say(
+            f"{tile.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, "
+            f"{tile.key:.4f} us a key from the cache, {tile.mixed:.4f} where only some rows see it"
+        )
     report.say(
-        f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, merge {found.merge:.2f} us"
+        f"first read {found.first_key:.6f} us a key, partial {found.partial:.6f} us a row, "
+        f"each further launch {found.launch:.2f} us, merge {found.merge:.2f} us"
     )
     report.say(f"kept in {keep(found)}")
     report.keep(**asdict(found), read=ceilings.read, copy=ceilings.copy, matrix=ceilings.matrix)

@@ -26,7 +26,7 @@ from bench.report import Report, benchmark_options, track
 from radixgen.kernels import triton_kernels
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.triton_backend import Chip, choose_launch, constants
-from radixgen.kernels.work import Launch
+from radixgen.kernels.work import Launch, TileClass
 
 CHIPS = (80, 90)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -36,35 +36,39 @@ MASKS: dict[int, tuple[str, ...]] = {64: ("window", "sinks"), 128: ("window", "s
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def configurations() -> Iterator[tuple[Geometry, Launch, int, tuple[str, ...]]]:
-    """Every launch of the head shapes that models have, for both chips, without masks and with those that models with
-    such heads have; bfloat16 stands for float16 too.
+def configurations() -> Iterator[tuple[Geometry, Launch, int, int, tuple[str, ...]]]:
+    """Every launch of the head shapes that models have, and each class of tiles in it, for both chips, without masks
+    and with those that models with such heads have; bfloat16 stands for float16 too.
     """
     shapes = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
-    tiles = [(4, 16), (4, 64), (1, 64), (71, 128)]
-    for chip, (head_dim, v_head_dim), (group, tile_rows) in product(CHIPS, shapes, tiles):
+    tiles = [(4, 16, 1), (4, 64, 64), (1, 64, 64), (71, 128, 64)]
+    for chip, (head_dim, v_head_dim), (group, tile_rows, rows) in product(CHIPS, shapes, tiles):
         geometry = Geometry(8, group, head_dim, v_head_dim, torch.bfloat16)
         if not geometry.supported:
             continue
         for masks in dict.fromkeys([(), MASKS.get(head_dim, ())]):
-            launch = choose_launch(geometry, tile_rows, Chip(chip, 132), windowed="window" in masks)
-            yield geometry, launch, chip, masks
+            launch = choose_launch(geometry, tile_rows, Chip(chip, 132), rows=rows, windowed="window" in masks)
+            for kind in range(len(launch.classes)):
+                yield geometry, launch, kind, chip, masks
 
 
 def examine(
-    geometry: Geometry, launch: Launch, chip: int, masks: tuple[str, ...], *, disassemble: bool = True
+    geometry: Geometry, launch: Launch, kind: int, chip: int, masks: tuple[str, ...], *, disassemble: bool = True
 ) -> dict[str, Any]:
     """Compile one configuration of the attention kernel and read what it takes; instructions of machine code that is
     disassembled, which takes longer than all else.
     """
-    fixed = constants(geometry, launch, **{name: name in masks for name in ("window", "softcap", "sinks")})
+    shape = launch.classes[kind]
+    fixed = constants(geometry, launch, kind, **{name: name in masks for name in ("window", "softcap", "sinks")})
     types = {
-        name: _type(name, geometry, launch) for name in triton_kernels.attend.arg_names if name not in fixed
-    }  # fmt: skip
+        name: _type(name, geometry, shape, launch.least_run > 0)
+        for name in triton_kernels.attend.arg_names
+        if name not in fixed
+    }
     return {
         "kernel": "attend", "chip": chip, "head_dim": geometry.head_dim, "v_head_dim": geometry.v_head_dim,
-        "group": geometry.group, "masks": masks, "tiles": launch.tiles, "warps": launch.num_warps,
-        **_compiled(triton_kernels.attend, types, fixed, launch.num_warps, chip, launch.registers, disassemble),
+        "group": geometry.group, "masks": masks, "tiles": shape.rows, "warps": shape.num_warps,
+        **_compiled(triton_kernels.attend, types, fixed, shape.num_warps, chip, shape.registers, disassemble),
     }  # fmt: skip
 
 
@@ -119,10 +123,10 @@ def _compiled(
     return found
 
 
-def _type(name: str, geometry: Geometry, launch: Launch) -> str:
+def _type(name: str, geometry: Geometry, shape: TileClass, bulk: bool) -> str:
     dtype = NAMES[geometry.dtype]
-    if name in ("k_blocks", "v_blocks") and launch.least_run:
-        return f"tensordesc<{dtype}[{launch.block_keys}, {geometry.padded[name == 'v_blocks']}]>"
+    if name in ("k_blocks", "v_blocks") and bulk:
+        return f"tensordesc<{dtype}[{shape.block_keys}, {geometry.padded[name == 'v_blocks']}]>"
     if name in ("q", "k", "v", "k_blocks", "v_blocks", "out"):
         return f"*{dtype}"
     if name in ("scale", "softcap", "window"):
@@ -150,10 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     report = Report("kernels")
     found = []
-    for geometry, launch, chip, masks in track(list(configurations())[: options.first], "compiling"):
-        found.append(one := examine(geometry, launch, chip, masks, disassemble=chip in options.disassemble))
+    for *one, chip, masks in track(list(configurations())[: options.first], "compiling"):
+        found.append(one := examine(*one, chip, masks, disassemble=chip in options.disassemble))
         report.say(
-            f"sm_{chip} {one['head_dim']:3d}/{one['v_head_dim']:3d} group {one['group']:2d} tiles {one['tiles']!s:14s} "
+            f"sm_{chip} {one['head_dim']:3d}/{one['v_head_dim']:3d} group {one['group']:2d} tiles of {one['tiles']:3d} "
             f"{'+'.join(masks) or 'plain':14s} "
             f"{one['warps']} warps: {one['registers']} registers, {one['spilled']} bytes spilled, "
             f"{one['shared']} shared; " + ", ".join(f"{one[name]} {name}" for name in INSTRUCTIONS if name in one)

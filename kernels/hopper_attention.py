@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from radixgen.kernels.work import pdl
+from radixgen.kernels.work import TileClass, pdl
 
 if TYPE_CHECKING:
     from radixgen.kernels.triton_backend import Tables
@@ -15,10 +15,10 @@ _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 224, 56
 
 
 def attend(
-    tables: "Tables", positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float,
-    sinks: Tensor | None,
+    tables: "Tables", shape: TileClass, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor,
+    k: Tensor, v: Tensor, scale: float, sinks: Tensor | None,
 ) -> None:  # fmt: skip
-    """Answer the items of `wide_queue`: rows that no other item has into `out` and `lse`, all others into partials."""
+    """Answer the items of the widest class: rows of no other item into `out` and `lse`, others into partials."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -26,16 +26,16 @@ def attend(
 
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     dtype = gl.bfloat16 if k.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([launch.wide_keys, geometry.head_dim], dtype)
+    layout = gl.NVMMASharedLayout.get_default_for([shape.block_keys, geometry.head_dim], dtype)
     blocks = [
-        TensorDescriptor.from_tensor(pool.view(pool.shape[0], -1), [launch.wide_keys, pool.shape[2]], layout)
+        TensorDescriptor.from_tensor(pool.view(pool.shape[0], -1), [shape.block_keys, pool.shape[2]], layout)
         for pool in (k, v)
     ]
     key_slots, _, key_rows = tables.keys
-    attend_wide[(launch.wide_programs,)](
+    attend_wide[(shape.programs,)](
         q, k, v, *blocks, out, lse, tables.partial_out, tables.partial_lse, lse if sinks is None else sinks, positions,
-        views["laid_out_positions"], views["wide_queue"], views["items"], views["runs"], key_slots, key_rows, scale,
-        KV_HEADS=geometry.kv_heads, GROUP=geometry.group, DIM=geometry.head_dim, BLOCK=launch.wide_keys, STAGES=_STAGES,
+        views["laid_out_positions"], views["queue"], views["items"], views["runs"], key_slots, key_rows, scale,
+        KV_HEADS=geometry.kv_heads, GROUP=geometry.group, DIM=geometry.head_dim, BLOCK=shape.block_keys, STAGES=_STAGES,
         SINKS=sinks is not None, PDL=launch.overlap, CONSUMER_REGS=_CONSUMER_REGISTERS,
         PRODUCER_REGS=_PRODUCER_REGISTERS, num_warps=4, **pdl(launch.overlap),
     )  # fmt: skip

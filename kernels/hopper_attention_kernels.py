@@ -37,10 +37,10 @@ def _item(items, task, age, KV_HEADS: gl.constexpr):
     of the first item where the task is -1.
     """
     item = items + (gl.maximum(task, 0) // KV_HEADS) * ITEM_FIELDS
-    key_end = gl.load(item + 5) + age * gl.load(item + 8)
+    key_end = gl.load(item + 5) + age * gl.load(item + 7)
     return (
         gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3), gl.load(item + 4), key_end,
-        gl.load(item + 6), gl.load(item + 9),
+        gl.load(item + 6), gl.load(item + 8),
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Work items onto programs: longest first, each onto the least loaded (Graham, 1969: at most 4/3 of the best)."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +18,66 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
     order; deterministic.
     """
     order = np.argsort(-costs, kind="stable")
-    owners, _ = _place(costs[order], programs)
+    owners, _ = _place(costs[order], np.zeros(programs))
     items = order[np.argsort(owners, kind="stable")]
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-def makespan(costs: Floats, programs: int, copies: int = 1) -> float:
-    """When the last program is done with `copies` of each item, in the unit of `costs`. Shares of copies and programs
-    that are alike are done at the same time, so one is looked at.
+class Launched(NamedTuple):
+    """The items of one launch."""
+
+    costs: Floats
+    """`[items]`"""
+    programs: int
+    slowed: float = 1.0
+    """How many times longer all take while all programs are busy, because memory is. So many fewer programs as would
+    not keep memory busy are not slowed at all.
     """
-    if not costs.size:
-        return 0.0
-    shares = math.gcd(copies, programs)
-    return float(_place(-np.sort(-np.repeat(costs, copies // shares)), programs // shares)[1].max())
+
+
+def makespan(launches: Sequence[Launched], copies: int = 1) -> float:
+    """When the last program is done with `copies` of each item, in the unit of the items' costs; a launch's programs
+    begin as those of the launch before it end. Shares of copies and programs that are alike are done at the same time,
+    so one is looked at.
+    """
+    shares = math.gcd(copies, *(launch.programs for launch in launches))
+    loads, last = np.zeros(1), 0.0
+    for costs, programs, slowed in launches:
+        loads = _following(loads, programs // shares)
+        if costs.size:
+            ends = _place(-np.sort(-np.repeat(costs, copies // shares)), loads)[1]
+            loads = loads + _stretched(ends - loads, slowed)
+            last = max(last, float(loads.max()))
+    return last
+
+
+def _stretched(work: Floats, slowed: float) -> Floats:
+    """When each program is done with its work, `[programs]`, if all begin together and are slowed as in `Launched`."""
+    if slowed <= 1.0:
+        return work
+    order = np.argsort(work)
+    busy = np.arange(work.size, 0, -1)
+    times = np.empty_like(work)
+    times[order] = np.cumsum(np.diff(work[order], prepend=0.0) * np.maximum(busy * slowed / work.size, 1.0))
+    return times
+
+
+def _following(loads: Floats, programs: int) -> Floats:
+    """When each program of a launch can begin, `[programs]`: as those of the launch before it end, `loads`, first come,
+    first served.
+    """
+    ends = np.arange(1, programs + 1) * loads.size
+    return np.sort(loads)[-(-ends // programs) - 1]
 
 
 @compiled
-def _place(costs: Floats, programs: int) -> tuple[Ints, Floats]:
-    """The program of each item, in the order given, and each program's load; a heap of programs by load."""
+def _place(costs: Floats, loads: Floats) -> tuple[Ints, Floats]:
+    """The program of each item, in the order given, and each program's load, which before was `loads`, ascending; a
+    heap of programs by load.
+    """
+    programs = loads.size
     heap = np.arange(programs)
-    loads = np.zeros(programs)
+    loads = loads.copy()
     owners = np.empty(costs.size, np.int64)
     for item in range(costs.size):
         program = heap[0]

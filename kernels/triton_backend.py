@@ -1,8 +1,6 @@
-"""Tree attention by the Triton kernels: on Hopper a launch for the plan's wide tiles, then one for all others, and one
-more where rows have partials.
-"""
+"""Tree attention by the Triton kernels: a launch for each class of tiles, and one more where rows have partials."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from radixgen.kernels import gluon_support, hopper_attention, torch_backend, tri
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.room import Room
 from radixgen.kernels.upload import Staging, upload
-from radixgen.kernels.work import TABLES, WIDE, Launch, Work, lay_out, pdl
+from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,60 +53,77 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
 
 
 def choose_launch(
-    geometry: Geometry, tile_rows: int, chip: Chip, *, windowed: bool = False, capped: bool = False
+    geometry: Geometry, tile_rows: int, chip: Chip, *, rows: int = 64, windowed: bool = False, capped: bool = False
 ) -> Launch:
-    """The launch for a plan whose tiles hold at most `tile_rows` query heads' rows: of 16, 16 and 64, 64, or 128; of
-    16, 64 and 128 where those of 128 have a launch of their own.
+    """The launch for a plan of about `rows` rows, whose tiles hold at most `tile_rows` query heads' rows: classes of
+    16, of 64 and of 128, as far as they are wanted.
 
-    64 rows by 4 warps, two programs a multiprocessor, do as well as 128 by 8 warps (`bench/NOTES.md`) and share a
-    launch with narrow tiles without spilling; 128 are for groups of more than 64 heads. A window's masks leave no
-    registers for a fifth stage in tiles of 64 rows or more.
+    Tiles of 128 rows are for Hopper's own kernel and for groups of more than 64 heads: elsewhere 64 do as well
+    (`bench/NOTES.md`).
     """
-    narrow = max(tile_rows, geometry.group) <= 16
-    large = max(geometry.padded) > 128
-    if geometry.dtype == torch.float32:
-        tiles, warps, programs = (max(16, triton.next_power_of_2(geometry.group)), 0, 0), 4, 1
-    elif narrow:
-        tiles, warps, programs = (16, 0, 0), 4 if large else 2, 2 if large else 4
-    elif geometry.group <= 64:
-        hopper = chip.capability >= 90
-        tiles = (0 if large and hopper else 16, 64, 0)
-        warps, programs = 8 if large or not hopper else 4, 1 if large else 2
-    else:
-        tiles, warps, programs = (0, 0, 128), 8, 1
     wide = tile_rows > 64 and not windowed and not capped and takes_wide(geometry, chip)
-    if wide:
-        tiles = (16, 64, 128)
-    block_keys = 32 if narrow or large else 64
-    room = chip.shared_bytes // programs
-    block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
+    if geometry.dtype == torch.float32:
+        sizes = [max(16, triton.next_power_of_2(geometry.group))]
+    else:
+        most = 128 if wide or geometry.group > 64 else 64
+        sizes = [size for size in (16, 64, 128) if geometry.group <= size <= most]
+        sizes = sizes[: sum(size < tile_rows for size in sizes) + 1]
     return Launch(
-        tiles=tiles,
-        block_keys=block_keys,
-        gather_keys=32,
-        num_warps=warps,
-        num_stages=max(1, min(3, room // (block_keys * block_bytes))),
-        gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (32 * block_bytes))),
-        programs=programs * chip.multiprocessors,
+        classes=tuple(_tile_class(geometry, size, chip, rows, windowed, wide and size == 128) for size in sizes),
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=overlaps(chip),
+    )
+
+
+def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: bool, hopper: bool) -> TileClass:
+    """How tiles of `size` rows are launched.
+
+    64 by 4 warps, two programs a multiprocessor, do as well as 128 by 8. 16 take one warp on Hopper, where eight
+    programs hide each other's beginnings; where there is nothing to hide behind, with one row or two, four warps. A
+    window's masks leave no registers for a fifth stage in tiles of 64 or more.
+    """
+    if hopper:
+        return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
+    large, narrow, recent = max(geometry.padded) > 128, size <= 16, chip.capability >= 90
+    block_keys = 32 if narrow or large else 64
+    if geometry.dtype == torch.float32:
+        warps, programs = 4, 1
+    elif narrow and recent and not large:
+        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (1, 8, 16)
+    elif narrow:
+        warps, programs = (4, 2) if large else (2, 4)
+    else:
+        four = size == 64 and recent and not large
+        warps, programs = (4, 2) if four else (8, 1)
+    gather_keys = min(block_keys, 32)
+    room = chip.shared_bytes // programs
+    block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
+    return TileClass(
+        rows=size,
+        programs=programs * chip.multiprocessors,
+        block_keys=block_keys,
+        num_warps=warps,
+        num_stages=max(1, min(3, room // (block_keys * block_bytes))),
+        gather_keys=gather_keys,
+        gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (gather_keys * block_bytes))),
         registers=255 if max(geometry.padded) <= 64 else None,
-        wide_programs=chip.multiprocessors if wide else 0,
     )
 
 
 def constants(
-    geometry: Geometry, launch: Launch, *, window: bool, softcap: bool, sinks: bool, chunked: bool = False
-) -> dict[str, Any]:
-    """What the attention kernel is compiled for: for all tiles that have no launch of their own."""
+    geometry: Geometry, launch: Launch, kind: int, *, window: bool, softcap: bool, sinks: bool,
+    chunked: bool = False, first: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """What the attention kernel is compiled for: the launch's tiles of one class."""
+    shape = launch.classes[kind]
     padded_dim, padded_v_dim = geometry.padded
-    tiles = (*launch.tiles[:WIDE], 0) if launch.wide_programs else launch.tiles
     return {
         "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
         "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": padded_dim, "PADDED_V_DIM": padded_v_dim,
-        "TILES": tiles, "BLOCK_KEYS": launch.block_keys, "GATHER_KEYS": launch.gather_keys,
-        "STAGES": launch.num_stages, "GATHER_STAGES": launch.gather_stages, "BULK": launch.least_run > 0,
-        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "PDL": launch.overlap,
+        "BLOCK_ROWS": shape.rows, "BLOCK_KEYS": shape.block_keys, "GATHER_KEYS": shape.gather_keys,
+        "STAGES": shape.num_stages, "GATHER_STAGES": shape.gather_stages, "BULK": launch.least_run > 0,
+        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "KIND": kind,
+        "THREADS": 32 * shape.num_warps, "FIRST": first, "PDL": launch.overlap,
     }  # fmt: skip
 
 
@@ -159,11 +174,13 @@ class Tables:
         self._staging = Staging(buffer)
         views = torch.split(buffer, list(self._sizes.tables))
         self.views = dict(zip(TABLES, views, strict=True))
+        self.tickets = torch.zeros(len(launch.classes), dtype=torch.int32, device=device)
+        self.launched = [kind for kind, used in enumerate(work.used) if used or static_rows][::-1]
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
         most = work.most_partials
         if static_rows:  # whatever plan comes: the keys of few rows are split among all programs
-            most = max(4, launch.programs // (geometry.kv_heads * static_rows))
+            most = max(4, launch.classes[0].programs // (geometry.kv_heads * static_rows))
         self.merge_block = min(64, triton.next_power_of_2(max(most, 1)))
         partials = self._sizes.partials, geometry.kv_heads * geometry.group, geometry.v_head_dim, device
         self.partial_lse, self.partial_out = (room or Room()).partials(*partials)
@@ -208,8 +225,8 @@ class Attention:
             return self._torch(q, k, v, scale, softcap, sinks)
         capped = softcap is not None
         if (geometry, capped) not in self._tables:
-            chip, windowed = Chip.of(self._device), self._window is not None
-            launch = choose_launch(geometry, self._plan.tile_rows, chip, windowed=windowed, capped=capped)
+            shape = {"rows": self._plan.num_rows, "windowed": self._window is not None, "capped": capped}
+            launch = choose_launch(geometry, self._plan.tile_rows, Chip.of(self._device), **shape)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
         out, lse = _empty_results(q, geometry)
@@ -253,8 +270,8 @@ class StaticAttention:
             raise ValueError(f"no kernel for {geometry}")
         kind = geometry, softcap is not None
         if kind not in self._tables:
-            masks = {"windowed": self._window is not None, "capped": softcap is not None}
-            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **masks)
+            shape = {"rows": len(q), "windowed": self._window is not None, "capped": softcap is not None}
+            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **shape)
             work = self._lay_out(geometry, launch)
             self._tables[kind] = Tables(work, geometry, launch, q.device, self._room, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)
@@ -287,14 +304,22 @@ def _attend(
     """All launches; `out` and `lse` are written for the rows of the plan, and for those beyond where there is room."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
-    if launch.wide_programs and triton.knobs.runtime.interpret:  # which Gluon does not have
-        wide = replace(
-            launch, tiles=(0, 0, 128), block_keys=launch.wide_keys, programs=launch.wide_programs, wide_programs=0
-        )
-        _attend_queue(tables, wide, "wide_queue", positions, out, lse, q, k, v, scale, window, softcap, sinks)
-    elif launch.wide_programs:
-        hopper_attention.attend(tables, positions, out, lse, q, k, v, scale, sinks)
-    _attend_queue(tables, launch, "queue", positions, out, lse, q, k, v, scale, window, softcap, sinks)
+    for kind in tables.launched:
+        shape = launch.classes[kind]
+        if shape.hopper and not triton.knobs.runtime.interpret:  # which Gluon does not have
+            hopper_attention.attend(tables, shape, positions, out, lse, q, k, v, scale, sinks)
+            continue
+        options = constants(
+            geometry, launch, kind, window=window is not None, chunked=isinstance(window, Chunk),
+            softcap=softcap is not None, sinks=sinks is not None, first=kind == tables.launched[0],
+        )  # fmt: skip
+        triton_kernels.attend[(shape.programs,)](
+            q, k, v, *_blocks(k, v, launch, shape), out, lse, tables.partial_out, tables.partial_lse,
+            lse if sinks is None else sinks, positions, views["laid_out_positions"], views["bounds"],
+            tables.tickets, views["items"], views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap,
+            window.size if isinstance(window, Chunk) else window or 0,
+            **options, num_warps=shape.num_warps, maxnreg=shape.registers, **pdl(launch.overlap),
+        )  # fmt: skip
     if not tables.most_merged:
         return
     q_heads = q.shape[1]
@@ -307,35 +332,13 @@ def _attend(
     )  # fmt: skip
 
 
-def _attend_queue(
-    tables: Tables, launch: Launch, queue: str, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
-    v: Tensor, scale: float, window: Window | None, softcap: float | None, sinks: Tensor | None,
-) -> None:  # fmt: skip
-    """Answer the items of one queue, `queue` or `wide_queue`."""
-    masks = {
-        "window": window is not None,
-        "chunked": isinstance(window, Chunk),
-        "softcap": softcap is not None,
-        "sinks": sinks is not None,
-    }
-    size = window.size if isinstance(window, Chunk) else window or 0
-    views = tables.views
-    triton_kernels.attend[(launch.programs,)](
-        q, k, v, *_blocks(k, v, launch), out, lse, tables.partial_out, tables.partial_lse,
-        lse if sinks is None else sinks, positions, views["laid_out_positions"], views[queue], views["items"],
-        views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap, size,
-        **constants(tables.geometry, launch, **masks),
-        num_warps=launch.num_warps, maxnreg=launch.registers, **pdl(launch.overlap),
-    )  # fmt: skip
-
-
-def _blocks(k: Tensor, v: Tensor, launch: Launch) -> tuple[object, object]:
+def _blocks(k: Tensor, v: Tensor, launch: Launch, shape: TileClass) -> tuple[object, object]:
     """Descriptors of blocks `[block_keys, dim]` over the pools as `[slots, kv_heads * dim]`, where there are runs."""
     if not launch.least_run:
         return k, v
     flat = [pool.view(pool.shape[0], -1) for pool in (k, v)]
     key, value = (
-        TensorDescriptor.from_tensor(pool, [launch.block_keys, whole.shape[2]])
+        TensorDescriptor.from_tensor(pool, [shape.block_keys, whole.shape[2]])
         for pool, whole in zip(flat, (k, v), strict=True)
     )
     return key, value

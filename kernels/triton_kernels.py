@@ -1,4 +1,5 @@
-"""Tree attention for NVIDIA GPUs, in Triton: one launch over all levels of the tree, and one that merges partials.
+"""Tree attention for NVIDIA GPUs, in Triton: a launch over all levels of the tree for each class of tiles, and one that
+merges partials.
 
 A unit of the plan is a tile of depth-first rows with all query heads of one KV head packed into its rows (GQA). Its
 keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.14135):
@@ -21,7 +22,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
-ITEM_FIELDS = tl.constexpr(10)
+ITEM_FIELDS = tl.constexpr(9)
 PIECE_FIELDS = tl.constexpr(8)
 
 
@@ -177,67 +178,83 @@ def _attend_tile(
 @triton.jit
 def attend(
     q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, laid_out_positions,
-    queue, items, runs, key_slots, key_positions, key_rows, scale, softcap, window,
+    bounds, tickets, items, runs, key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, TILES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr,
+    THREADS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every work item (unit x KV head) of this program: of `queue`, entries `program + round * programs`, up to -1 and
-    one more.
+    """The work items (unit x KV head) of the class KIND of tiles: each program begins with one of its own, then takes
+    the next that no program has taken. So they are done at about the same time, whenever they begin.
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
-    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. An item's tile class says which
-    of TILES holds its query heads' rows; 0 is a class that this launch does without. With each step that the rows have
+    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. With each step that the rows have
     moved on since the plan was laid out, an item has as many more keys as rows of it grow.
+
+    Launches for other tiles of the same layer write other rows, so that all but the FIRST begin as its programs end,
+    and see to it that they end no sooner.
     """
     programs = tl.num_programs(0)
-    entry = queue + tl.program_id(0)
-    task, coming = tl.load(entry), tl.load(entry + programs)
-    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, tile, grows = _item(items, task, KV_HEADS)
+    begin = tl.load(bounds + KIND) * KV_HEADS
+    tasks = tl.load(bounds + KIND + 1) * KV_HEADS - begin
+    shared = tasks > programs
+    task = tl.program_id(0)
+    first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, grows = _item(
+        items, begin + tl.minimum(task, tasks - 1), KV_HEADS
+    )
     laid_out_at = tl.load(laid_out_positions)
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        if FIRST:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    ticket = _take(tickets + KIND, shared, THREADS)
     age = tl.load(row_positions).to(tl.int32) - laid_out_at
-    while task >= 0:
-        # Two entries of the queue and one item ahead, so that no item waits for its own description.
-        entry += programs
-        after = tl.load(entry + programs)
+    while task < tasks:
+        # Two tickets and one item ahead, so that no item waits for its own description.
+        coming = tl.where(shared, programs + _look(ticket, THREADS), tasks)
+        ticket = _take(tickets + KIND, shared, THREADS)
         (
-            next_first_row,
-            next_num_rows,
-            next_run_begin,
-            next_run_end,
-            next_key_begin,
-            next_key_end,
-            next_partial,
-            next_tile,
+            next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, next_partial,
             next_grows,
-        ) = _item(items, coming, KV_HEADS)
-        head = task % KV_HEADS
-        for index in tl.static_range(3):
-            if TILES[index] > 0:
-                if tile == index:
-                    _attend_tile(
-                        first_row, num_rows, run_begin, run_end, key_begin, key_end + age * grows, partial, head,
-                        q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
-                        row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS,
-                        GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, TILES[index], BLOCK_KEYS,
-                        GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, CHUNKED, SOFTCAP, SINKS,
-                    )  # fmt: skip
-        task, coming, tile, grows = coming, after, next_tile, next_grows
+        ) = _item(items, begin + tl.minimum(coming, tasks - 1), KV_HEADS)  # fmt: skip
+        _attend_tile(
+            first_row, num_rows, run_begin, run_end, key_begin, key_end + age * grows, partial,
+            (begin + task) % KV_HEADS, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+            row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS, GROUP, HEAD_DIM,
+            V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, BLOCK_ROWS, BLOCK_KEYS, GATHER_KEYS, STAGES, GATHER_STAGES, BULK,
+            WINDOW, CHUNKED, SOFTCAP, SINKS,
+        )  # fmt: skip
+        task, grows = coming, next_grows
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
         key_begin, key_end, partial = next_key_begin, next_key_end, next_partial
+    if shared and _look(ticket, THREADS) == tasks + programs - 1:
+        # The last ticket that this launch takes: each program takes one for each of its items, and one in vain.
+        tl.store(tickets + KIND, 0)
+    if PDL and not FIRST:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _take(tickets, wanted, THREADS: tl.constexpr):
+    """The next ticket, held by the first thread. A scalar would be waited for here, this is when it is looked at."""
+    thread = tl.arange(0, THREADS)
+    ones = tl.full([THREADS], 1, tl.int32)
+    return tl.atomic_add(tickets + thread * 0, ones, mask=thread < wanted.to(tl.int32), sem="relaxed")
+
+
+@triton.jit
+def _look(ticket, THREADS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, THREADS) == 0, ticket, 0))
 
 
 @triton.jit
 def _item(items, task, KV_HEADS: tl.constexpr):
-    """The fields of a task's item; of the first item where the task is -1."""
-    item = items + (tl.maximum(task, 0) // KV_HEADS) * ITEM_FIELDS
+    """The fields of a task's item."""
+    item = items + task // KV_HEADS * ITEM_FIELDS
     return (
         tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4), tl.load(item + 5),
-        tl.load(item + 6), tl.load(item + 7), tl.load(item + 8),
+        tl.load(item + 6), tl.load(item + 7),
     )  # fmt: skip
 
 

@@ -6,12 +6,14 @@ Host work in NumPy, once for each new plan. The tables, in the words of `radixge
 | --- | --- |
 | counts | how many pieces, how many rows to merge, and how many rows in all |
 | laid_out_positions | each row's, when the plan is laid out |
-| queue | `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
-| wide_queue | the same for the items of the wide launch |
-| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, tile class, grows, wide blocks |
+| bounds | where each class's items begin, and the end of the last's |
+| queue | of Hopper's kernel, `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
+| items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, grows, blocks of runs |
 | runs | first slot, keys: whole blocks that every row of the tile sees |
 | pieces | first slot, first position, keys, the tile's first row, from, to which of its rows see them, place, stride |
 | rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
+
+Items come by class, each class's longest first.
 
 With each step in which every row moves on by a token of its own leaf, an item *grows* by as many keys as it has growing
 segments. These keys lie behind the others, one of each such segment, step by step: their pieces have a stride.
@@ -27,10 +29,28 @@ from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.schedule import assign
 
 TABLES = (
-    "counts", "laid_out_positions", "queue", "wide_queue", "items", "runs", "pieces", "rows", "offsets", "partials",
+    "counts", "bounds", "queue", "laid_out_positions", "items", "runs", "pieces", "rows", "offsets", "partials",
 )  # fmt: skip
-WIDE = 2
-"""The class of tiles that have a launch of their own on some chips"""
+
+
+@dataclass(frozen=True, slots=True)
+class TileClass:
+    """Tiles of one size, and how the launch that answers them is shaped."""
+
+    rows: int
+    """Query heads' rows in a tile, at most"""
+    programs: int
+    block_keys: int
+    """Keys in a block of a run"""
+    num_warps: int = 4
+    num_stages: int = 1
+    gather_keys: int = 32
+    """Keys in a block where they are gathered"""
+    gather_stages: int = 1
+    registers: int | None = None
+    """Of a thread, at most; None leaves it to the compiler, which for small heads would rather spill than pass 128."""
+    hopper: bool = False
+    """Whether `radixgen.kernels.hopper_attention` answers them"""
 
 
 def pdl(overlap: bool) -> dict[str, bool]:
@@ -40,31 +60,18 @@ def pdl(overlap: bool) -> dict[str, bool]:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the attention kernels are launched: one for wide tiles first, where they have their own, then one for all."""
+    """How the attention kernels are launched: once for each class of tiles, the widest first."""
 
-    tiles: tuple[int, int, int]
-    """Query heads' rows in a tile of each class, ascending; 0 where the launch does without the class."""
-    block_keys: int
-    gather_keys: int
-    """Keys in a block where they are gathered"""
-    num_warps: int
-    num_stages: int
-    gather_stages: int
-    programs: int
+    classes: tuple[TileClass, ...]
+    """Ascending by rows"""
     least_run: int
     """Keys in a row that all rows of a tile see, from which they are copied in bulk; 0 where none are."""
     overlap: bool = False
     """Whether a launch begins while the one before it ends"""
-    registers: int | None = None
-    """Of a thread, at most; None leaves it to the compiler, which for small heads would rather spill than pass 128."""
-    wide_programs: int = 0
-    """Of the launch for wide tiles; 0 where there is none"""
-    wide_keys: int = 128
-    """Keys in a block of that launch"""
 
     def most_rows(self, group: int) -> int:
         """Rows of the tree in the widest tile."""
-        return max(self.tiles) // group
+        return self.classes[-1].rows // group
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +111,8 @@ class Work:
 
     tables: tuple[Int32Array, ...]
     """As `TABLES` names them"""
+    used: tuple[bool, ...]
+    """Which of the launch's classes have tiles"""
     sizes: Sizes
     num_pieces: int
     num_merged: int
@@ -116,12 +125,13 @@ class _Tiles:
     """Units cut into tiles that a launch can hold; arrays are `[tiles]`."""
 
     unit: Int64Array
+    cost: NDArray[np.float64]
     first: Int64Array
     rows: Int64Array
     kind: Int64Array
-    """Which of the launch's tile classes"""
-    wide: NDArray[np.bool_]
-    """Whether it belongs to the launch for wide tiles"""
+    """Which of the launch's classes"""
+    block: Int64Array
+    """Keys in a block of a run"""
     lowest: Int64Array
     """Position of the earliest row"""
     highest: Int64Array
@@ -175,22 +185,25 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
             key_bounds[:-1],
             key_bounds[:-1] + gathered,
             partial,
-            tiles.kind,
             grows,
-            np.bincount(reads.tile, weights=reads.run, minlength=count).astype(np.int64) // launch.wide_keys,
+            np.bincount(reads.tile, weights=reads.run, minlength=count).astype(np.int64) // tiles.block,
         ],
         axis=1,
     )
     counts = np.array([len(pieces), merged[0].size, plan.num_rows])
-    first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[tiles.unit, 0]]
-    queue, wide_queue = (
-        _queue(np.flatnonzero(some), plan.unit_cost[tiles.unit], first_slots, kv_heads, programs)
-        for some, programs in ((~tiles.wide, launch.programs), (tiles.wide, max(launch.wide_programs, 1)))
-    )
-    laid_out = counts, plan.row_positions, queue, wide_queue, items, runs, pieces, *merged
+    bounds = np.searchsorted(tiles.kind, np.arange(len(launch.classes) + 1))
+    queue = _queue(tiles, bounds[-2], launch.classes[-1], kv_heads)
+    laid_out = counts, bounds, queue, plan.row_positions, items, runs, pieces, *merged
     tables = tuple(_aligned(table) for table in laid_out)
     sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
-    return Work(tables, sizes, len(pieces), merged[0].size, int(np.diff(merged[1]).max(initial=0)))
+    return Work(
+        tables,
+        tuple((np.diff(bounds) > 0).tolist()),
+        sizes,
+        len(pieces),
+        merged[0].size,
+        int(np.diff(merged[1]).max(initial=0)),
+    )
 
 
 def _aligned(table: Int32Array | Int64Array) -> Int32Array:
@@ -200,24 +213,24 @@ def _aligned(table: Int32Array | Int64Array) -> Int32Array:
     return flat
 
 
-def _queue(
-    items: Int64Array, costs: NDArray[np.float64], first_slots: Int64Array, kv_heads: int, programs: int
-) -> Int64Array:
-    """Each program's share of `items` in turn, in rounds of one entry a program, ending with two rounds of -1: the
-    kernel looks that far ahead. Tiles of equal cost `[tiles]` that begin with the same keys go together, so that these
-    come from memory once.
+def _queue(tiles: _Tiles, first: int, widest: TileClass, kv_heads: int) -> Int64Array:
+    """Each program's share of the tiles from `first` on in turn, in rounds of one entry a program, ending with two
+    rounds of -1: the kernel looks that far ahead. Empty where these tiles are not for Hopper's kernel.
     """
-    order = items[np.argsort(first_slots[items], kind="stable")]
-    ordered = (kv_heads * order[:, None] + np.arange(kv_heads)).reshape(-1)
-    offsets, places = assign(np.repeat(costs[order], kv_heads), programs)
+    if not widest.hopper:
+        return np.empty(0, np.int64)
+    tasks, programs = np.arange(first * kv_heads, tiles.kind.size * kv_heads), widest.programs
+    offsets, places = assign(np.repeat(tiles.cost[first:], kv_heads), programs)
     turns = np.arange(places.size) - np.repeat(offsets[:-1], np.diff(offsets))
     queue = np.full((int(np.diff(offsets).max(initial=0)) + 2, programs), -1, np.int64)
-    queue[turns, np.repeat(np.arange(programs), np.diff(offsets))] = ordered[places]
+    queue[turns, np.repeat(np.arange(programs), np.diff(offsets))] = tasks[places]
     return queue
 
 
 def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
-    """Tiles of at most the widest class, each of the narrowest class that holds it."""
+    """Tiles of at most the widest class, each of the narrowest class that holds it; tiles of equal cost that begin with
+    the same keys go together, so that these come from memory once.
+    """
     widest = launch.most_rows(group)
     assert widest < 256, "a gathered key holds rows in 8 bits"
     sizes = np.diff(plan.unit_rows, axis=1)[:, 0].astype(np.int64)
@@ -226,16 +239,18 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     rank = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
     first = plan.unit_rows[unit, 0] + rank * widest
     rows = np.minimum(widest, plan.unit_rows[unit, 1] - first)
-    kind = np.full(unit.size, len(launch.tiles) - 1)
-    for index in reversed(range(len(launch.tiles))):
-        kind[rows * group <= launch.tiles[index]] = index
+    kind = np.searchsorted([one.rows for one in launch.classes], rows * group)
+    first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[unit, 0]]
+    order = np.lexsort((first_slots, -plan.unit_cost[unit], kind))
+    unit, first, rows, kind = unit[order], first[order], rows[order], kind[order]
     bounds = np.stack([first, first + rows], axis=1)
     return _Tiles(
         unit=unit,
+        cost=plan.unit_cost[unit],
         first=first,
         rows=rows,
         kind=kind,
-        wide=(kind == WIDE) & (launch.wide_programs > 0),
+        block=np.array([one.block_keys for one in launch.classes])[kind],
         lowest=reduce_ranges(np.minimum, plan.row_positions, bounds).astype(np.int64),
         highest=reduce_ranges(np.maximum, plan.row_positions, bounds).astype(np.int64),
     )
@@ -262,7 +277,7 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
         until = np.minimum(tiles.lowest[tile] + 1 - position, plan.segment_lengths[segment])
         if plan.window is not None:
             before = np.clip(first_seen(plan.window, tiles.highest[tile] + slack) - position, 0, length)
-        block = np.where(tiles.wide[tile], launch.wide_keys, launch.block_keys)
+        block = tiles.block[tile]
         run = (until - before) // block * block
         run[~whole | (run < launch.least_run)] = 0
         before[run == 0] = 0

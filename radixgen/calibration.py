@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +22,7 @@ logger = logging.getLogger(__name__)
 _BYTES = 512
 """K and V of one key and head where the constants were measured: head_dim 128, 16 bit."""
 _KV_HEADS, _GROUP = 8, 4
-_LEAST_LAUNCH = 3.0
-"""Microseconds of a launch, of which the timing of one after the other hides a part"""
 _SHIPPED = Path(__file__).with_name("calibration.json")
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchCost:
-    """One way to launch the attention kernels: how many programs run at the same time, and what a tile takes them.
-
-    Where tiles of 128 rows have a launch of their own, the programs are that launch's. The launch of the other tiles
-    runs twice as many, so that half of what one of these takes is charged to a program.
-    """
-
-    programs: int
-    tiles: tuple[TileCost, ...]
-    launch: float = 0.0
-    """Microseconds of that launch for tiles of 128 rows; 0 where they have none of their own"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +30,50 @@ class Calibration:
     """Microseconds of one program, for one KV head of 128 + 128 dimensions in 16 bit."""
 
     device: str
-    launches: tuple[LaunchCost, ...]
+    tiles: tuple[TileCost, ...]
+    """Each class of tiles in a launch of its own; of 128 rows only where a kernel for these has been measured"""
     partial: float
     """Of a query head's row, with one program running"""
     first_key: float
     """Likewise, of a distinct key"""
+    launch: float
+    """Of each launch but the first"""
     merge: float
     flash: FlashCost | None = None
     """Of the flash-attn package, likewise but of the whole device, where it has been measured there"""
 
     def cost_models(self, geometry: Geometry, *, wide: bool = False) -> tuple[CostModel, ...]:
-        """The costs of layers of this shape, one model a launch: those of keys and partials go with their bytes.
+        """The costs of layers of this shape, one model for each class that a plan's widest tiles may have: those of
+        keys and partials go with their bytes.
 
-        `wide`: whether these layers' tiles of 128 rows have a launch of their own.
+        `wide`: whether these layers' tiles of 128 rows have a kernel of their own.
         """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
-        # Of large heads a multiprocessor holds half as many programs, each as fast as two, in tiles of one class.
-        large = max(geometry.padded) > 128
-        fewer = 2 if large else 1
+        tiles = [tile for tile in self.tiles if tile.rows >= geometry.group and (wide or tile.rows <= 64)]
+        # Of large heads a multiprocessor holds half as many programs, each as fast as two.
+        fewer = 2 if max(geometry.padded) > 128 else 1
+        programs = tiles[0].programs // fewer
         return tuple(
             CostModel(
-                tiles=tuple(_scaled(tile, width / fewer) for tile in (launch.tiles[-1:] if large else launch.tiles)),
-                partial=self.partial * launch.programs / fewer * geometry.v_head_dim / 128,
-                first_key=self.first_key * launch.programs / fewer * width,
+                tiles=tuple(_scaled(tile, width, fewer) for tile in tiles[:count]),
+                partial=self.partial * programs * geometry.v_head_dim / 128,
+                first_key=self.first_key * programs * width,
                 group=geometry.group,
                 kv_heads=geometry.kv_heads,
-                programs=launch.programs // fewer,
+                programs=programs,
                 merge=self.merge,
-                launch=launch.launch,
+                launch=self.launch,
                 least_run=LEAST_RUN,
                 mix=True,
             )
-            for launch in self.launches
-            if launch.tiles[-1].rows >= geometry.group and (wide or launch.tiles[-1].rows <= 64)
+            for count in range(1, len(tiles) + 1)
         )
 
 
-def _scaled(tile: TileCost, width: float) -> TileCost:
-    mixed = None if tile.mixed is None else tile.mixed * width
-    return TileCost(tile.rows, tile.unit, tile.key * width, mixed)
+def _scaled(tile: TileCost, width: float, fewer: int) -> TileCost:
+    """Of `width` times as many bytes a key, by a `fewer`th of the programs."""
+    mixed = None if tile.mixed is None else tile.mixed * width / fewer
+    return replace(tile, key=tile.key * width / fewer, mixed=mixed, programs=tile.programs // fewer)
 
 
 def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ...]:
@@ -153,7 +142,7 @@ def _read(path: Path) -> list[Calibration]:
         Calibration(
             **entry
             | {
-                "launches": tuple(_launch(**launch) for launch in entry["launches"]),
+                "tiles": tuple(TileCost(**tile) for tile in entry["tiles"]),
                 "flash": FlashCost(**entry["flash"]) if entry.get("flash") else None,
             }
         )
@@ -161,31 +150,19 @@ def _read(path: Path) -> list[Calibration]:
     ]
 
 
-def _launch(programs: int, tiles: list[dict[str, float]], launch: float = 0.0) -> LaunchCost:
-    return LaunchCost(programs, tuple(TileCost(**tile) for tile in tiles), launch)  # type: ignore[arg-type]
-
-
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
     """Measure `device`, in some seconds; `time_us` gives the median microseconds of a call, launches excluded."""
     from radixgen.kernels.triton_backend import Chip, choose_launch, takes_wide
 
     measure = _Measure(device, time_us)
-    apart = measure.tiles(nodes=64, rows=1, keys=4096, tile=16)
-    launches = []
     chip, geometry = Chip.of(device), Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16)
-    for classes in ((16,), (16, 64)):
-        launch = choose_launch(geometry, classes[-1], chip)
-        tiles = tuple(measure.tile(rows, classes, launch.programs) for rows in classes)
-        launches.append(LaunchCost(launch.programs, tiles))
-    if takes_wide(geometry, chip):
-        programs = chip.multiprocessors
-        half = (TileCost(one.rows, one.unit / 2, one.key / 2, (one.mixed or one.key) / 2) for one in tiles)
-        launches.append(LaunchCost(programs, (*half, measure.tile(128, (16, 64, 128), programs)), measure.launch()))
+    launch = choose_launch(geometry, 128 if takes_wide(geometry, chip) else 64, chip)
     return Calibration(
         device=torch.cuda.get_device_name(device),
-        launches=tuple(launches),
+        tiles=tuple(measure.tile(one.rows, one.programs) for one in launch.classes),
         partial=measure.partial(),
-        first_key=apart / (64 * 4096 * _KV_HEADS),
+        first_key=measure.tiles(nodes=64, rows=1, keys=4096, tile=16) / (64 * 4096 * _KV_HEADS),
+        launch=measure.launch(),
         merge=measure.merge(),
     )
 
@@ -197,31 +174,31 @@ class _Measure:
         self.device = device
         self.time_us = time_us
 
-    def tile(self, rows: int, classes: tuple[int, ...], programs: int) -> TileCost:
-        """Cost of a unit and of a key of both kinds, in tiles of `rows` rows, in the launch that has `classes`.
+    def tile(self, rows: int, programs: int) -> TileCost:
+        """Cost of a unit and of a key of both kinds, in tiles of `rows` rows.
 
         Each is the slope between two sizes that keep all programs busy and fit the cache.
         """
         per_tile = rows // _GROUP
         many = 16 * programs // _KV_HEADS
-        short = {n: self.tiles(nodes=n, rows=per_tile, keys=16, tile=rows, classes=classes) for n in (many // 2, many)}
+        short = {n: self.tiles(nodes=n, rows=per_tile, keys=16, tile=rows) for n in (many // 2, many)}
         unit = (short[many] - short[many // 2]) * programs / (many - many // 2) / _KV_HEADS
         tall = 4 * programs // _KV_HEADS
-        long = {n: self.tiles(1, per_tile * tall, n, tile=rows, classes=classes) for n in (4096, 8192)}
+        long = {n: self.tiles(1, per_tile * tall, n, tile=rows) for n in (4096, 8192)}
         key = (long[8192] - long[4096]) * programs / 4096 / tall / _KV_HEADS
         units = programs // _KV_HEADS
-        leaves = {n: self.mixed(units * per_tile, n // per_tile, tile=rows, classes=classes) for n in (128, 256)}
+        leaves = {n: self.mixed(units * per_tile, n // per_tile, tile=rows) for n in (128, 256)}
         mixed = (leaves[256] - leaves[128]) * programs / units / _KV_HEADS / 128
-        return TileCost(rows, max(unit - 16 * max(key, mixed), 0.0), key, max(mixed, key))
+        return TileCost(rows, max(unit - 16 * max(key, mixed), 0.0), key, max(mixed, key), programs)
 
-    def tiles(self, nodes: int, rows: int, keys: int, tile: int, classes: tuple[int, ...] = (16,)) -> float:
+    def tiles(self, nodes: int, rows: int, keys: int, tile: int) -> float:
         """Nodes of `keys` keys, side by side, with `rows` rows in each, in tiles of one class."""
         parents, lengths = np.full(nodes, -1), np.full(nodes, keys)
-        return self._time(parents, lengths, np.repeat(np.arange(nodes), rows), tile, "unshared", classes)
+        return self._time(parents, lengths, np.repeat(np.arange(nodes), rows), "unshared", tile)
 
-    def mixed(self, leaves: int, keys: int, tile: int, classes: tuple[int, ...]) -> float:
+    def mixed(self, leaves: int, keys: int, tile: int) -> float:
         """Leaves of `keys` keys with a row each, as many in a tile as it holds."""
-        return self._time(np.full(leaves, -1), np.full(leaves, keys), np.arange(leaves), tile, "auto", classes)
+        return self._time(np.full(leaves, -1), np.full(leaves, keys), np.arange(leaves), "auto", tile)
 
     def partial(self) -> float:
         """What one query head's row of one partial adds: the same keys in one node, and in a chain of nine units."""
@@ -231,34 +208,31 @@ class _Measure:
             # A row at each node, because a chain without rows counts as one node.
             standing = np.concatenate([np.arange(depth - 1), np.full(rows, depth - 1)])
             parents, keys = np.arange(-1, depth - 1), np.full(depth, 64)
-            apart = self._time(parents, keys, standing, 64, "naive", (16, 64))
-            taken.append(apart - self._time(parents, keys, standing, 64, "unshared", (16, 64)))
+            apart = self._time(parents, keys, standing, "naive", 64)
+            taken.append(apart - self._time(parents, keys, standing, "unshared", 64))
         return max(taken[1] - taken[0], 0.0) / (rows * _GROUP * _KV_HEADS * 7)
 
     def launch(self) -> float:
-        """What a tile of 64 rows takes longer where there is a launch for wide ones before it."""
-        rows, keys = np.zeros(64 // _GROUP, np.int64), np.full(1, 128)
-        one, two = (
-            self._time(np.array([-1]), keys, rows, 64, "unshared", classes) for classes in ((16, 64), (16, 64, 128))
-        )
-        return max(two - one, _LEAST_LAUNCH)
+        """What a launch for tiles of 16 rows adds to one for tiles of 64, with one of each."""
+        keys, rows = np.full(2, 64), np.repeat([0, 1], [64 // _GROUP, 1])
+        both = self._time(np.full(2, -1), keys, rows, "unshared", 16, 64)
+        return max(both - self._time(np.full(2, -1), keys, rows[:-1], "unshared", 64), 0.0)
 
     def merge(self) -> float:
         """What the launch that merges adds: a row over two short nodes as two units, which run at the same time, and
         over one.
         """
         row, keys = np.array([0]), np.full(2, 64)
-        both = self._time(np.array([-1, 0]), keys, np.array([0, 1]), 16, "naive")
-        return max(both - self._time(np.array([-1]), keys[:1], row, 16, "unshared"), 0.0)
+        both = self._time(np.array([-1, 0]), keys, np.array([0, 1]), "naive", 16)
+        return max(both - self._time(np.array([-1]), keys[:1], row, "unshared", 16), 0.0)
 
     def _time(
         self,
         parents: NDArray[np.int64],
         lengths: NDArray[np.int64],
         rows: NDArray[np.int64],
-        tile: int,
         mode: PlanMode,
-        classes: tuple[int, ...] = (16,),
+        *classes: int,
     ) -> float:
         starts = np.zeros_like(lengths)
         for node, parent in enumerate(parents.tolist()):
@@ -267,8 +241,8 @@ class _Measure:
         ends = np.cumsum(lengths)
         above, positions, keys = _narrow(parents, starts, lengths)
         forest = Forest(above, positions, keys, np.arange(parents.size + 1), ends - lengths, keys)
-        # A unit so dear that as few as possible are made, and other classes dearer still.
-        tiles = tuple(TileCost(most, 1e6 if most == tile else 1e12, 1e-6) for most in classes)
+        # A unit so dear that as few as possible are made.
+        tiles = tuple(TileCost(most, 1e6, 1e-6) for most in classes)
         cost = CostModel(tiles=tiles, partial=1e9, group=_GROUP, mix=mode == "auto")
         nodes, last = _narrow(rows, (starts + lengths - 1)[rows])
         made = plan(forest, nodes, last, mode=mode, cost=cost)

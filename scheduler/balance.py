@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.schedule import makespan
+from radixgen.kernels.schedule import Launched, makespan
 from radixgen.scheduler.cost import CostModel
 
 Floats = NDArray[np.float64]
@@ -25,7 +25,7 @@ class Balance(NamedTuple):
     limits: Int64Array
     """`[units]`: keys of one piece at most, mixed ones weighted, a multiple of 64; 0 where the unit stays whole"""
     time: float
-    """When the last program is done, merging included"""
+    """When the last program is done, all launches included"""
     even: float
     """When all would be done, were the work shared out evenly: no balance takes less"""
 
@@ -35,51 +35,52 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
 
     Limits from a program's fair share down to an eighth of it are tried, each split charged with its partials, until
     the makespan is within 1.15 of what no balance could beat; the best is taken. Where even work would take longer than
-    `to_beat`, nothing is tried. What is bound by memory slows all programs of a launch alike.
+    `to_beat`, nothing is tried.
     """
     rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
-    costs = cost.unit_costs(rows, units[:, 7], units[:, 8])
-    costs += cost.partial * cost.group * coverage(units, num_rows)[1]
-    apart = cost.apart(rows)
-    even = 0.0
-    for launched in (~apart, apart) if apart.any() else (~apart,):
+    classes, programs = cost.classes(rows), [cost.programs_of(tile) for tile in cost.usable]
+    taken = (np.array(programs) / cost.programs)[classes]
+    partial = cost.partial * cost.group * taken
+    costs = cost.unit_costs(rows, units[:, 7], units[:, 8]) * taken + partial * coverage(units, num_rows)[1]
+    even, slowed = 0.0, [1.0] * len(programs)
+    for index in np.unique(classes):
+        launched = classes == index
         read = int(units[launched, 7].sum())
-        work = max(float(costs[launched].sum()) * cost.kv_heads / cost.programs, 1e-9)
+        work = max(float(costs[launched].sum()) * cost.kv_heads / programs[index], 1e-9)
         longer = max(work, cost.reads(min(unique, read), read))
-        costs[launched] *= longer / work
+        slowed[index] = longer / work
         even, unique = even + longer, unique - min(unique, read)
-    split_fixed = cost.launch + cost.merge
-    whole_fixed = cost.launch if int(rows.sum()) == num_rows else split_fixed
+    split_fixed = cost.launch * int(classes.max(initial=0)) + cost.merge
+    whole_fixed = split_fixed - (cost.merge if int(rows.sum()) == num_rows else 0.0)
     whole = np.zeros(len(units), np.int64)
     if cost.programs == 1 or even + whole_fixed >= to_beat:
         return Balance(whole, even + whole_fixed, even)
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
         return Balance(whole, even + longest / 2 + whole_fixed, even)
-    least = _makespan(costs, apart, cost)
+
+    def time(costs: Floats, classes: Int64Array) -> float:
+        shares = [costs[classes == index] for index in range(len(programs))]
+        return makespan([*map(Launched, shares, programs, slowed)][::-1], cost.kv_heads)
+
+    least = time(costs, classes)
     best = Balance(whole, least + whole_fixed, even)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
+    unit = np.array([tile.unit for tile in cost.usable])[classes]
     for part in _SHARES:
         if least <= ENOUGH * max(even, fixed):
             break
         limits = _limits(costs, keys, part * even)
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
-        partials = (cost.partial * cost.group) * rows.astype(np.float64)
-        split = _pieces(costs, keys, limits, pieces, partials, cost.tiles[0].unit)
-        least = _makespan(split, np.repeat(apart, pieces), cost)
+        split = _pieces(costs, keys, limits, pieces, partial * rows, unit)
+        least = time(split, np.repeat(classes, pieces))
         if least + split_fixed < best.time:
             best = Balance(limits, least + split_fixed, even)
     return best
 
 
-def _makespan(costs: Floats, apart: NDArray[np.bool_], cost: CostModel) -> float:
-    """Of both launches, one after the other, where some units are apart."""
-    parts = (costs[apart], costs[~apart]) if apart.any() else (costs,)
-    return sum(makespan(part, cost.programs, cost.kv_heads) for part in parts)
-
-
 def _pieces(
-    costs: Floats, keys: Int64Array, limits: Int64Array, pieces: Int64Array, partials: Floats, unit: float
+    costs: Floats, keys: Int64Array, limits: Int64Array, pieces: Int64Array, partials: Floats, unit: Floats
 ) -> Floats:
     """What every piece of every unit costs: in proportion to its keys, and a `unit` and `partials` for each piece."""
     whole = pieces == 1

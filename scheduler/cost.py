@@ -12,7 +12,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class TileCost:
-    """A class of tiles: one unit of at most `rows` rows, against any number of keys, for one KV head."""
+    """A class of tiles: what one program of its launch takes for one unit of at most `rows` rows, against any number of
+    keys, for one KV head.
+    """
 
     rows: int
     """Rows of the tree times the query heads that share a KV head."""
@@ -21,11 +23,14 @@ class TileCost:
     """That all rows of the tile see"""
     mixed: float | None = None
     """A key that only some rows of the tile see, or that lies in a short extent; as much as `key` by default"""
+    programs: int = 0
+    """That run at the same time in the launch of this class; as many as the cost model's by default"""
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What a plan costs, in microseconds of one of `programs` that run at the same time; on a CPU in any unit.
+    """What a plan costs, in microseconds of one of `programs` that run at the same time; on a CPU in any unit. A tile
+    of a class with half as many programs takes two of them.
 
     A plan costs, for each KV head, the sum of
 
@@ -33,9 +38,9 @@ class CostModel:
       for keys that only some of these rows see;
     - `partial` for each query head's row of each partial result: a row covered by one unit has none, one covered by
       `k > 1` has `k`;
-    and takes `merge` longer where there are partials at all, and `launch` longer in any case. It takes no less than
-    `first_key` for each distinct key and the least `tile.key` for each time that one is read again: neither hides
-    behind the other, because all programs go from the root down at the same time.
+    and takes `merge` longer where there are partials at all, and `launch` longer for each class below that of its
+    widest tiles. It takes no less than `first_key` for each distinct key and the least `tile.key` for each time that
+    one is read again: neither hides behind the other, because all programs go from the root down at the same time.
 
     The default suits PyTorch on a CPU at head_dim 64, in keys read: a unit costs an operator's dispatch, a partial its
     write, read and merge.
@@ -53,7 +58,7 @@ class CostModel:
     least_run: int = 0
     """Keys of an extent, from which they cost `tile.key` where all rows see them."""
     launch: float = 0.0
-    """Of a launch for tiles of the last class alone, ahead of the others; 0 where one launch has all"""
+    """Of each launch but the first: there is one for each class of tiles, the widest first"""
     mix: bool = False
     """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
 
@@ -67,22 +72,31 @@ class CostModel:
         """Keys that all rows of a tile see, to which a mixed key comes, at the most and about."""
         return max([1, *(round(t.mixed / t.key) for t in self.tiles if t.mixed is not None and t.key)])
 
-    def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Rows of the tree `[classes]`, and cost of a unit, a key and a mixed key `[3, classes]`, of each class that
-        holds a row at all.
-        """
+    @property
+    def usable(self) -> list[TileCost]:
+        """The classes that hold a row at all."""
         usable = [tile for tile in self.tiles if tile.rows >= self.group]
         if not usable:
             raise ValueError(f"no tile of {self.tiles} holds a group of {self.group} heads")
-        return (
-            np.array([tile.rows // self.group for tile in usable], np.int64),
-            np.array([(t.unit, t.key, t.key if t.mixed is None else t.mixed) for t in usable], np.float64).T.copy(),
-        )
+        return usable
 
-    def apart(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which units of so many rows of the tree, `[units]`, have the launch ahead of the others."""
+    def programs_of(self, tile: TileCost) -> int:
+        """That run at the same time in the launch of this class."""
+        return tile.programs or self.programs
+
+    def columns(self) -> tuple[NDArray[np.int64], Floats]:
+        """Rows of the tree `[classes]`, and cost of a unit, a key and a mixed key `[3, classes]`, of each usable
+        class.
+        """
+        usable = self.usable
+        prices = np.array([(t.unit, t.key, t.key if t.mixed is None else t.mixed) for t in usable], np.float64)
+        shares = np.array([self.programs / self.programs_of(tile) for tile in usable])
+        return np.array([tile.rows // self.group for tile in usable], np.int64), (prices.T * shares).copy()
+
+    def classes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which usable class answers units of so many rows of the tree, `[units]`: the narrowest that holds them."""
         most = self.columns()[0]
-        return rows > most[-2] if self.launch and most.size > 1 else np.zeros(rows.shape, bool)
+        return np.minimum(np.searchsorted(most, rows), most.size - 1)
 
     def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]) -> Floats:
         """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys,

@@ -152,7 +152,8 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
     laid = lay_out(paths, choice.units, choice.balance.limits, cost.least_run, cost.mixed_weight)
     over, partials = coverage(laid.unit_rows, paths.positions.size)
     counts, fates = readers(choice.units, walk, choice.fates)
-    costs = cost.unit_costs(laid.unit_rows[:, 1] - laid.unit_rows[:, 0], laid.keys, laid.mixed)
+    rows = laid.unit_rows[:, 1] - laid.unit_rows[:, 0]
+    costs = cost.unit_costs(rows, laid.keys, laid.mixed)
     return Plan(
         row_positions=paths.positions.astype(np.int32),
         row_order=paths.order,
@@ -161,7 +162,7 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
         unit_segments=laid.unit_segments,
         unit_rank=laid.unit_rank,
         unit_cost=costs + cost.partial * cost.group * partials,
-        tile_rows=_widest(cost, np.diff(laid.unit_rows, axis=1).astype(np.int64)),
+        tile_rows=cost.usable[int(cost.classes(rows).max(initial=0))].rows,
         predicted=choice.balance.time,
         segment_starts=laid.segment_starts,
         segment_lengths=laid.segment_lengths,
@@ -178,13 +179,6 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
             readers=counts[1:].astype(np.int32),
         ),
     )
-
-
-def _widest(cost: CostModel, unit_rows: Int64Array) -> int:
-    """Rows of the widest class of tiles that is launched: the launch for the last class alone is left out where no unit
-    wants it.
-    """
-    return cost.tiles[-1].rows if not cost.launch or cost.apart(unit_rows).any() else cost.tiles[-2].rows
 
 
 class Planner:

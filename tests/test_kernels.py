@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from radixgen import Engine, TreeAttention
-from radixgen.core import Chunk
+from radixgen.core import Chunk, Plan
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.room import Room
-from radixgen.kernels.schedule import assign
+from radixgen.kernels.schedule import Launched, assign, makespan
+from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 from radixgen.model import graphs
 from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
 
@@ -138,10 +139,11 @@ def leaves_and_span(rows: int) -> tuple[Case, Case]:
 )
 def test_wide_tiles(heads: tuple[int, int], mode, masks) -> None:
     window, softcap, sinks = masks
+    cost = replace(WIDE, group=heads[0] // heads[1])
     for case in leaves_and_span(150 * heads[1] // heads[0]):
-        attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=WIDE)
-        assert attn.plan.tile_rows == 128 and np.diff(attn.plan.unit_rows).max() * heads[0] // heads[1] > 64
-        options = {"mode": mode, "cost": WIDE, "window": window, "softcap": softcap, "sinks": sinks}
+        attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, mode=mode, cost=cost)
+        assert attn.plan.tile_rows == 128 and np.diff(attn.plan.unit_rows).max() * cost.group > 64
+        options = {"mode": mode, "cost": cost, "window": window, "softcap": softcap, "sinks": sinks}
         check(case, heads, (128, 128), DTYPES[-1], **options)
 
 
@@ -163,12 +165,13 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
         assert torch.equal(shared(q, k, v, 0.1, softcap)[0], prepared()(q, k, v, 0.1, softcap)[0])
 
 
-def test_wide_tiles_have_a_launch_of_their_own() -> None:
+def test_each_class_of_tiles_has_a_launch() -> None:
     hopper, geometry = triton_backend.Chip(90, 132), Geometry(8, 4, 128, 128, torch.bfloat16)
     if not triton_backend.takes_wide(geometry, hopper):
         pytest.skip("this version of Triton does not compile the kernel")
     found = triton_backend.choose_launch(geometry, 128, hopper)
-    assert found.tiles == (16, 64, 128) and found.wide_programs == 132
+    assert [one.rows for one in found.classes] == [16, 64, 128]
+    assert [one.hopper for one in found.classes] == [False, False, True] and found.classes[-1].programs == 132
     for launch in (
         triton_backend.choose_launch(geometry, 64, hopper),
         triton_backend.choose_launch(geometry, 128, hopper, windowed=True),
@@ -176,7 +179,7 @@ def test_wide_tiles_have_a_launch_of_their_own() -> None:
         triton_backend.choose_launch(geometry, 128, triton_backend.Chip(80, 108)),
         triton_backend.choose_launch(replace(geometry, head_dim=64, v_head_dim=64), 128, hopper),
     ):
-        assert launch.tiles == (16, 64, 0) and launch.wide_programs == 0
+        assert [one.rows for one in launch.classes] == [16, 64] and not any(one.hopper for one in launch.classes)
 
 
 def test_a_row_without_keys() -> None:
@@ -230,12 +233,70 @@ def test_schedule_is_complete_and_even(items: int, programs: int) -> None:
     assert max(loads) <= costs.sum() / programs + costs.max()
 
 
+def test_a_launch_begins_where_the_one_before_it_ends() -> None:
+    """Three programs of one launch, six of the next."""
+    wide, narrow = Launched(np.array([9.0, 4.0]), 3), Launched(np.full(10, 1.0), 6)
+    assert makespan([wide, narrow]) == 9.0 and makespan([wide, Launched(np.full(100, 1.0), 6)]) == 21.0
+    assert makespan([wide, narrow], copies=3) == 13.0 + 5.0
+
+
+def test_few_programs_are_not_slowed_by_memory() -> None:
+    """Memory for two of four programs: two take no longer than one, four take twice as long."""
+    for items, time in ((1, 10.0), (2, 10.0), (4, 20.0)):
+        assert makespan([Launched(np.full(items, 10.0), 4, 2.0)]) == time
+    assert makespan([Launched(np.array([10.0, 10.0, 10.0, 30.0]), 4, 2.0)]) == 40.0
+
+
+def laid_out(rows: int, keys: int) -> tuple[Plan, Launch, Work]:
+    """A plan of leaves with a row each beside a node with `rows` rows, for the launch of its widest tiles."""
+    parents, lengths = np.full(41, -1, np.int32), np.append(np.arange(1, 41), keys).astype(np.int32)
+    starts, extents = np.zeros(41, np.int32), np.cumsum(lengths) - lengths
+    forest = Forest(parents, starts, lengths, np.arange(42), extents.astype(np.int64), lengths)
+    nodes = np.append(np.arange(40), np.full(rows, 40)).astype(np.int32)
+    made = plan(forest, nodes, (lengths - 1)[nodes], mode="unshared", cost=replace(WIDE, group=4))
+    geometry = Geometry(2, 4, 128, 128, torch.float16)
+    launch = triton_backend.choose_launch(geometry, made.tile_rows, triton_backend.Chip(90, 3))
+    return made, launch, lay_out(made, launch, group=4, kv_heads=2)
+
+
+def test_items_are_sorted_by_class_and_cost() -> None:
+    _, launch, work = laid_out(rows=70, keys=50)
+    tables = dict(zip(TABLES, work.tables, strict=True))
+    bounds = tables["bounds"][: len(launch.classes) + 1]
+    items = tables["items"][: 9 * bounds[-1]].reshape(-1, 9)
+    assert [one.rows for one in launch.classes] == [16, 64, 128] and work.used == (True, True, True)
+    for kind, shape in enumerate(launch.classes):
+        rows = 4 * items[bounds[kind] : bounds[kind + 1], 1]
+        assert (rows <= shape.rows).all() and (not kind or (rows > launch.classes[kind - 1].rows).all())
+    gathered = np.diff(items[: bounds[1], 4:6], axis=1)[:, 0]
+    assert gathered.size == 40 and (np.diff(gathered) <= 0).all()
+    queue = tables["queue"][tables["queue"] >= 0]
+    assert sorted(queue.tolist()[: 2 * int(bounds[3] - bounds[2])]) == list(range(2 * bounds[2], 2 * bounds[3]))
+
+
+def test_programs_take_what_is_left_in_turn() -> None:
+    """More items than programs, again and again over the same tables: the last one resets the tickets."""
+    made, launch, _ = laid_out(rows=3, keys=9)
+    assert launch.classes[0].programs < 2 * 40
+    slots = int((made.segment_starts + made.segment_lengths).max())
+    q = torch.randn(made.num_rows, 8, 128, device=DEVICE, dtype=torch.float16)
+    k, v = torch.randn(2, slots, 2, 128, device=DEVICE, dtype=torch.float16)
+    positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
+    static = triton_backend.StaticAttention(made, None, positions, Room())
+    first = [one.clone() for one in static(q, k, v, 0.1)]
+    again = static(q, k, v, 0.1)
+    expected = backend("torch", DEVICE).attention(made, None, DEVICE)(q.float(), k.float(), v.float(), 0.1)
+    assert all(map(torch.equal, first, again)) and error(first[0], expected[0]) < TOLERANCE[torch.float16]
+    assert not any(tables.tickets.any() for tables in static._tables.values())
+
+
 def test_every_supported_geometry_has_a_launch() -> None:
     for group in (1, 3, 16, 17, 64, 71, 128):
         for dtype in DTYPES:
             geometry = Geometry(2, group, 128, 128, dtype)
-            launch = triton_backend.choose_launch(geometry, 200, triton_backend.Chip.of(DEVICE))
-            assert max(launch.tiles) >= group
+            for rows in (1, 64):
+                launch = triton_backend.choose_launch(geometry, 200, triton_backend.Chip.of(DEVICE), rows=rows)
+                assert launch.classes[-1].rows >= group
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
@@ -263,14 +324,15 @@ def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
             case.parents, case.extents, case.row_nodes, case.row_positions, attention="triton", cost=COST, window=50
         )
         expected, expected_lse = attn(q, k, v)
+        made = replace(attn.plan, tile_rows=64)
         order = torch.from_numpy(attn.plan.row_order).to(DEVICE)
         positions[:rows] = torch.from_numpy(attn.plan.row_positions).to(DEVICE)
         padded = torch.zeros(64, *q.shape[1:], device=DEVICE)
         padded[:rows] = q[order]
         if static is None:
-            static = triton_backend.StaticAttention(attn.plan, 50, positions, Room())
+            static = triton_backend.StaticAttention(made, 50, positions, Room())
         else:
-            assert static.load(attn.plan)
+            assert static.load(made)
         out, lse = static(padded, k, v, 64**-0.5)
         assert not out[rows:].any()
         assert error(out[:rows], expected[order]) < 1e-6 and error(lse[:rows], expected_lse[order]) < 1e-6

@@ -17,7 +17,7 @@ from radixgen.calibration import cost_models
 from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, reduce_ranges
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.schedule import makespan
+from radixgen.kernels.schedule import Launched, makespan
 from radixgen.scheduler.balance import ENOUGH, LEAST_KEYS
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, plan
 
@@ -184,13 +184,29 @@ Clock = Callable[[Plan, Sequence[CostModel]], float]
 
 
 def launch(found: Plan, costs: Sequence[CostModel]) -> CostModel:
-    """The cost model that the plan was made under."""
+    """The cost model whose classes are those that the plan is launched with."""
     return next(cost for cost in costs if cost.tiles[-1].rows == found.tile_rows)
+
+
+def launches(found: Plan, cost: CostModel, *, slowed: bool) -> list[Launched]:
+    """The plan's units by class, the widest first; `slowed`: by memory that can't keep up with the programs. Distinct
+    keys are the narrowest tiles' to read.
+    """
+    rows = np.diff(found.unit_rows, axis=1)[:, 0].astype(np.int64)
+    keys = np.add.reduceat(found.segment_lengths.astype(np.int64), found.unit_segments[:, 0])
+    unique, made = int(found.nodes.lengths.sum()), []
+    for index, tile in enumerate(cost.usable):
+        mine, programs = cost.classes(rows) == index, cost.programs_of(tile)
+        costs, read = found.unit_cost[mine] * programs / cost.programs, int(keys[mine].sum())
+        work = max(float(costs.sum()) * cost.kv_heads / programs, 1e-9)
+        made.append(Launched(costs, programs, max(1.0, cost.reads(min(unique, read), read) / work) if slowed else 1.0))
+        unique -= min(unique, read)
+    return made[::-1]
 
 
 def makespan_of(found: Plan, cost: CostModel) -> float:
     """When the last program is done with the units that the plan holds, partials included, merging not."""
-    return makespan(found.unit_cost, cost.programs, cost.kv_heads)
+    return makespan(launches(found, cost, slowed=False), cost.kv_heads)
 
 
 def even_share(found: Plan, cost: CostModel) -> float:
@@ -199,18 +215,16 @@ def even_share(found: Plan, cost: CostModel) -> float:
     """
     keys = np.add.reduceat(found.segment_lengths.astype(np.int64), found.unit_segments[:, 0])
     rows = np.diff(found.unit_rows, axis=1)[:, 0].astype(np.int64)
+    taken = np.array([cost.programs_of(tile) for tile in cost.usable])[cost.classes(rows)] / cost.programs
     least = cost.unit_costs(rows, np.minimum(keys, LEAST_KEYS), np.zeros_like(keys)) + cost.partial * cost.group * rows
-    return max(float(found.unit_cost.sum()) * cost.kv_heads / cost.programs, float(least.max()))
+    return max(float(found.unit_cost.sum()) * cost.kv_heads / cost.programs, float((least * taken).max()))
 
 
 def finished(found: Plan, costs: Sequence[CostModel]) -> float:
-    """When all units that the plan holds are done and merged. Where keys can't be read as fast as the programs work,
-    all of these are slowed alike.
-    """
+    """When all units that the plan holds are done and merged."""
     cost = launch(found, costs)
-    work = float(found.unit_cost.sum()) * cost.kv_heads / cost.programs
-    slowed = max(1.0, cost.reads(int(found.nodes.lengths.sum()), found.kv_tokens_read) / work)
-    return slowed * makespan_of(found, cost) + (0.0 if found.single else cost.merge)
+    fixed = cost.launch * (len(cost.usable) - 1) + (0.0 if found.single else cost.merge)
+    return makespan(launches(found, cost, slowed=True), cost.kv_heads) + fixed
 
 
 def predicted(found: Plan, _: Sequence[CostModel]) -> float:

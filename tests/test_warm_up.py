@@ -146,7 +146,7 @@ def test_steps_stay_inside_of_pool_and_context(size: int) -> None:
     ]  # fmt: skip
     for step in steps:
         plan = step.plan(size, size)
-        assert plan.num_rows == step.rows and plan.tile_rows == step.cost.tiles[-1].rows
+        assert plan.num_rows == step.rows and plan.tile_rows <= step.cost.tiles[-1].rows
         assert (plan.segment_starts + plan.segment_lengths + plan.segment_room).max() <= size
         assert plan.row_positions.min() >= 0 and plan.row_positions.max() < size
         if step.num_logits == step.rows:

@@ -91,7 +91,7 @@ class Plan:
     unit_cost: NDArray[np.float64]
     """`[units]`: what the cost model says of it, for one KV head."""
     tile_rows: int
-    """Query heads' rows in the widest tile that the plan was made for."""
+    """Query heads' rows in the class of its widest tiles."""
     predicted: float
     """When attention should be done with one layer, in the cost model's unit."""
     segment_starts: Int64Array
