@@ -28,6 +28,7 @@ import numpy as np
 from bench.null import NullModel
 from bench.report import Report, benchmark_options, time_each
 from radixgen import CompletionOutput, Engine, RequestOutput, SamplingParams
+from radixgen.core import PromptTokens
 from radixgen.model.loader import load_tokenizer
 
 SEQUENCES = 256
@@ -84,7 +85,8 @@ def timed(engine: Engine, spent: dict[str, float]) -> Iterator[None]:
 
 def bare_outputs() -> list[RequestOutput]:
     """What a step has to return, made from nothing."""
-    return [RequestOutput("", [], [CompletionOutput(0, "", [1])], False) for _ in range(SEQUENCES)]
+    none = PromptTokens([])
+    return [RequestOutput("", none, [CompletionOutput(0, "", [1])], False) for _ in range(SEQUENCES)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -145,7 +145,7 @@ def generate(
         for request, output in zip(requests, outputs, strict=True):
             line = {
                 "id": request.get("id", output.request_id),
-                "num_prompt_tokens": len(output.prompt_token_ids),
+                "num_prompt_tokens": output.num_prompt_tokens,
                 "num_cached_tokens": output.num_cached_tokens,
                 "num_shared_tokens": output.num_shared_tokens,
                 "sharing_ended": output.sharing_ended and asdict(output.sharing_ended),
@@ -184,7 +184,7 @@ def chat(
                 with talk.stream(said) as answer:
                     for delta in answer:
                         console.print(delta.outputs[0].text, end="", markup=False, highlight=False)
-                cached, asked = delta.num_cached_tokens, len(delta.prompt_token_ids)
+                cached, asked = delta.num_cached_tokens, delta.num_prompt_tokens
                 console.print(f"\n[dim]{cached} of {asked} prompt tokens were cached[/]")
 
 

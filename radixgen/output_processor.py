@@ -158,7 +158,7 @@ class OutputProcessor:
         told = touched if kind == "delta" else request.sequences
         return RequestOutput(
             request_id=request.id,
-            prompt_token_ids=request.prompt_ids,
+            prompt_tokens=request.prompt_tokens,
             outputs=[self._completion(sequence, kind == "delta") for sequence in told],
             finished=request.finished,
             num_cached_tokens=request.num_cached_tokens or 0,
@@ -206,7 +206,7 @@ class OutputProcessor:
         for sequence in request.sequences:
             self._end(sequence, "error", repr(error))
         outputs = [CompletionOutput(s.index, "", [], s.finish_reason, s.stop_reason) for s in request.sequences]
-        return RequestOutput(request.id, request.prompt_ids, outputs, finished=True)
+        return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True)
 
     def _forget(self, request: Request) -> None:
         self._core.forget(request)

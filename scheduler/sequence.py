@@ -7,7 +7,7 @@ import numpy as np
 
 from radixgen.beam_search import BeamSearch, Choices
 from radixgen.cache import FollowedMatch, Lock, TokenArray
-from radixgen.core import FinishReason, SamplingParams, SamplingState, SharingEnd
+from radixgen.core import FinishReason, PromptTokens, SamplingParams, SamplingState, SharingEnd
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +48,11 @@ class Request:
     waiting: list["Sequence"] = field(default_factory=list)
     """Those of its sequences that have no cursor yet, or lost it to preemption."""
     unfinished: int = 0
-    _prompt_ids: list[int] | None = None
+    prompt_tokens: PromptTokens = field(init=False)
+    """The prompt as outputs tell it"""
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = PromptTokens(self.prompt)
 
     @property
     def finished(self) -> bool:
@@ -58,13 +62,6 @@ class Request:
     def reading(self) -> bool:
         """Whether tokens of the prompt are still to be scored."""
         return self.targets is not None and self.next_read < self.targets.size
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The prompt as a list, made once."""
-        if self._prompt_ids is None:
-            self._prompt_ids = self.prompt.tolist()
-        return self._prompt_ids
 
     def add_sequence(self, sequence: "Sequence") -> None:
         self.sequences.append(sequence)

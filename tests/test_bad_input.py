@@ -14,6 +14,8 @@ import families
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from names import name_of
 from oracle import StampModel
 from texts import tokenizer
@@ -174,6 +176,35 @@ SERVED = tuple(ENTRIES)[:5]
 @names(PROMPTS)
 def test_bad_prompts(case: Any, entry: str) -> None:
     check_refusal(lambda engine: ENTRIES[entry](engine, case), "prompt")
+
+
+ODD_TOKENS = [
+    True,
+    False,
+    1.0,
+    NAN,
+    "1",
+    b"1",
+    None,
+    [2],
+    HUGE,
+    torch.tensor(5),
+    np.bool_(True),
+    np.float32(2),
+    VOCAB,
+    -1,
+]
+
+
+@given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), st.sampled_from(ODD_TOKENS), st.data())
+def test_one_odd_token_is_named_wherever_it_stands(tokens: list[Any], odd: Any, data: st.DataObject) -> None:
+    inputs = serve()._inputs
+    place = data.draw(st.integers(0, len(tokens)))
+    assert inputs.tokenize(tokens).tolist() == tokens
+    assert inputs.tokenize([np.int32(tokens[0]), *tokens[1:]]).tolist() == tokens
+    with pytest.raises(InvalidRequest) as caught:
+        inputs.tokenize([*tokens[:place], odd, *tokens[place:]])
+    assert caught.value.field == f"prompt[{place}]"
 
 
 @pytest.mark.parametrize("entry", SERVED)

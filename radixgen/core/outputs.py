@@ -4,6 +4,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -79,6 +82,32 @@ class SharingEnd:
     cached_tokens: tuple[int, ...] = ()
 
 
+class PromptTokens:
+    """The token ids of a prompt; as a list when that is first asked for, and only then."""
+
+    __slots__ = ("_ids",)
+
+    def __init__(self, ids: list[int] | NDArray[np.int32]) -> None:
+        self._ids = ids
+
+    @property
+    def ids(self) -> list[int]:
+        if not isinstance(self._ids, list):
+            self._ids = self._ids.tolist()
+        return self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptTokens) and self.ids == other.ids
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self.ids)
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """A request as it stands after a step: everything generated so far, or what is new, as it was submitted.
@@ -92,7 +121,7 @@ class RequestOutput:
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_tokens: PromptTokens
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
@@ -100,6 +129,14 @@ class RequestOutput:
     sharing_ended: SharingEnd | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     queue_seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.prompt_tokens.ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,9 +198,7 @@ def _figures(jobs: Sequence[Job], shared: Served, again: Served, alone: Served) 
     stats = again.stats
     together = [*shared.outputs, *again.outputs]
     greedy = [i for i, job in enumerate(jobs) if job.params.greedy]
-    separate = sum(
-        len(output.prompt_token_ids) + len(one.token_ids) - 1 for output in together for one in output.outputs
-    )
+    separate = sum(output.num_prompt_tokens + len(one.token_ids) - 1 for output in together for one in output.outputs)
     return Figures(
         requests=len(jobs),
         sequences=sum(job.params.n for job in jobs),

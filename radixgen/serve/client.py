@@ -14,6 +14,7 @@ from radixgen.core import (
     CompletionOutput,
     InvalidRequest,
     Limits,
+    PromptTokens,
     RadixgenError,
     RequestFailed,
     RequestOutput,
@@ -80,7 +81,7 @@ class _Asked:
         )
         return RequestOutput(
             request_id=self.request_id,
-            prompt_token_ids=self.prompt,
+            prompt_tokens=PromptTokens(self.prompt),
             outputs=[one],
             finished=self.finished,
             num_cached_tokens=self.cached,

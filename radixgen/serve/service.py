@@ -413,7 +413,7 @@ class Service:
         if not ticket.started:
             ticket.started = True
             self._started += 1
-            prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
+            prompt, cached = output.num_prompt_tokens, output.num_cached_tokens
             told.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
         if output.finished:
             assert one.finish_reason is not None

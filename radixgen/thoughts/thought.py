@@ -31,7 +31,7 @@ class Cost:
 def cost_of(output: RequestOutput) -> Cost:
     """What one finished request cost."""
     generated = sum(len(one.token_ids) for one in output.outputs)
-    return Cost(1, len(output.prompt_token_ids), output.num_cached_tokens, generated)
+    return Cost(1, output.num_prompt_tokens, output.num_cached_tokens, generated)
 
 
 @dataclass(frozen=True, slots=True)

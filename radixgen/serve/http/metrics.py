@@ -223,5 +223,5 @@ class Meter:
         if output.finished:
             metrics.queued.observe(output.queue_seconds)
             metrics.end_to_end.observe(now - self.begin)
-            metrics.prompt_tokens.observe(len(output.prompt_token_ids))
+            metrics.prompt_tokens.observe(output.num_prompt_tokens)
             metrics.generation_tokens.observe(self.tokens)

@@ -10,6 +10,7 @@ from radixgen.core import (
     CompletionOutput,
     InvalidRequest,
     Limits,
+    PromptTokens,
     RadixgenError,
     RequestOutput,
     SamplingParams,
@@ -187,7 +188,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         """The last output of a request whose time is over."""
         ones = [CompletionOutput(index, text.rest(), [], "abort", "deadline") for index, text in self._texts.items()]
         await self.aclose()
-        return RequestOutput("", self._prompt, ones, finished=True, num_cached_tokens=self._cached)
+        return RequestOutput("", PromptTokens(self._prompt), ones, finished=True, num_cached_tokens=self._cached)
 
 
 class _Text:
