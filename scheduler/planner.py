@@ -209,7 +209,7 @@ class Planner:
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
         rows = Rows(ids, ids, ids.astype(np.int64))
-        follow(self.tree.columns, rows, rows)
+        follow(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, Followed(ids >= 0, np.full(2, -1), ones, 0))
 
     @property
@@ -242,13 +242,13 @@ class Planner:
     def _carry(self, rows: Rows) -> Plan | None:
         """The last plan, as it is, advanced or revised; None where one must be made anew."""
         last, built, columns = self._last, self._built, self.tree.columns
-        if last is None or built is None or columns.changed[built.nodes].max(initial=0) > self._version:
+        if last is None or built is None:
             return None
-        if rows.same(self._rows):
+        if rows.same(self._rows) and columns.changed[built.nodes].max(initial=0) <= self._version:
             return last
         if last.growing.size != last.num_rows:
             return None
-        followed = follow(columns, self._rows, rows)
+        followed = follow(columns, self._version, built.nodes, self._rows, rows)
         if followed is None:
             return None
         built.steps += 1

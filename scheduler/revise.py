@@ -40,17 +40,22 @@ class Rows(NamedTuple):
     """-1 where the row's KV exists already"""
 
     def same(self, other: "Rows") -> bool:
-        return all(map(np.array_equal, self, other))
+        """Positions are looked at first: in most steps they are others."""
+        return np.array_equal(self.positions, other.positions) and all(map(np.array_equal, self, other))
 
 
 @compiled
 def _follow(
     old_ids: Int32Array, old_positions: Int32Array, old_slots: Int64Array, ids: Int32Array, positions: Int32Array,
-    slots: Int64Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array,
+    slots: Int64Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array, changed: Int64Array,
+    nodes: Int64Array, version: int,
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
     kept, extension = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
     found = num_extended = 0
+    for node in nodes:
+        if changed[node] > version:
+            return False, kept, extension, rooms, 0
     for row in range(old_ids.size):
         if found == ids.size or old_ids[row] != ids[found]:
             continue
@@ -65,11 +70,14 @@ def _follow(
     return found == ids.size, kept, extension, rooms, num_extended
 
 
-def follow(columns: Columns, old: Rows, rows: Rows) -> Followed | None:
-    """What became of the rows `old`, each the last token of a leaf, in the step to come, whose rows are `rows`. None
-    where these are not some of the leaves, in their order, each one token further than before.
+def follow(columns: Columns, version: int, nodes: Int64Array, old: Rows, rows: Rows) -> Followed | None:
+    """What became of the rows `old`, each the last token of a leaf, since the tree's `version`; those of the step to
+    come are `rows`. None where these are not some of the leaves, in their order, each one token further than before; or
+    where any of `nodes`, all that the plan reads, has changed in more than length.
     """
-    follows, kept, slots, rooms, num_extended = _follow(*old, *rows, columns.start, columns.scheduled, columns.reserved)
+    follows, kept, slots, rooms, num_extended = _follow(
+        *old, *rows, columns.start, columns.scheduled, columns.reserved, columns.changed, nodes, version
+    )
     return Followed(kept, slots, rooms, num_extended) if follows else None
 
 

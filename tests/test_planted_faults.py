@@ -167,8 +167,8 @@ def a_new_extent_is_missed(patch: Patch) -> None:
     """The slot after the one before is taken for the row's own."""
     plain = planner_module.follow
 
-    def follow(columns: Any, old: Rows, rows: Rows) -> Followed | None:
-        followed = plain(columns, old, rows)
+    def follow(*arguments: Any) -> Followed | None:
+        followed = plain(*arguments)
         return followed and followed._replace(slots=np.full_like(followed.slots, -1), num_extended=0)
 
     patch.setattr(planner_module, "follow", follow)

@@ -165,16 +165,17 @@ def test_an_id_that_another_node_took_over_is_not_carried(monkeypatch: pytest.Mo
 def test_rows_are_followed_by_leaf_and_position(drawn: list[bool], other: int) -> None:
     tree, cursors = grown(6, 2)
     old, stay = rows(cursors), np.flatnonzero(drawn)
+    before = tree.columns, tree.version, old.nodes.astype(np.int64), old
     step(tree, [cursors[i] for i in stay], 3)
     after = rows(cursors)
     found = Rows(*(column[stay] for column in after))
-    followed = follow(tree.columns, old, found)
+    followed = follow(*before, found)
     assert followed is not None and followed.kept.tolist() == drawn
     if stay.size > 1:
-        assert follow(tree.columns, old, Rows(*(column[::-1].copy() for column in found))) is None
+        assert follow(*before, Rows(*(column[::-1].copy() for column in found))) is None
     if other not in stay:
         more = Rows(*(np.append(column, own[other]) for column, own in zip(found, after, strict=True)))
-        assert follow(tree.columns, old, more) is None
+        assert follow(*before, more) is None
     elif stay.size:
         found.positions[np.flatnonzero(stay == other)] -= 1
-        assert follow(tree.columns, old, found) is None
+        assert follow(*before, found) is None
