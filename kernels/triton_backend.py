@@ -225,8 +225,8 @@ class Attention:
             return self._torch(q, k, v, scale, softcap, sinks)
         capped = softcap is not None
         if (geometry, capped) not in self._tables:
-            shape = {"rows": self._plan.num_rows, "windowed": self._window is not None, "capped": capped}
-            launch = choose_launch(geometry, self._plan.tile_rows, Chip.of(self._device), **shape)
+            chip, rows, windowed = Chip.of(self._device), self._plan.num_rows, self._window is not None
+            launch = choose_launch(geometry, self._plan.tile_rows, chip, rows=rows, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
         out, lse = _empty_results(q, geometry)
@@ -270,8 +270,10 @@ class StaticAttention:
             raise ValueError(f"no kernel for {geometry}")
         kind = geometry, softcap is not None
         if kind not in self._tables:
-            shape = {"rows": len(q), "windowed": self._window is not None, "capped": softcap is not None}
-            launch = choose_launch(geometry, self._tile_rows, Chip.of(q.device), **shape)
+            chip, windowed = Chip.of(q.device), self._window is not None
+            launch = choose_launch(
+                geometry, self._tile_rows, chip, rows=len(q), windowed=windowed, capped=softcap is not None
+            )
             work = self._lay_out(geometry, launch)
             self._tables[kind] = Tables(work, geometry, launch, q.device, self._room, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)

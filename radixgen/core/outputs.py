@@ -92,9 +92,11 @@ class PromptTokens:
 
     @property
     def ids(self) -> list[int]:
-        if not isinstance(self._ids, list):
-            self._ids = self._ids.tolist()
-        return self._ids
+        if isinstance(self._ids, list):
+            return self._ids
+        ids: list[int] = self._ids.tolist()
+        self._ids = ids
+        return ids
 
     def __len__(self) -> int:
         return len(self._ids)
