@@ -130,3 +130,60 @@ def test_a_model_that_fails_ahead_is_asked_again(monkeypatch, caplog) -> None:
     found, engine, _ = serve(many(3, temperature=0.0), ahead=True)
     assert found == expected and engine.stats().wasted_rows == 0
     assert "could not be begun" in caplog.text
+
+
+def plans_and_rows_ahead(engine: Engine, model: StampModel, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Plans made and rows begun before their step, while 16 requests with answers of 100 tokens are served."""
+    made, begun, freeze = [], model.rows_ahead, Scheduler.freeze
+    with monkeypatch.context() as patched:
+        patched.setattr(Scheduler, "freeze", lambda *arguments: made.append(1) or freeze(*arguments))
+        engine.generate([[5, 6, 7, index, 8] for index in range(16)], many(16, max_tokens=100, ignore_eos=True))
+    engine.check()
+    return len(made), model.rows_ahead - begun
+
+
+def test_what_is_cached_is_read_ahead_as_it_was_computed(monkeypatch) -> None:
+    """The same requests once more, in as many passes, of which as many were begun before and as few were planned."""
+    model = StampModel(500, 256)
+    with Engine(model, kv_tokens=4_000, debug=True) as engine:
+        plans, begun = plans_and_rows_ahead(engine, model, monkeypatch)
+        steps, rows = engine.num_steps, engine.stats().computed_rows
+        for _ in range(2):
+            again, begun_again = plans_and_rows_ahead(engine, model, monkeypatch)
+            assert again <= plans and begun_again >= begun - 16
+        assert engine.num_steps == 3 * steps
+        assert engine.stats().wasted_rows <= 32
+        assert engine.stats().computed_rows < 3 * rows
+        assert engine.stats().kv_tokens_cached == 16 * (1 + 99 + 1) + 3  # nothing was stored twice
+
+
+@pytest.mark.parametrize("slots", [40, 120, 4_000])
+@pytest.mark.parametrize("vocab", [2, 4])
+def test_answers_that_leave_what_is_cached_are_right(vocab: int, slots: int) -> None:
+    """Few tokens to draw from, so that most draws follow cached ones for a while."""
+    told = []
+    for ahead in (False, True):
+        model = StampModel(vocab, 256)
+        with Engine(model, kv_tokens=slots, async_scheduling=ahead, debug=True) as engine:
+            outputs = []
+            for seed in range(6):
+                params = [SamplingParams(max_tokens=9 + 2 * i, seed=seed + i, ignore_eos=True) for i in range(5)]
+                outputs += engine.generate([[1, 0, i % vocab] for i in range(5)], params)
+                engine.check()
+            told.append([output.outputs[0].token_ids for output in outputs])
+    assert told[0] == told[1]
+    assert slots < 4_000 or model.rows_ahead > 0
+
+
+def test_one_who_leaves_what_is_cached_wastes_one_step() -> None:
+    model = StampModel(500, 256)
+    prompt, greedy = [5, 6, 7], SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    with Engine(model, kv_tokens=4_000, debug=True) as engine:
+        (first,) = engine.generate([prompt], greedy)
+        expected = first.outputs[0].token_ids
+        wasted = engine.stats().wasted_rows
+        other = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logit_bias={expected[8]: -100})
+        (left,) = engine.generate([prompt], other)
+        assert left.outputs[0].token_ids[:8] == expected[:8] and left.outputs[0].token_ids[8] != expected[8]
+        assert engine.stats().wasted_rows - wasted <= 2
+        engine.check()

@@ -137,6 +137,43 @@ def test_a_shifted_boundary_leaves_no_reserve_behind_a_branch() -> None:
     tree.check()
 
 
+def test_an_only_child_is_followed_to_its_end_on_one_node() -> None:
+    """Its plan is carried over as that of a leaf that grows."""
+    tree = RadixTree(ExtentPool(32), stamps=True)
+    lock = tree.insert([1, 2, 3, 4, 5, 6])
+    compute(tree, lock.held)
+    tree.unlock(lock)
+    lock = tree.insert([1, 2])
+    node, planner = lock.held, Planner(tree)
+    plan(planner, lock)
+    for token in (3, 4, 5, 6):
+        assert node.next_cached_slot == node.extents[-1].end
+        assert tree.advance([lock], token) is node
+        version = tree.version
+        step = plan(planner, lock)
+        assert slots_read(step) == node.slots(0, token).tolist() and step.slack == 6 - token
+        assert (step.age > 0) == (token > 3) and tree.version == version
+        tree.check()
+    assert tree.num_nodes == 2 and not node.children and node.next_cached_slot == -1
+    tree.advance([lock], 7)
+    compute(tree, node)
+    tree.check()
+
+
+def test_an_only_child_that_is_held_or_branches_is_not_taken_apart() -> None:
+    for others in ([[1, 2, 3]], [[1, 2, 3, 4], [1, 2, 3, 5]]):
+        tree = RadixTree(ExtentPool(32), stamps=True)
+        held = [tree.insert(tokens) for tokens in others]
+        for one in held:
+            for node in one.held.path()[1:]:
+                if not node.complete:
+                    compute(tree, node)
+        lock = tree.insert([1, 2])
+        above = lock.held
+        assert tree.advance([lock], 3) is not above and above.children
+        tree.check()
+
+
 def test_order_survives_the_sweep_of_stale_entries() -> None:
     """Leaves that were used again and again leave dead entries behind; who goes first must not change."""
     tree = RadixTree(ExtentPool(32))

@@ -117,6 +117,11 @@ class Node:
         return self.lock_count + self.locked_children > 0
 
     @property
+    def idle(self) -> bool:
+        """Whether nobody stands on it and nothing follows it."""
+        return not self.lock_count and not self.children
+
+    @property
     def reserved(self) -> int:
         return self.capacity - self.scheduled
 
@@ -131,6 +136,14 @@ class Node:
                 return start + length - spare
             spare -= length
         raise AssertionError("the extents hold less than the node says")
+
+    @property
+    def next_cached_slot(self) -> int:
+        """The slot of the token that follows, where an only child has it computed; else -1."""
+        if len(self.children) != 1:
+            return -1
+        (child,) = self.children.values()
+        return child.extents[0].start if child.computed else -1
 
     def path(self) -> list["Node"]:
         """The nodes from the root to this one."""
@@ -212,6 +225,8 @@ class Columns:
         self.start = np.zeros(64, np.int32)
         self.scheduled = np.zeros(64, np.int32)
         self.reserved = np.zeros(64, np.int32)
+        self.following = np.zeros(64, np.int32)
+        """Of a node that goes on into its only child, about how many tokens of that lie behind its last slot"""
         self.num_extents = np.zeros(64, np.int32)
         self.first_slot = np.zeros(64, np.int64)
         self.first_extent = np.zeros(64, np.int64)
@@ -242,6 +257,7 @@ class Columns:
         self.start[row] = node.start
         self.scheduled[row] = node.scheduled
         self.reserved[row] = node.reserved
+        self.following[row] = 0
         self.num_extents[row] = len(node.extents)
         if node.extents:
             self.first_slot[row] = node.extents[0].start
@@ -448,8 +464,9 @@ class RadixTree:
     def advance(self, locks: Sequence[Lock], token: int) -> Node:
         """Move `locks`, which all stand on one node, by `token`. Returns the node they reach.
 
-        The leaf grows in place where all its locks move together and nothing follows it; a child that begins
-        with `token` is followed; otherwise a new leaf branches off.
+        The leaf grows in place where all its locks move together and nothing follows it. A child that begins with
+        `token` is followed; an only child hands its tokens up one by one, where nothing else is in the way, so that
+        those who read what is cached stay on one node as those who compute do. Otherwise a new leaf branches off.
         """
         node = locks[0].held
         together = node.lock_count == len(locks)
@@ -462,10 +479,10 @@ class RadixTree:
         child = node.children.get(token)
         if child is None:
             child = self._add_leaf(node, np.array([token], np.int32))
+        elif together and len(node.children) == 1 and node.parent is not None and (child.known > 1 or child.idle):
+            self._shift_boundary(node, child)
+            return node
         elif child.known > 1:
-            if together and len(node.children) == 1 and node.parent is not None:
-                self._shift_boundary(node, child)
-                return node
             child = self.split(child, 1)
         self._move(locks, child)
         return child
@@ -776,6 +793,10 @@ class RadixTree:
             del self._roots[node.namespace]
             self._unrooted |= node.followers
             follow.removed(node)
+        self._forget(node)
+
+    def _forget(self, node: Node) -> None:
+        """Nothing names the node any more."""
         self._nodes[node.id] = None
         self._free_ids.append(node.id)
         node._heap_entry = 0
@@ -793,7 +814,7 @@ class RadixTree:
         parent.lock_count -= len(locks)
 
     def _shift_boundary(self, node: Node, child: Node) -> None:
-        """Move the first token of an only child up into `node`, with its slot."""
+        """Move the first token of an only child up into `node`, with its slot. A child without any other is gone."""
         token = child.first_token
         del node.children[token]
         if not child.locked:
@@ -802,15 +823,22 @@ class RadixTree:
             node.known += 1
         else:
             node._append(token)
+        before = len(node.extents)
         self._move_head(child, node, 1)
+        follow.raised(child, node)
+        self._changed(child)
+        self.columns.write(node)
+        if len(node.extents) > before:
+            self._extended(node, node.extents[-1].start)
+        if not child.known:
+            self._forget(child)
+            return
         if child.children:
             self._cut_extents(child, child.known)
         node.children[child.first_token] = child
-        follow.raised(child, node)
-        self.columns.write(node)
         self.columns.write(child)
-        self._changed(node)
-        self._changed(child)
+        if child.computed and child.extents[0].start == node.extents[-1].end:
+            self.columns.following[node.id] = min(child.computed, child.extents[0].length)
 
     def _move_head(self, lower: Node, upper: Node, count: int) -> None:
         """Hand the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
