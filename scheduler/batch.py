@@ -58,7 +58,7 @@ class Batch:
     spans: dict[Node, tuple[int, int]] = field(default_factory=dict)
     """The first row of a node's span, and its position."""
     read_rows: dict[tuple[Node, int], int] = field(default_factory=dict)
-    """The rows that only read, by node and offset."""
+    """The rows that only read, by node and offset, but for those of a node's last token."""
     drawing: list[Sequence] = field(default_factory=list)
     """The sequences that draw a token."""
     drawing_rows: list[int] = field(default_factory=list)
@@ -94,9 +94,11 @@ class Batch:
     def add_read(self, node: Node, offset: int) -> int:
         """A row for a token whose KV exists: it reads its path and gives logits, and writes no KV."""
         self._add_row(node, node.start + offset, int(node.tokens[offset]), -1)
-        row = self.read_rows[node, offset] = len(self.row_nodes) - 1
+        row = len(self.row_nodes) - 1
         if offset == node.known - 1:
             self.last_row[node] = row
+        else:
+            self.read_rows[node, offset] = row
         return row
 
     def row_of(self, node: Node, offset: int) -> int | None:

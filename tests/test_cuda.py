@@ -145,7 +145,7 @@ def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.Mo
     monkeypatch.setattr(StepGraphs, "run", counted)
     rng = np.random.default_rng(0)
     prefix = rng.integers(3, 256, 8_000).tolist()
-    with Engine(model, kv_tokens=60_000) as engine:
+    with Engine(model, kv_tokens=60_000, warm_up=False) as engine:
         for count in (2, 64):
             burst = [prefix + rng.integers(3, 256, 16 + count).tolist() for _ in range(count)]
             outputs = engine.generate(burst, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))

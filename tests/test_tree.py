@@ -160,6 +160,51 @@ def test_an_only_child_is_followed_to_its_end_on_one_node() -> None:
     tree.check()
 
 
+def passed_up(part: int, others: list[list[int]]) -> list[object]:
+    """What a tree says after five tokens of eight were followed, the first `part` of them in one run of slots."""
+    tree = RadixTree(ExtentPool(64), stamps=True)
+    lock = tree.insert([1, 2, 3, 4, 5, 6, 7, 8])
+    tree.schedule(lock.held, part)
+    compute(tree, tree.insert([1], "another").held)  # takes the slot behind
+    if part < 8:
+        tree.schedule(lock.held, 8 - part)
+    tree.commit(lock.held)
+    for one in others:
+        for node in tree.insert(one).held.path()[1:]:
+            if not node.complete:
+                compute(tree, node)
+    follower, cursor = tree.follow(np.array([1, 2, 3, 4], np.int32)), tree.insert([1])
+    tree.unlock(lock)
+    for token in (2, 3, 4, 5, 6):
+        assert tree.advance([cursor], token) is cursor.held
+    tree.check()
+    columns, nodes = tree.columns, list(tree.nodes())
+    named = (columns.following, columns.extended, columns.changed)
+    return [
+        [(n.id, n.extents, n.tokens.tolist(), n.start, n.scheduled, n.computed, n.capacity) for n in nodes],
+        [[int(column[node.id]) for column in named] for node in nodes],
+        (tree.evictable_tokens, tree.version, follower.length, follower.node is cursor.held),
+    ]
+
+
+@pytest.mark.parametrize(
+    "others", [[], [[1, 2, 3, 4, 5, 6, 7, 8, 9]], [[1, 2, 3, 4, 5, 6, 70], [1, 2, 3, 4, 5, 6, 80]]]
+)
+@pytest.mark.parametrize("part", [2, 5, 8])
+def test_tokens_pass_up_alike_in_both_ways(monkeypatch: pytest.MonkeyPatch, others: list[list[int]], part: int) -> None:
+    pass_up, passed = RadixTree._pass_up, []
+
+    def noted(self: RadixTree, node: Node, child: Node) -> bool:
+        passed.append(pass_up(self, node, child))
+        return passed[-1]
+
+    monkeypatch.setattr(RadixTree, "_pass_up", noted)
+    quickly = passed_up(part, others)
+    assert any(passed)
+    monkeypatch.setattr(RadixTree, "_pass_up", lambda *_: False)
+    assert passed_up(part, others) == quickly
+
+
 def test_an_only_child_that_is_held_or_branches_is_not_taken_apart() -> None:
     for others in ([[1, 2, 3]], [[1, 2, 3, 4], [1, 2, 3, 5]]):
         tree = RadixTree(ExtentPool(32), stamps=True)
