@@ -53,6 +53,8 @@ class Batch:
     row_positions: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     row_slots: list[int] = field(default_factory=list)
+    read_slots: dict[int, int] = field(default_factory=dict)
+    """Where the KV lies of rows that follow what is cached, by row"""
     last_row: dict[Node, int] = field(default_factory=dict)
     """The row of a node's last token."""
     spans: dict[Node, tuple[int, int]] = field(default_factory=dict)
@@ -97,6 +99,8 @@ class Batch:
         row = len(self.row_nodes) - 1
         if offset == node.known - 1:
             self.last_row[node] = row
+            if node.children:
+                self.read_slots[row] = node.extents[-1].end - 1
         else:
             self.read_rows[node, offset] = row
         return row
@@ -234,8 +238,8 @@ class Scheduler:
 
     def foresee(self, batch: Batch) -> Batch | None:
         """The step after `batch`, its tokens not known yet and 0: every sequence that `batch` does not bring to its
-        last token goes on by one, in its own leaf, for which a slot is reserved. None where that can't be told: others
-        are to come, or memory is short.
+        last token goes on by one, in its own leaf, for which a slot is reserved, or into what is cached behind its node.
+        None where that can't be told: others are to come, or memory is short.
         """
         if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
             return None
@@ -243,9 +247,12 @@ class Scheduler:
         if len(self.waiting) and (not batch.admitting or len(going) < len(self.running)):
             return None
         nodes = [one.cursor.held for one in going if one.cursor is not None]
-        if any(node.lock_count != 1 or node.children or node.parent is None for node in nodes):
+        if any(node.lock_count != 1 or node.parent is None for node in nodes):
             return None  # the token may begin a node of its own
         if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
+            return None
+        reading = {row: node.extents[-1].end for row, node in enumerate(nodes) if node.children}
+        if not all(self._reads_on(nodes[row], slot) for row, slot in reading.items()):
             return None
         return Batch(
             step=batch.step + 1,
@@ -253,7 +260,8 @@ class Scheduler:
             row_nodes=[node.id for node in nodes],
             row_positions=[node.end for node in nodes],
             row_tokens=[0] * len(nodes),
-            row_slots=[node.next_slot for node in nodes],
+            row_slots=[-1 if node.children else node.next_slot for node in nodes],
+            read_slots=reading,
             drawing=going,
             drawing_rows=list(range(len(nodes))),
         )
@@ -263,7 +271,7 @@ class Scheduler:
         plan = self.planner.plan(
             np.array(batch.row_nodes, np.int32),
             np.array(batch.row_positions, np.int32),
-            np.array(batch.row_slots, np.int64),
+            _slots_used(batch),
         )
         if self.debug:
             _check_slots(plan, self.tree.pool)
@@ -429,11 +437,17 @@ class Scheduler:
         """Slots that one sequence may keep in reserve: a fair share of what is free or could be evicted."""
         return (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
 
+    def _reads_on(self, node: Node, slot: int) -> bool:
+        """Whether a sequence on `node` may find its next token cached, in this slot. That this one is drawn is expected
+        once a token of the same child has been.
+        """
+        return bool(self.tree.columns.following[node.id] > 0) and node.next_cached_slot == slot
+
     def _reserve_ahead(self, sequences: Seq[Sequence], leaves: Seq[Node], step: int) -> bool:
         """Reserve slots where the leaf of a sequence has none for the token that it computes in `step`; False where
         others may need them, which is decided when tokens are known.
         """
-        full = [at for at, node in enumerate(leaves) if node.capacity == node.scheduled]
+        full = [at for at, node in enumerate(leaves) if node.capacity == node.scheduled and not node.children]
         if not full:
             return True
         share, tree = self._share(), self.tree
@@ -590,6 +604,14 @@ def _check_slots(plan: Plan, pool: ExtentPool) -> None:
         taken[extent.start : extent.end] = False
     for start, length in zip(plan.segment_starts.tolist(), plan.segment_lengths.tolist(), strict=True):
         assert taken[start : start + length].all(), f"a plan reads free slots in [{start}, {start + length})"
+
+
+def _slots_used(batch: Batch) -> NDArray[np.int64]:
+    """Of each row the slot that it writes, or that it reads where it follows what is cached; else -1, `[rows]`."""
+    slots = np.array(batch.row_slots, np.int64)
+    if batch.read_slots:
+        slots[list(batch.read_slots)] = list(batch.read_slots.values())
+    return slots
 
 
 def _growth(node: Node, step: int) -> int:

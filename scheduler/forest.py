@@ -35,13 +35,14 @@ def active_forest(
     tree: RadixTree, node_ids: Int32Array, row_positions: Int32Array
 ) -> tuple[Forest, Int32Array, Int64Array]:
     """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all. A
-    node has its scheduled keys, and those up to its rows, at `row_positions`, which its reserve then holds.
+    node has its scheduled keys, and those up to its rows, at `row_positions`, which its reserve then holds, or its only
+    child, in the slots behind its own.
     """
     columns = tree.columns
     ids, rows = _climb(node_ids, columns.parent, columns.place)
     parents, starts, lengths, rooms, offsets, slots, counts = _read(
         ids, rows, row_positions, columns.parent, columns.start, columns.scheduled, columns.reserved,
-        columns.num_extents, columns.first_slot, columns.first_extent, columns.extents, columns.place,
+        columns.following, columns.num_extents, columns.first_slot, columns.first_extent, columns.extents, columns.place,
     )  # fmt: skip
     return Forest(parents, starts, lengths, offsets, slots, counts, rooms), rows, ids
 
@@ -73,8 +74,8 @@ def _climb(node_ids: Int32Array, parent: Int32Array, place: Int64Array) -> tuple
 @compiled
 def _read(
     ids: Int64Array, rows: Int32Array, positions: Int32Array, parent: Int32Array, start: Int32Array,
-    scheduled: Int32Array, reserved: Int32Array, num_extents: Int32Array, first_slot: Int64Array,
-    first_extent: Int64Array, extents: Int64Array, place: Int64Array,
+    scheduled: Int32Array, reserved: Int32Array, following: Int32Array, num_extents: Int32Array,
+    first_slot: Int64Array, first_extent: Int64Array, extents: Int64Array, place: Int64Array,
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Int64Array, Int64Array, Int32Array]:  # fmt: skip
     """The columns of `ids`, as `Forest` holds them, and the extents of their keys; no reserved tails. Takes the ids out
     of `place`.
@@ -95,14 +96,17 @@ def _read(
         node = ids[at]
         above, left = parent[node], lengths[at]
         parents[at] = place[above] if above >= 0 else -1
-        starts[at], rooms[at] = start[node], reserved[node] + scheduled[node] - left
+        starts[at] = start[node]
+        rooms[at] = reserved[node] + following[node] + scheduled[node] - left
         if num_extents[node] == 1 and left:
             slots[made], counts[made] = first_slot[node], left
             made += 1
         elif left:
-            extent = first_extent[node]
+            extent, last = first_extent[node], first_extent[node] + num_extents[node] - 1
             while left > 0:
-                slots[made], counts[made] = extents[extent, 0], min(extents[extent, 1], left)
+                slots[made], counts[made] = extents[extent, 0], left
+                if extent < last:
+                    counts[made] = min(extents[extent, 1], left)
                 left -= counts[made]
                 extent += 1
                 made += 1

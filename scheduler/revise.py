@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     """The id of each row's node"""
     positions: Int32Array
     slots: Int64Array
-    """-1 where the row's KV exists already"""
+    """Where the row's KV goes, or lies in the slot behind the row before; else -1"""
 
     def same(self, other: "Rows") -> bool:
         """Positions are looked at first: in most steps they are others."""
@@ -51,8 +51,8 @@ class Rows(NamedTuple):
 @compiled
 def _follow(
     old_ids: Int32Array, old_positions: Int32Array, old_slots: Int64Array, ids: Int32Array, positions: Int32Array,
-    slots: Int64Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array, changed: Int64Array,
-    nodes: Int64Array, version: int,
+    slots: Int64Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array, following: Int32Array,
+    changed: Int64Array, nodes: Int64Array, version: int,
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
     kept, extension = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
@@ -66,7 +66,8 @@ def _follow(
         node, position, slot = ids[found], positions[found], slots[found]
         if position != old_positions[row] + 1 or slot < 0 or old_slots[row] < 0:
             break
-        kept[row], rooms[row] = True, reserved[node] + start[node] + scheduled[node] - position - 1
+        kept[row] = True
+        rooms[row] = reserved[node] + following[node] + start[node] + scheduled[node] - position - 1
         if slot != old_slots[row] + 1:
             extension[row] = slot
             num_extended += 1
@@ -80,7 +81,15 @@ def follow(columns: Columns, version: int, nodes: Int64Array, old: Rows, rows: R
     where any of `nodes`, all that the plan reads, has changed in more than length.
     """
     follows, kept, slots, rooms, num_extended = _follow(
-        *old, *rows, columns.start, columns.scheduled, columns.reserved, columns.changed, nodes, version
+        *old,
+        *rows,
+        columns.start,
+        columns.scheduled,
+        columns.reserved,
+        columns.following,
+        columns.changed,
+        nodes,
+        version,
     )
     return Followed(kept, slots, rooms, num_extended) if follows else None
 

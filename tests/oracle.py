@@ -106,14 +106,25 @@ class StampModel:
     runs_ahead = True
 
     def run_ahead(self, plan: Plan, tokens: Tensor, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
-        """As `run`, of rows that all write and give logits, whose tokens come in the order of `logit_rows`."""
+        """As `run`, of rows that all give logits, whose tokens come in the order of `logit_rows`."""
         token_ids = np.full(plan.num_rows, -1)
         token_ids[logit_rows] = tokens.numpy()
         if refusal := self._refusal(plan, token_ids, slots, logit_rows):
             raise AssertionError(refusal)
+        if not self._cached(plan, token_ids, slots):
+            return torch.full((logit_rows.size, self.vocab_size), torch.nan)
         self.rows_ahead += plan.num_rows
         self.rows -= plan.num_rows
         return self._compute(plan, token_ids, slots, logit_rows)
+
+    def _cached(self, plan: Plan, token_ids: Int64Array, slots: Int64Array) -> bool:
+        """Whether the rows that only read find their tokens in their slots; otherwise nobody may use their logits."""
+        reads = _reads(plan, self._positions.size)
+        own, before = reads.slots[reads.last].tolist(), reads.slots[reads.last - 1].tolist()
+        return all(
+            self._stamp_at(own[row]) == extend(self._stamp_at(before[row]), int(token_ids[row]))
+            for row in np.flatnonzero(slots < 0).tolist()
+        )
 
     def _compute(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
         reads = _reads(plan, self._positions.size)
