@@ -262,7 +262,7 @@ class MergeTables:
     """Which partials each row has, from the root down, as `_merge_by_kernel` reads them; int32."""
 
     counts: Tensor
-    """`[2]`: the second is how many rows are merged"""
+    """`[3]`: the second is how many rows are merged, the third how many there are"""
     rows: Tensor
     """`[rows]`"""
     offsets: Tensor
@@ -277,7 +277,7 @@ class MergeTables:
         """Of partials `[partials]`, each of a row and with its turn among those of the row."""
         order = np.lexsort((turns, rows))
         offsets = np.searchsorted(rows[order], np.arange(num_rows + 1))
-        tables = (np.array([0, num_rows]), np.arange(num_rows), offsets, order)
+        tables = (np.array([0, num_rows, num_rows]), np.arange(num_rows), offsets, order)
         counts, listed, begins, partials = (_to_device(table.astype(np.int32), device) for table in tables)
         return cls(counts, listed, begins, partials, int(np.diff(offsets).max(initial=0)))
 

@@ -79,8 +79,9 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
     """How tiles of `size` rows are launched.
 
     64 by 4 warps, two programs a multiprocessor, do as well as 128 by 8. 16 take one warp on Hopper, where eight
-    programs hide each other's beginnings; where there is nothing to hide behind, with one row or two, four warps. A
-    window's masks leave no registers for a fifth stage in tiles of 64 or more.
+    programs hide each other's beginnings, and two under a window's masks, which take more registers; where there is
+    nothing to hide behind, with one row or two, four. These masks leave no registers for a fifth stage in tiles of 64
+    or more either, and tiles of 128 none for gathering 32 keys at once.
     """
     if hopper:
         return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
@@ -89,13 +90,13 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
     if geometry.dtype == torch.float32:
         warps, programs = 4, 1
     elif narrow and recent and not large:
-        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (1, 8, 16)
+        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (2, 4, 32) if windowed else (1, 8, 16)
     elif narrow:
         warps, programs = (4, 2) if large else (2, 4)
     else:
         four = size == 64 and recent and not large
         warps, programs = (4, 2) if four else (8, 1)
-    gather_keys = min(block_keys, 32)
+    gather_keys, most_stages = 16 if size > 64 else min(block_keys, 32), 4 if windowed and not narrow else 5
     room = chip.shared_bytes // programs
     block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
     return TileClass(
@@ -105,8 +106,8 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
         num_warps=warps,
         num_stages=max(1, min(3, room // (block_keys * block_bytes))),
         gather_keys=gather_keys,
-        gather_stages=max(1, min(4 if windowed and not narrow else 5, 1 + room // (gather_keys * block_bytes))),
-        registers=255 if max(geometry.padded) <= 64 else None,
+        gather_stages=max(1, min(most_stages, 1 + room // (gather_keys * block_bytes))),
+        registers=255 if max(geometry.padded) <= 64 or (narrow and not recent) else None,
     )
 
 

@@ -116,15 +116,16 @@ def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
 
 def _rows_of(begun: _Begun, batch: Batch) -> Seq[int] | None:
     """For each row of `batch`, which of those that were begun it is; None where one is none of them."""
-    if batch.reads or batch.branching or len(batch.nodes) != batch.num_rows:
+    if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
         return None
     drawn, foreseen = begun.draws.wait(), begun.batch
     tokens = [drawn[draw] for draw in begun.order]
-    if batch.nodes == foreseen.nodes:
+    nodes = list(batch.last_row)
+    if nodes == foreseen.nodes:
         rows: Seq[int] = range(batch.num_rows)
     else:
         row_of = {node: row for row, node in enumerate(foreseen.nodes)}
-        rows = [row_of.get(node, -1) for node in batch.nodes]
+        rows = [row_of.get(node, -1) for node in nodes]
     own = zip(batch.row_positions, batch.row_slots, batch.row_tokens, strict=True)
     same = all(
         row >= 0 and one == (foreseen.row_positions[row], foreseen.row_slots[row], tokens[row])

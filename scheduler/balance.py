@@ -42,18 +42,18 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     taken = (np.array(programs) / cost.programs)[classes]
     partial = cost.partial * cost.group * taken
     costs = cost.unit_costs(rows, units[:, 7], units[:, 8]) * taken + partial * coverage(units, num_rows)[1]
-    even, slowed = 0.0, [1.0] * len(programs)
+    least_even, even, slowed = 0.0, 0.0, [1.0] * len(programs)
     for index in np.unique(classes):
         launched = classes == index
         read = int(units[launched, 7].sum())
         work = max(float(costs[launched].sum()) * cost.kv_heads / programs[index], 1e-9)
         longer = max(work, cost.reads(min(unique, read), read))
         slowed[index] = longer / work
-        even, unique = even + longer, unique - min(unique, read)
+        least_even, even, unique = least_even + work, even + longer, unique - min(unique, read)
     split_fixed = cost.launch * int(classes.max(initial=0)) + cost.merge
     whole_fixed = split_fixed - (cost.merge if int(rows.sum()) == num_rows else 0.0)
     whole = np.zeros(len(units), np.int64)
-    if cost.programs == 1 or even + whole_fixed >= to_beat:
+    if cost.programs == 1 or least_even + whole_fixed >= to_beat:
         return Balance(whole, even + whole_fixed, even)
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:

@@ -238,8 +238,8 @@ class Scheduler:
 
     def foresee(self, batch: Batch) -> Batch | None:
         """The step after `batch`, its tokens not known yet and 0: every sequence that `batch` does not bring to its
-        last token goes on by one, in its own leaf, for which a slot is reserved, or into what is cached behind its node.
-        None where that can't be told: others are to come, or memory is short.
+        last token goes on by one, in its own leaf, for which a slot is reserved, or into what is cached behind it. None
+        where that can't be told: others are to come, or memory is short.
         """
         if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
             return None

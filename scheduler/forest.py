@@ -42,7 +42,8 @@ def active_forest(
     ids, rows = _climb(node_ids, columns.parent, columns.place)
     parents, starts, lengths, rooms, offsets, slots, counts = _read(
         ids, rows, row_positions, columns.parent, columns.start, columns.scheduled, columns.reserved,
-        columns.following, columns.num_extents, columns.first_slot, columns.first_extent, columns.extents, columns.place,
+        columns.following, columns.num_extents, columns.first_slot, columns.first_extent, columns.extents,
+        columns.place,
     )  # fmt: skip
     return Forest(parents, starts, lengths, offsets, slots, counts, rooms), rows, ids
 

@@ -761,6 +761,8 @@ CLOSED: dict[str, Use] = {
     "fork": lambda engine: engine.fork("running"),
     "conversation": lambda engine: engine.conversation(),
     "preload": lambda engine: engine.preload(PROMPT),
+    "warm_up": Engine.warm_up,
+    "warm_up_steps": Engine.warm_up_steps,
     "pin": lambda engine: engine.pin(PROMPT),
     "unpin": lambda engine: engine.unpin(1),
     "reset_prefix_cache": lambda engine: engine.reset_prefix_cache(),
@@ -768,6 +770,7 @@ CLOSED: dict[str, Use] = {
 OPEN = {
     "chat_tokens",
     "check",
+    "runs_on_gpu",
     "close",
     "compile_grammar",
     "decode",

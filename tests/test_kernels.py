@@ -390,6 +390,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones(name: str) -> None:
 def test_prompts_are_computed_by_captured_steps_too(monkeypatch) -> None:
     """Also beside sequences that decode, with logits for few of the rows."""
     monkeypatch.setattr(graphs, "_FINE", 8)
+    monkeypatch.setattr(graphs, "FEW_LOGITS", 8)
     asked = [[*range(5, 45)], [*range(5, 25), 7], [9, 8, 7]]
 
     def answers(engine: Engine) -> list[list[int]]:

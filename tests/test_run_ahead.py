@@ -150,7 +150,7 @@ def test_what_is_cached_is_read_ahead_as_it_was_computed(monkeypatch) -> None:
         steps, rows = engine.num_steps, engine.stats().computed_rows
         for _ in range(2):
             again, begun_again = plans_and_rows_ahead(engine, model, monkeypatch)
-            assert again <= plans and begun_again >= begun - 16
+            assert again <= plans and begun_again >= begun - 5 * 16  # but where a run of slots ends, and at first
         assert engine.num_steps == 3 * steps
         assert engine.stats().wasted_rows <= 32
         assert engine.stats().computed_rows < 3 * rows

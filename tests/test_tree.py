@@ -179,7 +179,7 @@ def passed_up(part: int, others: list[list[int]]) -> list[object]:
         assert tree.advance([cursor], token) is cursor.held
     tree.check()
     columns, nodes = tree.columns, list(tree.nodes())
-    named = (columns.following, columns.extended, columns.changed)
+    named = (columns.following, columns.changed)
     return [
         [(n.id, n.extents, n.tokens.tolist(), n.start, n.scheduled, n.computed, n.capacity) for n in nodes],
         [[int(column[node.id]) for column in named] for node in nodes],

@@ -863,13 +863,10 @@ class RadixTree:
             node.known += 1
         else:
             node._append(token)
-        before = len(node.extents)
         self._move_head(child, node, 1)
         follow.raised(child, node)
         self._changed(child)
         self.columns.write(node)
-        if len(node.extents) > before:
-            self._extended(node, node.extents[-1].start)
         if not child.known:
             self._forget(child)
             return

@@ -7,8 +7,6 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core.compiled import compiled
-
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 
@@ -165,7 +163,10 @@ class Plan:
 
     def advance(self) -> "Plan":
         """The plan of the next step where every row moves on by one token of its own leaf."""
-        lengths, room = _grow(self.segment_lengths, self.segment_room, self.growing)
+        lengths = self.segment_lengths.copy()
+        lengths[self.growing] += 1
+        room = self.segment_room.copy()
+        room[self.growing] = np.maximum(room[self.growing] - 1, 0)
         return replace(
             self,
             row_positions=self.row_positions + np.int32(1),
@@ -221,16 +222,6 @@ class Plan:
                 f"rows below {_span(nodes.rows[here])}, read by {_span(nodes.readers[here])} units"
             )
         return "\n".join(lines)
-
-
-@compiled
-def _grow(lengths: Int32Array, room: Int32Array, growing: Int64Array) -> tuple[Int32Array, Int32Array]:
-    """`Plan.segment_lengths` and `segment_room` when each growing segment has a key more."""
-    lengths, room = lengths.copy(), room.copy()
-    for segment in growing:
-        lengths[segment] += 1
-        room[segment] = max(room[segment] - 1, 0)
-    return lengths, room
 
 
 def _span(values: Sequence[int] | Int32Array) -> str:
