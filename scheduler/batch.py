@@ -438,10 +438,12 @@ class Scheduler:
         return (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
 
     def _reads_on(self, node: Node, slot: int) -> bool:
-        """Whether a sequence on `node` may find its next token cached, in this slot. That this one is drawn is expected
-        once a token of the same child has been.
+        """Whether a sequence on `node` may find its next token cached, in this slot, where nobody else reads it. That
+        this one is drawn is expected once a token of the same child has been.
         """
-        return bool(self.tree.columns.following[node.id] > 0) and node.next_cached_slot == slot
+        if node.locked_children or not self.tree.columns.following[node.id]:
+            return False
+        return node.next_cached_slot == slot
 
     def _reserve_ahead(self, sequences: Seq[Sequence], leaves: Seq[Node], step: int) -> bool:
         """Reserve slots where the leaf of a sequence has none for the token that it computes in `step`; False where
