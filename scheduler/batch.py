@@ -251,6 +251,9 @@ class Scheduler:
             return None  # the token may begin a node of its own
         if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
             return None
+        slots = [-1 if node.children else node.next_slot for node in nodes]
+        if any(slot < 0 and not node.children for node, slot in zip(nodes, slots, strict=True)):
+            return None  # what it would have read made room for others
         reading = {row: node.extents[-1].end for row, node in enumerate(nodes) if node.children}
         if not all(self._reads_on(nodes[row], slot) for row, slot in reading.items()):
             return None
@@ -260,7 +263,7 @@ class Scheduler:
             row_nodes=[node.id for node in nodes],
             row_positions=[node.end for node in nodes],
             row_tokens=[0] * len(nodes),
-            row_slots=[-1 if node.children else node.next_slot for node in nodes],
+            row_slots=slots,
             read_slots=reading,
             drawing=going,
             drawing_rows=list(range(len(nodes))),

@@ -1,12 +1,14 @@
 """Steps that are begun before their tokens are known: used where they turned out as foreseen, and never wrong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from oracle import StampModel
 
 from radixgen import Engine, SamplingParams
 from radixgen.scheduler import planner as planner_module
-from radixgen.scheduler.batch import Scheduler
+from radixgen.scheduler.batch import Batch, Scheduler
 from radixgen.scheduler.planner import Planner
 
 VOCAB = 50
@@ -187,3 +189,23 @@ def test_one_who_leaves_what_is_cached_wastes_one_step() -> None:
         assert left.outputs[0].token_ids[:8] == expected[:8] and left.outputs[0].token_ids[8] != expected[8]
         assert engine.stats().wasted_rows - wasted <= 2
         engine.check()
+
+
+def test_what_is_evicted_to_make_room_is_not_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking, foresee = [], Scheduler.foresee
+
+    def watched(self: Scheduler, batch: Batch) -> Batch | None:
+        foreseen = foresee(self, batch)
+        if foreseen is not None:
+            rows = zip(foreseen.nodes, foreseen.row_slots, strict=True)
+            lacking.extend(node for node, slot in rows if slot < 0 and not node.children)
+        return foreseen
+
+    monkeypatch.setattr(Scheduler, "foresee", watched)
+    greedy = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    with Engine(StampModel(500, 256), kv_tokens=157, debug=True) as engine:
+        engine.generate([[5, 6, 7]], greedy)
+        engine.generate([[8, 8, 8]], replace(greedy, max_tokens=100))
+        engine.generate([[5, 6, 7], [9, 9, 9]], replace(greedy, max_tokens=60))
+        engine.check()
+    assert not lacking
