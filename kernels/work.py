@@ -115,7 +115,6 @@ class Work:
     """Which of the launch's classes have tiles"""
     sizes: Sizes
     num_pieces: int
-    num_merged: int
     most_partials: int
     """Of any one row"""
 
@@ -201,7 +200,6 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
         tuple((np.diff(bounds) > 0).tolist()),
         sizes,
         len(pieces),
-        merged[0].size,
         int(np.diff(merged[1]).max(initial=0)),
     )
 
