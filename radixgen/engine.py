@@ -43,7 +43,7 @@ from radixgen.model.checkpoint import check_layers
 from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
-from radixgen.model.runner import ModelRunner
+from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
 from radixgen.output_processor import OutputProcessor
 from radixgen.sampling import Drawable
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode
@@ -57,7 +57,6 @@ Progress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
 
-_MAX_GRAPH_ROWS = 2048
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
 _SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
@@ -145,7 +144,7 @@ class Engine:
             max_step_tokens,
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
-            max_graph_rows=min(max_step_tokens, _MAX_GRAPH_ROWS),
+            max_graph_rows=min(max_step_tokens, MAX_GRAPH_ROWS),
             torch_compile=torch_compile,
         )
         slots = _allocate(served, kv_tokens, self.limits, max_step_tokens)

@@ -1,6 +1,4 @@
-"""One step on the device: packed rows in, logits out; per layer, write the new KV, then attend by the
-plan.
-"""
+"""One step on the device: packed rows in, logits out; per layer, write the new KV, then attend by the plan."""
 
 import logging
 from collections import Counter
@@ -24,6 +22,8 @@ from radixgen.scheduler.cost import CostModel
 
 logger = logging.getLogger(__name__)
 
+MAX_GRAPH_ROWS = 2048
+"""Of a step that is captured: beyond it the device takes longer than the host."""
 _WARM_UP_SLOTS = 512
 """More than warming up reads of a pool"""
 
@@ -32,7 +32,6 @@ class ModelRunner:
     """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend.
 
     With `graphs`, steps of up to `max_graph_rows` rows are captured and replayed; what can't be captured runs eagerly.
-    Beyond so many rows the device takes longer than the host.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
         *,
         graphs: bool = True,
-        max_graph_rows: int = 2048,
+        max_graph_rows: int = MAX_GRAPH_ROWS,
     ) -> None:
         self.model = model
         self.name = model.name
