@@ -17,7 +17,7 @@ from rich.text import Text
 from radixgen.core import InvalidRequest, Limits, RadixgenError, SamplingParams, check_texts
 from radixgen.core.settings import wait_without_spinning
 from radixgen.model.smollm2 import NAME as DEFAULT_MODEL
-from radixgen.progress import announce_loading, announce_warm_up, waiting
+from radixgen.progress import announce_loading, waiting
 
 if TYPE_CHECKING:
     import torch
@@ -502,6 +502,7 @@ def worker(
 
         def load() -> "Engine":
             from radixgen.engine import Engine
+            from radixgen.warm_up import announce_warm_up
 
             limits = Limits(max_num_seqs=max_num_seqs)
             with waiting(Console(stderr=True)) as say:

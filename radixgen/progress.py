@@ -28,16 +28,6 @@ def waiting(console: Console) -> Iterator[Say]:
         yield say
 
 
-def announce_warm_up(say: Say) -> Callable[[int, int], None]:
-    """What is called with the kinds of steps that are warm, and all: says so at each tenth."""
-
-    def progress(done: int, total: int) -> None:
-        if 10 * done // total > 10 * (done - 1) // total:
-            say(f"warming up: {done} of {total} kinds of steps")
-
-    return progress
-
-
 def announce_loading(say: Say, model: str | Path) -> None:
     """Fetch the embedded model if that is the one and it is not here yet; then say that it loads."""
     if model == smollm2.NAME:

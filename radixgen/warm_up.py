@@ -24,6 +24,16 @@ def warm_up_steps(model: Model, drawable: Drawable | None, max_rows: int, max_dr
     return [partial(_warm_up, model.name, run, drawable) for run in model.warm_up_steps(max_rows, max_draws)]
 
 
+def announce_warm_up(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A `progress(done, total)` for `Engine.warm_up` that says how far it is, at each tenth of the steps."""
+
+    def progress(done: int, total: int) -> None:
+        if 10 * done // total > 10 * (done - 1) // total:
+            say(f"warming up: {done} of {total} kinds of steps")
+
+    return progress
+
+
 def _warm_up(name: str, run: Callable[[], Tensor], drawable: Drawable | None) -> None:
     try:
         logits = run()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from radixgen.core import RadixgenError, RequestFailed, SamplingParams
 from radixgen.serve.http.backend import Backend
+from radixgen.warm_up import announce_warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class Health:
         self.warm = False
         self._whole_warm_up = warm_up
         self._warming = ""
+        self._announce = announce_warm_up(logger.info)
         self.draining = False
         self._engine = engine
         self._stall_seconds = stall_seconds
@@ -74,10 +76,9 @@ class Health:
             await asyncio.sleep(_WATCH_SECONDS)
 
     def _note(self, done: int, total: int) -> None:
-        """So many kinds of steps are warm: told by `/ready`, and at each tenth by the log."""
+        """So many kinds of steps are warm: for `/ready` and the log."""
         self._warming = f": {done} of {total}"
-        if 10 * done // total > 10 * (done - 1) // total:
-            logger.info("warming up: %d of %d kinds of steps", done, total)
+        self._announce(done, total)
 
     async def _warm_up(self) -> None:
         """One short request, of which nothing stays: what is compiled or captured at first is there afterwards."""
