@@ -876,7 +876,7 @@ def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
     that it takes; what CUDA graphs take comes out of the rest.
     """
     if isinstance(model, ModelRunner) and model.device.type == "cuda":
-        model.rehearse(max_step_tokens)
+        model.profile_run(max_step_tokens)
     if isinstance(model, ParallelModel):
         room = model.kv_room
     else:

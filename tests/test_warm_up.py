@@ -128,11 +128,11 @@ def test_a_model_of_another_kind_has_nothing_to_warm_up() -> None:
         assert served.warm_up_steps() == []
 
 
-def test_the_largest_step_is_rehearsed_without_a_pool() -> None:
+def test_the_profile_run_leaves_no_pool() -> None:
     with engine() as served:
         model = served._model
         assert isinstance(model, ModelRunner)
-        model.rehearse(6)
+        model.profile_run(6)
         assert model.storage.keys[0].shape[0] == 0 and model.kv_bytes_read == 0
 
 

@@ -99,7 +99,7 @@ class ModelRunner:
         )
         return [partial(self._warm_up, step) for step in steps]
 
-    def rehearse(self, max_rows: int) -> None:
+    def profile_run(self, max_rows: int) -> None:
         """Run a step of `max_rows` rows before `allocate`, so that the memory that it takes is no longer free. Where
         there is too little, there is a warning.
         """
