@@ -30,8 +30,8 @@ class Launched(NamedTuple):
     """`[items]`"""
     programs: int
     slowed: float = 1.0
-    """How many times longer all take while all programs are busy, because memory is. So many fewer programs as would
-    not keep memory busy are not slowed at all.
+    """How many times longer items take while all programs are busy, because memory can't keep up; the fewer are busy,
+    the less, down to 1.
     """
 
 

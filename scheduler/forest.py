@@ -34,9 +34,10 @@ class Forest:
 def active_forest(
     tree: RadixTree, node_ids: Int32Array, row_positions: Int32Array
 ) -> tuple[Forest, Int32Array, Int64Array]:
-    """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all. A
-    node has its scheduled keys, and those up to its rows, at `row_positions`, which its reserve then holds, or its only
-    child, in the slots behind its own.
+    """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all.
+
+    A node has its scheduled keys and those up to its rows, at `row_positions`. Keys beyond the scheduled ones lie in
+    its reserved slots, or in those of its only child right behind its own.
     """
     columns = tree.columns
     ids, rows = _climb(node_ids, columns.parent, columns.place)

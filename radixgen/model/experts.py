@@ -1,7 +1,8 @@
 """Mixtures of experts whose few rows are multiplied by `radixgen.kernels.expert_gemm`.
 
-transformers asks a registered function for what a layer's experts make of their rows, as it does for attention. Ours
-answers few rows; more of them go to transformers' own products of sorted rows, which read every weight once as well.
+A function registered with transformers' `ExpertsInterface` answers all experts of a layer, as one registered with
+`AttentionInterface` answers attention. Ours takes few rows; more go to transformers' own products of sorted rows, which
+read every weight once as well.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ _SORTED = "grouped_mm"
 
 
 def expert_layers(model: nn.Module) -> list[Any]:
-    """The modules whose forward pass transformers asks a registered function for."""
+    """The modules whose forward pass goes through transformers' `ExpertsInterface`."""
     return [module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "down_proj")]
 
 

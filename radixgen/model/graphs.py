@@ -27,9 +27,9 @@ Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 _FINE, _COARSE = 256, 1024
 """Up to _FINE rows a graph for each power of two, up to _COARSE for each multiple of 128, then of 256."""
 FEW_LOGITS = 256
-
-
+"""Rows of logits of a graph of more rows, where a step wants no more"""
 _PADDING = np.array([[0], [0], [-1], [0]])
+"""Of token ids, positions, slots and rows of logits"""
 _UNKNOWN = np.empty(0, np.int64)
 """Token ids that the device fills in"""
 
