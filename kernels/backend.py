@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from radixgen.kernels.flash_backend import FlashCost
-    from radixgen.kernels.room import Room
+    from radixgen.kernels.workspace import Workspace
 
 BACKENDS = ("torch", "triton", "flash")
 
@@ -63,9 +63,9 @@ class StaticAttention(Protocol):
     answer.
     """
 
-    def __init__(self, plan: Plan, window: Window | None, positions: "Tensor", room: "Room") -> None:
+    def __init__(self, plan: Plan, window: Window | None, positions: "Tensor", workspace: "Workspace") -> None:
         """`positions` int64 `[rows]`, at least as many as the plan's rows, is read at each call. `plan` is loaded.
-        `room` is shared with others of which none runs at the same time.
+        `workspace` is shared with others, of which only one runs at a time.
         """
 
     def load(self, plan: Plan) -> bool:

@@ -13,9 +13,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
-from radixgen.kernels.room import Room
 from radixgen.kernels.upload import Staging, upload
 from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
+from radixgen.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +156,8 @@ class Writes:
 class Tables:
     """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
-    With `room` there is some to spare at the same addresses: what was captured with these tables, for `static_rows`
-    rows, answers larger work too.
+    With a `workspace` there is room to spare at the same addresses: what was captured with these tables, for
+    `static_rows` rows, answers larger work too.
     """
 
     def __init__(
@@ -166,11 +166,11 @@ class Tables:
         geometry: Geometry,
         launch: Launch,
         device: torch.device,
-        room: Room | None = None,
+        workspace: Workspace | None = None,
         static_rows: int = 0,
     ) -> None:
         self.launch, self.geometry = launch, geometry
-        self._sizes = work.sizes if room is None else room.sizes(work.sizes)
+        self._sizes = work.sizes if workspace is None else workspace.sizes(work.sizes)
         buffer = torch.empty(sum(self._sizes.tables), dtype=torch.int32, device=device)
         self._staging = Staging(buffer)
         views = torch.split(buffer, list(self._sizes.tables))
@@ -184,7 +184,7 @@ class Tables:
             most = max(4, launch.classes[0].programs // (geometry.kv_heads * static_rows))
         self.merge_block = min(64, triton.next_power_of_2(max(most, 1)))
         partials = self._sizes.partials, geometry.kv_heads * geometry.group, geometry.v_head_dim, device
-        self.partial_lse, self.partial_out = (room or Room()).partials(*partials)
+        self.partial_lse, self.partial_out = (workspace or Workspace()).partials(*partials)
         self.load(work)
 
     def load(self, work: Work) -> bool:
@@ -239,8 +239,8 @@ class Attention:
 class StaticAttention:
     """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
-    def __init__(self, plan: Plan, window: Window | None, positions: Tensor, room: Room) -> None:
-        self._window, self._positions, self._room = window, positions, room
+    def __init__(self, plan: Plan, window: Window | None, positions: Tensor, workspace: Workspace) -> None:
+        self._window, self._positions, self._workspace = window, positions, workspace
         self._tile_rows = plan.tile_rows
         self._tables: dict[tuple[Geometry, bool], Tables] = {}
         self._origin: Plan | None = None
@@ -276,7 +276,7 @@ class StaticAttention:
                 geometry, self._tile_rows, chip, rows=len(q), windowed=windowed, capped=softcap is not None
             )
             work = self._lay_out(geometry, launch)
-            self._tables[kind] = Tables(work, geometry, launch, q.device, self._room, static_rows=q.shape[0])
+            self._tables[kind] = Tables(work, geometry, launch, q.device, self._workspace, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)
         _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse

@@ -18,9 +18,9 @@ from radixgen import Engine, TreeAttention
 from radixgen.core import Chunk, Plan
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.room import Room
 from radixgen.kernels.schedule import Launched, assign, makespan
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
+from radixgen.kernels.workspace import Workspace
 from radixgen.model import graphs
 from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
 
@@ -157,7 +157,7 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
 
     def prepared():
         if static:
-            return triton_backend.StaticAttention(plan, None, positions, Room())
+            return triton_backend.StaticAttention(plan, None, positions, Workspace())
         return triton_backend.Attention(plan, None, DEVICE)
 
     shared = prepared()
@@ -282,7 +282,7 @@ def test_programs_take_what_is_left_in_turn() -> None:
     q = torch.randn(made.num_rows, 8, 128, device=DEVICE, dtype=torch.float16)
     k, v = torch.randn(2, slots, 2, 128, device=DEVICE, dtype=torch.float16)
     positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
-    static = triton_backend.StaticAttention(made, None, positions, Room())
+    static = triton_backend.StaticAttention(made, None, positions, Workspace())
     first = [one.clone() for one in static(q, k, v, 0.1)]
     again = static(q, k, v, 0.1)
     expected = backend("torch", DEVICE).attention(made, None, DEVICE)(q.float(), k.float(), v.float(), 0.1)
@@ -330,7 +330,7 @@ def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
         padded = torch.zeros(64, *q.shape[1:], device=DEVICE)
         padded[:rows] = q[order]
         if static is None:
-            static = triton_backend.StaticAttention(made, 50, positions, Room())
+            static = triton_backend.StaticAttention(made, 50, positions, Workspace())
         else:
             assert static.load(made)
         out, lse = static(padded, k, v, 64**-0.5)
@@ -358,7 +358,7 @@ def test_rows_move_on_over_the_same_tables(mode, window) -> None:
     for begin, length, room in zip(extents, lengths, rooms, strict=True):
         pools[:, begin + length : begin + length + room] = float("nan")
     positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
-    static = triton_backend.StaticAttention(made, window, positions, Room())
+    static = triton_backend.StaticAttention(made, window, positions, Workspace())
     looked_at = range(steps + 1) if EVERYTHING else (0, 1, steps)
     for step in range(steps + 1):
         if step:

@@ -17,8 +17,8 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Backend, StaticAttention
-from radixgen.kernels.room import Room
 from radixgen.kernels.upload import Staging
+from radixgen.kernels.workspace import Workspace
 from radixgen.model.packed import LayerCall, TreeModel
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -154,7 +154,7 @@ class StepGraphs:
         self.max_rows = max_rows
         self._model, self._storage, self._backend = model, storage, backend
         self._capture = CudaCapture(model.device) if model.device.type == "cuda" else call
-        self._room = Room()
+        self._workspace = Workspace()
         self._graphs: dict[Size, _Graph] = {}
         self._refused: set[Size] = set()
         self.usable = True
@@ -177,7 +177,7 @@ class StepGraphs:
         graph = self._loaded(plan, token_ids, slots, logit_rows)
         if graph is not None:
             return graph.replay()[: logit_rows.size]
-        graph = _Graph(self._model, self._storage, self._backend, size, self._room)
+        graph = _Graph(self._model, self._storage, self._backend, size, self._workspace)
         graph.load(plan, token_ids, slots, logit_rows)
         try:
             graph.replay = self._capture(graph.forward)
@@ -220,8 +220,10 @@ class _Graph:
 
     replay: Callable[[], Tensor]
 
-    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, size: Size, room: Room) -> None:
-        self._model, self._storage, self._room = model, storage, room
+    def __init__(
+        self, model: TreeModel, storage: KVStorage, backend: Backend, size: Size, workspace: Workspace
+    ) -> None:
+        self._model, self._storage, self._workspace = model, storage, workspace
         assert backend.static is not None
         self._new_attention = backend.static
         self._plan: Plan | None = None
@@ -254,7 +256,7 @@ class _Graph:
         self._writes(call.k, call.v, k, v)
         if call.window not in self._by_window:
             self._by_window[call.window] = self._new_attention(
-                self._plan, call.window, self._inputs.positions, self._room
+                self._plan, call.window, self._inputs.positions, self._workspace
             )
         return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)
 

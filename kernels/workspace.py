@@ -6,7 +6,7 @@ from torch import Tensor
 from radixgen.kernels.work import Sizes
 
 
-class Room:
+class Workspace:
     """What captured steps share, since one of them runs at a time: memory for partial results, and how large tables are
     made. It only grows, so that plans of every kind soon fit into whatever is captured.
     """
