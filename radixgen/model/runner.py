@@ -87,7 +87,8 @@ class ModelRunner:
     ) -> Tensor:
         """As `Model.run`; the logits stand until the next call."""
         self.count(plan)
-        logits = self._replay(plan, token_ids, slots, logit_rows)
+        graphs = self._graphs_for(plan, logit_rows)
+        logits = None if graphs is None else self._replay(graphs, plan, token_ids, slots, logit_rows)
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
@@ -126,9 +127,8 @@ class ModelRunner:
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
         """As `radixgen.model.base.RunsAhead`: only steps that were captured before."""
-        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
-            return None
-        logits = self._graphs.run_ahead(plan, tokens, slots, logit_rows)
+        graphs = self._graphs_for(plan, logit_rows)
+        logits = None if graphs is None else graphs.run_ahead(plan, tokens, slots, logit_rows)
         if logits is not None:
             self.count(plan)
         return logits
@@ -138,24 +138,30 @@ class ModelRunner:
         plan = step.plan(self._slots, self.max_model_len)
         token_ids, logit_rows = np.zeros(step.rows, np.int64), np.arange(step.num_logits)
         slots = np.full(step.rows, -1)
-        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
+        graphs = self._graphs_for(plan, logit_rows)
+        if graphs is None:
             return self._run_eagerly(plan, token_ids, slots, logit_rows)
-        logits = self._replay(plan, token_ids, slots, logit_rows)
-        if logits is None:
-            return torch.empty((0, self.vocab_size), device=self.device)
-        return logits
+        logits = self._replay(graphs, plan, token_ids, slots, logit_rows)
+        return torch.empty((0, self.vocab_size), device=self.device) if logits is None else logits
+
+    def _graphs_for(self, plan: Plan, logit_rows: NDArray[np.int64]) -> StepGraphs | None:
+        """What replays such a step; None where it runs eagerly."""
+        return self._graphs if self._graphs is not None and self._graphs.takes(plan, logit_rows) else None
 
     def _replay(
-        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+        self,
+        graphs: StepGraphs,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
     ) -> Tensor | None:
-        """Logits by a captured pass; None where there is none for such steps."""
-        if self._graphs is None or not self._graphs.takes(plan, logit_rows):
-            return None
+        """Logits by a captured pass; None, with a warning, where it can't be captured."""
         try:
-            return self._graphs.run(plan, token_ids, slots, logit_rows)
+            return graphs.run(plan, token_ids, slots, logit_rows)
         except NotCapturable as error:
             self.failed_captures += 1
-            steps = f"steps like one of {plan.num_rows} rows run" if self._graphs.usable else "runs"
+            steps = f"steps like one of {plan.num_rows} rows run" if graphs.usable else "runs"
             logger.warning("%s: %s without CUDA graphs from now on: %s", self.name, steps, error)
             return None
 
