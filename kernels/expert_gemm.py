@@ -5,7 +5,7 @@ sorted rows. Its plain twin is `expert_linear_plainly`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 MAX_ROWS = 128
 """Beyond it sorting pays off."""
@@ -77,7 +77,7 @@ def register() -> None:
     if hasattr(torch.ops.radixgen, "expert_linear"):
         return
 
-    @torch.library.custom_op("radixgen::expert_linear", mutates_args=())
+    @library.custom_op("radixgen::expert_linear", mutates_args=())
     def operator(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
         return expert_linear(given, weight, experts, transposed)
 

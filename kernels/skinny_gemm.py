@@ -7,7 +7,7 @@ The kernel is in `radixgen.kernels.skinny_gemm_kernels`. Its plain twin, `torch.
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from radixgen.kernels import gluon_support
 
@@ -98,7 +98,7 @@ def register() -> None:
     if hasattr(torch.ops.radixgen, "linear_partials"):
         return
 
-    @torch.library.custom_op("radixgen::linear_partials", mutates_args=())
+    @library.custom_op("radixgen::linear_partials", mutates_args=())
     def operator(given: Tensor, weight: Tensor) -> Tensor:
         return linear_partials(given, weight)
 

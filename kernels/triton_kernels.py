@@ -192,8 +192,8 @@ def attend(
     again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. With each step that the rows have
     moved on since the plan was laid out, an item has as many more keys as rows of it grow.
 
-    Launches for other tiles of the same layer write other rows, so that all but the FIRST begin as its programs end,
-    and see to it that they end no sooner.
+    The launches of one layer write different rows, so all but the FIRST begin while it is still running, and wait for
+    it only before they end.
     """
     programs = tl.num_programs(0)
     begin = tl.load(bounds + KIND) * KV_HEADS

@@ -295,8 +295,10 @@ def _integers(prompt: Seq[int], field: str) -> NDArray[Any]:
 
 
 def _plain_integers(prompt: Seq[int]) -> NDArray[np.int32] | None:
-    """Int32; None where that can't be told to hold them exactly. Two loops in C, far faster than `np.array`: only
-    integers have an integer as their sum, but for booleans, which are 0 and 1.
+    """The prompt as int32, or None unless all of it are integers that fit.
+
+    Two loops in C, far faster than `np.array`. If the sum is an integer, every item is an integer or a boolean;
+    booleans can only be 0 or 1, so only those places are looked at one by one.
     """
     try:
         with np.errstate(over="ignore"):

@@ -3,7 +3,7 @@
 While every sequence decodes alone on its leaf, all of the next step but its tokens is known: the device can begin it
 with tokens that only it knows, and the host plans and keeps its books meanwhile. Nothing is decided early: the
 scheduler makes the next batch from the tokens when it has them, and what was computed is used where the batch holds no
-row that was not foreseen, in node, token, position and slot. Otherwise the step is run as if nothing had been begun;
+row that was not expected, in node, token, position and slot. Otherwise the step is run as if nothing had been begun;
 what that wrote lies in slots that the leaves hold in reserve, and whoever gets them later writes them first.
 """
 
@@ -59,18 +59,16 @@ class RunAhead:
         return self._begun.batch.num_rows if self._begun else 0
 
     def begin(self, batch: Batch, draws: Draws) -> None:
-        """Begin the step after `batch`, whose tokens are `draws`, where it can be foreseen and nobody waits for whom
-        there is room.
-        """
+        """Begin the step after `batch` with the tokens in `draws`, if the scheduler can tell who takes part in it."""
         if self._model is None or not self._model.runs_ahead:
             return
         if any(sequence.request.params.logprobs is not None for sequence in batch.drawing):
             return
-        foreseen = self._scheduler.foresee(batch)
-        if foreseen is None:
+        expected = self._scheduler.schedule_ahead(batch)
+        if expected is None:
             return
-        step = self._scheduler.freeze(foreseen)
-        order = _places(foreseen.drawing, batch.drawing)
+        step = self._scheduler.freeze(expected)
+        order = _places(expected.drawing, batch.drawing)
         try:
             tokens = _in_order(draws.tokens, order)
             logits = self._model.run_ahead(step.plan, tokens, step.slots, step.logit_rows)
@@ -80,7 +78,7 @@ class RunAhead:
             logger.exception("a step could not be begun ahead of its tokens")
             return
         if logits is not None:
-            self._begun = _Begun(logits, foreseen, draws, order)
+            self._begun = _Begun(logits, expected, draws, order)
 
     def claim(self, batch: Batch) -> Ran | None:
         """The results for `batch`, if it was begun as it turned out to be."""
@@ -118,17 +116,17 @@ def _rows_of(begun: _Begun, batch: Batch) -> Seq[int] | None:
     """For each row of `batch`, which of those that were begun it is; None where one is none of them."""
     if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
         return None
-    drawn, foreseen = begun.draws.wait(), begun.batch
+    drawn, expected = begun.draws.wait(), begun.batch
     tokens = [drawn[draw] for draw in begun.order]
     nodes = list(batch.last_row)
-    if nodes == foreseen.nodes:
+    if nodes == expected.nodes:
         rows: Seq[int] = range(batch.num_rows)
     else:
-        row_of = {node: row for row, node in enumerate(foreseen.nodes)}
+        row_of = {node: row for row, node in enumerate(expected.nodes)}
         rows = [row_of.get(node, -1) for node in nodes]
     own = zip(batch.row_positions, batch.row_slots, batch.row_tokens, strict=True)
     same = all(
-        row >= 0 and one == (foreseen.row_positions[row], foreseen.row_slots[row], tokens[row])
+        row >= 0 and one == (expected.row_positions[row], expected.row_slots[row], tokens[row])
         for row, one in zip(rows, own, strict=True)
     )
     return rows if same else None

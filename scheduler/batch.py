@@ -236,10 +236,12 @@ class Scheduler:
         batch.fence = self.tree.pool.begin_step()
         return batch
 
-    def foresee(self, batch: Batch) -> Batch | None:
-        """The step after `batch`, its tokens not known yet and 0: every sequence that `batch` does not bring to its
-        last token goes on by one, in its own leaf, for which a slot is reserved, or into what is cached behind it. None
-        where that can't be told: others are to come, or memory is short.
+    def schedule_ahead(self, batch: Batch) -> Batch | None:
+        """The step after `batch`, with 0 for each token, since none is known yet.
+
+        Every sequence that has not reached `max_tokens` moves on by one token: in its own leaf, where a slot is
+        reserved for it, or along what is cached behind it. Returns None if other sequences may join, if a token may
+        begin a new node, or if memory is short.
         """
         if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
             return None

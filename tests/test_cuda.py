@@ -18,6 +18,16 @@ from radixgen.sampling import sample
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def small_llama(dtype: torch.dtype, **sizes: int) -> LlamaForCausalLM:
+    """On the GPU, with random weights that are the same each time."""
+    usual = {
+        "vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**usual | sizes, dtype=dtype)).to("cuda", dtype).eval()
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_families(name: str) -> None:
     oracle, served = Oracle(families.build(name).to("cuda")), families.build(name).to("cuda")
@@ -79,12 +89,7 @@ def test_no_step_after_warming_up_captures_or_compiles(monkeypatch: pytest.Monke
     """Bursts of several sizes, alone and together, drawn in several ways; the tokens are those of a cold engine."""
     from triton.runtime.jit import JITFunction
 
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2_048, dtype=torch.float32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, made = LlamaForCausalLM(config).to("cuda").eval(), []
+    model, made = small_llama(torch.float32, max_position_embeddings=2_048), []
     rng = np.random.default_rng(0)
     bursts = [[rng.integers(3, 256, 5 + size).tolist() for size in range(count)] for count in (1, 2, 3, 17, 40)]
     ways = [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.05, "repetition_penalty": 1.1}]
@@ -129,12 +134,7 @@ def test_a_capture_that_fails_leaves_nothing_behind() -> None:
 
 def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst on one long prefix, with defaults: there is one graph, and it is replaced."""
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=16_384, dtype=torch.bfloat16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    model = small_llama(torch.bfloat16, max_position_embeddings=16_384)
     steps, run = [], StepGraphs.run
 
     def counted(self: StepGraphs, *arguments: object) -> torch.Tensor:
@@ -157,12 +157,8 @@ def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.Mo
 
 def test_early_launches_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that begin while those before them end read nothing too early."""
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=128, max_position_embeddings=1_024, dtype=torch.bfloat16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    sizes = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+    model = small_llama(torch.bfloat16, num_attention_heads=8, head_dim=128, max_position_embeddings=1_024, **sizes)
     rng = np.random.default_rng(0)
     batches = [[rng.integers(3, 512, 40 + row % 9).tolist() for row in range(rows)] for rows in (1, 7, 100)]
     options = packed._compiler_options(model.device) or {}

@@ -5,7 +5,7 @@ from functools import partialmethod
 import families
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from radixgen.kernels import expert_gemm
 from radixgen.kernels.expert_gemm import expert_linear, expert_linear_plainly
@@ -68,7 +68,7 @@ def test_the_operator_is_sound() -> None:
     expert_gemm.register()
     given, weight = random(5, 64, dtype=torch.bfloat16), random(7, 128, 64, dtype=torch.bfloat16)
     asked = given, weight, choices(5, 7, 2).reshape(-1), False
-    torch.library.opcheck(torch.ops.radixgen.expert_linear.default, asked)
+    library.opcheck(torch.ops.radixgen.expert_linear.default, asked)
 
 
 def own_value(call: LayerCall) -> tuple[Tensor, Tensor]:

@@ -244,11 +244,11 @@ def rows_computed_ahead_are_taken_by_their_place(patch: Patch) -> None:
 def a_step_is_begun_without_slots_for_it(patch: Patch) -> None:
     """They are written where the first tokens are."""
 
-    def misplace(foreseen: Batch | None, *_: object) -> None:
-        if foreseen is not None:
-            foreseen.row_slots = [node.extents[0].start for node in foreseen.nodes]
+    def misplace(expected: Batch | None, *_: object) -> None:
+        if expected is not None:
+            expected.row_slots = [node.extents[0].start for node in expected.nodes]
 
-    after(patch, Scheduler, "foresee", misplace)
+    after(patch, Scheduler, "schedule_ahead", misplace)
 
 
 def a_prompt_is_scored_one_token_late(patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""Steps that are begun before their tokens are known: used where they turned out as foreseen, and never wrong."""
+"""Steps that are begun before their tokens are known: used where they turned out as expected, and never wrong."""
 
 from dataclasses import replace
 
@@ -163,7 +163,7 @@ def test_what_is_cached_is_read_ahead_as_it_was_computed(monkeypatch) -> None:
 @pytest.mark.parametrize("vocab", [2, 4])
 def test_answers_that_leave_what_is_cached_are_right(vocab: int, slots: int) -> None:
     """Few tokens to draw from, so that most draws follow cached ones for a while."""
-    told = []
+    answers = []
     for ahead in (False, True):
         model = StampModel(vocab, 256)
         with Engine(model, kv_tokens=slots, async_scheduling=ahead, debug=True) as engine:
@@ -172,8 +172,8 @@ def test_answers_that_leave_what_is_cached_are_right(vocab: int, slots: int) -> 
                 params = [SamplingParams(max_tokens=9 + 2 * i, seed=seed + i, ignore_eos=True) for i in range(5)]
                 outputs += engine.generate([[1, 0, i % vocab] for i in range(5)], params)
                 engine.check()
-            told.append([output.outputs[0].token_ids for output in outputs])
-    assert told[0] == told[1]
+            answers.append([output.outputs[0].token_ids for output in outputs])
+    assert answers[0] == answers[1]
     assert slots < 4_000 or model.rows_ahead > 0
 
 
@@ -191,17 +191,17 @@ def test_one_who_leaves_what_is_cached_wastes_one_step() -> None:
         engine.check()
 
 
-def test_what_is_evicted_to_make_room_is_not_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking, foresee = [], Scheduler.foresee
+def test_what_is_evicted_to_make_room_is_not_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking, schedule_ahead = [], Scheduler.schedule_ahead
 
     def watched(self: Scheduler, batch: Batch) -> Batch | None:
-        foreseen = foresee(self, batch)
-        if foreseen is not None:
-            rows = zip(foreseen.nodes, foreseen.row_slots, strict=True)
+        expected = schedule_ahead(self, batch)
+        if expected is not None:
+            rows = zip(expected.nodes, expected.row_slots, strict=True)
             lacking.extend(node for node, slot in rows if slot < 0 and not node.children)
-        return foreseen
+        return expected
 
-    monkeypatch.setattr(Scheduler, "foresee", watched)
+    monkeypatch.setattr(Scheduler, "schedule_ahead", watched)
     greedy = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
     with Engine(StampModel(500, 256), kv_tokens=157, debug=True) as engine:
         engine.generate([[5, 6, 7]], greedy)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from radixgen.kernels import skinny_gemm
 from radixgen.model.fused_linear import Share, fuse_linears, restore_linears
@@ -53,7 +53,7 @@ def test_products_are_as_exact_as_pytorch_s(shape: tuple[int, int]) -> None:
 def test_the_operator_is_sound() -> None:
     skinny_gemm.register()
     skinny_gemm.register()
-    torch.library.opcheck(torch.ops.radixgen.linear_partials.default, (random(5, 256), random(256, 256)))
+    library.opcheck(torch.ops.radixgen.linear_partials.default, (random(5, 256), random(256, 256)))
 
 
 @on_hopper

@@ -5,7 +5,7 @@ from functools import partialmethod
 import families
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from radixgen import Engine, SamplingParams
 from radixgen.model.tree_attention import answered_by, register, tree_attention
@@ -24,7 +24,7 @@ def test_the_operator_is_sound(rows: int) -> None:
     with answered_by(answer):
         assert tree_attention(query, key, value, 0.5, None, None).shape == (1, rows, 4, 6)
         for sinks in (None, torch.randn(4)):
-            torch.library.opcheck(torch.ops.radixgen.tree_attention.default, (query, key, value, 0.5, 30.0, sinks))
+            library.opcheck(torch.ops.radixgen.tree_attention.default, (query, key, value, 0.5, 30.0, sinks))
     with pytest.raises(LookupError):
         tree_attention(query, key, value, 0.5, None, None)
 

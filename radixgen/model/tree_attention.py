@@ -1,7 +1,7 @@
-"""`radixgen::tree_attention`: what a layer asks of attention as one operator, which a compiled block calls as it is.
+"""`radixgen::tree_attention`: a layer's KV write and attention as one custom operator, opaque to `torch.compile`.
 
-A compiled block is the same code for every layer, so that the operator is told nothing of its layer or model: a forward
-pass says who answers, and layers are answered in the order in which they ask.
+All layers share the code of one compiled block, so the operator has no argument that names the layer or the model.
+Instead, each forward pass sets a function that answers its calls, and the calls are counted to find the layer.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 class Answer(Protocol):
@@ -50,7 +50,7 @@ def register() -> None:
     if hasattr(torch.ops.radixgen, "tree_attention"):
         return
 
-    @torch.library.custom_op("radixgen::tree_attention", mutates_args=())
+    @library.custom_op("radixgen::tree_attention", mutates_args=())
     def operator(
         query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:

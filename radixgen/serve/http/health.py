@@ -76,7 +76,7 @@ class Health:
             await asyncio.sleep(_WATCH_SECONDS)
 
     def _note(self, done: int, total: int) -> None:
-        """So many kinds of steps are warm: for `/ready` and the log."""
+        """Note how many kinds of steps are warm, for `/ready` and the log."""
         self._warming = f": {done} of {total}"
         self._announce(done, total)
 
