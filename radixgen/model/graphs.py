@@ -68,8 +68,8 @@ def buckets(most: int) -> list[int]:
 
 
 class CudaCapture:
-    """A `Capture` into CUDA graphs that share one memory pool. What a graph returns stands until another is replayed:
-    where it lies, they may have something of theirs.
+    """A `Capture` into CUDA graphs that share one memory pool. What a graph returns is overwritten when another one is
+    replayed.
 
     A pool ends with the last of its graphs, though tensors of theirs live on, and PyTorch can't capture into it again.
     So a pool has a first graph that does next to nothing and is kept.
@@ -123,9 +123,7 @@ class CudaCapture:
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """A tensor on a GPU once more, as one that does not keep its memory: that is its graph's, and the pool's again for
-    the next capture.
-    """
+    """A view of a GPU tensor that does not own its memory, so that the next graph in the pool can use the same."""
     typestr = f"<i{tensor.element_size()}"
     interface = {
         "shape": tuple(tensor.shape),
