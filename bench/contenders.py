@@ -5,7 +5,6 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from bench.shapes import Shape, build, configuration
 from bench.workloads import Answers, Ask
 from radixgen import Engine, SamplingParams
 from radixgen.core import Limits
+from radixgen.version import VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Radixgen:
             max_step_tokens=options.step_tokens,
             limits=Limits(max_num_seqs=options.max_seqs),
         )
-        self.about = {"engine": "radixgen", "version": version("radixgen"), "step_tokens": self._engine.max_step_tokens}
+        self.about = {"engine": "radixgen", "version": VERSION, "step_tokens": self._engine.max_step_tokens}
 
     def answer(self, ask: Ask) -> Answers:
         params = SamplingParams(n=ask.n, temperature=ask.temperature, max_tokens=ask.new, ignore_eos=True)

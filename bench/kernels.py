@@ -38,7 +38,7 @@ ALIGNED = [["tt.divisibility", 16]]
 
 def configurations() -> Iterator[tuple[Geometry, Launch, int, int, tuple[str, ...]]]:
     """Every launch of the head shapes that models have, and each class of tiles in it, for both chips, without masks
-    and with those that models with such heads have; bfloat16 stands for float16 too.
+    and with those that models with such heads have, and one of a single KV head; bfloat16 stands for float16 too.
     """
     shapes = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
     tiles = [(4, 16, 1), (4, 64, 64), (1, 64, 64), (71, 128, 64)]
@@ -50,6 +50,9 @@ def configurations() -> Iterator[tuple[Geometry, Launch, int, int, tuple[str, ..
             launch = choose_launch(geometry, tile_rows, Chip(chip, 132), rows=rows, windowed="window" in masks)
             for kind in range(len(launch.classes)):
                 yield geometry, launch, kind, chip, masks
+    alone = Geometry(1, 16, 128, 128, torch.bfloat16)
+    for chip in CHIPS:
+        yield alone, choose_launch(alone, 16, Chip(chip, 132), rows=4), 0, chip, ()
 
 
 def examine(

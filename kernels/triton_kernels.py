@@ -211,8 +211,10 @@ def attend(
     ticket = _take(tickets + KIND, shared, THREADS)
     age = tl.load(row_positions).to(tl.int32) - laid_out_at
     while task < tasks:
-        # Two tickets and one item ahead, so that no item waits for its own description.
-        coming = tl.where(shared, programs + _look(ticket, THREADS), tasks)
+        # Two tickets and one item ahead, so that no item waits for its own description. Where nothing is shared, any end
+        # will do, but it must come from `task`: Triton 3.6 fails on a loop that leaves what it carries on unread, as this
+        # one does with one KV head.
+        coming = tl.where(shared, programs + _look(ticket, THREADS), task + tasks)
         ticket = _take(tickets + KIND, shared, THREADS)
         (
             next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, next_partial,

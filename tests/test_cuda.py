@@ -11,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from radixgen import Engine, SamplingParams
 from radixgen.core import SamplingState
-from radixgen.model import packed
-from radixgen.model.graphs import CudaCapture, StepGraphs
-from radixgen.sampling import sample
+from radixgen.kernels import work
+from radixgen.model import graphs, packed
+from radixgen.model.graphs import CudaCapture, _Graph
+from radixgen.sampling import distribution, sample, uniform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -55,7 +56,12 @@ def test_a_draw_is_the_same_alone_and_in_a_batch(vocab: int) -> None:
     states = [SamplingState(params[row % 3], row, 0, prompt, [], frozenset()) for row in range(64)]
     together = sample(logits, range(64), states).tokens
     assert together == [sample(logits, [row], [state]).tokens[0] for row, state in enumerate(states)]
-    assert together == sample(logits.cpu(), range(64), states).tokens
+    exact = sample(logits.cpu(), range(64), states).tokens
+    for row in np.flatnonzero(np.array(together) != exact):
+        first, last = sorted((together[row], exact[row]))
+        summed = distribution(logits[row : row + 1].cpu(), [states[row]])[0].cumsum(0)
+        gaps = summed[first:last] / summed[-1] - uniform([states[row]])[0]
+        assert gaps.abs().max() < 1e-6, "a draw may differ where its number lies between two tokens, and nowhere else"
 
 
 def test_captures_go_on_when_the_last_graph_is_gone() -> None:
@@ -133,16 +139,17 @@ def test_a_capture_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst on one long prefix, with defaults: there is one graph, and it is replaced."""
+    """Bursts on one long prefix, with tables that have no room to spare."""
     model = small_llama(torch.bfloat16, max_position_embeddings=16_384)
-    steps, run = [], StepGraphs.run
+    captured: list[object] = []
 
-    def counted(self: StepGraphs, *arguments: object) -> torch.Tensor:
-        result = run(self, *arguments)
-        steps.append(len(self._graphs))
-        return result
+    class Counted(_Graph):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            captured.append(arguments[3])
 
-    monkeypatch.setattr(StepGraphs, "run", counted)
+    monkeypatch.setattr(graphs, "_Graph", Counted)
+    monkeypatch.setattr(work, "_room", lambda size, _: size)
     rng = np.random.default_rng(0)
     prefix = rng.integers(3, 256, 8_000).tolist()
     with Engine(model, kv_tokens=60_000, warm_up=False) as engine:
@@ -150,8 +157,7 @@ def test_a_plan_that_outgrows_its_tables_is_captured_anew(monkeypatch: pytest.Mo
             burst = [prefix + rng.integers(3, 256, 16 + count).tolist() for _ in range(count)]
             outputs = engine.generate(burst, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
             assert all(len(output.outputs[0].token_ids) == 64 for output in outputs)
-        assert engine.stats().failed_captures == 0 and len(steps) > 4
-        assert engine._model._graphs.usable
+        assert engine.stats().failed_captures == 0 and len(captured) > len(set(captured))
         engine.check()
 
 
