@@ -111,24 +111,29 @@ class StampModel:
         token_ids[logit_rows] = tokens.numpy()
         if refusal := self._refusal(plan, token_ids, slots, logit_rows):
             raise AssertionError(refusal)
-        if not self._cached(plan, token_ids, slots):
-            return torch.full((logit_rows.size, self.vocab_size), torch.nan)
         self.rows_ahead += plan.num_rows
         self.rows -= plan.num_rows
-        return self._compute(plan, token_ids, slots, logit_rows)
+        lost = self._not_cached(plan, token_ids, slots)
+        logits = self._compute(plan, token_ids, slots, logit_rows, lost)
+        logits[np.isin(logit_rows, lost)] = torch.nan
+        return logits
 
-    def _cached(self, plan: Plan, token_ids: Int64Array, slots: Int64Array) -> bool:
-        """Whether the rows that only read find their tokens in their slots; otherwise nobody may use their logits."""
+    def _not_cached(self, plan: Plan, token_ids: Int64Array, slots: Int64Array) -> list[int]:
+        """The rows that only read, and do not find their tokens in their slots: nobody may use their logits."""
         reads = _reads(plan, self._positions.size)
         own, before = reads.slots[reads.last].tolist(), reads.slots[reads.last - 1].tolist()
-        return all(
-            self._stamp_at(own[row]) == extend(self._stamp_at(before[row]), int(token_ids[row]))
+        return [
+            row
             for row in np.flatnonzero(slots < 0).tolist()
-        )
+            if self._stamp_at(own[row]) != extend(self._stamp_at(before[row]), int(token_ids[row]))
+        ]
 
-    def _compute(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
+    def _compute(
+        self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array, lost: Sequence[int] = ()
+    ) -> Tensor:
+        """lost: the rows that may find another token in their slots than their own."""
         reads = _reads(plan, self._positions.size)
-        stamps = self._write(token_ids.tolist(), slots.tolist(), reads)
+        stamps = self._write(token_ids.tolist(), slots.tolist(), reads, lost)
         self._check_chains(reads, stamps)
         self.steps += 1
         self.rows += plan.num_rows
@@ -151,8 +156,8 @@ class StampModel:
             return f"logits of rows {logit_rows} of {rows}"
         return ""
 
-    def _write(self, tokens: list[int], slots: list[int], reads: "_Reads") -> list[bytes]:
-        """Write the rows that have a slot. Returns the stamp of every row.
+    def _write(self, tokens: list[int], slots: list[int], reads: "_Reads", lost: Sequence[int]) -> list[bytes]:
+        """Write the rows that have a slot. Returns the stamp of every row, of those that are lost what is there.
 
         A row's predecessor is written before it or stands in its slot already; that it is the right one,
         `_check_chains` tells.
@@ -164,7 +169,7 @@ class StampModel:
         positions = reads.positions[reads.last].tolist()
         for row, (position, token, slot) in enumerate(zip(positions, tokens, slots, strict=True)):
             parent = self._stamp_at(before[row]) if position else ROOT
-            stamp = extend(parent, token)
+            stamp = self._stamp_at(own[row]) if row in lost else extend(parent, token)
             stamps.append(stamp)
             if slot < 0:
                 if self._positions[own[row]] != position or self._stamp_at(own[row]) != stamp:

@@ -144,6 +144,18 @@ def plans_and_rows_ahead(engine: Engine, model: StampModel, monkeypatch: pytest.
     return len(made), model.rows_ahead - begun
 
 
+def test_a_row_that_reads_what_is_not_its_own_spoils_no_other() -> None:
+    """Sequences that follow what is cached end by another token, while the rows beside them are computed ahead."""
+    answers = []
+    for ahead in (False, True):
+        model = StampModel(4, 64, frozenset({3}))
+        with Engine(model, kv_tokens=4_000, async_scheduling=ahead, debug=True) as engine:
+            params = [SamplingParams(n=3, max_tokens=30, seed=seed // 2) for seed in range(200)]
+            outputs = [engine.generate([1, 2], one)[0].outputs for one in params]
+            answers.append([(one.token_ids, one.finish_reason) for some in outputs for one in some])
+    assert answers[0] == answers[1]
+
+
 def test_what_is_cached_is_read_ahead_as_it_was_computed(monkeypatch) -> None:
     """The same requests once more, in as many passes, of which as many were begun before and as few were planned."""
     model = StampModel(500, 256)
