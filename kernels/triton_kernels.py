@@ -211,9 +211,8 @@ def attend(
     ticket = _take(tickets + KIND, shared, THREADS)
     age = tl.load(row_positions).to(tl.int32) - laid_out_at
     while task < tasks:
-        # Two tickets and one item ahead, so that no item waits for its own description. Where nothing is shared, any end
-        # will do, but it must come from `task`: Triton 3.6 fails on a loop that leaves what it carries on unread, as this
-        # one does with one KV head.
+        # Two tickets and one item ahead, so that no item waits for its own description. Where nothing is shared any end
+        # would do, but Triton 3.6 fails on a loop that reads nothing of `task`, as this one does with one KV head.
         coming = tl.where(shared, programs + _look(ticket, THREADS), task + tasks)
         ticket = _take(tickets + KIND, shared, THREADS)
         (
