@@ -18,19 +18,21 @@ class ScriptedStamps(StampModel):
         self.script = script
         self._texts = {ROOT: ""}
 
-    def _write(self, tokens: list[int], slots: list[int], reads: Any) -> list[bytes]:
-        stamps = super()._write(tokens, slots, reads)
+    def _write(self, tokens: list[int], slots: list[int], reads: Any, lost: Any) -> list[bytes]:
+        stamps = super()._write(tokens, slots, reads, lost)
         before = reads.slots[reads.last - 1].tolist()
         positions = reads.positions[reads.last].tolist()
         for row, token in enumerate(tokens):
+            if row in lost:
+                continue
             parent = self._stamp_at(before[row]) if positions[row] else ROOT
             assert extend(parent, token) == stamps[row]
             self._texts[stamps[row]] = self._texts[parent] + CHARACTERS[token]
         self._row_stamps = stamps
         return stamps
 
-    def _compute(self, plan: Any, token_ids: Any, slots: Any, logit_rows: Any) -> torch.Tensor:
-        super()._compute(plan, token_ids, slots, logit_rows)
+    def _compute(self, plan: Any, token_ids: Any, slots: Any, logit_rows: Any, lost: Any = ()) -> torch.Tensor:
+        super()._compute(plan, token_ids, slots, logit_rows, lost)
         texts = [self._texts[self._row_stamps[row]] for row in logit_rows.tolist()]
         if not texts:
             return torch.empty(0, 256)
