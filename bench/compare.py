@@ -1,6 +1,7 @@
 """Nine workloads on whole engines, side by side: radixgen, and vLLM where it is installed.
 
-    python -m bench.compare [--engines radixgen vllm vllm-cascade] [--workloads NAME ...] [--step-tokens N] [--save]
+    python -m bench.compare [--engines radixgen vllm vllm-cascade] [--workloads NAME ...] [--step-tokens N]
+        [--minutes N] [--save]
 
 Prints a line a workload: its limit, then what each engine took and its ratio to that. A Llama of 8B shape in bfloat16
 with random weights, the same for all; KV of 400,000 tokens, at most 1,024 sequences, token ids in and out, the end of
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, dict[str, Any]] = {}
     for engine in options.engines:
         command = [sys.executable, "-m", "bench.compare", "--alone", "--engines", engine, "--workloads"]
-        command += [*options.workloads, "--step-tokens", str(options.step_tokens)]
+        command += [*options.workloads, "--step-tokens", str(options.step_tokens), "--minutes", str(options.minutes)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         results[engine] = _read(done.stdout)
         if done.returncode:
@@ -98,7 +99,7 @@ def _read(output: str) -> dict[str, Any]:
 
 def _run_one(options: argparse.Namespace) -> int:
     """One engine in this process: a JSON line of what it is, then one a workload."""
-    cuda = torch.cuda.is_available()
+    begin, cuda = time.monotonic(), torch.cuda.is_available()
     shape, scale = SHAPES["8B" if cuda else "toy"], FULL if cuda else TOY
     given = Options(
         shape,
@@ -114,6 +115,9 @@ def _run_one(options: argparse.Namespace) -> int:
     print(json.dumps({**engine.about, **measured}), flush=True)
     step_limit = None if ceilings is None else StepLimit(shape, ceilings)
     for one in options.workloads:
+        if time.monotonic() - begin > 60 * options.minutes:
+            print(f"{name} {one}: not begun", file=sys.stderr, flush=True)
+            continue
         timed, warm_up = Workloads(scale, shape.vocab), Workloads(scale, shape.vocab, seed=1)
         figures = measure(engine, one, timed, warm_up, step_limit)
         print(json.dumps({"workload": one, **figures}), flush=True)
@@ -170,6 +174,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=["radixgen"], choices=ENGINES)
     parser.add_argument("--workloads", nargs="+", default=names, choices=names)
     parser.add_argument("--step-tokens", type=int, default=0, help="rows of a step; 0: the engine's own default")
+    parser.add_argument("--minutes", type=float, default=60.0, help="an engine begins no workload later than this")
     parser.add_argument("--save", action="store_true", help="keep the JSON line under bench/results/")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -17,6 +17,9 @@ from radixgen.kernels.upload import Staging, upload
 from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
 from radixgen.kernels.workspace import Workspace
 
+_MOST_STEPS = 64
+"""That tables hold the keys of, as far as they are to come"""
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -255,12 +258,12 @@ class StaticAttention:
         self._plan, self._origin = plan, None
         if not all(tables.load(self._lay_out(tables.geometry, tables.launch)) for tables in self._tables.values()):
             return False
-        self._origin, self._last_age = plan.origin, plan.age + plan.slack
+        self._origin, self._last_age = plan.origin, plan.age + _slack(plan)
         return True
 
     def _lay_out(self, geometry: Geometry, launch: Launch) -> Work:
         plan = self._plan.within(self._window)
-        return lay_out(plan, launch, group=geometry.group, kv_heads=geometry.kv_heads, slack=self._plan.slack)
+        return lay_out(plan, launch, group=geometry.group, kv_heads=geometry.kv_heads, slack=_slack(self._plan))
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
@@ -280,6 +283,11 @@ class StaticAttention:
         out, lse = _empty_results(q, geometry)
         _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
+
+
+def _slack(plan: Plan) -> int:
+    """Steps for which tables are laid out. Later ones copy in bulk what these gather."""
+    return min(plan.slack, _MOST_STEPS)
 
 
 def _empty_results(q: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

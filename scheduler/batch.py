@@ -395,7 +395,7 @@ class Scheduler:
             if count == 0 or not self._make_room(part, count, sequence, batch):
                 break
             first = part.scheduled
-            batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count)))
+            batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count, sequence)))
             sequence.scheduled_in = batch.step
             left -= count
             if part.scheduled < part.known:
@@ -430,17 +430,21 @@ class Scheduler:
             batch.num_reads += len(rows)
         return added, position == request.targets.size
 
-    def _reserve(self, node: Node, count: int) -> int:
+    def _reserve(self, node: Node, count: int, sequence: Sequence) -> int:
         """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow."""
-        share = self._share()
         ahead = node.known - node.scheduled - count
-        if ahead:
-            return min(share, ahead)
-        return min(share, _growth(node, self._steps))
+        left = sequence.request.max_output - len(sequence.output)
+        return min(self._share(), ahead or min(_growth(node, self._steps, self._room()), left))
 
     def _share(self) -> int:
         """Slots that one sequence may keep in reserve: a fair share of what is free or could be evicted."""
         return (self.tree.pool.free + self.tree.evictable_tokens) // (2 * max(len(self.running), 1))
+
+    def _room(self) -> int:
+        """Slots that a leaf may have at once, however short it is, because nobody else could use them now. The kernels
+        read a leaf's keys in a fraction of the time where they lie in one piece.
+        """
+        return 0 if len(self.waiting) else self.tree.pool.free // (2 * max(len(self.running), 1))
 
     def _reads_on(self, node: Node, slot: int) -> bool:
         """Whether a sequence on `node` may find its next token cached, in this slot, where nobody else reads it. That
@@ -457,13 +461,13 @@ class Scheduler:
         full = [at for at, node in enumerate(leaves) if node.capacity == node.scheduled and not node.children]
         if not full:
             return True
-        share, tree = self._share(), self.tree
+        share, room, tree = self._share(), self._room(), self.tree
         if len(self.waiting) or share < _FIRST_RESERVE:
             return False
         lacking, counts = [leaves[at] for at in full], []
         for at in full:
             left = sequences[at].request.max_output - len(sequences[at].output)
-            counts.append(min(share + 1, _growth(leaves[at], step) + 1, left - 1))
+            counts.append(min(share + 1, _growth(leaves[at], step, room) + 1, left - 1))
         tree.evict(sum(counts) - tree.pool.free)
         tree.reserve(lacking, counts)
         return True
@@ -559,7 +563,7 @@ class Scheduler:
         tree = self.tree
         if tree.slots_wanted(node, count) <= tree.pool.free:
             return True
-        tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count) - tree.pool.free)
+        tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count, sequence) - tree.pool.free)
         short = tree.slots_wanted(node, count) - tree.pool.free
         if short > 0:
             tree.reclaim_reserves(short)
@@ -621,11 +625,12 @@ def _slots_used(batch: Batch) -> NDArray[np.int64]:
     return slots
 
 
-def _growth(node: Node, step: int) -> int:
-    """How many tokens a leaf has room for behind the one that it computes in `step`: until a step at which others run
-    out of room too, because a plan is made anew for a thousand of them as for one.
+def _growth(node: Node, step: int, room: int) -> int:
+    """How many tokens a leaf has room for behind the one that it computes in `step`, about as many as it knows, or
+    `room`: until a step at which others run out of room too, because a plan is made anew for a thousand of them as for
+    one.
     """
-    period = 1 << (min(max(_FIRST_RESERVE, node.known), _LARGEST_RESERVE).bit_length() - 1)
+    period = 1 << (min(max(_FIRST_RESERVE, node.known, room), _LARGEST_RESERVE).bit_length() - 1)
     growth = period - 1 - step % period
     return growth if 2 * growth >= period else growth + period
 

@@ -253,9 +253,11 @@ class Planner:
             return None
         built.steps += 1
         count = rows.nodes.size
+        if built.outgrown(count):
+            return None
         if last.slack and count == last.num_rows and not followed.num_extended:
             return last.advance()
-        return None if built.outgrown(count) else revise(last, followed)
+        return revise(last, followed)
 
 
 class _Built:
