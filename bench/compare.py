@@ -51,18 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[engine] = _read(done.stdout)
         if done.returncode:
             report.say(f"{engine}: did not finish (exit status {done.returncode})")
-    for line in table(results, options.workloads):
+    for line in table(results, options.workloads, describe(FULL if torch.cuda.is_available() else TOY)):
         report.say(line)
     report.keep(engines=results)
     return report.finish(check=False, save=options.save) or int(any("about" not in one for one in results.values()))
 
 
-def table(results: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """A line of Markdown for each workload: its limit, each engine's time and its ratio to that, and how many times
-    faster than the others the first engine is.
+def table(results: dict[str, dict[str, Any]], names: Sequence[str], what: dict[str, str]) -> list[str]:
+    """A line of Markdown for each workload, which `what` describes: its limit, each engine's time and its ratio to
+    that, and how many times faster than the others the first engine is.
     """
     first, *others = results
-    what = describe(FULL if torch.cuda.is_available() else TOY)
     lines = [
         "| workload | limit | " + " | ".join([*results, *(f"{first} over {other}" for other in others)]) + " |",
         "| --- |" + " --- |" * (1 + len(results) + len(others)),

@@ -9,6 +9,7 @@ machine first and keeps its picture.
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from io import StringIO
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 from rich.console import Console
 
 from bench.attention import OWN
+from bench.compare import table
 from bench.plots import cold
 from bench.report import RESULTS
+from bench.workloads import FULL, describe
 from radixgen.demo import run, summary
 from radixgen.model import smollm2
 
@@ -31,14 +34,8 @@ TABLE = (
     "plan", "step", "simulate", "startup",
 )  # fmt: skip
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
-SHOWN = {
-    "prefix": "against generate",
-    "agents": "prompt tokens",
-    "thoughts": "rows over distinct tokens",
-    "http": "throughput",
-    "engine_W2": "times as fast",
-}
-"""What README.md shows: of each of these benchmarks the first bound whose text has these words."""
+SHOWN = ("latency", "agents", "parallel", "prefix", "unshared")
+"""The workloads of `bench.compare` that README.md shows"""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
 CONTENDERS = {
     "auto": "radixgen", "unshared": "the same tree, read path by path", "private": "private copies, as many as fit",
@@ -59,14 +56,37 @@ def main() -> None:
 
 
 def highlights() -> list[str]:
-    """README's rows, each with where it was measured."""
-    rows = ["| benchmark | measured | bound | on |", "| --- | --- | --- | --- |"]
-    for name, words in SHOWN.items():
-        found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        text, bound = next(one for one in found["bounds"] if words in one[0])
-        place = found.get("device") or found["processor"]
-        rows.append(f"| `bench.{name.split('_')[0]}` | {text} | {bound} | {place}, {found['date']} |")
-    return rows
+    """Some of the workloads on whole engines, for README.md."""
+    return _compared(SHOWN)
+
+
+def _compared(names: Iterable[str]) -> list[str]:
+    """Workloads on whole engines, side by side."""
+    found: dict[str, Any] = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))
+    engines = {one["about"]["engine"]: one["about"] for one in found["engines"].values()}
+    about = " and ".join(f"{name} {one['version']} (steps of {one['step_tokens']:,})" for name, one in engines.items())
+    return [
+        *table(found["engines"], list(names), describe(FULL)),
+        "",
+        f"A Llama of 8B shape in bfloat16 by {about}, on one {found['device']}, torch {found['torch']}, "
+        f"{found['date']}; behind each time its ratio to the least that the chip could take.",
+    ]
+
+
+def _families() -> list[str]:
+    """Steps of models of other shapes, as multiples of their limits."""
+    found: dict[str, Any] = json.loads((RESULTS / "families.json").read_text(encoding="utf-8"))
+    lines = [
+        f"`bench.families` on one {found['device']} (torch {found['torch']}, {found['date']}): decoding steps of "
+        "models of other shapes, 12 layers (DeepSeek 6, the 13B all), bfloat16.",
+        "",
+        "| model | rows | ms a step | of the limit |",
+        "| --- | --- | --- | --- |",
+    ]
+    for key in [key.removesuffix("_limit_ms") for key in found if key.endswith("_limit_ms")]:
+        name, rows = key.rsplit("_", 1)
+        lines.append(f"| {name} | {rows} | {found[f'{key}_ms']:.2f} | {found[key]:.2f}× |")
+    return lines
 
 
 def _keep_demo() -> None:
@@ -93,6 +113,10 @@ def tables() -> str:
             *rows,
             "",
             "; ".join(dict.fromkeys(places)) + ".",
+            "",
+            *_compared(describe(FULL)),
+            "",
+            *_families(),
             "",
             *_simulated(),
             "",

@@ -65,6 +65,6 @@ def test_the_limit_by_hand() -> None:
 def test_the_table_has_a_line_a_workload_and_says_what_is_missing() -> None:
     ours = {"latency": {"seconds": 2.0, "first_seconds": 0.5, "limit_seconds": 1.0, "ms_per_token": 5.0}}
     theirs = {"latency": {"seconds": 3.0, "first_seconds": 0.5}}
-    lines = table({"radixgen": ours, "vllm": theirs}, ["latency", "prefill"])
+    lines = table({"radixgen": ours, "vllm": theirs}, ["latency", "prefill"], describe(TOY))
     assert "(2.00×)" in lines[2] and "1.50×" in lines[2] and "5.00 ms" in lines[2]
     assert lines[3].count("–") == 4
