@@ -177,6 +177,37 @@ class Plan:
             _windowed={},
         )
 
+    def select(self, rows: Int64Array) -> "Plan":
+        """The same keys for some of the rows, `[n]` places in this plan's order, ascending."""
+        unit_rows = np.searchsorted(rows, self.unit_rows).astype(np.int32)
+        segment_rows = np.searchsorted(rows, self.segment_rows).astype(np.int32)
+        units = np.flatnonzero(unit_rows[:, 0] < unit_rows[:, 1])
+        kept = np.concatenate([[0], np.cumsum(segment_rows[:, 0] < segment_rows[:, 1])])
+        segments = np.flatnonzero(np.diff(kept))
+        over = np.zeros(rows.size + 1, np.int32)
+        np.add.at(over, unit_rows[units, 0], 1)
+        np.add.at(over, unit_rows[units, 1], -1)
+        path_rows = np.searchsorted(rows, self.path_rows).astype(np.int32)
+        return replace(
+            self,
+            row_positions=self.row_positions[rows],
+            row_order=np.arange(rows.size),
+            row_extra=np.cumsum(over[:-1], dtype=np.int32) - 1,
+            unit_rows=unit_rows[units],
+            unit_segments=kept[self.unit_segments[units]].astype(np.int32),
+            unit_rank=self.unit_rank[units],
+            unit_cost=self.unit_cost[units],
+            segment_starts=self.segment_starts[segments],
+            segment_lengths=self.segment_lengths[segments],
+            segment_positions=self.segment_positions[segments],
+            segment_rows=segment_rows[segments],
+            segment_room=np.zeros(segments.size, np.int32),
+            growing=np.empty(0, np.int64),
+            path_rows=path_rows[path_rows[:, 0] < path_rows[:, 1]],
+            _origin=None,
+            _windowed={},
+        )
+
     def within(self, window: Window | None) -> "Plan":
         """The same units with every segment trimmed to the keys that `window` shows the unit's first row."""
         if window is None:

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
 from radixgen.model.fused_linear import fuse_linears, restore_linears
+from radixgen.model.last_block import KVStored, LastBlock, insert_last_block, remove_last_block
 from radixgen.model.masks import MaskError, MaskReader, make_mask
 from radixgen.model.tree_attention import answered_by, register, tree_attention
 
@@ -140,6 +141,8 @@ class TreeModel:
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
+        self._last_block: LastBlock | None = None
+        self._write: Callable[[LayerCall], None] | None = None
         self._compiled: list[nn.Module] = []
         self._former_rotary: list[tuple[nn.Module, Any]] = []
         self._former_attention = model.config._attn_implementation
@@ -159,17 +162,33 @@ class TreeModel:
             self._former_rotary = _fix_rotary(model, self.name, self.max_model_len)
             self._prove_packing()
             self._prove_positions(max(self.max_model_len, max_step_tokens))
+            self._prove_last_block()
         except BaseException:
             self.release()
             raise
 
+    @property
+    def picks_rows(self) -> bool:
+        """Whether the last block can do without the rows that give no logits."""
+        return self._last_block is not None
+
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        attend: Attend,
+        write: Callable[[LayerCall], None] | None = None,
+    ) -> Tensor:
         """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
+
+        Where `write` is given, which a model that `picks_rows` allows, the last block computes only `logit_rows`, which
+        ascend: `write` stores the K and V of its call, and then `attend` answers one with these rows alone.
 
         Returns logits `[n, vocab]` of `logit_rows`, in the dtype that the model gives them.
         """
-        self.attend = attend
+        self.attend, self._write = attend, write
         try:
             return self._forward(token_ids, positions, logit_rows)
         except RuntimeError as error:
@@ -180,17 +199,24 @@ class TreeModel:
             self._uncompile()
             return self._forward(token_ids, positions, logit_rows)
         finally:
-            self.attend = self._no_attend
+            self.attend, self._write = self._no_attend, None
 
     def _forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
-        layers = itertools.count()
-        with answered_by(lambda *asked: self.answer(next(layers), *asked)):
-            output = self.model(
-                input_ids=token_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=logit_rows,
-            )
+        layers = itertools.chain(range(len(self.windows)), itertools.repeat(len(self.windows) - 1))
+        kept: Tensor | int = logit_rows
+        if self._write is not None and self._last_block is not None:
+            self._last_block.rows, kept = logit_rows, 0
+        try:
+            with answered_by(lambda *asked: self.answer(next(layers), *asked)):
+                output = self.model(
+                    input_ids=token_ids.unsqueeze(0),
+                    position_ids=positions.unsqueeze(0),
+                    use_cache=False,
+                    logits_to_keep=kept,
+                )
+        finally:
+            if self._last_block is not None:
+                self._last_block.rows = None
         logits: Tensor = output.logits[0]
         return logits
 
@@ -204,9 +230,12 @@ class TreeModel:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """As `radixgen.model.tree_attention.Answer`, for one layer."""
+        """As `radixgen.model.tree_attention.Answer`, for one layer. Raises `KVStored` where only that is wanted."""
         q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
         call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
+        if self._write is not None and self._last_block is not None and self._last_block.storing:
+            self._write(call)
+            raise KVStored
         return self.attend(call)[0].contiguous().unsqueeze(0)
 
     def compile_blocks(self) -> None:
@@ -254,6 +283,7 @@ class TreeModel:
     def release(self) -> None:
         """Give the model back as it was."""
         self._uncompile()
+        remove_last_block(self.model)
         restore_linears(self.model)
         restore_experts(self.model)
         for module in self.model.modules():
@@ -341,6 +371,34 @@ class TreeModel:
                 reason = f"it counts positions by itself, which is seen at {reach} tokens"
                 raise UnsupportedModel(f"{self.name}: {reason}; a smaller max_model_len may be possible")
 
+    def _prove_last_block(self) -> None:
+        """Have the last block do without rows that give no logits, if the others' logits stay as they are."""
+        (last,) = [module for module, layer in self._layers.items() if layer == len(self.windows) - 1]
+        self._last_block = insert_last_block(self.model, last)
+        if self._last_block is None:
+            return
+        sequences = [self._sequence(a, n) for a, n in ((3, self._proof_len), (5, 2), (3, 3))]
+        rows = torch.tensor([self._proof_len - 1, self._proof_len, self._proof_len + 4], device=self.device)
+        stored: list[LayerCall] = []
+
+        def attend(call: LayerCall) -> tuple[Tensor, Tensor]:
+            if not stored:
+                return _causal(call, [len(sequence) for sequence in sequences])
+            q = torch.zeros_like(stored[0].q)
+            q[rows] = call.q
+            out, lse = _causal(replace(stored[0], q=q), [len(sequence) for sequence in sequences])
+            return out[rows], lse[rows]
+
+        expected = self._logits(sequences, _causal_over(sequences))[rows]
+        try:
+            found = self._logits(sequences, attend, rows, stored.append)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            logger.info("%s: its last block computes all rows: %s", self.name, error)
+            found = torch.full_like(expected, torch.nan)
+        if len(stored) != 1 or not all(map(_close, found, expected)):
+            remove_last_block(self.model)
+            self._last_block = None
+
     @torch.inference_mode()
     def _run(self, token_ids: Tensor, attend: Attend, **options: Any) -> None:
         """One forward pass from position 0 with `options` of transformers' own."""
@@ -353,12 +411,19 @@ class TreeModel:
     def _sequence(self, first: int, length: int) -> list[int]:
         return [token % self.vocab_size for token in range(first, first + length)]
 
-    def _logits(self, sequences: list[list[int]], attend: Attend) -> Tensor:
+    def _logits(
+        self,
+        sequences: list[list[int]],
+        attend: Attend,
+        logit_rows: Tensor | None = None,
+        write: Callable[[LayerCall], None] | None = None,
+    ) -> Tensor:
+        """Of packed sequences; of all rows, unless some are named."""
         tokens = [token for sequence in sequences for token in sequence]
         positions = [position for sequence in sequences for position in range(len(sequence))]
-        rows = torch.arange(len(tokens), device=self.device)
+        rows = torch.arange(len(tokens), device=self.device) if logit_rows is None else logit_rows
         token_ids = torch.tensor(tokens, device=self.device)
-        return self.forward(token_ids, torch.tensor(positions, device=self.device), rows, attend)
+        return self.forward(token_ids, torch.tensor(positions, device=self.device), rows, attend, write)
 
     def _try(self, run: Callable[[], Tensor]) -> Tensor:
         try:

@@ -169,13 +169,15 @@ class ModelRunner:
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor:
         device = self.model.device
+        inputs = upload(token_ids, device), upload(plan.row_positions.astype(np.int64), device)
         step = _StepAttention(self.storage, self._backend, plan, self._backend.writes(slots, device))
-        return self.model.forward(
-            upload(token_ids, device),
-            upload(plan.row_positions.astype(np.int64), device),
-            upload(logit_rows, device),
-            step,
-        )
+        wanted = logit_rows if logit_rows.size else np.zeros(1, np.int64)
+        if not self.model.picks_rows or 2 * wanted.size > plan.num_rows:
+            return self.model.forward(*inputs, upload(logit_rows, device), step)
+        picked, places = np.unique(wanted, return_inverse=True)
+        step.pick(picked)
+        logits = self.model.forward(*inputs, upload(picked, device), step, step.write)
+        return logits.index_select(0, upload(places[: logit_rows.size], device))
 
     def release(self) -> None:
         self._graphs = None
@@ -185,18 +187,32 @@ class ModelRunner:
 
 
 class _StepAttention:
-    """Answers every layer of one step."""
+    """Answers every layer of one step, the last one for some of the rows where these were picked."""
 
     def __init__(self, storage: KVStorage, backend: Backend, plan: Plan, writes: Writes) -> None:
         self._storage = storage
         self._backend = backend
         self._plan = plan
         self._writes = writes
+        self._picked: Plan | None = None
         self._by_window: dict[Window | None, Attention] = {}
 
+    def pick(self, rows: NDArray[np.int64]) -> None:
+        """Answer the last layer for these rows alone, ascending, once its K and V are written."""
+        self._picked = self._plan.select(rows)
+
+    def write(self, call: LayerCall) -> None:
+        """Store the K and V of all rows."""
+        self._writes(call.k, call.v, self._storage.keys[call.layer], self._storage.values[call.layer])
+
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
-        self._writes(call.k, call.v, k, v)
+        if self._picked is not None and call.q.shape[0] == self._picked.num_rows:
+            return self._answer(call, self._backend.attention(self._picked, call.window, call.q.device))
+        self.write(call)
         if call.window not in self._by_window:
             self._by_window[call.window] = self._backend.attention(self._plan, call.window, call.q.device)
-        return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)
+        return self._answer(call, self._by_window[call.window])
+
+    def _answer(self, call: LayerCall, attention: Attention) -> tuple[Tensor, Tensor]:
+        k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
+        return attention(call.q, k, v, call.scale, call.softcap, call.sinks)
