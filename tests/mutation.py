@@ -86,6 +86,9 @@ STORING = (pytest_stage("tests/test_model.py"),)
 
 SUITES: dict[str, tuple[Stage, ...]] = {
     "radixgen/beam_search.py": SEARCHING,
+    "radixgen/cache/columns.py": CACHING,
+    "radixgen/cache/eviction.py": CACHING,
+    "radixgen/cache/node.py": CACHING,
     "radixgen/cache/policy.py": CACHING,
     "radixgen/cache/pool.py": CACHING,
     "radixgen/cache/storage.py": STORING,
@@ -107,7 +110,7 @@ EXCLUDED = {
     "min(block * 8": "how much is compared at once",
     "np.full(64": "the first size of a column, which grows",
     "np.zeros(64": "the first size of a column, which grows",
-    "2 * self.num_nodes + 64": "when dead entries are swept out of a heap",
+    "_FEW_ENTRIES": "when dead entries are swept out of a heap",
     "_FIRST_RESERVE = ": "how far a leaf may grow in place",
     "_LARGEST_RESERVE = ": "how far a leaf may grow in place",
     "_check_slots(plan": "an instrument of the tests",

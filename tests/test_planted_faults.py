@@ -84,7 +84,7 @@ def a_split_is_off_by_one_slot(patch: Patch) -> None:
     """A node's extents then hold less than it says: the planner reads them uncompiled, since compiled loops go on past
     the ends of arrays, and may crash the process.
     """
-    split, read = tree_module._split_extents, getattr(forest_module._read, "py_func", forest_module._read)
+    split, read = tree_module.split_extents, getattr(forest_module._read, "py_func", forest_module._read)
 
     def read_or_raise(ids: NDArray[np.int64], *columns: Any) -> Any:
         try:
@@ -94,7 +94,7 @@ def a_split_is_off_by_one_slot(patch: Patch) -> None:
             place[ids] = -1
             raise
 
-    patch.setattr(tree_module, "_split_extents", lambda extents, count: split(extents, max(count - 1, 0)))
+    patch.setattr(tree_module, "split_extents", lambda extents, count: split(extents, max(count - 1, 0)))
     patch.setattr(forest_module, "_read", read_or_raise)
 
 
@@ -119,9 +119,10 @@ def a_locked_leaf_stays_among_the_evictable(patch: Patch) -> None:
     plain = RadixTree._protect
 
     def protect(tree: RadixTree, node: Any) -> None:
-        entry = node._heap_entry
+        queued = node in tree.evictable
         plain(tree, node)
-        node._heap_entry = entry
+        if queued:
+            tree.evictable.add(node)
 
     patch.setattr(RadixTree, "_protect", protect)
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from radixgen.cache.node import Node
 from radixgen.cache.tokens import TokenArray
-from radixgen.cache.tree import Node, RadixTree
+from radixgen.cache.tree import RadixTree
 
 PRIVATE = "\0"
 """A namespace with this in it belongs to one sequence; its blocks are of use to nobody else."""

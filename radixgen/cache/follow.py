@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from radixgen.cache.tokens import TokenArray, common_prefix_len
 
 if TYPE_CHECKING:
-    from radixgen.cache.tree import Node
+    from radixgen.cache.node import Node
 
 
 class Match(NamedTuple):

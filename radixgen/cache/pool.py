@@ -175,3 +175,18 @@ class ExtentPool:
         del self._start_before[start + length]
         self._by_length.remove((length, start))
         self.free -= length
+
+
+def split_extents(extents: list[Extent], count: int) -> tuple[list[Extent], list[Extent]]:
+    """The first `count` slots of `extents`, and the rest."""
+    if count == 0:
+        return [], extents
+    for index, (start, length) in enumerate(extents):
+        if count < length:
+            head, tail = extents[: index + 1], extents[index:]
+            head[-1], tail[0] = Extent(start, count), Extent(start + count, length - count)
+            return head, tail
+        if count == length:
+            return extents[: index + 1], extents[index + 1 :]
+        count -= length
+    return extents, []

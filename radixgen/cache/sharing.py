@@ -3,8 +3,9 @@
 from itertools import islice
 
 from radixgen.cache.follow import Match
+from radixgen.cache.node import Node
 from radixgen.cache.tokens import TokenArray
-from radixgen.cache.tree import Node, RadixTree
+from radixgen.cache.tree import RadixTree
 from radixgen.core import SharingEnd
 
 _SHOWN_TOKENS = 8

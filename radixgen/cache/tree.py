@@ -1,14 +1,8 @@
 """The token-level radix tree: every token that a live request holds, and every token still cached, once.
 
-A node is a run of tokens. Of its tokens the first `computed` have their KV, the first `scheduled` have a
-slot, and all `known` are in the tree: `known >= scheduled >= computed`. Its extents hold `scheduled` slots
-and, behind them, a reserved tail into which a leaf grows.
-
-    tokens   |---- computed ----|-- scheduled --|-- known --|
-    extents  |------------ slots in use --------|-- reserve --|
+`radixgen.cache.node` says what a node holds.
 """
 
-import heapq
 from collections.abc import Iterator, Reversible, Sequence
 from typing import Protocol
 
@@ -16,193 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixgen.cache import follow
+from radixgen.cache.check import check_tree
+from radixgen.cache.columns import Columns
+from radixgen.cache.eviction import EvictionQueue
 from radixgen.cache.follow import FollowedMatch, Match
-from radixgen.cache.ghosts import End, Ghosts
+from radixgen.cache.ghosts import Ghosts
+from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
-from radixgen.cache.pool import Extent, ExtentPool
+from radixgen.cache.pool import Extent, ExtentPool, split_extents
+from radixgen.cache.stamps import SlotStamps
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
 from radixgen.core import OutOfSlots
-
-_MIN_RUN = 16
-
-
-class Node:
-    """One edge of the tree. Its fields are the tree's to write and anyone's to read."""
-
-    __slots__ = (
-        "_buffer",
-        "_heap_entry",
-        "_offset",
-        "_owns_tail",
-        "block_hashes",
-        "capacity",
-        "children",
-        "computed",
-        "epoch",
-        "extents",
-        "followers",
-        "id",
-        "known",
-        "last_used",
-        "lock_count",
-        "locked_children",
-        "namespace",
-        "parent",
-        "priority",
-        "scheduled",
-        "serial",
-        "start",
-    )
-
-    def __init__(self, parent: "Node | None", namespace: str, buffer: TokenArray) -> None:
-        self.parent = parent
-        self.namespace = namespace
-        self.children: dict[int, Node] = {}
-        self.extents: list[Extent] = []
-        self.capacity = 0
-        self.known = int(buffer.size)
-        self.scheduled = 0
-        self.computed = 0
-        self.start = parent.end if parent else 0
-        self.lock_count = 0
-        self.locked_children = 0
-        self.priority = 0.0
-        self.last_used = 0
-        self.serial = 0
-        self.epoch = 0
-        self.id = -1
-        self.block_hashes: tuple[int, ...] = ()
-        """Of the blocks that end in it; the listener's to write"""
-        self.followers: dict[FollowedMatch, None] = {}
-        """The followed matches that end in it"""
-        self._buffer = buffer
-        self._offset = 0
-        self._owns_tail = True
-        self._heap_entry = 0
-
-    @property
-    def tokens(self) -> TokenArray:
-        return self._buffer[self._offset : self._offset + self.known]
-
-    @property
-    def first_token(self) -> int:
-        """The token under which the parent keeps this node."""
-        return int(self._buffer[self._offset])
-
-    @property
-    def end(self) -> int:
-        """Position after the node's last token."""
-        return self.start + self.known
-
-    @property
-    def computed_end(self) -> int:
-        """Position after the last computed token of the path to the node's end."""
-        node = self
-        while not node.computed and node.parent is not None:
-            node = node.parent
-        return node.start + node.computed
-
-    @property
-    def epoch_end(self) -> End:
-        """Names what ends here: as long as it is the same, so are all tokens up to the node's end."""
-        return self.namespace if self.parent is None else self.epoch, self.end
-
-    @property
-    def complete(self) -> bool:
-        """Whether every token up to the node's end has its KV."""
-        return self.computed == self.known
-
-    @property
-    def locked(self) -> bool:
-        return self.lock_count + self.locked_children > 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody stands on it and nothing follows it."""
-        return not self.lock_count and not self.children
-
-    @property
-    def reserved(self) -> int:
-        return self.capacity - self.scheduled
-
-    @property
-    def next_slot(self) -> int:
-        """The slot that the next token would get of the reserved tail; -1 where nothing is reserved."""
-        spare = self.capacity - self.scheduled
-        if not spare:
-            return -1
-        for start, length in reversed(self.extents):
-            if spare <= length:
-                return start + length - spare
-            spare -= length
-        raise AssertionError("the extents hold less than the node says")
-
-    @property
-    def next_cached_slot(self) -> int:
-        """The slot of the token that follows, where an only child has it computed; else -1."""
-        if len(self.children) != 1:
-            return -1
-        (child,) = self.children.values()
-        return child.extents[0].start if child.computed else -1
-
-    def path(self) -> list["Node"]:
-        """The nodes from the root to this one."""
-        nodes = [self]
-        while (parent := nodes[-1].parent) is not None:
-            nodes.append(parent)
-        return nodes[::-1]
-
-    def path_tokens(self) -> TokenArray:
-        """Every token from position 0 to the node's end."""
-        return np.concatenate([node.tokens for node in self.path()])
-
-    def slots(self, first: int, stop: int) -> NDArray[np.int64]:
-        """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
-        pieces = []
-        end = self.capacity
-        for start, length in reversed(self.extents):  # most are asked for near the end
-            begin = end - length
-            if begin < stop:
-                pieces.append(np.arange(start + max(first - begin, 0), start + min(stop, end) - begin))
-            if begin <= first:
-                break
-            end = begin
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces[::-1]) if pieces else np.empty(0, np.int64)
-
-    def __repr__(self) -> str:
-        return (
-            f"Node(id={self.id}, start={self.start}, known={self.known}, scheduled={self.scheduled}, "
-            f"computed={self.computed}, locks={self.lock_count}+{self.locked_children})"
-        )
-
-    def _append(self, token: int) -> None:
-        stop = self._offset + self.known
-        if not self._owns_tail or stop == self._buffer.size:
-            grown = np.empty(max(_MIN_RUN, 2 * self.known), np.int32)
-            grown[: self.known] = self.tokens
-            self._buffer, self._offset, self._owns_tail = grown, 0, True
-            stop = self.known
-        self._buffer[stop] = token
-        self.known += 1
-
-
-class Lock:
-    """A receipt: it keeps the path to `node` in the tree until it is released. A sequence's lock is its
-    cursor.
-    """
-
-    __slots__ = ("node",)
-
-    def __init__(self, node: Node) -> None:
-        self.node: Node | None = node
-
-    @property
-    def held(self) -> Node:
-        """The node it stands on. Asserts that it was not released."""
-        assert self.node is not None, "the lock was released"
-        return self.node
 
 
 class Listener(Protocol):
@@ -215,90 +33,6 @@ class Listener(Protocol):
 
     def moved(self, lower: Node, upper: Node, count: int) -> None:
         """The first `count` tokens of `lower` have passed to the end of `upper`, its parent."""
-
-
-class Columns:
-    """The planner's view of the nodes, as arrays indexed by node id; rows of dead ids are stale."""
-
-    def __init__(self) -> None:
-        self.parent = np.full(64, -1, np.int32)
-        self.start = np.zeros(64, np.int32)
-        self.scheduled = np.zeros(64, np.int32)
-        self.reserved = np.zeros(64, np.int32)
-        self.following = np.zeros(64, np.int32)
-        """Of a node that goes on into its only child, about how many tokens of that lie behind its last slot"""
-        self.num_extents = np.zeros(64, np.int32)
-        self.first_slot = np.zeros(64, np.int64)
-        self.first_extent = np.zeros(64, np.int64)
-        """Of a node with several extents, the place of the first in `extents`"""
-        self.extent_room = np.zeros(64, np.int32)
-        """How many have room there"""
-        self.place = np.full(64, -1, np.int64)
-        """For whoever renumbers nodes: -1 before and after"""
-        self.changed = np.zeros(64, np.int64)
-        """The tree's version when a plan last became wrong by anything but more tokens at a leaf's end"""
-        self.cut = np.zeros(64, np.int64)
-        """The tree's `num_cuts` when tokens at its end were last dropped"""
-        self.extents = np.zeros((64, 2), np.int64)
-        """Start and length, those of one node one after the other"""
-        self._num_extents = 0
-
-    def fit(self, size: int) -> None:
-        """Grow every column to hold ids below `size`."""
-        if size > self.parent.size:
-            for name, column in vars(self).items():
-                if isinstance(column, np.ndarray) and column.ndim == 1:
-                    setattr(self, name, np.concatenate([column, np.full_like(column, -1 if name == "place" else 0)]))
-
-    def write(self, node: Node) -> None:
-        """Take over everything that the node says of itself, after any change of its extents."""
-        row = node.id
-        self.parent[row] = node.parent.id if node.parent else -1
-        self.start[row] = node.start
-        self.scheduled[row] = node.scheduled
-        self.reserved[row] = node.reserved
-        self.following[row] = 0
-        self.num_extents[row] = len(node.extents)
-        if node.extents:
-            self.first_slot[row] = node.extents[0].start
-        if len(node.extents) > 1:
-            place = self._extent_place(row, len(node.extents))
-            self.extents[place : place + len(node.extents)] = node.extents
-
-    def write_extents(self, nodes: Sequence[Node]) -> None:
-        """As `write`, of nodes whose extents were lengthened or more added behind them, and nothing else."""
-        rows = [node.id for node in nodes]
-        self.reserved[rows] = [node.reserved for node in nodes]
-        self.num_extents[rows] = [len(node.extents) for node in nodes]
-        self.first_slot[rows] = [node.extents[0].start for node in nodes]
-        for node in nodes:
-            count = len(node.extents)
-            if count > 1:
-                place = self._extent_place(node.id, count)
-                self.extents[place : place + count] = node.extents
-
-    def pass_up(self, node: Node, child: Node) -> None:
-        """As `write` for both, after one token has passed from the child's first extent to the node's last."""
-        row, below, slot = node.id, child.id, child.extents[0].start
-        self.scheduled[row] = node.scheduled
-        self.following[row] = child.extents[0].length
-        self.start[below] = child.start
-        self.scheduled[below] = child.scheduled
-        self.first_slot[below] = slot
-        if len(node.extents) > 1:
-            self.extents[self.first_extent[row] + len(node.extents) - 1] = node.extents[-1]
-        if len(child.extents) > 1:
-            self.extents[self.first_extent[below]] = child.extents[0]
-
-    def _extent_place(self, row: int, count: int) -> int:
-        """Where the node's extents stand; with room for twice as many where `count` did not fit."""
-        if count > self.extent_room[row]:
-            stop = self._num_extents + 2 * count
-            while stop > len(self.extents):
-                self.extents = np.concatenate([self.extents, np.zeros_like(self.extents)])
-            self.first_extent[row], self.extent_room[row] = self._num_extents, 2 * count
-            self._num_extents = stop
-        return int(self.first_extent[row])
 
 
 class RadixTree:
@@ -315,11 +49,9 @@ class RadixTree:
         policy: EvictionPolicy = least_recently_used,
         stamps: bool = False,
     ) -> None:
-        """`stamps=True` remembers, for each slot, a hash of the prefix whose KV it holds, so that `check()`
-        proves that every reader finds its own prefix there; it costs some 0.2 µs a token.
-        """
+        """`stamps=True` has `check()` prove that every reader finds its own prefix's KV in its slots."""
         self.pool = pool
-        self.policy = policy
+        self.evictable = EvictionQueue(policy)
         self.version = 0
         self.columns = Columns()
         self.listener: Listener | None = None
@@ -334,11 +66,9 @@ class RadixTree:
         self._roots: dict[str, Node] = {}
         self._nodes: list[Node | None] = []
         self._free_ids: list[int] = []
-        self._heap: list[tuple[tuple[float, ...], int, Node]] = []
-        self._num_entries = 0
         self._clock = 0
         self._serial = 0
-        self._stamps = np.zeros(pool.capacity, np.int64) if stamps else None
+        self._stamps = SlotStamps(pool.capacity) if stamps else None
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -627,10 +357,7 @@ class RadixTree:
         Returns how many were dropped.
         """
         dropped = 0
-        while dropped < count and self._heap:
-            key, entry, node = heapq.heappop(self._heap)
-            if node._heap_entry != entry:
-                continue
+        while dropped < count and (node := self.evictable.first()) is not None:
             part = min(node.known, count - dropped)
             dropped += part
             self.evictable_tokens -= part
@@ -640,7 +367,6 @@ class RadixTree:
                 self._cut_tokens(node, kept)
                 node.epoch = self._next_serial()
                 self.ghosts.add(node.epoch_end, token)
-                heapq.heappush(self._heap, (key, entry, node))
             else:
                 assert node.parent is not None
                 self.ghosts.add(node.parent.epoch_end, token)
@@ -658,7 +384,7 @@ class RadixTree:
         for node in nodes:
             nodes.extend(node.children.values())
         for node in reversed(nodes):
-            if self._is_evictable(node):
+            if node.evictable:
                 self.evictable_tokens -= node.known
                 self._remove(node)
 
@@ -666,77 +392,10 @@ class RadixTree:
 
     def check(self) -> None:
         """Assert invariants I1 to I8 and I10, by recomputing each from the nodes alone."""
-        self.pool.check()
-        reachable = self._reachable()
-        assert len(reachable) == self.num_nodes
-        owned = sorted(extent for node in reachable for extent in node.extents)
-        everything = sorted(owned + self.pool.free_extents() + self.pool.fenced_extents())
-        position = 0
-        for extent in everything:
-            assert extent.start == position, f"slot {min(position, extent.start)} has no or two owners"
-            position = extent.end
-        assert position == self.pool.capacity
-        assert self.pool.used == sum(extent.length for extent in owned)
-        evictable = sum(node.computed for node in reachable if not node.locked)
-        assert self.evictable_tokens == evictable, (self.evictable_tokens, evictable)
-        assert self.reserved_tokens == sum(node.reserved for node in reachable)
-        assert self.unscheduled_tokens == sum(n.known - n.scheduled for n in reachable)
-        for node in reachable:
-            self._check_node(node)
-        for followed in self.followed():
-            fresh = self.match_prefix(followed.tokens, followed.namespace)
-            assert followed.match() == fresh, f"a followed match is {followed.match()}, and should be {fresh}"
-        queued = {id(node) for _, entry, node in self._heap if node._heap_entry == entry}
-        assert queued == {id(n) for n in reachable if self._is_evictable(n)}
-
-    def _check_node(self, node: Node) -> None:
-        assert self._nodes[node.id] is node
-        assert node.known >= node.scheduled >= node.computed >= 0, node
-        assert node.lock_count >= 0
-        assert node.locked_children == sum(child.locked for child in node.children.values())
-        assert all(extent.length > 0 for extent in node.extents)
-        assert node.capacity == sum(extent.length for extent in node.extents)
-        assert node.reserved >= 0 and (node.locked or not node.reserved)
-        assert not node.children or node.reserved <= node.known - node.scheduled
-        assert node.locked or node.complete, f"an unlocked node has an uncomputed tail: {node}"
-        for token, child in node.children.items():
-            assert child.parent is node and child.first_token == token
-            assert child.known > 0 and child.start == node.end, (node, child)
-            assert child.namespace == node.namespace
-            assert node.scheduled == node.known or child.scheduled == 0
-            assert node.complete or child.computed == 0
-        columns = self.columns
-        row = (columns.parent[node.id], columns.start[node.id], columns.scheduled[node.id])
-        assert row == (node.parent.id if node.parent else -1, node.start, node.scheduled), (
-            row,
-            node,
-        )
-        assert columns.reserved[node.id] == node.reserved
-        assert columns.num_extents[node.id] == len(node.extents)
-        assert not node.extents or columns.first_slot[node.id] == node.extents[0].start
-        if len(node.extents) > 1:
-            place = columns.first_extent[node.id]
-            assert columns.extents[place : place + len(node.extents)].tolist() == [list(e) for e in node.extents]
-        assert columns.place[node.id] == -1
-        for followed in node.followers:
-            assert followed.node is node and followed.namespace == node.namespace
-        if self._stamps is not None and node.computed:
-            expected = self._prefix_stamps(node)[: node.computed]
-            found = self._stamps[node.slots(0, node.computed)]
-            assert np.array_equal(expected, found), f"a slot of {node} holds another prefix"
-
-    def _reachable(self) -> list[Node]:
-        seen: list[Node] = list(self._roots.values())
-        for node in seen:
-            seen.extend(node.children.values())
-        assert len({id(node) for node in seen}) == len(seen), "a node is reachable twice"
-        return seen
-
-    def _prefix_stamps(self, node: Node) -> NDArray[np.int64]:
-        """A hash of the whole prefix, namespace included, for each token of `node`."""
-        stamp = hash(node.namespace)
-        stamps = [stamp := hash((stamp, token)) for token in node.path_tokens().tolist()]
-        return np.array(stamps[node.start :], np.int64)
+        check_tree(self)
+        if self._stamps is not None:
+            for node in self.nodes():
+                self._stamps.check(node)
 
     # -- inside -------------------------------------------------------------------------------------------
 
@@ -764,8 +423,7 @@ class RadixTree:
     def _compute(self, node: Node) -> None:
         """What is scheduled of the node is computed; all before it is."""
         if self._stamps is not None:
-            stamps = self._prefix_stamps(node)[node.computed : node.scheduled]
-            self._stamps[node.slots(node.computed, node.scheduled)] = stamps
+            self._stamps.record(node, node.computed, node.scheduled)
         node.computed = node.scheduled
         if self.listener is not None:
             self.listener.changed(node)
@@ -779,7 +437,7 @@ class RadixTree:
 
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
         self._cut_extents(parent, parent.scheduled)
-        parent._heap_entry = 0
+        self.evictable.remove(parent)
         leaf = Node(parent, parent.namespace, tokens)
         leaf.priority = parent.priority
         parent.children[leaf.first_token] = leaf
@@ -799,8 +457,8 @@ class RadixTree:
         if parent is not None:
             del parent.children[node.first_token]
             follow.removed(node)
-            if self._is_evictable(parent):
-                self._enqueue(parent)
+            if parent.evictable:
+                self.evictable.add(parent)
             elif parent.parent is None and not parent.children and not parent.locked:
                 self._remove(parent)
         else:
@@ -813,7 +471,7 @@ class RadixTree:
         """Nothing names the node any more."""
         self._nodes[node.id] = None
         self._free_ids.append(node.id)
-        node._heap_entry = 0
+        self.evictable.remove(node)
 
     def _move(self, locks: Sequence[Lock], child: Node) -> None:
         """Move `locks` one edge down. The parent stays locked through `child`."""
@@ -880,7 +538,7 @@ class RadixTree:
     def _move_head(self, lower: Node, upper: Node, count: int) -> None:
         """Hand the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
         scheduled, computed = min(count, lower.scheduled), min(count, lower.computed)
-        moved, kept = _split_extents(lower.extents, scheduled)
+        moved, kept = split_extents(lower.extents, scheduled)
         if upper.extents and moved and upper.extents[-1].end == moved[0].start:
             moved[0] = Extent(upper.extents[-1].start, upper.extents[-1].length + moved[0].length)
             upper.extents.pop()
@@ -926,7 +584,7 @@ class RadixTree:
     def _protect(self, node: Node) -> None:
         """`node` became locked: so do its ancestors."""
         while True:
-            node._heap_entry = 0
+            self.evictable.remove(node)
             self.evictable_tokens -= node.computed
             parent = node.parent
             if parent is None:
@@ -947,25 +605,14 @@ class RadixTree:
             self.evictable_tokens += node.known
             if node.known == 0 and not node.children:
                 self._remove(node)
-            elif self._is_evictable(node):
-                self._enqueue(node)
+            elif node.evictable:
+                self.evictable.add(node)
             if parent is None:
                 return
             parent.locked_children -= 1
             if parent.locked:
                 return
             node = parent
-
-    def _is_evictable(self, node: Node) -> bool:
-        return not node.locked and not node.children and node.known > 0
-
-    def _enqueue(self, node: Node) -> None:
-        self._num_entries += 1
-        node._heap_entry = self._num_entries
-        heapq.heappush(self._heap, (self.policy(node), node._heap_entry, node))
-        if len(self._heap) > 2 * self.num_nodes + 64:
-            self._heap = [item for item in self._heap if item[2]._heap_entry == item[1]]
-            heapq.heapify(self._heap)
 
     def _cut_tokens(self, node: Node, known: int) -> None:
         self.unscheduled_tokens -= node.known - node.scheduled
@@ -985,23 +632,8 @@ class RadixTree:
     def _cut_extents(self, node: Node, count: int) -> None:
         """Release the node's slots behind the first `count`."""
         if node.capacity > count:
-            node.extents, dropped = _split_extents(node.extents, count)
+            node.extents, dropped = split_extents(node.extents, count)
             node.capacity = count
             for extent in dropped:
                 self.pool.release(extent)
             self.columns.write(node)
-
-
-def _split_extents(extents: list[Extent], count: int) -> tuple[list[Extent], list[Extent]]:
-    """The first `count` slots of `extents`, and the rest."""
-    if count == 0:
-        return [], extents
-    for index, (start, length) in enumerate(extents):
-        if count < length:
-            head, tail = extents[: index + 1], extents[index:]
-            head[-1], tail[0] = Extent(start, count), Extent(start + count, length - count)
-            return head, tail
-        if count == length:
-            return extents[: index + 1], extents[index + 1 :]
-        count -= length
-    return extents, []

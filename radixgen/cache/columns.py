@@ -1,0 +1,91 @@
+"""The planner's view of the tree: arrays indexed by node id."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from radixgen.cache.node import Node
+
+
+class Columns:
+    """The planner's view of the nodes, as arrays indexed by node id; rows of dead ids are stale."""
+
+    def __init__(self) -> None:
+        self.parent = np.full(64, -1, np.int32)
+        self.start = np.zeros(64, np.int32)
+        self.scheduled = np.zeros(64, np.int32)
+        self.reserved = np.zeros(64, np.int32)
+        self.following = np.zeros(64, np.int32)
+        """Of a node that goes on into its only child, about how many tokens of that lie behind its last slot"""
+        self.num_extents = np.zeros(64, np.int32)
+        self.first_slot = np.zeros(64, np.int64)
+        self.first_extent = np.zeros(64, np.int64)
+        """Of a node with several extents, the place of the first in `extents`"""
+        self.extent_room = np.zeros(64, np.int32)
+        """How many have room there"""
+        self.place = np.full(64, -1, np.int64)
+        """For whoever renumbers nodes: -1 before and after"""
+        self.changed = np.zeros(64, np.int64)
+        """The tree's version when a plan last became wrong by anything but more tokens at a leaf's end"""
+        self.cut = np.zeros(64, np.int64)
+        """The tree's `num_cuts` when tokens at its end were last dropped"""
+        self.extents = np.zeros((64, 2), np.int64)
+        """Start and length, those of one node one after the other"""
+        self._num_extents = 0
+
+    def fit(self, size: int) -> None:
+        """Grow every column to hold ids below `size`."""
+        if size > self.parent.size:
+            for name, column in vars(self).items():
+                if isinstance(column, np.ndarray) and column.ndim == 1:
+                    setattr(self, name, np.concatenate([column, np.full_like(column, -1 if name == "place" else 0)]))
+
+    def write(self, node: Node) -> None:
+        """Take over everything that the node says of itself, after any change of its extents."""
+        row = node.id
+        self.parent[row] = node.parent.id if node.parent else -1
+        self.start[row] = node.start
+        self.scheduled[row] = node.scheduled
+        self.reserved[row] = node.reserved
+        self.following[row] = 0
+        self.num_extents[row] = len(node.extents)
+        if node.extents:
+            self.first_slot[row] = node.extents[0].start
+        if len(node.extents) > 1:
+            place = self._extent_place(row, len(node.extents))
+            self.extents[place : place + len(node.extents)] = node.extents
+
+    def write_extents(self, nodes: Sequence[Node]) -> None:
+        """As `write`, of nodes whose extents were lengthened or more added behind them, and nothing else."""
+        rows = [node.id for node in nodes]
+        self.reserved[rows] = [node.reserved for node in nodes]
+        self.num_extents[rows] = [len(node.extents) for node in nodes]
+        self.first_slot[rows] = [node.extents[0].start for node in nodes]
+        for node in nodes:
+            count = len(node.extents)
+            if count > 1:
+                place = self._extent_place(node.id, count)
+                self.extents[place : place + count] = node.extents
+
+    def pass_up(self, node: Node, child: Node) -> None:
+        """As `write` for both, after one token has passed from the child's first extent to the node's last."""
+        row, below, slot = node.id, child.id, child.extents[0].start
+        self.scheduled[row] = node.scheduled
+        self.following[row] = child.extents[0].length
+        self.start[below] = child.start
+        self.scheduled[below] = child.scheduled
+        self.first_slot[below] = slot
+        if len(node.extents) > 1:
+            self.extents[self.first_extent[row] + len(node.extents) - 1] = node.extents[-1]
+        if len(child.extents) > 1:
+            self.extents[self.first_extent[below]] = child.extents[0]
+
+    def _extent_place(self, row: int, count: int) -> int:
+        """Where the node's extents stand; with room for twice as many where `count` did not fit."""
+        if count > self.extent_room[row]:
+            stop = self._num_extents + 2 * count
+            while stop > len(self.extents):
+                self.extents = np.concatenate([self.extents, np.zeros_like(self.extents)])
+            self.first_extent[row], self.extent_room[row] = self._num_extents, 2 * count
+            self._num_extents = stop
+        return int(self.first_extent[row])

@@ -1,0 +1,48 @@
+"""Nodes that may be evicted, in a policy's order."""
+
+import heapq
+
+from radixgen.cache.node import Node
+from radixgen.cache.policy import EvictionPolicy
+
+_FEW_ENTRIES = 64
+
+
+class EvictionQueue:
+    """A heap of nodes by a policy's keys, as they were when each was added. A node that is taken out leaves its entry
+    behind, which is skipped, and swept out with others once most are such.
+    """
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self._policy = policy
+        self._heap: list[tuple[tuple[float, ...], int, Node]] = []
+        self._entry_of: dict[Node, int] = {}
+        self._num_entries = 0
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._entry_of
+
+    def __len__(self) -> int:
+        return len(self._entry_of)
+
+    def add(self, node: Node) -> None:
+        """Put a node in its place; one that is there already goes to a new one."""
+        self._num_entries += 1
+        self._entry_of[node] = self._num_entries
+        heapq.heappush(self._heap, (self._policy(node), self._num_entries, node))
+        if len(self._heap) > 2 * len(self._entry_of) + _FEW_ENTRIES:
+            self._heap = [item for item in self._heap if self._entry_of.get(item[2]) == item[1]]
+            heapq.heapify(self._heap)
+
+    def remove(self, node: Node) -> None:
+        """Take a node out, if it is there."""
+        self._entry_of.pop(node, None)
+
+    def first(self) -> Node | None:
+        """The node that goes first; it stays in the queue."""
+        while self._heap:
+            _, entry, node = self._heap[0]
+            if self._entry_of.get(node) == entry:
+                return node
+            heapq.heappop(self._heap)
+        return None

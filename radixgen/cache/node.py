@@ -1,0 +1,202 @@
+"""A node of the radix tree, and a lock on the path to it.
+
+A node is a run of tokens. Of its tokens the first `computed` have their KV, the first `scheduled` have a
+slot, and all `known` are in the tree: `known >= scheduled >= computed`. Its extents hold `scheduled` slots
+and, behind them, a reserved tail into which a leaf grows.
+
+    tokens   |---- computed ----|-- scheduled --|-- known --|
+    extents  |------------ slots in use --------|-- reserve --|
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radixgen.cache.follow import FollowedMatch
+from radixgen.cache.ghosts import End
+from radixgen.cache.pool import Extent
+from radixgen.cache.tokens import TokenArray
+
+_MIN_RUN = 16
+
+
+class Node:
+    """One edge of the tree. Its fields are the tree's to write and anyone's to read."""
+
+    __slots__ = (
+        "_buffer",
+        "_heap_entry",
+        "_offset",
+        "_owns_tail",
+        "block_hashes",
+        "capacity",
+        "children",
+        "computed",
+        "epoch",
+        "extents",
+        "followers",
+        "id",
+        "known",
+        "last_used",
+        "lock_count",
+        "locked_children",
+        "namespace",
+        "parent",
+        "priority",
+        "scheduled",
+        "serial",
+        "start",
+    )
+
+    def __init__(self, parent: "Node | None", namespace: str, buffer: TokenArray) -> None:
+        self.parent = parent
+        self.namespace = namespace
+        self.children: dict[int, Node] = {}
+        self.extents: list[Extent] = []
+        self.capacity = 0
+        self.known = int(buffer.size)
+        self.scheduled = 0
+        self.computed = 0
+        self.start = parent.end if parent else 0
+        self.lock_count = 0
+        self.locked_children = 0
+        self.priority = 0.0
+        self.last_used = 0
+        self.serial = 0
+        self.epoch = 0
+        self.id = -1
+        self.block_hashes: tuple[int, ...] = ()
+        """Of the blocks that end in it; the listener's to write"""
+        self.followers: dict[FollowedMatch, None] = {}
+        """The followed matches that end in it"""
+        self._buffer = buffer
+        self._offset = 0
+        self._owns_tail = True
+
+    @property
+    def tokens(self) -> TokenArray:
+        return self._buffer[self._offset : self._offset + self.known]
+
+    @property
+    def first_token(self) -> int:
+        """The token under which the parent keeps this node."""
+        return int(self._buffer[self._offset])
+
+    @property
+    def end(self) -> int:
+        """Position after the node's last token."""
+        return self.start + self.known
+
+    @property
+    def computed_end(self) -> int:
+        """Position after the last computed token of the path to the node's end."""
+        node = self
+        while not node.computed and node.parent is not None:
+            node = node.parent
+        return node.start + node.computed
+
+    @property
+    def epoch_end(self) -> End:
+        """Names what ends here: as long as it is the same, so are all tokens up to the node's end."""
+        return self.namespace if self.parent is None else self.epoch, self.end
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token up to the node's end has its KV."""
+        return self.computed == self.known
+
+    @property
+    def locked(self) -> bool:
+        return self.lock_count + self.locked_children > 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody stands on it and nothing follows it."""
+        return not self.lock_count and not self.children
+
+    @property
+    def evictable(self) -> bool:
+        """Whether its tokens may be dropped, from the end."""
+        return not self.locked and not self.children and self.known > 0
+
+    @property
+    def reserved(self) -> int:
+        return self.capacity - self.scheduled
+
+    @property
+    def next_slot(self) -> int:
+        """The slot that the next token would get of the reserved tail; -1 where nothing is reserved."""
+        spare = self.capacity - self.scheduled
+        if not spare:
+            return -1
+        for start, length in reversed(self.extents):
+            if spare <= length:
+                return start + length - spare
+            spare -= length
+        raise AssertionError("the extents hold less than the node says")
+
+    @property
+    def next_cached_slot(self) -> int:
+        """The slot of the token that follows, where an only child has it computed; else -1."""
+        if len(self.children) != 1:
+            return -1
+        (child,) = self.children.values()
+        return child.extents[0].start if child.computed else -1
+
+    def path(self) -> list["Node"]:
+        """The nodes from the root to this one."""
+        nodes = [self]
+        while (parent := nodes[-1].parent) is not None:
+            nodes.append(parent)
+        return nodes[::-1]
+
+    def path_tokens(self) -> TokenArray:
+        """Every token from position 0 to the node's end."""
+        return np.concatenate([node.tokens for node in self.path()])
+
+    def slots(self, first: int, stop: int) -> NDArray[np.int64]:
+        """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
+        pieces = []
+        end = self.capacity
+        for start, length in reversed(self.extents):  # most are asked for near the end
+            begin = end - length
+            if begin < stop:
+                pieces.append(np.arange(start + max(first - begin, 0), start + min(stop, end) - begin))
+            if begin <= first:
+                break
+            end = begin
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces[::-1]) if pieces else np.empty(0, np.int64)
+
+    def __repr__(self) -> str:
+        return (
+            f"Node(id={self.id}, start={self.start}, known={self.known}, scheduled={self.scheduled}, "
+            f"computed={self.computed}, locks={self.lock_count}+{self.locked_children})"
+        )
+
+    def _append(self, token: int) -> None:
+        stop = self._offset + self.known
+        if not self._owns_tail or stop == self._buffer.size:
+            grown = np.empty(max(_MIN_RUN, 2 * self.known), np.int32)
+            grown[: self.known] = self.tokens
+            self._buffer, self._offset, self._owns_tail = grown, 0, True
+            stop = self.known
+        self._buffer[stop] = token
+        self.known += 1
+
+
+class Lock:
+    """A receipt: it keeps the path to `node` in the tree until it is released. A sequence's lock is its
+    cursor.
+    """
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: Node) -> None:
+        self.node: Node | None = node
+
+    @property
+    def held(self) -> Node:
+        """The node it stands on. Asserts that it was not released."""
+        assert self.node is not None, "the lock was released"
+        return self.node
