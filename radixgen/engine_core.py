@@ -28,11 +28,12 @@ from radixgen.grammar_budget import GrammarBudget
 from radixgen.model.base import Model
 from radixgen.run_ahead import Ran, RunAhead
 from radixgen.sampling import Drawable, Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
-from radixgen.scheduler.batch import Batch, Scheduler
+from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
+from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from torch import Tensor
 from radixgen.kernels.upload import upload
 from radixgen.model.base import Model, RunsAhead
 from radixgen.sampling import Draws
-from radixgen.scheduler.batch import Batch, Scheduler
+from radixgen.scheduler.batch import Batch
+from radixgen.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 

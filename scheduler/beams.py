@@ -4,7 +4,7 @@ from collections.abc import Sequence as Seq
 
 from radixgen.beam_search import Beam
 from radixgen.core import SamplingState
-from radixgen.scheduler.batch import Scheduler
+from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
 
 

@@ -22,10 +22,11 @@ from radixgen.core import EngineDead, Plan
 from radixgen.engine_core import EngineCore
 from radixgen.output_processor import OutputProcessor
 from radixgen.run_ahead import RunAhead
-from radixgen.scheduler.batch import Batch, Scheduler
+from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.revise import Followed, Rows
+from radixgen.scheduler.scheduler import Scheduler
 
 PROFILE = settings(
     max_examples=120,

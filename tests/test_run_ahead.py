@@ -8,8 +8,9 @@ from oracle import StampModel
 
 from radixgen import Engine, SamplingParams
 from radixgen.scheduler import planner as planner_module
-from radixgen.scheduler.batch import Batch, Scheduler
+from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
+from radixgen.scheduler.scheduler import Scheduler
 
 VOCAB = 50
 

@@ -522,7 +522,7 @@ def test_a_cold_prompt_is_scored_and_continued_in_one_step() -> None:
 
 
 def test_scored_rows_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radixgen.scheduler.batch._MAX_READS", 4)
+    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_READS", 4)
     with serve() as engine:
         scheduler = engine._core.scheduler
         schedule, most = scheduler.schedule, []
@@ -542,7 +542,7 @@ def test_scored_rows_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_prompt_before_what_is_scored_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is of rows whose logits are read."""
-    monkeypatch.setattr("radixgen.scheduler.batch._MAX_READS", 4)
+    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_READS", 4)
     prompt = some(50)
     with serve(max_step_tokens=64) as engine:
         steps = engine.num_steps

@@ -1,0 +1,499 @@
+"""Which spans run in a step: admission, chunked prefill under a token budget, preemption.
+
+There is no prefill mode and no decode mode. A sequence's span is whatever its path still lacks, from the
+first token without a slot to its cursor; when nothing is lacking any more, its cursor's last token gives
+logits.
+"""
+
+from collections.abc import Sequence as Seq
+from typing import get_args
+
+import numpy as np
+from sortedcontainers import SortedKeyList
+
+from radixgen.cache import ExtentPool, FollowedMatch, Lock, Match, Node, RadixTree, sharing_end
+from radixgen.core import Limits, Plan, SharingReason
+from radixgen.scheduler.batch import Batch, Read, StepInput, make_step_input, slots_used
+from radixgen.scheduler.pins import Pins
+from radixgen.scheduler.planner import Planner
+from radixgen.scheduler.queue import WaitingQueue
+from radixgen.scheduler.reserves import FIRST_RESERVE, Reserves
+from radixgen.scheduler.sequence import Request, Sequence
+
+_GROWTH_SHARE = 16
+"""One part in so many of the pool is kept for running sequences to grow into, at the most."""
+_MAX_ADMITTED = 256
+"""Sequences that one step lets in, and then no further request, so that those who run do not wait long."""
+_MAX_READS = 512
+"""Rows of one step at the most whose logits score a prompt, so that the logits of a long one fit in memory."""
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences, and moves their cursors."""
+
+    def __init__(
+        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, limits: Limits, debug: bool = False
+    ) -> None:
+        self.tree = tree
+        self.planner = planner
+        self.max_step_tokens = max_step_tokens
+        self.max_num_seqs = limits.max_num_seqs
+        self.waiting = WaitingQueue(limits.max_overtaken)
+        self.running: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
+        self.pins = Pins(tree)
+        self._reserves = Reserves(tree, self.running, self.waiting)
+        self.debug = debug
+        self.now = 0.0
+        """Seconds on the engine's clock when the step began that is made"""
+        self.preemptions = 0
+        self.prompt_tokens = 0
+        self.cached_prompt_tokens = 0
+        self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
+        self.computed_prompt_tokens = 0
+        self._steps = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request's sequences."""
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.waiting.add(sequence)
+
+    def fork(self, origin: Sequence, sequence: Sequence) -> None:
+        """Let `sequence`, which has the tokens of `origin`, go on from its place: at once where a seat is free and
+        `origin` runs in the same namespace, else from the queue.
+        """
+        full = len(self.running) >= self.max_num_seqs
+        if origin.cursor is None or full or origin.namespace != sequence.namespace:
+            self.waiting.add(sequence)
+            return
+        sequence.cursor = self.tree.fork(origin.cursor)
+        self.running.add(sequence)
+
+    @property
+    def path_tokens(self) -> int:
+        """Tokens on the paths of cursors and pins, each path for itself."""
+        cursors: list[Lock] = [sequence.cursor for sequence in self.running if sequence.cursor is not None]
+        return sum(cursor.held.end for cursor in cursors) + sum(pin.num_tokens for pin in self.pins)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out for good: it ended or was cancelled. Its tokens stay cached."""
+        if sequence.cursor is not None:
+            self._leave(sequence)
+        elif sequence.choices is None:
+            self.waiting.remove(sequence)
+            self._unfollow(sequence)
+        if sequence.namespace != sequence.request.namespace:
+            self.tree.discard(sequence.namespace)
+
+    def park(self, sequence: Sequence) -> None:
+        """Let a beam that has its choices hold nothing while its siblings wait for theirs. Its tokens stay cached."""
+        assert sequence.choices is not None
+        self._leave(sequence)
+
+    # -- one step -----------------------------------------------------------------------------------------
+
+    def schedule(self, only: Request | None = None, *, admit: bool = True) -> Batch | None:
+        """The next step, or None where nothing can run. Slots are taken and new cursors set.
+
+        With `only`, nobody is admitted and none but that request's sequences take part; without `admit`, nobody is
+        admitted.
+        """
+        self._steps += 1
+        batch = Batch(self._steps, admitting=only is None and admit)
+        # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
+        # taken.
+        if batch.admitting:
+            batch.admitting = self._admit()
+        budget = self.max_step_tokens
+        for sequence in self._by_turn():
+            if sequence.cursor is not None and only in (None, sequence.request):
+                budget -= self._extend(sequence, budget, batch)
+        if not batch.row_nodes:
+            return None
+        batch.fence = self.tree.pool.begin_step()
+        return batch
+
+    def schedule_ahead(self, batch: Batch) -> Batch | None:
+        """The step after `batch`, with 0 for each token, since none is known yet.
+
+        Every sequence that has not reached `max_tokens` moves on by one token: in its own leaf, where a slot is
+        reserved for it, or along what is cached behind it. Returns None if other sequences may join, if a token may
+        begin a new node, or if memory is short.
+        """
+        if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
+            return None
+        going = [one for one in self.running if len(one.output) + 1 < one.request.max_output]
+        if len(self.waiting) and (not batch.admitting or len(going) < len(self.running)):
+            return None
+        nodes = [one.cursor.held for one in going if one.cursor is not None]
+        if any(node.lock_count != 1 or node.parent is None for node in nodes):
+            return None  # the token may begin a node of its own
+        if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
+            return None
+        slots = [-1 if node.children else node.next_slot for node in nodes]
+        if any(slot < 0 and not node.children for node, slot in zip(nodes, slots, strict=True)):
+            return None  # what it would have read made room for others
+        reading = {row: node.extents[-1].end for row, node in enumerate(nodes) if node.children}
+        if not all(self._reads_on(nodes[row], slot) for row, slot in reading.items()):
+            return None
+        return Batch(
+            step=batch.step + 1,
+            nodes=nodes,
+            row_nodes=[node.id for node in nodes],
+            row_positions=[node.end for node in nodes],
+            row_tokens=[0] * len(nodes),
+            row_slots=slots,
+            read_slots=reading,
+            drawing=going,
+            drawing_rows=list(range(len(nodes))),
+        )
+
+    def freeze(self, batch: Batch) -> StepInput:
+        """Plan the batch and lay its rows out depth-first."""
+        plan = self.planner.plan(
+            np.array(batch.row_nodes, np.int32),
+            np.array(batch.row_positions, np.int32),
+            slots_used(batch),
+        )
+        if self.debug:
+            _check_slots(plan, self.tree.pool)
+        return make_step_input(batch, plan)
+
+    def requests_of(self, batch: Batch) -> list[Request]:
+        """The requests that have a part in a step."""
+        return list(dict.fromkeys(s.request for s in self.running if s.scheduled_in == batch.step))
+
+    def commit(self, batch: Batch) -> None:
+        """The step has run: what it scheduled is computed."""
+        commit = self.tree.commit
+        for node in batch.nodes:
+            commit(node)
+        self.computed_prompt_tokens += batch.prompt_tokens
+        self.tree.pool.retire_step(batch.fence)
+
+    def rollback(self, batch: Batch) -> None:
+        """The step failed: nothing of it was computed."""
+        for node in reversed(batch.nodes):
+            self.tree.rollback(node)
+        self.planner.forget()
+        self.tree.pool.retire_step(batch.fence)
+
+    def advance(self, drawn: Seq[tuple[Sequence, int]]) -> None:
+        """Move cursors by the tokens drawn for them; sequences on one node that drew alike stay together."""
+        groups: dict[tuple[Node, int], list[Sequence]] = {}
+        for sequence, token in drawn:
+            assert sequence.cursor is not None
+            node = sequence.cursor.held
+            if node.lock_count == 1:
+                self.tree.advance((sequence.cursor,), token)
+            else:
+                groups.setdefault((node, token), []).append(sequence)
+        for (_, token), members in groups.items():
+            self.tree.advance([m.cursor for m in members if m.cursor is not None], token)
+
+    # -- spans --------------------------------------------------------------------------------------------
+
+    def _by_turn(self) -> list[Sequence]:
+        """Running sequences that decode, then those that prefill; each by rank."""
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            node = sequence.cursor.node
+            ready = node.known - node.scheduled <= 1 and (node.parent is None or node.parent.complete)
+            (decoding if ready else prefilling).append(sequence)
+        return decoding + prefilling
+
+    def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+        """Schedule what the sequence's path lacks, up to `budget` rows, and its draw. Returns the rows taken.
+
+        Without budget it still reads the logits of a row that another sequence has scheduled.
+        """
+        assert sequence.cursor is not None
+        node = sequence.cursor.held
+        taken = 0
+        if sequence.reads_prompt:
+            unread = max(sequence.request.next_read - _computed(node), 0)
+            taken = self._schedule_path(sequence, node, min(budget, unread + _MAX_READS - batch.num_reads), batch)
+            added, finished = self._read_prompt(sequence, node, budget - taken, batch)
+            taken += added
+            if not finished or not sequence.request.max_output:
+                return taken
+        elif node not in batch.last_row and node.scheduled < node.known:
+            if budget and self._schedule_next(sequence, node, batch):
+                taken = 1
+            else:
+                taken = self._schedule_path(sequence, node, budget, batch)
+        if node.scheduled < node.known:
+            return taken
+        row = batch.last_row.get(node)
+        if row is None:
+            if taken == budget:
+                return taken
+            row = batch.add_read(node, node.known - 1)
+            taken += 1
+        sequence.scheduled_in = batch.step
+        batch.draw(sequence, row)
+        return taken
+
+    def _schedule_next(self, sequence: Sequence, node: Node, batch: Batch) -> bool:
+        """The common case: a leaf lacks its last token, and its reserve has a slot for it."""
+        parent = node.parent
+        if not sequence.output or node.known - node.scheduled != 1:
+            return False
+        if parent is not None and parent.scheduled < parent.known:
+            return False
+        slot = self.tree.schedule_next(node)
+        if slot < 0:
+            return False
+        batch.add_next(node, sequence.output[-1], slot)
+        return True
+
+    def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
+        """Spans for what the path to `node` lacks, from the top. Returns the rows taken."""
+        left = budget
+        for part in _lacking(node):
+            count = min(left, part.known - part.scheduled)
+            if count == 0 or not self._make_room(part, count, sequence, batch):
+                break
+            first = part.scheduled
+            batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count, sequence)))
+            sequence.scheduled_in = batch.step
+            left -= count
+            if part.scheduled < part.known:
+                break
+        if not sequence.output:
+            batch.prompt_tokens += budget - left
+        return budget - left
+
+    def _read_prompt(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> tuple[int, bool]:
+        """Rows that score the next targets of the prompt, as far as its path has slots. Returns how many were
+        added, and whether no target is left.
+        """
+        request = sequence.request
+        assert request.targets is not None
+        position = request.next_read
+        stop = min(request.targets.size, position + _MAX_READS - batch.num_reads)
+        rows: list[int] = []
+        added = 0
+        for part in node.path():
+            while part.start <= position < min(stop, part.start + part.scheduled):
+                row = batch.row_of(part, position - part.start)
+                if row is None:
+                    if added == budget:
+                        break
+                    row = batch.add_read(part, position - part.start)
+                    added += 1
+                rows.append(row)
+                position += 1
+        if rows:
+            sequence.scheduled_in = batch.step
+            batch.reads.append(Read(request, rows))
+            batch.num_reads += len(rows)
+        return added, position == request.targets.size
+
+    def _reserve(self, node: Node, count: int, sequence: Sequence) -> int:
+        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow."""
+        ahead = node.known - node.scheduled - count
+        left = sequence.request.max_output - len(sequence.output)
+        reserves = self._reserves
+        return min(reserves.share, ahead) if ahead else min(reserves.of_leaf(node, self._steps), left)
+
+    def _reads_on(self, node: Node, slot: int) -> bool:
+        """Whether a sequence on `node` may find its next token cached, in this slot, where nobody else reads it. That
+        this one is drawn is expected once a token of the same child has been.
+        """
+        if node.locked_children or not self.tree.columns.following[node.id]:
+            return False
+        return node.next_cached_slot == slot
+
+    def _reserve_ahead(self, sequences: Seq[Sequence], leaves: Seq[Node], step: int) -> bool:
+        """Reserve slots where the leaf of a sequence has none for the token that it computes in `step`; False where
+        others may need them, which is decided when tokens are known.
+        """
+        full = [at for at, node in enumerate(leaves) if node.capacity == node.scheduled and not node.children]
+        if not full:
+            return True
+        tree, reserves = self.tree, self._reserves
+        if len(self.waiting) or reserves.share < FIRST_RESERVE:
+            return False
+        lacking, counts = [leaves[at] for at in full], []
+        for at in full:
+            left = sequences[at].request.max_output - len(sequences[at].output)
+            counts.append(min(reserves.of_leaf(leaves[at], step) + 1, left - 1))
+        tree.evict(sum(counts) - tree.pool.free)
+        tree.reserve(lacking, counts)
+        return True
+
+    # -- admission ----------------------------------------------------------------------------------------
+
+    def _admit(self) -> bool:
+        """Let waiting requests in while all that they lack fits without preempting; siblings go together. Returns
+        False where more of them fit than one step admits.
+        """
+        enough = len(self.running) + _MAX_ADMITTED
+        while len(self.waiting):
+            if len(self.running) >= enough:
+                return False
+            request = self.waiting.choose(self._follow)
+            if len(request.waiting) > self.max_num_seqs - len(self.running):
+                return True
+            while request.waiting:
+                sequence = request.waiting[0]
+                if self.running and not self._fits(sequence, len(request.waiting)):
+                    return True
+                self._enter(sequence)
+        return True
+
+    def _follow(self, sequence: Sequence) -> FollowedMatch:
+        """The match of a sequence that waits; the tree keeps it up to date until it is admitted or leaves."""
+        if sequence.followed is None:
+            sequence.followed = self.tree.follow(sequence.tokens(), sequence.namespace)
+        return sequence.followed
+
+    def _unfollow(self, sequence: Sequence) -> None:
+        if sequence.followed is not None:
+            self.tree.unfollow(sequence.followed)
+            sequence.followed = None
+
+    def _fits(self, sequence: Sequence, seats: int) -> bool:
+        """Whether there is room for what the sequence lacks and for everyone to grow a little, releasing pins if need
+        be, and none where all would not do. Reserves do not count: who is let in on those of others chops all leaves
+        into single slots.
+        """
+        tree, followed = self.tree, self._follow(sequence)
+        growing = len(self.running) + seats
+        growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
+        wanted, match = followed.tokens.size + growth, followed.match()
+        short = self._short(wanted, match)
+        if short > 0 and short > self.pins.yieldable(match):
+            return False
+        while short > 0 and self.pins.release_weakest():
+            short = self._short(wanted, followed.match())
+        return short <= 0
+
+    def _short(self, wanted: int, match: Match | None) -> int:
+        """Slots that are missing for `wanted` tokens of which `match` was found, after all that is to be scheduled."""
+        tree = self.tree
+        found, locked = (match.length, match.evictable) if match else (0, 0)
+        return tree.unscheduled_tokens + wanted - found - (tree.pool.free + tree.evictable_tokens - locked)
+
+    def _enter(self, sequence: Sequence) -> None:
+        followed, request = self._follow(sequence), sequence.request
+        tokens = followed.tokens
+        if request.num_cached_tokens is None:
+            match = followed.match()
+            request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
+            request.queue_seconds = max(self.now - request.arrived, 0.0)
+            request.num_shared_tokens = match.length - match.evictable if match else 0
+            request.sharing_ended = end = sharing_end(self.tree, tokens, sequence.namespace, match)
+            if end is not None:
+                self.sharing_ended[end.reason] += 1
+            self.prompt_tokens += request.prompt.size
+            self.cached_prompt_tokens += request.num_cached_tokens
+        sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
+        self.waiting.admit(sequence)
+        self.running.add(sequence)
+        self._pass_on(sequence)
+
+    def _pass_on(self, sequence: Sequence) -> None:
+        """The match of a sequence that was let in goes to a sibling that waits with the same tokens."""
+        request = sequence.request
+        sibling = request.waiting[0] if request.waiting else None
+        alike = sequence.namespace == request.namespace and not sequence.output
+        if sibling is None or sibling.followed or sibling.output or not alike:
+            self._unfollow(sequence)
+        else:
+            sequence.followed, sibling.followed = None, sequence.followed
+
+    # -- memory -------------------------------------------------------------------------------------------
+
+    def _make_room(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> bool:
+        """Have the slots free for `count` tokens of `node`: from the cache first, and then for its reserve too, or a
+        full pool would be handed out slot by slot; then from the reserves of others, from pins, by preemption. Pins
+        from which nothing comes stay as long as somebody can be preempted, or nothing helps.
+        """
+        tree = self.tree
+        if tree.slots_wanted(node, count) <= tree.pool.free:
+            return True
+        tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count, sequence) - tree.pool.free)
+        short = tree.slots_wanted(node, count) - tree.pool.free
+        if short > 0:
+            tree.reclaim_reserves(short)
+        while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
+            if tree.evict(short):
+                continue
+            idle, from_pins = self._idle(sequence, batch), self.pins.yieldable()
+            victim = None if from_pins else self._victim(sequence, idle)
+            if victim is not None:
+                self._preempt(victim)
+            elif not from_pins or (not idle and from_pins < short) or not self.pins.release_weakest():
+                return False
+        return True
+
+    def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
+        """The others that have no part in this step, the youngest first, without the oldest of all."""
+        return [
+            candidate
+            for candidate in self.running.islice(1, reverse=True)
+            if candidate is not sequence and candidate.scheduled_in != batch.step
+        ]
+
+    def _victim(self, sequence: Sequence, idle: Seq[Sequence]) -> Sequence | None:
+        """The first of `idle` that holds slots alone. Where the slots are all held in common, the oldest sequence may
+        have the first go, so that those who hold them go one by one.
+        """
+        found = next(filter(_exclusive_slots, idle), None)
+        if found is None and idle and sequence is self.running[0]:
+            return idle[0]
+        return found
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue with its tokens kept; what it computed stays cached until it is evicted."""
+        self._leave(sequence)
+        self.waiting.add(sequence)
+        self.preemptions += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.cursor is not None
+        self.running.remove(sequence)
+        self.tree.unlock(sequence.cursor)
+        sequence.cursor = None
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
+
+
+def _lacking(node: Node) -> list[Node]:
+    """The nodes of the path, from the top, that have tokens without a slot."""
+    found = []
+    above: Node | None = node
+    while above is not None and above.scheduled < above.known:
+        found.append(above)
+        above = above.parent
+    return found[::-1]
+
+
+def _computed(node: Node) -> int:
+    """Tokens of the path up to the first without a slot."""
+    first = next(iter(_lacking(node)), node)
+    return first.start + first.scheduled
+
+
+def _exclusive_slots(sequence: Sequence) -> int:
+    """Slots that would be cached or free if this sequence let go of its cursor."""
+    total = 0
+    node = sequence.cursor.held if sequence.cursor else None
+    while node is not None and node.lock_count + node.locked_children == 1:
+        total += node.capacity
+        node = node.parent
+    return total
+
+
+def _check_slots(plan: Plan, pool: ExtentPool) -> None:
+    """Assert that no segment of the plan names a free or fenced slot (I9)."""
+    taken = np.ones(pool.capacity, np.bool_)
+    for extent in (*pool.free_extents(), *pool.fenced_extents()):
+        taken[extent.start : extent.end] = False
+    for start, length in zip(plan.segment_starts.tolist(), plan.segment_lengths.tolist(), strict=True):
+        assert taken[start : start + length].all(), f"a plan reads free slots in [{start}, {start + length})"
