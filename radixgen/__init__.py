@@ -28,10 +28,11 @@ from radixgen.core import (
 from radixgen.version import VERSION
 
 if TYPE_CHECKING:
+    from radixgen.async_conversation import AsyncConversation
     from radixgen.async_engine import AsyncEngine
     from radixgen.attention import TreeAttention
     from radixgen.chat_history import HistoryBreak
-    from radixgen.conversation import AsyncConversation, Conversation
+    from radixgen.conversation import Conversation
     from radixgen.engine import Engine
     from radixgen.serve.client import AsyncClient, Client
 
@@ -39,7 +40,7 @@ __version__ = VERSION
 
 _LAZY = {
     "AsyncClient": "radixgen.serve.client",
-    "AsyncConversation": "radixgen.conversation",
+    "AsyncConversation": "radixgen.async_conversation",
     "AsyncEngine": "radixgen.async_engine",
     "Client": "radixgen.serve.client",
     "Conversation": "radixgen.conversation",

@@ -16,8 +16,8 @@ from uuid import uuid4
 
 import numpy as np
 
+from radixgen.async_conversation import AsyncConversation
 from radixgen.cache import RadixTree, TokenArray
-from radixgen.conversation import AsyncConversation, Options
 from radixgen.core import (
     BeamSearchParams,
     EngineClosed,
@@ -31,6 +31,7 @@ from radixgen.core import (
     joined,
 )
 from radixgen.core.adapters import refuses_adapters
+from radixgen.dialogue import Options
 from radixgen.engine import PRELOADING, Engine, Progress, scores_of
 from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
 

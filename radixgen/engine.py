@@ -16,7 +16,7 @@ import torch
 
 from radixgen.cache import Node, RadixTree, TokenArray
 from radixgen.cache.storage import kv_room
-from radixgen.conversation import Conversation, Options
+from radixgen.conversation import Conversation
 from radixgen.core import (
     BeamSearchParams,
     DuplicateRequest,
@@ -35,6 +35,7 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
+from radixgen.dialogue import Options
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, as_prompts, chat_tokens
 from radixgen.kernels.backend import backend
@@ -240,7 +241,7 @@ class Engine:
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
-        `radixgen.conversation.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
+        `radixgen.dialogue.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
         """
         self._begin_call()
         return Conversation(self, system, **options)
