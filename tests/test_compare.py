@@ -1,13 +1,17 @@
 """The comparison of whole engines: what its workloads ask, the limits that they are held against, and its table."""
 
+import json
 import random
 
 import numpy as np
 import pytest
+import torch
 
+from bench import profile
 from bench.compare import run, table
 from bench.device import Ceilings
 from bench.limits import StepLimit, WorkloadLimit, distinct
+from bench.profile import Kernel, busy_ns, gaps, kind_of
 from bench.shapes import SHAPES, Shape
 from bench.workloads import TOY, Answers, Ask, Workloads, describe
 
@@ -68,3 +72,23 @@ def test_the_table_has_a_line_a_workload_and_says_what_is_missing() -> None:
     lines = table({"radixgen": ours, "vllm": theirs}, ["latency", "prefill"], describe(TOY))
     assert "(2.00×)" in lines[2] and "1.50×" in lines[2] and "5.00 ms" in lines[2]
     assert lines[3].count("–") == 4
+
+
+def test_what_runs_at_the_same_time_is_busy_once_and_gaps_are_found() -> None:
+    kernels = [
+        Kernel("attend", 0, 5_000_000),
+        Kernel("merge", 2_000_000, 4_000_000),
+        Kernel("nvjet_a", 9_000_000, 9_500_000),
+    ]
+    assert busy_ns(kernels) == 5_500_000
+    assert gaps(kernels, 3) == [(4.0, "attend", "nvjet_a")]
+    assert [kind_of(kernel.name) for kernel in kernels] == [
+        "attention, narrower tiles", "merge of partial results", "product",
+    ]  # fmt: skip
+    assert kind_of("attend_wide") == "attention, 128-row tiles" and kind_of("x" * 50) == "x" * 40
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real one takes minutes on a GPU")
+def test_profile(capsys) -> None:
+    assert profile.main(["--workloads", "latency"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["latency"]["steps"] > 3
