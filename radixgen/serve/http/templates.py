@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WALL_SECONDS = 10.0
-"""That a render may take on a machine that is busy otherwise"""
-_START_SECONDS = 60.0
-"""That the first render waits for the process to have imported what it needs"""
+_WALL_SECONDS = 60.0
+"""That an answer may take on a machine that is busy otherwise; renders are bounded by the processor time they take"""
 
 
 class TemplateRenderer:
@@ -41,7 +39,6 @@ class TemplateRenderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._warm = False
         self._closed = False
 
     def start(self) -> None:
@@ -93,14 +90,13 @@ class TemplateRenderer:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self._hand_over(theirs)
-            ours.settimeout(_WALL_SECONDS if self._warm else _START_SECONDS)
+            ours.settimeout(_WALL_SECONDS)
             try:
                 with ours.makefile("rwb") as stream:
                     send(stream, request)
                     answer: dict[str, Any] = receive(stream)
             except (OSError, EOFError):
                 raise self._unanswered() from None
-        self._warm = True
         return answer
 
     def _hand_over(self, connection: socket.socket) -> None:
@@ -133,7 +129,6 @@ class TemplateRenderer:
             assert self._process.stdin is not None
             with suppress(OSError), self._process.stdin as stream:  # where it has ended already, nobody answers
                 stream.write(json.dumps(self._templates).encode())
-            self._warm = False
         return self._control
 
     def _stop(self) -> None:
