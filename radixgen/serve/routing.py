@@ -48,18 +48,20 @@ class _Replica:
     output_tokens: int = 0
     requests: set[Hashable] = field(default_factory=set)
 
-    def has(self, block: int) -> bool:
-        return block in self.cached or block in self.live
-
     def match(self, hashes: Sequence[int], guess: int) -> int:
-        """How many leading blocks it has. Since it has the parent of every block that it has, this is a bisection;
-        `guess`, where another replica's prefix ends, is tried first.
+        """How many leading blocks are cached or live. The parent of such a block is one too, so bisection finds the
+        end; `guess`, where another replica's prefix ends, is tried first.
         """
-        if not hashes or not self.has(hashes[0]):
+        cached, live = self.cached, self.live
+
+        def lacks(block: int) -> bool:
+            return block not in cached and block not in live
+
+        if not hashes or lacks(hashes[0]):
             return 0
-        if guess and self.has(hashes[guess - 1]) and (guess == len(hashes) or not self.has(hashes[guess])):
+        if guess and not lacks(hashes[guess - 1]) and (guess == len(hashes) or lacks(hashes[guess])):
             return guess
-        return bisect_left(hashes, True, key=lambda block: not self.has(block))
+        return bisect_left(hashes, True, key=lacks)
 
 
 class Router:
@@ -195,7 +197,7 @@ class Router:
         state = self._replicas[replica]
         self._requests[request] = _Request(replica, tuple(hashes), output_tokens)
         state.requests.add(request)
-        state.to_compute += len({block for block in hashes if not state.has(block)})
+        state.to_compute += len({block for block in hashes if block not in state.cached and block not in state.live})
         state.live.update(hashes)
         state.output_tokens += output_tokens
 
