@@ -6,7 +6,7 @@ TRACEs are files as `bench.sessions` reads them: coding-agent sessions of callan
 Mooncake. Without one, sessions of the same kind are made up. So many sessions are alive at a time: when one has ended,
 another begins, with tokens of its own but for what all sessions begin with. A session's next request comes when the
 trace's pause is over and its last one has ended. Pauses are stretched by one factor a setting, so that one pool of the
-sum is 70 % busy (less, where the sessions are too few for that).
+sum is about half busy.
 
 A replica is radixgen's own `RadixTree` over a pool of 16 million tokens, 1 million blocks of 16, evicted least recently
 used first. It computes prompts one after another in order of arrival, each when its blocks fit: 20 µs for each prompt
@@ -16,15 +16,16 @@ holds its blocks. *Wait* is the time from arrival to the first token.
 The limit is one pool of the sum: one tree and one queue for as many servers as there are replicas. Contenders, each by
 hit rate (share of prompt tokens), load (the busiest replica's work over the mean) and wait: the rule of
 `radixgen.serve.routing`, fed by the trees' block events; random; round robin; session affinity (a session's first
-request by round robin, all others to the same replica while it lives). Then the same while replicas die: sixteen times
-in a run one of them loses its cache and its requests, which are sent again, and returns after half the time to the next. Then
-other margins, and the rules of Dynamo and SMG as their documentation states them, at several settings.
+request by round robin, all others to the same replica while it lives). For the first workload and number of sessions
+also: other weights and margins, and the rules of Dynamo and SMG as their documentation states them, at several
+settings; and all contenders while replicas die: sixteen times in a run one of them loses its cache and its requests,
+which are sent again, and is back after half the time to the next death.
 
 Last, what a decision costs on the host with a million cached blocks a replica. Bound, with --check: 200 µs.
 
-Bias. Service times are stated, not measured, and ignore the context's length and the batch's size. Trees and events count
-in units of the trace's blocks, routing in blocks of 512 tokens; what is generated is not cached until it comes back in
-a prompt. Events reach the router at once. The pool of the sum has no network in it.
+Bias. Service times are stated, not measured, and ignore the context's length and the batch's size. Trees count in
+units of the trace's blocks, routing in blocks of 512 tokens; what is generated is not cached until it comes back in a
+prompt. Events reach the router at once.
 """
 
 import heapq
@@ -50,9 +51,10 @@ POOL = 1 << 24
 ROUTING_BLOCK = 512
 ROW = 20e-6
 STEP = 20e-3
-BUSY = 0.7
+BUSY = 0.5
 FAULTS = 16
-MARGINS = (0, 8_192, 65_536, 1 << 30)
+WEIGHTS = (1, 2, 4, 16, 64)
+MARGINS = (0, 65_536)
 BOUND_US = 200.0
 
 
@@ -248,11 +250,12 @@ CONTENDERS: dict[str, Callable[[], Policy]] = {
 
 
 def _variants() -> dict[str, Callable[[], Policy]]:
-    """The rule at other margins, Dynamo's and SMG's at several settings."""
+    """The rule at other weights and margins, Dynamo's and SMG's at several settings."""
+    weights = {f"prefix weight {weight}": (lambda weight=weight: Rule(prefix_weight=weight)) for weight in WEIGHTS}
     margins = {f"margin {margin:,}": (lambda margin=margin: Rule(margin=margin)) for margin in MARGINS}
-    scales = {f"Dynamo, scale {scale:g}": (lambda scale=scale: Dynamo(scale)) for scale in (1, 2, 4, 16)}
+    scales = {f"Dynamo, scale {scale:g}": (lambda scale=scale: Dynamo(scale)) for scale in (1, 4, 16, 64)}
     absolutes = {f"SMG, balance-abs {most}": (lambda most=most: SMG(most)) for most in (64, 16, 4)}
-    return {**margins, **scales, **absolutes}
+    return {**weights, **margins, **scales, **absolutes}
 
 
 # -- the simulation -----------------------------------------------------------------------------------------
@@ -504,7 +507,7 @@ class Simulation:
 
 def calibrated(setting: Setting) -> Setting:
     """With pauses stretched so that one pool of the sum is `BUSY`, as far as its work without any waiting tells."""
-    outcome = Simulation(replace(setting, row=0.0, requests=setting.requests // 2), None).run()
+    outcome = Simulation(replace(setting, row=0.0), None).run()
     turns = [turn for session in setting.workload.sessions for turn in session]
     pause = float(np.mean([turn.pause for turn in turns]))
     wanted = setting.sessions * ROW * outcome.work_tokens / (setting.replicas * BUSY)
@@ -558,7 +561,7 @@ def report_settings(report: Report, settings: Sequence[Setting]) -> None:
             "contenders": compare(report, setting, limit, CONTENDERS),
         }
         if setting.workload is settings[0].workload and setting.sessions == settings[0].sessions:
-            report.say("other margins, other rules")
+            report.say("other weights and margins, other rules")
             figures["variants"] = compare(report, setting, limit, _variants())
             report.say(f"with {FAULTS} faults")
             figures["faults"] = compare(report, replace(setting, faults=FAULTS), limit, CONTENDERS)
@@ -651,7 +654,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--conversations", type=Path, help="a trace in Mooncake's format")
     parser.add_argument("--replicas", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--sessions", type=int, nargs="+", default=[1_000, 10_000], help="alive at a time")
-    parser.add_argument("--requests", type=int, default=8_000, help="of a run; at least 4 a session")
+    parser.add_argument("--requests", type=int, default=6_000, help="of a run; at least 3 a session")
     parser.add_argument("--pool", type=int, default=POOL, help="tokens that a replica caches")
     parser.add_argument(
         "--blocks", type=int, default=1_000_000, help="cached blocks a replica when decisions are timed"
@@ -671,7 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report_settings(
         report,
         [
-            Setting(workload, replicas, sessions, max(options.requests, 4 * sessions), pool=options.pool)
+            Setting(workload, replicas, sessions, max(options.requests, 3 * sessions), pool=options.pool)
             for workload in (agents, conversations)
             for sessions in options.sessions
             for replicas in options.replicas
