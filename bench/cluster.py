@@ -21,7 +21,10 @@ also: other weights and margins, and the rules of Dynamo and SMG as their docume
 settings; and all contenders while replicas die: sixteen times in a run one of them loses its cache and its requests,
 which are sent again, and is back after half the time to the next death.
 
-Last, what a decision costs on the host with a million cached blocks a replica. Bound, with --check: 200 µs.
+Last, what a decision costs on the host with a million cached blocks a replica.
+
+Bounds, with --check, in the worst setting: the rule's hit rate 2 points below that of one pool, its p99 wait 1.1 times
+that of the best other contender; 200 µs a decision, in the middle of the worst kind of prompt.
 
 Bias. Service times are stated, not measured, and ignore the context's length and the batch's size. Trees count in
 units of the trace's blocks, routing in blocks of 512 tokens; what is generated is not cached until it comes back in a
@@ -55,7 +58,11 @@ BUSY = 0.5
 FAULTS = 16
 WEIGHTS = (1, 2, 4, 16, 64)
 MARGINS = (0, 65_536)
-BOUND_US = 200.0
+SCALES = (1, 4, 16, 64)
+ABSOLUTES = (64, 16, 4)
+GAP_POINTS = 2.0
+WAIT_RATIO = 1.1
+DECISION_US = 200.0
 
 
 @dataclass(slots=True, eq=False)
@@ -251,11 +258,12 @@ CONTENDERS: dict[str, Callable[[], Policy]] = {
 
 def _variants() -> dict[str, Callable[[], Policy]]:
     """The rule at other weights and margins, Dynamo's and SMG's at several settings."""
-    weights = {f"prefix weight {weight}": (lambda weight=weight: Rule(prefix_weight=weight)) for weight in WEIGHTS}
-    margins = {f"margin {margin:,}": (lambda margin=margin: Rule(margin=margin)) for margin in MARGINS}
-    scales = {f"Dynamo, scale {scale:g}": (lambda scale=scale: Dynamo(scale)) for scale in (1, 4, 16, 64)}
-    absolutes = {f"SMG, balance-abs {most}": (lambda most=most: SMG(most)) for most in (64, 16, 4)}
-    return {**weights, **margins, **scales, **absolutes}
+    return {
+        **{f"prefix weight {weight}": partial(Rule, prefix_weight=weight) for weight in WEIGHTS},
+        **{f"margin {margin:,}": partial(Rule, margin=margin) for margin in MARGINS},
+        **{f"Dynamo, scale {scale}": partial(Dynamo, scale) for scale in SCALES},
+        **{f"SMG, balance-abs {most}": partial(SMG, most) for most in ABSOLUTES},
+    }
 
 
 # -- the simulation -----------------------------------------------------------------------------------------
@@ -571,16 +579,16 @@ def report_settings(report: Report, settings: Sequence[Setting]) -> None:
 
 
 def _bounds(report: Report, kept: Sequence[dict[str, Any]]) -> None:
-    """How far the rule is from the limit in the worst setting."""
-    gaps = [one["limit"]["hit_rate"] - one["contenders"][0]["hit_rate"] for one in kept]
-    report.figure("worst_hit_rate_gap", max(gaps), f"hit rate at most {100 * max(gaps):.1f} points below one pool")
-    ratios = [
-        min(other["wait_p99_seconds"] for other in one["contenders"][1:]) / one["contenders"][0]["wait_p99_seconds"]
+    """The rule against the limit and against the best of the others, in the worst setting."""
+    points = 100 * max(one["limit"]["hit_rate"] - one["contenders"][0]["hit_rate"] for one in kept)
+    text = f"hit rate of the rule below that of one pool: {points:.1f} points"
+    report.figure("hit_rate_gap_points", points, text, at_most=GAP_POINTS)
+    ratio = max(
+        one["contenders"][0]["wait_p99_seconds"] / min(other["wait_p99_seconds"] for other in one["contenders"][1:])
         for one in kept
-    ]
-    report.figure(
-        "p99_best_other_over_rule", min(ratios), f"p99 wait of the best other at least {min(ratios):.2f} × its"
     )
+    text = f"p99 wait of the rule over the best other's: {ratio:.2f}×"
+    report.figure("wait_p99_over_best_other", ratio, text, at_most=WAIT_RATIO)
 
 
 # -- what a decision costs ------------------------------------------------------------------------------------
@@ -634,7 +642,7 @@ def report_decisions(report: Report, replicas: int, blocks: int, times: int) -> 
         report.keep(**{f"choose_{replicas}_{kind.replace(' ', '_')}_us": [float(middle), float(late)]})
         worst = max(worst, float(middle))
     text = f"a decision among {replicas} replicas with {blocks:,} blocks each: {worst:.0f} µs"
-    report.figure(f"choose_{replicas}_us", worst, text, at_most=BOUND_US)
+    report.figure(f"choose_{replicas}_us", worst, text, at_most=DECISION_US)
     prompt = prompts["new"][0]
 
     def record() -> None:

@@ -218,9 +218,11 @@ class Router:
         state.requests.remove(request)
         state.output_tokens -= one.output_tokens
         for block in one.hashes:
-            state.live[block] -= 1
-            if not state.live[block]:
-                del state.live[block]
+            requests = state.live[block]
+            if requests > 1:
+                state.live[block] = requests - 1
+            else:
+                state.live.pop(block)
                 state.to_compute -= block not in state.cached
 
     # -- what is known, for metrics ---------------------------------------------------------------------------
