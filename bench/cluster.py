@@ -649,9 +649,9 @@ def report_decisions(report: Report, replicas: int, blocks: int, times: int) -> 
         router.sent("timed", 0, prompt)
         router.ended("timed")
 
-    recorded = 1e6 * float(np.median(time_each(record, times=times // 10 + 1)))
+    recorded = 1e6 * float(np.median(time_each(record, times=20)))
     tokens = np.arange(16 * PROMPT_BLOCKS, dtype=np.int32)
-    hashed = 1e6 * float(np.median(time_each(lambda: hash_blocks(tokens, 16), times=times // 10 + 1)))
+    hashed = 1e6 * float(np.median(time_each(lambda: hash_blocks(tokens, 16), times=20)))
     report.keep(**{f"record_{replicas}_us": recorded, f"hash_{replicas}_us": hashed})
     report.say(f"beside it, for {PROMPT_BLOCKS:,} new blocks: sent and ended {recorded:.0f} µs, hashes {hashed:.0f} µs")
 
