@@ -11,7 +11,7 @@
 Tree and pool hold integers and NumPy arrays only; they know no model and no device.
 """
 
-from radixgen.cache.blocks import BlockEvent, BlockProjection, Cleared, Removed, Stored
+from radixgen.cache.blocks import BlockEvent, BlockProjection, Cleared, Removed, Stored, hash_blocks
 from radixgen.cache.follow import FollowedMatch, Match
 from radixgen.cache.ghosts import Ghosts
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
@@ -41,6 +41,7 @@ __all__ = [
     "as_tokens",
     "common_prefix_len",
     "first_in",
+    "hash_blocks",
     "least_recently_used",
     "sharing_end",
 ]

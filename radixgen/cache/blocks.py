@@ -135,7 +135,7 @@ class BlockProjection:
         parent = _last_hash(node)
         start = (node.start // size + len(node.block_hashes)) * size
         tokens = _tokens(node, start, start + count * size)
-        hashes = self._chain(parent, node.namespace, tokens)
+        hashes = hash_blocks(tokens, self.block_size, node.namespace, parent)
         node.block_hashes += tuple(hashes)
         if self._held.keys().isdisjoint(hashes) and len(set(hashes)) == count:
             self._held.update(hashes)
@@ -164,22 +164,23 @@ class BlockProjection:
     def _tell(self, event: BlockEvent) -> None:
         self._lost = self._lost or not self._emit(event)
 
-    def _chain(self, parent: int | None, namespace: str, tokens: TokenArray) -> list[int]:
-        """The hashes of consecutive blocks of `tokens`, after `parent`."""
-        before = _seed(namespace, self.block_size) if parent is None else parent
-        data = tokens.astype("<i4", copy=False).tobytes()
-        size = 4 * self.block_size
-        hashes = []
-        for start in range(0, len(data), size):
-            before = _digest(before.to_bytes(8, "little") + data[start : start + size])
-            hashes.append(before)
-        return hashes
-
     def _hashes_of(self, node: Node) -> list[int]:
         """The hashes of the blocks that end in the node's computed tokens, from its path alone."""
         known = node.start + node.computed
         path = node.path_tokens()[: known - known % self.block_size]
-        return self._chain(None, node.namespace, path)[node.start // self.block_size :]
+        return hash_blocks(path, self.block_size, node.namespace)[node.start // self.block_size :]
+
+
+def hash_blocks(tokens: TokenArray, block_size: int, namespace: str = "", parent: int | None = None) -> list[int]:
+    """The hashes of the full blocks of `tokens`, each after the one before it and the first after `parent`."""
+    before = _seed(namespace, block_size) if parent is None else parent
+    data = tokens.astype("<i4", copy=False).tobytes()
+    size = 4 * block_size
+    hashes = []
+    for start in range(0, len(data) - size + 1, size):
+        before = _digest(before.to_bytes(8, "little") + data[start : start + size])
+        hashes.append(before)
+    return hashes
 
 
 def _last_hash(node: Node) -> int | None:
