@@ -24,7 +24,7 @@ from radixgen.model.ranks import describe_exit
 logger = logging.getLogger(__name__)
 
 MAX_REPLICAS = 256
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 30.0
 """For a replica to end, when it is asked to"""
 
 
