@@ -43,6 +43,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TensorParallel = Annotated[
     int, typer.Option("--tensor-parallel-size", "--tp", help="Processes, and GPUs if any, to shard the model over.")
 ]
+DataParallel = Annotated[
+    int,
+    typer.Option("--data-parallel-size", "-dp", help="Engines with GPUs of their own, behind one address."),
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Maximum prompt plus output, in tokens.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Maximum sequences that run at the same time.")]
 MaxNumBatchedTokens = Annotated[
@@ -200,6 +204,7 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
+    data_parallel_size: DataParallel = 1,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
@@ -271,6 +276,7 @@ def serve(
     with _errors():
         if zmq is not None:
             _refuse_given(context, _ENGINE_OPTIONS, "workers have the model: give it to `radixgen worker`")
+            _refuse_given(context, ["data_parallel_size"], "starts its own workers: with --zmq say --workers")
         else:
             _refuse_given(context, ["workers"], "goes with --zmq")
         _require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
@@ -283,14 +289,15 @@ def serve(
         from radixgen.serve.http.binding import Binding
         from radixgen.serve.http.custom_template import tokenizer_with_template
         from radixgen.serve.http.origins import OriginPolicy, parse_list
-        from radixgen.serve.http.workers import connect
+        from radixgen.serve.http.workers import connect, start
+        from radixgen.serve.replicas import ReplicaOptions
 
         limits = Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
             names=served_model_name or [name or model],
             api_keys=[*(api_key or []), *api_keys()],
             operator_keys=operator_key or [],
-            max_open=limits.max_num_seqs + max_queue,
+            max_open=limits.max_num_seqs * data_parallel_size + max_queue,
             max_concurrency_per_key=max_concurrency_per_key,
             request_timeout=request_timeout,
             stall_timeout=stall_timeout,
@@ -320,6 +327,22 @@ def serve(
             log_level=log_level,
             access_log=access_log,
         )
+        replicas = None
+        if data_parallel_size != 1:
+            sizes = {
+                "model": name or model,
+                "dtype": dtype,
+                "max_model_len": max_model_len,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "kv_tokens": kv_tokens,
+                "enforce_eager": enforce_eager,
+                "warm_up": warm_up,
+                "no_warm_up": warm_up is False,
+                "seed": seed,
+            }
+            replicas = ReplicaOptions(data_parallel_size, tp, device, _flags(sizes))
+            replicas.environments()
         options.check()
         binding.check([*options.api_keys, *options.operator_keys])
         with waiting(Console(stderr=True)) as say:
@@ -329,6 +352,8 @@ def serve(
             backend: Backend
             if zmq is not None:
                 backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
+            elif replicas is not None:
+                backend = start(replicas, model=name or model, tokenizer=tokenizer, limits=limits)
             else:
                 engine = Engine(
                     name or model,
@@ -461,6 +486,7 @@ def worker(
     allow_insecure_tcp: Annotated[bool, typer.Option(help="Allow TCP without keys, to whoever reaches it.")] = False,
     drain_timeout: DrainTimeout = 25.0,
     stall_timeout: Annotated[float, typer.Option(help="Seconds without progress after which it is unhealthy.")] = 60.0,
+    parent_fd: Annotated[int | None, typer.Option(hidden=True, help="A pipe; ends when it is closed.")] = None,
 ) -> None:
     """Serve a model to SMG, NVIDIA Dynamo or radixgen.Client. SIGTERM drains; a second one stops at once."""
     sizes = {
@@ -505,7 +531,8 @@ def worker(
             from radixgen.warm_up import announce_warm_up
 
             limits = Limits(max_num_seqs=max_num_seqs)
-            with waiting(Console(stderr=True)) as say:
+            alone = None if parent_fd is None else False  # several on one terminal: no spinners
+            with waiting(Console(stderr=True, force_terminal=alone)) as say:
                 announce_loading(say, model)
                 engine = Engine(
                     model,
@@ -529,6 +556,7 @@ def worker(
             insecure_tcp=allow_insecure_tcp,
             drain_timeout=drain_timeout,
             stall_timeout=stall_timeout,
+            parent_fd=parent_fd,
         )
     raise typer.Exit(0 if drained else 1)
 
@@ -603,6 +631,11 @@ def _serve_dynamo(options: dict[str, Any], further: list[str]) -> None:
         from radixgen.serve.dynamo import main
     except ModuleNotFoundError as error:
         raise InvalidRequest("backend", "dynamo", "needs pip install 'radixgen[dynamo]'") from error
+    main([*_flags(options), *further])
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    """Options as on a command line: without those that are None or False."""
     flags = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -610,7 +643,7 @@ def _serve_dynamo(options: dict[str, Any], further: list[str]) -> None:
             flags.append(flag)
         elif value is not None and value is not False:
             flags.append(f"{flag}={value}")
-    main([*flags, *further])
+    return flags
 
 
 def _requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,8 +61,26 @@ def wait_without_spinning() -> None:
 
 def rank_environment(rank: int) -> dict[str, str]:
     """As this process's, with its import path and the variables of a rank."""
-    path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    return os.environ | {"PYTHONPATH": path} | _rank_variables(rank)
+    return os.environ | _import_path() | _rank_variables(rank)
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs that this process sees, `count` of them, as `CUDA_VISIBLE_DEVICES` has them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if chosen is None else chosen.split(",")
+    return [name.strip() for name in names[:count]]
+
+
+def replica_environment(gpus: Sequence[str], processes: int) -> dict[str, str]:
+    """As this process's, with its import path, for one of so many processes on this machine. It sees `gpus` alone; none
+    named are all. OpenMP's threads are a share of the cores, unless `OMP_NUM_THREADS` says otherwise.
+    """
+    variables = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))} | os.environ | _import_path()
+    return variables | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+
+
+def _import_path() -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)}
 
 
 @contextmanager

@@ -243,6 +243,10 @@ def _end_of(channel: Channel, process: "subprocess.Popen[bytes]") -> str:
         return ""
     except Closed:
         with suppress(subprocess.TimeoutExpired):
-            code = process.wait(_NOTICE_SECONDS)
-            return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return describe_exit(process.wait(_NOTICE_SECONDS))
         return "hung up"
+
+
+def describe_exit(code: int) -> str:
+    """How a process of this exit code ended."""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

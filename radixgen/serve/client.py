@@ -25,6 +25,7 @@ from radixgen.core import (
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.serve import wire
+from radixgen.serve.balancer import Blocks
 from radixgen.serve.endpoint import Curve
 from radixgen.serve.front import Engine, FrontEnd
 
@@ -43,6 +44,8 @@ class _Asked:
     prompt: list[int]
     params: SamplingParams
     engine: Engine
+    blocks: Blocks
+    """What it is routed by"""
     eos: frozenset[int]
     cached: int = 0
     cumulative_logprob: float = 0.0
@@ -160,6 +163,7 @@ class _BaseClient:
         insecure_tcp: bool = False,
         limits: Limits | None = None,
         timeout: float = 60.0,
+        own_salts: bool = False,
     ) -> None:
         """
         address: where workers say HELLO, `ipc://…` or `tcp://…`; by default ipc in a new folder. What a worker is to be
@@ -167,11 +171,14 @@ class _BaseClient:
         workers: how many are waited for before the first request is sent.
         curve: keys, without which TCP is loopback only, unless `insecure_tcp`.
         timeout: seconds to wait for the workers, and for the answer to a call.
+        own_salts: requests with a cache salt are routed by what is cached, too; they share with no other front end's.
 
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """
         check_integer("workers", workers, 1, 2**16)
-        self._front = FrontEnd(address, curve=curve, insecure_tcp=insecure_tcp, limits=limits or Limits())
+        self._front = FrontEnd(
+            address, curve=curve, insecure_tcp=insecure_tcp, limits=limits or Limits(), own_salts=own_salts
+        )
         self._workers = workers
         self._timeout = timeout
         self._tag = uuid4().hex[:12]
@@ -183,29 +190,40 @@ class _BaseClient:
         return self._front.address
 
     @property
-    def idlest(self) -> int:
-        """The index of the worker with the fewest requests. Raises `EngineDead`."""
-        return self._front.choose().index
-
-    @property
     def workers(self) -> dict[int, wire.Ready]:
         """The workers that are there, by index, and what they said of themselves."""
         return {one.index: one.ready for one in self._front.live() if one.ready is not None}
 
+    def fail(self, error: RadixgenError) -> None:
+        """Close, with `error` for whoever waits. May be called from any thread."""
+        self._front.close(error)
+
     def _ask(
-        self, prompt: Tokens, params: SamplingParams | None, cache_salt: str | None, priority: int, worker: int | None
+        self,
+        prompt: Tokens,
+        params: SamplingParams | None,
+        cache_salt: str | None,
+        priority: int,
+        worker: int | None,
+        beside: _Asked | None = None,
     ) -> tuple[_Asked, wire.Add]:
-        """A request, and what is sent of it. Raises `InvalidRequest`, `EngineDead`."""
+        """A request, and what is sent of it. `beside`: one of the same prompt, for the same worker. Raises
+        `InvalidRequest`, `EngineDead`.
+        """
         params = params if params is not None else SamplingParams()
         check_texts("cache_salt", cache_salt)
-        engine = self._front.choose(worker)
+        if beside is None:
+            tokens = [int(token) for token in prompt]
+            blocks = self._front.blocks(tokens, cache_salt)
+            engine = self._front.choose(worker, blocks)
+        else:
+            tokens, blocks, engine = beside.prompt, beside.blocks, beside.engine
         eos = engine.ready.eos_token_ids if engine.ready is not None else []
         sampling = wire.from_params(params, eos)
         request_id = self._new_id()
-        tokens = [int(token) for token in prompt]
         add = wire.Add(request_id, tokens, sampling_params=sampling, cache_salt=cache_salt, priority=-priority)
         unseen = frozenset([*eos, *params.end_token_ids]) - frozenset(params.stop_token_ids)
-        return _Asked(request_id, tokens, params, engine, unseen), add
+        return _Asked(request_id, tokens, params, engine, blocks, unseen), add
 
     def _forks(self, asked: _Asked, n: int) -> list[_Asked]:
         check_integer("n", n, 1, self._front.limits.max_n)
@@ -233,8 +251,9 @@ class Client(_BaseClient):
             print(output.outputs[0].token_ids)
     ```
 
-    Requests go to the worker with the fewest, unless `worker` names one by its index. What a worker refuses ends with
-    `error`, and its `stop_reason` says why; where a worker dies, its requests raise `EngineDead`.
+    A request goes to the `worker` of that index, or where the longest prefix of its prompt is, unless that worker is
+    much busier (`radixgen.serve.routing`). What a worker refuses ends with `error`, and its `stop_reason` says why;
+    where a worker dies, its requests raise `EngineDead`.
     """
 
     def wait(self) -> None:
@@ -284,7 +303,7 @@ class Client(_BaseClient):
         self._wait_once()
         asked, add = self._ask(prompt, params, cache_salt, priority, worker)
         stream = Stream(self._front, asked)
-        self._front.add(asked.engine, add, stream.inbox)
+        self._front.add(asked.engine, add, stream.inbox, asked.blocks)
         return stream
 
     def fork(self, stream: "Stream", n: int = 1) -> "list[Stream]":
@@ -312,7 +331,7 @@ class Client(_BaseClient):
     ) -> list[list[float]]:
         """As `Engine.score`."""
         self._wait_once()
-        engine = self._front.choose(worker)
+        engine = self._front.choose(worker, self._front.blocks(prompt, cache_salt))
         found: list[list[float]] = self._call(
             engine, "score", list(prompt), [list(c) for c in continuations], cache_salt
         )
@@ -443,13 +462,17 @@ class AsyncClient(_BaseClient):
         cache_salt: str | None = None,
         priority: int = 0,
         worker: int | None = None,
+        beside: "AsyncStream | None" = None,
     ) -> "AsyncStream":
-        """As `generate`, but the request is sent, or refused, before anything is received."""
+        """As `generate`, but the request is sent, or refused, before anything is received.
+
+        beside: a stream of the same prompt, to whose worker this one goes too.
+        """
         if not self._waited:
             await self.wait()
-        asked, add = self._ask(prompt, params, cache_salt, priority, worker)
+        asked, add = self._ask(prompt, params, cache_salt, priority, worker, beside and beside.asked)
         inbox = self._inbox()
-        self._front.add(asked.engine, add, inbox)
+        self._front.add(asked.engine, add, inbox, asked.blocks)
         return AsyncStream(self._front, asked, inbox)
 
     async def call(self, method: str, *arguments: Any, worker: int | None = None) -> Any:
@@ -478,7 +501,7 @@ class AsyncClient(_BaseClient):
         """As `Engine.score`."""
         if not self._waited:
             await self.wait()
-        index = self._front.choose(worker).index
+        index = self._front.choose(worker, self._front.blocks(prompt, cache_salt)).index
         found: list[list[float]] = await self.call(
             "score", list(prompt), [list(c) for c in continuations], cache_salt, worker=index
         )
@@ -511,26 +534,26 @@ class AsyncStream(AsyncIterator[RequestOutput]):
 
     def __init__(self, front: FrontEnd, asked: _Asked, inbox: _Waiter) -> None:
         self._front = front
-        self._asked = asked
+        self.asked = asked
         self._inbox = inbox
 
     async def __anext__(self) -> RequestOutput:
-        if self._asked.finished:
+        if self.asked.finished:
             raise StopAsyncIteration
         try:
             item = await self._inbox.get()
         except RadixgenError:
-            self._asked.finished = True
+            self.asked.finished = True
             raise
         assert isinstance(item, wire.Output)
-        return self._asked.read(item)
+        return self.asked.read(item)
 
     async def aclose(self) -> None:
         """May be called twice."""
-        self._asked.leave(self._front)
+        self.asked.leave(self._front)
 
     def __del__(self) -> None:
-        self._asked.leave(self._front)
+        self.asked.leave(self._front)
 
 
 def _result(item: wire.Output | wire.Reply) -> Any:

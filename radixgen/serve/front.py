@@ -2,12 +2,13 @@
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from radixgen.core import EngineClosed, EngineDead, InvalidRequest, Limits, QueueFull, RadixgenError
 from radixgen.serve import wire
+from radixgen.serve.balancer import Balancer, Blocks
 from radixgen.serve.endpoint import (
     HEARTBEAT_SECONDS,
     Context,
@@ -49,6 +51,8 @@ class Engine:
     """A worker as the front end knows it."""
 
     identity: bytes
+    serial: int
+    """Its number among all workers that ever came"""
     output: Watched
     ready: wire.Ready | None = None
     """None until it has dialled in"""
@@ -68,8 +72,22 @@ class FrontEnd:
     A worker that dies has its requests end with `EngineDead`; one that comes later, or comes back, is taken.
     """
 
-    def __init__(self, address: str | None, *, curve: Curve | None, insecure_tcp: bool, limits: Limits) -> None:
-        """address: of the handshake; by default ipc in a new folder. Raises `InvalidRequest`, `InsecureEndpoint`."""
+    def __init__(
+        self,
+        address: str | None,
+        *,
+        curve: Curve | None,
+        insecure_tcp: bool,
+        limits: Limits,
+        own_salts: bool = False,
+    ) -> None:
+        """
+        address: of the handshake; by default ipc in a new folder.
+        own_salts: workers make namespaces of cache salts by this front end's secret, not by their own: none is shared
+            with other front ends, and requests with a salt are routed by what workers hold of them.
+
+        Raises `InvalidRequest`, `InsecureEndpoint`.
+        """
         check_library()
         self._closing = ExitStack()
         with self._closing:
@@ -87,6 +105,10 @@ class FrontEnd:
             self._input = self._bind(zmq.ROUTER, self._data_address("input"), payloads=True)
             self._input_address = self._input.getsockopt_string(zmq.LAST_ENDPOINT)
             self._closing = self._closing.pop_all()
+        salt_key = secrets.token_bytes(32)
+        self._salt_key = salt_key if own_salts else b""
+        self._balancer = Balancer(salt_key)
+        self._closing.callback(self._balancer.close)
         self.engines: dict[bytes, Engine] = {}
         self.dropped = 0
         """Messages of workers that could not be read"""
@@ -109,23 +131,38 @@ class FrontEnd:
         """The workers that can be sent to, by index."""
         return sorted((one for one in list(self.engines.values()) if one.ready is not None), key=lambda one: one.index)
 
-    def choose(self, index: int | None = None) -> Engine:
-        """The worker of this index, or the one with the fewest requests. Raises `EngineDead`."""
+    def blocks(self, prompt: Sequence[int], salt: str | None) -> Blocks:
+        """What a request with this prompt is routed by."""
+        return self._balancer.blocks(prompt, salt)
+
+    def choose(self, index: int | None = None, blocks: Blocks = ()) -> Engine:
+        """The worker of this index, or the one that `Router` chooses for these blocks. Raises `EngineDead`."""
         self._ensure_open()
-        found = [one for one in self.live() if index is None or one.index == index]
+        live = self.live()
+        if index is None and live:
+            serial = self._balancer.choose(blocks)
+            found = [one for one in live if one.serial == serial]
+        else:
+            found = [one for one in live if one.index == index]
         if not found:
             raise EngineDead("no worker is there" if index is None else f"worker {index} is not there")
-        return min(found, key=lambda one: len(one.requests))
+        return found[0]
 
-    def add(self, engine: Engine, request: wire.Add, inbox: Inbox) -> None:
-        """Send a request; what is told of it goes to `inbox`. Raises `QueueFull` where the worker takes no more."""
+    def add(self, engine: Engine, request: wire.Add, inbox: Inbox, blocks: Blocks = ()) -> None:
+        """Send a request whose prompt has these blocks; what is told of it goes to `inbox`. Raises `QueueFull` where
+        the worker takes no more.
+        """
         payload = wire.encode(request)
         self._require_room(engine, payload)
-        engine.requests[request.request_id] = inbox  # at once, for `choose` to count it
+        asked = request.sampling_params
+        # At once, for `choose` to count it
+        self._balancer.sent(request.request_id, engine.serial, blocks, asked.max_tokens if asked else None)
+        engine.requests[request.request_id] = inbox
         self._post(engine, lambda: self._send(engine, [wire.ADD, payload]), inbox)
 
     def expect(self, engine: Engine, request_id: str, inbox: Inbox) -> None:
         """Have what is told of a request that was not added, a fork, go to `inbox`."""
+        self._balancer.sent(request_id, engine.serial, (), None)
         self._post(engine, lambda: engine.requests.update({request_id: inbox}), inbox)
 
     def abort(self, engine: Engine, request_ids: list[str]) -> None:
@@ -137,6 +174,7 @@ class FrontEnd:
 
         def drop() -> None:
             engine.requests.pop(request_id, None)
+            self._balancer.ended(request_id)
 
         self._post(engine, drop, None)
 
@@ -173,10 +211,10 @@ class FrontEnd:
                 raise EngineDead(f"{len(self.live())} of {count} workers came within {timeout:g} s: {self.address}")
         self._ensure_open()
 
-    def close(self) -> None:
-        """Whoever still waits gets `EngineClosed`. May be called twice."""
+    def close(self, error: RadixgenError | None = None) -> None:
+        """Whoever still waits gets `error`, or `EngineClosed`. May be called twice."""
         with self._lock:
-            self._end = self._end or EngineClosed("the client is closed")
+            self._end = self._end or error or EngineClosed("the client is closed")
         self._wake()
         self._thread.join()
 
@@ -265,8 +303,9 @@ class FrontEnd:
         self._outputs += 1
         output = self._bind(zmq.PULL, self._data_address(f"output-{self._outputs}"))
         address = output.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.engines[identity] = Engine(identity, Watched(output))
-        init = wire.Init(wire.Addresses([self._input_address], [address]), heartbeat=HEARTBEAT_SECONDS)
+        self.engines[identity] = Engine(identity, self._outputs, Watched(output))
+        addresses = wire.Addresses([self._input_address], [address])
+        init = wire.Init(addresses, heartbeat=HEARTBEAT_SECONDS, salt_key=self._salt_key)
         with suppress(zmq.ZMQError):  # it is gone again
             self._handshake.send_multipart([identity, wire.encode(init)], zmq.DONTWAIT)
 
@@ -276,6 +315,7 @@ class FrontEnd:
         if engine is None or engine.ready is not None:
             raise wire.Malformed("an input from nobody who is expected")
         engine.ready = wire.decode(frame, wire.Ready)
+        self._balancer.joined(engine.serial, engine.ready)
         with self.changed:
             self.changed.notify_all()
 
@@ -298,6 +338,7 @@ class FrontEnd:
             inbox = engine.requests.get(output.request_id)
             if output.finished:
                 engine.requests.pop(output.request_id, None)
+                self._balancer.ended(output.request_id)
             if inbox is not None:
                 inbox.put(output)
         reply = message.utility_output
@@ -322,6 +363,7 @@ class FrontEnd:
         """A worker is no more: so are its requests."""
         if self.engines.get(engine.identity) is engine:
             del self.engines[engine.identity]
+        self._balancer.died(engine.serial)
         engine.ready = None
         for inbox in (*engine.requests.values(), *engine.calls.values()):
             inbox.put(error)

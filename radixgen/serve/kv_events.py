@@ -23,17 +23,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import msgspec
 import numpy as np
 import zmq
 
-from radixgen.async_engine import AsyncEngine
 from radixgen.cache import BlockEvent, BlockProjection, Cleared, RadixTree, Removed, Stored, TokenArray
 from radixgen.core import InvalidRequest
 from radixgen.core.errors import check_integer
-from radixgen.engine import Engine
+
+if TYPE_CHECKING:
+    from radixgen.async_engine import AsyncEngine
+    from radixgen.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class KVEvents:
     ```
     """
 
-    def __init__(self, engine: Engine | AsyncEngine, config: KVEventsConfig | None = None) -> None:
+    def __init__(self, engine: "Engine | AsyncEngine", config: KVEventsConfig | None = None) -> None:
         """Begins with `AllBlocksCleared` and what is cached already. Raises `InvalidRequest`, also where an endpoint is
         taken.
         """
@@ -147,6 +149,11 @@ class KVEvents:
         except BaseException:
             self._publisher.close()
             raise
+
+    @property
+    def bound_config(self) -> KVEventsConfig:
+        """The configuration, with the ports that were free."""
+        return msgspec.structs.replace(self.config, endpoint=self.endpoint, replay_endpoint=self.replay_endpoint)
 
     @property
     def endpoint(self) -> str:

@@ -1,11 +1,15 @@
 """A worker as a process: what `radixgen worker` does."""
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from radixgen.core import InvalidRequest
 from radixgen.engine import Engine
+from radixgen.model.ranks import await_hangup
 from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 from radixgen.serve.sentinel import Sentinel
@@ -24,16 +28,21 @@ def serve(
     engine_index: int = 0,
     drain_timeout: float = 25.0,
     stall_timeout: float = 60.0,
+    parent_fd: int | None = None,
 ) -> bool:
     """Serve front ends until a signal comes. Whether every request was told its end.
 
     load: makes the engine, once everything else was found to be right.
     smg: the URL of this worker in SMG; it says where that shakes hands.
     kv_events_config: JSON, see `KVEventsConfig`.
+    parent_fd: a pipe; this process ends at once when its other end is closed.
     The rest is as `Worker` takes it.
 
     Raises `InvalidRequest`, `InsecureEndpoint`.
     """
+    if parent_fd is not None:
+        end = partial(os._exit, 1)
+        threading.Thread(target=await_hangup, args=([parent_fd], end), name="radixgen-parent", daemon=True).start()
     if bool(curve_secret) != bool(curve_server):
         raise InvalidRequest("curve_secret", curve_secret, "goes with --curve-server")
     keys = Curve(curve_secret, curve_server) if curve_secret and curve_server else None
@@ -45,8 +54,9 @@ def serve(
     with ExitStack() as stack:
         sentinel = stack.enter_context(Sentinel(keys))
         engine = load()
+        published = None
         if events is not None and events.enabled:
-            stack.enter_context(KVEvents(engine, events))
+            published = stack.enter_context(KVEvents(engine, events))
         worker = Worker(
             engine,
             addresses,
@@ -56,5 +66,6 @@ def serve(
             drain_timeout=drain_timeout,
             stall_timeout=stall_timeout,
             sentinel=sentinel,
+            kv_events=published,
         )
         return run_until_signalled(worker)

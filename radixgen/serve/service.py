@@ -1,7 +1,5 @@
 """What front ends may do to one engine: requests and utilities in, messages out. No sockets, no threads, no clock."""
 
-import hashlib
-import hmac
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -27,6 +25,7 @@ from radixgen.core import (
 from radixgen.engine import Engine, scores_of
 from radixgen.serve import wire
 from radixgen.serve.counters import PeerCounters
+from radixgen.serve.salts import salted_namespace
 from radixgen.serve.utility import PENDING, UTILITIES
 from radixgen.version import VERSION
 
@@ -50,6 +49,8 @@ class Peer:
     pins: set[int] = field(default_factory=set)
     gone: bool = False
     """Nothing is told it any more."""
+    salt_key: bytes = b""
+    """Secret from which its cache salts become namespaces; empty: the worker's"""
 
 
 @dataclass(eq=False, slots=True)
@@ -88,7 +89,7 @@ class Service:
 
     def __init__(self, engine: Engine, salt_key: bytes, *, compile_grammar: Compile | None = None) -> None:
         """
-        salt_key: secret, from which cache salts become namespaces.
+        salt_key: secret from which cache salts become namespaces, of peers that have none of their own.
         compile_grammar: without one, the grammars of requests are compiled between two steps.
         """
         self.engine = engine
@@ -137,7 +138,7 @@ class Service:
         assert sampling is not None and request.prompt_token_ids is not None
         tokens = engine.tokenize(_as_array(request.prompt_token_ids, self.max_len))
         params = wire.to_params(sampling, self.max_len - tokens.size, limits)
-        namespace = self.namespace(request.cache_salt)
+        namespace = self.namespace(request.cache_salt, peer.salt_key)
         ticket = Ticket(peer, request.request_id, self._new_id(), params, sampling.eos_token_id)
 
         def submit() -> None:
@@ -272,7 +273,7 @@ class Service:
             most = self.engine.limits.max_num_seqs
             raise InvalidRequest("len(continuations)", len(continuations), f"must be from 1 to {most}")
         scoring = _Scoring(peer, call_id, set(), {})
-        namespace = self.namespace(salt)
+        namespace = self.namespace(salt, peer.salt_key)
         tokens = self.engine.tokenize(_as_array(prompt, self.max_len))
         try:
             for one in continuations:
@@ -343,9 +344,9 @@ class Service:
             eos_token_ids=sorted(self.engine.eos_token_ids),
         )
 
-    def namespace(self, salt: str | None) -> str:
-        """Where requests with this cache salt share: a keyed hash, so that nobody outside can name one. Without a salt,
-        with all that have none. Raises `InvalidRequest`.
+    def namespace(self, salt: str | None, key: bytes = b"") -> str:
+        """Where requests with this cache salt share: a hash by `key`, or by the service's own, so that nobody outside
+        can name one. Without a salt, with all that have none. Raises `InvalidRequest`.
         """
         if not salt:
             return ""
@@ -353,9 +354,7 @@ class Service:
         if len(salt) > most:
             raise InvalidRequest("len(cache_salt)", len(salt), f"must be at most {most}")
         check_text("cache_salt", salt)
-        text = salt.encode()
-        tagged = b"salt" + len(text).to_bytes(8, "big") + text
-        return "salt:" + hmac.new(self._salt_key, tagged, hashlib.sha256).hexdigest()
+        return salted_namespace(salt, key or self._salt_key)
 
     def check(self) -> None:
         """Assert the engine's invariants, and that tickets and peers agree."""

@@ -93,7 +93,7 @@ def _pin(service: "Service", peer: "Peer", call: wire.Call, asked: Pin) -> int |
         raise InvalidRequest("replaces", asked.replaces, "is no pin of this front end")
     pin = service.engine.pin(
         asked.prompt_token_ids,
-        namespace=service.namespace(asked.cache_salt),
+        namespace=service.namespace(asked.cache_salt, peer.salt_key),
         priority=asked.priority,
         ttl=asked.ttl,
         replaces=asked.replaces,

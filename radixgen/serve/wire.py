@@ -58,13 +58,14 @@ class Addresses(Struct):
 
 
 class Init(Struct):
-    """Front end to worker: the answer to `HELLO`. `heartbeat`, in seconds, is an addition of ours: a front end that
-    names it answers ZMTP's pings.
+    """Front end to worker: the answer to `HELLO`. Additions of ours: a front end that names `heartbeat`, in seconds,
+    answers ZMTP's pings; cache salts of one that names `salt_key` become namespaces by that secret.
     """
 
     addresses: Addresses
     parallel_config: Raw = Raw(b"\x80")
     heartbeat: float = 0.0
+    salt_key: bytes = b""
 
 
 class Ready(Struct):

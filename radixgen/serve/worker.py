@@ -11,6 +11,7 @@ from functools import partial
 from math import inf
 
 import zmq
+from msgspec import Raw
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.engine import Engine
@@ -27,6 +28,7 @@ from radixgen.serve.endpoint import (
     open_socket,
     ready,
 )
+from radixgen.serve.kv_events import KVEvents
 from radixgen.serve.link import OVERFLOW, Link
 from radixgen.serve.sentinel import Sentinel
 from radixgen.serve.service import Message, Peer, Service
@@ -60,6 +62,7 @@ class Worker:
         drain_timeout: float = 30.0,
         stall_timeout: float = 60.0,
         sentinel: Sentinel | None = None,
+        kv_events: KVEvents | None = None,
     ) -> None:
         """
         handshakes: one address for each front end, ipc in a folder of this user's alone, or TCP on loopback; other TCP
@@ -68,6 +71,7 @@ class Worker:
         drain_timeout: seconds after `drain` in which requests may still end.
         stall_timeout: seconds without a finished step, where there is work, after which the worker is unhealthy.
         sentinel: notifies front ends if this process dies.
+        kv_events: what publishes the engine's cache events, for front ends to be told where.
 
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """
@@ -90,6 +94,8 @@ class Worker:
         self._links: dict[Peer, Link] = {}
         self._stepper = Stepper(partial(_service, engine), self.wake)
         self.greeting = self._stepper.service.ready()
+        if kv_events is not None:
+            self.greeting.kv_events_config = Raw(wire.encode(kv_events.bound_config))
         self._sessions = [_Session(self, address) for address in handshakes]
 
     # -- from any thread ----------------------------------------------------------------------------------
@@ -416,14 +422,14 @@ class _Session:
         heartbeat = min(max(init.heartbeat, 0.1), 60.0) if init.heartbeat > 0 else 0.0
         try:
             for number, pair in enumerate(pairs):
-                self._link(f"{self.address}#{number}", pair, heartbeat)
+                name = f"{self.address}#{number}"
+                self._link(Peer(name, worker.counters_of(name), salt_key=init.salt_key), pair, heartbeat)
         except BaseException:
             self._drop_links()
             raise
 
-    def _link(self, name: str, pair: tuple[str, str], heartbeat: float) -> None:
+    def _link(self, peer: Peer, pair: tuple[str, str], heartbeat: float) -> None:
         worker = self._worker
-        peer = Peer(name, worker.counters_of(name))
         link = Link(
             worker.context,
             peer,

@@ -1,6 +1,10 @@
-"""`Workers`: a backend of workers behind their wire, for `radixgen serve --zmq`. Tokens cross it; text is made here."""
+"""`Workers`: a backend of workers behind their wire, for `serve --zmq` and `serve --data-parallel-size`.
+
+Tokens cross the wire; text is made here.
+"""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING
 from radixgen.cache import TokenArray
 from radixgen.core import (
     CompletionOutput,
+    EngineDead,
     InvalidRequest,
     Limits,
     PromptTokens,
@@ -23,16 +28,22 @@ from radixgen.input_processor import InputProcessor
 from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge
 from radixgen.serve.http.totals import Totals
+from radixgen.serve.replicas import ReplicaOptions, Replicas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+_START_SECONDS = 1_800.0
+"""For replicas to load and warm up; one that ends meanwhile is not waited for"""
 _PROMPT_TAIL = 16
 """Prompt tokens that the text of an answer is decoded after"""
 
 
 class Workers:
-    """The workers of `client`, which must be there. A request goes to the one that has the fewest.
+    """The workers of `client`, which must be there. A request goes where the longest prefix of its prompt is, unless
+    that worker is much busier.
 
     The sequences of a request are requests of the wire, to one worker: with a seed, that of sequence `i` is `seed + i`,
     as in vLLM.
@@ -45,7 +56,9 @@ class Workers:
         *,
         model_name: str,
         limits: Limits | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
+        """replicas: the processes of these workers, where they are to end with this object."""
         ready = client.workers.values()
         self.model_name = model_name
         self.inputs = InputProcessor(
@@ -57,6 +70,7 @@ class Workers:
             eos_token_ids=frozenset(token for one in ready for token in one.eos_token_ids),
         )
         self._client = client
+        self._replicas = replicas
         self._totals = Totals()
         self._closed = False
         self._received = 0
@@ -76,14 +90,15 @@ class Workers:
         self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
     ) -> "_Answer":
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineDead`."""
-        worker, tokens = self._client.idlest, prompt.tolist()
+        tokens = prompt.tolist()
         streams: list[AsyncStream] = []
         try:
             for index in range(params.n):
                 seed = None if params.seed is None else (params.seed + index) % 2**64
                 own = replace(params, n=1, seed=seed, stop=())
+                beside = streams[0] if streams else None
                 streams.append(
-                    await self._client.open(tokens, own, cache_salt=namespace, priority=priority, worker=worker)
+                    await self._client.open(tokens, own, cache_salt=namespace, priority=priority, beside=beside)
                 )
         except BaseException:
             for stream in streams:
@@ -108,9 +123,11 @@ class Workers:
         return max(before - (await self.stats()).kv_tokens_cached, 0)
 
     async def close(self) -> None:
-        """Open requests are aborted; the workers go on, for others."""
+        """Open requests are aborted. Replicas end; other workers go on, for others."""
         self._closed = True
         await self._client.close()
+        if self._replicas is not None:
+            await asyncio.to_thread(self._replicas.close)
 
     def received(self) -> None:
         self._received += 1
@@ -253,16 +270,58 @@ def connect(
 
     Raises `InvalidRequest`, `InsecureEndpoint`, and `EngineDead` where they don't come.
     """
-    from radixgen.model.loader import load_tokenizer
-
-    if tokenizer is None:
-        tokenizer = load_tokenizer(model)
-    if tokenizer is None:
-        raise InvalidRequest("model", model, "has no tokenizer")
-    client = AsyncClient(address, workers=workers, limits=limits, timeout=timeout)
+    tokenizer = tokenizer or _tokenizer_of(model)
+    client = AsyncClient(address, workers=workers, limits=limits, timeout=timeout, own_salts=True)
     try:
         asyncio.run(client.wait())
         return Workers(client, tokenizer, model_name=model, limits=limits)
     except BaseException:
         asyncio.run(client.close())
         raise
+
+
+def start(
+    options: ReplicaOptions,
+    *,
+    model: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    limits: Limits | None = None,
+) -> Workers:
+    """Start replicas of `model`, and wait until all are warm. One that dies later is not started again: the others
+    serve on, until none is left.
+
+    Raises `InvalidRequest`, and `EngineDead` where one ends before it serves.
+    """
+    environments = options.environments()
+    tokenizer = tokenizer or _tokenizer_of(model)
+    client = AsyncClient(workers=options.count, limits=limits, timeout=_START_SECONDS, own_salts=True)
+    replicas: Replicas | None = None
+    started = False
+
+    def on_death(what: str) -> None:
+        if started:
+            logger.critical("%s, and is not started again: its requests ended with an error", what)
+        else:
+            client.fail(EngineDead(f"{what} before it served; what it wrote says why"))
+
+    try:
+        commands = [options.command(client.address, index) for index in range(options.count)]
+        replicas = Replicas(commands, environments, on_death)
+        asyncio.run(client.wait())
+        started = True
+        return Workers(client, tokenizer, model_name=model, limits=limits, replicas=replicas)
+    except BaseException:
+        asyncio.run(client.close())
+        if replicas is not None:
+            replicas.close()
+        raise
+
+
+def _tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
+    """Raises `InvalidRequest` where it has none."""
+    from radixgen.model.loader import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise InvalidRequest("model", model, "has no tokenizer")
+    return tokenizer
