@@ -40,7 +40,7 @@ from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, T
 from radixgen.kernels.backend import backend
 from radixgen.model.base import Model
 from radixgen.model.checkpoint import check_layers
-from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
+from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
@@ -78,6 +78,7 @@ class Engine:
         model: "str | Path | PreTrainedModel | Model",
         *,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        load_format: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         tensor_parallel_size: int = 1,
@@ -101,6 +102,8 @@ class Engine:
         anything that has the methods of `radixgen.model.base.Model`.
         tokenizer: of a model given as an object, or in place of the one that a name brings; a model without one serves
             token ids.
+        load_format: `"auto"` reads a checkpoint; `"dummy"` makes random weights, the same each time, of a model given
+            by name, of which only the config has to be there: to try speed and memory.
         dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
         tensor_parallel_size: processes that a model given by name is sharded over, this one and those that it starts,
             with a GPU each where the machine has any.
@@ -130,6 +133,8 @@ class Engine:
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
         check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
+        if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
+            raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
         backend(attention, resolve_device(device))
         max_step_tokens = max_step_tokens or _default_step_tokens(_device_of(model, device))
         self.limits = limits or Limits()
@@ -137,6 +142,7 @@ class Engine:
         served, self.tokenizer = _served(
             model,
             tokenizer,
+            load_format,
             dtype,
             device,
             attention,
@@ -768,6 +774,7 @@ def _check_options(plan: str, **sizes: int | None) -> None:
 def _served(
     model: "str | Path | PreTrainedModel | Model",
     tokenizer: "PreTrainedTokenizerBase | None",
+    load_format: str,
     dtype: str | torch.dtype,
     device: str,
     attention: str,
@@ -793,12 +800,13 @@ def _served(
             attention=attention,
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
+            load_format=load_format,
             tokenizer=tokenizer,
         )
         return sharded, loaded.tokenizer
     if isinstance(model, Model):
         return model, tokenizer
-    loaded = _loaded(model, tokenizer, dtype, device)
+    loaded = _loaded(model, tokenizer, load_format, dtype, device)
     tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
     try:
         cuda = loaded.model.device.type == "cuda"
@@ -816,11 +824,12 @@ def _served(
 def _loaded(
     model: "str | Path | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
+    load_format: str,
     dtype: str | torch.dtype,
     device: str,
 ) -> LoadedModel:
     if isinstance(model, str | Path):
-        return load(model, dtype, device, tokenizer=tokenizer)
+        return load(model, dtype, device, load_format=load_format, tokenizer=tokenizer)
 
     from transformers import PreTrainedModel
 

@@ -52,6 +52,14 @@ class Kind(IntEnum):
 
     ALLOCATE = 1
     RUN = 2
+    WARM_UP = 3
+    """As `RUN`, and nothing is written or counted."""
+    RUN_AHEAD = 4
+    """As `RUN`; the token ids follow from device to device."""
+    ROOM = 5
+    """How many bytes a pool may take."""
+    AGREED = 6
+    """Whether all ranks are fine, which each said of itself before."""
 
 
 class Closed(Exception):
@@ -74,6 +82,10 @@ class Job:
     max_step_tokens: int
     threads: int
     """Of PyTorch, in each rank."""
+    load_format: str = "auto"
+    graphs: bool = False
+    max_graph_rows: int = 0
+    torch_compile: bool = False
 
     def as_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -166,17 +178,17 @@ def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
         raise ValueError(f"not a frame: {error}") from error
 
 
-def pack_step(step: Step) -> bytes:
+def pack_step(step: Step, kind: Kind = Kind.RUN) -> bytes:
     """A step as a frame, less what of its plan only `explain` reads."""
     plan = step.plan
     assert plan.window is None
     counts = np.array([plan.tile_rows, plan.age], np.int64)
     columns = [getattr(plan, name) for name in COLUMNS]
-    return pack(Kind.RUN, [*step[1:], counts, np.array([plan.predicted]), *columns])
+    return pack(kind, [*step[1:], counts, np.array([plan.predicted]), *columns])
 
 
 def unpack_step(arrays: Sequence[Array]) -> Step:
-    """The arrays of a `Kind.RUN`."""
+    """The arrays that `pack_step` packed."""
     token_ids, slots, logit_rows, counts, predicted, *columns = arrays
     by_name: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
     plan = Plan(

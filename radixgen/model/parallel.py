@@ -119,10 +119,11 @@ def shard(
     attention: str = "auto",
     max_model_len: int | None = None,
     max_step_tokens: int = 2048,
+    load_format: str = "auto",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[ParallelModel, LoadedModel]:
     """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
-    `tokenizer`: in place of its own.
+    `load_format` and `tokenizer` as `load` takes them.
 
     Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
     """
@@ -139,6 +140,7 @@ def shard(
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
         threads=torch.get_num_threads(),
+        load_format=load_format,
     )
     try:
         followers = Followers(job)
@@ -167,7 +169,15 @@ def _load_rank_0(job: Job, tokenizer: "PreTrainedTokenizerBase | None") -> tuple
 
 def share_of(job: Job, tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[ModelRunner, LoadedModel]:
     """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
-    loaded = load(job.model, job.dtype, job.device, ranks=job.size, tokenizer=tokenizer)
+    loaded = load(
+        job.model,
+        job.dtype,
+        job.device,
+        load_format=job.load_format,
+        ranks=job.size,
+        rank=job.rank,
+        tokenizer=tokenizer,
+    )
     tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len, job.max_step_tokens)
     bound_steps(loaded.model)
     return ModelRunner(tree_model, job.attention, loaded.eos_token_ids, graphs=False), loaded
