@@ -117,12 +117,12 @@ class Engine:
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         enforce_eager: never replay decoding steps from CUDA graphs, nor compile by default.
         torch_compile: let PyTorch fuse the model's blocks; what it makes is kept in the cache directory, and the very
-            first steps take a minute. By default on one GPU. Where it fails, there is a warning, and the model runs as
+            first steps take a minute. By default on GPUs. Where it fails, there is a warning, and the model runs as
             it is.
         async_scheduling: let the device begin a step while the host still reads the tokens of the one before, where
             steps are captured. The tokens are the same.
         warm_up: run every kind of step once, as `Engine.warm_up` does, before the constructor returns. By default on
-            one GPU.
+            GPUs.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
         clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
@@ -484,16 +484,16 @@ class Engine:
 
     @property
     def runs_on_gpu(self) -> bool:
-        """Whether its model runs on one GPU, where the first step of each kind is slow."""
-        return isinstance(self._model, ModelRunner) and self._model.device.type == "cuda"
+        """Whether its model runs on GPUs, where the first step of each kind is slow."""
+        return isinstance(self._model, ModelRunner | ParallelModel) and self._model.device.type == "cuda"
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Run every kind of step once: all sizes of CUDA graphs, the largest step and small ones, and each way of
         drawing tokens, so that no request waits for something to be compiled or captured.
 
         Nothing of it stays: tree, KV, statistics and seeds are as before. `progress(done, total)` is called after each.
-        A kind that fails, for want of memory perhaps, is logged as a warning. Does nothing for a model sharded over
-        several processes, which captures nothing, or one that is not transformers'.
+        A kind that fails, for want of memory perhaps, is logged as a warning; where the model is sharded over several
+        processes, that raises `EngineDead`. Does nothing for a model that is not transformers'.
         """
         steps, began = self.warm_up_steps(), time.monotonic()
         for done, step in enumerate(steps, 1):
@@ -790,8 +790,6 @@ def _served(
     if ranks > 1:
         if not isinstance(model, str | Path):
             raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
-        if torch_compile:
-            raise InvalidRequest("torch_compile", torch_compile, "must be False where tensor_parallel_size is above 1")
         sharded, loaded = shard(
             model,
             ranks,
@@ -801,6 +799,9 @@ def _served(
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
             load_format=load_format,
+            graphs=graphs,
+            max_graph_rows=max_graph_rows,
+            torch_compile=torch_compile,
             tokenizer=tokenizer,
         )
         return sharded, loaded.tokenizer
@@ -884,7 +885,7 @@ def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
     """As many tokens as a share of the free memory holds. On a GPU the largest step has run by then, and has the memory
     that it takes; what CUDA graphs take comes out of the rest.
     """
-    if isinstance(model, ModelRunner) and model.device.type == "cuda":
+    if isinstance(model, ModelRunner | ParallelModel) and model.device.type == "cuda":
         model.profile_run(max_step_tokens)
     if isinstance(model, ParallelModel):
         room = model.kv_room

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -37,7 +38,9 @@ from radixgen import (
 from radixgen.core import Plan
 from radixgen.core.settings import rank_environment
 from radixgen.model import ranks
+from radixgen.model.follower import _agree as agree
 from radixgen.model.follower import follow
+from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.lockstep import (
     COLUMNS,
     MAX_FRAME,
@@ -290,7 +293,6 @@ def test_gguf_files_are_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"tensor_parallel_size": 65}, "tensor_parallel_size"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size"),
-        ({"tensor_parallel_size": 2, "torch_compile": True}, "torch_compile"),
         ({"tensor_parallel_size": 2, "device": "cuda:1"}, "device"),
         ({"tensor_parallel_size": 2, "dtype": "int3"}, "dtype"),
     ],
@@ -425,7 +427,7 @@ class Company:
     """Followers that have room for `room` slots."""
 
     def __init__(self, room: int) -> None:
-        self.room, self.asked = room, []
+        self.room, self.asked, self.ended = room, [], threading.Event()
         self.job = SimpleNamespace(size=2)
 
     def send(self, frame: bytes) -> None:
@@ -441,11 +443,14 @@ class Company:
 
 class Runner(StampModel):
     costs = ()
+    device = torch.device("cpu")
     runner_slots = 0
 
     def allocate(self, slots: int) -> None:
         self.runner_slots = slots
         super().allocate(slots)
+
+    def drop_graphs(self) -> None: ...
 
 
 def test_a_pool_is_as_large_as_the_least_rank_has_room_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -500,3 +505,75 @@ def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rank_environment(3)
     assert found["LOCAL_RANK"] == "3"
     assert found["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/somewhere"
+
+
+# -- captured steps -------------------------------------------------------------------------------------------
+
+
+def test_captured_steps_of_two_ranks_equal_one_process(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Warmed up, replayed and begun ahead; then one rank can't capture a size, and both run it as it is."""
+    pytest.importorskip("triton")
+    options = {"kv_tokens": 64, "max_model_len": 32, "max_step_tokens": 4}
+    asked, params = [[3, 4, 5], [9, 8]], SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    with Engine(llama, **options) as plain:
+        expected = tokens(plain.generate(asked, params))
+    with Engine(llama, **options, attention="triton", tensor_parallel_size=2, warm_up=False) as sharded:
+        model = sharded._model
+        for step in model.warm_up_steps(2, 2)[:3]:
+            assert step().shape[1] == families.VOCAB
+        graphs = model.runner._graphs
+        assert graphs._graphs and sharded.stats().kv_bytes_read == 0
+        begun = count_calls(monkeypatch, ParallelModel, "run_ahead")
+        assert tokens(sharded.generate(asked, params)) == expected
+        assert begun
+        sharded.check()
+        sharded.reset_prefix_cache()
+        model.allocate(64)  # all begin again, but now rank 0 can capture nothing
+        monkeypatch.setattr(model.runner._graphs._capture, "record", no_capture)
+        answers = count_calls(monkeypatch, Followers, "agree")
+        assert tokens(sharded.generate([[3, 4, 5]], params)) == expected[:1]
+        assert answers == [1] and not model.runner.runs_ahead and "without CUDA graphs" in caplog.text
+        assert sharded.stats().failed_captures == 1
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    calls, method = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *given: calls.append(1) or method(self, *given))
+    return calls
+
+
+def no_capture(_: object) -> NoReturn:
+    raise RuntimeError("no capture")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(True, True), (True, False), (False, True)])
+def test_ranks_agree(
+    ours: bool, theirs: bool, channels: tuple[Channel, Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Followers, "_start", lambda self, _: self._channels.append(channels[0]))
+    followers = Followers(a_job(tmp_path))
+    answer = ranks.in_thread(lambda: agree(channels[1], theirs), "test")
+    assert followers.agree(ours) is answer.result(10) is (ours and theirs)
+
+
+class Unsteady:
+    """A capture that some rank can't make."""
+
+    def rehearse(self, _: object) -> None: ...
+
+    def record(self, run: object) -> object:
+        return run
+
+
+def test_a_graph_that_another_rank_cannot_capture_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = StepGraphs.__new__(StepGraphs)
+    graphs._capture = Unsteady()
+    graph = SimpleNamespace(forward=lambda: torch.ones(1))
+    assert torch.equal(graphs._first_run_together(graph, lambda fine: fine), torch.ones(1))
+    with pytest.raises(NotCapturable, match="another rank"):
+        graphs._first_run_together(graph, lambda _: False)
+    monkeypatch.setattr(graphs._capture, "rehearse", no_capture)
+    with pytest.raises(RuntimeError, match="no capture"):  # the other ranks are in the midst of the same pass
+        graphs._first_run_together(graph, lambda _: pytest.fail("asked"))

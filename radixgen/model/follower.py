@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from radixgen.cache.storage import kv_room
-from radixgen.model.base import Model
 from radixgen.model.lockstep import Channel, Closed, Job, Kind, unpack, unpack_step
-from radixgen.model.parallel import share_of
+from radixgen.model.parallel import run_ahead, share_of
 from radixgen.model.ranks import await_hangup, join
+from radixgen.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         channel.answer(started=1)
         join(job)
-        runner, _ = share_of(job)
+        runner, _ = share_of(job, partial(_agree, channel))
         channel.answer(kv_bytes_per_token=runner.kv_bytes_per_token, kv_room=kv_room(runner.device))
         follow(channel, runner)
     except Closed:
@@ -50,19 +50,41 @@ def main() -> None:
         sys.exit(1)
 
 
-def follow(channel: Channel, model: Model) -> None:
+def follow(channel: Channel, model: ModelRunner) -> None:
     """Do as rank 0 says until it hangs up. Raises `Closed` then, and what `model` raises in a step."""
     while True:
         kind, arrays = unpack(channel.receive())
         if kind is Kind.RUN:
             model.run(*unpack_step(arrays))
-            continue
-        try:
-            model.allocate(int(arrays[0][0]))
-        except (MemoryError, RuntimeError, ValueError) as error:
-            channel.answer(refused=f"{type(error).__name__}: {error}")
+        elif kind is Kind.WARM_UP:
+            model.warm_up(*unpack_step(arrays))
+        elif kind is Kind.RUN_AHEAD:
+            plan, _, slots, logit_rows = unpack_step(arrays)
+            run_ahead(model, plan, None, slots, logit_rows)
+        elif kind is Kind.ROOM:
+            channel.answer(kv_room=kv_room(model.device))
+        elif kind is Kind.ALLOCATE:
+            _allocate(channel, model, int(arrays[0][0]))
         else:
-            channel.answer(allocated=1)
+            raise ValueError(f"{kind.name} was not asked for")
+
+
+def _allocate(channel: Channel, model: ModelRunner, slots: int) -> None:
+    try:
+        model.allocate(slots)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        channel.answer(refused=f"{type(error).__name__}: {error}")
+    else:
+        channel.answer(allocated=1)
+
+
+def _agree(channel: Channel, fine: bool) -> bool:
+    """As `radixgen.model.graphs.Agree`. Raises `Closed`."""
+    channel.answer(fine=int(fine))
+    kind, arrays = unpack(channel.receive())
+    if kind is not Kind.AGREED:
+        raise ValueError(f"{kind.name} came in place of an answer")
+    return bool(arrays[0][0])
 
 
 def _end(store: Path) -> None:

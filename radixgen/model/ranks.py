@@ -20,14 +20,16 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
-from radixgen.model.lockstep import Channel, Closed, Job
+from radixgen.model.lockstep import Channel, Closed, Job, Kind, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +47,7 @@ STEP_SECONDS = 120.0
 _GIVE_UP_SECONDS = 10.0
 """For rank 0, when another rank has ended, to notice it where it waits for that rank."""
 _STOP_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
 _NOTICE_SECONDS = 2.0
 """For a death to show."""
 
@@ -61,13 +64,17 @@ class Followers:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._raised: dict[int, str] = {}
+        self.ended = threading.Event()
+        """One of them has; set before rank 0 leaves the others, which makes nonsense of what its device still does."""
         leavers: list[threading.Thread] = []
         self.stop = weakref.finalize(self, _stop, self.processes, self._channels, leavers, home)
         try:
             for rank in range(1, job.size):
                 self._start(rank)
-            if job.device == "cuda":
-                leavers.append(self._on_end(leave))
+            leave_too = job.device == "cuda"
+            watcher = self._on_end(partial(_note_end, self.ended, leave_too))
+            if leave_too:
+                leavers.append(watcher)
         except BaseException:
             self.stop()
             raise
@@ -111,6 +118,13 @@ class Followers:
                     raise Closed(f"rank {rank} {self._raised[rank]}")
         return [found[rank] for rank in sorted(found)]
 
+    def agree(self, fine: bool) -> bool:
+        """Whether all ranks are fine, rank 0 among them. Raises `Closed` and `TimeoutError`."""
+        answers = self.answers(STEP_SECONDS)
+        verdict = fine and all(answer["fine"] for answer in answers)
+        self.send(pack(Kind.AGREED, [np.array([int(verdict)])]))
+        return verdict
+
     def run_watched(self, call: Callable[[], T]) -> T:
         """Run `call`, which may wait for other ranks, in a thread, and return or raise what it does. Raises `Closed`,
         and abandons that thread, where a rank has ended and `call` does not end soon after.
@@ -139,6 +153,12 @@ class Followers:
         thread = threading.Thread(target=await_hangup, args=(watched, call), name="radixgen-ranks", daemon=True)
         thread.start()
         return thread
+
+
+def _note_end(ended: threading.Event, leave_too: bool) -> None:
+    ended.set()
+    if leave_too:
+        leave()
 
 
 def await_hangup(sockets: Sequence[int], call: Callable[[], None]) -> None:
@@ -181,9 +201,41 @@ def join(job: Job) -> None:
 
 
 def bound_steps(model: "PreTrainedModel") -> None:
-    """From now on the ranks of `model` wait for each other for `STEP_SECONDS` at the most."""
-    for group in model._device_mesh.get_all_groups():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=STEP_SECONDS), group)
+    """From now on the ranks of `model` wait for each other for `STEP_SECONDS` at the most.
+
+    On GPUs for twice as long, after which PyTorch ends the process: `watch_steps` gives up before.
+    """
+    longest = timedelta(seconds=STEP_SECONDS * (2 if dist.get_backend() == "nccl" else 1))
+    for group in (dist.group.WORLD, *model._device_mesh.get_all_groups()):
+        dist.distributed_c10d._set_pg_timeout(longest, group)
+
+
+class LastStep:
+    """When the device was given its last step, and whether it has done it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, torch.cuda.Event] | None = None
+
+    def begin(self) -> None:
+        """The current stream of this thread has just been given one."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._last = time.monotonic(), event
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it has run for more than `STEP_SECONDS`."""
+        if self._last is None or time.monotonic() - self._last[0] < STEP_SECONDS:
+            return False
+        return not self._last[1].query()
+
+
+def watch_steps(last: LastStep, ended: threading.Event) -> None:
+    """Until a rank has `ended`: if a step is late, say that one has, and leave. Captured collectives know no limit."""
+    while not ended.wait(_LOOK_SECONDS):
+        if last.is_late:
+            ended.set()
+            leave()
 
 
 def leave() -> None:
