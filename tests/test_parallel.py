@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import families
 import numpy as np
@@ -48,6 +49,7 @@ from radixgen.model.lockstep import (
     Closed,
     Job,
     Kind,
+    Origins,
     Step,
     pack,
     pack_step,
@@ -56,6 +58,7 @@ from radixgen.model.lockstep import (
 )
 from radixgen.model.parallel import ParallelModel
 from radixgen.model.ranks import Followers
+from radixgen.model.ring import RingReader
 
 ARCHITECTURES = ("llama", "qwen3-moe", "gemma2")
 TIGHT = {"kv_tokens": 96, "max_step_tokens": 16}
@@ -354,7 +357,7 @@ class Recorder(StampModel):
 
     def run(self, plan: Plan, token_ids: np.ndarray, slots: np.ndarray, logit_rows: np.ndarray) -> torch.Tensor:
         kind, sent = unpack(bytearray(pack_step(Step(plan, token_ids, slots, logit_rows))))
-        got = unpack_step(sent)
+        got = unpack_step(sent, {})
         assert kind is Kind.RUN
         for name in COLUMNS:
             one, other = getattr(plan, name), getattr(got.plan, name)
@@ -374,6 +377,27 @@ def test_a_step_comes_out_as_it_went_in() -> None:
     with Engine(model, **TIGHT) as engine:
         engine.generate(prompts(), SamplingParams(max_tokens=12))
     assert model.seen > 10
+
+
+def test_plans_have_the_same_origins_on_all_ranks() -> None:
+    """As long as either side has a use for them."""
+    origins, known = Origins(), WeakValueDictionary()
+    built = [unpack_step(unpack(bytearray(a_step()))[1], {}).plan for _ in range(2)]
+
+    def send(plan: Plan) -> tuple[int, Plan]:
+        step, number = Step(plan, *[np.empty(0, np.int64)] * 3), origins.number(plan)
+        return number, unpack_step(unpack(bytearray(pack_step(step, origin=number)))[1], known).plan
+
+    first, second = send(built[0]), send(built[1])
+    later = send(built[0].advance().advance())
+    assert first[0] == later[0] != second[0] and later[1].age == 2
+    assert later[1].origin is first[1] is first[1].origin and second[1].origin is second[1]
+    number = first[0]
+    del first, later
+    again = send(built[0].advance())
+    assert again[0] == number and again[1].origin is again[1], "an origin that is not known is a new one"
+    built.clear()
+    assert not origins._numbers
 
 
 @pytest.fixture
@@ -418,7 +442,7 @@ def test_a_follower_answers_for_its_memory_and_ends_with_what_a_step_raises(chan
         ours.send(pack(Kind.ALLOCATE, [np.array([slots])]))
     ours.send(a_step())
     with pytest.raises(IndexError, match="no such slot"):
-        follow(theirs, Failing())
+        follow(theirs.receive, theirs, Failing())
     assert ours.receive() == b'{"refused": "OutOfMemoryError: 100 slots"}'
     assert ours.receive() == b'{"allocated": 1}'
 
@@ -532,9 +556,8 @@ def test_captured_steps_of_two_ranks_equal_one_process(
         sharded.reset_prefix_cache()
         model.allocate(64)  # all begin again, but now rank 0 can capture nothing
         monkeypatch.setattr(model.runner._graphs._capture, "record", no_capture)
-        answers = count_calls(monkeypatch, Followers, "agree")
         assert tokens(sharded.generate([[3, 4, 5]], params)) == expected[:1]
-        assert answers == [1] and not model.runner.runs_ahead and "without CUDA graphs" in caplog.text
+        assert not model.runner.runs_ahead and "without CUDA graphs" in caplog.text
         assert sharded.stats().failed_captures == 1
 
 
@@ -552,9 +575,15 @@ def no_capture(_: object) -> NoReturn:
 def test_ranks_agree(
     ours: bool, theirs: bool, channels: tuple[Channel, Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Followers, "_start", lambda self, _: self._channels.append(channels[0]))
+    readers: list[RingReader] = []
+
+    def start(self: Followers, _: int) -> None:
+        self._channels.append(channels[0])
+        readers.append(RingReader(*map(os.dup, self._ring.add_reader())))
+
+    monkeypatch.setattr(Followers, "_start", start)
     followers = Followers(a_job(tmp_path))
-    answer = ranks.in_thread(lambda: agree(channels[1], theirs), "test")
+    answer = ranks.in_thread(lambda: agree(channels[1], readers[0].read, theirs), "test")
     assert followers.agree(ours) is answer.result(10) is (ours and theirs)
 
 

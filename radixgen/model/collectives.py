@@ -9,7 +9,8 @@ place, and a gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ _LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_a
 """Of a forward pass these change nothing: the module works on its own part alone."""
 
 
-class Rank(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rank:
     """Of this process, in the one process group that there is."""
 
     index: int
@@ -80,6 +82,8 @@ def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
     register()
     sharded = {module for module in wrapped.values() if any(map(_is_shard, module.parameters(recurse=False)))}
     _unwrap_parameters(model)
+    for module in model.modules():
+        module._backward_hooks.clear()  # which break a compiled block in two
     for name, module in wrapped.items():
         del module.forward
         if module not in sharded:
@@ -107,7 +111,6 @@ def register() -> None:
     """Make the operators known to PyTorch."""
     if hasattr(torch.ops.radixgen, "all_reduce_"):
         return
-    gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from PyTorch 2.13 on
 
     @library.custom_op("radixgen::all_reduce_", mutates_args=("given",))
     def all_reduce(given: Tensor) -> None:
@@ -120,16 +123,24 @@ def register() -> None:
     @library.custom_op("radixgen::all_gather", mutates_args=())
     def all_gather(given: Tensor, width: int, size: int) -> Tensor:
         most = -(-width // size)
-        padded = nn.functional.pad(given, (0, most - given.shape[-1])).reshape(-1, most)
-        parts = padded.new_zeros((size * padded.shape[0], most))
-        if not _SILENT.get():
-            gather_into(parts, padded)
+        missing = most - given.shape[-1]
+        own = (nn.functional.pad(given, (0, missing)) if missing else given).reshape(-1, most)
+        parts = own.new_empty((size * own.shape[0], most))
+        if _SILENT.get():
+            parts.zero_()
+        else:
+            _gather_into(parts, own)
         beside = parts.view(size, -1, most).transpose(0, 1).reshape(*given.shape[:-1], size * most)
         return beside[..., :width].contiguous()
 
     @all_gather.register_fake
     def _(given: Tensor, width: int, size: int) -> Tensor:
         return given.new_empty((*given.shape[:-1], width))
+
+
+def _gather_into(parts: Tensor, own: Tensor) -> None:
+    """`own` of all ranks, one below the other. PyTorch renamed it in 2.13."""
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(parts, own)
 
 
 def _is_wrapped(module: nn.Module) -> bool:
@@ -148,7 +159,7 @@ def _is_known(module: nn.Module, style: str | None) -> bool:
     return style == "embedding_rowwise" if isinstance(module, nn.Embedding) else style in _EXPERTS | _LOCAL
 
 
-def _is_shard(parameter: nn.Parameter) -> bool:
+def _is_shard(parameter: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor) and not all(one.is_replicate() for one in parameter.placements)
@@ -158,13 +169,14 @@ def _unwrap_parameters(model: nn.Module) -> None:
     """Put what a rank has in the place of each distributed parameter; one that is used twice stays one."""
     from torch.distributed.tensor import DTensor
 
-    local: dict[nn.Parameter, nn.Parameter] = {}
+    local: dict[Any, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        parameters: dict[str, Any] = module._parameters
+        for name, parameter in parameters.items():
             if isinstance(parameter, DTensor):
                 if parameter not in local:
                     local[parameter] = nn.Parameter(parameter.to_local().data, requires_grad=False)
-                module._parameters[name] = local[parameter]
+                parameters[name] = local[parameter]
 
 
 def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
@@ -174,7 +186,8 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
         return nn.Sequential(layer, Gather(outputs, rank.size))
     if style not in _SUMS:
         return layer
-    bias, layer.bias = layer.bias, None
+    bias = layer.bias
+    layer.register_parameter("bias", None)
     parts: list[nn.Module] = [layer, AllReduce(bias)]
     if style == "rowwise_split_input":
         first = rank.index * -(-inputs // rank.size)
@@ -194,7 +207,7 @@ def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:
         torch.ops.radixgen.all_reduce_(found)
         return found
 
-    embedding.forward = forward  # type: ignore[method-assign]
+    embedding.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _sum_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -190,6 +190,11 @@ class StepGraphs:
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
 
+    def clear(self) -> None:
+        """Forget all graphs, whoever else still holds this."""
+        self._graphs.clear()
+        self.usable, self._capture = False, PlainCapture()
+
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, nor of a size that was refused."""
         return self.usable and plan.num_rows <= self.max_rows and Size.of(plan, logit_rows.size) not in self._refused

@@ -25,7 +25,7 @@ from radixgen.core.settings import as_rank_0
 from radixgen.model.collectives import Rank, use_plain_collectives
 from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
-from radixgen.model.lockstep import Job, Kind, Step, pack, pack_step
+from radixgen.model.lockstep import Job, Kind, Origins, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
 from radixgen.model.ranks import START_SECONDS, STEP_SECONDS, Followers, LastStep, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
@@ -63,6 +63,7 @@ class ParallelModel:
         """Of all ranks, as every count of bytes here."""
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
+        self._origins = Origins()
         self._dead = ""
         """Why it is."""
         self._last: LastStep | None = None
@@ -153,7 +154,7 @@ class ParallelModel:
         if self._dead:
             raise EngineDead(self._dead)
         try:
-            self.followers.send(pack_step(step, kind))
+            self.followers.send(pack_step(step, kind, self._origins.number(step.plan)))
             result = take_part()
             if self._last is not None:
                 self._last.begin()

@@ -1,7 +1,8 @@
 """The processes of a sharded model: rank 0 starts the others, and none outlives it.
 
 Rank 0 is the process of the engine. Each other rank runs `radixgen.model.follower` over one channel to rank 0, and ends
-when that channel does, whatever it is doing then.
+when that channel does, whatever it is doing then. What rank 0 asks of it comes over a ring in shared memory, so that
+rank 0 does not wait for a rank that is busy.
 """
 
 import json
@@ -30,6 +31,7 @@ import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
 from radixgen.model.lockstep import Channel, Closed, Job, Kind, pack
+from radixgen.model.ring import RingWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,9 @@ _GIVE_UP_SECONDS = 10.0
 """For rank 0, when another rank has ended, to notice it where it waits for that rank."""
 _STOP_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
+"""Between two looks at the clock of a step."""
+_RING_BYTES = 1 << 24
+"""Of the frames that rank 0 may be ahead; one of half as many bytes goes over the sockets."""
 _NOTICE_SECONDS = 2.0
 """For a death to show."""
 
@@ -67,7 +72,8 @@ class Followers:
         self.ended = threading.Event()
         """One of them has; set before rank 0 leaves the others, which makes nonsense of what its device still does."""
         leavers: list[threading.Thread] = []
-        self.stop = weakref.finalize(self, _stop, self.processes, self._channels, leavers, home)
+        self._ring = RingWriter(_RING_BYTES)
+        self.stop = weakref.finalize(self, _stop, self.processes, self._channels, self._ring, leavers, home)
         try:
             for rank in range(1, job.size):
                 self._start(rank)
@@ -82,13 +88,14 @@ class Followers:
     def _start(self, rank: int) -> None:
         ours, theirs = socket.socketpair()
         self._channels.append(Channel(ours))
+        descriptors = [theirs.fileno(), *self._ring.add_reader()]
         with theirs:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-m", "radixgen.model.follower", str(theirs.fileno())],
+                    [sys.executable, "-P", "-m", "radixgen.model.follower", *map(str, descriptors)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=descriptors,
                     env=rank_environment(rank),
                 )
             )
@@ -96,9 +103,26 @@ class Followers:
             self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
 
     def send(self, frame: bytes) -> None:
-        """To each. Raises `Closed`."""
+        """To each. Returns before it is read, unless it is very large or a rank is far behind. Raises `Closed`, and
+        `TimeoutError` where a rank stays behind.
+        """
+        if self.ended.is_set():
+            raise Closed("a rank has ended")
+        if not self._ring.write(frame, self._wait_for_room):
+            for channel in self._channels:
+                channel.send(frame)
+
+    def _wait_for_room(self, descriptors: Sequence[int]) -> None:
+        poll = select.poll()
+        for one in descriptors:
+            poll.register(one, select.POLLIN)
         for channel in self._channels:
-            channel.send(frame)
+            poll.register(channel.socket, getattr(select, "POLLRDHUP", 0))
+        ready = [one for one, _ in poll.poll(1e3 * STEP_SECONDS)]
+        if not ready:
+            raise TimeoutError(f"a rank has read nothing for {STEP_SECONDS:g} s")
+        if not set(ready) & set(descriptors):
+            raise Closed("a rank has ended")
 
     def answers(self, seconds: float) -> list[dict[str, Any]]:
         """What each has to say next, in the order of the ranks. Raises `TimeoutError`, and `Closed` as soon as one of
@@ -120,7 +144,7 @@ class Followers:
 
     def agree(self, fine: bool) -> bool:
         """Whether all ranks are fine, rank 0 among them. Raises `Closed` and `TimeoutError`."""
-        answers = self.answers(STEP_SECONDS)
+        answers = self.answers(START_SECONDS)
         verdict = fine and all(answer["fine"] for answer in answers)
         self.send(pack(Kind.AGREED, [np.array([int(verdict)])]))
         return verdict
@@ -227,7 +251,7 @@ class LastStep:
         """Whether it has run for more than `STEP_SECONDS`."""
         if self._last is None or time.monotonic() - self._last[0] < STEP_SECONDS:
             return False
-        return not self._last[1].query()
+        return not self._last[1].query()  # type: ignore[no-untyped-call]
 
 
 def watch_steps(last: LastStep, ended: threading.Event) -> None:
@@ -252,6 +276,7 @@ def leave() -> None:
 def _stop(
     processes: Sequence["subprocess.Popen[bytes]"],
     channels: Sequence[Channel],
+    ring: RingWriter,
     leavers: Sequence[threading.Thread],
     home: str,
 ) -> None:
@@ -277,6 +302,7 @@ def _stop(
         leave()
     for channel in channels:
         channel.close()
+    ring.close()
     shutil.rmtree(home, ignore_errors=True)
 
 

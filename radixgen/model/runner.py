@@ -209,6 +209,8 @@ class ModelRunner:
 
     def drop_graphs(self) -> None:
         """Replay nothing any more."""
+        if self._graphs is not None:
+            self._graphs.clear()
         self._graphs = None
 
     def release(self) -> None:
