@@ -27,7 +27,7 @@ from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
 from radixgen.model.lockstep import Job, Kind, Origins, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
-from radixgen.model.ranks import START_SECONDS, STEP_SECONDS, Followers, LastStep, bound_steps, join, watch_steps
+from radixgen.model.ranks import START_SECONDS, Followers, LastStep, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
 from radixgen.model.warm_up import WarmUpStep
 
@@ -118,7 +118,7 @@ class ParallelModel:
     def check(self) -> None:
         """As `radixgen.model.base.FailsLater`: a device whose peer is gone ends its step all the same."""
         if not self._dead and self.followers.ended.is_set():
-            how = self.followers.obituary() or f"the ranks waited for each other for more than {STEP_SECONDS:g} s"
+            how = self.followers.obituary() or "Timed out: the ranks waited for each other in vain"
             self._die(f"a step failed: {how}")
         if self._dead:
             raise EngineDead(self._dead)
