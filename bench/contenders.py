@@ -28,6 +28,9 @@ class Options:
     max_model_len: int
     step_tokens: int | None
     """Rows of a step at the most; None: the engine's own default"""
+    ranks: int = 1
+    warm_up: bool | None = None
+    """None: the engine's own default"""
 
 
 class Contender(Protocol):
@@ -44,10 +47,16 @@ class Contender(Protocol):
 
 
 class Radixgen:
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, config: str | None = None) -> None:
+        """config: a directory with a configuration, of which each rank makes random weights; by default they are made
+        here.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = Engine(
-            build(options.shape, device, options.max_model_len),
+            config or build(options.shape, device, options.max_model_len),
+            load_format="dummy" if config else "auto",
+            tensor_parallel_size=options.ranks,
+            warm_up=options.warm_up,
             kv_tokens=options.kv_tokens,
             max_model_len=options.max_model_len,
             max_step_tokens=options.step_tokens,
@@ -61,6 +70,10 @@ class Radixgen:
 
     def reset(self) -> None:
         self._engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End the engine, and its other processes."""
+        self._engine.close()
 
 
 class Vllm:
@@ -76,7 +89,7 @@ class Vllm:
         if options.step_tokens:
             more["max_num_batched_tokens"] = options.step_tokens
         self._llm = vllm.LLM(
-            model=_saved_config(options),
+            model=saved_config(options, Path(tempfile.mkdtemp())),
             skip_tokenizer_init=True,
             load_format="dummy",
             generation_config="vllm",
@@ -111,10 +124,10 @@ class Vllm:
         assert self._llm.reset_prefix_cache(), "vLLM kept its prefix cache"
 
 
-def _saved_config(options: Options) -> str:
-    """A directory that holds a model's configuration and nothing else."""
-    folder = Path(tempfile.mkdtemp())
+def saved_config(options: Options, folder: Path) -> str:
+    """`folder`, that then holds a model's configuration: in bfloat16 on a GPU, in float32 elsewhere."""
     config = configuration(options.shape, options.max_model_len).to_dict()
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)

@@ -37,6 +37,7 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 TopK = Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")]
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
+LoadFormat = Annotated[str, typer.Option(help="auto: read the checkpoint. dummy: random weights.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 GenerationConfig = Annotated[str, typer.Option(help="Sampling defaults: auto (the model's), vllm (none) or a path.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -105,6 +106,7 @@ def generate(
     json_schema: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A JSON schema.")] = None,
     regex: Annotated[str | None, typer.Option(help="What each output must match.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="What an output may be; once for each.")] = None,
+    load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
@@ -135,7 +137,13 @@ def generate(
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
             engine = Engine(
-                model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens, warm_up=False
+                model,
+                load_format=load_format,
+                dtype=dtype,
+                device=device,
+                tensor_parallel_size=tp,
+                kv_tokens=kv_tokens,
+                warm_up=False,
             )
         with engine:
             asked = [
@@ -201,6 +209,7 @@ def serve(
         str, typer.Option(help="Address to listen on; one that others reach needs --api-key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any that is free.")] = 8000,
+    load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
@@ -359,6 +368,7 @@ def serve(
                     name or model,
                     warm_up=False,
                     tokenizer=tokenizer,
+                    load_format=load_format,
                     dtype=dtype,
                     device=device,
                     tensor_parallel_size=tp,
@@ -470,6 +480,7 @@ def worker(
     ] = None,
     smg: Annotated[str | None, typer.Option(help="The ipc:// address that SMG has in --worker-urls.")] = None,
     engine_index: Annotated[int, typer.Option(help="Index of this worker, unique per front end.")] = 0,
+    load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
@@ -490,6 +501,7 @@ def worker(
 ) -> None:
     """Serve a model to SMG, NVIDIA Dynamo or radixgen.Client. SIGTERM drains; a second one stops at once."""
     sizes = {
+        "load_format": load_format,
         "dtype": dtype,
         "device": device,
         "tensor_parallel_size": tp,
@@ -708,6 +720,7 @@ def _require_extra(extra: str, *modules: str) -> None:
 
 
 _ENGINE_OPTIONS = [
+    "load_format",
     "dtype",
     "device",
     "tp",

@@ -41,7 +41,7 @@ from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, T
 from radixgen.kernels.backend import backend
 from radixgen.model.base import Model
 from radixgen.model.checkpoint import check_layers
-from radixgen.model.loader import LoadedModel, load, resolve_device, resolve_dtype
+from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
 from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
@@ -79,6 +79,7 @@ class Engine:
         model: "str | Path | PreTrainedModel | Model",
         *,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        load_format: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         tensor_parallel_size: int = 1,
@@ -102,6 +103,8 @@ class Engine:
         anything that has the methods of `radixgen.model.base.Model`.
         tokenizer: of a model given as an object, or in place of the one that a name brings; a model without one serves
             token ids.
+        load_format: `"auto"` reads a checkpoint; `"dummy"` makes random weights, the same each time, of a model given
+            by name, of which only the config has to be there: to try speed and memory.
         dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
         tensor_parallel_size: processes that a model given by name is sharded over, this one and those that it starts,
             with a GPU each where the machine has any.
@@ -115,12 +118,12 @@ class Engine:
         max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
         enforce_eager: never replay decoding steps from CUDA graphs, nor compile by default.
         torch_compile: let PyTorch fuse the model's blocks; what it makes is kept in the cache directory, and the very
-            first steps take a minute. By default on one GPU. Where it fails, there is a warning, and the model runs as
+            first steps take a minute. By default on GPUs. Where it fails, there is a warning, and the model runs as
             it is.
         async_scheduling: let the device begin a step while the host still reads the tokens of the one before, where
             steps are captured. The tokens are the same.
         warm_up: run every kind of step once, as `Engine.warm_up` does, before the constructor returns. By default on
-            one GPU.
+            GPUs.
         seed: where a request has no seed of its own, this and its place in the order of submission give one.
         clock: seconds, never going back; deadlines and pins are held against it.
         debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
@@ -131,6 +134,8 @@ class Engine:
         _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
         check_integer("seed", seed, 0, 2**64 - 1)
         resolve_dtype(dtype)
+        if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
+            raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
         backend(attention, resolve_device(device))
         max_step_tokens = max_step_tokens or _default_step_tokens(_device_of(model, device))
         self.limits = limits or Limits()
@@ -138,6 +143,7 @@ class Engine:
         served, self.tokenizer = _served(
             model,
             tokenizer,
+            load_format,
             dtype,
             device,
             attention,
@@ -479,16 +485,16 @@ class Engine:
 
     @property
     def runs_on_gpu(self) -> bool:
-        """Whether its model runs on one GPU, where the first step of each kind is slow."""
-        return isinstance(self._model, ModelRunner) and self._model.device.type == "cuda"
+        """Whether its model runs on GPUs, where the first step of each kind is slow."""
+        return isinstance(self._model, ModelRunner | ParallelModel) and self._model.device.type == "cuda"
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Run every kind of step once: all sizes of CUDA graphs, the largest step and small ones, and each way of
         drawing tokens, so that no request waits for something to be compiled or captured.
 
         Nothing of it stays: tree, KV, statistics and seeds are as before. `progress(done, total)` is called after each.
-        A kind that fails, for want of memory perhaps, is logged as a warning. Does nothing for a model sharded over
-        several processes, which captures nothing, or one that is not transformers'.
+        A kind that fails, for want of memory perhaps, is logged as a warning; where the model is sharded over several
+        processes, that raises `EngineDead`. Does nothing for a model that is not transformers'.
         """
         steps, began = self.warm_up_steps(), time.monotonic()
         for done, step in enumerate(steps, 1):
@@ -769,6 +775,7 @@ def _check_options(plan: str, **sizes: int | None) -> None:
 def _served(
     model: "str | Path | PreTrainedModel | Model",
     tokenizer: "PreTrainedTokenizerBase | None",
+    load_format: str,
     dtype: str | torch.dtype,
     device: str,
     attention: str,
@@ -784,8 +791,6 @@ def _served(
     if ranks > 1:
         if not isinstance(model, str | Path):
             raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
-        if torch_compile:
-            raise InvalidRequest("torch_compile", torch_compile, "must be False where tensor_parallel_size is above 1")
         sharded, loaded = shard(
             model,
             ranks,
@@ -794,12 +799,16 @@ def _served(
             attention=attention,
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
+            load_format=load_format,
+            graphs=graphs,
+            max_graph_rows=max_graph_rows,
+            torch_compile=torch_compile,
             tokenizer=tokenizer,
         )
         return sharded, loaded.tokenizer
     if isinstance(model, Model):
         return model, tokenizer
-    loaded = _loaded(model, tokenizer, dtype, device)
+    loaded = _loaded(model, tokenizer, load_format, dtype, device)
     tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
     try:
         cuda = loaded.model.device.type == "cuda"
@@ -817,11 +826,12 @@ def _served(
 def _loaded(
     model: "str | Path | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
+    load_format: str,
     dtype: str | torch.dtype,
     device: str,
 ) -> LoadedModel:
     if isinstance(model, str | Path):
-        return load(model, dtype, device, tokenizer=tokenizer)
+        return load(model, dtype, device, load_format=load_format, tokenizer=tokenizer)
 
     from transformers import PreTrainedModel
 
@@ -876,7 +886,7 @@ def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
     """As many tokens as a share of the free memory holds. On a GPU the largest step has run by then, and has the memory
     that it takes; what CUDA graphs take comes out of the rest.
     """
-    if isinstance(model, ModelRunner) and model.device.type == "cuda":
+    if isinstance(model, ModelRunner | ParallelModel) and model.device.type == "cuda":
         model.profile_run(max_step_tokens)
     if isinstance(model, ParallelModel):
         room = model.kv_room

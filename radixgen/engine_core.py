@@ -25,7 +25,7 @@ from radixgen.core import (
     Stats,
 )
 from radixgen.grammar_budget import GrammarBudget
-from radixgen.model.base import Model
+from radixgen.model.base import FailsLater, Model
 from radixgen.run_ahead import Ran, RunAhead
 from radixgen.sampling import Drawable, Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
 from radixgen.scheduler.batch import Batch
@@ -285,6 +285,8 @@ class EngineCore:
         self._score(batch, ran)
         self._branch(batch, ran)
         self._draw(batch, ran)
+        if isinstance(self.model, FailsLater):
+            self.model.check()
         return self.take_ended() + batch.drawing
 
     def _run(self, batch: Batch) -> Ran:

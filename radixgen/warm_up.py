@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from radixgen.core import EngineDead
 from radixgen.model.base import Model, WarmsUp
 from radixgen.sampling import Drawable, draw_each_way
 
@@ -39,7 +40,7 @@ def _warm_up(name: str, run: Callable[[], Tensor], drawable: Drawable | None) ->
         logits = run()
         if len(logits):
             draw_each_way(logits, drawable)
-    except AssertionError:
+    except (AssertionError, EngineDead):
         raise
     except Exception as error:
         logger.warning("%s: a kind of step could not be warmed up: %s", name, error)

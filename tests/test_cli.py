@@ -192,6 +192,7 @@ def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
 
 
 ENGINE_OPTIONS = {
+    "--load-format": "dummy",
     "--dtype": "bfloat16",
     "--device": "cpu",
     "--tp": 2,
@@ -234,8 +235,8 @@ def test_help_texts_are_short() -> None:
 
 
 SHARED_OPTIONS = {
-    "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens", "enforce_eager",
-    "warm_up", "seed",
+    "load_format", "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens",
+    "enforce_eager", "warm_up", "seed",
 }  # fmt: skip
 
 

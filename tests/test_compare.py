@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import profile
+from bench import parallel, profile
 from bench.compare import run, table
 from bench.device import Ceilings
 from bench.limits import StepLimit, WorkloadLimit, distinct
@@ -92,3 +92,27 @@ def test_what_runs_at_the_same_time_is_busy_once_and_gaps_are_found() -> None:
 def test_profile(capsys) -> None:
     assert profile.main(["--workloads", "latency"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["latency"]["steps"] > 3
+
+
+def test_what_is_told_of_several_gpus() -> None:
+    """The limit names what was measured alone, and one GPU is what the others are compared with."""
+    one = {"seconds": 2.0, "ms_a_step": 4.0, "rows": 1, "limit_ms": 3.5}
+    found = {
+        "reduce": {"us": {"1 x 8": 10.0}},
+        "exact": {"equal": 2, "different": ["beams: [1] became [2]"]},
+        "many": {"layers": 4, "hidden": 8, "workloads": {"latency": one | {"seconds": 1.0, "limit_ms": 1.75}}},
+    }
+    assert parallel.told("reduce", found, 2) == ["all-reduce of 1 x 8: 10.0 µs"]
+    assert parallel.told("exact", found, 2)[0] == "exact: 2 of 3 answers equal"
+    (line,) = parallel.told("many", found, 2)
+    assert line.endswith("limit 1.830 = 1.750 read + 0.080 of 8 all-reduces")
+    found["one"] = {"layers": 4, "hidden": 8, "workloads": {"latency": one}}
+    assert parallel.told("one", found, 2)[-1] == "2 GPUs over one, latency: 2.00×"
+    found["one"] = {"failed": "exit status 1"}
+    assert parallel.told("one", found, 2) == ["one: exit status 1"]
+
+
+def test_one_process_is_timed_at_toy_size() -> None:
+    *_, found = parallel._time_engine("one", 1)
+    assert set(found["workloads"]) == {"latency", "prefix", "prefill"}
+    assert all(one["seconds"] > 0 for one in found["workloads"].values())

@@ -108,8 +108,8 @@ def test_no_step_after_warming_up_captures_or_compiles(monkeypatch: pytest.Monke
         expected = serve(cold)
     with Engine(model, kv_tokens=20_000) as warm:
         assert warm.stats().steps == 0 and warm.tree.num_nodes == 0
-        capture, compiled = CudaCapture.__call__, JITFunction._do_compile
-        monkeypatch.setattr(CudaCapture, "__call__", lambda *a: made.append("graph") or capture(*a))
+        record, compiled = CudaCapture.record, JITFunction._do_compile
+        monkeypatch.setattr(CudaCapture, "record", lambda *a: made.append("graph") or record(*a))
         monkeypatch.setattr(JITFunction, "_do_compile", lambda *a, **o: made.append(a[0]) or compiled(*a, **o))
         assert serve(warm) == expected
         assert not made

@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import families
 import numpy as np
@@ -37,7 +39,9 @@ from radixgen import (
 from radixgen.core import Plan
 from radixgen.core.settings import rank_environment
 from radixgen.model import ranks
+from radixgen.model.follower import _agree as agree
 from radixgen.model.follower import follow
+from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.lockstep import (
     COLUMNS,
     MAX_FRAME,
@@ -45,6 +49,7 @@ from radixgen.model.lockstep import (
     Closed,
     Job,
     Kind,
+    Origins,
     Step,
     pack,
     pack_step,
@@ -53,6 +58,7 @@ from radixgen.model.lockstep import (
 )
 from radixgen.model.parallel import ParallelModel
 from radixgen.model.ranks import Followers
+from radixgen.model.ring import RingReader
 
 ARCHITECTURES = ("llama", "qwen3-moe", "gemma2")
 TIGHT = {"kv_tokens": 96, "max_step_tokens": 16}
@@ -290,7 +296,6 @@ def test_gguf_files_are_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"tensor_parallel_size": 65}, "tensor_parallel_size"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size"),
-        ({"tensor_parallel_size": 2, "torch_compile": True}, "torch_compile"),
         ({"tensor_parallel_size": 2, "device": "cuda:1"}, "device"),
         ({"tensor_parallel_size": 2, "dtype": "int3"}, "dtype"),
     ],
@@ -352,7 +357,7 @@ class Recorder(StampModel):
 
     def run(self, plan: Plan, token_ids: np.ndarray, slots: np.ndarray, logit_rows: np.ndarray) -> torch.Tensor:
         kind, sent = unpack(bytearray(pack_step(Step(plan, token_ids, slots, logit_rows))))
-        got = unpack_step(sent)
+        got = unpack_step(sent, {})
         assert kind is Kind.RUN
         for name in COLUMNS:
             one, other = getattr(plan, name), getattr(got.plan, name)
@@ -372,6 +377,27 @@ def test_a_step_comes_out_as_it_went_in() -> None:
     with Engine(model, **TIGHT) as engine:
         engine.generate(prompts(), SamplingParams(max_tokens=12))
     assert model.seen > 10
+
+
+def test_plans_have_the_same_origins_on_all_ranks() -> None:
+    """As long as either side has a use for them."""
+    origins, known = Origins(), WeakValueDictionary()
+    built = [unpack_step(unpack(bytearray(a_step()))[1], {}).plan for _ in range(2)]
+
+    def send(plan: Plan) -> tuple[int, Plan]:
+        step, number = Step(plan, *[np.empty(0, np.int64)] * 3), origins.number(plan)
+        return number, unpack_step(unpack(bytearray(pack_step(step, origin=number)))[1], known).plan
+
+    first, second = send(built[0]), send(built[1])
+    later = send(built[0].advance().advance())
+    assert first[0] == later[0] != second[0] and later[1].age == 2
+    assert later[1].origin is first[1] is first[1].origin and second[1].origin is second[1]
+    number = first[0]
+    del first, later
+    again = send(built[0].advance())
+    assert again[0] == number and again[1].origin is again[1], "an origin that is not known is a new one"
+    built.clear()
+    assert not origins._numbers
 
 
 @pytest.fixture
@@ -416,7 +442,7 @@ def test_a_follower_answers_for_its_memory_and_ends_with_what_a_step_raises(chan
         ours.send(pack(Kind.ALLOCATE, [np.array([slots])]))
     ours.send(a_step())
     with pytest.raises(IndexError, match="no such slot"):
-        follow(theirs, Failing())
+        follow(theirs.receive, theirs, Failing())
     assert ours.receive() == b'{"refused": "OutOfMemoryError: 100 slots"}'
     assert ours.receive() == b'{"allocated": 1}'
 
@@ -425,7 +451,7 @@ class Company:
     """Followers that have room for `room` slots."""
 
     def __init__(self, room: int) -> None:
-        self.room, self.asked = room, []
+        self.room, self.asked, self.ended = room, [], threading.Event()
         self.job = SimpleNamespace(size=2)
 
     def send(self, frame: bytes) -> None:
@@ -441,11 +467,14 @@ class Company:
 
 class Runner(StampModel):
     costs = ()
+    device = torch.device("cpu")
     runner_slots = 0
 
     def allocate(self, slots: int) -> None:
         self.runner_slots = slots
         super().allocate(slots)
+
+    def drop_graphs(self) -> None: ...
 
 
 def test_a_pool_is_as_large_as_the_least_rank_has_room_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -500,3 +529,80 @@ def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     found = rank_environment(3)
     assert found["LOCAL_RANK"] == "3"
     assert found["PYTHONPATH"] == f"{Path.cwd()}{os.pathsep}/somewhere"
+
+
+# -- captured steps -------------------------------------------------------------------------------------------
+
+
+def test_captured_steps_of_two_ranks_equal_one_process(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Warmed up, replayed and begun ahead; then one rank can't capture a size, and both run it as it is."""
+    pytest.importorskip("triton")
+    options = {"kv_tokens": 64, "max_model_len": 32, "max_step_tokens": 4}
+    asked, params = [[3, 4, 5], [9, 8]], SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    with Engine(llama, **options) as plain:
+        expected = tokens(plain.generate(asked, params))
+    with Engine(llama, **options, attention="triton", tensor_parallel_size=2, warm_up=False) as sharded:
+        model = sharded._model
+        for step in model.warm_up_steps(2, 2)[:3]:
+            assert step().shape[1] == families.VOCAB
+        graphs = model.runner._graphs
+        assert graphs._graphs and sharded.stats().kv_bytes_read == 0
+        begun = count_calls(monkeypatch, ParallelModel, "run_ahead")
+        assert tokens(sharded.generate(asked, params)) == expected
+        assert begun
+        sharded.check()
+        sharded.reset_prefix_cache()
+        model.allocate(64)  # all begin again, but now rank 0 can capture nothing
+        monkeypatch.setattr(model.runner._graphs._capture, "record", no_capture)
+        assert tokens(sharded.generate([[3, 4, 5]], params)) == expected[:1]
+        assert not model.runner.runs_ahead and "without CUDA graphs" in caplog.text
+        assert sharded.stats().failed_captures == 1
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    calls, method = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *given: calls.append(1) or method(self, *given))
+    return calls
+
+
+def no_capture(_: object) -> NoReturn:
+    raise RuntimeError("no capture")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(True, True), (True, False), (False, True)])
+def test_ranks_agree(
+    ours: bool, theirs: bool, channels: tuple[Channel, Channel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[RingReader] = []
+
+    def start(self: Followers, _: int) -> None:
+        self._channels.append(channels[0])
+        readers.append(RingReader(*map(os.dup, self._ring.add_reader())))
+
+    monkeypatch.setattr(Followers, "_start", start)
+    followers = Followers(a_job(tmp_path))
+    answer = ranks.in_thread(lambda: agree(channels[1], readers[0].read, theirs), "test")
+    assert followers.agree(ours) is answer.result(10) is (ours and theirs)
+
+
+class Unsteady:
+    """A capture that some rank can't make."""
+
+    def rehearse(self, _: object) -> None: ...
+
+    def record(self, run: object) -> object:
+        return run
+
+
+def test_a_graph_that_another_rank_cannot_capture_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = StepGraphs.__new__(StepGraphs)
+    graphs._capture = Unsteady()
+    graph = SimpleNamespace(forward=lambda: torch.ones(1))
+    assert torch.equal(graphs._first_run_together(graph, lambda fine: fine), torch.ones(1))
+    with pytest.raises(NotCapturable, match="another rank"):
+        graphs._first_run_together(graph, lambda _: False)
+    monkeypatch.setattr(graphs._capture, "rehearse", no_capture)
+    with pytest.raises(RuntimeError, match="no capture"):  # the other ranks are in the midst of the same pass
+        graphs._first_run_together(graph, lambda _: pytest.fail("asked"))

@@ -24,6 +24,7 @@ from radixgen.core.settings import as_rank_0, rank_environment
 from radixgen.model import parallel, ranks
 from radixgen.model.lockstep import Channel, Closed
 from radixgen.model.ranks import Followers, in_thread
+from radixgen.model.ring import RingWriter
 
 VARIABLES = ("LOCAL_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -74,6 +75,25 @@ def test_a_rank_that_fails_is_not_waited_for_behind_another(followers: Followers
     with pytest.raises(Closed, match="rank 2 raised OutOfMemoryError: full"):
         followers.answers(60.0)
     assert followers.obituary() == "rank 2 raised OutOfMemoryError: full"
+
+
+def test_nothing_is_sent_where_a_rank_has_ended(followers: Followers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor waited for behind it, where it left the ring full."""
+    monkeypatch.setattr(followers, "_ring", RingWriter(64))
+    followers._ring.add_reader()
+    followers.send(bytes(24))
+    followers.send(bytes(24))
+    monkeypatch.setattr(ranks, "STEP_SECONDS", 0.01)
+    with pytest.raises(TimeoutError, match="read nothing"):
+        followers.send(b"")
+    monkeypatch.setattr(ranks, "STEP_SECONDS", 60.0)
+    sending = in_thread(lambda: followers.send(b""), "test")
+    followers.processes[0].channel.close()
+    with pytest.raises(Closed):
+        sending.result(10)
+    assert followers.ended.wait(10)
+    with pytest.raises(Closed):
+        followers.send(b"")
 
 
 def test_work_beside_others(followers: Followers) -> None:
@@ -189,7 +209,7 @@ def test_rank_0_loads_as_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def __init__(self, job: object) -> None:
             self.job = job
 
-        answers = stop = lambda *_: []
+        answers = stop = agree = lambda *_: []
         obituary = lambda _: ""  # noqa: E731
         run_watched = lambda _, call: call()  # noqa: E731
 

@@ -63,7 +63,7 @@ class NodeSummary:
     """Units that read its keys, before any was split along its keys."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Plan:
     """Units of attention over depth-first rows.
 

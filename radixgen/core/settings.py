@@ -99,8 +99,11 @@ def as_rank_0() -> Iterator[None]:
 
 def _rank_variables(rank: int) -> dict[str, str]:
     """`LOCAL_RANK`, by which transformers takes a GPU; and the loopback, over which ranks talk unless
-    `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` say otherwise.
+    `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` say otherwise. NVLink multicast is off unless its variables are set.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    unset = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys() if loopback else set()
-    return {"LOCAL_RANK": str(rank)} | dict.fromkeys(unset, loopback or "")
+    defaults = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    if loopback:
+        defaults |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), loopback)
+    unset = {name: value for name, value in defaults.items() if name not in os.environ}
+    return {"LOCAL_RANK": str(rank)} | unset

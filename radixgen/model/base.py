@@ -59,6 +59,16 @@ class WarmsUp(Protocol):
 
 
 @runtime_checkable
+class FailsLater(Protocol):
+    """A model that may give results of no meaning, and learn only later that it failed."""
+
+    def check(self) -> None:
+        """Called when the host has read what a step gave, before anybody else does. Raises `EngineDead` where that
+        means nothing.
+        """
+
+
+@runtime_checkable
 class RunsAhead(Protocol):
     """A model that can begin a step before the tokens of the step before it are known to the host."""
 

@@ -1,7 +1,8 @@
-"""A rank of a sharded model that is not rank 0: `python -m radixgen.model.follower FD`.
+"""A rank of a sharded model that is not rank 0: `python -m radixgen.model.follower SOCKET MEMORY FRAMES TAKEN`.
 
-It holds its share of the weights and of the KV, and does what rank 0 says on the socket `FD`. What a step raises ends
-it: ranks that no longer run the same step can't be brought together again.
+It holds its share of the weights and of the KV, and does what rank 0 says on a ring, of which the last three are the
+descriptors, and answers on `SOCKET`, where it is also told its job and whatever is too large for the ring. What a step
+raises ends it: ranks that no longer run the same step can't be brought together again.
 """
 
 import logging
@@ -11,15 +12,22 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from radixgen.cache.storage import kv_room
-from radixgen.model.base import Model
+from radixgen.core import Plan
 from radixgen.model.lockstep import Channel, Closed, Job, Kind, unpack, unpack_step
-from radixgen.model.parallel import share_of
+from radixgen.model.parallel import run_ahead, share_of
 from radixgen.model.ranks import await_hangup, join
+from radixgen.model.ring import RingReader
+from radixgen.model.runner import ModelRunner
+
+Receive = Callable[[], bytearray]
+"""The next frame of rank 0's; blocks"""
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +36,8 @@ def main() -> None:
     """Signals that a terminal or a supervisor sends to all processes are for rank 0, which decides when to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    descriptor, *of_ring = map(int, sys.argv[1:])
+    channel, ring = Channel(socket.socket(fileno=descriptor)), RingReader(*of_ring)
     try:
         job = Job.from_bytes(channel.receive())
     except Closed:
@@ -38,9 +47,10 @@ def main() -> None:
     try:
         channel.answer(started=1)
         join(job)
-        runner, _ = share_of(job)
+        receive = partial(_receive, ring, channel)
+        runner, _ = share_of(job, partial(_agree, channel, receive))
         channel.answer(kv_bytes_per_token=runner.kv_bytes_per_token, kv_room=kv_room(runner.device))
-        follow(channel, runner)
+        follow(receive, channel, runner)
     except Closed:
         end()
     except BaseException as error:
@@ -50,19 +60,49 @@ def main() -> None:
         sys.exit(1)
 
 
-def follow(channel: Channel, model: Model) -> None:
-    """Do as rank 0 says until it hangs up. Raises `Closed` then, and what `model` raises in a step."""
+def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
+    """Do as rank 0 says in what comes, and answer on `channel`. Raises `Closed` where `receive` does, and what `model`
+    raises in a step.
+    """
+    origins: WeakValueDictionary[int, Plan] = WeakValueDictionary()
     while True:
-        kind, arrays = unpack(channel.receive())
+        kind, arrays = unpack(receive())
         if kind is Kind.RUN:
-            model.run(*unpack_step(arrays))
-            continue
-        try:
-            model.allocate(int(arrays[0][0]))
-        except (MemoryError, RuntimeError, ValueError) as error:
-            channel.answer(refused=f"{type(error).__name__}: {error}")
+            model.run(*unpack_step(arrays, origins))
+        elif kind is Kind.WARM_UP:
+            model.warm_up(*unpack_step(arrays, origins))
+        elif kind is Kind.RUN_AHEAD:
+            plan, _, slots, logit_rows = unpack_step(arrays, origins)
+            run_ahead(model, plan, None, slots, logit_rows)
+        elif kind is Kind.ROOM:
+            channel.answer(kv_room=kv_room(model.device))
+        elif kind is Kind.ALLOCATE:
+            _allocate(channel, model, int(arrays[0][0]))
         else:
-            channel.answer(allocated=1)
+            raise ValueError(f"{kind.name} was not asked for")
+
+
+def _allocate(channel: Channel, model: ModelRunner, slots: int) -> None:
+    try:
+        model.allocate(slots)
+    except (MemoryError, RuntimeError, ValueError) as error:
+        channel.answer(refused=f"{type(error).__name__}: {error}")
+    else:
+        channel.answer(allocated=1)
+
+
+def _receive(ring: RingReader, channel: Channel) -> bytearray:
+    frame = ring.read()
+    return channel.receive() if frame is None else frame
+
+
+def _agree(channel: Channel, receive: Receive, fine: bool) -> bool:
+    """As `radixgen.model.graphs.Agree`. Raises `Closed`."""
+    channel.answer(fine=int(fine))
+    kind, arrays = unpack(receive())
+    if kind is not Kind.AGREED:
+        raise ValueError(f"{kind.name} came in place of an answer")
+    return bool(arrays[0][0])
 
 
 def _end(store: Path) -> None:

@@ -7,7 +7,7 @@ tables of `StaticAttention`. A step fills them and replays; where only lengths g
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from radixgen.kernels.upload import Staging
 from radixgen.kernels.workspace import Workspace
 from radixgen.model.packed import LayerCall, TreeModel
 
-Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Turns a call into one that does the same with less host work and returns the same tensor again."""
+Agree = Callable[[bool], bool]
+"""Whether all ranks of a sharded model are fine; each says so of itself, and all get the same answer."""
 
 _FINE, _COARSE = 256, 1024
 """Up to _FINE rows a graph for each power of two, up to _COARSE for each multiple of 128, then of 256."""
@@ -67,6 +67,16 @@ def buckets(most: int) -> list[int]:
     return sizes
 
 
+class Capture(Protocol):
+    """Turns a call into one that does the same with less host work and returns the same tensor again."""
+
+    def rehearse(self, run: Callable[[], Tensor]) -> None:
+        """Run it once, where that has to be before it is recorded."""
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The call that is replayed. Raises what capturing raises, and leaves nothing behind."""
+
+
 class CudaCapture:
     """A `Capture` into CUDA graphs that share one memory pool. What a graph returns is overwritten when another one is
     replayed.
@@ -75,20 +85,30 @@ class CudaCapture:
     So a pool has a first graph that does next to nothing and is kept.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, error_mode: str = "global") -> None:
+        """error_mode: `"thread_local"` where other threads use CUDA meanwhile, as NCCL's do."""
         self._device = device
+        self._error_mode = error_mode
         self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run, then capture. Raises what capturing raises, and leaves nothing behind."""
-        if self._first is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._first, _ = self._record(lambda: torch.zeros(1, device=self._device))
+        """Run, then capture. Raises what either raises, and leaves nothing behind."""
+        self.rehearse(run)
+        return self.record(run)
+
+    def rehearse(self, run: Callable[[], Tensor]) -> None:
+        """Run on a stream beside the current one, so that libraries and kernels are ready."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """As `Capture`."""
+        if self._first is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._first, _ = self._record(lambda: torch.zeros(1, device=self._device))
         graph, result = self._record(run)
         result = _unowned(result)
 
@@ -102,7 +122,7 @@ class CudaCapture:
         stream = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._error_mode):
                 result = run()
         except BaseException:
             torch.cuda.set_stream(stream)
@@ -136,9 +156,15 @@ def _unowned(tensor: Tensor) -> Tensor:
     return bits.view(tensor.dtype)
 
 
-def call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+class PlainCapture:
     """Captures nothing: the plain twin, for any device."""
-    return run
+
+    def rehearse(self, run: Callable[[], Tensor]) -> None:
+        """Nothing has to be ready."""
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`run` itself."""
+        return run
 
 
 class NotCapturable(Exception):
@@ -148,16 +174,26 @@ class NotCapturable(Exception):
 class StepGraphs:
     """The captured passes of one model, made when they are first needed, one a `Size`."""
 
-    def __init__(self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int) -> None:
+    def __init__(
+        self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int, agree: Agree | None = None
+    ) -> None:
+        """agree: asked once a capture where the model is sharded, so that all ranks replay a graph or none does."""
         self.max_rows = max_rows
-        self._model, self._storage, self._backend = model, storage, backend
-        self._capture = CudaCapture(model.device) if model.device.type == "cuda" else call
+        self._model, self._storage, self._backend, self._agree = model, storage, backend, agree
+        self._capture: Capture = PlainCapture()
+        if model.device.type == "cuda":
+            self._capture = CudaCapture(model.device, "thread_local" if agree else "global")
         self._workspace = Workspace()
         self._graphs: dict[Size, _Graph] = {}
         self._refused: set[Size] = set()
         self.usable = True
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
+
+    def clear(self) -> None:
+        """Forget all graphs, whoever else still holds this."""
+        self._graphs.clear()
+        self.usable, self._capture = False, PlainCapture()
 
     def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, nor of a size that was refused."""
@@ -170,6 +206,7 @@ class StepGraphs:
         """As `Model.run`. The logits are overwritten by the next step.
 
         Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
+        Where the model is sharded, what the pass itself raises is raised: the other ranks are in its midst.
         """
         size = Size.of(plan, logit_rows.size)
         graph = self._loaded(plan, token_ids, slots, logit_rows)
@@ -178,17 +215,37 @@ class StepGraphs:
         graph = _Graph(self._model, self._storage, self._backend, size, self._workspace)
         graph.load(plan, token_ids, slots, logit_rows)
         try:
-            graph.replay = self._capture(graph.forward)
-            logits = graph.replay()
-        except AssertionError:
-            raise
-        except Exception as error:
+            logits = self._first_run(graph) if self._agree is None else self._first_run_together(graph, self._agree)
+        except NotCapturable:
             self._refused.add(size)
             self.usable = self._captured_any
-            raise NotCapturable(str(error)) from error
+            raise
         self._captured_any = True
         self._graphs[size] = graph
         return logits[: logit_rows.size]
+
+    def _first_run(self, graph: "_Graph") -> Tensor:
+        try:
+            self._capture.rehearse(graph.forward)
+            graph.replay = self._capture.record(graph.forward)
+            return graph.replay()
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise NotCapturable(str(error)) from error
+
+    def _first_run_together(self, graph: "_Graph", agree: Agree) -> Tensor:
+        self._capture.rehearse(graph.forward)
+        failure: Exception | None = None
+        try:
+            graph.replay = self._capture.record(graph.forward)
+        except AssertionError:
+            raise
+        except Exception as error:
+            failure = error
+        if not agree(failure is None):
+            raise NotCapturable(str(failure or "another rank could not capture it")) from failure
+        return graph.replay()
 
     @torch.inference_mode()
     def run_ahead(

@@ -14,12 +14,14 @@ import torch
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
 from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_quantization, check_whole
+from radixgen.model.dummy import make_dummy
 from radixgen.model.ends import end_tokens
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 GENERATION_CONFIG = "generation_config.json"
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,16 +62,25 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
+def check_load_format(load_format: str) -> str:
+    """`load_format`. Raises `InvalidRequest`."""
+    if load_format not in LOAD_FORMATS:
+        raise InvalidRequest("load_format", load_format, f"must be {' or '.join(LOAD_FORMATS)}")
+    return load_format
+
+
 def load(
     name: str | Path,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     *,
+    load_format: str = "auto",
     ranks: int = 1,
+    rank: int = 0,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> LoadedModel:
     """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer`: in
-    place of its own.
+    place of its own. `load_format`: `"auto"`, or `"dummy"` for random weights, of which the config is all that is read.
 
     With `ranks` above 1, this process's share of what `check_shards` found fit; all ranks of the process group load at
     the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
@@ -78,6 +89,8 @@ def load(
 
     place, target = resolve_device(device), resolve_dtype(dtype)
     source, options = _found(name)
+    if check_load_format(load_format) == "dummy" and "gguf_file" in options:
+        raise InvalidRequest("load_format", load_format, f"needs a model with a config.json, and {name} is a GGUF file")
     with quiet_transformers():
         config = _config(name, source, options)
         if getattr(config, "is_encoder_decoder", False):
@@ -87,6 +100,11 @@ def load(
         else:
             check_quantization(f"{name} ({config.model_type})", config, source)
             load_generation_config(name)  # transformers does without one that it can't read, and without its end tokens
+        if tokenizer is None:
+            tokenizer = _tokenizer(source, options)
+        if load_format == "dummy":
+            model = _dummy(name, config, target, place, ranks, rank)
+            return LoadedModel(str(name), model.eval(), tokenizer)
         if ranks > 1:
             from transformers.distributed import DistributedConfig
 
@@ -98,8 +116,6 @@ def load(
         except Exception as error:
             raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
         check_whole(f"{name} ({config.model_type})", model, info)
-        if tokenizer is None:
-            tokenizer = _tokenizer(source, options)
     return LoadedModel(str(name), (model if ranks > 1 else model.to(place)).eval(), tokenizer)
 
 
@@ -192,6 +208,17 @@ def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
     if path.is_absolute() or str(name).startswith((".", "~")) or path.exists():
         raise ModelNotFound(f"{name}: no such directory or GGUF file")
     return str(name), {}
+
+
+def _dummy(
+    name: str | Path, config: Any, dtype: torch.dtype | str, device: torch.device, ranks: int, rank: int
+) -> "PreTrainedModel":
+    if isinstance(dtype, str):
+        dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    try:
+        return make_dummy(config, dtype, device, ranks, rank)
+    except Exception as error:
+        raise UnsupportedModel(f"{name}: transformers could not make it from its config: {error}") from error
 
 
 def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:

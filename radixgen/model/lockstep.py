@@ -4,10 +4,12 @@ A frame is a length and bytes. Rank 0 sends typed arrays under a kind, so that e
 answer with JSON. Nothing on the way is code.
 """
 
+import itertools
 import json
 import socket
 import struct
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -52,6 +54,14 @@ class Kind(IntEnum):
 
     ALLOCATE = 1
     RUN = 2
+    WARM_UP = 3
+    """As `RUN`, and nothing is written or counted."""
+    RUN_AHEAD = 4
+    """As `RUN`; the token ids follow from device to device."""
+    ROOM = 5
+    """How many bytes a pool may take."""
+    AGREED = 6
+    """Whether all ranks are fine, which each said of itself before."""
 
 
 class Closed(Exception):
@@ -74,6 +84,10 @@ class Job:
     max_step_tokens: int
     threads: int
     """Of PyTorch, in each rank."""
+    load_format: str = "auto"
+    graphs: bool = False
+    max_graph_rows: int = 0
+    torch_compile: bool = False
 
     def as_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -166,17 +180,38 @@ def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
         raise ValueError(f"not a frame: {error}") from error
 
 
-def pack_step(step: Step) -> bytes:
-    """A step as a frame, less what of its plan only `explain` reads."""
+class Origins:
+    """Numbers of the plans that were built and are still in use, of which others are left where lengths have grown.
+
+    Whether a graph takes a step by the tables that it has depends on which plan they were laid out for. So a plan has
+    the same origin on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, tuple[int, weakref.ref[Plan]]] = {}
+        self._next = itertools.count()
+
+    def number(self, plan: Plan) -> int:
+        """Of the plan of which this one is left."""
+        origin, numbers = plan.origin, self._numbers
+        key = id(origin)
+        if key not in numbers:
+            forget = weakref.ref(origin, lambda _: numbers.pop(key, None))
+            numbers[key] = next(self._next), forget
+        return numbers[key][0]
+
+
+def pack_step(step: Step, kind: Kind = Kind.RUN, origin: int = 0) -> bytes:
+    """A step as a frame, less what of its plan only `explain` reads. `origin`: its number in `Origins`."""
     plan = step.plan
     assert plan.window is None
-    counts = np.array([plan.tile_rows, plan.age], np.int64)
+    counts = np.array([plan.tile_rows, plan.age, origin], np.int64)
     columns = [getattr(plan, name) for name in COLUMNS]
-    return pack(Kind.RUN, [*step[1:], counts, np.array([plan.predicted]), *columns])
+    return pack(kind, [*step[1:], counts, np.array([plan.predicted]), *columns])
 
 
-def unpack_step(arrays: Sequence[Array]) -> Step:
-    """The arrays of a `Kind.RUN`."""
+def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> Step:
+    """The arrays that `pack_step` packed. `origins`: plans by their numbers, which must not keep them alive."""
     token_ids, slots, logit_rows, counts, predicted, *columns = arrays
     by_name: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
     plan = Plan(
@@ -185,7 +220,9 @@ def unpack_step(arrays: Sequence[Array]) -> Step:
         age=int(counts[1]),
         predicted=float(predicted[0]),
         nodes=_unexplained(),
+        _origin=origins.get(int(counts[2])),
     )
+    origins[int(counts[2])] = plan.origin
     return Step(plan, token_ids, slots, logit_rows)
 
 

@@ -21,6 +21,7 @@ from radixgen.core import InvalidRequest, UnsupportedModel, Window, first_seen
 from radixgen.core.settings import keep_compiled
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks
+from radixgen.model.collectives import silent
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
 from radixgen.model.fused_linear import fuse_linears, restore_linears
 from radixgen.model.last_block import KVStored, LastBlock, insert_last_block, remove_last_block
@@ -40,6 +41,8 @@ _TOLERANCE = 0.05
 """Of the largest value: half precision stays well below it, a key too many or too few does not."""
 _LONGEST_PROOF = 256
 """Rows of the longest sequence with which a model is tried."""
+_COMPILED_ROWS = (1, 2, 15, 16, 100)
+"""What is compiled for any number of rows is compiled anew for one, few and multiples of 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +141,14 @@ class TreeModel:
         """Of each layer"""
         self.geometry: Geometry | None = None
         config = model.config.get_text_config()
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        embedding = model.get_input_embeddings()  # of which a rank may have some rows
+        self.vocab_size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
         self._last_block: LastBlock | None = None
         self._write: Callable[[LayerCall], None] | None = None
         self._compiled: list[nn.Module] = []
+        self._may_uncompile = True
         self._former_rotary: list[tuple[nn.Module, Any]] = []
         self._former_attention = model.config._attn_implementation
         _register()
@@ -192,11 +197,11 @@ class TreeModel:
         try:
             return self._forward(token_ids, positions, logit_rows)
         except RuntimeError as error:
-            if not (self._compiled and _is_of_compiler(error)):
+            if not (self._compiled and self._may_uncompile and _is_of_compiler(error)):
                 raise
             reason = " ".join(str(error).split("\n\n")[0].split())
             logger.warning("%s: torch.compile failed, so that it runs uncompiled from now on: %s", self.name, reason)
-            self._uncompile()
+            self.uncompile()
             return self._forward(token_ids, positions, logit_rows)
         finally:
             self.attend, self._write = self._no_attend, None
@@ -255,6 +260,17 @@ class TreeModel:
             module.compile(dynamic=True, options=options)
             self._compiled.append(module)
 
+    def compiles(self) -> bool:
+        """Whether the blocks compile, for one, a few and many rows, tried by passes in which no ranks meet. From then
+        on a failure is raised: a rank that went on uncompiled would meet the others in the wrong places.
+        """
+        with silent():
+            for rows in _COMPILED_ROWS:
+                sequence = self._sequence(0, min(rows, self.max_model_len))
+                self._logits([sequence], _causal_over([sequence]))
+        self._may_uncompile = False
+        return bool(self._compiled)
+
     def fuse_linears(self) -> None:
         """Multiply by the weights of layers with the same input at once, and by experts' with a kernel of ours."""
         fuse_linears(self.model)
@@ -275,14 +291,15 @@ class TreeModel:
         self.windows.append(self._reader.window_of(mask, rows))
         self.layer_of(module)
 
-    def _uncompile(self) -> None:
+    def uncompile(self) -> None:
+        """Undo `compile_blocks`."""
         for module in self._compiled:
             module._compiled_call_impl = None
         self._compiled.clear()
 
     def release(self) -> None:
         """Give the model back as it was."""
-        self._uncompile()
+        self.uncompile()
         remove_last_block(self.model)
         restore_linears(self.model)
         restore_experts(self.model)

@@ -2,12 +2,16 @@
 
 transformers shards the weights by the plan in a model's config. Each rank has its share of the heads, and a KV pool of
 the same slots for those heads. Tree, scheduler and sampling are rank 0's: `ParallelModel` tells the others each call,
-then takes part in it. Within a step the ranks meet in torch.distributed, after which each has all logits.
+then takes part in it. Within a step the ranks meet in torch.distributed, after which each has all logits. Whatever a
+step does beside that, as capturing a graph or running ahead, follows from what all ranks know alike, or is agreed on.
 """
 
+import logging
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,21 +22,30 @@ from torch import Tensor
 from radixgen.cache.storage import kv_room
 from radixgen.core import EngineDead, InvalidRequest, Plan, RadixgenError
 from radixgen.core.settings import as_rank_0
+from radixgen.model.collectives import Rank, use_plain_collectives
+from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
-from radixgen.model.lockstep import Closed, Job, Kind, Step, pack, pack_step
+from radixgen.model.lockstep import Job, Kind, Origins, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
-from radixgen.model.ranks import START_SECONDS, Followers, bound_steps, join
-from radixgen.model.runner import ModelRunner
+from radixgen.model.ranks import START_SECONDS, Followers, LastStep, bound_steps, join, watch_steps
+from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
+from radixgen.model.warm_up import WarmUpStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_NO_TOKENS = np.empty(0, np.int64)
 
 
 class ParallelModel:
     """A `Model` over the share of rank 0 and those of its followers.
 
     Ranks that don't run the same step wait for each other in vain, so a step that fails on any of them, for whatever
-    reason, is the end: `EngineDead`, then and ever after. Steps are not captured in CUDA graphs.
+    reason, is the end: `EngineDead`, then and ever after.
     """
 
     def __init__(self, runner: ModelRunner, followers: Followers, kv_room: int) -> None:
@@ -50,8 +63,25 @@ class ParallelModel:
         """Of all ranks, as every count of bytes here."""
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
+        self._origins = Origins()
         self._dead = ""
         """Why it is."""
+        self._last: LastStep | None = None
+        if self.device.type == "cuda":
+            self._last = LastStep()
+            threading.Thread(
+                target=watch_steps, args=(self._last, followers.ended), name="radixgen-steps", daemon=True
+            ).start()
+
+    @property
+    def device(self) -> torch.device:
+        """Of rank 0."""
+        return self.runner.device
+
+    @property
+    def failed_captures(self) -> int:
+        """As `ModelRunner`'s."""
+        return self.runner.failed_captures
 
     def allocate(self, slots: int) -> None:
         """As `Model.allocate`. Where any rank has no memory, none keeps any slots, and what it raised is raised."""
@@ -69,13 +99,65 @@ class ParallelModel:
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
         """As `Model.run`. Raises `EngineDead` where any rank fails."""
+        step = Step(plan, token_ids, slots, logit_rows)
+        return self._lead(Kind.RUN, step, partial(self.runner.run, *step))
+
+    @property
+    def runs_ahead(self) -> bool:
+        """As `radixgen.model.base.RunsAhead`."""
+        return not self._dead and self.runner.runs_ahead
+
+    def run_ahead(
+        self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
+    ) -> Tensor | None:
+        """As `radixgen.model.base.RunsAhead`: all ranks have captured the same steps. Raises as `run`."""
+        step = Step(plan, _NO_TOKENS, slots, logit_rows)
+        begin = partial(run_ahead, self.runner, plan, tokens, slots, logit_rows)
+        return self._lead(Kind.RUN_AHEAD, step, begin)
+
+    def check(self) -> None:
+        """As `radixgen.model.base.FailsLater`: a device whose peer is gone ends its step all the same."""
+        if not self._dead and self.followers.ended.is_set():
+            how = self.followers.obituary() or "Timed out: the ranks waited for each other in vain"
+            self._die(f"a step failed: {how}")
+        if self._dead:
+            raise EngineDead(self._dead)
+
+    def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
+        """As `radixgen.model.base.WarmsUp`, on all ranks."""
+        return [partial(self._warm_up, kind) for kind in self.runner.warm_up_kinds(max_rows, max_logits)]
+
+    def profile_run(self, max_rows: int) -> None:
+        """Run a step of `max_rows` rows on GPUs before `allocate`, after which `kv_room` is what is left of their
+        memory. Raises `EngineDead` where there is too little for that step.
+        """
+        if self.device.type != "cuda":
+            return
+        self.allocate(WARM_UP_SLOTS)
+        self.warm_up_steps(max_rows, 1)[0]()
+        self.allocate(0)
+        self.followers.send(pack(Kind.ROOM))
+        rooms = [answer["kv_room"] for answer in self.followers.answers(START_SECONDS)]
+        self.kv_room = self._size * min(kv_room(self.device), *rooms)
+
+    def release(self) -> None:
+        """End the other ranks and give back the model."""
+        self._die("it was released")
+        self.runner.release()
+
+    def _warm_up(self, kind: WarmUpStep) -> Tensor:
+        step = self.runner.warm_up_inputs(kind)
+        return self._lead(Kind.WARM_UP, step, partial(self.runner.warm_up, *step))
+
+    def _lead(self, kind: Kind, step: Step, take_part: Callable[[], T]) -> T:
+        """Have the others take a step, and take part. Raises `EngineDead` where any rank fails."""
         if self._dead:
             raise EngineDead(self._dead)
         try:
-            self.followers.send(pack_step(Step(plan, token_ids, slots, logit_rows)))
-            logits = self.runner.run(plan, token_ids, slots, logit_rows)
-            if self.runner.device.type == "cuda":
-                _finish_on_gpu()
+            self.followers.send(pack_step(step, kind, self._origins.number(step.plan)))
+            result = take_part()
+            if self._last is not None:
+                self._last.begin()
         except Exception as error:
             how = self.followers.obituary() or f"rank 0 raised {error!r}"
             self._die(f"a step failed: {how}")
@@ -85,12 +167,7 @@ class ParallelModel:
             raise
         self.kv_bytes_read = self._size * self.runner.kv_bytes_read
         self.kv_bytes_unshared = self._size * self.runner.kv_bytes_unshared
-        return logits
-
-    def release(self) -> None:
-        """End the other ranks and give back the model."""
-        self._die("it was released")
-        self.runner.release()
+        return result
 
     def _allocate(self, slots: int) -> None:
         self.followers.send(pack(Kind.ALLOCATE, [np.array([slots])]))
@@ -107,6 +184,7 @@ class ParallelModel:
 
     def _die(self, reason: str) -> None:
         self._dead = self._dead or f"{self.name}: {reason}"
+        self.runner.drop_graphs()  # NCCL does not end while a graph holds its collectives
         self.followers.stop()
 
 
@@ -119,10 +197,15 @@ def shard(
     attention: str = "auto",
     max_model_len: int | None = None,
     max_step_tokens: int = 2048,
+    load_format: str = "auto",
+    graphs: bool = False,
+    max_graph_rows: int = 0,
+    torch_compile: bool | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[ParallelModel, LoadedModel]:
     """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
-    `tokenizer`: in place of its own.
+    `load_format` and `tokenizer` as `load` takes them, `graphs` and `max_graph_rows` as `ModelRunner`. `torch_compile`
+    is by default as `graphs` where there are GPUs.
 
     Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
     """
@@ -139,6 +222,10 @@ def shard(
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
         threads=torch.get_num_threads(),
+        load_format=load_format,
+        graphs=graphs,
+        max_graph_rows=max_graph_rows,
+        torch_compile=graphs and place == "cuda" if torch_compile is None else torch_compile,
     )
     try:
         followers = Followers(job)
@@ -149,7 +236,7 @@ def shard(
         if place == "cuda":
             torch.cuda.set_device(0)  # of this thread: steps may run in it
         with as_rank_0():
-            runner, loaded = followers.run_watched(partial(_load_rank_0, followers.job, tokenizer))
+            runner, loaded = followers.run_watched(partial(_load_rank_0, followers.job, followers.agree, tokenizer))
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
     except BaseException as error:
@@ -160,17 +247,60 @@ def shard(
         raise EngineDead(f"{name}: {ranks} ranks did not start: {how or f'rank 0 raised {error!r}'}") from error
 
 
-def _load_rank_0(job: Job, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[ModelRunner, LoadedModel]:
+def _load_rank_0(
+    job: Job, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[ModelRunner, LoadedModel]:
     join(job)
-    return share_of(job, tokenizer)
+    return share_of(job, agree, tokenizer)
 
 
-def share_of(job: Job, tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[ModelRunner, LoadedModel]:
+def share_of(
+    job: Job, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> tuple[ModelRunner, LoadedModel]:
     """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
-    loaded = load(job.model, job.dtype, job.device, ranks=job.size, tokenizer=tokenizer)
+    loaded = load(
+        job.model,
+        job.dtype,
+        job.device,
+        load_format=job.load_format,
+        ranks=job.size,
+        rank=job.rank,
+        tokenizer=tokenizer,
+    )
+    plain = use_plain_collectives(loaded.model, Rank(job.rank, job.size))
+    if not plain:
+        logger.warning("%s: its plan is run by transformers' own code, neither compiled nor captured", loaded.name)
     tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len, job.max_step_tokens)
     bound_steps(loaded.model)
-    return ModelRunner(tree_model, job.attention, loaded.eos_token_ids, graphs=False), loaded
+    if plain and job.device == "cuda":
+        tree_model.fuse_linears()
+    if plain and job.torch_compile:
+        tree_model.compile_blocks()
+        if not agree(tree_model.compiles()):
+            tree_model.uncompile()
+    runner = ModelRunner(
+        tree_model,
+        job.attention,
+        loaded.eos_token_ids,
+        graphs=plain and job.graphs,
+        max_graph_rows=job.max_graph_rows,
+        agree=agree,
+    )
+    return runner, loaded
+
+
+def run_ahead(
+    model: ModelRunner,
+    plan: Plan,
+    tokens: Tensor | None,
+    slots: NDArray[np.int64],
+    logit_rows: NDArray[np.int64],
+) -> Tensor | None:
+    """As `radixgen.model.base.RunsAhead`, on every rank: `tokens` are rank 0's, which the others get from it."""
+    if tokens is None:
+        tokens = torch.empty(logit_rows.size, dtype=torch.int64, device=model.device)
+    dist.broadcast(tokens, 0)
+    return model.run_ahead(plan, tokens, slots, logit_rows)
 
 
 def _place(device: str, ranks: int) -> str:
@@ -183,10 +313,3 @@ def _place(device: str, ranks: int) -> str:
     if dist.is_initialized():
         raise InvalidRequest("tensor_parallel_size", ranks, "this process is in a process group already")
     return "cuda" if gpus else "cpu"
-
-
-def _finish_on_gpu() -> None:
-    """Wait for the logits. A rank that ended would leave the others waiting: `leave` has then set this one free."""
-    torch.cuda.current_stream().synchronize()
-    if not dist.is_initialized():
-        raise Closed("a rank ended within the step")

@@ -1,7 +1,8 @@
 """The processes of a sharded model: rank 0 starts the others, and none outlives it.
 
 Rank 0 is the process of the engine. Each other rank runs `radixgen.model.follower` over one channel to rank 0, and ends
-when that channel does, whatever it is doing then.
+when that channel does, whatever it is doing then. What rank 0 asks of it comes over a ring in shared memory, so that
+rank 0 does not wait for a rank that is busy.
 """
 
 import json
@@ -20,14 +21,17 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
-from radixgen.model.lockstep import Channel, Closed, Job
+from radixgen.model.lockstep import Channel, Closed, Job, Kind, pack
+from radixgen.model.ring import RingWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +49,10 @@ STEP_SECONDS = 120.0
 _GIVE_UP_SECONDS = 10.0
 """For rank 0, when another rank has ended, to notice it where it waits for that rank."""
 _STOP_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
+"""Between two looks at the clock of a step."""
+_RING_BYTES = 1 << 24
+"""Of the frames that rank 0 may be ahead; one of half as many bytes goes over the sockets."""
 _NOTICE_SECONDS = 2.0
 """For a death to show."""
 
@@ -61,13 +69,18 @@ class Followers:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._raised: dict[int, str] = {}
+        self.ended = threading.Event()
+        """One of them has; set before rank 0 leaves the others, which makes nonsense of what its device still does."""
         leavers: list[threading.Thread] = []
-        self.stop = weakref.finalize(self, _stop, self.processes, self._channels, leavers, home)
+        self._ring = RingWriter(_RING_BYTES)
+        self.stop = weakref.finalize(self, _stop, self.processes, self._channels, self._ring, leavers, home)
         try:
             for rank in range(1, job.size):
                 self._start(rank)
-            if job.device == "cuda":
-                leavers.append(self._on_end(leave))
+            leave_too = job.device == "cuda"
+            watcher = self._on_end(partial(_note_end, self.ended, leave_too))
+            if leave_too:
+                leavers.append(watcher)
         except BaseException:
             self.stop()
             raise
@@ -75,13 +88,14 @@ class Followers:
     def _start(self, rank: int) -> None:
         ours, theirs = socket.socketpair()
         self._channels.append(Channel(ours))
+        descriptors = [theirs.fileno(), *self._ring.add_reader()]
         with theirs:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-m", "radixgen.model.follower", str(theirs.fileno())],
+                    [sys.executable, "-P", "-m", "radixgen.model.follower", *map(str, descriptors)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=descriptors,
                     env=rank_environment(rank),
                 )
             )
@@ -89,9 +103,26 @@ class Followers:
             self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
 
     def send(self, frame: bytes) -> None:
-        """To each. Raises `Closed`."""
+        """To each. Returns before it is read, unless it is very large or a rank is far behind. Raises `Closed`, and
+        `TimeoutError` where a rank stays behind.
+        """
+        if self.ended.is_set():
+            raise Closed("a rank has ended")
+        if not self._ring.write(frame, self._wait_for_room):
+            for channel in self._channels:
+                channel.send(frame)
+
+    def _wait_for_room(self, descriptors: Sequence[int]) -> None:
+        poll = select.poll()
+        for one in descriptors:
+            poll.register(one, select.POLLIN)
         for channel in self._channels:
-            channel.send(frame)
+            poll.register(channel.socket, getattr(select, "POLLRDHUP", 0))
+        ready = [one for one, _ in poll.poll(1e3 * STEP_SECONDS)]
+        if not ready:
+            raise TimeoutError(f"a rank has read nothing for {STEP_SECONDS:g} s")
+        if not set(ready) & set(descriptors):
+            raise Closed("a rank has ended")
 
     def answers(self, seconds: float) -> list[dict[str, Any]]:
         """What each has to say next, in the order of the ranks. Raises `TimeoutError`, and `Closed` as soon as one of
@@ -110,6 +141,13 @@ class Followers:
                     self._raised[rank] = f"raised {found[rank]['raised']}"
                     raise Closed(f"rank {rank} {self._raised[rank]}")
         return [found[rank] for rank in sorted(found)]
+
+    def agree(self, fine: bool) -> bool:
+        """Whether all ranks are fine, rank 0 among them. Raises `Closed` and `TimeoutError`."""
+        answers = self.answers(START_SECONDS)
+        verdict = fine and all(answer["fine"] for answer in answers)
+        self.send(pack(Kind.AGREED, [np.array([int(verdict)])]))
+        return verdict
 
     def run_watched(self, call: Callable[[], T]) -> T:
         """Run `call`, which may wait for other ranks, in a thread, and return or raise what it does. Raises `Closed`,
@@ -139,6 +177,12 @@ class Followers:
         thread = threading.Thread(target=await_hangup, args=(watched, call), name="radixgen-ranks", daemon=True)
         thread.start()
         return thread
+
+
+def _note_end(ended: threading.Event, leave_too: bool) -> None:
+    ended.set()
+    if leave_too:
+        leave()
 
 
 def await_hangup(sockets: Sequence[int], call: Callable[[], None]) -> None:
@@ -181,9 +225,41 @@ def join(job: Job) -> None:
 
 
 def bound_steps(model: "PreTrainedModel") -> None:
-    """From now on the ranks of `model` wait for each other for `STEP_SECONDS` at the most."""
-    for group in model._device_mesh.get_all_groups():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=STEP_SECONDS), group)
+    """From now on the ranks of `model` wait for each other for `STEP_SECONDS` at the most.
+
+    On GPUs for twice as long, after which PyTorch ends the process: `watch_steps` gives up before.
+    """
+    longest = timedelta(seconds=STEP_SECONDS * (2 if dist.get_backend() == "nccl" else 1))
+    for group in (dist.group.WORLD, *model._device_mesh.get_all_groups()):
+        dist.distributed_c10d._set_pg_timeout(longest, group)
+
+
+class LastStep:
+    """When the device was given its last step, and whether it has done it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, torch.cuda.Event] | None = None
+
+    def begin(self) -> None:
+        """The current stream of this thread has just been given one."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._last = time.monotonic(), event
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it has run for more than `STEP_SECONDS`."""
+        if self._last is None or time.monotonic() - self._last[0] < STEP_SECONDS:
+            return False
+        return not self._last[1].query()  # type: ignore[no-untyped-call]
+
+
+def watch_steps(last: LastStep, ended: threading.Event) -> None:
+    """Until a rank has `ended`: if a step is late, say that one has, and leave. Captured collectives know no limit."""
+    while not ended.wait(_LOOK_SECONDS):
+        if last.is_late:
+            ended.set()
+            leave()
 
 
 def leave() -> None:
@@ -200,6 +276,7 @@ def leave() -> None:
 def _stop(
     processes: Sequence["subprocess.Popen[bytes]"],
     channels: Sequence[Channel],
+    ring: RingWriter,
     leavers: Sequence[threading.Thread],
     home: str,
 ) -> None:
@@ -225,6 +302,7 @@ def _stop(
         leave()
     for channel in channels:
         channel.close()
+    ring.close()
     shutil.rmtree(home, ignore_errors=True)
 
 

@@ -15,7 +15,8 @@ from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Attention, Backend, Writes, backend
 from radixgen.kernels.upload import upload
-from radixgen.model.graphs import NotCapturable, StepGraphs
+from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
+from radixgen.model.lockstep import Step
 from radixgen.model.packed import LayerCall, TreeModel
 from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAPH_ROWS = 2048
 """Of a step that is captured: beyond it the device takes longer than the host."""
-_WARM_UP_SLOTS = 512
+WARM_UP_SLOTS = 512
 """More than warming up reads of a pool"""
 
 
@@ -42,7 +43,9 @@ class ModelRunner:
         *,
         graphs: bool = True,
         max_graph_rows: int = MAX_GRAPH_ROWS,
+        agree: Agree | None = None,
     ) -> None:
+        """`agree`: of the ranks of a sharded model, which capture together."""
         self.model = model
         self.name = model.name
         self.vocab_size = model.vocab_size
@@ -58,6 +61,7 @@ class ModelRunner:
             self._window_bytes[window] += shape.bytes_per_token
         flash = flash_cost(model.device, model.geometry) if model.geometry else None
         self._backend = backend(attention, model.device, flash)
+        self._agree = agree
         self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
         self.costs: tuple[CostModel, ...] = ()
         if self._backend.name == "triton" and model.geometry is not None:
@@ -73,10 +77,10 @@ class ModelRunner:
         self._slots = slots
         self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
         for pool in (*self.storage.keys, *self.storage.values):
-            pool[:_WARM_UP_SLOTS].zero_()  # so that what is read there before anything was written is finite
+            pool[:WARM_UP_SLOTS].zero_()  # so that what is read there before anything was written is finite
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
-            self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows)
+            self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows, self._agree)
 
     def run(
         self,
@@ -87,24 +91,42 @@ class ModelRunner:
     ) -> Tensor:
         """As `Model.run`; the logits stand until the next call."""
         self.count(plan)
+        return self._run(plan, token_ids, slots, logit_rows)
+
+    def _run(
+        self,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
+    ) -> Tensor:
         graphs = self._graphs_for(plan, logit_rows)
         logits = None if graphs is None else self._replay(graphs, plan, token_ids, slots, logit_rows)
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
         """As `radixgen.model.base.WarmsUp`."""
+        return [partial(self._warm_up, kind) for kind in self.warm_up_kinds(max_rows, max_logits)]
+
+    def warm_up_kinds(self, max_rows: int, max_logits: int) -> list[WarmUpStep]:
+        """What `warm_up_steps` runs."""
         depth = min(self._slots, self.max_model_len)
         costs = self.costs or (CostModel(),)
-        steps = warm_up_steps(
+        kinds = warm_up_steps(
             costs, max_rows=max_rows, graph_rows=self._max_graph_rows, max_logits=max_logits, max_depth=depth
         )
-        return [partial(self._warm_up, step) for step in steps]
+        return list(kinds)
+
+    def warm_up_inputs(self, kind: WarmUpStep) -> Step:
+        """A step of this kind that writes no KV."""
+        plan = kind.plan(self._slots, self.max_model_len)
+        return Step(plan, np.zeros(kind.rows, np.int64), np.full(kind.rows, -1), np.arange(kind.num_logits))
 
     def profile_run(self, max_rows: int) -> None:
         """Run a step of `max_rows` rows before `allocate`, so that the memory that it takes is no longer free. Where
         there is too little, there is a warning.
         """
-        self.allocate(_WARM_UP_SLOTS)
+        self.allocate(WARM_UP_SLOTS)
         try:
             self.warm_up_steps(max_rows, 1)[0]()
         except torch.OutOfMemoryError as error:
@@ -133,11 +155,19 @@ class ModelRunner:
             self.count(plan)
         return logits
 
-    def _warm_up(self, step: WarmUpStep) -> Tensor:
-        """Run a step. One that should be captured and can't be has had its warning, and gives no logits."""
-        plan = step.plan(self._slots, self.max_model_len)
-        token_ids, logit_rows = np.zeros(step.rows, np.int64), np.arange(step.num_logits)
-        slots = np.full(step.rows, -1)
+    def _warm_up(self, kind: WarmUpStep) -> Tensor:
+        return self.warm_up(*self.warm_up_inputs(kind))
+
+    def warm_up(
+        self,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
+    ) -> Tensor:
+        """As `run`, without counting. A step that should be captured and can't be has had its warning, and gives no
+        logits.
+        """
         graphs = self._graphs_for(plan, logit_rows)
         if graphs is None:
             return self._run_eagerly(plan, token_ids, slots, logit_rows)
@@ -179,8 +209,14 @@ class ModelRunner:
         logits = self.model.forward(*inputs, upload(picked, device), step, step.write)
         return logits.index_select(0, upload(places[: logit_rows.size], device))
 
-    def release(self) -> None:
+    def drop_graphs(self) -> None:
+        """Replay nothing any more."""
+        if self._graphs is not None:
+            self._graphs.clear()
         self._graphs = None
+
+    def release(self) -> None:
+        self.drop_graphs()
         self.model.release()
         self.storage.keys.clear()
         self.storage.values.clear()

@@ -78,6 +78,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         inner = await asyncio.to_thread(
             Engine,
             options.model,
+            load_format=options.load_format,
             dtype=options.dtype,
             device=options.device,
             tensor_parallel_size=options.tensor_parallel_size,
@@ -203,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("radixgen worker --backend dynamo", description=__doc__)
     parser.add_argument("--model", default=smollm2.NAME, help="smollm2, a directory or a hub id")
     parser.add_argument("--served-model-name", help="by default that of the model")
+    parser.add_argument("--load-format", default="auto", help="auto: read the checkpoint; dummy: random weights")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes, and GPUs, to shard it over")

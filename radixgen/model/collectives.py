@@ -1,0 +1,220 @@
+"""Where the ranks of a sharded model meet within a pass: plain collectives in place of transformers' own.
+
+transformers wraps every sharded module in a function that tells distributed tensors from plain ones. That serves
+training too, and can be neither fused, compiled nor captured. Here each module works on this rank's own part, a plain
+tensor, and what crosses ranks are two custom operators, opaque to `torch.compile`: an all-reduce of partial sums, in
+place, and a gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, library, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SILENT: ContextVar[bool] = ContextVar("radixgen_silent", default=False)
+
+_SUMS = {"rowwise", "rowwise_rep", "rowwise_split_input"}
+_GATHERS = {"colwise_gather_output", "colwise_rep"}
+_EXPERTS = {"moe_tp_experts"}
+_LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce", "mla_kv_a_proj", "replicate"}
+"""Of a forward pass these change nothing: the module works on its own part alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Of this process, in the one process group that there is."""
+
+    index: int
+    size: int
+
+
+class AllReduce(nn.Module):
+    """Adds up what the ranks hold, in place, then adds a bias that is whole on each."""
+
+    def __init__(self, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, given: Tensor) -> Tensor:
+        torch.ops.radixgen.all_reduce_(given)
+        return given if self.bias is None else given + self.bias
+
+
+class Gather(nn.Module):
+    """The columns of all ranks side by side, `width` in all; each has as many as `Tensor.chunk` deals it."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.width, self.size = width, size
+
+    def forward(self, given: Tensor) -> Tensor:
+        gathered: Tensor = torch.ops.radixgen.all_gather(given, self.width, self.size)
+        return gathered
+
+
+class OwnColumns(nn.Module):
+    """What a rank keeps of columns that are whole on each."""
+
+    def __init__(self, columns: slice) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, given: Tensor) -> Tensor:
+        return given[..., self.columns]
+
+
+def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
+    """Take transformers' wrappers off a model that it has sharded over all ranks, and put ours in their place. False,
+    with nothing changed, where its plan asks for something that is not known here: then it runs as transformers has it.
+    """
+    wrapped = {name: module for name, module in model.named_modules() if _is_wrapped(module)}
+    styles = {name: _style(model.tp_plan, name) for name in wrapped}
+    if not all(_is_known(module, styles[name]) for name, module in wrapped.items()):
+        return False
+    register()
+    sharded = {module for module in wrapped.values() if any(map(_is_shard, module.parameters(recurse=False)))}
+    _unwrap_parameters(model)
+    for module in model.modules():
+        module._backward_hooks.clear()  # which break a compiled block in two
+    for name, module in wrapped.items():
+        del module.forward
+        if module not in sharded:
+            continue
+        if isinstance(module, nn.Linear):
+            _replace(model, name, _sharded_linear(module, str(styles[name]), rank))
+        elif isinstance(module, nn.Embedding):
+            _shard_lookup(module, rank)
+        elif styles[name] in _EXPERTS:
+            module.register_forward_hook(_sum_output)
+    return True
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within, the collectives of this thread meet nobody: what they return is of the right shape and no meaning."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
+
+
+def register() -> None:
+    """Make the operators known to PyTorch."""
+    if hasattr(torch.ops.radixgen, "all_reduce_"):
+        return
+
+    @library.custom_op("radixgen::all_reduce_", mutates_args=("given",))
+    def all_reduce(given: Tensor) -> None:
+        if not _SILENT.get():
+            dist.all_reduce(given)
+
+    @all_reduce.register_fake
+    def _(given: Tensor) -> None: ...
+
+    @library.custom_op("radixgen::all_gather", mutates_args=())
+    def all_gather(given: Tensor, width: int, size: int) -> Tensor:
+        most = -(-width // size)
+        missing = most - given.shape[-1]
+        own = (nn.functional.pad(given, (0, missing)) if missing else given).reshape(-1, most)
+        parts = own.new_empty((size * own.shape[0], most))
+        if _SILENT.get():
+            parts.zero_()
+        else:
+            _gather_into(parts, own)
+        beside = parts.view(size, -1, most).transpose(0, 1).reshape(*given.shape[:-1], size * most)
+        return beside[..., :width].contiguous()
+
+    @all_gather.register_fake
+    def _(given: Tensor, width: int, size: int) -> Tensor:
+        return given.new_empty((*given.shape[:-1], width))
+
+
+def _gather_into(parts: Tensor, own: Tensor) -> None:
+    """`own` of all ranks, one below the other. PyTorch renamed it in 2.13."""
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(parts, own)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__name__", "") == "tp_forward"
+
+
+def _style(plan: dict[str, str], name: str) -> str | None:
+    from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
+
+    return plan.get(replace_layer_number_by_wildcard(name))
+
+
+def _is_known(module: nn.Module, style: str | None) -> bool:
+    if isinstance(module, nn.Linear):
+        return style in _SUMS | _GATHERS | _LOCAL
+    return style == "embedding_rowwise" if isinstance(module, nn.Embedding) else style in _EXPERTS | _LOCAL
+
+
+def _is_shard(parameter: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor) and not all(one.is_replicate() for one in parameter.placements)
+
+
+def _unwrap_parameters(model: nn.Module) -> None:
+    """Put what a rank has in the place of each distributed parameter; one that is used twice stays one."""
+    from torch.distributed.tensor import DTensor
+
+    local: dict[Any, nn.Parameter] = {}
+    for module in model.modules():
+        parameters: dict[str, Any] = module._parameters
+        for name, parameter in parameters.items():
+            if isinstance(parameter, DTensor):
+                if parameter not in local:
+                    local[parameter] = nn.Parameter(parameter.to_local().data, requires_grad=False)
+                parameters[name] = local[parameter]
+
+
+def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
+    inputs, outputs = layer.in_features, layer.out_features
+    layer.out_features, layer.in_features = layer.weight.shape
+    if style in _GATHERS:
+        return nn.Sequential(layer, Gather(outputs, rank.size))
+    if style not in _SUMS:
+        return layer
+    bias = layer.bias
+    layer.register_parameter("bias", None)
+    parts: list[nn.Module] = [layer, AllReduce(bias)]
+    if style == "rowwise_split_input":
+        first = rank.index * -(-inputs // rank.size)
+        parts.insert(0, OwnColumns(slice(first, first + layer.in_features)))
+    return nn.Sequential(*parts)
+
+
+def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:
+    """Look up the rows of this rank, and add up what all found."""
+    first, rows = rank.index * -(-embedding.num_embeddings // rank.size), embedding.weight.shape[0]
+    embedding.padding_idx = None  # which counts only where gradients are taken
+    look_up = embedding.forward
+
+    def forward(token_ids: Tensor) -> Tensor:
+        own = token_ids - first
+        found = look_up(own.clamp(0, rows - 1)).masked_fill(((own < 0) | (own >= rows))[..., None], 0)
+        torch.ops.radixgen.all_reduce_(found)
+        return found
+
+    embedding.forward = forward  # type: ignore[method-assign, assignment]
+
+
+def _sum_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    torch.ops.radixgen.all_reduce_(output)
+    return output
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = new

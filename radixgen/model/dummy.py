@@ -1,0 +1,67 @@
+"""A model of a config's shape with random weights, so that speed and memory can be tried without a checkpoint.
+
+Each rank makes its own share, in place. A weight is drawn with a seed that its name and, where it is sharded, its rank
+give, so that neither the order nor the time in which ranks load matters.
+"""
+
+import warnings
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_STD = 0.02
+"""As most models are initialized"""
+
+
+def make_dummy(
+    config: Any, dtype: torch.dtype, device: torch.device, ranks: int = 1, rank: int = 0
+) -> "PreTrainedModel":
+    """A causal language model of `config` on `device`, or with `ranks` above 1 the share of `rank`, which transformers
+    places.
+
+    Matrices are drawn from a normal distribution; all else is as transformers initializes it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if ranks == 1:
+        with device:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        from transformers.distributed import DistributedConfig
+
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch's random distributed tensors lack on a CPU is drawn below
+            model = type(skeleton).from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict={},
+                dtype=dtype,
+                distributed_config=DistributedConfig(tp_size=ranks),
+            )
+    for name, parameter in model.named_parameters():
+        local, sharded = _local(parameter)
+        if local.ndim > 1 and local.is_floating_point():
+            _draw(local, f"{name} of rank {rank}" if sharded else name)
+    return model
+
+
+def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
+    """What this process holds of a parameter, and whether other ranks hold the rest."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return parameter.data, False
+    return parameter.to_local().data, not all(one.is_replicate() for one in parameter.placements)
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, name: str) -> None:
+    seed = int.from_bytes(sha256(name.encode()).digest()[:8], "little") >> 1
+    weight.normal_(0.0, _STD, generator=torch.Generator(weight.device).manual_seed(seed))

@@ -1,0 +1,126 @@
+"""The collectives of a sharded model: they are the sums that they stand for, and break no compiled block."""
+
+from functools import partialmethod
+
+import families
+import pytest
+import torch
+from torch import Tensor, library, nn
+from torch.nn.functional import linear
+
+from radixgen import Engine, SamplingParams
+from radixgen.model import collectives
+from radixgen.model.collectives import AllReduce, Gather, OwnColumns, Rank, register, silent
+
+SIZE = 3
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What all ranks hold, this one included, in the one collective that a test calls."""
+    held: list[Tensor] = []
+
+    def all_reduce(given: Tensor) -> None:
+        given.copy_(torch.stack(held).sum(0))
+
+    def gather(into: Tensor, _: Tensor) -> None:
+        into.copy_(torch.cat(held))
+
+    register()
+    monkeypatch.setattr(collectives.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(collectives, "_gather_into", gather)
+    return held
+
+
+@pytest.mark.parametrize("width", [12, 13, 7])
+def test_sharded_products_add_up(width: int, others: list[Tensor]) -> None:
+    """By rows, of what each rank has or of what all have, with a bias once; and by columns, evenly or not."""
+    given, bias = torch.randn(2, 5, width), torch.randn(4)
+    weight = torch.randn(4, width)
+    expected = linear(given, weight, bias)
+    columns = [torch.arange(width).chunk(SIZE)[rank] for rank in range(SIZE)]
+    others += [linear(given[..., part], weight[:, part]) for part in columns]
+    for rank, part in enumerate(columns):
+        layer = nn.Linear(width, 4)
+        layer.weight = nn.Parameter(weight[:, part].clone(), requires_grad=False)
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        whole = collectives._sharded_linear(layer, "rowwise_split_input", Rank(rank, SIZE))
+        assert whole[0].columns == slice(int(part[0]), int(part[-1]) + 1)
+        layer.in_features = width
+        with torch.inference_mode():
+            assert torch.allclose(whole(given), expected, atol=1e-5)
+    wide = torch.randn(2, 5, width)
+    pieces = [wide[..., part] for part in columns]
+    most = max(piece.shape[-1] for piece in pieces)
+    others[:] = [nn.functional.pad(one, (0, most - one.shape[-1])).reshape(-1, most) for one in pieces]
+    assert torch.equal(Gather(width, SIZE)(pieces[-1]), wide)
+
+
+def test_an_embedding_is_looked_up_by_whoever_has_the_row(
+    monkeypatch: pytest.MonkeyPatch, others: list[Tensor]
+) -> None:
+    table, ids = torch.randn(11, 4), torch.tensor([[0, 10, 3, 4, 7, 8]])
+    found = []
+    for rank in range(SIZE):
+        embedding = nn.Embedding(11, 4, padding_idx=10)
+        embedding.weight = nn.Parameter(table.chunk(SIZE)[rank].clone(), requires_grad=False)
+        collectives._shard_lookup(embedding, Rank(rank, SIZE))
+        with silent():
+            found.append(embedding(ids))
+    assert torch.equal(sum(found), table[ids])
+
+
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_operators_are_sound(rows: int) -> None:
+    given = torch.randn(1, rows, 6)
+    with silent():
+        before = given.clone()
+        assert torch.equal(AllReduce()(given), before)
+        assert Gather(17, SIZE)(given).shape == (1, rows, 17) and OwnColumns(slice(2, 4))(given).shape == (1, rows, 2)
+        library.opcheck(torch.ops.radixgen.all_reduce_.default, (given,))
+        library.opcheck(torch.ops.radixgen.all_gather.default, (given, 17, SIZE))
+
+
+def test_a_block_with_collectives_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    graphs: list[list[str]] = []
+
+    def record(module: torch.fx.GraphModule, _: object) -> object:
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return module.forward
+
+    def build() -> nn.Module:
+        model = families.build("llama")
+        for layer in model.model.layers:
+            layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, AllReduce())
+            layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, AllReduce())
+        return model
+
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    torch._dynamo.reset()
+    with silent(), Engine(build(), kv_tokens=64) as engine:
+        expected = engine.generate([5, 6, 7], params)[0].outputs[0].token_ids
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=record))
+        engine._model.model.compile_blocks()
+        assert engine._model.model.compiles()
+        engine.reset_prefix_cache()
+        assert engine.generate([5, 6, 7], params)[0].outputs[0].token_ids == expected
+    blocks = [graph for graph in graphs if any("tree_attention" in name for name in graph)]
+    assert blocks and all(sum("all_reduce_" in name for name in graph) == 2 for graph in blocks)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_plan_that_is_not_known_is_left_to_transformers() -> None:
+    def tp_forward(given: Tensor) -> Tensor:
+        return given
+
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    model.tp_plan = {"first": "colwise", "norm": "sequence_parallel"}
+    for module in model.values():
+        module.forward = tp_forward
+    assert not collectives.use_plain_collectives(model, Rank(0, SIZE))
+    assert all(module.forward is tp_forward for module in model.values())
+    model.tp_plan["norm"] = "replicated_with_grad_allreduce"
+    assert collectives.use_plain_collectives(model, Rank(0, SIZE))
+    assert not any("forward" in vars(module) for module in model.values())
