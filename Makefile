@@ -37,6 +37,7 @@ bench-check: $(VENV)/.$(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.plan --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.step --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.simulate --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.cluster --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.explain --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.prefix --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.unrelated --check

@@ -1,4 +1,5 @@
-"""Writes out what was measured: five rows and the demo's output into README.md, all tables into docs/benchmarks.md.
+"""Writes out what was measured: five rows and the demo's output into README.md, all tables into docs/benchmarks.md, but
+for those on routing, which are in docs/cluster.md.
 
 `python -m bench.readme [--demo]`
 
@@ -27,11 +28,12 @@ from radixgen.model import smollm2
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+CLUSTER = ROOT / "docs" / "cluster.md"
 PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
-    "plan", "step", "simulate", "startup",
+    "plan", "step", "simulate", "cluster", "startup",
 )  # fmt: skip
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
 SHOWN = ("latency", "agents", "parallel", "prefix", "unshared")
@@ -53,6 +55,7 @@ def main() -> None:
     text = _replace(text, "demo", f"```console\n{shown}\n```")
     README.write_text(_replace(text, "results", "\n".join(highlights())), encoding="utf-8")
     BENCHMARKS.write_text(_replace(BENCHMARKS.read_text(encoding="utf-8"), "results", tables()), encoding="utf-8")
+    CLUSTER.write_text(_replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing()), encoding="utf-8")
 
 
 def highlights() -> list[str]:
@@ -127,6 +130,58 @@ def tables() -> str:
             *_engines(),
         ]
     )
+
+
+def routing() -> str:
+    """What docs/cluster.md shows of `bench.cluster`: hit rates and p99 waits of each contender and setting."""
+    found: dict[str, Any] = json.loads((RESULTS / "cluster.json").read_text(encoding="utf-8"))
+    settings = found["settings"]
+    tried = [one for one in settings if "variants" in one]
+    faults = [{**one, "contenders": one["faults"]} for one in tried]
+    return "\n".join(
+        [
+            "Token hit rate, and p99 of the wait for the first token:",
+            "",
+            *_waits(settings, settings[0]["contenders"]),
+            "",
+            "With replicas that die and return:",
+            "",
+            *_waits(faults, faults[0]["contenders"]),
+            "",
+            "Other settings of our rule, and other rules:",
+            "",
+            *_variants(tried),
+            "",
+            f"`bench.cluster`, {found['date']}; times are the simulated clock's.",
+        ]
+    )
+
+
+def _waits(settings: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[str]:
+    """A row a setting: one pool of the sum, then the contenders."""
+    names = [one["contender"] for one in contenders]
+    lines = [
+        f"| workload | replicas | sessions | one pool | {' | '.join(names)} |",
+        "| --- |" + " --- |" * (len(names) + 3),
+    ]
+    for one in settings:
+        cells = [_wait(row) for row in (one["limit"], *one["contenders"])]
+        lines.append(f"| {one['workload']} | {one['replicas']} | {one['sessions']:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def _variants(settings: list[dict[str, Any]]) -> list[str]:
+    """A row a rule, a column a setting."""
+    titles = [f"{one['replicas']} replicas" for one in settings]
+    lines = [f"| {settings[0]['workload']}, {settings[0]['sessions']:,} sessions | {' | '.join(titles)} |"]
+    lines.append("| --- |" + " --- |" * len(titles))
+    columns = zip(*([one["contenders"][0], *one["variants"]] for one in settings), strict=True)
+    lines += [f"| {rows[0]['contender']} | {' | '.join(_wait(row) for row in rows)} |" for rows in columns]
+    return lines
+
+
+def _wait(row: dict[str, Any]) -> str:
+    return f"{row['hit_rate']:.1%}, {row['wait_p99_seconds']:.1f} s"
 
 
 def _attention() -> list[str]:

@@ -21,6 +21,7 @@ from bench import (
     attention,
     beam,
     calibrate,
+    cluster,
     compare,
     engine,
     explain,
@@ -45,6 +46,7 @@ from bench import (
     families as bench_families,
 )
 from bench.report import Memory, Report
+from bench.sessions import SHARED, read_agents, read_conversations
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from radixgen import Engine, Limits
 from radixgen.scheduler import planner
@@ -64,6 +66,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
 def test_the_pages_show_the_results_that_are_kept() -> None:
     assert "\n".join(readme.highlights()) in readme.README.read_text(encoding="utf-8")
     assert readme.tables() in readme.BENCHMARKS.read_text(encoding="utf-8")
+    assert readme.routing() in readme.CLUSTER.read_text(encoding="utf-8")
 
 
 def test_startup(capsys) -> None:
@@ -210,6 +213,44 @@ def test_simulate_on_a_trace_made_up(capsys) -> None:
         assert 0 <= run["hit_rate"] <= figures["ideal_hit_rate"] + 1e-9
         assert run["computed"] + run["hit_rate"] <= 1 + run["preemptions"]
         assert run["latency_p50_seconds"] >= 0.02
+
+
+def test_cluster_on_sessions_made_up(capsys) -> None:
+    options = ["--replicas", "3", "--sessions", "12", "--requests", "96", "--blocks", "20000", "--pool", "2000000"]
+    assert cluster.main(options) == 0
+    agents, conversations = last_line(capsys)["settings"]
+    assert len(agents["variants"]) == 14 and "variants" not in conversations
+    for rows in (agents["contenders"], conversations["contenders"], agents["faults"], agents["variants"]):
+        for one in rows:
+            assert 0 < one["hit_rate"] < 1 and 1 <= one["load"] <= 3 and 0 < one["busy"] <= 1
+            assert 0 < one["wait_p50_seconds"] <= one["wait_p99_seconds"]
+    rule, affinity, *others = agents["contenders"]
+    assert all(rule["hit_rate"] > one["hit_rate"] < affinity["hit_rate"] for one in others)
+    assert all(one["sent_again"] > 0 for one in agents["faults"])
+
+
+def test_cluster_on_files(capsys, tmp_path) -> None:
+    """What the traces say is what sessions are: two of coding agents, two chains of conversations."""
+    lines = [
+        {"session": "1", "t": 0, "in": 200, "out": 5, "runs": [[1, 3]]},
+        {"session": "1", "t": 9, "in": 330, "out": 5, "runs": [[1, 2], [7, 3]]},
+        {"session": "2", "t": 3, "in": 70, "out": 5, "runs": [[1, 1]]},
+    ]
+    (tmp_path / "agents").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {"timestamp": 0, "input_length": 1_000, "output_length": 5, "hash_ids": [0, 4]},
+        {"timestamp": 50, "input_length": 500, "output_length": 5, "hash_ids": [0]},
+        {"timestamp": 2_000, "input_length": 1_500, "output_length": 5, "hash_ids": [0, 4, 9]},
+    ]
+    (tmp_path / "chats").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    agents, chats = read_agents(tmp_path / "agents"), read_conversations(tmp_path / "chats")
+    assert [[turn.pause for turn in session] for session in agents.sessions] == [[0, 9], [0]]
+    assert [[turn.pause for turn in session] for session in chats.sessions] == [[0, 2], [0]]
+    first, second = (turn.prompt(100).tolist() for turn in chats.sessions[0])
+    assert second[:2] == first == [0, SHARED + 100] and second[2] == SHARED + 101
+    options = ["--agents", str(tmp_path / "agents"), "--conversations", str(tmp_path / "chats"), "--pool", "100000"]
+    assert cluster.main([*options, "--replicas", "2", "--sessions", "4", "--requests", "32", "--blocks", "9000"]) == 0
+    assert [one["requests"] for one in last_line(capsys)["settings"]] == [32, 32]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real one takes minutes on a GPU")

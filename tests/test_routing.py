@@ -15,6 +15,7 @@ from radixgen.serve.routing import Router
 
 BLOCK = 2
 MARGIN = 5
+WEIGHT = 3
 Tokens = tuple[int, ...]
 
 
@@ -62,7 +63,7 @@ class PlainRouter:
         def cost(replica: int) -> tuple[Fraction, int, int]:
             missing = total - self.match(replica, tokens)
             share = Fraction(missing, total) if total else Fraction(0)
-            return self.load(replica) + BLOCK * missing + MARGIN * share, missing, self.blocks(replica)
+            return self.load(replica) + WEIGHT * BLOCK * missing + MARGIN * share, missing, self.blocks(replica)
 
         return min(self.cached, key=cost)
 
@@ -70,7 +71,7 @@ class PlainRouter:
 @given(st.data())
 def test_router_equals_its_plain_twin(data: Any) -> None:
     plain = PlainRouter()
-    router = Router(block_size=BLOCK, margin=MARGIN)
+    router = Router(block_size=BLOCK, prefix_weight=WEIGHT, margin=MARGIN)
     prompts = st.lists(st.integers(0, 1), max_size=7).map(tuple)
     fresh = 0
     for _ in range(data.draw(st.integers(1, 15), "steps")):
@@ -139,11 +140,11 @@ def test_samples_of_one_prompt_go_together_before_any_is_computed() -> None:
 
 
 def test_the_margin_says_when_the_longest_prefix_is_given_up() -> None:
-    router = Router(range(2), block_size=16, margin=1_000)
+    router = Router(range(2), block_size=16, prefix_weight=2, margin=1_000)
     prompt = ids(0, 10)
     router.stored(1, prompt)
-    router.sent("busy", 1, [], output_tokens=1_160)
-    assert router.choose(prompt) == 1, "160 tokens saved and the margin"
+    router.sent("busy", 1, [], output_tokens=1_320)
+    assert router.choose(prompt) == 1, "160 tokens saved, which weigh twice, and the margin"
     router.sent("busier", 1, [], output_tokens=1)
     assert router.choose(prompt) == 0
     assert router.choose(prompt + ids(100, 10)) == 0
@@ -210,6 +211,8 @@ def test_memory_is_bounded() -> None:
 def test_bad_input() -> None:
     with pytest.raises(InvalidRequest, match="block_size=0"):
         Router(block_size=0)
+    with pytest.raises(InvalidRequest, match="prefix_weight=-1"):
+        Router(prefix_weight=-1)
     with pytest.raises(InvalidRequest, match="margin=-1"):
         Router(margin=-1)
     with pytest.raises(InvalidRequest, match="max_blocks=0"):

@@ -1,16 +1,19 @@
-"""Which replica a request goes to: the one that must compute the least, busy ones and cold ones both counted.
+"""Which replica a request goes to: where its longest prefix is, unless that replica is too busy.
 
-    cost(replica) = load + missing tokens + margin * missing tokens / prompt tokens
+    cost(replica) = load + prefix_weight * missing tokens + margin * missing tokens / prompt tokens
 
-*Load* is what a replica's live requests still have to compute, in tokens: blocks of their prompts that are not
-cached there (blocks that several share count once), and the output expected of each. *Missing* is what the
-replica would compute anew of this prompt: all behind the longest prefix that is cached there or belongs to a live
-request. So a request goes where its longest prefix is, unless that replica is busier: by more than the tokens that
-the prefix saves, and `margin` on top where the prefix is the whole prompt. At equal cost the longest prefix wins, then
-the replica that holds the fewest blocks.
+The least cost is chosen. *Load* is what a replica's live requests still have to compute, in tokens: blocks of their
+prompts that are not cached there (blocks that several share count once), and the output expected of each. *Missing* is
+what the replica would compute anew of this prompt: all behind the longest prefix that is cached there or belongs to a
+live request. At equal cost the longest prefix wins, then the replica that holds the fewest blocks.
+
+So a replica keeps the requests whose prefix it has until it is busier than another by `prefix_weight` tokens for each
+token that the prefix saves, and `margin` tokens more where the prefix is the whole prompt. The weight is above 1
+because computing a prefix anew delays all that wait behind it, and takes the room of other prefixes; `bench.cluster`
+measures what weights do. The margin is for short prompts, which are worth keeping together only a little.
 
 A request's own blocks are live from `sent` on. Sixteen samples of one prompt, sent as sixteen requests before any is
-computed, go to one replica while their expected output stays within the margin.
+computed, go to one replica while the output expected of them stays within margin and weight.
 
 Other routers weigh the same quantities. NVIDIA Dynamo's KV router takes the least weighted sum of blocks to compute and
 blocks in use (docs.nvidia.com/dynamo, Router Design: Cost Function). The cache-aware policy of SGLang and SMG takes the
@@ -25,6 +28,8 @@ from dataclasses import dataclass, field
 
 from radixgen.core import DuplicateRequest, EngineDead, InvalidRequest, check_integer
 
+PREFIX_WEIGHT = 8
+"""Tokens of load that outweigh one token of prefix"""
 MARGIN = 8_192
 """Tokens: one full step of a large GPU"""
 OUTPUT_TOKENS = 256
@@ -48,18 +53,20 @@ class _Replica:
     output_tokens: int = 0
     requests: set[Hashable] = field(default_factory=set)
 
-    def has(self, block: int) -> bool:
-        return block in self.cached or block in self.live
-
     def match(self, hashes: Sequence[int], guess: int) -> int:
-        """How many leading blocks it has. Since it has the parent of every block that it has, this is a bisection;
-        `guess`, where another replica's prefix ends, is tried first.
+        """How many leading blocks are cached or live. The parent of such a block is one too, so bisection finds the
+        end; `guess`, where another replica's prefix ends, is tried first.
         """
-        if not hashes or not self.has(hashes[0]):
+        cached, live = self.cached, self.live
+
+        def lacks(block: int) -> bool:
+            return block not in cached and block not in live
+
+        if not hashes or lacks(hashes[0]):
             return 0
-        if guess and self.has(hashes[guess - 1]) and (guess == len(hashes) or not self.has(hashes[guess])):
+        if guess and not lacks(hashes[guess - 1]) and (guess == len(hashes) or lacks(hashes[guess])):
             return guess
-        return bisect_left(hashes, True, key=lambda block: not self.has(block))
+        return bisect_left(hashes, True, key=lacks)
 
 
 class Router:
@@ -86,19 +93,22 @@ class Router:
         replicas: Iterable[int] = (),
         *,
         block_size: int = 16,
+        prefix_weight: int = PREFIX_WEIGHT,
         margin: int = MARGIN,
         max_blocks: int = 1 << 22,
     ) -> None:
-        """`replicas`: numbers of those that are there already. `margin`, in tokens: how much busier than another,
-        beyond what its prefix saves, the replica that has the whole prompt may be. `max_blocks`: of a replica that
-        tells of more, the rest is not counted as cached.
+        """`replicas`: numbers of those that are there already. `prefix_weight` and `margin` (tokens) say how much
+        busier than another the replica with the longest prefix may be. `max_blocks`: of a replica that tells of more,
+        the rest is not counted as cached.
 
         Raises `InvalidRequest`.
         """
         check_integer("block_size", block_size, 1, 1 << 16)
+        check_integer("prefix_weight", prefix_weight, 0, 1 << 20)
         check_integer("margin", margin, 0, 1 << 40)
         check_integer("max_blocks", max_blocks, 1, 1 << 40)
         self.block_size = block_size
+        self.prefix_weight = prefix_weight
         self.margin = margin
         self.max_blocks = max_blocks
         self._replicas: dict[int, _Replica] = {}
@@ -169,7 +179,7 @@ class Router:
             raise EngineDead("no replica is there")
         total = len(hashes)
         scale = max(total, 1)  # costs times this are integers, so that equal ones are
-        weight = self.block_size * scale + self.margin
+        weight = self.prefix_weight * self.block_size * scale + self.margin
         best, least, match = -1, (0, 0, 0), 0
         for replica, state in self._replicas.items():
             match = state.match(hashes, match)
@@ -195,7 +205,7 @@ class Router:
         state = self._replicas[replica]
         self._requests[request] = _Request(replica, tuple(hashes), output_tokens)
         state.requests.add(request)
-        state.to_compute += len({block for block in hashes if not state.has(block)})
+        state.to_compute += len({block for block in hashes if block not in state.cached and block not in state.live})
         state.live.update(hashes)
         state.output_tokens += output_tokens
 
@@ -208,9 +218,11 @@ class Router:
         state.requests.remove(request)
         state.output_tokens -= one.output_tokens
         for block in one.hashes:
-            state.live[block] -= 1
-            if not state.live[block]:
-                del state.live[block]
+            requests = state.live[block]
+            if requests > 1:
+                state.live[block] = requests - 1
+            else:
+                state.live.pop(block)
                 state.to_compute -= block not in state.cached
 
     # -- what is known, for metrics ---------------------------------------------------------------------------
