@@ -470,7 +470,7 @@ class AsyncClient(_BaseClient):
         """
         if not self._waited:
             await self.wait()
-        asked, add = self._ask(prompt, params, cache_salt, priority, worker, beside and beside.asked)
+        asked, add = self._ask(prompt, params, cache_salt, priority, worker, None if beside is None else beside.asked)
         inbox = self._inbox()
         self._front.add(asked.engine, add, inbox, asked.blocks)
         return AsyncStream(self._front, asked, inbox)

@@ -48,7 +48,7 @@ class ReplicaOptions:
         check_integer("data_parallel_size", self.count, 1, MAX_REPLICAS)
         check_integer("tensor_parallel_size", self.ranks, 1, 1 << 16)
         chosen = resolve_device(self.device)
-        if chosen.index is not None:
+        if ":" in self.device:
             raise InvalidRequest("device", self.device, "must be auto, cpu or cuda: each replica has a GPU of its own")
         processes = self.count * self.ranks
         if chosen.type == "cpu":
