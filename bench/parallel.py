@@ -109,9 +109,9 @@ def told(part: str, found: dict[str, dict[str, Any]], ranks: int) -> list[str]:
         lines.append(line)
     if part in ("one", "many"):
         one_gpu, all_gpus = (found.get(which, {}).get("workloads", {}) for which in ("one", "many"))
-        for name in one_gpu.keys() & all_gpus.keys():
+        for name in (name for name in one_gpu if name in all_gpus):
             faster = one_gpu[name]["seconds"] / all_gpus[name]["seconds"]
-            lines.append(f"{ranks} GPUs over one, {name}: {faster:.2f}×")
+            lines.append(f"{ranks} ranks over one, {name}: {faster:.2f}×")
     return lines
 
 

@@ -60,6 +60,7 @@ class EngineCore:
         drawable: Drawable | None = None,
     ) -> None:
         self.model = model
+        self._confirm_step = model.confirm_step if isinstance(model, FailsLater) else None
         self._drawable = drawable
         self.limits = limits
         self.seed = seed
@@ -285,8 +286,8 @@ class EngineCore:
         self._score(batch, ran)
         self._branch(batch, ran)
         self._draw(batch, ran)
-        if isinstance(self.model, FailsLater):
-            self.model.check()
+        if self._confirm_step is not None:
+            self._confirm_step()
         return self.take_ended() + batch.drawing
 
     def _run(self, batch: Batch) -> Ran:

@@ -107,7 +107,7 @@ def test_what_is_told_of_several_gpus() -> None:
     (line,) = parallel.told("many", found, 2)
     assert line.endswith("limit 1.830 = 1.750 read + 0.080 of 8 all-reduces")
     found["one"] = {"layers": 4, "hidden": 8, "workloads": {"latency": one}}
-    assert parallel.told("one", found, 2)[-1] == "2 GPUs over one, latency: 2.00×"
+    assert parallel.told("one", found, 2)[-1] == "2 ranks over one, latency: 2.00×"
     found["one"] = {"failed": "exit status 1"}
     assert parallel.told("one", found, 2) == ["one: exit status 1"]
 

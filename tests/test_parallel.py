@@ -456,8 +456,11 @@ class Company:
 
     def send(self, frame: bytes) -> None:
         kind, sent = unpack(bytearray(frame))
-        assert kind is Kind.ALLOCATE
-        self.asked.append(int(sent[0][0]))
+        if kind is Kind.ALLOCATE:
+            self.asked.append(int(sent[0][0]))
+
+    def obituary(self) -> str:
+        return ""
 
     def answers(self, _: float) -> list[dict]:
         return [{"allocated": 1} if self.asked[-1] <= self.room else {"refused": "OutOfMemoryError: too many"}]
@@ -488,6 +491,22 @@ def test_a_pool_is_as_large_as_the_least_rank_has_room_for(caplog: pytest.LogCap
     with pytest.raises(InvalidRequest, match=r"kv_tokens=301.*rank 1"):
         Engine(model, kv_tokens=301)
     assert runner.runner_slots == 0
+
+
+def test_what_a_device_gives_after_a_rank_has_ended_reaches_nobody() -> None:
+    """Collectives that are given up leave nonsense, and raise nothing where they were captured."""
+    company = Company(room=100)
+
+    class Nonsense(Runner):
+        def run(self, *step: object) -> torch.Tensor:
+            company.ended.set()
+            return super().run(*step)
+
+    runner = Nonsense()
+    with Engine(ParallelModel(runner, company, kv_room=100 * 2 * runner.kv_bytes_per_token)) as engine:
+        engine.submit([0, 1, 2], SamplingParams(max_tokens=1))
+        with pytest.raises(EngineDead, match="Timed out"):
+            engine.step()
 
 
 def a_job(folder: Path) -> Job:

@@ -62,7 +62,7 @@ class WarmsUp(Protocol):
 class FailsLater(Protocol):
     """A model that may give results of no meaning, and learn only later that it failed."""
 
-    def check(self) -> None:
+    def confirm_step(self) -> None:
         """Called when the host has read what a step gave, before anybody else does. Raises `EngineDead` where that
         means nothing.
         """

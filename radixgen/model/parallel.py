@@ -115,7 +115,7 @@ class ParallelModel:
         begin = partial(run_ahead, self.runner, plan, tokens, slots, logit_rows)
         return self._lead(Kind.RUN_AHEAD, step, begin)
 
-    def check(self) -> None:
+    def confirm_step(self) -> None:
         """As `radixgen.model.base.FailsLater`: a device whose peer is gone ends its step all the same."""
         if not self._dead and self.followers.ended.is_set():
             how = self.followers.obituary() or "Timed out: the ranks waited for each other in vain"
