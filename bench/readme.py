@@ -144,7 +144,7 @@ def routing() -> str:
             "",
             *_waits(settings, settings[0]["contenders"]),
             "",
-            "With replicas that die and return:",
+            "With replicas that die and return (one pool does not):",
             "",
             *_waits(faults, faults[0]["contenders"]),
             "",

@@ -211,8 +211,8 @@ def test_memory_is_bounded() -> None:
 def test_bad_input() -> None:
     with pytest.raises(InvalidRequest, match="block_size=0"):
         Router(block_size=0)
-    with pytest.raises(InvalidRequest, match="prefix_weight=-1"):
-        Router(prefix_weight=-1)
+    with pytest.raises(InvalidRequest, match="prefix_weight=0"):
+        Router(prefix_weight=0)
     with pytest.raises(InvalidRequest, match="margin=-1"):
         Router(margin=-1)
     with pytest.raises(InvalidRequest, match="max_blocks=0"):

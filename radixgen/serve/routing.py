@@ -53,20 +53,21 @@ class _Replica:
     output_tokens: int = 0
     requests: set[Hashable] = field(default_factory=set)
 
-    def match(self, hashes: Sequence[int], guess: int) -> int:
-        """How many leading blocks are cached or live. The parent of such a block is one too, so bisection finds the
-        end; `guess`, where another replica's prefix ends, is tried first.
+    def match(self, hashes: Sequence[int], least: int = 0) -> int:
+        """How many leading blocks are cached or live; 0 if fewer than `least`, which takes one look to see.
+
+        The parent of such a block is one too, so bisection finds where they end.
         """
-        cached, live = self.cached, self.live
+        cached, live, total = self.cached, self.live, len(hashes)
 
         def lacks(block: int) -> bool:
             return block not in cached and block not in live
 
-        if not hashes or lacks(hashes[0]):
+        if least > total or (least and lacks(hashes[least - 1])):
             return 0
-        if guess and not lacks(hashes[guess - 1]) and (guess == len(hashes) or lacks(hashes[guess])):
-            return guess
-        return bisect_left(hashes, True, key=lacks)
+        if least == total or lacks(hashes[least]):
+            return least
+        return bisect_left(hashes, True, lo=least + 1, key=lacks)
 
 
 class Router:
@@ -104,7 +105,7 @@ class Router:
         Raises `InvalidRequest`.
         """
         check_integer("block_size", block_size, 1, 1 << 16)
-        check_integer("prefix_weight", prefix_weight, 0, 1 << 20)
+        check_integer("prefix_weight", prefix_weight, 1, 1 << 20)
         check_integer("margin", margin, 0, 1 << 40)
         check_integer("max_blocks", max_blocks, 1, 1 << 40)
         self.block_size = block_size
@@ -180,13 +181,14 @@ class Router:
         total = len(hashes)
         scale = max(total, 1)  # costs times this are integers, so that equal ones are
         weight = self.prefix_weight * self.block_size * scale + self.margin
-        best, least, match = -1, (0, 0, 0), 0
+        best, lowest = -1, (0, 0, 0)
         for replica, state in self._replicas.items():
-            match = state.match(hashes, match)
-            cost = self._load(state) * scale + weight * (total - match)
-            key = cost, -match, len(state.cached) + state.to_compute
-            if best < 0 or key < least:
-                best, least = replica, key
+            load = self._load(state) * scale
+            least = total - (lowest[0] - load) // weight if best >= 0 else 0  # what it takes to cost no more
+            match = state.match(hashes, max(least, 0))
+            key = load + weight * (total - match), -match, len(state.cached) + state.to_compute
+            if best < 0 or key < lowest:
+                best, lowest = replica, key
         return best
 
     def sent(
@@ -233,7 +235,7 @@ class Router:
 
     def match(self, replica: int, hashes: Sequence[int]) -> int:
         """How many leading blocks a replica has, cached or live. Raises `InvalidRequest` if it is not there."""
-        return self._state(replica).match(hashes, 0)
+        return self._state(replica).match(hashes)
 
     def _state(self, replica: int) -> _Replica:
         if replica not in self._replicas:
