@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.cache import Lock
+
 SHARED = 1 << 22
 LONGEST_PAUSE = 3_600.0
 """Seconds: a longer pause between two requests of a trace is cut to this."""
@@ -39,6 +41,33 @@ class Turn:
 
 
 Session = Sequence[Turn]
+
+
+@dataclass(slots=True, eq=False)
+class Player:
+    """One of the sessions that are alive, at its request `turn`. `copy` tells apart its tokens from all others'."""
+
+    slot: int
+    session: Session
+    turn: int
+    copy: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One that was sent. `number` counts them in order of arrival."""
+
+    number: int
+    player: Player
+    turn: Turn
+    prompt: Units
+    hashes: list[int]
+    arrived: float
+    replica: int = -1
+    attempts: int = 0
+    cached_tokens: int = 0
+    first_token: float | None = None
+    lock: Lock | None = None
 
 
 @dataclass(frozen=True, slots=True)
