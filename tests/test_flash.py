@@ -412,4 +412,5 @@ def test_an_engine_answers_as_transformers_does(twin: Recorder, name: str) -> No
             oracle.expect(engine, prompt, output.outputs[0].token_ids, 5)
         engine.check()
     oracle.settle()
-    assert {causal for _, causal in twin.calls} == {False, True}
+    # The only layer of this gemma2 without a window is its last, which computes one row of a prompt.
+    assert {causal for _, causal in twin.calls} == ({False} if name == "gemma2" else {False, True})

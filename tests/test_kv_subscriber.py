@@ -75,13 +75,14 @@ def test_what_is_held_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     plain, lost = kv_subscriber._Feed._read_new, []
 
     def deaf(self: kv_subscriber._Feed, sequence: bytes, payload: bytes) -> list[Event]:
-        if int.from_bytes(sequence, "big") % 3 == 1:
+        number = int.from_bytes(sequence, "big")
+        if number % 3 == 1 or 8 < number < 16:
             lost.append(sequence)
             return []
         return plain(self, sequence, payload)
 
     monkeypatch.setattr(kv_subscriber._Feed, "_read_new", deaf)
-    monkeypatch.setattr(kv_subscriber, "_QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(kv_subscriber, "_QUIET_SECONDS", 60.0)
     engine = Engine(StampModel(VOCAB, 128), kv_tokens=96, max_step_tokens=32, debug=True)
     held = Held()
     with engine, KVEvents(engine, config(tmp_path, buffer_steps=buffer_steps)) as events, subscriber(held) as one:
@@ -91,6 +92,7 @@ def test_what_is_held_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             batches = events.stats().batches
             engine.generate(prompt, GREEDY)
             wait_for(lambda: events.stats().batches > batches)  # noqa: B023
+        monkeypatch.setattr(kv_subscriber, "_QUIET_SECONDS", 0.05)
         wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held))
         assert events.stats().blocks > 10 and engine.stats().evicted_tokens and lost
         assert events.stats().snapshots >= (1 if buffer_steps == 10_000 else 2) and held.cleared >= 1
