@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if left > 0
             else {"failed": "not begun"}
         )
-        for line in told(part, found, options.ranks):
+        for line in summary(part, found, options.ranks):
             report.say(line)
     report.keep(ranks=options.ranks, **found)
     exact = not found.get("exact", {}).get("different")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def told(part: str, found: dict[str, dict[str, Any]], ranks: int) -> list[str]:
+def summary(part: str, found: dict[str, dict[str, Any]], ranks: int) -> list[str]:
     """Lines about one part, beside those that were measured before it."""
     figures = found[part]
     lines = [f"{part}: {figures['failed']}"] if "failed" in figures else []
@@ -147,12 +147,12 @@ def _measure(part: str, ranks: int, seconds: float) -> dict[str, Any]:
 def _run_alone(options: argparse.Namespace) -> int:
     """A JSON line of all figures so far after each of them."""
     if options.alone == "reduce":
-        told = _reduce(options.rank, options.ranks, options.store)
+        measured = _reduce(options.rank, options.ranks, options.store)
     elif options.alone == "exact":
-        told = _exact(options.ranks)
+        measured = _exact(options.ranks)
     else:
-        told = _time_engine(options.alone, options.ranks)
-    for figures in told:
+        measured = _time_engine(options.alone, options.ranks)
+    for figures in measured:
         print(json.dumps(figures), flush=True)
     return 0
 

@@ -185,7 +185,7 @@ def surroundings() -> dict[str, str]:
     gpu = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         **gpu,
-        "arguments": " ".join(sys.argv[1:]),
+        "arguments": " ".join(Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": (commit or "unknown") + ("-dirty" if changed else ""),
         "processor": f"{models[0] if models else platform.machine()}, {len(models)} cores",

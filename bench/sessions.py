@@ -45,7 +45,7 @@ Session = Sequence[Turn]
 
 @dataclass(slots=True, eq=False)
 class Player:
-    """One of the sessions that are alive, at its request `turn`. `copy` tells apart its tokens from all others'."""
+    """One of the sessions that are alive, at its request `turn`. `copy` makes its tokens differ from all others'."""
 
     slot: int
     session: Session
@@ -84,7 +84,7 @@ class Workload:
 
 
 def own_ids(session: Session) -> int:
-    """How many ids a session's own take up: two copies of it are told apart by a shift of so many."""
+    """How many ids a session's own take up: the ids of two copies differ by this much."""
     return max(1, *(first + count - SHARED for turn in session for first, count in turn.runs))
 
 

@@ -18,7 +18,7 @@ from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
 from radixgen.kernels.workspace import Workspace
 
 _MOST_STEPS = 64
-"""That tables hold the keys of, as far as they are to come"""
+"""Tables list the keys of so many steps to come, at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,9 @@ class StaticAttention:
 
 
 def _slack(plan: Plan) -> int:
-    """Steps for which tables are laid out. Later ones copy in bulk what these gather."""
+    """Steps to come for which tables are laid out. After these they are laid out anew: keys that were gathered one by
+    one are then copied in bulk.
+    """
     return min(plan.slack, _MOST_STEPS)
 
 

@@ -94,7 +94,7 @@ def test_profile(capsys) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["latency"]["steps"] > 3
 
 
-def test_what_is_told_of_several_gpus() -> None:
+def test_summaries_of_several_gpus() -> None:
     """The limit names what was measured alone, and one GPU is what the others are compared with."""
     one = {"seconds": 2.0, "ms_a_step": 4.0, "rows": 1, "limit_ms": 3.5}
     found = {
@@ -102,14 +102,14 @@ def test_what_is_told_of_several_gpus() -> None:
         "exact": {"equal": 2, "different": ["beams: [1] became [2]"]},
         "many": {"layers": 4, "hidden": 8, "workloads": {"latency": one | {"seconds": 1.0, "limit_ms": 1.75}}},
     }
-    assert parallel.told("reduce", found, 2) == ["all-reduce of 1 x 8: 10.0 µs"]
-    assert parallel.told("exact", found, 2)[0] == "exact: 2 of 3 answers equal"
-    (line,) = parallel.told("many", found, 2)
+    assert parallel.summary("reduce", found, 2) == ["all-reduce of 1 x 8: 10.0 µs"]
+    assert parallel.summary("exact", found, 2)[0] == "exact: 2 of 3 answers equal"
+    (line,) = parallel.summary("many", found, 2)
     assert line.endswith("limit 1.830 = 1.750 read + 0.080 of 8 all-reduces")
     found["one"] = {"layers": 4, "hidden": 8, "workloads": {"latency": one}}
-    assert parallel.told("one", found, 2)[-1] == "2 ranks over one, latency: 2.00×"
+    assert parallel.summary("one", found, 2)[-1] == "2 ranks over one, latency: 2.00×"
     found["one"] = {"failed": "exit status 1"}
-    assert parallel.told("one", found, 2) == ["one: exit status 1"]
+    assert parallel.summary("one", found, 2) == ["one: exit status 1"]
 
 
 def test_one_process_is_timed_at_toy_size() -> None:

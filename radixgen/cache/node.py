@@ -24,7 +24,6 @@ class Node:
 
     __slots__ = (
         "_buffer",
-        "_heap_entry",
         "_offset",
         "_owns_tail",
         "block_hashes",

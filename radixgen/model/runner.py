@@ -91,15 +91,6 @@ class ModelRunner:
     ) -> Tensor:
         """As `Model.run`; the logits stand until the next call."""
         self.count(plan)
-        return self._run(plan, token_ids, slots, logit_rows)
-
-    def _run(
-        self,
-        plan: Plan,
-        token_ids: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        logit_rows: NDArray[np.int64],
-    ) -> Tensor:
         graphs = self._graphs_for(plan, logit_rows)
         logits = None if graphs is None else self._replay(graphs, plan, token_ids, slots, logit_rows)
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits

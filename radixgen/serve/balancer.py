@@ -75,7 +75,7 @@ class Balancer:
                 self._router.sent(request_id, worker, blocks, output_tokens=expected)
 
     def ended(self, request_id: str) -> None:
-        """A request has ended, however it did. May be told twice."""
+        """A request has ended, however it did. May be called twice."""
         with self._lock:
             self._router.ended(request_id)
 

@@ -143,7 +143,7 @@ class Router:
     # -- cache events; of replicas that are not there they are ignored ----------------------------------------
 
     def stored(self, replica: int, hashes: Iterable[int]) -> None:
-        """Blocks are cached, each after its parent. May be told twice."""
+        """Blocks are cached, each after its parent. Those that are cached already are ignored."""
         state = self._replicas.get(replica)
         if state is None:
             return
@@ -153,7 +153,7 @@ class Router:
                 state.to_compute -= block in state.live
 
     def removed(self, replica: int, hashes: Iterable[int]) -> None:
-        """Blocks are cached no more, each before its parent. May be told twice."""
+        """Blocks are cached no more, each before its parent. Those that are not cached are ignored."""
         state = self._replicas.get(replica)
         if state is None:
             return
