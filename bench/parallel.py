@@ -1,8 +1,8 @@
 """One model over several GPUs: whether it is exact, and how fast it is beside its limits and beside one GPU.
 
-    python -m bench.parallel [--ranks 2] [--parts reduce exact many one large] [--minutes 7] [--save]
+    python -m bench.parallel [--ranks 2] [--parts reduce exact many one large] [--minutes 9] [--save]
 
-- `reduce`: microseconds of an all-reduce of what one layer sends, many to a CUDA graph.
+- `reduce`: microseconds of an all-reduce of what one layer sends, many to a CUDA graph, by our kernel and by NCCL.
 - `exact`: tiny models in float32, saved and sharded, give the tokens of one process: greedy, sampled and of beams.
 - `many` and `one`: an 8B shape over all ranks and on one GPU: one request alone, 256 on a prefix, prompts that share
   nothing.
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -43,10 +43,11 @@ from bench.shapes import SHAPES, Shape
 from bench.workloads import FULL, TOY, Ask, Scale, Workload, Workloads
 from radixgen import BeamSearchParams, Engine, SamplingParams
 from radixgen.core.settings import rank_environment
+from radixgen.model.peers import PEERS
 
-PARTS = {"reduce": 60, "exact": 110, "many": 150, "one": 110, "large": 130}
+PARTS = {"reduce": 50, "exact": 180, "many": 110, "one": 90, "large": 110}
 """Seconds that each may take, in `_MINUTES` for all."""
-_MINUTES = 7.0
+_MINUTES = 9.0
 _CALLS = 64
 _SIZES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16},
@@ -174,22 +175,25 @@ def _reduce(rank: int, ranks: int, store: str) -> Iterator[dict[str, Any]]:
         timeout=timedelta(minutes=_MINUTES),
         device_id=device if cuda else None,
     )
+    if cuda:
+        PEERS.meet(device)
     found = {}
     for rows, hidden in ((1, 4096), (64, 8192), (256, 4096), (8192, 4096)) if cuda else ((1, 64),):
         data = torch.zeros((rows, hidden), dtype=torch.bfloat16 if cuda else torch.float32, device=device)
-        found[f"{rows} x {hidden}"] = _reduce_us(data)
+        found[f"{rows} x {hidden}"] = _reduce_us(data, PEERS.add_up)
+        found[f"{rows} x {hidden} by {dist.get_backend()}"] = _reduce_us(data, dist.all_reduce)
         yield {"us": found}
     dist.destroy_process_group()
 
 
-def _reduce_us(data: torch.Tensor) -> float:
+def _reduce_us(data: torch.Tensor, reduce: Callable[[torch.Tensor], object]) -> float:
     if data.device.type != "cuda":
-        return 1e6 * min(time_each(lambda: dist.all_reduce(data), times=3))
-    dist.all_reduce(data)
+        return 1e6 * min(time_each(lambda: reduce(data), times=3))
+    reduce(data)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
-            dist.all_reduce(data)
+            reduce(data)
     torch.cuda.synchronize()
 
     def replay() -> None:

@@ -23,6 +23,7 @@ from radixgen import Engine, EngineDead
 from radixgen.core.settings import as_rank_0, rank_environment
 from radixgen.model import parallel, ranks
 from radixgen.model.lockstep import Channel, Closed
+from radixgen.model.peers import Peers
 from radixgen.model.ranks import Followers, in_thread
 from radixgen.model.ring import RingWriter
 
@@ -264,3 +265,18 @@ def test_a_process_that_cannot_be_made(llama: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ranks.subprocess, "Popen", fail)
     with pytest.raises(EngineDead, match=r"did not start: .*Resource temporarily unavailable"):
         Engine(llama, kv_tokens=64, tensor_parallel_size=2)
+
+
+def test_where_no_memory_is_shared_the_library_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And parting from nobody is no fault."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        peers = Peers()
+        peers.meet(torch.device("cpu"))
+        peers.part()
+        data = torch.ones(3)
+        peers.add_up(data)
+        assert data.tolist() == [1.0, 1.0, 1.0]
+    finally:
+        dist.destroy_process_group()

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library, nn
 
+from radixgen.model.peers import PEERS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -115,7 +117,7 @@ def register() -> None:
     @library.custom_op("radixgen::all_reduce_", mutates_args=("given",))
     def all_reduce(given: Tensor) -> None:
         if not _SILENT.get():
-            dist.all_reduce(given)
+            PEERS.add_up(given)
 
     @all_reduce.register_fake
     def _(given: Tensor) -> None: ...

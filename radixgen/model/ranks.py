@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
 from radixgen.model.lockstep import Channel, Closed, Job, Kind, pack
+from radixgen.model.peers import PEERS
 from radixgen.model.ring import RingWriter
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def join(job: Job) -> None:
         timeout=timedelta(seconds=LOAD_SECONDS),
         device_id=cuda,
     )
+    if cuda:
+        PEERS.meet(cuda)
 
 
 def bound_steps(model: "PreTrainedModel") -> None:
@@ -264,6 +267,7 @@ def watch_steps(last: LastStep, ended: threading.Event) -> None:
 
 def leave() -> None:
     """Be no rank any more. On GPUs whatever this one still waits for is given up. May be called twice."""
+    PEERS.part()
     with _leaving:
         if not dist.is_initialized():
             return

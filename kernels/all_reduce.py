@@ -1,0 +1,70 @@
+"""Sums over the GPUs of one host, each of which reads what the others hold (a one-shot all-reduce).
+
+A library's all-reduce is made for many hosts and long messages. Between GPUs that read each other's memory, two passes
+over NVLink do: what a rank holds is copied to where its peers find it, and all add up everything, in the same order.
+With two ranks no way moves fewer bytes. The kernel is in `radixgen.kernels.all_reduce_kernels`; its plain twin is
+`torch.distributed.all_reduce`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_PROGRAMS = 512
+_BLOCK = 8192
+"""Elements that a program sums at a time, at most"""
+_LEAST = 512
+"""And at least, so that few programs wait for each other where there is little to sum"""
+_ROOM = 4 * _BLOCK
+"""Bytes of a block of the widest elements; each program has two rooms"""
+_ROOMS = MAX_PROGRAMS * 2 * _ROOM
+_MANY_RANKS = 1 << 20
+"""Bytes of the largest tensor that more than two ranks sum this way"""
+_FLAG = 8
+"""Bytes of one rank's flag for one program"""
+
+
+def shared_bytes(ranks: int) -> int:
+    """What every rank has to share with all others, zeroed before any of them sums: rooms, then flags."""
+    return _ROOMS + MAX_PROGRAMS * ranks * _FLAG
+
+
+class AllReduce:
+    """Of one rank. All ranks sum tensors of the same sizes in the same order, as in any collective."""
+
+    def __init__(self, addresses: Sequence[int], rank: int, device: torch.device) -> None:
+        """`addresses`: where each rank's `shared_bytes` are, seen from this one, in the order of ranks."""
+        self._rank, self._size = rank, len(addresses)
+        self._rooms = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._flags = self._rooms + _ROOMS
+        self._rounds = torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=device)
+        self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def supports(self, data: Tensor) -> bool:
+        """Whether this tensor is one for the kernel: contiguous, float32 or narrower. Of many ranks not a large one,
+        which each would read whole from each.
+        """
+        plain = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and data.is_contiguous()
+        return plain and (self._size == 2 or data.nbytes <= _MANY_RANKS)
+
+    def __call__(self, data: Tensor) -> None:
+        """Put the sum of all ranks' `data` in its place; the same bits on each, added in float32."""
+        import triton
+
+        from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
+        from radixgen.kernels.triton_backend import Chip, overlaps
+        from radixgen.kernels.work import pdl
+
+        count = data.numel()
+        block = min(max(triton.next_power_of_2(triton.cdiv(count, MAX_PROGRAMS)), _LEAST), _BLOCK)
+        overlap = data.is_cuda and overlaps(Chip.of(data.device))
+        all_reduce_kernel[(min(triton.cdiv(count, block), MAX_PROGRAMS),)](
+            data, count, self._rooms, self._flags, self._rounds, self._stop,
+            RANK=self._rank, SIZE=self._size, BLOCK=block, ROOM=_ROOM // data.element_size(), PDL=overlap,
+            num_warps=4 if block <= 2048 else 8, **pdl(overlap),
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Wait for no peer any more: what is summed from now on has no meaning."""
+        self._stop.fill_(1)

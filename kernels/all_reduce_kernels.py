@@ -1,0 +1,79 @@
+"""The kernel of `radixgen.kernels.all_reduce`. Its arithmetic is plain Triton: the interpreter runs it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def all_reduce_kernel(
+    data,
+    count,
+    rooms,
+    flags,
+    rounds,
+    stop,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Add up `data [count]` of all ranks, in place, each program a block at a time.
+
+    A program meets the programs of its number on the other ranks, and no other. In each round it copies its block into
+    a room of its own, raises its flag at every peer, waits for theirs, and adds up the blocks in the order of ranks. It
+    has two rooms for two rounds: a peer that raises its flag for the next round has read the room of this one.
+
+    `rooms`, `flags`: addresses by rank, of `[programs, 2, ROOM]` elements as in `data` and of `[programs, SIZE]` int64.
+    `rounds`: int64 `[programs]`, how many there were. `stop`: int32, not 0 once no peer is to be waited for.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    own_room = tl.multiple_of(tl.load(rooms + RANK).to(data.dtype), 16)
+    own_flags = tl.load(flags + RANK).to(rounds.dtype) + program * SIZE
+    number = tl.load(rounds + program)
+    start = program.to(tl.int64) * BLOCK
+    while start < count:
+        number += 1
+        place = (program * 2 + (number % 2).to(tl.int32)) * ROOM + lane
+        mask = start + lane < count
+        block = tl.load(data + start + lane, mask=mask)
+        tl.store(own_room + place, block, mask=mask)
+        tl.debug_barrier()
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                its_flags = tl.load(flags + peer).to(rounds.dtype) + program * SIZE
+                tl.atomic_xchg(its_flags + RANK, number, sem="release", scope="sys")
+        met = start < count
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                met = met & (_await(own_flags + peer, number, stop) >= number)
+        tl.debug_barrier()
+        total = tl.zeros([BLOCK], tl.float32)
+        for peer in tl.static_range(SIZE):
+            if peer == RANK:
+                total += block.to(tl.float32)
+            else:
+                room = tl.multiple_of(tl.load(rooms + peer).to(data.dtype), 16)
+                total += tl.load(room + place, mask=mask, cache_modifier=".cg").to(tl.float32)
+        tl.store(data + start + lane, total.to(data.dtype.element_ty), mask=mask)
+        start = tl.where(met, start + tl.num_programs(0).to(tl.int64) * BLOCK, count)
+    tl.store(rounds + program, number)
+
+
+@triton.jit
+def _await(flag, number, stop):
+    """What a flag is once it is at least `number`, or once `stop` says so; what its peer wrote before can be read.
+
+    `stop` is in the host's memory, far away, and looked at now and then.
+    """
+    seen, looks, stopped = tl.load(flag, volatile=True), 0, 0
+    while (seen < number) & (stopped == 0):
+        seen = tl.load(flag, volatile=True)
+        looks = (looks + 1) % 1024
+        if looks == 0:
+            stopped = tl.load(stop, volatile=True)
+    return tl.atomic_add(flag, 0, sem="acquire", scope="sys")

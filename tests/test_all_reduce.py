@@ -1,0 +1,84 @@
+"""The all-reduce of GPUs that read each other's memory: one process plays all ranks, in the interpreter."""
+
+import pytest
+import torch
+
+from radixgen.kernels import all_reduce
+from radixgen.kernels.all_reduce import AllReduce, shared_bytes
+
+
+class Ranks:
+    """Memory of all ranks, and a kernel that is one of them. The others have always been there before."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.memory = [torch.zeros(shared_bytes(size), dtype=torch.uint8) for _ in range(size)]
+        self.sum = AllReduce([one.data_ptr() for one in self.memory], rank, torch.device("cpu"))
+        self.rounds = 0
+
+    def flags(self, rank: int) -> torch.Tensor:
+        """Int64 `[programs, ranks]`."""
+        return self.memory[rank][all_reduce._ROOMS :].view(torch.int64).view(all_reduce.MAX_PROGRAMS, self.size)
+
+    def room(self, rank: int, dtype: torch.dtype, program: int, number: int) -> torch.Tensor:
+        rooms = self.memory[rank][: all_reduce._ROOMS].view(all_reduce.MAX_PROGRAMS, 2, all_reduce._ROOM)
+        return rooms[program, number % 2].view(dtype)
+
+    def lend(self, data: list[torch.Tensor], block: int) -> None:
+        """Put the data of all other ranks where this one looks for its next round, a block a program."""
+        self.rounds += 1
+        for rank in set(range(self.size)) - {self.rank}:
+            for program, part in enumerate(data[rank].flatten().split(block)):
+                self.room(rank, data[rank].dtype, program, self.rounds)[: part.numel()] = part
+                self.flags(self.rank)[program, rank] = self.rounds
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "dtype", "count"),
+    [(0, 2, torch.float32, 1), (1, 2, torch.float32, 513), (1, 2, torch.float16, 1_000), (2, 3, torch.float32, 700)],
+)
+def test_each_rank_adds_up_all_in_their_order(rank: int, size: int, dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    ranks = Ranks(rank, size)
+    for _ in range(3):
+        data = [torch.randn(count).to(dtype) for _ in range(size)]
+        expected = sum((one.float() for one in data), torch.zeros(count)).to(dtype)
+        ranks.lend(data, all_reduce._LEAST)
+        own = data[rank].clone()
+        assert ranks.sum.supports(own)
+        ranks.sum(own)
+        assert torch.equal(own, expected)
+        for program, part in enumerate(data[rank].split(all_reduce._LEAST)):
+            assert torch.equal(ranks.room(rank, dtype, program, ranks.rounds)[: part.numel()], part)
+            for peer in set(range(size)) - {rank}:
+                assert ranks.flags(peer)[program, rank] == ranks.rounds
+
+
+def test_more_than_all_programs_sum_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then each sums several blocks, in both of its rooms in turn."""
+    monkeypatch.setattr(all_reduce, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(all_reduce, "_BLOCK", 512)
+    monkeypatch.setattr(all_reduce, "_ROOMS", 2 * 2 * all_reduce._ROOM)
+    ranks, data = Ranks(0, 2), [torch.arange(1_800.0), torch.arange(1_800.0) * 10]
+    for number, pair in enumerate(data[1].split(1_024), 1):
+        for program, part in enumerate(pair.split(512)):
+            ranks.room(1, torch.float32, program, number)[: part.numel()] = part
+    ranks.flags(0)[:, 1] = 2
+    own = data[0].clone()
+    ranks.sum(own)
+    assert torch.equal(own, data[0] + data[1])
+    assert ranks.flags(1)[:, 0].tolist() == [2, 2]
+
+
+def test_nobody_waits_for_a_peer_once_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(0, 2)
+    ranks.sum.stop()
+    ranks.sum(torch.ones(5_000))
+    assert ranks.flags(1)[0, 0] == 1
+
+
+def test_what_it_is_not_made_for_is_left_to_the_library() -> None:
+    two, three = Ranks(0, 2).sum, Ranks(0, 3).sum
+    large = torch.empty(1 << 20)
+    assert two.supports(large) and not three.supports(large) and three.supports(large[:1_000])
+    assert not two.supports(torch.ones(4, dtype=torch.float64)) and not two.supports(torch.ones(4, 4).T[:, 1:])
