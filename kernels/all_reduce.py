@@ -9,7 +9,12 @@ With two ranks no way moves fewer bytes. The kernel is in `radixgen.kernels.all_
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
+
+from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
+from radixgen.kernels.triton_backend import Chip, overlaps
+from radixgen.kernels.work import pdl
 
 MAX_PROGRAMS = 512
 _BLOCK = 8192
@@ -40,6 +45,7 @@ class AllReduce:
         self._flags = self._rooms + _ROOMS
         self._rounds = torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=device)
         self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._overlap = device.type == "cuda" and overlaps(Chip.of(device))
 
     def supports(self, data: Tensor) -> bool:
         """Whether this tensor is one for the kernel: contiguous, float32 or narrower. Of many ranks not a large one,
@@ -50,19 +56,12 @@ class AllReduce:
 
     def __call__(self, data: Tensor) -> None:
         """Put the sum of all ranks' `data` in its place; the same bits on each, added in float32."""
-        import triton
-
-        from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
-        from radixgen.kernels.triton_backend import Chip, overlaps
-        from radixgen.kernels.work import pdl
-
         count = data.numel()
         block = min(max(triton.next_power_of_2(triton.cdiv(count, MAX_PROGRAMS)), _LEAST), _BLOCK)
-        overlap = data.is_cuda and overlaps(Chip.of(data.device))
         all_reduce_kernel[(min(triton.cdiv(count, block), MAX_PROGRAMS),)](
             data, count, self._rooms, self._flags, self._rounds, self._stop,
-            RANK=self._rank, SIZE=self._size, BLOCK=block, ROOM=_ROOM // data.element_size(), PDL=overlap,
-            num_warps=4 if block <= 2048 else 8, **pdl(overlap),
+            RANK=self._rank, SIZE=self._size, BLOCK=block, ROOM=_ROOM // data.element_size(), PDL=self._overlap,
+            num_warps=4 if block <= 2048 else 8, **pdl(self._overlap),
         )  # fmt: skip
 
     def stop(self) -> None:

@@ -1,12 +1,14 @@
 """Sums over the ranks of the process group: by our own kernel where their GPUs read each other's memory."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from radixgen.kernels.all_reduce import AllReduce, shared_bytes
+if TYPE_CHECKING:
+    from radixgen.kernels.all_reduce import AllReduce
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +21,13 @@ class Peers:
         """Which the others read as long as it lives; it is kept until there is another one."""
         self._sum: AllReduce | None = None
 
-    def meet(self, device: torch.device) -> None:
-        """Let the ranks read each other's memory, where all of their GPUs can; all of them do this at the same time."""
+    def meet(self, device: torch.device, store: dist.FileStore) -> None:
+        """Let the ranks read each other's memory, where all of their GPUs can; all of them do this at the same time.
+
+        They find each other by `store`, a file of which no other group of ranks knows.
+        """
         try:
-            shared = _share(device)
+            shared = _share(device, store)
         except (RuntimeError, ImportError, AttributeError) as error:  # of an interface that PyTorch calls unfinished
             logger.info("GPUs don't share memory, so that PyTorch's library adds up: %s", error)
             shared = None
@@ -47,14 +52,17 @@ PEERS = Peers()
 """Of this process, as it has one process group."""
 
 
-def _share(device: torch.device) -> tuple[Tensor, AllReduce] | None:
+def _share(device: torch.device, store: dist.FileStore) -> "tuple[Tensor, AllReduce] | None":
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(ranks) if peer != rank):
         return None
-    import torch.distributed._symmetric_memory as symmetric_memory
+    from radixgen.kernels.all_reduce import AllReduce, shared_bytes
+    from torch.distributed import _symmetric_memory as symmetric_memory
 
+    name = store.path  # PyTorch remembers a group by its name, and would take any two worlds of a process for one
+    symmetric_memory._SymmetricMemory.set_group_info(name, rank, ranks, dist.PrefixStore("memory", store))
     memory = symmetric_memory.empty(shared_bytes(ranks), dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)
-    handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)  # type: ignore[arg-type]
-    return memory, AllReduce(list(handle.buffer_ptrs), rank, device)
+    addresses = symmetric_memory.rendezvous(memory, name).buffer_ptrs  # type: ignore[arg-type]
+    return memory, AllReduce(addresses, rank, device)
