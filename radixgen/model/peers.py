@@ -56,8 +56,9 @@ def _share(device: torch.device, store: dist.FileStore) -> "tuple[Tensor, AllRed
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(ranks) if peer != rank):
         return None
-    from radixgen.kernels.all_reduce import AllReduce, shared_bytes
     from torch.distributed import _symmetric_memory as symmetric_memory
+
+    from radixgen.kernels.all_reduce import AllReduce, shared_bytes
 
     name = store.path  # PyTorch remembers a group by its name, and would take any two worlds of a process for one
     symmetric_memory._SymmetricMemory.set_group_info(name, rank, ranks, dist.PrefixStore("memory", store))
