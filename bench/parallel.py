@@ -167,17 +167,16 @@ def _reduce(rank: int, ranks: int, store: str) -> Iterator[dict[str, Any]]:
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    found_by = dist.FileStore(store, ranks)  # type: ignore[attr-defined]
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=found_by,
+        store=dist.FileStore(store, ranks),  # type: ignore[attr-defined]
         rank=rank,
         world_size=ranks,
         timeout=timedelta(minutes=_MINUTES),
         device_id=device if cuda else None,
     )
     if cuda:
-        PEERS.meet(device, found_by)
+        PEERS.meet(device)
     found = {}
     for rows, hidden in ((1, 4096), (64, 8192), (256, 4096), (8192, 4096)) if cuda else ((1, 64),):
         data = torch.zeros((rows, hidden), dtype=torch.bfloat16 if cuda else torch.float32, device=device)

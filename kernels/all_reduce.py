@@ -2,7 +2,7 @@
 
 A library's all-reduce is made for many hosts and long messages. Between GPUs that read each other's memory, two passes
 over NVLink do: what a rank holds is copied to where its peers find it, and all add up everything, in the same order.
-With two ranks no way moves fewer bytes. The kernel is in `radixgen.kernels.all_reduce_kernels`; its plain twin is
+The kernel is in `radixgen.kernels.all_reduce_kernels`; its plain twin is
 `torch.distributed.all_reduce`.
 """
 
@@ -16,16 +16,20 @@ from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
 from radixgen.kernels.triton_backend import Chip, overlaps
 from radixgen.kernels.work import pdl
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 MAX_PROGRAMS = 512
-_BLOCK = 8192
+_BLOCK = 4096
 """Elements that a program sums at a time, at most"""
 _LEAST = 512
 """And at least, so that few programs wait for each other where there is little to sum"""
 _ROOM = 4 * _BLOCK
 """Bytes of a block of the widest elements; each program has two rooms"""
 _ROOMS = MAX_PROGRAMS * 2 * _ROOM
-_MANY_RANKS = 1 << 20
-"""Bytes of the largest tensor that more than two ranks sum this way"""
+_LARGEST = 4 << 20
+"""Bytes of the largest tensor of two ranks. Beyond it a library that leaves most of the chip alone is faster in a step,
+though not by itself."""
+_LARGEST_OF_MANY = 1 << 20
+"""And of more ranks, each of which reads it whole from all others."""
 _FLAG = 8
 """Bytes of one rank's flag for one program"""
 
@@ -47,15 +51,12 @@ class AllReduce:
         self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._overlap = device.type == "cuda" and overlaps(Chip.of(device))
 
-    def supports(self, data: Tensor) -> bool:
-        """Whether this tensor is one for the kernel: contiguous, float32 or narrower. Of many ranks not a large one,
-        which each would read whole from each.
-        """
-        plain = data.dtype in (torch.float32, torch.bfloat16, torch.float16) and data.is_contiguous()
-        return plain and (self._size == 2 or data.nbytes <= _MANY_RANKS)
+    def supports(self, dtype: torch.dtype, size: int) -> bool:
+        """Whether a tensor is one for the kernel: of few bytes, in a dtype of `DTYPES`."""
+        return dtype in DTYPES and size <= (_LARGEST if self._size == 2 else _LARGEST_OF_MANY)
 
     def __call__(self, data: Tensor) -> None:
-        """Put the sum of all ranks' `data` in its place; the same bits on each, added in float32."""
+        """Put the sum of all ranks' contiguous `data` in its place; the same bits on each, floats added in float32."""
         count = data.numel()
         block = min(max(triton.next_power_of_2(triton.cdiv(count, MAX_PROGRAMS)), _LEAST), _BLOCK)
         all_reduce_kernel[(min(triton.cdiv(count, block), MAX_PROGRAMS),)](

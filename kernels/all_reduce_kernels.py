@@ -30,6 +30,8 @@ def all_reduce_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    element: tl.constexpr = data.dtype.element_ty
+    wide: tl.constexpr = tl.float32 if element.is_floating() else element
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     own_room = tl.multiple_of(tl.load(rooms + RANK).to(data.dtype), 16)
@@ -52,14 +54,14 @@ def all_reduce_kernel(
             if peer != RANK:
                 met = met & (_await(own_flags + peer, number, stop) >= number)
         tl.debug_barrier()
-        total = tl.zeros([BLOCK], tl.float32)
+        total = tl.zeros([BLOCK], wide)
         for peer in tl.static_range(SIZE):
             if peer == RANK:
-                total += block.to(tl.float32)
+                total += block.to(wide)
             else:
                 room = tl.multiple_of(tl.load(rooms + peer).to(data.dtype), 16)
-                total += tl.load(room + place, mask=mask, cache_modifier=".cg").to(tl.float32)
-        tl.store(data + start + lane, total.to(data.dtype.element_ty), mask=mask)
+                total += tl.load(room + place, mask=mask, cache_modifier=".cg").to(wide)
+        tl.store(data + start + lane, total.to(element), mask=mask)
         start = tl.where(met, start + tl.num_programs(0).to(tl.int64) * BLOCK, count)
     tl.store(rounds + program, number)
 

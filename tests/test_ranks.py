@@ -273,7 +273,7 @@ def test_where_no_memory_is_shared_the_library_adds_up(tmp_path: Path, monkeypat
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         peers = Peers()
-        peers.meet(torch.device("cpu"), store)
+        peers.meet(torch.device("cpu"))
         peers.part()
         data = torch.ones(3)
         peers.add_up(data)

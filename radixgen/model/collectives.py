@@ -125,19 +125,29 @@ def register() -> None:
     @library.custom_op("radixgen::all_gather", mutates_args=())
     def all_gather(given: Tensor, width: int, size: int) -> Tensor:
         most = -(-width // size)
+        if _SILENT.get():
+            return given.new_zeros((*given.shape[:-1], width))
+        if PEERS.takes(given.dtype, given.nbytes * size):
+            return _gather_by_sum(given, most, width)
         missing = most - given.shape[-1]
         own = (nn.functional.pad(given, (0, missing)) if missing else given).reshape(-1, most)
         parts = own.new_empty((size * own.shape[0], most))
-        if _SILENT.get():
-            parts.zero_()
-        else:
-            _gather_into(parts, own)
+        _gather_into(parts, own)
         beside = parts.view(size, -1, most).transpose(0, 1).reshape(*given.shape[:-1], size * most)
         return beside[..., :width].contiguous()
 
     @all_gather.register_fake
     def _(given: Tensor, width: int, size: int) -> Tensor:
         return given.new_empty((*given.shape[:-1], width))
+
+
+def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:
+    """Columns of all ranks: each has zeros in the place of the others'."""
+    first = dist.get_rank() * most
+    whole = own.new_zeros((*own.shape[:-1], width))
+    whole[..., first : first + own.shape[-1]] = own
+    PEERS.add_up(whole)
+    return whole
 
 
 def _gather_into(parts: Tensor, own: Tensor) -> None:

@@ -27,6 +27,7 @@ from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
 from radixgen.model.lockstep import Job, Kind, Origins, Step, pack, pack_step
 from radixgen.model.packed import TreeModel
+from radixgen.model.peers import PEERS
 from radixgen.model.ranks import START_SECONDS, Followers, LastStep, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
 from radixgen.model.warm_up import WarmUpStep
@@ -298,8 +299,8 @@ def run_ahead(
 ) -> Tensor | None:
     """As `radixgen.model.base.RunsAhead`, on every rank: `tokens` are rank 0's, which the others get from it."""
     if tokens is None:
-        tokens = torch.empty(logit_rows.size, dtype=torch.int64, device=model.device)
-    dist.broadcast(tokens, 0)
+        tokens = torch.zeros(logit_rows.size, dtype=torch.int64, device=model.device)
+    PEERS.add_up(tokens.view(torch.int32))
     return model.run_ahead(plan, tokens, slots, logit_rows)
 
 

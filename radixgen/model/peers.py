@@ -20,24 +20,34 @@ class Peers:
         self._memory: Tensor | None = None
         """Which the others read as long as it lives; it is kept until there is another one."""
         self._sum: AllReduce | None = None
+        self._met = False
 
-    def meet(self, device: torch.device, store: dist.FileStore) -> None:
+    def meet(self, device: torch.device) -> None:
         """Let the ranks read each other's memory, where all of their GPUs can; all of them do this at the same time.
 
-        They find each other by `store`, a file of which no other group of ranks knows.
+        Once a process: PyTorch counts what a process has exchanged, and would wait in vain for a rank that has
+        exchanged less.
         """
+        self._memory, self._sum = None, None
+        first, self._met = not self._met, True
+        if not _all(first, device):
+            return
         try:
-            shared = _share(device, store)
+            memory, reduce = _share(device)
         except (RuntimeError, ImportError, AttributeError) as error:  # of an interface that PyTorch calls unfinished
-            logger.info("GPUs don't share memory, so that PyTorch's library adds up: %s", error)
-            shared = None
-        agreed = torch.tensor([int(shared is not None)], device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        self._memory, self._sum = shared if shared and agreed.item() else (None, None)
+            logger.warning("GPUs don't share memory, so that PyTorch's library adds up: %s", error)
+            _all(False, device)
+        else:
+            if _all(True, device):
+                self._memory, self._sum = memory, reduce
+
+    def takes(self, dtype: torch.dtype, size: int) -> bool:
+        """Whether so many bytes are added up in a few microseconds."""
+        return self._sum is not None and self._sum.supports(dtype, size)
 
     def add_up(self, data: Tensor) -> None:
-        """Put the sum over all ranks in its place."""
-        if self._sum is not None and data.is_cuda and self._sum.supports(data):
+        """Put the sum over all ranks in its place; contiguous, on the device of this rank."""
+        if self._sum is not None and self._sum.supports(data.dtype, data.nbytes):
             self._sum(data)
         else:
             dist.all_reduce(data)
@@ -52,18 +62,23 @@ PEERS = Peers()
 """Of this process, as it has one process group."""
 
 
-def _share(device: torch.device, store: dist.FileStore) -> "tuple[Tensor, AllReduce] | None":
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(ranks) if peer != rank):
-        return None
+def _all(fine: bool, device: torch.device) -> bool:
+    """Whether all ranks are."""
+    found = torch.tensor([int(fine)], device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found.item())
+
+
+def _share(device: torch.device) -> "tuple[Tensor, AllReduce]":
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     from radixgen.kernels.all_reduce import AllReduce, shared_bytes
 
-    name = store.path  # PyTorch remembers a group by its name, and would take any two worlds of a process for one
-    symmetric_memory._SymmetricMemory.set_group_info(name, rank, ranks, dist.PrefixStore("memory", store))
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(ranks) if peer != rank):
+        raise RuntimeError("there is no way from one to another")
     memory = symmetric_memory.empty(shared_bytes(ranks), dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)
-    addresses = symmetric_memory.rendezvous(memory, name).buffer_ptrs  # type: ignore[arg-type]
-    return memory, AllReduce(addresses, rank, device)
+    handle = symmetric_memory.rendezvous(memory, dist.group.WORLD)  # type: ignore[arg-type]
+    return memory, AllReduce(handle.buffer_ptrs, rank, device)

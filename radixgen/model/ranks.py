@@ -213,19 +213,18 @@ def join(job: Job) -> None:
     """Become a rank of the process group: gloo on the CPU, else NCCL with a GPU of its own."""
     torch.set_num_threads(job.threads)
     cuda = torch.device("cuda", job.rank) if job.device == "cuda" else None
-    store = dist.FileStore(job.store, job.size)  # type: ignore[attr-defined]
     if cuda:
         torch.cuda.set_device(cuda)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=store,
+        store=dist.FileStore(job.store, job.size),  # type: ignore[attr-defined]
         rank=job.rank,
         world_size=job.size,
         timeout=timedelta(seconds=LOAD_SECONDS),
         device_id=cuda,
     )
     if cuda:
-        PEERS.meet(cuda, store)
+        PEERS.meet(cuda)
 
 
 def bound_steps(model: "PreTrainedModel") -> None:

@@ -1,0 +1,141 @@
+"""Replicas of one model behind one front end, beside a single one: throughput of agents, and what they find cached.
+
+    python -m bench.data_parallel [--replicas 2] [--agents 64] [--check] [--save]
+
+Agents resend a growing conversation with the same long system prompt, turn by turn, as in `bench.compare`; each goes on
+as soon as it is answered. One replica answers `--agents` of them, and as many again for each replica that there will
+be: one pool with all of them. Then `--replicas` do that, a GPU each. A Llama of 8B shape with random weights in
+bfloat16; token ids go through `AsyncClient`, whose routing is that of `radixgen serve --data-parallel-size`. All runs
+once untimed, so that what it needs is compiled and captured.
+
+The limit of the speed-up is the number of replicas: so many times the agents in the same time. Bounds for `--check`,
+where there are GPUs: 0.95 of it, and a hit rate at most a point below that of the one pool.
+
+Bias. One run a figure. Neither HTTP nor text is in it. The front end and its callers share a process, and without GPUs
+the replicas share the processor.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench.contenders import Options, saved_config
+from bench.report import Report
+from bench.shapes import SHAPES
+from bench.workloads import FULL, TOY, Scale, Tokens, Workloads
+from radixgen import AsyncClient, EngineDead, SamplingParams
+from radixgen.serve.replicas import ReplicaOptions, Replicas
+
+_START_SECONDS = 600.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one pass of all agents."""
+
+    seconds: float = 0.0
+    answered: int = 0
+    """Tokens"""
+    asked: int = 0
+    """Prompt tokens"""
+    cached: int = 0
+    """Of these"""
+
+    @property
+    def throughput(self) -> float:
+        """Tokens a second."""
+        return self.answered / self.seconds
+
+    @property
+    def hit_rate(self) -> float:
+        """Of prompt tokens, those that were cached."""
+        return self.cached / self.asked
+
+
+async def talk(client: AsyncClient, workloads: Workloads, agent: int, counts: Counts) -> None:
+    """One conversation, resent in every turn."""
+    scale = workloads.scale
+    history: Tokens = workloads.tokens(0, scale.system)
+    params = SamplingParams(temperature=0.0, max_tokens=scale.answer, ignore_eos=True)
+    for turn in range(scale.turns):
+        history += workloads.tokens(1 + turn * scale.agents + agent, scale.tool)
+        counts.asked += len(history)
+        answer: Tokens = []
+        async for output in client.generate(list(history), params):
+            answer += output.outputs[0].token_ids
+        counts.cached += output.num_cached_tokens
+        counts.answered += len(answer)
+        history += answer
+
+
+async def passes(client: AsyncClient, scale: Scale, vocab: int) -> Counts:
+    """All agents at once, from an empty cache: once untimed, with other tokens, then once more."""
+    for seed in (1, 0):
+        for worker in client.workers:
+            await client.call("reset_prefix_cache", worker=worker)
+        workloads, counts = Workloads(scale, vocab, seed), Counts()
+        begin = time.perf_counter()
+        await asyncio.gather(*(talk(client, workloads, agent, counts) for agent in range(scale.agents)))
+        counts.seconds = time.perf_counter() - begin
+    return counts
+
+
+async def serve(count: int, options: Options, folder: str, scales: Sequence[Scale]) -> list[Counts]:
+    """What `count` replicas make of each."""
+    worker = ("--model", folder, "--load-format=dummy", f"--kv-tokens={options.kv_tokens}", "--no-warm-up")
+    replicas = ReplicaOptions(count, worker=worker)
+    async with AsyncClient(workers=count, timeout=_START_SECONDS) as client:
+        commands = [replicas.command(client.address, index) for index in range(count)]
+        failed = client.fail
+        started = Replicas(commands, replicas.environments(), lambda what: failed(EngineDead(what)))
+        try:
+            await client.wait()
+            return [await passes(client, scale, options.shape.vocab) for scale in scales]
+        finally:
+            await asyncio.to_thread(started.close)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--agents", type=int, default=64, help="for each replica")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    parser.add_argument("--save", action="store_true", help="keep the JSON line under bench/results/")
+    chosen = parser.parse_args(arguments)
+    report, cuda = Report("data_parallel"), torch.cuda.is_available()
+    options = Options(
+        SHAPES["8B" if cuda else "toy"],
+        kv_tokens=600_000 if cuda else 20_000,
+        max_seqs=1024,
+        max_model_len=32_768 if cuda else 512,
+        step_tokens=None,
+    )
+    few = replace(FULL if cuda else TOY, agents=chosen.agents if cuda else 3)
+    many = replace(few, agents=chosen.replicas * few.agents)
+    report.say(f"limit: {chosen.replicas}× the throughput of one replica")
+    with tempfile.TemporaryDirectory() as folder:
+        saved = saved_config(options, Path(folder))
+        one, pool = asyncio.run(serve(1, options, saved, [few, many]))
+        (several,) = asyncio.run(serve(chosen.replicas, options, saved, [many]))
+    for name, scale, counts in (("1", few, one), ("1", many, pool), (str(chosen.replicas), many, several)):
+        report.say(
+            f"{name} × {scale.agents} agents: {counts.seconds:.2f} s, {counts.throughput:,.0f} tokens/s "
+            f"({counts.throughput / one.throughput:.2f}×), {counts.hit_rate:.1%} of prompts cached"
+        )
+        report.keep(**{f"{name} x {scale.agents}": {"throughput": counts.throughput, "hit_rate": counts.hit_rate}})
+    speed_up, points = several.throughput / one.throughput, 100 * (several.hit_rate - pool.hit_rate)
+    least = {"at_least": 0.95 * chosen.replicas} if cuda else {}
+    report.figure("speed_up", speed_up, f"throughput over one replica: {speed_up:.2f}×", **least)
+    report.figure("points", points, f"hit rate over one pool: {points:+.2f} points", at_least=-1.0 if cuda else None)
+    return report.finish(check=chosen.check, save=chosen.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
