@@ -55,14 +55,16 @@ class AllReduce:
         """Whether a tensor is one for the kernel: of few bytes, in a dtype of `DTYPES`."""
         return dtype in DTYPES and size <= (_LARGEST if self._size == 2 else _LARGEST_OF_MANY)
 
-    def __call__(self, data: Tensor) -> None:
-        """Put the sum of all ranks' contiguous `data` in its place; the same bits on each, floats added in float32."""
-        count = data.numel()
+    def __call__(self, data: Tensor, parts: Tensor | None = None) -> None:
+        """Put the sum of what all ranks hold into contiguous `data`, the same bits on each: of `data`, or of `parts`
+        `[n, *data.shape]`, float32, which are added up and rounded first. Floats are added in float32.
+        """
+        count, number = data.numel(), 1 if parts is None else parts.shape[0]
         block = min(max(triton.next_power_of_2(triton.cdiv(count, MAX_PROGRAMS)), _LEAST), _BLOCK)
         all_reduce_kernel[(min(triton.cdiv(count, block), MAX_PROGRAMS),)](
-            data, count, self._rooms, self._flags, self._rounds, self._stop,
-            RANK=self._rank, SIZE=self._size, BLOCK=block, ROOM=_ROOM // data.element_size(), PDL=self._overlap,
-            num_warps=4 if block <= 2048 else 8, **pdl(self._overlap),
+            data, data if parts is None else parts, count, self._rooms, self._flags, self._rounds, self._stop,
+            RANK=self._rank, SIZE=self._size, BLOCK=block, ROOM=_ROOM // data.element_size(), PARTS=number,
+            PDL=self._overlap, num_warps=4 if block <= 2048 else 8, **pdl(self._overlap),
         )  # fmt: skip
 
     def stop(self) -> None:

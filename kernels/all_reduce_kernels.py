@@ -7,6 +7,7 @@ import triton.language as tl
 @triton.jit
 def all_reduce_kernel(
     data,
+    parts,
     count,
     rooms,
     flags,
@@ -16,9 +17,11 @@ def all_reduce_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up `data [count]` of all ranks, in place, each program a block at a time.
+    """Add up what all ranks hold, into `data [count]` of each, every program a block at a time. What a rank holds is
+    `parts [PARTS, count]`, which it adds up and rounds first; it may be `data` itself.
 
     A program meets the programs of its number on the other ranks, and no other. In each round it copies its block into
     a room of its own, raises its flag at every peer, waits for theirs, and adds up the blocks in the order of ranks. It
@@ -42,7 +45,10 @@ def all_reduce_kernel(
         number += 1
         place = (program * 2 + (number % 2).to(tl.int32)) * ROOM + lane
         mask = start + lane < count
-        block = tl.load(data + start + lane, mask=mask)
+        block = tl.load(parts + start + lane, mask=mask)
+        for part in tl.static_range(1, PARTS):
+            block += tl.load(parts + part * count + start + lane, mask=mask)
+        block = block.to(element)
         tl.store(own_room + place, block, mask=mask)
         tl.debug_barrier()
         for peer in tl.static_range(SIZE):

@@ -38,12 +38,19 @@ def split_k(outputs: int, inputs: int, programs: int) -> int:
 
 def linear(given: Tensor, weight: Tensor) -> Tensor:
     """`given [..., inputs]` times `weight [outputs, inputs]`, one that the kernel `supports`; after `register`."""
+    found = linear_parts(given, weight)
+    if found is None:
+        return torch.nn.functional.linear(given, weight)
+    return found[0] if found.shape[0] == 1 else found.sum(0).to(given.dtype)
+
+
+def linear_parts(given: Tensor, weight: Tensor) -> Tensor | None:
+    """As `linear`, in partial sums `[split, ..., outputs]` as those of `linear_partials`; None of too many rows."""
     rows = given.numel() // given.shape[-1]
     if not 0 < rows <= MAX_ROWS:
-        return torch.nn.functional.linear(given, weight)
+        return None
     found: Tensor = torch.ops.radixgen.linear_partials(given.reshape(rows, given.shape[-1]), weight)
-    summed = found[0] if found.shape[0] == 1 else found.sum(0).to(given.dtype)
-    return summed.reshape(*given.shape[:-1], weight.shape[0])
+    return found.reshape(found.shape[0], *given.shape[:-1], weight.shape[0])
 
 
 def linear_partials(given: Tensor, weight: Tensor) -> Tensor:

@@ -60,6 +60,17 @@ def test_each_rank_adds_up_all_in_their_order(rank: int, size: int, dtype: torch
                 assert ranks.flags(peer)[program, rank] == ranks.rounds
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parts_are_added_up_and_rounded_before(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ranks, parts = Ranks(1, 2), torch.randn(4, 3, 300)
+    other, found = torch.randn(3, 300).to(dtype), torch.empty(3, 300, dtype=dtype)
+    ranks.lend([other, found], all_reduce._LEAST)
+    ranks.sum(found, parts)
+    own = (parts[0] + parts[1] + parts[2] + parts[3]).to(dtype)
+    assert torch.equal(found, (other.float() + own.float()).to(dtype))
+
+
 def test_more_than_all_programs_sum_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then each sums several blocks, in both of its rooms in turn."""
     monkeypatch.setattr(all_reduce, "MAX_PROGRAMS", 2)

@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 
 from radixgen import Engine, SamplingParams
 from radixgen.model import collectives
-from radixgen.model.collectives import AllReduce, Gather, OwnColumns, Rank, register, silent
+from radixgen.model.collectives import Gather, OwnColumns, Rank, RowParallelLinear, register, silent
+from radixgen.model.fused_linear import FusedLinear, Share
 
 SIZE = 3
 
@@ -56,6 +57,40 @@ def test_sharded_products_add_up(width: int, others: list[Tensor]) -> None:
     assert torch.equal(Gather(width, SIZE)(pieces[-1]), wide)
 
 
+class Ones:
+    """Stands for the kernel: adds 1 for the other rank."""
+
+    def supports(self, *_: object) -> bool:
+        return True
+
+    def __call__(self, data: Tensor, parts: Tensor | None = None) -> None:
+        data.copy_((data if parts is None else parts.sum(0)) + 1)
+
+
+def test_a_product_in_parts_is_added_up_as_it_crosses(monkeypatch: pytest.MonkeyPatch, others: list[Tensor]) -> None:
+    """By the kernel where there is one, or by the library."""
+    layer, given = nn.Linear(6, 4, bias=False), torch.randn(2, 5, 6)
+    expected = layer(given).detach()
+    parts = torch.stack([linear(given[..., part], layer.weight[:, part]) for part in torch.arange(6).chunk(2)]).detach()
+    summed = RowParallelLinear(Share(FusedLinear([layer]), 0, layer))
+    with torch.inference_mode():
+        others[:] = [expected]
+        assert torch.equal(summed(given), expected)
+        monkeypatch.setattr(FusedLinear, "parts", lambda *_: parts)
+        assert torch.allclose(summed(given), expected, atol=1e-6)
+        monkeypatch.setattr(collectives.PEERS, "_sum", Ones())
+        assert torch.allclose(summed(given), expected + 1, atol=1e-6)
+        monkeypatch.setattr(FusedLinear, "parts", lambda *_: parts[:1].clone())
+        assert torch.allclose(summed(given), parts[0] + 1, atol=1e-6)
+
+
+def test_few_columns_are_gathered_by_a_sum(monkeypatch: pytest.MonkeyPatch, others: list[Tensor]) -> None:
+    monkeypatch.setattr(collectives.PEERS, "_sum", Ones())
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 2)
+    found = Gather(13, SIZE)(torch.full((1, 2, 3), 5.0))
+    assert found.tolist() == [[[1.0] * 10 + [6.0] * 3] * 2]
+
+
 def test_an_embedding_is_looked_up_by_whoever_has_the_row(
     monkeypatch: pytest.MonkeyPatch, others: list[Tensor]
 ) -> None:
@@ -76,10 +111,11 @@ def test_the_operators_are_sound(rows: int) -> None:
     given = torch.randn(1, rows, 6)
     with silent():
         before = given.clone()
-        assert torch.equal(AllReduce()(given), before)
+        assert torch.equal(RowParallelLinear(nn.Identity())(given), before)
         assert Gather(17, SIZE)(given).shape == (1, rows, 17) and OwnColumns(slice(2, 4))(given).shape == (1, rows, 2)
         library.opcheck(torch.ops.radixgen.all_reduce_.default, (given,))
         library.opcheck(torch.ops.radixgen.all_gather.default, (given, 17, SIZE))
+        library.opcheck(torch.ops.radixgen.all_reduce_parts.default, (given, torch.bfloat16))
 
 
 def test_a_block_with_collectives_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +129,8 @@ def test_a_block_with_collectives_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
     def build() -> nn.Module:
         model = families.build("llama")
         for layer in model.model.layers:
-            layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, AllReduce())
-            layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, AllReduce())
+            layer.self_attn.o_proj = RowParallelLinear(layer.self_attn.o_proj)
+            layer.mlp.down_proj = RowParallelLinear(layer.mlp.down_proj)
         return model
 
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)

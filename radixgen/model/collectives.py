@@ -2,8 +2,8 @@
 
 transformers wraps every sharded module in a function that tells distributed tensors from plain ones. That serves
 training too, and can be neither fused, compiled nor captured. Here each module works on this rank's own part, a plain
-tensor, and what crosses ranks are two custom operators, opaque to `torch.compile`: an all-reduce of partial sums, in
-place, and a gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
+tensor, and what crosses ranks are custom operators, opaque to `torch.compile`: an all-reduce of partial sums and a
+gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library, nn
 
+from radixgen.model.fused_linear import Share
 from radixgen.model.peers import PEERS
 
 if TYPE_CHECKING:
@@ -38,16 +39,21 @@ class Rank:
     size: int
 
 
-class AllReduce(nn.Module):
-    """Adds up what the ranks hold, in place, then adds a bias that is whole on each."""
+class RowParallelLinear(nn.Module):
+    """A layer of which each rank has some inputs. What they make of them is added up, then a bias that is whole."""
 
-    def __init__(self, bias: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Module, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.bias = bias
+        self.layer, self.bias = layer, bias
 
     def forward(self, given: Tensor) -> Tensor:
-        torch.ops.radixgen.all_reduce_(given)
-        return given if self.bias is None else given + self.bias
+        parts = self.layer.parts(given) if isinstance(self.layer, Share) else None
+        if parts is None or parts.shape[0] == 1:
+            found: Tensor = self.layer(given) if parts is None else parts[0]
+            torch.ops.radixgen.all_reduce_(found)
+        else:
+            found = torch.ops.radixgen.all_reduce_parts(parts, given.dtype)
+        return found if self.bias is None else found + self.bias
 
 
 class Gather(nn.Module):
@@ -121,6 +127,14 @@ def register() -> None:
 
     @all_reduce.register_fake
     def _(given: Tensor) -> None: ...
+
+    @library.custom_op("radixgen::all_reduce_parts", mutates_args=())
+    def all_reduce_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+        return parts.sum(0).to(dtype) if _SILENT.get() else PEERS.add_up_parts(parts, dtype)
+
+    @all_reduce_parts.register_fake
+    def _(parts: Tensor, dtype: torch.dtype) -> Tensor:
+        return parts.new_empty(parts.shape[1:], dtype=dtype)
 
     @library.custom_op("radixgen::all_gather", mutates_args=())
     def all_gather(given: Tensor, width: int, size: int) -> Tensor:
@@ -200,11 +214,11 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
         return layer
     bias = layer.bias
     layer.register_parameter("bias", None)
-    parts: list[nn.Module] = [layer, AllReduce(bias)]
-    if style == "rowwise_split_input":
-        first = rank.index * -(-inputs // rank.size)
-        parts.insert(0, OwnColumns(slice(first, first + layer.in_features)))
-    return nn.Sequential(*parts)
+    summed = RowParallelLinear(layer, bias)
+    if style != "rowwise_split_input":
+        return summed
+    first = rank.index * -(-inputs // rank.size)
+    return nn.Sequential(OwnColumns(slice(first, first + layer.in_features)), summed)
 
 
 def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:

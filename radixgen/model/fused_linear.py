@@ -45,6 +45,13 @@ class FusedLinear:
             self._input, self._outputs = None, []
         return output
 
+    def parts(self, given: Tensor) -> Tensor | None:
+        """What `share` would give a layer that has no siblings, before it is added up: float32 `[n, ..., outputs]`, or
+        in the dtype of `given` where `n` is 1. None where it is not computed in parts.
+        """
+        alone = len(self._sizes) == 1 and self._skinny
+        return skinny_gemm.linear_parts(given, self._weight) if alone else None
+
     def _multiply(self, given: Tensor) -> Tensor:
         return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
 
@@ -67,6 +74,10 @@ class Share(nn.Module):
 
     def forward(self, given: Tensor) -> Tensor:
         return self._fused.share(self._index, given)
+
+    def parts(self, given: Tensor) -> Tensor | None:
+        """As `FusedLinear.parts`."""
+        return self._fused.parts(given)
 
 
 def fuse_linears(model: nn.Module) -> None:

@@ -52,6 +52,16 @@ class Peers:
         else:
             dist.all_reduce(data)
 
+    def add_up_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over all ranks, in `dtype`, of what the sum of `parts` `[n, ...]` is there."""
+        if self._sum is not None and self.takes(dtype, parts[0].numel() * dtype.itemsize):
+            data = parts.new_empty(parts.shape[1:], dtype=dtype)
+            self._sum(data, parts)
+        else:
+            data = parts.sum(0).to(dtype)
+            dist.all_reduce(data)
+        return data
+
     def part(self) -> None:
         """Wait for no other rank any more, whatever the device still does."""
         if self._sum is not None:
