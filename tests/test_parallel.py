@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from oracle import StampModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from radixgen import (
     AsyncEngine,
@@ -206,6 +207,23 @@ def test_what_breaks_a_rank_ends_every_request(pair: Pair, monkeypatch: pytest.M
     ends = asyncio.run(run())
     assert len(ends) == len(prompts()) and all(says in end for end in ends), ends
     assert pair.follower.poll() is not None
+
+
+def test_four_ranks_equal_one_process_until_one_of_them_is_killed(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    sizes = {"vocab_size": families.VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(**heads, **sizes, bos_token_id=None, eos_token_id=None, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with Engine(tmp_path, **TIGHT) as plain:
+        expected = tokens(plain.generate(prompts(), GREEDY))
+    with Engine(tmp_path, **TIGHT, tensor_parallel_size=4) as sharded:
+        assert tokens(sharded.generate(prompts(), GREEDY)) == expected
+        processes = sharded._model.followers.processes
+        processes[1].kill()
+        with pytest.raises(EngineDead, match="rank 2 was killed by signal 9"):
+            sharded.generate(prompts(), LONG)
+        assert all(process.wait(60) is not None for process in processes)
 
 
 # -- processes ------------------------------------------------------------------------------------------------
