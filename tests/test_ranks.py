@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_parallel import a_job
+from torch.distributed import _symmetric_memory as symmetric_memory
 
 from radixgen import Engine, EngineDead
 from radixgen.core.settings import as_rank_0, rank_environment
@@ -267,16 +268,45 @@ def test_a_process_that_cannot_be_made(llama: Path, monkeypatch: pytest.MonkeyPa
         Engine(llama, kv_tokens=64, tensor_parallel_size=2)
 
 
-def test_where_no_memory_is_shared_the_library_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And parting from nobody is no fault."""
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        peers = Peers()
-        peers.meet(torch.device("cpu"))
-        peers.part()
-        data = torch.ones(3)
-        peers.add_up(data)
-        assert data.tolist() == [1.0, 1.0, 1.0]
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_where_no_memory_is_shared_the_library_adds_up(caplog: pytest.LogCaptureFixture) -> None:
+    peers, data = Peers(), torch.ones(3)
+    peers.meet(torch.device("cpu"))
+    peers.add_up(data)
+    peers.part()
+    assert data.tolist() == [1.0, 1.0, 1.0] and not peers.takes(torch.float32, 4)
+    assert "don't share memory" in caplog.text
+
+
+@pytest.mark.usefixtures("alone")
+def test_memory_is_shared_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts what a process has exchanged: in a second group it would wait for what nobody sends."""
+    pytest.importorskip("triton")
+    lent: list[torch.Tensor] = []
+
+    def empty(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        lent.append(torch.full((size,), 255, dtype=dtype, device=device))
+        return lent[-1]
+
+    monkeypatch.setattr(symmetric_memory, "empty", empty)
+    monkeypatch.setattr(
+        symmetric_memory, "rendezvous", lambda memory, _: SimpleNamespace(buffer_ptrs=[memory.data_ptr()])
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    peers, parts = Peers(), torch.ones(2, 5)
+    peers.meet(torch.device("cpu"))
+    assert peers.takes(torch.bfloat16, 1 << 20) and not lent[0].any()
+    assert peers.add_up_parts(parts, torch.float16).tolist() == [2.0] * 5
+    peers.part()
+    peers.meet(torch.device("cpu"))
+    assert not peers.takes(torch.bfloat16, 1) and len(lent) == 1
+    assert peers.add_up_parts(parts, torch.float32).tolist() == [2.0] * 5
