@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from bench.report import Report, benchmark_options, track
 from radixgen.kernels import triton_kernels
+from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.triton_backend import Chip, choose_launch, constants
 from radixgen.kernels.work import Launch, TileClass
@@ -83,11 +84,15 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
     dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": head_dim}
     merging = {"Q_HEADS": 32, "V_HEAD_DIM": head_dim, "PADDED_V_DIM": triton.next_power_of_2(head_dim), "SINKS": True}
     width = triton.next_power_of_2(8 * head_dim)
+    summed = {"data": "*bf16", "parts": "*fp32", "count": "i32"}
+    pool |= summed | dict.fromkeys(("rooms", "flags", "rounds"), "*i64")
+    ranks = {"RANK": 1, "SIZE": 2, "BLOCK": 2048, "ROOM": 8192, "PARTS": 4, "PDL": chip >= 90}
     for kernel, fixed in (
         (triton_kernels.expand_keys, {"BLOCK": 128, "ROWS": 128}),
         (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 16, "BLOCK_PARTIALS": 1, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 1, "BLOCK_PARTIALS": 64, "PDL": chip >= 90}),
+        (all_reduce_kernel, ranks),
     ):
         known = pool | floats | strides
         if kernel is triton_kernels.merge:
@@ -170,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for one in others(head_dim, chip):
                 found.append(one)
                 report.say(
-                    f"sm_{chip} {one['kernel']:11s} {head_dim:3d}: {one['registers']} registers, "
+                    f"sm_{chip} {one['kernel']:17s} {head_dim:3d}: {one['registers']} registers, "
                     f"{one['spilled']} bytes spilled, {one['shared']} shared"
                 )
     report.keep(configurations=found)
