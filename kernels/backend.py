@@ -1,6 +1,6 @@
 """Attention over a plan, the writes of new keys and values, and the merge of partial results.
 
-A backend is a module with two classes, each built once a step and called once a layer, `Attention` and `Writes`, and
+A backend is a module with two classes, each built once a step and called once a layer, `Attention` and `KVWriter`, and
 with `StaticAttention` where it can be captured. `backend` finds it by name and imports it only then.
 """
 
@@ -84,7 +84,7 @@ class StaticAttention(Protocol):
     ) -> "tuple[Tensor, Tensor]": ...
 
 
-class Writes(Protocol):
+class KVWriter(Protocol):
     """Puts the keys and values of a step's rows into their slots. Made once a step, called once a layer."""
 
     def __init__(self, slots: "NDArray[np.int64] | Tensor", device: "torch.device") -> None:
@@ -94,14 +94,14 @@ class Writes(Protocol):
         """Key `[rows, kv_heads, head_dim]` goes to k `[slots, kv_heads, head_dim]`, value likewise to v."""
 
 
-class Backend(NamedTuple):
+class AttentionBackend(NamedTuple):
     """What answers a step's layers."""
 
     name: str
     attention: "Callable[[Plan, Window | None, torch.device], Attention]"
-    writes: type[Writes]
+    kv_writer: type[KVWriter]
     static: type[StaticAttention] | None
-    """Where there is one, `writes` reads a tensor of slots on the device anew at each call."""
+    """Where there is one, `kv_writer` reads a tensor of slots on the device anew at each call."""
 
 
 def check_backend(name: str) -> None:
@@ -110,7 +110,7 @@ def check_backend(name: str) -> None:
         raise InvalidRequest("attention", name, f"must be one of auto, {', '.join(BACKENDS)}")
 
 
-def backend(name: str, device: "torch.device", flash: "FlashCost | None" = None) -> Backend:
+def backend(name: str, device: "torch.device", flash: "FlashCost | None" = None) -> AttentionBackend:
     """The backend called `name`; `"auto"` is the fastest one that runs on `device`: `"triton"` or `"torch"`, but for
     plans that the flash-attn package answers sooner, where it is installed and its cost `flash` is known. Raises
     `InvalidRequest`.
@@ -118,11 +118,11 @@ def backend(name: str, device: "torch.device", flash: "FlashCost | None" = None)
     check_backend(name)
     if name == "auto":
         own = _named("triton" if device.type == "cuda" and find_spec("triton") else "torch", device)
-        return own if flash is None else _choosing(own, flash, device)
+        return own if flash is None else _cheapest(own, flash, device)
     return _named(name, device)
 
 
-def _named(name: str, device: "torch.device") -> Backend:
+def _named(name: str, device: "torch.device") -> AttentionBackend:
     try:
         module = import_module(f"radixgen.kernels.{name}_backend")
         runs = module.runs_on(device)
@@ -130,10 +130,16 @@ def _named(name: str, device: "torch.device") -> Backend:
         raise InvalidRequest("attention", name, f"cannot be imported: {error}") from error
     if not runs:
         raise InvalidRequest("attention", name, f"does not run on {device.type}")
-    return Backend(name, module.Attention, module.Writes, getattr(module, "StaticAttention", None))
+    family = name.capitalize()
+    return AttentionBackend(
+        name,
+        getattr(module, f"{family}Attention"),
+        getattr(module, f"{family}KVWriter"),
+        getattr(module, f"{family}StaticAttention", None),
+    )
 
 
-def _choosing(own: Backend, flash: "FlashCost", device: "torch.device") -> Backend:
+def _cheapest(own: AttentionBackend, flash: "FlashCost", device: "torch.device") -> AttentionBackend:
     """Our own backend, but for plans that flash-attn answers sooner."""
     from radixgen.kernels import flash_backend
 
@@ -141,4 +147,4 @@ def _choosing(own: Backend, flash: "FlashCost", device: "torch.device") -> Backe
         usable = flash_backend.runs_on(device)
     except ImportError:
         usable = False
-    return own._replace(attention=flash_backend.Chooser(flash, own.attention)) if usable else own
+    return own._replace(attention=flash_backend.CheapestAttention(flash, own.attention)) if usable else own

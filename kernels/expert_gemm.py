@@ -1,7 +1,7 @@
 """Matrix products of few rows with the weights of the experts that they chose.
 
 The kernel is in `radixgen.kernels.expert_gemm_kernels`: it reads the weights of each chosen expert once, and wants no
-sorted rows. Its plain twin is `expert_linear_plainly`.
+sorted rows. Its plain twin is `expert_linear_reference`.
 """
 
 import torch
@@ -24,7 +24,7 @@ def supports(weight: Tensor) -> bool:
     return whole and torch.cuda.get_device_capability(weight.device) >= (9, 0)
 
 
-def expert_linear_plainly(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
+def expert_linear_reference(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
     """As `expert_linear`, for any tensors: by a copy of each pair's weights."""
     rows = given.repeat_interleave(experts.numel() // given.shape[0], 0)
     chosen = weight[experts]

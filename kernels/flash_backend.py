@@ -26,9 +26,7 @@ from torch import Tensor
 
 from radixgen.core import Plan, Window
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.backend import Attention as AnyAttention
-from radixgen.kernels.backend import Writes as AnyWrites
-from radixgen.kernels.backend import backend
+from radixgen.kernels.backend import Attention, KVWriter, backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.sequences import Sequences, split
@@ -40,7 +38,7 @@ _LEAST_VERSION = (2, 7)
 """From which the LSE comes as `[q_heads, rows]`."""
 
 
-class AttendVarlen(Protocol):
+class VarlenAttention(Protocol):
     """Attention of sequences that lie one behind the other."""
 
     def __call__(
@@ -69,11 +67,11 @@ class AttendVarlen(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
+class FlashPackage:
     """What answers the sequences."""
 
     name: str
-    attend: AttendVarlen
+    attend: VarlenAttention
     reads_beyond: int = 0
     """Keys past the end of a sequence that are read, and multiplied by 0: they must not be NaN."""
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
@@ -104,18 +102,18 @@ def installed() -> str:
     return ", ".join(found) or "not installed (optional)"
 
 
-def load(device: torch.device) -> Package:
+def load(device: torch.device) -> FlashPackage:
     """The package for a device: the one made for Hopper there, if it is installed. Raises ImportError."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return _load(hopper)
 
 
 @lru_cache
-def _load(hopper: bool) -> Package:
+def _load(hopper: bool) -> FlashPackage:
     if hopper and find_spec("flash_attn_interface"):
         function = _imported("flash_attn_interface").flash_attn_varlen_func
         # Its bulk copies bring whole blocks, of 256 keys at most (Dao-AILab/flash-attention issue 1745).
-        return Package("flash-attn-3", _through(function), reads_beyond=256)
+        return FlashPackage("flash-attn-3", _through(function), reads_beyond=256)
     if not find_spec("flash_attn"):
         raise ImportError("the flash-attn package is not installed")
     package = _imported("flash_attn")
@@ -123,7 +121,7 @@ def _load(hopper: bool) -> Package:
         raise ImportError("the flash-attn package has no flash_attn_varlen_func")
     if tuple(int(part) for part in package.__version__.split(".")[:2]) < _LEAST_VERSION:
         raise ImportError(f"flash-attn {package.__version__} is older than {'.'.join(map(str, _LEAST_VERSION))}")
-    return Package("flash-attn", _through(package.flash_attn_varlen_func))
+    return FlashPackage("flash-attn", _through(package.flash_attn_varlen_func))
 
 
 def _imported(name: str) -> Any:
@@ -134,8 +132,8 @@ def _imported(name: str) -> Any:
         raise ImportError(f"{name} is installed, but broken: {error}") from error
 
 
-def _through(function: Callable[..., Any]) -> AttendVarlen:
-    """`flash_attn_varlen_func`, of either package, as `AttendVarlen`."""
+def _through(function: Callable[..., Any]) -> VarlenAttention:
+    """`flash_attn_varlen_func`, of either package, as `VarlenAttention`."""
     # The first releases for Hopper give the LSE unasked.
     asked = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
 
@@ -161,7 +159,7 @@ def _through(function: Callable[..., Any]) -> AttendVarlen:
     return attend
 
 
-def attend_plainly(
+def attend_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -205,7 +203,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _VarlenCall:
     """One call of the package, on the device."""
 
     rows: Tensor
@@ -229,7 +227,7 @@ class _Call:
         return pool.new_zeros((self.stop, *pool.shape[1:])).index_copy_(0, places, pool.index_select(0, slots))
 
 
-def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _Call:
+def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _VarlenCall:
     """Every second sequence is one without rows, over the slots up to the next run or the zeros behind a packed one."""
     members = np.flatnonzero(sequences.calls == index)
     starts, lengths, sizes = sequences.starts[members], sequences.lengths[members], sequences.sizes[members]
@@ -244,7 +242,7 @@ def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.dev
         )
     bounds = np.stack([begins, begins + lengths], axis=1).reshape(-1)
     counts = np.stack([sizes, np.zeros_like(sizes)], axis=1).reshape(-1)[:-1]
-    return _Call(
+    return _VarlenCall(
         rows=_to_device(sequences.rows[sequences.offsets[members[0]] : sequences.offsets[members[-1] + 1]], device),
         cu_seqlens_q=_to_device(np.cumsum([0, *counts]).astype(np.int32), device),
         cu_seqlens_k=_to_device((bounds - first).astype(np.int32), device),
@@ -282,7 +280,7 @@ class MergeTables:
         return cls(counts, listed, begins, partials, int(np.diff(offsets).max(initial=0)))
 
 
-def merge_plainly(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def merge_reference(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Partials `out [partials, q_heads, v_head_dim]` and `lse [partials, q_heads]` into `[rows, …]`: 0 and -inf where a
     row has none.
     """
@@ -299,7 +297,7 @@ def merge_plainly(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor |
 
 
 def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `merge_plainly`, in one launch."""
+    """As `merge_reference`, in one launch."""
     import triton
 
     from radixgen.kernels import triton_kernels
@@ -318,18 +316,18 @@ def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor
     return merged, merged_lse
 
 
-class Writes:
+class FlashKVWriter:
     """New keys and values into their slots, as our own kernels put them."""
 
     def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
-        self._writes: AnyWrites = backend("auto", device).writes(slots, device)
+        self._writer: KVWriter = backend("auto", device).kv_writer(slots, device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.backend.Writes`."""
-        self._writes(key, value, k, v)
+        """As `radixgen.kernels.backend.KVWriter`."""
+        self._writer(key, value, k, v)
 
 
-class Attention:
+class FlashAttention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
@@ -337,11 +335,11 @@ class Attention:
         trimmed = plan.within(window)
         self._package = load(device)
         self._own = backend("auto", device)
-        self._fallback: AnyAttention | None = None
+        self._fallback: Attention | None = None
         sequences, rest = split(trimmed)
         self._calls = [_call(sequences, i, self._package.reads_beyond, device) for i in range(sequences.num_calls)]
         self._num_partials = sequences.rows.size
-        self._rest: AnyAttention | None = None
+        self._rest: Attention | None = None
         rows, turns = sequences.rows, np.repeat(sequences.positions, sequences.sizes)
         if rest is not None and self._calls:
             self._rest = self._own.attention(rest.plan, window, device)
@@ -349,7 +347,7 @@ class Attention:
             rows = np.concatenate([rows, rest.rows])
             turns = np.concatenate([turns, np.full(rest.rows.size, np.iinfo(np.int64).max)])
         self._tables = MergeTables.of(rows, turns, plan.num_rows, device)
-        self._merge = merge_by_kernel if self._own.name == "triton" else merge_plainly
+        self._merge = merge_by_kernel if self._own.name == "triton" else merge_reference
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
@@ -398,19 +396,19 @@ class FlashCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Chooser:
+class CheapestAttention:
     """Attention of a plan by the package where all of it are sequences and the cost model says that this wins; by
     `other` elsewhere.
     """
 
     cost: FlashCost
-    other: Callable[[Plan, Window | None, torch.device], AnyAttention]
+    other: Callable[[Plan, Window | None, torch.device], Attention]
 
-    def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> AnyAttention:
+    def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> Attention:
         """As `radixgen.kernels.backend.Attention` is made."""
         sequences, rest = split(plan.within(window))
         if rest is None and self.cost.predict(sequences) < plan.predicted:
-            return Attention(plan, window, device)
+            return FlashAttention(plan, window, device)
         return self.other(plan, window, device)
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from radixgen.kernels.work import TileClass, pdl
 
 if TYPE_CHECKING:
-    from radixgen.kernels.triton_backend import Tables
+    from radixgen.kernels.triton_backend import LaunchTables
 
 _STAGES = 3
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 224, 56
 
 
 def attend(
-    tables: "Tables", shape: TileClass, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor,
+    tables: "LaunchTables", shape: TileClass, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor,
     k: Tensor, v: Tensor, scale: float, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     """Answer the items of the widest class: rows of no other item into `out` and `lse`, others into partials."""

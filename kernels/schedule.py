@@ -23,7 +23,7 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-class Launched(NamedTuple):
+class LaunchCosts(NamedTuple):
     """The items of one launch."""
 
     costs: Floats
@@ -35,7 +35,7 @@ class Launched(NamedTuple):
     """
 
 
-def makespan(launches: Sequence[Launched], copies: int = 1) -> float:
+def makespan(launches: Sequence[LaunchCosts], copies: int = 1) -> float:
     """When the last program is done with `copies` of each item, in the unit of the items' costs; a launch's programs
     begin as those of the launch before it end. Shares of copies and programs that are alike are done at the same time,
     so one is looked at.
@@ -52,7 +52,7 @@ def makespan(launches: Sequence[Launched], copies: int = 1) -> float:
 
 
 def _stretched(work: Floats, slowed: float) -> Floats:
-    """When each program is done with its work, `[programs]`, if all begin together and are slowed as in `Launched`."""
+    """When each program is done with its work, `[programs]`, if all begin together and are slowed as in `LaunchCosts`."""
     if slowed <= 1.0:
         return work
     order = np.argsort(work)

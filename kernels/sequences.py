@@ -43,7 +43,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class RemainingPlan:
     """What is left of a plan: units with their other segments."""
 
     plan: Plan
@@ -68,7 +68,7 @@ class _Pieces:
         )
 
 
-def split(plan: Plan) -> tuple[Sequences, Rest | None]:
+def split(plan: Plan) -> tuple[Sequences, RemainingPlan | None]:
     """The sequences of a plan, trimmed to its window if it has one, and what is left of it, if anything."""
     counts = np.diff(plan.unit_segments, axis=1)[:, 0]
     owners = np.repeat(np.arange(plan.num_units), counts)
@@ -158,7 +158,7 @@ def _calls(runs: list[tuple[int, int]]) -> list[int]:
     return calls
 
 
-def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> Rest | None:
+def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> RemainingPlan | None:
     """The units that have segments `left`, with those alone."""
     if not left.any():
         return None
@@ -188,4 +188,4 @@ def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> Rest | Non
         path_rows=np.empty((0, 2), np.int32),
         _windowed={},
     )
-    return Rest(made, rows)
+    return RemainingPlan(made, rows)

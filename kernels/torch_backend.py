@@ -84,7 +84,7 @@ def runs_on(device: torch.device) -> bool:
     return True
 
 
-class Writes:
+class TorchKVWriter:
     """New keys and values into their slots, by PyTorch's indexing."""
 
     def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
@@ -94,14 +94,14 @@ class Writes:
         self._slots = torch.from_numpy(slots[rows]).to(device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.backend.Writes`."""
+        """As `radixgen.kernels.backend.KVWriter`."""
         if self._rows is not None:
             key, value = key[self._rows], value[self._rows]
         k.index_copy_(0, self._slots, key)
         v.index_copy_(0, self._slots, value)
 
 
-class Attention:
+class TorchAttention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:

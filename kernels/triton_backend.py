@@ -136,7 +136,7 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
 
 
-class Writes:
+class TritonKVWriter:
     """New keys and values into their slots, in one launch."""
 
     def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
@@ -144,7 +144,7 @@ class Writes:
         self._overlap = overlaps(Chip.of(device))
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.backend.Writes`."""
+        """As `radixgen.kernels.backend.KVWriter`."""
         key = key if key.stride(2) == 1 else key.contiguous()
         value = value if value.stride(2) == 1 else value.contiguous()
         _, kv_heads, head_dim = k.shape
@@ -156,7 +156,7 @@ class Writes:
         )  # fmt: skip
 
 
-class Tables:
+class LaunchTables:
     """A plan's work on the device, for one shape of layers, and memory for its partial results.
 
     With a `workspace` there is room to spare at the same addresses: what was captured with these tables, for
@@ -208,15 +208,15 @@ class Tables:
         return True
 
 
-class Attention:
+class TritonAttention:
     """A plan made ready for one window and device: built once a step, called once a layer."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         self._plan = plan.within(window)
         self._positions = upload(plan.row_positions, device)
-        self._tables: dict[tuple[Geometry, bool], Tables] = {}
-        self._torch: torch_backend.Attention | None = None
+        self._tables: dict[tuple[Geometry, bool], LaunchTables] = {}
+        self._torch: torch_backend.TorchAttention | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
@@ -225,27 +225,27 @@ class Attention:
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
             if self._torch is None:
-                self._torch = torch_backend.Attention(self._whole, self._window, self._device)
+                self._torch = torch_backend.TorchAttention(self._whole, self._window, self._device)
             return self._torch(q, k, v, scale, softcap, sinks)
         capped = softcap is not None
         if (geometry, capped) not in self._tables:
             chip, rows, windowed = Chip.of(self._device), self._plan.num_rows, self._window is not None
             launch = choose_launch(geometry, self._plan.tile_rows, chip, rows=rows, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
-            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
+            self._tables[geometry, capped] = LaunchTables(work, geometry, launch, self._device)
         out, lse = _empty_results(q, geometry)
         tables = self._tables[geometry, capped]
         _attend(tables, self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
 
 
-class StaticAttention:
+class TritonStaticAttention:
     """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
     def __init__(self, plan: Plan, window: Window | None, positions: Tensor, workspace: Workspace) -> None:
         self._window, self._positions, self._workspace = window, positions, workspace
         self._tile_rows = plan.tile_rows
-        self._tables: dict[tuple[Geometry, bool], Tables] = {}
+        self._tables: dict[tuple[Geometry, bool], LaunchTables] = {}
         self._origin: Plan | None = None
         self._last_age = 0
         self.load(plan)
@@ -279,7 +279,7 @@ class StaticAttention:
                 geometry, self._tile_rows, chip, rows=len(q), windowed=windowed, capped=softcap is not None
             )
             work = self._lay_out(geometry, launch)
-            self._tables[kind] = Tables(work, geometry, launch, q.device, self._workspace, static_rows=q.shape[0])
+            self._tables[kind] = LaunchTables(work, geometry, launch, q.device, self._workspace, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)
         _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
@@ -302,7 +302,7 @@ def answers(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _attend(
-    tables: Tables,
+    tables: LaunchTables,
     positions: Tensor,
     out: Tensor,
     lse: Tensor,

@@ -33,7 +33,7 @@ def draw_tokens(
     top_k = any(one.top_k > 0 for one in sampled)
     top_p = any(one.top_p < 1.0 for one in sampled)
     filtered = top_k or top_p or any(one.min_p for one in sampled)
-    step = _Step(logits, upload(_settings(rows, params, uniforms), logits.device))
+    step = _SamplingStep(logits, upload(_settings(rows, params, uniforms), logits.device))
     step.weigh_blocks()
     if top_k:
         step.find_floors(weighed=False)
@@ -46,7 +46,7 @@ def draw_tokens(
     return step.choose(filtered=filtered)
 
 
-class _Step:
+class _SamplingStep:
     """All draws of one step: the kernels' launches, and the memory by which each hands its results to the next."""
 
     def __init__(self, logits: Tensor, settings: Tensor) -> None:

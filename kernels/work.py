@@ -75,7 +75,7 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class WorkSizes:
     """How much memory a launch's work takes."""
 
     tables: tuple[int, ...]
@@ -85,20 +85,20 @@ class Sizes:
     partials: int
     """Rows of partial results"""
 
-    def hold(self, other: "Sizes") -> bool:
+    def hold(self, other: "WorkSizes") -> bool:
         """Whether what takes `other` fits into memory of this size."""
         most, wanted = ((*sizes.tables, sizes.keys, sizes.partials) for sizes in (self, other))
         return all(one <= room for one, room in zip(wanted, most, strict=True))
 
-    def roomy(self) -> "Sizes":
+    def roomy(self) -> "WorkSizes":
         """At least twice as much of everything, so that plans that grow seldom need more."""
         tables = tuple(_room(size, 1 << 14) for size in self.tables)
-        return Sizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12))
+        return WorkSizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12))
 
-    def union(self, other: "Sizes") -> "Sizes":
+    def union(self, other: "WorkSizes") -> "WorkSizes":
         """What holds both."""
         tables = tuple(map(max, self.tables, other.tables))
-        return Sizes(tables, max(self.keys, other.keys), max(self.partials, other.partials))
+        return WorkSizes(tables, max(self.keys, other.keys), max(self.partials, other.partials))
 
 
 def _room(size: int, least: int) -> int:
@@ -113,7 +113,7 @@ class Work:
     """As `TABLES` names them"""
     used: tuple[bool, ...]
     """Which of the launch's classes have tiles"""
-    sizes: Sizes
+    sizes: WorkSizes
     num_pieces: int
     most_partials: int
     """Of any one row"""
@@ -137,7 +137,7 @@ class _Tiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reads:
+class _TileReads:
     """What each tile reads of each segment; arrays are `[reads]`, by tile."""
 
     tile: Int64Array
@@ -194,7 +194,7 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     queue = _queue(tiles, bounds[-2], launch.classes[-1], kv_heads)
     laid_out = counts, bounds, queue, plan.row_positions, items, runs, pieces, *merged
     tables = tuple(_aligned(table) for table in laid_out)
-    sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
+    sizes = WorkSizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
     return Work(
         tables,
         tuple((np.diff(bounds) > 0).tolist()),
@@ -254,7 +254,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     )
 
 
-def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
+def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _TileReads:
     """Pair each tile with its unit's segments, and part each into a run that all rows see, the rest, and the room of
     those that grow, `slack` keys.
     """
@@ -283,10 +283,10 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
         growing = np.zeros(plan.segment_lengths.size, bool)
         growing[plan.growing] = True
         room[growing[segment]] = slack
-    return _Reads(tile, plan.segment_starts[segment], position, low, high, before, run, length - before - run, room)
+    return _TileReads(tile, plan.segment_starts[segment], position, low, high, before, run, length - before - run, room)
 
 
-def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, grows: Int64Array) -> Int64Array:
+def _pieces(reads: _TileReads, tiles: _Tiles, key_bounds: Int64Array, grows: Int64Array) -> Int64Array:
     """The gathered stretches of every read, `[pieces, 8]`, by tile and those of keys to come last: of these the first
     keys lie side by side, and each further one a stride behind.
     """

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from radixgen.kernels.work import Sizes
+from radixgen.kernels.work import WorkSizes
 
 
 class Workspace:
@@ -12,10 +12,10 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._sizes: Sizes | None = None
+        self._sizes: WorkSizes | None = None
         self._partials: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def sizes(self, wanted: Sizes) -> Sizes:
+    def sizes(self, wanted: WorkSizes) -> WorkSizes:
         """Sizes of new tables, with room to spare for `wanted` and for all that was wanted before."""
         roomy = wanted.roomy()
         self._sizes = roomy if self._sizes is None else self._sizes.union(roomy)

@@ -154,7 +154,7 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
     """Measure `device`, in some seconds; `time_us` gives the median microseconds of a call, launches excluded."""
     from radixgen.kernels.triton_backend import Chip, choose_launch, takes_wide
 
-    measure = _Measure(device, time_us)
+    measure = _AttentionTimer(device, time_us)
     chip, geometry = Chip.of(device), Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16)
     launch = choose_launch(geometry, 128 if takes_wide(geometry, chip) else 64, chip)
     return Calibration(
@@ -167,7 +167,7 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
     )
 
 
-class _Measure:
+class _AttentionTimer:
     """Times attention over trees made for the purpose."""
 
     def __init__(self, device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> None:

@@ -73,7 +73,7 @@ class NumberBounds:
         return state.after(self._bytes(token))
 
     def bound(self, mask: NDArray[np.int32], state: NumberState, *, accepts: bool) -> NDArray[np.int32]:
-        """`mask` without tokens that exceed the bound behind `state`: int32 `[ceil(vocab / 32)]`, as of `Allowed`. All
+        """`mask` without tokens that exceed the bound behind `state`: int32 `[ceil(vocab / 32)]`, as of `AllowedTokens`. All
         of it where nothing else goes on, as behind the first digits of a long constant.
         """
         if state.in_string or state.room >= self._most:

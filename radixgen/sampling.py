@@ -32,7 +32,7 @@ _KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[0x9E3779
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SamplerOutput:
     """A token a draw; -1 where the row holds a NaN or +inf, or nothing finite. `logprobs` by draw, where asked for:
     `{token id: natural-log probability}`, the drawn one first. `faults` by draw: why no token was drawn, where it
     was not for the row.
@@ -43,11 +43,11 @@ class Drawn:
     faults: dict[int, str] = field(default_factory=dict)
 
 
-class Draws:
+class PendingTokens:
     """Tokens on their way from the device."""
 
     tokens: Tensor
-    """`[draws]` int64, on the device of the logits; -1 as in `Drawn`"""
+    """`[draws]` int64, on the device of the logits; -1 as in `SamplerOutput`"""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = self._host = tokens
@@ -65,7 +65,7 @@ class Draws:
         return tokens
 
 
-class Drawable:
+class DrawableTokens:
     """The tokens that may be drawn, where there are others: a model may have more than its tokenizer knows. All others
     count as if the model gave them no probability, but in log-probabilities, which stay the model's own.
     """
@@ -100,8 +100,8 @@ class Drawable:
 
 
 def sample(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
-) -> Drawn:
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None = None
+) -> SamplerOutput:
     """Draw one token each: draw `i` from row `rows[i]` of logits `[rows, vocab]`, for `states[i]`; without
     `drawable`, of all tokens.
 
@@ -111,8 +111,8 @@ def sample(
 
 
 def draw(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
-) -> Draws:
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None = None
+) -> PendingTokens:
     """As `sample`, without waiting for the device."""
     draw_tokens = _fastest_draw_tokens(logits.is_cuda)
     params = [state.params for state in states]
@@ -120,17 +120,17 @@ def draw(
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:
-        return Draws(draw_tokens(among, rows, params, uniforms))
+        return PendingTokens(draw_tokens(among, rows, params, uniforms))
     # A shaped draw is made twice: first greedily from the logits as they are, which gives -1 where its row is unsound.
     tokens = draw_tokens(among, rows, [_GREEDY if s.shaped else s.params for s in states], uniforms)
     scores = _shaped_scores(logits, [rows[i] for i in shaped], [states[i] for i in shaped], drawable)
     drawn = draw_tokens(scores, range(len(shaped)), [params[i] for i in shaped], uniforms[shaped])
     places = _index(shaped, logits)
     tokens.index_copy_(0, places, torch.where(tokens.index_select(0, places) >= 0, drawn, -1))
-    return Draws(tokens)
+    return PendingTokens(tokens)
 
 
-def draw_each_way(logits: Tensor, drawable: Drawable | None = None) -> None:
+def draw_each_way(logits: Tensor, drawable: DrawableTokens | None = None) -> None:
     """Draw from the first rows of logits `[rows, vocab]` in each way that there are kernels for, and forget the tokens,
     so that all of these are compiled.
     """
@@ -143,17 +143,17 @@ def draw_each_way(logits: Tensor, drawable: Drawable | None = None) -> None:
                 draw(logits, range(count), states, drawable).wait()
 
 
-def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> Drawn:
+def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> SamplerOutput:
     """What was drawn, with the log-probabilities that were asked for."""
     told = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
     if not told:
-        return Drawn(tokens)
+        return SamplerOutput(tokens)
     found = token_logprobs(
         _pick(logits, [rows[i] for i in told]),
         np.array([tokens[i] for i in told]),
         [states[i].params.logprobs or 0 for i in told],
     )
-    return Drawn(tokens, dict(zip(told, found, strict=True)))
+    return SamplerOutput(tokens, dict(zip(told, found, strict=True)))
 
 
 def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[int]) -> list[dict[int, float]]:
@@ -172,7 +172,7 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
     ]
 
 
-def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: Drawable | None = None) -> list[Choices]:
+def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: DrawableTokens | None = None) -> list[Choices]:
     """The `count` likeliest tokens of rows of logits `[n, vocab]`, of those that are `drawable`, or all where there are
     fewer.
     """
@@ -184,7 +184,7 @@ def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: Drawabl
     return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*found, strict=True)]
 
 
-def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: Drawable | None = None) -> Tensor:
+def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: DrawableTokens | None = None) -> Tensor:
     """What each draw is made from: logits `[n, vocab]`, one row a state, to probabilities, float64; they need not
     add up to 1. Greedy states are given the likeliest token alone.
     """
@@ -252,7 +252,7 @@ def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, i
 
 
 def _shaped_scores(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None
 ) -> Tensor:
     """The logits of `rows`, one row a state, of what is drawable, after `shape`: float64 `[n, vocab]`."""
     scores = _pick(logits, rows).double()

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from radixgen.core import Allowed, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
+from radixgen.core import AllowedTokens, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
 from radixgen.json_numbers import NumberBounds, NumberState
 
 if TYPE_CHECKING:
@@ -137,14 +137,14 @@ class Grammars:
 
 
 class CompiledGrammar:
-    """A grammar, and what its sequences have in common: those that took the same tokens stand on one `_Place`."""
+    """A grammar, and what its sequences have in common: those that took the same tokens stand on one `_GrammarNode`."""
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int, end: int, bounds: NumberBounds | None = None) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._end = end
         self._bounds = bounds
-        self._root = _Place(NumberState())
+        self._root = _GrammarNode(NumberState())
 
     def start(self) -> "MatcherState":
         return MatcherState(self, self._matcher.deep_copy(), self._root)
@@ -153,13 +153,13 @@ class CompiledGrammar:
         """Where `token` leaves a text that stood at `number`."""
         return number if self._bounds is None else self._bounds.after(number, token)
 
-    def bounded(self, allowed: Allowed, number: NumberState) -> Allowed:
+    def bounded(self, allowed: AllowedTokens, number: NumberState) -> AllowedTokens:
         """`allowed` without what would make the number at `number` too long."""
         if self._bounds is None:
             return allowed
         return allowed._replace(mask=self._bounds.bound(allowed.mask, number, accepts=allowed.accepts))
 
-    def read(self, matcher: "LLMatcher") -> Allowed:
+    def read(self, matcher: "LLMatcher") -> AllowedTokens:
         """What `matcher` allows. Raises `GrammarFailed`."""
         packed = matcher.compute_bitmask()
         if matcher.is_error():  # it would allow the end
@@ -172,28 +172,28 @@ class CompiledGrammar:
         accepts = matcher.is_accepting()
         if not accepts and not mask.any():
             raise GrammarFailed(_DEAD_END)
-        return Allowed(mask, accepts)
+        return AllowedTokens(mask, accepts)
 
 
-class _Place:
+class _GrammarNode:
     """What follows after some tokens of one grammar. It lives while a sequence stands on it."""
 
     def __init__(self, number: NumberState) -> None:
-        self.allowed: Allowed | None = None
+        self.allowed: AllowedTokens | None = None
         self.number = number
-        self._next: WeakValueDictionary[int, _Place] = WeakValueDictionary()
+        self._next: WeakValueDictionary[int, _GrammarNode] = WeakValueDictionary()
 
-    def after(self, token: int, grammar: CompiledGrammar) -> "_Place":
+    def after(self, token: int, grammar: CompiledGrammar) -> "_GrammarNode":
         place = self._next.get(token)
         if place is None:
-            place = self._next[token] = _Place(grammar.after(self.number, token))
+            place = self._next[token] = _GrammarNode(grammar.after(self.number, token))
         return place
 
 
 class MatcherState:
     """A `GrammarState` by llguidance's matcher. The mask is computed once for all sequences on one place."""
 
-    def __init__(self, grammar: CompiledGrammar, matcher: "LLMatcher", place: _Place) -> None:
+    def __init__(self, grammar: CompiledGrammar, matcher: "LLMatcher", place: _GrammarNode) -> None:
         self._grammar = grammar
         self._matcher = matcher
         self._place = place
@@ -203,7 +203,7 @@ class MatcherState:
         allowed = self._place.allowed
         return self._matcher.is_stopped() or (allowed is not None and not allowed.mask.any())
 
-    def allowed(self) -> Allowed:
+    def allowed(self) -> AllowedTokens:
         if self._place.allowed is None:
             self._place.allowed = self._grammar.bounded(self._grammar.read(self._matcher), self._place.number)
         return self._place.allowed
@@ -226,7 +226,7 @@ def _fault(matcher: "LLMatcher") -> GrammarFailed:
     return GrammarFailed(_DEAD_END if words.startswith("NoExtension") else words)
 
 
-def _says_white_space(schema: str) -> bool:
+def _sets_white_space(schema: str) -> bool:
     """Whether a schema rules its white space itself: a pattern would overrule that there be none."""
     try:
         found = json.loads(schema)
@@ -241,6 +241,6 @@ def _grammar(kind: GrammarKind, text: str) -> str:
     from llguidance import LLMatcher
 
     if kind == "json_schema":
-        pattern = None if _says_white_space(text) else WHITE_SPACE
+        pattern = None if _sets_white_space(text) else WHITE_SPACE
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": pattern} if pattern else {})
     return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.schedule import Launched, makespan
+from radixgen.kernels.schedule import LaunchCosts, makespan
 from radixgen.scheduler.cost import CostModel
 
 Floats = NDArray[np.float64]
@@ -61,7 +61,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
 
     def time(costs: Floats, classes: Int64Array) -> float:
         shares = [costs[classes == index] for index in range(len(programs))]
-        return makespan([*map(Launched, shares, programs, slowed)][::-1], cost.kv_heads)
+        return makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads)
 
     least = time(costs, classes)
     best = Balance(whole, least + whole_fixed, even)

@@ -11,7 +11,7 @@ from radixgen.core import Plan
 from radixgen.scheduler.sequence import Request, Sequence
 
 
-class Read(NamedTuple):
+class PromptRows(NamedTuple):
     """Rows of a batch that score the next targets of a request's prompt."""
 
     request: Request
@@ -50,7 +50,7 @@ class Batch:
     """The beams whose next tokens are chosen together."""
     branching_rows: list[int] = field(default_factory=list)
     """The row whose logits each of them reads."""
-    reads: list[Read] = field(default_factory=list)
+    reads: list[PromptRows] = field(default_factory=list)
     num_reads: int = 0
     prompt_tokens: int = 0
     """Rows of spans that were scheduled for sequences which have generated nothing yet."""

@@ -23,7 +23,7 @@ from radixgen.scheduler.partition import (
     readers,
     unmixed_total,
 )
-from radixgen.scheduler.revise import Followed, Rows, follow, revise
+from radixgen.scheduler.revise import RowUpdates, StepRows, follow, revise
 from radixgen.scheduler.segments import lay_out, path_rows
 
 __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost", "active_forest", "plan"]
@@ -53,7 +53,7 @@ def plan(
     return _fill(paths, _choose(paths, mode, costs))
 
 
-class _Way(NamedTuple):
+class _Partition(NamedTuple):
     """One way to part the paths into units, as `collect` takes it, and what they cost; without partial results, where
     the way was not sought but given.
     """
@@ -68,7 +68,7 @@ class _Way(NamedTuple):
         return max(self.total * self.cost.kv_heads / self.cost.programs, self.cost.reads(keys, keys))
 
 
-class _Choice(NamedTuple):
+class _Candidate(NamedTuple):
     """A way, weighed."""
 
     cost: CostModel
@@ -77,64 +77,64 @@ class _Choice(NamedTuple):
     balance: Balance
 
 
-def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Choice:
+def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Candidate:
     """The shortest of all ways to launch; one whose even share of the work takes longer than the best so far is not
     looked into.
     """
     if mode != "auto":
-        return min((_weigh(paths, _forced(paths, cost, mode)) for cost in costs), key=_time)
+        return min((_evaluate(paths, _fixed_partition(paths, cost, mode)) for cost in costs), key=_time)
     keys = int(paths.keys[:, 0].sum())
-    ways = sorted((_cheapest(paths, cost) for cost in costs), key=lambda way: way.even(keys))
-    best = _weigh(paths, ways[0])
+    ways = sorted((_cheapest_partition(paths, cost) for cost in costs), key=lambda way: way.even(keys))
+    best = _evaluate(paths, ways[0])
     for way in ways[1:]:
-        best = _shorter(paths, way, best, keys)
+        best = _faster(paths, way, best, keys)
     for cost in [way.cost for way in ways if way.even(keys) < best.balance.time]:
         best = _refine(paths, cost, best, keys)
     return best
 
 
-def _refine(paths: Paths, cost: CostModel, best: _Choice, keys: int) -> _Choice:
+def _refine(paths: Paths, cost: CostModel, best: _Candidate, keys: int) -> _Candidate:
     """The least cost, found for all of a plan's units together, need not be the shortest time: that depends on how they
     spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
     """
     if cost.programs == 1 or best.balance.time <= cost.reads(keys, keys):
         return best
-    best = _shorter(paths, _uncut(paths, cost), best, keys)
+    best = _faster(paths, _uncut_partition(paths, cost), best, keys)
     for mode in PLAN_MODES[1:]:
-        best = _shorter(paths, _forced(paths, cost, mode), best, keys)
+        best = _faster(paths, _fixed_partition(paths, cost, mode), best, keys)
     return best
 
 
-def _shorter(paths: Paths, way: _Way, best: _Choice, keys: int) -> _Choice:
+def _faster(paths: Paths, way: _Partition, best: _Candidate, keys: int) -> _Candidate:
     if way.even(keys) >= best.balance.time:
         return best
-    return min(best, _weigh(paths, way, to_beat=best.balance.time), key=_time)
+    return min(best, _evaluate(paths, way, to_beat=best.balance.time), key=_time)
 
 
-def _time(choice: _Choice) -> float:
+def _time(choice: _Candidate) -> float:
     return choice.balance.time
 
 
-def _weigh(paths: Paths, way: _Way, to_beat: float = np.inf) -> _Choice:
+def _evaluate(paths: Paths, way: _Partition, to_beat: float = np.inf) -> _Candidate:
     units, fates = collect(paths.walk, paths.keys, way.cuts, way.runs, *way.cost.columns())
     unique = int(paths.keys[:, 0].sum())
-    return _Choice(way.cost, units, fates, balance(units, paths.order.size, unique, way.cost, to_beat))
+    return _Candidate(way.cost, units, fates, balance(units, paths.order.size, unique, way.cost, to_beat))
 
 
-def _cheapest(paths: Paths, cost: CostModel) -> _Way:
+def _cheapest_partition(paths: Paths, cost: CostModel) -> _Partition:
     walk = paths.walk
     most_pending = int(min(walk[:, 1].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
     price = cost.partial * cost.group
     best, cuts, runs = partition(walk, paths.keys, cost.mix, *cost.columns(), price, most_pending)
-    return _Way(cost, cuts, runs, float(best[:1, 0].sum()))
+    return _Partition(cost, cuts, runs, float(best[:1, 0].sum()))
 
 
-def _uncut(paths: Paths, cost: CostModel) -> _Way:
+def _uncut_partition(paths: Paths, cost: CostModel) -> _Partition:
     best, cuts, runs = partition_uncut(paths.walk, paths.keys, cost.mix, *cost.columns())
-    return _Way(cost, cuts, runs, float(best[:1, 0].sum()))
+    return _Partition(cost, cuts, runs, float(best[:1, 0].sum()))
 
 
-def _forced(paths: Paths, cost: CostModel, mode: PlanMode) -> _Way:
+def _fixed_partition(paths: Paths, cost: CostModel, mode: PlanMode) -> _Partition:
     walk, keys = paths.walk, paths.keys[:, 0]
     cut = np.zeros((len(walk), 1), np.int64)
     branching = (keys > 0) & (walk[:, 3] > walk[:, 4])
@@ -143,10 +143,10 @@ def _forced(paths: Paths, cost: CostModel, mode: PlanMode) -> _Way:
     elif mode == "prefix":
         cut[:, 0] = branching & (walk[:, 1] == 1)
     total = unmixed_total(walk, paths.keys, cut, *cost.columns())
-    return _Way(cost, cut, np.full((len(walk), 1, 2), -1, np.int64), total)
+    return _Partition(cost, cut, np.full((len(walk), 1, 2), -1, np.int64), total)
 
 
-def _fill(paths: Paths, choice: _Choice) -> Plan:
+def _fill(paths: Paths, choice: _Candidate) -> Plan:
     """The plan's arrays."""
     cost, walk = choice.cost, paths.walk
     laid = lay_out(paths, choice.units, choice.balance.limits, cost.least_run, cost.mixed_weight)
@@ -197,20 +197,20 @@ class Planner:
         self.mode = mode
         self.cost = cost or CostModel()
         self._last: Plan | None = None
-        self._built: _Built | None = None
+        self._built: _BuiltPlan | None = None
         self._version = -1
-        self._rows = Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
-        self._plan_anything()
+        self._rows = StepRows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
+        self._compile_planner()
 
-    def _plan_anything(self) -> None:
+    def _compile_planner(self) -> None:
         """So that everything is compiled before the first request waits for it."""
         ids, ones = np.arange(2, dtype=np.int32), np.ones(2, np.int32)
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
-        rows = Rows(ids, ids, ids.astype(np.int64))
+        rows = StepRows(ids, ids, ids.astype(np.int64))
         follow(self.tree.columns, 0, rows.slots[:0], rows, rows)
-        revise(made, Followed(ids >= 0, np.full(2, -1), ones, 0))
+        revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))
 
     @property
     def last(self) -> Plan | None:
@@ -222,8 +222,8 @@ class Planner:
         whose KV goes into `row_slots` `[rows]`, -1 where it exists. A leaf need not know its row's token yet, if it has
         the slot in reserve.
         """
-        rows = Rows(node_ids, row_positions, row_slots)
-        found = self._carry(rows) or self.plan_anew(rows)
+        rows = StepRows(node_ids, row_positions, row_slots)
+        found = self._carry(rows) or self.build_plan(rows)
         self._last, self._rows, self._version = found, rows, self.tree.version
         return found
 
@@ -232,14 +232,14 @@ class Planner:
         self._last = self._built = None
         self.tree.columns.place.fill(-1)
 
-    def plan_anew(self, rows: Rows) -> Plan:
+    def build_plan(self, rows: StepRows) -> Plan:
         """As `plan`, from nothing."""
         forest, row_nodes, active = active_forest(self.tree, rows.nodes, rows.positions)
         found = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
-        self._built = _Built(found, active)
+        self._built = _BuiltPlan(found, active)
         return found
 
-    def _carry(self, rows: Rows) -> Plan | None:
+    def _carry(self, rows: StepRows) -> Plan | None:
         """The last plan, as it is, advanced or revised; None where one must be made anew."""
         last, built, columns = self._last, self._built, self.tree.columns
         if last is None or built is None:
@@ -260,7 +260,7 @@ class Planner:
         return revise(last, followed)
 
 
-class _Built:
+class _BuiltPlan:
     """What the last plan that was made anew was made for."""
 
     def __init__(self, made: Plan, nodes: Int64Array) -> None:

@@ -18,7 +18,7 @@ _Units = tuple[
 ]  # fmt: skip
 
 
-class Followed(NamedTuple):
+class RowUpdates(NamedTuple):
     """What became of the rows of a step before; arrays are `[rows]`, in their order."""
 
     kept: Bools
@@ -30,7 +30,7 @@ class Followed(NamedTuple):
     num_extended: int
 
 
-class Rows(NamedTuple):
+class StepRows(NamedTuple):
     """The rows of a step; arrays are `[rows]`."""
 
     nodes: Int32Array
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     slots: Int64Array
     """Where the row's KV goes, or lies in the slot behind the row before; else -1"""
 
-    def same(self, other: "Rows") -> bool:
+    def same(self, other: "StepRows") -> bool:
         """Positions are looked at first: in most steps they are others."""
         return (
             np.array_equal(self.positions, other.positions)
@@ -75,7 +75,7 @@ def _follow(
     return found == ids.size, kept, extension, rooms, num_extended
 
 
-def follow(columns: Columns, version: int, nodes: Int64Array, old: Rows, rows: Rows) -> Followed | None:
+def follow(columns: Columns, version: int, nodes: Int64Array, old: StepRows, rows: StepRows) -> RowUpdates | None:
     """What became of the rows `old`, each the last token of a leaf, since the tree's `version`; those of the step to
     come are `rows`. None where these are not some of the leaves, in their order, each one token further than before; or
     where any of `nodes`, all that the plan reads, has changed in more than length.
@@ -91,7 +91,7 @@ def follow(columns: Columns, version: int, nodes: Int64Array, old: Rows, rows: R
         nodes,
         version,
     )
-    return Followed(kept, slots, rooms, num_extended) if follows else None
+    return RowUpdates(kept, slots, rooms, num_extended) if follows else None
 
 
 @inlined
@@ -174,7 +174,7 @@ def _units(
     )  # fmt: skip
 
 
-def revise(plan: Plan, followed: Followed) -> Plan:
+def revise(plan: Plan, followed: RowUpdates) -> Plan:
     """The rows that were kept, each the last token of its own leaf, go on by one.
 
     Units left without rows are dropped, the others read what they read before: a revised plan is exact, and about as

@@ -13,7 +13,7 @@ from sortedcontainers import SortedKeyList
 
 from radixgen.cache import ExtentPool, FollowedMatch, Lock, Match, Node, RadixTree, sharing_end
 from radixgen.core import Limits, Plan, SharingReason
-from radixgen.scheduler.batch import Batch, Read, StepInput, make_step_input, slots_used
+from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -105,7 +105,7 @@ class Scheduler:
         if batch.admitting:
             batch.admitting = self._admit()
         budget = self.max_step_tokens
-        for sequence in self._by_turn():
+        for sequence in self._in_schedule_order():
             if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
         if not batch.row_nodes:
@@ -193,7 +193,7 @@ class Scheduler:
 
     # -- spans --------------------------------------------------------------------------------------------
 
-    def _by_turn(self) -> list[Sequence]:
+    def _in_schedule_order(self) -> list[Sequence]:
         """Running sequences that decode, then those that prefill; each by rank."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -287,7 +287,7 @@ class Scheduler:
                 position += 1
         if rows:
             sequence.scheduled_in = batch.step
-            batch.reads.append(Read(request, rows))
+            batch.reads.append(PromptRows(request, rows))
             batch.num_reads += len(rows)
         return added, position == request.targets.size
 
@@ -364,14 +364,14 @@ class Scheduler:
         growing = len(self.running) + seats
         growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
         wanted, match = followed.tokens.size + growth, followed.match()
-        short = self._short(wanted, match)
+        short = self._missing_slots(wanted, match)
         if short > 0 and short > self.pins.yieldable(match):
             return False
         while short > 0 and self.pins.release_weakest():
-            short = self._short(wanted, followed.match())
+            short = self._missing_slots(wanted, followed.match())
         return short <= 0
 
-    def _short(self, wanted: int, match: Match | None) -> int:
+    def _missing_slots(self, wanted: int, match: Match | None) -> int:
         """Slots that are missing for `wanted` tokens of which `match` was found, after all that is to be scheduled."""
         tree = self.tree
         found, locked = (match.length, match.evictable) if match else (0, 0)
@@ -393,9 +393,9 @@ class Scheduler:
         sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
         self.waiting.admit(sequence)
         self.running.add(sequence)
-        self._pass_on(sequence)
+        self._hand_match_to_sibling(sequence)
 
-    def _pass_on(self, sequence: Sequence) -> None:
+    def _hand_match_to_sibling(self, sequence: Sequence) -> None:
         """The match of a sequence that was let in goes to a sibling that waits with the same tokens."""
         request = sequence.request
         sibling = request.waiting[0] if request.waiting else None

@@ -25,7 +25,7 @@ from radixgen.run_ahead import RunAhead
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
-from radixgen.scheduler.revise import Followed, Rows
+from radixgen.scheduler.revise import RowUpdates, StepRows
 from radixgen.scheduler.scheduler import Scheduler
 
 PROFILE = settings(
@@ -158,7 +158,7 @@ def namespaces_share_a_root(patch: Patch) -> None:
 
 
 def a_stale_plan_is_carried_on(patch: Patch) -> None:
-    def carry(self: Planner, rows: Rows) -> Plan | None:
+    def carry(self: Planner, rows: StepRows) -> Plan | None:
         last = self._last
         return last.advance() if last and last.growing.size and rows.nodes.size == last.num_rows else None
 
@@ -169,7 +169,7 @@ def a_new_extent_is_missed(patch: Patch) -> None:
     """The slot after the one before is taken for the row's own."""
     plain = planner_module.follow
 
-    def follow(*arguments: Any) -> Followed | None:
+    def follow(*arguments: Any) -> RowUpdates | None:
         followed = plain(*arguments)
         return followed and followed._replace(slots=np.full_like(followed.slots, -1), num_extended=0)
 

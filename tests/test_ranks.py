@@ -22,7 +22,7 @@ from test_parallel import a_job
 from radixgen import Engine, EngineDead
 from radixgen.core.settings import as_rank_0, rank_environment
 from radixgen.model import parallel, ranks
-from radixgen.model.lockstep import Channel, Closed
+from radixgen.model.lockstep import Channel, ChannelClosed
 from radixgen.model.peers import Peers
 from radixgen.model.ranks import Followers, in_thread
 from radixgen.model.ring import RingWriter
@@ -73,9 +73,9 @@ def test_answers_come_in_any_order(followers: Followers) -> None:
 def test_a_rank_that_fails_is_not_waited_for_behind_another(followers: Followers) -> None:
     followers.processes[1].channel.answer(raised="OutOfMemoryError: full")
     followers.processes[1].channel.close()
-    with pytest.raises(Closed, match="rank 2 raised OutOfMemoryError: full"):
+    with pytest.raises(ChannelClosed, match="rank 2 raised OutOfMemoryError: full"):
         followers.answers(60.0)
-    assert followers.obituary() == "rank 2 raised OutOfMemoryError: full"
+    assert followers.describe_exits() == "rank 2 raised OutOfMemoryError: full"
 
 
 def test_nothing_is_sent_where_a_rank_has_ended(followers: Followers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +90,10 @@ def test_nothing_is_sent_where_a_rank_has_ended(followers: Followers, monkeypatc
     monkeypatch.setattr(ranks, "STEP_SECONDS", 60.0)
     sending = in_thread(lambda: followers.send(b""), "test")
     followers.processes[0].channel.close()
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         sending.result(10)
     assert followers.ended.wait(10)
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         followers.send(b"")
 
 
@@ -112,9 +112,9 @@ def test_work_that_waits_for_a_rank_that_ended_is_given_up(followers: Followers)
         followers.processes[0].channel.close()
         never.wait()
 
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         followers.run_watched(wait)
-    assert followers.obituary() == "rank 1 raised RuntimeError: no such GPU"
+    assert followers.describe_exits() == "rank 1 raised RuntimeError: no such GPU"
     never.set()
 
 
@@ -149,7 +149,7 @@ def test_an_abort_that_hangs_holds_nobody(
         followers.processes[0].channel.close()
         assert called.wait(10)
     elif when == "in a step":
-        with pytest.raises(Closed):
+        with pytest.raises(ChannelClosed):
             followers.run_watched(lambda: (followers.processes[0].channel.close(), over.wait()))
     followers.stop()
     assert called.wait(10) and "NCCL did not end" in caplog.text
@@ -211,7 +211,7 @@ def test_rank_0_loads_as_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             self.job = job
 
         answers = stop = agree = lambda *_: []
-        obituary = lambda _: ""  # noqa: E731
+        describe_exits = lambda _: ""  # noqa: E731
         run_watched = lambda _, call: call()  # noqa: E731
 
     families.build("llama").save_pretrained(tmp_path)
@@ -273,10 +273,10 @@ def test_where_no_memory_is_shared_the_library_adds_up(tmp_path: Path, monkeypat
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         peers = Peers()
-        peers.meet(torch.device("cpu"))
-        peers.part()
+        peers.connect(torch.device("cpu"))
+        peers.stop_waiting()
         data = torch.ones(3)
-        peers.add_up(data)
+        peers.all_reduce(data)
         assert data.tolist() == [1.0, 1.0, 1.0]
     finally:
         dist.destroy_process_group()

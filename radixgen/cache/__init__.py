@@ -12,7 +12,7 @@
 Tree and pool hold integers and NumPy arrays only; they know no model and no device.
 """
 
-from radixgen.cache.blocks import BlockEvent, BlockProjection, Cleared, Removed, Stored, hash_blocks
+from radixgen.cache.blocks import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, hash_blocks
 from radixgen.cache.columns import Columns
 from radixgen.cache.follow import FollowedMatch, Match
 from radixgen.cache.ghosts import Ghosts
@@ -26,7 +26,9 @@ from radixgen.cache.tree import Listener, RadixTree
 __all__ = [
     "BlockEvent",
     "BlockProjection",
-    "Cleared",
+    "BlocksAdded",
+    "BlocksDropped",
+    "BlocksReset",
     "Columns",
     "EvictionPolicy",
     "Extent",
@@ -38,8 +40,6 @@ __all__ = [
     "Match",
     "Node",
     "RadixTree",
-    "Removed",
-    "Stored",
     "TokenArray",
     "as_tokens",
     "common_prefix_len",

@@ -28,7 +28,7 @@ PRIVATE = "\0"
 """A namespace with this in it belongs to one sequence; its blocks are of use to nobody else."""
 
 
-class Stored(NamedTuple):
+class BlocksAdded(NamedTuple):
     """Blocks that came to be held, each the parent of the next."""
 
     hashes: list[int]
@@ -40,47 +40,47 @@ class Stored(NamedTuple):
     namespace: str
 
 
-class Removed(NamedTuple):
+class BlocksDropped(NamedTuple):
     """Blocks that are held no more, each after all that continue it."""
 
     hashes: list[int]
 
 
-class Cleared(NamedTuple):
+class BlocksReset(NamedTuple):
     """No block is held."""
 
 
-BlockEvent = Stored | Removed | Cleared
+BlockEvent = BlocksAdded | BlocksDropped | BlocksReset
 
 
 class BlockProjection:
     """Listens to a tree and tells, in events, which blocks it holds.
 
     `emit` is called in the midst of what changes the tree: it must return soon and touch nothing of the tree. Where it
-    returns False, this event is lost, and maybe others before it: the next thing told is `Cleared`, then everything
+    returns False, this event is lost, and maybe others before it: the next thing told is `BlocksReset`, then everything
     that is held.
     """
 
     def __init__(self, tree: RadixTree, emit: Callable[[BlockEvent], bool], block_size: int = 16) -> None:
-        """Begins with `Cleared`, then tells what `tree` holds already."""
+        """Begins with `BlocksReset`, then tells what `tree` holds already."""
         self.block_size = block_size
         self._tree = tree
         self._emit = emit
-        self._lost = False
+        self._overflowed = False
         self._held: Counter[int] = Counter()
         """How many blocks have this hash: 1, but for collisions."""
-        self.tell_all()
+        self.emit_all()
         tree.listener = self
 
     def __len__(self) -> int:
         """How many hashes are held."""
         return len(self._held)
 
-    def tell_all(self) -> None:
-        """Begin anew: `Cleared`, then everything that is held. Hashes every token."""
-        self._lost = False
+    def emit_all(self) -> None:
+        """Begin anew: `BlocksReset`, then everything that is held. Hashes every token."""
+        self._overflowed = False
         self._held.clear()
-        self._tell(Cleared())
+        self._emit_event(BlocksReset())
         nodes = self._tree.roots()
         for node in nodes:  # which grows meanwhile: parents come before their children
             node.block_hashes = ()
@@ -109,8 +109,8 @@ class BlockProjection:
     def changed(self, node: Node) -> None:
         """As `Listener.changed`."""
         self._follow(node)
-        if self._lost:
-            self.tell_all()
+        if self._overflowed:
+            self.emit_all()
 
     def moved(self, lower: Node, upper: Node, count: int) -> None:
         """As `Listener.moved`."""
@@ -140,13 +140,13 @@ class BlockProjection:
         node.block_hashes += tuple(hashes)
         if self._held.keys().isdisjoint(hashes) and len(set(hashes)) == count:
             self._held.update(hashes)
-            self._tell(Stored(hashes, parent, tokens, node.namespace))
+            self._emit_event(BlocksAdded(hashes, parent, tokens, node.namespace))
             return
         for index, one in enumerate(hashes):
             self._held[one] += 1
             if self._held[one] == 1:
                 block = tokens[index * size : (index + 1) * size]
-                self._tell(Stored([one], hashes[index - 1] if index else parent, block, node.namespace))
+                self._emit_event(BlocksAdded([one], hashes[index - 1] if index else parent, block, node.namespace))
 
     def _remove(self, node: Node, count: int) -> None:
         """All but the first `count` blocks of the node are held no more."""
@@ -158,12 +158,12 @@ class BlockProjection:
                 del self._held[one]
                 gone.append(one)
         if gone:
-            self._tell(Removed(gone))
+            self._emit_event(BlocksDropped(gone))
         if not self._held:
-            self._tell(Cleared())
+            self._emit_event(BlocksReset())
 
-    def _tell(self, event: BlockEvent) -> None:
-        self._lost = self._lost or not self._emit(event)
+    def _emit_event(self, event: BlockEvent) -> None:
+        self._overflowed = self._overflowed or not self._emit(event)
 
     def _hashes_of(self, node: Node) -> list[int]:
         """The hashes of the blocks that end in the node's computed tokens, from its path alone."""

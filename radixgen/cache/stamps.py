@@ -14,18 +14,18 @@ class SlotStamps:
 
     def record(self, node: Node, first: int, stop: int) -> None:
         """The node's tokens `[first, stop)` are computed."""
-        self._stamps[node.slots(first, stop)] = _of_node(node)[first:stop]
+        self._stamps[node.slots(first, stop)] = _prefix_hashes(node)[first:stop]
 
     def check(self, node: Node) -> None:
         """Assert that the slots of the node's computed tokens hold its own prefix."""
         if node.computed:
-            expected = _of_node(node)[: node.computed]
+            expected = _prefix_hashes(node)[: node.computed]
             assert np.array_equal(expected, self._stamps[node.slots(0, node.computed)]), (
                 f"a slot of {node} holds another prefix"
             )
 
 
-def _of_node(node: Node) -> NDArray[np.int64]:
+def _prefix_hashes(node: Node) -> NDArray[np.int64]:
     stamp = hash(node.namespace)
     stamps = [stamp := hash((stamp, token)) for token in node.path_tokens().tolist()]
     return np.array(stamps[node.start :], np.int64)

@@ -48,7 +48,7 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class WarmsUp(Protocol):
+class SupportsWarmUp(Protocol):
     """A model whose first step of each kind takes longer, because something is compiled or captured for it."""
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
@@ -59,7 +59,7 @@ class WarmsUp(Protocol):
 
 
 @runtime_checkable
-class FailsLater(Protocol):
+class SupportsStepConfirmation(Protocol):
     """A model that may give results of no meaning, and learn only later that it failed."""
 
     def confirm_step(self) -> None:
@@ -69,7 +69,7 @@ class FailsLater(Protocol):
 
 
 @runtime_checkable
-class RunsAhead(Protocol):
+class SupportsRunAhead(Protocol):
     """A model that can begin a step before the tokens of the step before it are known to the host."""
 
     @property

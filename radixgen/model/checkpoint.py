@@ -15,7 +15,7 @@ _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _GGUF_TYPE = re.compile(rb"general\.type\x08\0\0\0(.{8})", re.DOTALL)
 """The name, that a string follows, and the string's length."""
 _GGUF_HEAD_BYTES = 1 << 16
-_NAMED = 3
+_MAX_NAMES = 3
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -28,14 +28,14 @@ def check_quantization(name: str, config: Any, source: str) -> None:
         raise UnsupportedModel(
             f"{name}: its weights are quantized (quantization_config: {method}); use one that is not"
         )
-    if _holds(source, "hf_quant_config.json"):
+    if _has_file(source, "hf_quant_config.json"):
         raise UnsupportedModel(f"{name}: its weights are quantized (hf_quant_config.json)")
 
 
 def check_adapter(name: str, source: str) -> None:
     """Raise `UnsupportedModel` where `source` is an adapter (LoRA), or a model with one beside it."""
     for file in ADAPTER_FILES:
-        if _holds(source, file):
+        if _has_file(source, file):
             raise UnsupportedModel(f"{name}: it holds an adapter ({file}); {ADAPTERS}")
 
 
@@ -69,11 +69,11 @@ def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> No
         (left_out, "have no place in the model that its config describes"),
     ):
         if keys:
-            some = ", ".join(sorted(keys)[:_NAMED])
+            some = ", ".join(sorted(keys)[:_MAX_NAMES])
             raise UnsupportedModel(f"{name}: {len(keys)} weights {reason}, {some} among them")
 
 
-def _holds(source: str, file: str) -> bool:
+def _has_file(source: str, file: str) -> bool:
     """Whether a directory or hub model has this file. False if that cannot be looked up: loading then reports why."""
     from transformers.utils import cached_file
 

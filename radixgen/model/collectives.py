@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library, nn
 
-from radixgen.model.fused_linear import Share
+from radixgen.model.fused_linear import FusedLinearSlice
 from radixgen.model.peers import PEERS
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class RowParallelLinear(nn.Module):
         self.layer, self.bias = layer, bias
 
     def forward(self, given: Tensor) -> Tensor:
-        parts = self.layer.parts(given) if isinstance(self.layer, Share) else None
+        parts = self.layer.parts(given) if isinstance(self.layer, FusedLinearSlice) else None
         if parts is None or parts.shape[0] == 1:
             found: Tensor = self.layer(given) if parts is None else parts[0]
             torch.ops.radixgen.all_reduce_(found)
@@ -56,7 +56,7 @@ class RowParallelLinear(nn.Module):
         return found if self.bias is None else found + self.bias
 
 
-class Gather(nn.Module):
+class GatherColumns(nn.Module):
     """The columns of all ranks side by side, `width` in all; each has as many as `Tensor.chunk` deals it."""
 
     def __init__(self, width: int, size: int) -> None:
@@ -68,7 +68,7 @@ class Gather(nn.Module):
         return gathered
 
 
-class OwnColumns(nn.Module):
+class SelectColumns(nn.Module):
     """What a rank keeps of columns that are whole on each."""
 
     def __init__(self, columns: slice) -> None:
@@ -123,14 +123,14 @@ def register() -> None:
     @library.custom_op("radixgen::all_reduce_", mutates_args=("given",))
     def all_reduce(given: Tensor) -> None:
         if not _SILENT.get():
-            PEERS.add_up(given)
+            PEERS.all_reduce(given)
 
     @all_reduce.register_fake
     def _(given: Tensor) -> None: ...
 
     @library.custom_op("radixgen::all_reduce_parts", mutates_args=())
     def all_reduce_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-        return parts.sum(0).to(dtype) if _SILENT.get() else PEERS.add_up_parts(parts, dtype)
+        return parts.sum(0).to(dtype) if _SILENT.get() else PEERS.all_reduce_parts(parts, dtype)
 
     @all_reduce_parts.register_fake
     def _(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +141,7 @@ def register() -> None:
         most = -(-width // size)
         if _SILENT.get():
             return given.new_zeros((*given.shape[:-1], width))
-        if PEERS.takes(given.dtype, given.nbytes * size):
+        if PEERS.supports(given.dtype, given.nbytes * size):
             return _gather_by_sum(given, most, width)
         missing = most - given.shape[-1]
         own = (nn.functional.pad(given, (0, missing)) if missing else given).reshape(-1, most)
@@ -160,7 +160,7 @@ def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:
     first = dist.get_rank() * most
     whole = own.new_zeros((*own.shape[:-1], width))
     whole[..., first : first + own.shape[-1]] = own
-    PEERS.add_up(whole)
+    PEERS.all_reduce(whole)
     return whole
 
 
@@ -209,7 +209,7 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
     inputs, outputs = layer.in_features, layer.out_features
     layer.out_features, layer.in_features = layer.weight.shape
     if style in _GATHERS:
-        return nn.Sequential(layer, Gather(outputs, rank.size))
+        return nn.Sequential(layer, GatherColumns(outputs, rank.size))
     if style not in _SUMS:
         return layer
     bias = layer.bias
@@ -218,7 +218,7 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
     if style != "rowwise_split_input":
         return summed
     first = rank.index * -(-inputs // rank.size)
-    return nn.Sequential(OwnColumns(slice(first, first + layer.in_features)), summed)
+    return nn.Sequential(SelectColumns(slice(first, first + layer.in_features)), summed)
 
 
 def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:

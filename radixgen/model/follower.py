@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 
 from radixgen.cache.storage import kv_room
 from radixgen.core import Plan
-from radixgen.model.lockstep import Channel, Closed, Job, Kind, unpack, unpack_step
-from radixgen.model.parallel import run_ahead, share_of
+from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, unpack, unpack_step
+from radixgen.model.parallel import load_rank, run_ahead
 from radixgen.model.ranks import await_hangup, join
 from radixgen.model.ring import RingReader
 from radixgen.model.runner import ModelRunner
@@ -39,8 +39,8 @@ def main() -> None:
     descriptor, *of_ring = map(int, sys.argv[1:])
     channel, ring = Channel(socket.socket(fileno=descriptor)), RingReader(*of_ring)
     try:
-        job = Job.from_bytes(channel.receive())
-    except Closed:
+        job = RankJob.from_bytes(channel.receive())
+    except ChannelClosed:
         return
     end = partial(_end, Path(job.store).parent)
     threading.Thread(target=await_hangup, args=([channel.socket.fileno()], end), daemon=True).start()
@@ -48,35 +48,35 @@ def main() -> None:
         channel.answer(started=1)
         join(job)
         receive = partial(_receive, ring, channel)
-        runner, _ = share_of(job, partial(_agree, channel, receive))
+        runner, _ = load_rank(job, partial(_agree, channel, receive))
         channel.answer(kv_bytes_per_token=runner.kv_bytes_per_token, kv_room=kv_room(runner.device))
         follow(receive, channel, runner)
-    except Closed:
+    except ChannelClosed:
         end()
     except BaseException as error:
         logger.critical("rank %d ends", job.rank, exc_info=error)
-        with suppress(Closed):
+        with suppress(ChannelClosed):
             channel.answer(raised=f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 
 def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
-    """Do as rank 0 says in what comes, and answer on `channel`. Raises `Closed` where `receive` does, and what `model`
+    """Do as rank 0 says in what comes, and answer on `channel`. Raises `ChannelClosed` where `receive` does, and what `model`
     raises in a step.
     """
     origins: WeakValueDictionary[int, Plan] = WeakValueDictionary()
     while True:
         kind, arrays = unpack(receive())
-        if kind is Kind.RUN:
+        if kind is RankCommand.RUN:
             model.run(*unpack_step(arrays, origins))
-        elif kind is Kind.WARM_UP:
+        elif kind is RankCommand.WARM_UP:
             model.warm_up(*unpack_step(arrays, origins))
-        elif kind is Kind.RUN_AHEAD:
+        elif kind is RankCommand.RUN_AHEAD:
             plan, _, slots, logit_rows = unpack_step(arrays, origins)
             run_ahead(model, plan, None, slots, logit_rows)
-        elif kind is Kind.ROOM:
+        elif kind is RankCommand.ROOM:
             channel.answer(kv_room=kv_room(model.device))
-        elif kind is Kind.ALLOCATE:
+        elif kind is RankCommand.ALLOCATE:
             _allocate(channel, model, int(arrays[0][0]))
         else:
             raise ValueError(f"{kind.name} was not asked for")
@@ -97,10 +97,10 @@ def _receive(ring: RingReader, channel: Channel) -> bytearray:
 
 
 def _agree(channel: Channel, receive: Receive, fine: bool) -> bool:
-    """As `radixgen.model.graphs.Agree`. Raises `Closed`."""
+    """As `radixgen.model.graphs.Agree`. Raises `ChannelClosed`."""
     channel.answer(fine=int(fine))
     kind, arrays = unpack(receive())
-    if kind is not Kind.AGREED:
+    if kind is not RankCommand.AGREED:
         raise ValueError(f"{kind.name} came in place of an answer")
     return bool(arrays[0][0])
 

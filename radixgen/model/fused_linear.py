@@ -56,7 +56,7 @@ class FusedLinear:
         return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
 
 
-class Share(nn.Module):
+class FusedLinearSlice(nn.Module):
     """Stands where one of the layers stood."""
 
     def __init__(self, fused: FusedLinear, index: int, layer: nn.Linear) -> None:
@@ -81,24 +81,24 @@ class Share(nn.Module):
 
 
 def fuse_linears(model: nn.Module) -> None:
-    """Put `Share`s in the place of all layers that can be fused, and of all others that `skinny_gemm` supports;
+    """Put `FusedLinearSlice`s in the place of all layers that can be fused, and of all others that `skinny_gemm` supports;
     `restore_linears` takes them out again.
     """
     for module in list(model.modules()):
         for names in SIBLINGS:
             layers = [module._modules.get(name) for name in names]
-            if _alike(layers):
+            if _fusible(layers):
                 found = [layer for layer in layers if isinstance(layer, nn.Linear)]
                 fused = FusedLinear(found)
                 for index, (name, layer) in enumerate(zip(names, found, strict=True)):
-                    module._modules[name] = Share(fused, index, layer)
+                    module._modules[name] = FusedLinearSlice(fused, index, layer)
         for name, child in list(module._modules.items()):
             if isinstance(child, nn.Linear) and _supported(child):
-                module._modules[name] = Share(FusedLinear([child]), 0, child)
+                module._modules[name] = FusedLinearSlice(FusedLinear([child]), 0, child)
 
 
 def _supported(layer: nn.Linear) -> bool:
-    return _alike([layer]) and layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
+    return _fusible([layer]) and layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
 
 
 def restore_linears(model: nn.Module) -> None:
@@ -107,14 +107,14 @@ def restore_linears(model: nn.Module) -> None:
         module._modules[name] = share.layer
 
 
-def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, Share]]:
+def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, FusedLinearSlice]]:
     for module in model.modules():
         for name, child in module._modules.items():
-            if isinstance(child, Share):
+            if isinstance(child, FusedLinearSlice):
                 yield module, name, child
 
 
-def _alike(layers: Sequence[nn.Module | None]) -> bool:
+def _fusible(layers: Sequence[nn.Module | None]) -> bool:
     """Plain linear layers that nobody watches or has sharded, of one input size, dtype and device, with a bias all or
     none.
     """

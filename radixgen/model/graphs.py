@@ -16,7 +16,7 @@ from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
-from radixgen.kernels.backend import Backend, StaticAttention
+from radixgen.kernels.backend import AttentionBackend, StaticAttention
 from radixgen.kernels.upload import Staging
 from radixgen.kernels.workspace import Workspace
 from radixgen.model.packed import LayerCall, TreeModel
@@ -42,7 +42,7 @@ def bucket(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class Size(NamedTuple):
+class GraphKey(NamedTuple):
     """What a graph is captured for."""
 
     rows: int
@@ -52,7 +52,7 @@ class Size(NamedTuple):
     """Of the plans"""
 
     @classmethod
-    def of(cls, plan: Plan, logits: int) -> "Size":
+    def of(cls, plan: Plan, logits: int) -> "GraphKey":
         """For a plan, of which so many rows give logits."""
         rows = bucket(plan.num_rows)
         return cls(rows, rows if logits > FEW_LOGITS else min(rows, FEW_LOGITS), plan.tile_rows)
@@ -67,7 +67,7 @@ def buckets(most: int) -> list[int]:
     return sizes
 
 
-class Capture(Protocol):
+class GraphCapture(Protocol):
     """Turns a call into one that does the same with less host work and returns the same tensor again."""
 
     def rehearse(self, run: Callable[[], Tensor]) -> None:
@@ -78,7 +78,7 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """A `Capture` into CUDA graphs that share one memory pool. What a graph returns is overwritten when another one is
+    """A `GraphCapture` into CUDA graphs that share one memory pool. What a graph returns is overwritten when another one is
     replayed.
 
     A pool ends with the last of its graphs, though tensors of theirs live on, and PyTorch can't capture into it again.
@@ -105,7 +105,7 @@ class CudaCapture:
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """As `Capture`."""
+        """As `GraphCapture`."""
         if self._first is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._first, _ = self._record(lambda: torch.zeros(1, device=self._device))
@@ -172,20 +172,20 @@ class NotCapturable(Exception):
 
 
 class StepGraphs:
-    """The captured passes of one model, made when they are first needed, one a `Size`."""
+    """The captured passes of one model, made when they are first needed, one a `GraphKey`."""
 
     def __init__(
-        self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int, agree: Agree | None = None
+        self, model: TreeModel, storage: KVStorage, backend: AttentionBackend, max_rows: int, agree: Agree | None = None
     ) -> None:
         """agree: asked once a capture where the model is sharded, so that all ranks replay a graph or none does."""
         self.max_rows = max_rows
         self._model, self._storage, self._backend, self._agree = model, storage, backend, agree
-        self._capture: Capture = PlainCapture()
+        self._capture: GraphCapture = PlainCapture()
         if model.device.type == "cuda":
             self._capture = CudaCapture(model.device, "thread_local" if agree else "global")
         self._workspace = Workspace()
-        self._graphs: dict[Size, _Graph] = {}
-        self._refused: set[Size] = set()
+        self._graphs: dict[GraphKey, _Graph] = {}
+        self._refused: set[GraphKey] = set()
         self.usable = True
         """Whether a step may be captured: not where the very first capture failed"""
         self._captured_any = False
@@ -195,9 +195,11 @@ class StepGraphs:
         self._graphs.clear()
         self.usable, self._capture = False, PlainCapture()
 
-    def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
+    def supports(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
         """Whether a step is one for a graph: not too large, nor of a size that was refused."""
-        return self.usable and plan.num_rows <= self.max_rows and Size.of(plan, logit_rows.size) not in self._refused
+        return (
+            self.usable and plan.num_rows <= self.max_rows and GraphKey.of(plan, logit_rows.size) not in self._refused
+        )
 
     @torch.inference_mode()
     def run(
@@ -208,7 +210,7 @@ class StepGraphs:
         Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
         Where the model is sharded, what the pass itself raises is raised: the other ranks are in its midst.
         """
-        size = Size.of(plan, logit_rows.size)
+        size = GraphKey.of(plan, logit_rows.size)
         graph = self._loaded(plan, token_ids, slots, logit_rows)
         if graph is not None:
             return graph.replay()[: logit_rows.size]
@@ -251,7 +253,7 @@ class StepGraphs:
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`; None where nothing was captured that answers such a step."""
+        """As `radixgen.model.base.SupportsRunAhead`; None where nothing was captured that answers such a step."""
         graph = self._loaded(plan, _UNKNOWN, slots, logit_rows)
         if graph is None:
             return None
@@ -262,7 +264,7 @@ class StepGraphs:
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> "_Graph | None":
         """The graph for a step, ready to be replayed; None where there is none, or it was too small and is gone now."""
-        size = Size.of(plan, logit_rows.size)
+        size = GraphKey.of(plan, logit_rows.size)
         graph = self._graphs.pop(size, None)
         if graph is None or not graph.load(plan, token_ids, slots, logit_rows):
             return None
@@ -276,14 +278,14 @@ class _Graph:
     replay: Callable[[], Tensor]
 
     def __init__(
-        self, model: TreeModel, storage: KVStorage, backend: Backend, size: Size, workspace: Workspace
+        self, model: TreeModel, storage: KVStorage, backend: AttentionBackend, size: GraphKey, workspace: Workspace
     ) -> None:
         self._model, self._storage, self._workspace = model, storage, workspace
         assert backend.static is not None
         self._new_attention = backend.static
         self._plan: Plan | None = None
         self._inputs = _Inputs(size, model.device)
-        self._writes = backend.writes(self._inputs.slots, model.device)
+        self._kv_writer = backend.kv_writer(self._inputs.slots, model.device)
         self._by_window: dict[Window | None, StaticAttention] = {}
 
     def load(
@@ -308,7 +310,7 @@ class _Graph:
     def _attend(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         assert self._plan is not None
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
-        self._writes(call.k, call.v, k, v)
+        self._kv_writer(call.k, call.v, k, v)
         if call.window not in self._by_window:
             self._by_window[call.window] = self._new_attention(
                 self._plan, call.window, self._inputs.positions, self._workspace
@@ -321,7 +323,7 @@ class _Inputs:
     rows beyond the step's own write no KV.
     """
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: GraphKey, device: torch.device) -> None:
         every = torch.zeros((4, size.rows), dtype=torch.int64, device=device)
         self.token_ids, self.positions, self.slots, logit_rows = every
         self.logit_rows = logit_rows[: size.logits]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class KVStored(Exception):
+class KVWriteDone(Exception):
     """A block's attention has stored K and V, and nothing else of that call is wanted."""
 
 
@@ -19,7 +19,7 @@ class LastBlock(nn.Module):
         self.rows: Tensor | None = None
         """The rows of the next passes that give logits, int64 `[n]`, ascending; None for all"""
         self.storing = False
-        """Whether attention is to store K and V of all rows, and then to raise `KVStored`"""
+        """Whether attention is to store K and V of all rows, and then to raise `KVWriteDone`"""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -33,11 +33,11 @@ class LastBlock(nn.Module):
             return self.block(hidden, *arguments, **options)
         self.storing = True
         try:
-            with suppress(KVStored):
+            with suppress(KVWriteDone):
                 self.block(hidden, *arguments, **options)
         finally:
             self.storing = False
-        picked, options = _pick(((hidden, *arguments), options), self.rows, hidden.shape[1])
+        picked, options = _select_rows(((hidden, *arguments), options), self.rows, hidden.shape[1])
         return self.block(*picked, **options)
 
 
@@ -63,12 +63,12 @@ def _lists(model: nn.Module) -> list[nn.ModuleList]:
     return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
 
 
-def _pick(value: Any, rows: Tensor, count: int) -> Any:
+def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
     """Of whatever has a row for each of `count`, in its second dimension, only `rows`."""
     if isinstance(value, Tensor):
         return value.index_select(1, rows) if value.ndim > 1 and value.shape[1] == count else value
     if isinstance(value, dict):
-        return {name: _pick(one, rows, count) for name, one in value.items()}
+        return {name: _select_rows(one, rows, count) for name, one in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_pick(one, rows, count) for one in value)
+        return type(value)(_select_rows(one, rows, count) for one in value)
     return value

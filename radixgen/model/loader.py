@@ -88,7 +88,7 @@ def load(
     from transformers import AutoModelForCausalLM, GgufConfig
 
     place, target = resolve_device(device), resolve_dtype(dtype)
-    source, options = _found(name)
+    source, options = _resolve(name)
     if check_load_format(load_format) == "dummy" and "gguf_file" in options:
         raise InvalidRequest("load_format", load_format, f"needs a model with a config.json, and {name} is a GGUF file")
     with quiet_transformers():
@@ -121,7 +121,7 @@ def load(
 
 def check_shards(name: str | Path, ranks: int) -> None:
     """Raise `UnsupportedModel`, by name and with the reason, where `name` can't be sharded over `ranks` processes."""
-    source, options = _found(name)
+    source, options = _resolve(name)
     with quiet_transformers():
         config = _config(name, source, options).get_text_config()
     name = f"{name} ({config.model_type})"
@@ -140,7 +140,7 @@ def check_shards(name: str | Path, ranks: int) -> None:
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of `name` without its weights; None where it has none."""
-    source, options = _found(name)
+    source, options = _resolve(name)
     with quiet_transformers():
         return _tokenizer(source, options)
 
@@ -150,7 +150,7 @@ def load_generation_config(name: str | Path) -> "GenerationConfig | None":
 
     Raises `ModelNotFound`, and `InvalidRequest` for a file that cannot be read.
     """
-    source, _ = _found(name)
+    source, _ = _resolve(name)
     return None if Path(name).suffix == ".gguf" else read_generation_config(source)
 
 
@@ -184,7 +184,7 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
+def _resolve(name: str | Path) -> tuple[str, dict[str, Any]]:
     try:
         return _source(name)
     except (OSError, RuntimeError, ValueError) as error:

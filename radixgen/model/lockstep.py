@@ -49,7 +49,7 @@ COLUMNS = (
 Array = NDArray[Any]
 
 
-class Kind(IntEnum):
+class RankCommand(IntEnum):
     """What rank 0 asks of the others."""
 
     ALLOCATE = 1
@@ -64,12 +64,12 @@ class Kind(IntEnum):
     """Whether all ranks are fine, which each said of itself before."""
 
 
-class Closed(Exception):
+class ChannelClosed(Exception):
     """The other end of a channel is gone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RankJob:
     """What every rank has to know to load its share."""
 
     rank: int
@@ -93,11 +93,11 @@ class Job:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def from_bytes(cls, frame: bytearray) -> "Job":
+    def from_bytes(cls, frame: bytearray) -> "RankJob":
         return cls(**json.loads(frame))
 
 
-class Step(NamedTuple):
+class ModelInput(NamedTuple):
     """The arguments of `Model.run`."""
 
     plan: Plan
@@ -113,24 +113,24 @@ class Channel:
         self.socket = connected
 
     def send(self, frame: bytes) -> None:
-        """Raises `Closed`."""
+        """Raises `ChannelClosed`."""
         try:
             self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
-            raise Closed(str(error)) from error
+            raise ChannelClosed(str(error)) from error
 
     def receive(self, seconds: float | None = None) -> bytearray:
-        """The next frame. Raises `Closed`, and `TimeoutError` after `seconds` without a byte."""
+        """The next frame. Raises `ChannelClosed`, and `TimeoutError` after `seconds` without a byte."""
         try:
             self.socket.settimeout(seconds)
             (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
             if length > MAX_FRAME:
-                raise Closed(f"a frame of {length} bytes; at most {MAX_FRAME} are read")
+                raise ChannelClosed(f"a frame of {length} bytes; at most {MAX_FRAME} are read")
             return self._exactly(length)
         except TimeoutError:
             raise
         except OSError as error:
-            raise Closed(str(error)) from error
+            raise ChannelClosed(str(error)) from error
         finally:
             if self.socket.fileno() >= 0:
                 self.socket.settimeout(None)
@@ -147,12 +147,12 @@ class Channel:
         while view:
             read = self.socket.recv_into(view)
             if not read:
-                raise Closed("the other end is gone")
+                raise ChannelClosed("the other end is gone")
             view = view[read:]
         return frame
 
 
-def pack(kind: Kind, arrays: Sequence[Array] = ()) -> bytes:
+def pack(kind: RankCommand, arrays: Sequence[Array] = ()) -> bytes:
     """Arrays of one or two dimensions: int32, int64 or float64."""
     parts = [_HEAD.pack(kind, len(arrays))]
     for array in arrays:
@@ -162,7 +162,7 @@ def pack(kind: Kind, arrays: Sequence[Array] = ()) -> bytes:
     return b"".join(parts)
 
 
-def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
+def unpack(frame: bytearray) -> tuple[RankCommand, list[Array]]:
     """What `pack` packed; the arrays are views of `frame`. Raises `ValueError` where it did not."""
     try:
         kind, count = _HEAD.unpack_from(frame)
@@ -175,12 +175,12 @@ def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
             arrays.append(array.reshape((rows, columns) if dimensions == 2 else rows))
         if at != len(frame):
             raise ValueError(f"{len(frame) - at} bytes too many")
-        return Kind(kind), arrays
+        return RankCommand(kind), arrays
     except (struct.error, IndexError) as error:
         raise ValueError(f"not a frame: {error}") from error
 
 
-class Origins:
+class PlanOrigins:
     """Numbers of the plans that were built and are still in use, of which others are left where lengths have grown.
 
     Whether a graph takes a step by the tables that it has depends on which plan they were laid out for. So a plan has
@@ -201,8 +201,8 @@ class Origins:
         return numbers[key][0]
 
 
-def pack_step(step: Step, kind: Kind = Kind.RUN, origin: int = 0) -> bytes:
-    """A step as a frame, less what of its plan only `explain` reads. `origin`: its number in `Origins`."""
+def pack_step(step: ModelInput, kind: RankCommand = RankCommand.RUN, origin: int = 0) -> bytes:
+    """A step as a frame, less what of its plan only `explain` reads. `origin`: its number in `PlanOrigins`."""
     plan = step.plan
     assert plan.window is None
     counts = np.array([plan.tile_rows, plan.age, origin], np.int64)
@@ -210,7 +210,7 @@ def pack_step(step: Step, kind: Kind = Kind.RUN, origin: int = 0) -> bytes:
     return pack(kind, [*step[1:], counts, np.array([plan.predicted]), *columns])
 
 
-def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> Step:
+def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> ModelInput:
     """The arrays that `pack_step` packed. `origins`: plans by their numbers, which must not keep them alive."""
     token_ids, slots, logit_rows, counts, predicted, *columns = arrays
     by_name: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
@@ -223,7 +223,7 @@ def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> 
         _origin=origins.get(int(counts[2])),
     )
     origins[int(counts[2])] = plan.origin
-    return Step(plan, token_ids, slots, logit_rows)
+    return ModelInput(plan, token_ids, slots, logit_rows)
 
 
 def _unexplained() -> NodeSummary:

@@ -24,9 +24,9 @@ from radixgen.kernels.merge import apply_sinks
 from radixgen.model.collectives import silent
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
 from radixgen.model.fused_linear import fuse_linears, restore_linears
-from radixgen.model.last_block import KVStored, LastBlock, insert_last_block, remove_last_block
+from radixgen.model.last_block import KVWriteDone, LastBlock, insert_last_block, remove_last_block
 from radixgen.model.masks import MaskError, MaskReader, make_mask
-from radixgen.model.tree_attention import answered_by, register, tree_attention
+from radixgen.model.tree_attention import handle_attention, register, tree_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ class LayerCall:
     sinks: Tensor | None
 
 
-class Attend(Protocol):
+class LayerAttention(Protocol):
     """Answers one layer: `out [rows, q_heads, v_head_dim]`, in q's dtype, and `lse [rows, q_heads]`."""
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
@@ -135,7 +135,7 @@ class TreeModel:
         self.model = model
         self.name = f"{name} ({model.config.model_type})"
         self.device = model.device
-        self.attend: Attend = self._no_attend
+        self.attend: LayerAttention = self._no_attend
         self._layers: dict[nn.Module, int] = {}
         self.windows: list[Window | None] = []
         """Of each layer"""
@@ -183,7 +183,7 @@ class TreeModel:
         token_ids: Tensor,
         positions: Tensor,
         logit_rows: Tensor,
-        attend: Attend,
+        attend: LayerAttention,
         write: Callable[[LayerCall], None] | None = None,
     ) -> Tensor:
         """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
@@ -212,7 +212,7 @@ class TreeModel:
         if self._write is not None and self._last_block is not None:
             self._last_block.rows, kept = logit_rows, 0
         try:
-            with answered_by(lambda *asked: self.answer(next(layers), *asked)):
+            with handle_attention(lambda *asked: self.answer(next(layers), *asked)):
                 output = self.model(
                     input_ids=token_ids.unsqueeze(0),
                     position_ids=positions.unsqueeze(0),
@@ -235,12 +235,12 @@ class TreeModel:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """As `radixgen.model.tree_attention.Answer`, for one layer. Raises `KVStored` where only that is wanted."""
+        """As `radixgen.model.tree_attention.Answer`, for one layer. Raises `KVWriteDone` where only that is wanted."""
         q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
         call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
         if self._write is not None and self._last_block is not None and self._last_block.storing:
             self._write(call)
-            raise KVStored
+            raise KVWriteDone
         return self.attend(call)[0].contiguous().unsqueeze(0)
 
     def compile_blocks(self) -> None:
@@ -362,7 +362,7 @@ class TreeModel:
         """
         from transformers import DynamicCache
 
-        class Seen(DynamicCache):  # type: ignore[misc]
+        class OffsetCache(DynamicCache):  # type: ignore[misc]
             def get_seq_length(self, *_: Any, **__: Any) -> int:
                 return max(reach - len(tokens), 0)
 
@@ -382,7 +382,7 @@ class TreeModel:
             return calls
 
         alone = rows(use_cache=False)
-        later = rows(use_cache=True, past_key_values=Seen())
+        later = rows(use_cache=True, past_key_values=OffsetCache())
         for one, other in zip(alone, later, strict=True):
             if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
                 reason = f"it counts positions by itself, which is seen at {reach} tokens"
@@ -417,7 +417,7 @@ class TreeModel:
             self._last_block = None
 
     @torch.inference_mode()
-    def _run(self, token_ids: Tensor, attend: Attend, **options: Any) -> None:
+    def _run(self, token_ids: Tensor, attend: LayerAttention, **options: Any) -> None:
         """One forward pass from position 0 with `options` of transformers' own."""
         self.attend = attend
         try:
@@ -431,7 +431,7 @@ class TreeModel:
     def _logits(
         self,
         sequences: list[list[int]],
-        attend: Attend,
+        attend: LayerAttention,
         logit_rows: Tensor | None = None,
         write: Callable[[LayerCall], None] | None = None,
     ) -> Tensor:
@@ -519,7 +519,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= _TOLERANCE * (float(other.abs().max()) + 1e-6)
 
 
-def _causal_over(sequences: list[list[int]]) -> Attend:
+def _causal_over(sequences: list[list[int]]) -> LayerAttention:
     lengths = [len(sequence) for sequence in sequences]
     return lambda call: _causal(call, lengths)
 

@@ -22,7 +22,7 @@ class Peers:
         self._sum: AllReduce | None = None
         self._met = False
 
-    def meet(self, device: torch.device) -> None:
+    def connect(self, device: torch.device) -> None:
         """Let the ranks read each other's memory, where all of their GPUs can; all of them do this at the same time.
 
         Once a process: PyTorch counts what a process has exchanged, and would wait in vain for a rank that has
@@ -30,31 +30,31 @@ class Peers:
         """
         self._memory, self._sum = None, None
         first, self._met = not self._met, True
-        if not _all(first, device):
+        if not _all_true(first, device):
             return
         try:
-            memory, reduce = _share(device)
+            memory, reduce = _share_memory(device)
         except (RuntimeError, ImportError, AttributeError) as error:  # of an interface that PyTorch calls unfinished
             logger.warning("GPUs don't share memory, so that PyTorch's library adds up: %s", error)
-            _all(False, device)
+            _all_true(False, device)
         else:
-            if _all(True, device):
+            if _all_true(True, device):
                 self._memory, self._sum = memory, reduce
 
-    def takes(self, dtype: torch.dtype, size: int) -> bool:
+    def supports(self, dtype: torch.dtype, size: int) -> bool:
         """Whether so many bytes are added up in a few microseconds."""
         return self._sum is not None and self._sum.supports(dtype, size)
 
-    def add_up(self, data: Tensor) -> None:
+    def all_reduce(self, data: Tensor) -> None:
         """Put the sum over all ranks in its place; contiguous, on the device of this rank."""
         if self._sum is not None and self._sum.supports(data.dtype, data.nbytes):
             self._sum(data)
         else:
             dist.all_reduce(data)
 
-    def add_up_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+    def all_reduce_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum over all ranks, in `dtype`, of what the sum of `parts` `[n, ...]` is there."""
-        if self._sum is not None and self.takes(dtype, parts[0].numel() * dtype.itemsize):
+        if self._sum is not None and self.supports(dtype, parts[0].numel() * dtype.itemsize):
             data = parts.new_empty(parts.shape[1:], dtype=dtype)
             self._sum(data, parts)
         else:
@@ -62,7 +62,7 @@ class Peers:
             dist.all_reduce(data)
         return data
 
-    def part(self) -> None:
+    def stop_waiting(self) -> None:
         """Wait for no other rank any more, whatever the device still does."""
         if self._sum is not None:
             self._sum.stop()
@@ -72,14 +72,14 @@ PEERS = Peers()
 """Of this process, as it has one process group."""
 
 
-def _all(fine: bool, device: torch.device) -> bool:
+def _all_true(fine: bool, device: torch.device) -> bool:
     """Whether all ranks are."""
     found = torch.tensor([int(fine)], device=device)
     dist.all_reduce(found, dist.ReduceOp.MIN)
     return bool(found.item())
 
 
-def _share(device: torch.device) -> "tuple[Tensor, AllReduce]":
+def _share_memory(device: torch.device) -> "tuple[Tensor, AllReduce]":
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     from radixgen.kernels.all_reduce import AllReduce, shared_bytes

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
-from radixgen.model.lockstep import Channel, Closed, Job, Kind, pack
+from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, pack
 from radixgen.model.peers import PEERS
 from radixgen.model.ring import RingWriter
 
@@ -63,7 +63,7 @@ _leaving = threading.Lock()
 class Followers:
     """All ranks but rank 0, seen from there."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RankJob) -> None:
         """Start them. `stop` ends them and leaves the process group; so does the end of this object or process."""
         home = tempfile.mkdtemp(prefix="radixgen-")
         self.job = replace(job, store=str(Path(home) / "ranks"))
@@ -100,15 +100,15 @@ class Followers:
                     env=rank_environment(rank),
                 )
             )
-        with suppress(Closed):  # `answers` finds that it has ended
+        with suppress(ChannelClosed):  # `answers` finds that it has ended
             self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
 
     def send(self, frame: bytes) -> None:
-        """To each. Returns before it is read, unless it is very large or a rank is far behind. Raises `Closed`, and
+        """To each. Returns before it is read, unless it is very large or a rank is far behind. Raises `ChannelClosed`, and
         `TimeoutError` where a rank stays behind.
         """
         if self.ended.is_set():
-            raise Closed("a rank has ended")
+            raise ChannelClosed("a rank has ended")
         if not self._ring.write(frame, self._wait_for_room):
             for channel in self._channels:
                 channel.send(frame)
@@ -123,10 +123,10 @@ class Followers:
         if not ready:
             raise TimeoutError(f"a rank has read nothing for {STEP_SECONDS:g} s")
         if not set(ready) & set(descriptors):
-            raise Closed("a rank has ended")
+            raise ChannelClosed("a rank has ended")
 
     def answers(self, seconds: float) -> list[dict[str, Any]]:
-        """What each has to say next, in the order of the ranks. Raises `TimeoutError`, and `Closed` as soon as one of
+        """What each has to say next, in the order of the ranks. Raises `TimeoutError`, and `ChannelClosed` as soon as one of
         them has failed.
         """
         end = time.monotonic() + seconds
@@ -140,18 +140,18 @@ class Followers:
                 found[rank] = _read(self._channels[rank - 1], seconds)
                 if "raised" in found[rank]:
                     self._raised[rank] = f"raised {found[rank]['raised']}"
-                    raise Closed(f"rank {rank} {self._raised[rank]}")
+                    raise ChannelClosed(f"rank {rank} {self._raised[rank]}")
         return [found[rank] for rank in sorted(found)]
 
     def agree(self, fine: bool) -> bool:
-        """Whether all ranks are fine, rank 0 among them. Raises `Closed` and `TimeoutError`."""
+        """Whether all ranks are fine, rank 0 among them. Raises `ChannelClosed` and `TimeoutError`."""
         answers = self.answers(START_SECONDS)
         verdict = fine and all(answer["fine"] for answer in answers)
-        self.send(pack(Kind.AGREED, [np.array([int(verdict)])]))
+        self.send(pack(RankCommand.AGREED, [np.array([int(verdict)])]))
         return verdict
 
     def run_watched(self, call: Callable[[], T]) -> T:
-        """Run `call`, which may wait for other ranks, in a thread, and return or raise what it does. Raises `Closed`,
+        """Run `call`, which may wait for other ranks, in a thread, and return or raise what it does. Raises `ChannelClosed`,
         and abandons that thread, where a rank has ended and `call` does not end soon after.
         """
         over = threading.Event()
@@ -162,10 +162,10 @@ class Followers:
         wait([work], _GIVE_UP_SECONDS)
         if not work.done():
             wait([in_thread(leave, "radixgen-leave")], _STOP_SECONDS)
-            raise Closed("a rank ended while the others waited for it")
+            raise ChannelClosed("a rank ended while the others waited for it")
         return work.result()
 
-    def obituary(self) -> str:
+    def describe_exits(self) -> str:
         """Which of them have ended, and how; empty where all live. Waits a moment for a death to show."""
         select.select([channel.socket for channel in self._channels], [], [], _NOTICE_SECONDS)
         pairs = enumerate(zip(self._channels, self.processes, strict=True), 1)
@@ -209,7 +209,7 @@ def in_thread(call: Callable[[], T], name: str) -> Future[T]:
     return future
 
 
-def join(job: Job) -> None:
+def join(job: RankJob) -> None:
     """Become a rank of the process group: gloo on the CPU, else NCCL with a GPU of its own."""
     torch.set_num_threads(job.threads)
     cuda = torch.device("cuda", job.rank) if job.device == "cuda" else None
@@ -224,7 +224,7 @@ def join(job: Job) -> None:
         device_id=cuda,
     )
     if cuda:
-        PEERS.meet(cuda)
+        PEERS.connect(cuda)
 
 
 def bound_steps(model: "PreTrainedModel") -> None:
@@ -237,7 +237,7 @@ def bound_steps(model: "PreTrainedModel") -> None:
         dist.distributed_c10d._set_pg_timeout(longest, group)
 
 
-class LastStep:
+class StepDeadline:
     """When the device was given its last step, and whether it has done it."""
 
     def __init__(self) -> None:
@@ -257,7 +257,7 @@ class LastStep:
         return not self._last[1].query()  # type: ignore[no-untyped-call]
 
 
-def watch_steps(last: LastStep, ended: threading.Event) -> None:
+def watch_steps(last: StepDeadline, ended: threading.Event) -> None:
     """Until a rank has `ended`: if a step is late, say that one has, and leave. Captured collectives know no limit."""
     while not ended.wait(_LOOK_SECONDS):
         if last.is_late:
@@ -267,7 +267,7 @@ def watch_steps(last: LastStep, ended: threading.Event) -> None:
 
 def leave() -> None:
     """Be no rank any more. On GPUs whatever this one still waits for is given up. May be called twice."""
-    PEERS.part()
+    PEERS.stop_waiting()
     with _leaving:
         if not dist.is_initialized():
             return
@@ -323,7 +323,7 @@ def _end_of(channel: Channel, process: "subprocess.Popen[bytes]") -> str:
         return f"raised {raised}"
     except TimeoutError:
         return ""
-    except Closed:
+    except ChannelClosed:
         with suppress(subprocess.TimeoutExpired):
             return describe_exit(process.wait(_NOTICE_SECONDS))
         return "hung up"

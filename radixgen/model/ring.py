@@ -21,7 +21,7 @@ _WRAP = -2
 
 
 @dataclass(slots=True)
-class Reading:
+class ReaderState:
     """What the producer knows of one reader."""
 
     frames: int
@@ -41,7 +41,7 @@ class RingWriter:
     memory: int = field(init=False)
     """Descriptor of the memory, for a reader's process to inherit"""
     _map: mmap.mmap = field(init=False)
-    _readers: list[Reading] = field(init=False, default_factory=list)
+    _readers: list[ReaderState] = field(init=False, default_factory=list)
     _at: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class RingWriter:
     def add_reader(self) -> tuple[int, int, int]:
         """Descriptors for `RingReader`, which a reader's process inherits. Not after a frame was written."""
         kept_here = os.EFD_CLOEXEC
-        reading = Reading(os.eventfd(0, kept_here | os.EFD_SEMAPHORE), os.eventfd(0, kept_here | os.EFD_NONBLOCK))
+        reading = ReaderState(os.eventfd(0, kept_here | os.EFD_SEMAPHORE), os.eventfd(0, kept_here | os.EFD_NONBLOCK))
         self._readers.append(reading)
         return self.memory, reading.frames, reading.taken
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
-from radixgen.kernels.backend import Attention, Backend, Writes, backend
+from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, backend
 from radixgen.kernels.upload import upload
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
-from radixgen.model.lockstep import Step
+from radixgen.model.lockstep import ModelInput
 from radixgen.model.packed import LayerCall, TreeModel
 from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
@@ -96,7 +96,7 @@ class ModelRunner:
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
-        """As `radixgen.model.base.WarmsUp`."""
+        """As `radixgen.model.base.SupportsWarmUp`."""
         return [partial(self._warm_up, kind) for kind in self.warm_up_kinds(max_rows, max_logits)]
 
     def warm_up_kinds(self, max_rows: int, max_logits: int) -> list[WarmUpStep]:
@@ -108,10 +108,10 @@ class ModelRunner:
         )
         return list(kinds)
 
-    def warm_up_inputs(self, kind: WarmUpStep) -> Step:
+    def warm_up_inputs(self, kind: WarmUpStep) -> ModelInput:
         """A step of this kind that writes no KV."""
         plan = kind.plan(self._slots, self.max_model_len)
-        return Step(plan, np.zeros(kind.rows, np.int64), np.full(kind.rows, -1), np.arange(kind.num_logits))
+        return ModelInput(plan, np.zeros(kind.rows, np.int64), np.full(kind.rows, -1), np.arange(kind.num_logits))
 
     def profile_run(self, max_rows: int) -> None:
         """Run a step of `max_rows` rows before `allocate`, so that the memory that it takes is no longer free. Where
@@ -139,7 +139,7 @@ class ModelRunner:
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`: only steps that were captured before."""
+        """As `radixgen.model.base.SupportsRunAhead`: only steps that were captured before."""
         graphs = self._graphs_for(plan, logit_rows)
         logits = None if graphs is None else graphs.run_ahead(plan, tokens, slots, logit_rows)
         if logits is not None:
@@ -167,7 +167,7 @@ class ModelRunner:
 
     def _graphs_for(self, plan: Plan, logit_rows: NDArray[np.int64]) -> StepGraphs | None:
         """What replays such a step; None where it runs eagerly."""
-        return self._graphs if self._graphs is not None and self._graphs.takes(plan, logit_rows) else None
+        return self._graphs if self._graphs is not None and self._graphs.supports(plan, logit_rows) else None
 
     def _replay(
         self,
@@ -191,7 +191,7 @@ class ModelRunner:
     ) -> Tensor:
         device = self.model.device
         inputs = upload(token_ids, device), upload(plan.row_positions.astype(np.int64), device)
-        step = _StepAttention(self.storage, self._backend, plan, self._backend.writes(slots, device))
+        step = _StepAttention(self.storage, self._backend, plan, self._backend.kv_writer(slots, device))
         wanted = logit_rows if logit_rows.size else np.zeros(1, np.int64)
         if not self.model.picks_rows or 2 * wanted.size > plan.num_rows:
             return self.model.forward(*inputs, upload(logit_rows, device), step)
@@ -216,11 +216,11 @@ class ModelRunner:
 class _StepAttention:
     """Answers every layer of one step, the last one for some of the rows where these were picked."""
 
-    def __init__(self, storage: KVStorage, backend: Backend, plan: Plan, writes: Writes) -> None:
+    def __init__(self, storage: KVStorage, backend: AttentionBackend, plan: Plan, kv_writer: KVWriter) -> None:
         self._storage = storage
         self._backend = backend
         self._plan = plan
-        self._writes = writes
+        self._kv_writer = kv_writer
         self._picked: Plan | None = None
         self._by_window: dict[Window | None, Attention] = {}
 
@@ -230,7 +230,7 @@ class _StepAttention:
 
     def write(self, call: LayerCall) -> None:
         """Store the K and V of all rows."""
-        self._writes(call.k, call.v, self._storage.keys[call.layer], self._storage.values[call.layer])
+        self._kv_writer(call.k, call.v, self._storage.keys[call.layer], self._storage.values[call.layer])
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         if self._picked is not None and call.q.shape[0] == self._picked.num_rows:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, library
 
 
-class Answer(Protocol):
+class AttentionHandler(Protocol):
     """Answers the next layer of a forward pass."""
 
     def __call__(
@@ -24,11 +24,11 @@ class Answer(Protocol):
         """
 
 
-_ANSWER: ContextVar[Answer] = ContextVar("radixgen_tree_attention")
+_ANSWER: ContextVar[AttentionHandler] = ContextVar("radixgen_tree_attention")
 
 
 @contextmanager
-def answered_by(answer: Answer) -> Iterator[None]:
+def handle_attention(answer: AttentionHandler) -> Iterator[None]:
     """Whatever calls the operator in this thread gets its results from `answer`."""
     token = _ANSWER.set(answer)
     try:
@@ -40,7 +40,7 @@ def answered_by(answer: Answer) -> Iterator[None]:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """As `Answer`, by the operator; after `register`."""
+    """As `AttentionHandler`, by the operator; after `register`."""
     found: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
     return found
 
