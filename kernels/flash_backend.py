@@ -1,12 +1,12 @@
-"""Tree attention through the flash-attn package, where it is installed (arXiv 2205.14135, 2407.08608).
+"""Tree attention through the flash-attn package, if installed (arXiv 2205.14135, 2407.08608).
 
-It answers those segments of a unit that all rows of the unit see whole, and a span's own causal diagonal; all else
-goes to our own kernels (PyTorch without a GPU). A segment and its rows are one sequence of a call for sequences of any
-lengths. Units that read the same keys share one sequence, and sequences whose keys don't overlap share one call over
-the pool as it lies: the slots between them are sequences without rows. So there is one call for all levels of a tree
-that stores everything once, and one for the diagonals. The results are merged by their LSE.
+The package computes the segments of a unit that all rows of the unit see completely, and a span's causal diagonal; the
+rest is computed by our own kernels (by PyTorch without a GPU). A segment with its rows is one sequence of a
+variable-length call. Units that read the same keys share one sequence, and sequences whose keys do not overlap share
+one call over the pool in place: the slots between them are sequences without rows. So a tree that stores everything
+once needs one call for all of its levels, and one for the diagonals. The results are merged by their LSE.
 
-Partial results come from the package in the dtype of its inputs, 16 bits, where our own kernels keep float32.
+The package returns partial results in the 16-bit dtype of its inputs, while our own kernels keep float32.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.sequences import Sequences, split
 
 TILE_ROWS = 128
-"""Query heads' rows that the package's kernels hold at once, which is what `FlashCost.key` is measured for."""
+"""Query-head rows per tile of the package's kernels, for which `FlashCost.key` is measured."""
 
 _LEAST_VERSION = (2, 7)
-"""From which the LSE comes as `[q_heads, rows]`."""
+"""The first version that returns the LSE as `[q_heads, rows]`."""
 
 
 class VarlenAttention(Protocol):
-    """Attention of sequences that lie one behind the other."""
+    """Attention over concatenated sequences."""
 
     def __call__(
         self,
@@ -55,11 +55,12 @@ class VarlenAttention(Protocol):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Q `[rows, q_heads, head_dim]`, k `[keys, kv_heads, head_dim]`, v `[keys, kv_heads, v_head_dim]`. Sequence `i`
-        has rows `cu_seqlens_q[i]` up to `cu_seqlens_q[i + 1]` and likewise keys, int32 `[sequences + 1]`; either may
-        be none, but no row stands in a sequence without keys. `max_seqlen_q` and `max_seqlen_k`: the most of those
-        that have rows. `causal`: the last row of a sequence sees its last key, each row before it one key less.
+        """Compute attention of each sequence.
+
+        q `[rows, q_heads, head_dim]`, k `[keys, kv_heads, head_dim]`, v `[keys, kv_heads, v_head_dim]`. Sequence `i`
+        has rows `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]` and keys likewise, int32 `[sequences + 1]`. Either may be
+        empty, but a sequence with rows has keys. `max_seqlen_q`, `max_seqlen_k`: maxima over sequences with rows.
+        `causal`: the last row of a sequence sees its last key, and each row before it one key less.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and the LSE `[q_heads, rows]` in float32 (natural log).
         """
@@ -68,18 +69,18 @@ class VarlenAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FlashPackage:
-    """What answers the sequences."""
+    """A variable-length attention function and its restrictions."""
 
     name: str
     attend: VarlenAttention
     reads_beyond: int = 0
-    """Keys past the end of a sequence that are read, and multiplied by 0: they must not be NaN."""
+    """Keys read past the end of a sequence and multiplied by 0: they must not be NaN."""
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     head_multiple: int = 8
-    """What the head size is a multiple of: others it would pad, and so copy the whole pool"""
+    """Required divisor of head sizes: others would be padded by copying the whole pool."""
 
     def answers(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether it takes such tensors; shapes as of `radixgen.kernels.backend.Attention`."""
+        """Return whether the package supports these tensors; shapes as in `radixgen.kernels.backend.Attention`."""
         dim = q.shape[2]
         same = q.dtype == k.dtype == v.dtype and dim == v.shape[2]
         return (
@@ -92,7 +93,7 @@ class FlashPackage:
 
 
 def installed() -> str:
-    """Which flash-attn is installed, without importing it, for people to read."""
+    """Describe the installed flash-attn packages without importing them."""
     found = []
     for name in ("flash-attn", "flash-attn-3"):
         try:
@@ -103,7 +104,7 @@ def installed() -> str:
 
 
 def load(device: torch.device) -> FlashPackage:
-    """The package for a device: the one made for Hopper there, if it is installed. Raises ImportError."""
+    """Return the package for a device: the one for Hopper on Hopper, if installed. Raises ImportError."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return _load(hopper)
 
@@ -125,7 +126,7 @@ def _load(hopper: bool) -> FlashPackage:
 
 
 def _imported(name: str) -> Any:
-    """A module whose binaries may be made for another PyTorch than ours."""
+    """Import a module whose binaries may not match the installed PyTorch. Raises ImportError."""
     try:
         return import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
@@ -133,7 +134,7 @@ def _imported(name: str) -> Any:
 
 
 def _through(function: Callable[..., Any]) -> VarlenAttention:
-    """`flash_attn_varlen_func`, of either package, as `VarlenAttention`."""
+    """Adapt `flash_attn_varlen_func` of either package to `VarlenAttention`."""
     # The first releases for Hopper give the LSE unasked.
     asked = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
 
@@ -172,7 +173,7 @@ def attend_reference(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of the package's call: one sequence after the other, in float32 or better."""
+    """Reference for the package's call: one sequence after the other, in float32 or better."""
     dtype = _accumulated(q.dtype)
     group = q.shape[1] // k.shape[1]
     out = q.new_zeros((*q.shape[:2], v.shape[2]))
@@ -197,7 +198,7 @@ def attend_reference(
 
 
 def runs_on(device: torch.device) -> bool:
-    """CUDA devices from sm_80. Raises ImportError where the package is missing."""
+    """Return whether this is a CUDA device of sm_80 or later. Raises ImportError if the package is missing."""
     load(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
@@ -207,7 +208,7 @@ class _VarlenCall:
     """One call of the package, on the device."""
 
     rows: Tensor
-    """`[partials]` int64: the plan's rows, sequence by sequence"""
+    """`[partials]` int64: the plan's rows, by sequence."""
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
@@ -215,12 +216,12 @@ class _VarlenCall:
     causal: bool
     first: int
     stop: int
-    """Slots of the pool `[first, stop)` that the sequences tile, the gaps between their keys included"""
+    """Slots of the pool `[first, stop)` covered by the sequences, including the gaps between their keys."""
     packing: tuple[Tensor, Tensor] | None
-    """Instead: slots to copy, and their places in a buffer of `stop` keys whose other keys are 0"""
+    """If set: slots to copy, and their places in a buffer of `stop` keys that is otherwise 0."""
 
     def keys(self, pool: Tensor) -> Tensor:
-        """The keys or values that the sequences tile, `[stop - first, kv_heads, dim]`."""
+        """Return the keys or values covered by the sequences, `[stop - first, kv_heads, dim]`."""
         if self.packing is None:
             return pool[self.first : self.stop]
         slots, places = self.packing
@@ -228,7 +229,9 @@ class _VarlenCall:
 
 
 def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _VarlenCall:
-    """Every second sequence is one without rows, over the slots up to the next run or the zeros behind a packed one."""
+    """Make one call. Every second sequence has no rows and covers the gap up to the next run, or the zeros after a
+    packed one.
+    """
     members = np.flatnonzero(sequences.calls == index)
     starts, lengths, sizes = sequences.starts[members], sequences.lengths[members], sequences.sizes[members]
     packing, begins, first = None, starts, int(starts[0])
@@ -257,22 +260,22 @@ def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class MergeTables:
-    """Which partials each row has, from the root down, as `_merge_by_kernel` reads them; int32."""
+    """The partial results of each row, from the root down, in the form that `merge_by_kernel` reads; int32."""
 
     counts: Tensor
-    """`[3]`: the second is how many rows are merged, the third how many there are"""
+    """`[3]`: the second is the number of merged rows, the third the number of rows."""
     rows: Tensor
     """`[rows]`"""
     offsets: Tensor
-    """`[rows + 1]`: where each row's list begins among `partials`"""
+    """`[rows + 1]`: start of each row's list in `partials`."""
     partials: Tensor
     """`[partials]`"""
     most: int
-    """Partials of any one row"""
+    """Maximum partial results of a row."""
 
     @classmethod
     def of(cls, rows: Int64Array, turns: Int64Array, num_rows: int, device: torch.device) -> "MergeTables":
-        """Of partials `[partials]`, each of a row and with its turn among those of the row."""
+        """Make tables of partial results `[partials]`, each with its row and its turn within the row."""
         order = np.lexsort((turns, rows))
         offsets = np.searchsorted(rows[order], np.arange(num_rows + 1))
         tables = (np.array([0, num_rows, num_rows]), np.arange(num_rows), offsets, order)
@@ -281,8 +284,9 @@ class MergeTables:
 
 
 def merge_reference(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Partials `out [partials, q_heads, v_head_dim]` and `lse [partials, q_heads]` into `[rows, …]`: 0 and -inf where a
-    row has none.
+    """Merge partial results `out [partials, q_heads, v_head_dim]` and `lse [partials, q_heads]` into `[rows, …]`.
+
+    Rows without partial results give 0 and -inf.
     """
     offsets = tables.offsets.long()
     lengths = offsets.diff()
@@ -317,7 +321,7 @@ def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor
 
 
 class FlashKVWriter:
-    """New keys and values into their slots, as our own kernels put them."""
+    """Writes KV as our own backend does."""
 
     def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
         self._writer: KVWriter = backend("auto", device).kv_writer(slots, device)
@@ -328,7 +332,7 @@ class FlashKVWriter:
 
 
 class FlashAttention:
-    """A plan made ready for one window and device: built once a step, called once a layer."""
+    """Attention over a plan by the flash-attn package, merged with our own kernels' results for the rest."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
@@ -352,7 +356,7 @@ class FlashAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.backend.Attention`; what the package does not take goes to our own kernels."""
+        """As `radixgen.kernels.backend.Attention`. Tensors that the package does not support go to our own kernels."""
         if not self._calls or not self._package.answers(q, k, v):
             if self._fallback is None:
                 self._fallback = self._own.attention(self._whole, self._window, self._device)
@@ -375,21 +379,21 @@ class FlashAttention:
 
 @dataclass(frozen=True, slots=True)
 class FlashCost:
-    """What the flash-attn package takes, in microseconds of the whole device, for heads of 128 dimensions in 16 bit."""
+    """Cost of the flash-attn package in microseconds of the whole device, for heads of 128 dimensions in 16 bits."""
 
     call: float
-    """Of a launch; merging counts as one."""
+    """Per launch. Merging counts as one launch."""
     key: float
-    """Of one key of one KV head, against at most `TILE_ROWS` query heads' rows"""
+    """Per key of one KV head, against at most `TILE_ROWS` query-head rows."""
     group: int = 1
     kv_heads: int = 1
 
     def scaled(self, geometry: Geometry) -> "FlashCost":
-        """For layers of this shape."""
+        """Return the cost for layers of this shape."""
         return FlashCost(self.call, self.key * geometry.head_dim / 128, geometry.group, geometry.kv_heads)
 
     def predict(self, sequences: Sequences) -> float:
-        """When attention should be done with one layer; a diagonal counts as if all its rows saw all its keys."""
+        """Predict the attention time of one layer. A diagonal counts as if all its rows saw all its keys."""
         tiles = -(-sequences.sizes * self.group // TILE_ROWS)
         work = float((tiles * sequences.lengths).sum()) * self.kv_heads * self.key
         return work + self.call * (sequences.num_calls + 1)
@@ -397,15 +401,15 @@ class FlashCost:
 
 @dataclass(frozen=True, slots=True)
 class CheapestAttention:
-    """Attention of a plan by the package where all of it are sequences and the cost model says that this wins; by
-    `other` elsewhere.
+    """Attention of a plan by the package, if it can compute all of it and the cost model predicts that it is faster, or
+    by `other`.
     """
 
     cost: FlashCost
     other: Callable[[Plan, Window | None, torch.device], Attention]
 
     def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> Attention:
-        """As `radixgen.kernels.backend.Attention` is made."""
+        """Construct the attention of a plan."""
         sequences, rest = split(plan.within(window))
         if rest is None and self.cost.predict(sequences) < plan.predicted:
             return FlashAttention(plan, window, device)

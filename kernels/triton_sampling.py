@@ -1,4 +1,4 @@
-"""Drawing tokens on a GPU, by the kernels of `radixgen.kernels.sampling_kernels`."""
+"""Sampling on a GPU by the kernels of `radixgen.kernels.sampling_kernels`."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from radixgen.kernels import sampling_kernels
 from radixgen.kernels.upload import upload
 
 BLOCK = 2048
-"""Tokens whose logits one program reads at once"""
+"""Tokens whose logits one program reads at once."""
 _WAYS, _PASSES = 8, 12
-"""Thresholds of each pass of the search for a floor, and passes: it ends within 8**-12 of the logits' range."""
+"""Thresholds per pass of the search for a floor, and number of passes: its precision is 8**-12 of the logits' range."""
 _LARGEST_UNIT = 1e30
-"""Base-2 exponents a logit; a lower temperature draws the likeliest tokens alone"""
+"""Maximum base-2 exponents per logit. Lower temperatures draw only the most likely tokens."""
 
 
 def draw_tokens(
@@ -47,10 +47,10 @@ def draw_tokens(
 
 
 class _SamplingStep:
-    """All draws of one step: the kernels' launches, and the memory by which each hands its results to the next."""
+    """All draws of one step: the kernels' launches, and the memory that passes results between them."""
 
     def __init__(self, logits: Tensor, settings: Tensor) -> None:
-        """Logits `[rows, vocab]`, not float64; settings as `_settings` makes them."""
+        """Logits `[rows, vocab]`, not float64; settings as returned by `_settings`."""
         self._logits = logits
         self._settings = settings
         self._draws, self._width = settings.shape[1], logits.shape[1]
@@ -64,7 +64,7 @@ class _SamplingStep:
         return self._logits.new_empty(shape, dtype=torch.float32)
 
     def _pair(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Two of this size, flat, at multiples of 16 bytes: a kernel is compiled anew for an address that is none."""
+        """Return two tensors of this size, flat, aligned to 16 bytes: Triton compiles anew for other addresses."""
         first, second = self._floats(2, -(-math.prod(shape) // 4) * 4)
         return first, second
 
@@ -75,7 +75,7 @@ class _SamplingStep:
         )  # fmt: skip
 
     def find_floors(self, *, weighed: bool) -> None:
-        """Raise the floors to what top-p keeps where they are `weighed`, else to what top-k keeps."""
+        """Raise the floors to what top-p keeps if `weighed`, else to what top-k keeps."""
         bounds = self._floats(_PASSES + 1, 4, self._draws)
         found = self._pair(self._draws, self._blocks, _WAYS + 2)
         for index in range(_PASSES):
@@ -97,7 +97,7 @@ class _SamplingStep:
         )  # fmt: skip
 
     def choose(self, *, filtered: bool) -> Tensor:
-        """Int64 `[draws]`."""
+        """Return the tokens, int64 `[draws]`."""
         tokens = self._logits.new_empty(self._draws, dtype=torch.int64)
         sampling_kernels.choose[(self._draws,)](
             self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses, self._best,
@@ -110,7 +110,7 @@ class _SamplingStep:
 def _settings(
     rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """What the kernels read of each draw, float64 `[6, draws]`, in the order of `radixgen.kernels.sampling_kernels`."""
+    """Return the settings of each draw, float64 `[6, draws]`, in the order of `radixgen.kernels.sampling_kernels`."""
     settings = np.empty((6, len(rows)))
     columns: dict[int, tuple[float, float, float, float]] = {}
     for one in params:

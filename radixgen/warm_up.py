@@ -1,4 +1,4 @@
-"""What an engine runs before anybody waits for it, so that no request waits while something is compiled or captured."""
+"""Warm-up of an engine, so that no request waits for compilation or graph capture."""
 
 import logging
 from collections.abc import Callable
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 def warm_up_steps(
     model: Model, drawable: DrawableTokens | None, max_rows: int, max_draws: int
 ) -> list[Callable[[], None]]:
-    """A call for each kind of step of up to `max_rows` rows and `max_draws` draws, to be made in their order while no
-    step of the model's is under way: it runs the model, and draws tokens in each way. None where the model's first
-    steps are as quick as any.
+    """Return one call for each kind of step of up to `max_rows` rows and `max_draws` draws; empty if the model needs no
+    warm-up.
 
-    They leave nothing behind. A step that fails is logged as a warning, and left to whoever needs it.
+    Each call runs the model and samples in each way. They are made in order, while no step of the model is in flight,
+    and leave nothing behind. A failing step is logged as a warning; the first request that needs it will see the error.
     """
     if not isinstance(model, SupportsWarmUp):
         return []
@@ -28,7 +28,7 @@ def warm_up_steps(
 
 
 def announce_warm_up(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A `progress(done, total)` for `Engine.warm_up` that says how far it is, at each tenth of the steps."""
+    """Return a `progress(done, total)` for `Engine.warm_up` that reports each tenth of the steps."""
 
     def progress(done: int, total: int) -> None:
         if 10 * done // total > 10 * (done - 1) // total:

@@ -115,7 +115,7 @@ EXCLUDED = {
     "_FEW_ENTRIES": "when dead entries are swept out of a heap",
     "FIRST_RESERVE = ": "how far a leaf may grow in place",
     "_LARGEST_RESERVE = ": "how far a leaf may grow in place",
-    "_check_slots(plan": "an instrument of the tests",
+    "check_plan(plan": "an instrument of the tests",
     "tile_rows: int": "a cost measured on one machine",
     "0  ->  1  in  self.version = 0": "versions are only compared",
     "1  ->  2  in  self.version += 1": "versions are only compared",

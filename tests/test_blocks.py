@@ -81,7 +81,7 @@ class BlockMachine(TreeMachine):
             return
         self.projection.check()
         assert len(self.projection) == len(blocks_of(self.tree, self.projection.block_size))
-        if not self.projection._lost:
+        if not self.projection._overflowed:
             self.consumer.check(self.tree)
 
 

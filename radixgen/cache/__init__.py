@@ -1,15 +1,15 @@
-"""What is stored and where: the radix tree, the pool of slots, the tensors behind the slots.
+"""KV cache: the radix tree, the pool of slots, and the tensors behind the slots.
 
-    tree     tokens -> nodes -> extents: match, insert, split, advance, lock, evict
-    node     a run of tokens and its slots; columns: the planner's view of all nodes
-    eviction which node goes first, by a policy; check: the tree's invariants, stamps: what each slot holds
-    pool     extents of slots: allocate, grow, release behind a fence
-    blocks   what is computed, as blocks of a fixed length: what a router in front of several engines is told
-    follow   matches that stay right while the tree changes
-    ghosts   what was evicted lately; sharing says why a prompt was not shared to its end
-    storage  slots -> K and V of every layer
+    tree      tokens -> nodes -> extents: match, insert, split, advance, lock, evict
+    node      a run of tokens and its slots; columns: the planner's view of all nodes
+    eviction  order of eviction, by a policy; check: the tree's invariants; stamps: the prefix in each slot
+    pool      extents of slots: allocate, grow, release behind a fence
+    blocks    computed tokens as fixed-size blocks, for routers in front of several engines
+    follow    matches kept up to date while the tree changes
+    ghosts    recently evicted continuations; sharing: why a prompt was not shared to its end
+    storage   slots -> K and V of every layer
 
-Tree and pool hold integers and NumPy arrays only; they know no model and no device.
+Tree and pool hold integers and NumPy arrays only, and know neither models nor devices.
 """
 
 from radixgen.cache.blocks import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, hash_blocks

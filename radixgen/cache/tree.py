@@ -1,6 +1,6 @@
-"""The token-level radix tree: every token that a live request holds, and every token still cached, once.
+"""Token-level radix tree of all tokens held by live requests or still cached, each stored once.
 
-`radixgen.cache.node` says what a node holds.
+`radixgen.cache.node` defines the nodes.
 """
 
 from collections.abc import Iterator, Reversible, Sequence
@@ -24,22 +24,22 @@ from radixgen.core import OutOfSlots
 
 
 class Listener(Protocol):
-    """Is told of what is computed, as it happens. It may read the tree, and must not change it."""
+    """Receives changes of computed tokens as they happen. May read the tree but must not change it."""
 
     def changed(self, node: Node) -> None:
-        """The node has more computed tokens than before, or fewer. Those before it are all computed, and none behind
-        it is where it has fewer.
+        """The node's number of computed tokens changed. All tokens before them are computed. If the number fell, no
+        token below the node is computed.
         """
 
     def moved(self, lower: Node, upper: Node, count: int) -> None:
-        """The first `count` tokens of `lower` have passed to the end of `upper`, its parent."""
+        """The first `count` tokens of `lower` moved to the end of its parent `upper`."""
 
 
 class RadixTree:
-    """A forest of radix trees, one root a namespace, over one `ExtentPool`.
+    """A forest of radix trees, one root per namespace, over one `ExtentPool`.
 
-    `version` counts the times that a plan made before could have become wrong in more than lengths; `columns.changed`
-    says by which nodes.
+    `version` counts the changes that may invalidate earlier plans in more than lengths; `columns.changed` has the
+    nodes.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RadixTree:
         policy: EvictionPolicy = least_recently_used,
         stamps: bool = False,
     ) -> None:
-        """`stamps=True` has `check()` prove that every reader finds its own prefix's KV in its slots."""
+        """`stamps=True` makes `check()` verify that the slots of every node hold its own prefix's KV."""
         self.pool = pool
         self.evictable = EvictionQueue(policy)
         self.version = 0
@@ -57,12 +57,12 @@ class RadixTree:
         self.listener: Listener | None = None
         self.ghosts = Ghosts()
         self.num_cuts = 0
-        """Times that tokens at the end of a node were dropped, and not the node"""
+        """Times that tokens at the end of a node were removed and the node was kept."""
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
         self._unrooted: dict[FollowedMatch, None] = {}
-        """Followed matches in namespaces that had no root when they began, or lost it"""
+        """Followed matches in namespaces without a root."""
         self._roots: dict[str, Node] = {}
         self._nodes: list[Node | None] = []
         self._free_ids: list[int] = []
@@ -80,7 +80,7 @@ class RadixTree:
 
     @property
     def namespaces(self) -> Reversible[str]:
-        """Of every root, the oldest first."""
+        """Namespaces with a root, oldest first."""
         return self._roots.keys()
 
     def node(self, node_id: int) -> Node:
@@ -89,11 +89,11 @@ class RadixTree:
         return node
 
     def find(self, node_id: int) -> Node | None:
-        """The node, or None where no node has this id."""
+        """Return the node with this id, or None."""
         return self._nodes[node_id] if 0 <= node_id < len(self._nodes) else None
 
     def node_ids(self) -> NDArray[np.int64]:
-        """The ids of all nodes, ascending. Costs what the tree held at its largest."""
+        """Return the ids of all nodes, ascending. Costs O(largest number of nodes so far)."""
         alive = np.ones(len(self._nodes), np.bool_)
         alive[self._free_ids] = False
         return np.flatnonzero(alive)
@@ -107,11 +107,11 @@ class RadixTree:
 
     @property
     def reserved_tokens(self) -> int:
-        """Slots in reserved tails."""
+        """Slots reserved for tokens to come."""
         return int(self.columns.reserved[: len(self._nodes)].sum())
 
     def match_prefix(self, tokens: Sequence[int] | TokenArray, namespace: str = "") -> Match | None:
-        """The longest known prefix of `tokens`. Changes nothing. None where the namespace has no root."""
+        """Return the longest known prefix of `tokens`, or None if the namespace has no root. Changes nothing."""
         node = self._roots.get(namespace)
         if node is None:
             return None
@@ -132,7 +132,7 @@ class RadixTree:
         return Match(node, offset, length, computed, evictable)
 
     def follow(self, tokens: TokenArray, namespace: str = "") -> FollowedMatch:
-        """As `match_prefix`, to be kept up to date until `unfollow`."""
+        """As `match_prefix`, with a result that is kept up to date until `unfollow`."""
         followed, match = FollowedMatch(tokens, namespace), self.match_prefix(tokens, namespace)
         if match is None:
             self._unrooted[followed] = None
@@ -141,12 +141,12 @@ class RadixTree:
         return followed
 
     def unfollow(self, followed: FollowedMatch) -> None:
-        """Let go of a match."""
+        """Stop updating a match."""
         self._unrooted.pop(followed, None)
         followed.move(None, 0)
 
     def followed(self) -> Iterator[FollowedMatch]:
-        """Every match that is kept up to date."""
+        """Iterate over the matches that are kept up to date."""
         return (one for holder in (self._unrooted, *(n.followers for n in self.nodes())) for one in holder)
 
     # -- growing ------------------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ class RadixTree:
     ) -> Lock:
         """Make `tokens` known and lock the node that ends with the last of them. Takes no slots.
 
-        Splits the node in which `tokens` ends or parts. A node of higher `priority` is evicted later. `followed` is
-        their match, where there is one.
+        Splits the node in which `tokens` end or diverge. Nodes of higher `priority` are evicted later. `followed`: the
+        followed match of `tokens`, if any.
         """
         tokens = as_tokens(tokens)
         match = followed.match() if followed else self.match_prefix(tokens, namespace)
@@ -179,9 +179,9 @@ class RadixTree:
         return self.lock(node)
 
     def split(self, node: Node, offset: int) -> Node:
-        """Cut `node` after `offset` tokens; returns the new upper node. No KV moves.
+        """Split `node` after `offset` tokens and return the new upper node. No KV moves.
 
-        The lower node keeps its identity, locks and reserved tail.
+        The lower node keeps its identity, locks and reserve.
         """
         assert 0 < offset < node.known, (node, offset)
         parent = node.parent
@@ -205,11 +205,11 @@ class RadixTree:
         return upper
 
     def advance(self, locks: Sequence[Lock], token: int) -> Node:
-        """Move `locks`, which all stand on one node, by `token`. Returns the node they reach.
+        """Move `locks`, all on the same node, forward by `token`. Returns the node they reach.
 
-        The leaf grows in place where all its locks move together and nothing follows it. A child that begins with
-        `token` is followed; an only child hands its tokens up one by one, where nothing else is in the way, so that
-        those who read what is cached stay on one node as those who compute do. Otherwise a new leaf branches off.
+        If all locks of a leaf move together, the leaf grows in place. If a child begins with `token`, the locks move
+        into it; an only child instead passes its tokens up one by one if nothing else is in the way, so that sequences
+        that read cached tokens stay on one node, like sequences that compute theirs. Otherwise a new leaf branches off.
         """
         node = locks[0].held
         together = node.lock_count == len(locks)
@@ -234,18 +234,18 @@ class RadixTree:
     # -- locks --------------------------------------------------------------------------------------------
 
     def lock(self, node: Node) -> Lock:
-        """Keep the path to `node` until the returned receipt is given to `unlock`."""
+        """Keep the path to `node` in the tree until the returned lock is given to `unlock`."""
         node.lock_count += 1
         if node.lock_count + node.locked_children == 1:
             self._protect(node)
         return Lock(node)
 
     def fork(self, lock: Lock) -> Lock:
-        """Another receipt for the place where `lock` stands; no KV is copied."""
+        """Lock the node of `lock` once more. No KV is copied."""
         return self.lock(lock.held)
 
     def unlock(self, lock: Lock) -> None:
-        """Release a receipt. The last one to leave a node cuts its uncomputed tail and its reserve."""
+        """Release a lock. The last lock to leave a node removes its uncomputed tokens and its reserve."""
         node = lock.held
         lock.node = None
         assert node.lock_count > 0
@@ -256,14 +256,13 @@ class RadixTree:
     # -- slots --------------------------------------------------------------------------------------------
 
     def slots_wanted(self, node: Node, count: int) -> int:
-        """How many slots the pool must have free so that `count` more tokens of `node` can be scheduled."""
+        """Return the number of free slots needed in the pool to schedule `count` more tokens of `node`."""
         return max(0, count - int(self.columns.reserved[node.id]))
 
     def schedule(self, node: Node, count: int, reserve: int = 0) -> NDArray[np.int64]:
-        """Give slots to the next `count` known tokens and return them; reserve up to `reserve` more behind
-        them.
+        """Assign slots to the next `count` known tokens and return them. Reserves up to `reserve` slots after them.
 
-        Raises `OutOfSlots`, with nothing changed, where the pool has too few.
+        Raises `OutOfSlots`, with nothing changed, if the pool has too few.
         """
         assert 0 < count <= node.known - node.scheduled, (node, count)
         if self.slots_wanted(node, count):
@@ -276,8 +275,8 @@ class RadixTree:
         return node.slots(first, node.scheduled)
 
     def schedule_next(self, node: Node) -> int:
-        """`schedule` for the one token that a leaf lacks, out of its reserved tail: its slot, or -1, with nothing
-        changed, where no slot is in reserve.
+        """Schedule the only unscheduled token of a leaf from its reserve. Returns the slot, or -1, with nothing
+        changed, if the reserve is empty.
         """
         slot = node.next_slot
         if slot < 0:
@@ -289,9 +288,9 @@ class RadixTree:
         return slot
 
     def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
-        """Reserve up to so many slots, at least one each, behind those of leaves, for tokens that they don't know yet.
+        """Reserve up to `counts` slots, at least one each, at the ends of `leaves` for tokens that are not known yet.
 
-        Raises `OutOfSlots`, with nothing changed, where fewer are free.
+        Raises `OutOfSlots`, with nothing changed, if fewer are free.
         """
         if sum(counts) > self.pool.free:
             raise OutOfSlots(f"count={sum(counts)}: only {self.pool.free} of {self.pool.capacity} slots are free")
@@ -307,9 +306,9 @@ class RadixTree:
         self.columns.write_extents(leaves)
 
     def commit(self, node: Node) -> None:
-        """The step that held the node's scheduled tokens has retired: they are computed.
+        """Mark the node's scheduled tokens as computed, after their step has retired.
 
-        So are those of its ancestors: a part that was split off the node in flight is one of them.
+        The same goes for its ancestors: a part split off the node while the step was in flight is one of them.
         """
         above = node.parent
         if above is not None and above.computed < above.scheduled:
@@ -322,9 +321,9 @@ class RadixTree:
         self._compute(node)
 
     def rollback(self, node: Node) -> None:
-        """The step that held the node's scheduled tokens, and those of its ancestors, failed.
+        """Mark the scheduled tokens of the node and its ancestors as unscheduled, after their step failed.
 
-        Their slots go back to the reserve.
+        Their slots return to the reserve.
         """
         above: Node | None = node
         while above is not None and (above is node or above.computed < above.scheduled):
@@ -336,9 +335,7 @@ class RadixTree:
             above = above.parent
 
     def reclaim_reserves(self, count: int) -> None:
-        """Give up to `count` reserved slots back to the pool, from the largest reserves first and from the end of
-        each.
-        """
+        """Release up to `count` reserved slots to the pool, largest reserves first, each from its end."""
         reserved = self.columns.reserved[: len(self._nodes)]
         rows = np.flatnonzero(reserved)
         for row in rows[np.argsort(-reserved[rows], kind="stable")].tolist():
@@ -352,9 +349,9 @@ class RadixTree:
     # -- eviction -----------------------------------------------------------------------------------------
 
     def evict(self, count: int) -> int:
-        """Drop up to `count` tokens, none of them locked, leaf by leaf in the policy's order, each from its end.
+        """Evict up to `count` unlocked tokens, leaf by leaf in the policy's order, each from its end.
 
-        Returns how many were dropped.
+        Returns the number of tokens evicted.
         """
         dropped = 0
         while dropped < count and (node := self.evictable.first()) is not None:
@@ -375,11 +372,11 @@ class RadixTree:
         return dropped
 
     def reset(self) -> int:
-        """Evict everything that is not locked. Returns the tokens dropped."""
+        """Evict everything that is not locked. Returns the number of tokens evicted."""
         return self.evict(self.evictable_tokens)
 
     def discard(self, namespace: str) -> None:
-        """Drop everything in `namespace` that is not locked; a namespace that nobody will ask for again."""
+        """Evict everything in `namespace` that is not locked, for a namespace that will not be used again."""
         nodes = [self._roots[namespace]] if namespace in self._roots else []
         for node in nodes:
             nodes.extend(node.children.values())
@@ -391,7 +388,7 @@ class RadixTree:
     # -- invariants ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Assert invariants I1 to I8 and I10, by recomputing each from the nodes alone."""
+        """Assert invariants I1 to I8 and I10, recomputed from the nodes alone."""
         check_tree(self)
         if self._stamps is not None:
             for node in self.nodes():
@@ -421,7 +418,7 @@ class RadixTree:
         self.columns.changed[node.id] = self.version
 
     def _compute(self, node: Node) -> None:
-        """What is scheduled of the node is computed; all before it is."""
+        """Mark the node's scheduled tokens as computed."""
         if self._stamps is not None:
             self._stamps.record(node, node.computed, node.scheduled)
         node.computed = node.scheduled
@@ -446,7 +443,7 @@ class RadixTree:
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
-        """Take a childless, unlocked node without a reserved tail out of the tree and release its slots."""
+        """Remove an unlocked node without children and without a reserve from the tree, and release its slots."""
         for extent in node.extents:
             self.pool.release(extent)
         node.extents, node.capacity = [], 0
@@ -468,13 +465,13 @@ class RadixTree:
         self._forget(node)
 
     def _forget(self, node: Node) -> None:
-        """Nothing names the node any more."""
+        """Free the node's id, once nothing refers to the node."""
         self._nodes[node.id] = None
         self._free_ids.append(node.id)
         self.evictable.remove(node)
 
     def _move(self, locks: Sequence[Lock], child: Node) -> None:
-        """Move `locks` one edge down. The parent stays locked through `child`."""
+        """Move `locks` one node down. The parent stays locked through `child`."""
         parent = locks[0].held
         was_locked = child.locked
         child.lock_count += len(locks)
@@ -486,8 +483,8 @@ class RadixTree:
         parent.lock_count -= len(locks)
 
     def _pass_up(self, node: Node, child: Node) -> bool:
-        """`_shift_boundary` in the common case, several times as fast: one buffer and one run of slots hold both nodes,
-        and the child is computed and keeps some of that run. False, with nothing changed, in any other.
+        """Fast path of `_shift_boundary`: one buffer and one run of slots hold both nodes, and the child is computed
+        and keeps part of the run. Returns False, with nothing changed, in any other case.
         """
         if not child.computed == child.known == child.capacity:
             return False
@@ -512,7 +509,7 @@ class RadixTree:
         return True
 
     def _shift_boundary(self, node: Node, child: Node) -> None:
-        """Move the first token of an only child up into `node`, with its slot. A child without any other is gone."""
+        """Move the first token of an only child up into `node`, with its slot. Removes a child left without tokens."""
         token = child.first_token
         del node.children[token]
         if not child.locked:
@@ -536,7 +533,7 @@ class RadixTree:
             self.columns.following[node.id] = min(child.computed, child.extents[0].length)
 
     def _move_head(self, lower: Node, upper: Node, count: int) -> None:
-        """Hand the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
+        """Move the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
         scheduled, computed = min(count, lower.scheduled), min(count, lower.computed)
         moved, kept = split_extents(lower.extents, scheduled)
         if upper.extents and moved and upper.extents[-1].end == moved[0].start:
@@ -557,7 +554,7 @@ class RadixTree:
             self.listener.moved(lower, upper, count)
 
     def _take(self, node: Node, count: int, reserve: int) -> None:
-        """Grow the node's extents so that `count` more tokens fit, with up to `reserve` slots behind."""
+        """Grow the node's extents to fit `count` more tokens, with up to `reserve` slots after them."""
         need = count - node.reserved
         if need > self.pool.free:
             raise OutOfSlots(f"count={need}: only {self.pool.free} of {self.pool.capacity} slots are free")
@@ -571,7 +568,7 @@ class RadixTree:
         self.columns.write(node)
 
     def _grow(self, node: Node, count: int) -> int:
-        """Lengthen the node's last extent by up to `count` slots, those that are free behind it. Returns how many."""
+        """Lengthen the node's last extent by up to `count` free slots behind it. Returns their number."""
         if not node.extents:
             return 0
         start, length = node.extents[-1]
@@ -582,7 +579,7 @@ class RadixTree:
         return got
 
     def _protect(self, node: Node) -> None:
-        """`node` became locked: so do its ancestors."""
+        """Update the counters of `node` and its ancestors after it became locked."""
         while True:
             self.evictable.remove(node)
             self.evictable_tokens -= node.computed
@@ -595,7 +592,7 @@ class RadixTree:
             node = parent
 
     def _unprotect(self, node: Node) -> None:
-        """`node` lost its last lock: cut what it did not compute, and tell its ancestors."""
+        """Remove uncomputed tokens of `node` after it lost its last lock, and update its ancestors."""
         self._clock += 1
         while True:
             parent = node.parent
@@ -630,7 +627,7 @@ class RadixTree:
         self.columns.scheduled[node.id] = node.scheduled
 
     def _cut_extents(self, node: Node, count: int) -> None:
-        """Release the node's slots behind the first `count`."""
+        """Release the node's slots after the first `count`."""
         if node.capacity > count:
             node.extents, dropped = split_extents(node.extents, count)
             node.capacity = count

@@ -25,8 +25,7 @@ class StateGuard:
             raise EngineDead(self._reason()) from self._error
 
     def undone(self) -> None:
-        """Declare that the current change was undone completely, so that the exception on its way out breaks nothing.
-        """
+        """Declare that the current change was undone completely, so that the exception on its way out is harmless."""
         self.broken = False
 
     def _reason(self) -> str:

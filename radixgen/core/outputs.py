@@ -18,10 +18,10 @@ class CompletionOutput:
     context; `abort` if cancelled or past its deadline; `error` if something failed for this request alone.
     `stop_reason`: the id of the stop token, the stop string, `"deadline"`, or the error message.
 
-    `cumulative_logprob` and `logprobs` are None unless `SamplingParams.logprobs` is set. `logprobs` has one `{token id:
-    natural-log probability}` per generated token, the sampled token first. A hypothesis of a beam search has
-    `cumulative_logprob`, and `score = cumulative_logprob / len(token_ids) ** length_penalty`, by which hypotheses are
-    ordered.
+    `cumulative_logprob` and `logprobs` are None unless `SamplingParams.logprobs` is set. `logprobs` has one
+    `{token id: natural-log probability}` per generated token, the sampled token first. A hypothesis of a beam search
+    has `cumulative_logprob`, and `score = cumulative_logprob / len(token_ids) ** length_penalty`, by which hypotheses
+    are ordered.
     """
 
     index: int
@@ -73,12 +73,12 @@ class SharingEnd:
 
     - `evicted`: this continuation was cached and has been evicted, as far back as is remembered;
     - `namespace`: nothing of the prompt is known in its namespace, but another namespace knows these tokens;
-    - `diverged`: the tree continues with other tokens, `cached_tokens`; of several continuations, the one in use or used
-      last;
+    - `diverged`: the tree continues with other tokens, `cached_tokens`; of several continuations, the one in use or
+      used last;
     - `cold`: the tree has no continuation.
 
-    Only for the operator of the engine: it reveals other requests, and with `namespace` other tenants. Do not show it
-    to callers.
+    For the operator of the engine only: it reveals other requests, and with `namespace` other tenants. Callers must not
+    see it.
     """
 
     reason: SharingReason

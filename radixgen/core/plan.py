@@ -74,8 +74,8 @@ class Plan:
     row's path. A row covered by several units gets one partial result per unit; they are merged in the order of
     `unit_rank`.
 
-    Half-open ranges: unit `u` holds rows `[unit_rows[u, 0], unit_rows[u, 1])` and segments `[unit_segments[u, 0],
-    unit_segments[u, 1])`.
+    Half-open ranges: unit `u` holds rows `[unit_rows[u, 0], unit_rows[u, 1])` and segments
+    `[unit_segments[u, 0], unit_segments[u, 1])`.
     """
 
     row_positions: Int32Array

@@ -1,9 +1,9 @@
-"""Where the ranks of a sharded model meet within a pass: plain collectives in place of transformers' own.
+"""Collectives of a tensor-parallel forward pass, in place of transformers' own.
 
-transformers wraps every sharded module in a function that tells distributed tensors from plain ones. That serves
-training too, and can be neither fused, compiled nor captured. Here each module works on this rank's own part, a plain
-tensor, and what crosses ranks are custom operators, opaque to `torch.compile`: an all-reduce of partial sums and a
-gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
+transformers wraps every sharded module in a function that converts between distributed and plain tensors. The wrapper
+also serves training, and can be neither fused, compiled nor captured. Here each module works on its rank's shard as a
+plain tensor, and communication is done by custom operators, opaque to `torch.compile`: an all-reduce of partial sums
+and an all-gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
 
 from collections.abc import Iterator
@@ -28,19 +28,21 @@ _SUMS = {"rowwise", "rowwise_rep", "rowwise_split_input"}
 _GATHERS = {"colwise_gather_output", "colwise_rep"}
 _EXPERTS = {"moe_tp_experts"}
 _LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce", "mla_kv_a_proj", "replicate"}
-"""Of a forward pass these change nothing: the module works on its own part alone."""
+"""Styles without communication in a forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Of this process, in the one process group that there is."""
+    """The rank of this process and the size of its process group."""
 
     index: int
     size: int
 
 
 class RowParallelLinear(nn.Module):
-    """A layer of which each rank has some inputs. What they make of them is added up, then a bias that is whole."""
+    """A linear layer sharded along its inputs: partial sums are all-reduced, then the bias is added, which is not
+    sharded.
+    """
 
     def __init__(self, layer: nn.Module, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class RowParallelLinear(nn.Module):
 
 
 class GatherColumns(nn.Module):
-    """The columns of all ranks side by side, `width` in all; each has as many as `Tensor.chunk` deals it."""
+    """All-gather of columns: `width` in all, dealt to `size` ranks as by `Tensor.chunk`."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class GatherColumns(nn.Module):
 
 
 class SelectColumns(nn.Module):
-    """What a rank keeps of columns that are whole on each."""
+    """Select this rank's columns of a tensor that every rank holds whole."""
 
     def __init__(self, columns: slice) -> None:
         super().__init__()
@@ -80,8 +82,10 @@ class SelectColumns(nn.Module):
 
 
 def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
-    """Take transformers' wrappers off a model that it has sharded over all ranks, and put ours in their place. False,
-    with nothing changed, where its plan asks for something that is not known here: then it runs as transformers has it.
+    """Replace transformers' wrappers in a sharded model by the modules and operators here.
+
+    Returns False, with nothing changed, if the model's plan has a style that is not supported. It then runs with
+    transformers' wrappers.
     """
     wrapped = {name: module for name, module in model.named_modules() if _is_wrapped(module)}
     styles = {name: _style(model.tp_plan, name) for name in wrapped}
@@ -107,7 +111,7 @@ def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within, the collectives of this thread meet nobody: what they return is of the right shape and no meaning."""
+    """Skip communication in this thread's collectives. Results have the right shape and arbitrary values."""
     token = _SILENT.set(True)
     try:
         yield
@@ -116,7 +120,7 @@ def silent() -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the operators known to PyTorch."""
+    """Register the operators with PyTorch."""
     if hasattr(torch.ops.radixgen, "all_reduce_"):
         return
 
@@ -156,7 +160,7 @@ def register() -> None:
 
 
 def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:
-    """Columns of all ranks: each has zeros in the place of the others'."""
+    """All-gather as an all-reduce: each rank fills the other ranks' columns with zeros."""
     first = dist.get_rank() * most
     whole = own.new_zeros((*own.shape[:-1], width))
     whole[..., first : first + own.shape[-1]] = own
@@ -165,7 +169,7 @@ def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:
 
 
 def _gather_into(parts: Tensor, own: Tensor) -> None:
-    """`own` of all ranks, one below the other. PyTorch renamed it in 2.13."""
+    """All-gather `own` along the first dimension. PyTorch renamed the function in 2.13."""
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(parts, own)
 
 
@@ -192,7 +196,7 @@ def _is_shard(parameter: Any) -> bool:
 
 
 def _unwrap_parameters(model: nn.Module) -> None:
-    """Put what a rank has in the place of each distributed parameter; one that is used twice stays one."""
+    """Replace each distributed parameter by its local shard. Tied parameters stay tied."""
     from torch.distributed.tensor import DTensor
 
     local: dict[Any, nn.Parameter] = {}
@@ -222,7 +226,7 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
 
 
 def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:
-    """Look up the rows of this rank, and add up what all found."""
+    """Look up the embeddings of this rank's rows, and all-reduce the results."""
     first, rows = rank.index * -(-embedding.num_embeddings // rank.size), embedding.weight.shape[0]
     embedding.padding_idx = None  # which counts only where gradients are taken
     look_up = embedding.forward

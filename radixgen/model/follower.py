@@ -1,8 +1,8 @@
-"""A rank of a sharded model that is not rank 0: `python -m radixgen.model.follower SOCKET MEMORY FRAMES TAKEN`.
+"""Process of a rank other than 0: `python -m radixgen.model.follower SOCKET MEMORY FRAMES TAKEN`.
 
-It holds its share of the weights and of the KV, and does what rank 0 says on a ring, of which the last three are the
-descriptors, and answers on `SOCKET`, where it is also told its job and whatever is too large for the ring. What a step
-raises ends it: ranks that no longer run the same step can't be brought together again.
+It holds its shard of the weights and of the KV. Commands arrive on a ring, whose descriptors are the last three
+arguments. Its job, frames too large for the ring, and its answers go over `SOCKET`. An exception in a step ends the
+process, because ranks that no longer run the same step cannot be synchronized again.
 """
 
 import logging
@@ -27,13 +27,15 @@ from radixgen.model.ring import RingReader
 from radixgen.model.runner import ModelRunner
 
 Receive = Callable[[], bytearray]
-"""The next frame of rank 0's; blocks"""
+"""Returns rank 0's next frame; blocks."""
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Signals that a terminal or a supervisor sends to all processes are for rank 0, which decides when to end."""
+    """Run a follower rank. Ignores SIGINT and SIGTERM, which terminals and supervisors send to all processes: rank 0
+    decides when to end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     descriptor, *of_ring = map(int, sys.argv[1:])
@@ -61,8 +63,9 @@ def main() -> None:
 
 
 def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
-    """Do as rank 0 says in what comes, and answer on `channel`. Raises `ChannelClosed` where `receive` does, and what `model`
-    raises in a step.
+    """Execute the commands of rank 0 and answer on `channel`.
+
+    Raises `ChannelClosed` if `receive` does, and whatever a step of `model` raises.
     """
     origins: WeakValueDictionary[int, Plan] = WeakValueDictionary()
     while True:
@@ -106,7 +109,7 @@ def _agree(channel: Channel, receive: Receive, fine: bool) -> bool:
 
 
 def _end(store: Path) -> None:
-    """Rank 0 is gone, perhaps without a chance to tidy up."""
+    """Clean up and exit after rank 0 is gone, perhaps without having cleaned up itself."""
     shutil.rmtree(store, ignore_errors=True)
     os._exit(0)
 

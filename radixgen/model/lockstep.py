@@ -1,7 +1,7 @@
-"""What the ranks of a sharded model say to each other beside torch.distributed: frames on a socket.
+"""Protocol between the ranks of a sharded model, besides torch.distributed: frames on a socket or ring.
 
-A frame is a length and bytes. Rank 0 sends typed arrays under a kind, so that every rank runs the same step; the others
-answer with JSON. Nothing on the way is code.
+A frame is a length and bytes. Rank 0 sends commands with typed arrays, so that every rank runs the same step; the
+others answer in JSON. Nothing received is executed.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from radixgen.core import Plan
 from radixgen.core.plan import NodeSummary
 
 MAX_FRAME = 1 << 30
-"""Bytes of one frame."""
+"""Maximum size of a frame in bytes."""
 _LENGTH = struct.Struct("<Q")
 _HEAD = struct.Struct("<BB6x")
 _SHAPE = struct.Struct("<BB6xII")
@@ -44,24 +44,24 @@ COLUMNS = (
     "growing",
     "path_rows",
 )
-"""The arrays of a `Plan` that travel: all but what only `explain` reads."""
+"""The arrays of a `Plan` that are sent: all but those that only `explain` reads."""
 
 Array = NDArray[Any]
 
 
 class RankCommand(IntEnum):
-    """What rank 0 asks of the others."""
+    """Commands from rank 0 to the other ranks."""
 
     ALLOCATE = 1
     RUN = 2
     WARM_UP = 3
-    """As `RUN`, and nothing is written or counted."""
+    """As `RUN`, without writing KV or updating counters."""
     RUN_AHEAD = 4
-    """As `RUN`; the token ids follow from device to device."""
+    """As `RUN`; the token ids are sent from device to device."""
     ROOM = 5
-    """How many bytes a pool may take."""
+    """Asks for the bytes that a pool may take."""
     AGREED = 6
-    """Whether all ranks are fine, which each said of itself before."""
+    """Tells whether all ranks succeeded, after each has reported for itself."""
 
 
 class ChannelClosed(Exception):
@@ -70,12 +70,12 @@ class ChannelClosed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RankJob:
-    """What every rank has to know to load its share."""
+    """What a rank needs to know to load its shard."""
 
     rank: int
     size: int
     store: str
-    """A file in a folder of ours, where the ranks find each other."""
+    """A file in a private directory, through which the ranks find each other."""
     model: str
     dtype: str
     device: str
@@ -83,7 +83,7 @@ class RankJob:
     max_model_len: int | None
     max_step_tokens: int
     threads: int
-    """Of PyTorch, in each rank."""
+    """PyTorch threads of each rank."""
     load_format: str = "auto"
     graphs: bool = False
     max_graph_rows: int = 0
@@ -113,14 +113,14 @@ class Channel:
         self.socket = connected
 
     def send(self, frame: bytes) -> None:
-        """Raises `ChannelClosed`."""
+        """Send a frame. Raises `ChannelClosed`."""
         try:
             self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
     def receive(self, seconds: float | None = None) -> bytearray:
-        """The next frame. Raises `ChannelClosed`, and `TimeoutError` after `seconds` without a byte."""
+        """Return the next frame. Raises `ChannelClosed`, and `TimeoutError` after `seconds` without data."""
         try:
             self.socket.settimeout(seconds)
             (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
@@ -153,7 +153,7 @@ class Channel:
 
 
 def pack(kind: RankCommand, arrays: Sequence[Array] = ()) -> bytes:
-    """Arrays of one or two dimensions: int32, int64 or float64."""
+    """Serialize a command with arrays of one or two dimensions: int32, int64 or float64."""
     parts = [_HEAD.pack(kind, len(arrays))]
     for array in arrays:
         rows, columns = array.shape if array.ndim == 2 else (array.size, 1)
@@ -163,7 +163,7 @@ def pack(kind: RankCommand, arrays: Sequence[Array] = ()) -> bytes:
 
 
 def unpack(frame: bytearray) -> tuple[RankCommand, list[Array]]:
-    """What `pack` packed; the arrays are views of `frame`. Raises `ValueError` where it did not."""
+    """Parse a frame made by `pack`. The arrays are views of `frame`. Raises `ValueError` if it is malformed."""
     try:
         kind, count = _HEAD.unpack_from(frame)
         at, arrays = _HEAD.size, []
@@ -181,10 +181,9 @@ def unpack(frame: bytearray) -> tuple[RankCommand, list[Array]]:
 
 
 class PlanOrigins:
-    """Numbers of the plans that were built and are still in use, of which others are left where lengths have grown.
+    """Numbers the built plans that are in use, so that ranks can tell whether two plans have the same origin.
 
-    Whether a graph takes a step by the tables that it has depends on which plan they were laid out for. So a plan has
-    the same origin on all ranks.
+    A graph can keep its tables if they were laid out for the same origin, so every rank must come to the same answer.
     """
 
     def __init__(self) -> None:
@@ -192,7 +191,7 @@ class PlanOrigins:
         self._next = itertools.count()
 
     def number(self, plan: Plan) -> int:
-        """Of the plan of which this one is left."""
+        """Return the number of the plan's origin."""
         origin, numbers = plan.origin, self._numbers
         key = id(origin)
         if key not in numbers:
@@ -202,7 +201,7 @@ class PlanOrigins:
 
 
 def pack_step(step: ModelInput, kind: RankCommand = RankCommand.RUN, origin: int = 0) -> bytes:
-    """A step as a frame, less what of its plan only `explain` reads. `origin`: its number in `PlanOrigins`."""
+    """Serialize a step without the arrays that only `explain` reads. `origin`: the plan's number in `PlanOrigins`."""
     plan = step.plan
     assert plan.window is None
     counts = np.array([plan.tile_rows, plan.age, origin], np.int64)
@@ -211,7 +210,7 @@ def pack_step(step: ModelInput, kind: RankCommand = RankCommand.RUN, origin: int
 
 
 def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> ModelInput:
-    """The arrays that `pack_step` packed. `origins`: plans by their numbers, which must not keep them alive."""
+    """Parse the arrays of `pack_step`. `origins`: plans by number, held weakly."""
     token_ids, slots, logit_rows, counts, predicted, *columns = arrays
     by_name: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
     plan = Plan(

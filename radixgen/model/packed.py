@@ -1,8 +1,8 @@
-"""transformers' own modelling code, run on packed rows of a tree instead of padded sequences.
+"""transformers' modelling code on packed rows of a tree instead of padded sequences.
 
-One attention function is registered with transformers' `AttentionInterface`. It hands every layer's queries,
-keys and values to the `TreeModel` that owns the module; the model around it is untouched. A second one is used while
-the model is loaded: it reads each layer's mask, and compares our attention with the model's own.
+One attention function is registered with transformers' `AttentionInterface`. It passes every layer's queries, keys and
+values to the `TreeModel` that owns the module; the rest of the model is unchanged. A second one is used while the model
+is probed: it reads each layer's mask, and compares our attention with the model's own.
 """
 
 import itertools
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 # transformers looks for "flash" in this name and then changes what it passes.
 IMPLEMENTATION = "radixgen"
 READING = "radixgen_reading"
-"""The implementation that reads masks."""
+"""Name of the implementation that reads masks."""
 _TOLERANCE = 0.05
-"""Of the largest value: half precision stays well below it, a key too many or too few does not."""
+"""Relative to the largest value. Rounding in half precision stays well below it; a missing or extra key does not."""
 _LONGEST_PROOF = 256
-"""Rows of the longest sequence with which a model is tried."""
+"""Rows of the longest sequence used to probe a model."""
 _COMPILED_ROWS = (1, 2, 15, 16, 100)
-"""What is compiled for any number of rows is compiled anew for one, few and multiples of 16."""
+"""Row counts that `torch.compile` specializes on: one, few, and multiples of 16."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What one layer asks of attention; q, k, v are `[rows, heads, head_dim]`."""
+    """One layer's call of attention; q, k, v are `[rows, heads, head_dim]`."""
 
     layer: int
     q: Tensor
@@ -60,7 +60,7 @@ class LayerCall:
 
 
 class LayerAttention(Protocol):
-    """Answers one layer: `out [rows, q_heads, v_head_dim]`, in q's dtype, and `lse [rows, q_heads]`."""
+    """Computes one layer: `out [rows, q_heads, v_head_dim]` in q's dtype, and `lse [rows, q_heads]`."""
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
 
@@ -84,7 +84,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls in every attention layer; q, k, v `[1, heads, rows, head_dim]`."""
+    """Attention function for transformers; q, k, v `[1, heads, rows, head_dim]`."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         return tree_attention(query, key, value, scale, softcap, s_aux), None
@@ -95,7 +95,7 @@ def _attention(
 def _reading_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """As `_attention`, over one sequence: learn what the layer sees, and check that nothing else matters to it."""
+    """As `_attention`, over one sequence: read the layer's mask, and compare with the model's own attention."""
     owner: TreeModel = module.__dict__["radixgen_owner"]
     owner.read_layer(module, attention_mask, query.shape[2], options)
     out, _ = _attention(module, query, key, value, attention_mask, **options)
@@ -108,7 +108,7 @@ def _reading_attention(
 def _own_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: Window | None, options: dict[str, Any]
 ) -> Tensor | None:
-    """What the model's own eager attention answers; None where its code has none."""
+    """Run the model's own eager attention; None if its code has none."""
     own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
     if own is None:
         return None
@@ -121,24 +121,24 @@ def _own_attention(
 
 
 class TreeModel:
-    """A causal language model whose attention is answered by `attend`.
+    """A causal language model whose attention is computed by `attend`.
 
-    Loading probes it: one row through the model tells the shape of every layer's K and V, and three sequences
-    packed and alone tell whether rows really see each other through attention only. Raises
-    `UnsupportedModel`, by name and with the reason, where they do not.
+    Construction probes the model: one sequence shows the shape of every layer's K and V, and three sequences, packed
+    and alone, show whether rows affect each other only through attention. Raises `UnsupportedModel` with the reason
+    otherwise.
     """
 
     def __init__(
         self, model: "PreTrainedModel", name: str, max_model_len: int | None, max_step_tokens: int = 2048
     ) -> None:
-        """`max_step_tokens`: rows of one `forward` at the most."""
+        """`max_step_tokens`: maximum rows of one `forward`."""
         self.model = model
         self.name = f"{name} ({model.config.model_type})"
         self.device = model.device
         self.attend: LayerAttention = self._no_attend
         self._layers: dict[nn.Module, int] = {}
         self.windows: list[Window | None] = []
-        """Of each layer"""
+        """Window of each layer."""
         self.geometry: Geometry | None = None
         config = model.config.get_text_config()
         embedding = model.get_input_embeddings()  # of which a rank may have some rows
@@ -174,7 +174,7 @@ class TreeModel:
 
     @property
     def picks_rows(self) -> bool:
-        """Whether the last block can do without the rows that give no logits."""
+        """Whether the last block can skip rows without logits."""
         return self._last_block is not None
 
     @torch.inference_mode()
@@ -186,12 +186,12 @@ class TreeModel:
         attend: LayerAttention,
         write: Callable[[LayerCall], None] | None = None,
     ) -> Tensor:
-        """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
+        """Run packed rows: `token_ids` and `positions` int64 `[rows]`, `logit_rows` int64 `[n]`.
 
-        Where `write` is given, which a model that `picks_rows` allows, the last block computes only `logit_rows`, which
-        ascend: `write` stores the K and V of its call, and then `attend` answers one with these rows alone.
+        With `write`, which requires `picks_rows`, the last block computes only `logit_rows`, in ascending order:
+        `write` stores the K and V of all rows, then `attend` is called with the rows of `logit_rows` alone.
 
-        Returns logits `[n, vocab]` of `logit_rows`, in the dtype that the model gives them.
+        Returns logits `[n, vocab]` of `logit_rows` in the model's own dtype.
         """
         self.attend, self._write = attend, write
         try:
@@ -235,7 +235,9 @@ class TreeModel:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """As `radixgen.model.tree_attention.Answer`, for one layer. Raises `KVWriteDone` where only that is wanted."""
+        """As `radixgen.model.tree_attention.AttentionHandler`, for one layer. Raises `KVWriteDone` if only K and V are
+        needed.
+        """
         q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
         call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
         if self._write is not None and self._last_block is not None and self._last_block.storing:
@@ -244,12 +246,11 @@ class TreeModel:
         return self.attend(call)[0].contiguous().unsqueeze(0)
 
     def compile_blocks(self) -> None:
-        """Let `torch.compile` fuse what stands between the matrix products of each block, and what the model computes
-        around its blocks, for any number of rows.
+        """Let `torch.compile` fuse the code between the matrix products of each block and around the blocks, for any
+        number of rows.
 
-        The first passes are slow, unless the cache directory holds what they need; attention is one operator to the
-        compiler.
-        Where compiling fails, in any later pass, there is a warning, and the model runs as it is from then on.
+        The first passes are slow unless the cache directory has their results. Attention is a single operator to the
+        compiler. If compiling fails, in any later pass, a warning is logged and the model runs uncompiled from then on.
         """
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -261,8 +262,10 @@ class TreeModel:
             self._compiled.append(module)
 
     def compiles(self) -> bool:
-        """Whether the blocks compile, for one, a few and many rows, tried by passes in which no ranks meet. From then
-        on a failure is raised: a rank that went on uncompiled would meet the others in the wrong places.
+        """Return whether the blocks compile for one, a few and many rows, tested by passes without communication.
+
+        Later failures are raised, because a rank that continued uncompiled would communicate at other points than the
+        rest.
         """
         with silent():
             for rows in _COMPILED_ROWS:
@@ -272,18 +275,18 @@ class TreeModel:
         return bool(self._compiled)
 
     def fuse_linears(self) -> None:
-        """Multiply by the weights of layers with the same input at once, and by experts' with a kernel of ours."""
+        """Fuse layers with the same input, and use our kernel for experts."""
         fuse_linears(self.model)
         use_expert_gemm(self.model)
 
     def layer_of(self, module: nn.Module) -> int:
-        """The place of an attention module in the order of the first forward pass."""
+        """Return the index of an attention module in the order of the first forward pass."""
         if module not in self._layers:
             self._layers[module] = len(self._layers)
         return self._layers[module]
 
     def read_layer(self, module: nn.Module, mask: Tensor | None, rows: int, options: dict[str, Any]) -> None:
-        """Learn what the next layer sees from the mask that it was given. Raises `UnsupportedModel`."""
+        """Derive the next layer's window from its mask. Raises `UnsupportedModel`."""
         if module in self._layers:
             raise UnsupportedModel(f"{self.name}: a layer attends more than once")
         if mask is None and not options.get("is_causal", getattr(module, "is_causal", True)):
@@ -298,7 +301,7 @@ class TreeModel:
         self._compiled.clear()
 
     def release(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model to its original state."""
         self.uncompile()
         remove_last_block(self.model)
         restore_linears(self.model)
@@ -310,7 +313,7 @@ class TreeModel:
         self.model.set_attn_implementation(self._former_attention)
 
     def _probe(self, config: Any) -> list[LayerShape]:
-        """What each layer stores and sees, by one sequence through the model that is longer than its windows."""
+        """Return the KV shape of each layer, and record its window, by running one sequence longer than all windows."""
         shapes: dict[int, LayerShape] = {}
 
         def record(call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -332,10 +335,10 @@ class TreeModel:
         return [shapes[layer] for layer in range(expected)]
 
     def _prove_packing(self) -> None:
-        """Three sequences, one of them longer than every window, must give the same logits packed as alone.
+        """Check that three sequences, one of them longer than every window, give the same logits packed as alone.
 
-        In half precision rounding alone can send a row to another expert, and grows through many layers. So there it
-        is enough that a sequence's logits stay as they are while the tokens of all others change.
+        In half precision, rounding alone can send a row to another expert, and grows over many layers. There it
+        suffices that the logits of a sequence stay the same while the tokens of all others change.
         """
         sequences = [self._sequence(a, n) for a, n in ((3, self._proof_len), (5, 2), (3, 3))]
         packed = self._last_logits(sequences)
@@ -351,14 +354,14 @@ class TreeModel:
         raise UnsupportedModel(f"{self.name}: {reason}")
 
     def _last_logits(self, sequences: list[list[int]]) -> list[Tensor]:
-        """Of the last row of each of some packed sequences."""
+        """Return the logits of the last row of each packed sequence."""
         logits = self._try(lambda: self._logits(sequences, _causal_over(sequences)))
         return [rows[-1] for rows in torch.split(logits, [len(sequence) for sequence in sequences])]
 
     def _prove_positions(self, reach: int) -> None:
-        """A row must not change with its place in a step, below `reach`: its position is in `position_ids` alone.
+        """Check that a row's result depends on `position_ids` and not on its index in the step, up to `reach` rows.
 
-        transformers counts rows from behind those that a cache has seen; here a cache says so and holds none.
+        transformers offsets rows by the length of the cache; here an empty cache claims a length.
         """
         from transformers import DynamicCache
 
@@ -389,7 +392,7 @@ class TreeModel:
                 raise UnsupportedModel(f"{self.name}: {reason}; a smaller max_model_len may be possible")
 
     def _prove_last_block(self) -> None:
-        """Have the last block do without rows that give no logits, if the others' logits stay as they are."""
+        """Let the last block skip rows without logits, if that leaves the other rows' logits unchanged."""
         (last,) = [module for module, layer in self._layers.items() if layer == len(self.windows) - 1]
         self._last_block = insert_last_block(self.model, last)
         if self._last_block is None:
@@ -418,7 +421,7 @@ class TreeModel:
 
     @torch.inference_mode()
     def _run(self, token_ids: Tensor, attend: LayerAttention, **options: Any) -> None:
-        """One forward pass from position 0 with `options` of transformers' own."""
+        """Run one forward pass at position 0 with transformers' own `options`."""
         self.attend = attend
         try:
             self.model(input_ids=token_ids, position_ids=torch.zeros_like(token_ids), **options)
@@ -435,7 +438,7 @@ class TreeModel:
         logit_rows: Tensor | None = None,
         write: Callable[[LayerCall], None] | None = None,
     ) -> Tensor:
-        """Of packed sequences; of all rows, unless some are named."""
+        """Run packed sequences and return the logits of all rows, or of `logit_rows`."""
         tokens = [token for sequence in sequences for token in sequence]
         positions = [position for sequence in sequences for position in range(len(sequence))]
         rows = torch.arange(len(tokens), device=self.device) if logit_rows is None else logit_rows
@@ -457,7 +460,7 @@ class TreeModel:
 
 
 def _compilable(model: "PreTrainedModel") -> list[nn.Module]:
-    """The blocks, and what is called beside them and holds none: the last norm and rotary embeddings."""
+    """Return the blocks, and the modules called outside of them: the last norm and rotary embeddings."""
     blocks = [one for one in model.modules() if type(one).__name__ in (model._no_split_modules or ())]
     beside = [
         one
@@ -468,9 +471,7 @@ def _compilable(model: "PreTrainedModel") -> list[nn.Module]:
 
 
 def _compiler_options(device: torch.device) -> dict[str, bool] | None:
-    """On a GPU, independent small kernels become one, and on Hopper kernels begin while those before them end, as
-    radixgen's do.
-    """
+    """On a GPU, combine independent small kernels; on Hopper, let kernels overlap by programmatic dependent launch."""
     from torch._inductor import config
 
     if device.type != "cuda":
@@ -486,7 +487,7 @@ def _is_of_compiler(error: RuntimeError) -> bool:
 
 
 def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Plain causal attention over packed sequences of `lengths`."""
+    """Reference causal attention over packed sequences of `lengths`."""
     group = call.q.shape[1] // call.k.shape[1]
     q, k, v = call.q.float(), call.k.float(), call.v.float()
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -506,7 +507,7 @@ def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _sees(window: Window | None, positions: Tensor) -> Tensor:
-    """Which positions see which, bool `[rows, keys]`."""
+    """Return which positions see which, bool `[rows, keys]`."""
     seen = positions[:, None] >= positions
     if window is not None:
         first = torch.from_numpy(first_seen(window, positions.cpu().numpy())).to(positions.device)
@@ -515,7 +516,7 @@ def _sees(window: Window | None, positions: Tensor) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether the logits of two rows differ by no more than rounding."""
+    """Return whether the logits of two rows differ by no more than rounding."""
     return float((one - other).abs().max()) <= _TOLERANCE * (float(other.abs().max()) + 1e-6)
 
 
@@ -525,7 +526,7 @@ def _causal_over(sequences: list[list[int]]) -> LayerAttention:
 
 
 def _context(config: Any, asked: int | None) -> int:
-    """The longest path that is served, in tokens."""
+    """Return the maximum length of a path in tokens. Raises `InvalidRequest`."""
     longest = getattr(config, "max_position_embeddings", None)
     if asked is None:
         if longest is None:
@@ -540,17 +541,17 @@ _LOCAL = re.compile("window|chunk|local|block|sparse|stride|keep")
 
 
 def _proof_length(config: Any, max_model_len: int) -> int:
-    """Rows that go past whatever the config says to be local, as far as that can be tried with few rows."""
+    """Return the length of a probe that exceeds the local sizes in the config, as far as is feasible."""
     sizes = [value for key, value in config.to_dict().items() if _LOCAL.search(key) and type(value) is int]
     longest = max((size for size in sizes if 1 < size <= _LONGEST_PROOF - 3), default=1)
     return min(longest + 3, max_model_len)
 
 
 def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> list[tuple[nn.Module, Any]]:
-    """Settle what transformers would choose anew from the longest position of each packed step.
+    """Fix rotary embeddings that transformers would choose by the longest position of each step.
 
-    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides.
-    Returns the modules that were changed, with their former `rope_type`.
+    `dynamic` has no single correct choice and is rejected; `longrope` has two, of which `max_model_len` selects one.
+    Returns the changed modules with their former `rope_type`.
     """
     former = []
     for module in model.modules():

@@ -1,9 +1,10 @@
-"""Tensor parallelism: one model, sharded over several processes that run the same steps.
+"""Tensor parallelism: one model sharded over several processes that run the same steps.
 
-transformers shards the weights by the plan in a model's config. Each rank has its share of the heads, and a KV pool of
-the same slots for those heads. Tree, scheduler and sampling are rank 0's: `ParallelModel` tells the others each call,
-then takes part in it. Within a step the ranks meet in torch.distributed, after which each has all logits. Whatever a
-step does beside that, as capturing a graph or running ahead, follows from what all ranks know alike, or is agreed on.
+transformers shards the weights by the plan in the model's config. Each rank has its share of the heads, and a KV pool
+with the same slots for those heads. Tree, scheduler and sampling run on rank 0: `ParallelModel` sends each call to the
+other ranks and takes part in it. Within a step the ranks communicate by torch.distributed, after which each has all
+logits. Other decisions, such as capturing a graph or running ahead, follow from state that all ranks share, or are
+agreed on.
 """
 
 import logging
@@ -43,14 +44,14 @@ _NO_TOKENS = np.empty(0, np.int64)
 
 
 class ParallelModel:
-    """A `Model` over the share of rank 0 and those of its followers.
+    """A `Model` over the shards of rank 0 and its followers.
 
-    Ranks that don't run the same step wait for each other in vain, so a step that fails on any of them, for whatever
-    reason, is the end: `EngineDead`, then and ever after.
+    Ranks that do not run the same step would wait for each other forever. Therefore a step that fails on any rank ends
+    the model: from then on every call raises `EngineDead`.
     """
 
     def __init__(self, runner: ModelRunner, followers: Followers, kv_room: int) -> None:
-        """`kv_room`: bytes that the pools of all ranks may take together."""
+        """`kv_room`: total bytes available to the pools of all ranks."""
         self.name = runner.name
         self.vocab_size = runner.vocab_size
         self.max_model_len = runner.max_model_len
@@ -61,12 +62,12 @@ class ParallelModel:
         self.followers = followers
         self._size = followers.job.size
         self.kv_bytes_per_token = self._size * runner.kv_bytes_per_token
-        """Of all ranks, as every count of bytes here."""
+        """Over all ranks, like all byte counts here."""
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self._origins = PlanOrigins()
         self._dead = ""
-        """Why it is."""
+        """Why the model has failed; empty while it works."""
         self._last: StepDeadline | None = None
         if self.device.type == "cuda":
             self._last = StepDeadline()
@@ -76,16 +77,16 @@ class ParallelModel:
 
     @property
     def device(self) -> torch.device:
-        """Of rank 0."""
+        """The device of rank 0."""
         return self.runner.device
 
     @property
     def failed_captures(self) -> int:
-        """As `ModelRunner`'s."""
+        """As `ModelRunner.failed_captures`."""
         return self.runner.failed_captures
 
     def allocate(self, slots: int) -> None:
-        """As `Model.allocate`. Where any rank has no memory, none keeps any slots, and what it raised is raised."""
+        """As `Model.allocate`. If any rank runs out of memory, all pools become empty and its error is raised."""
         try:
             self._allocate(slots)
         except (MemoryError, RuntimeError, ValueError):
@@ -99,7 +100,7 @@ class ParallelModel:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
-        """As `Model.run`. Raises `EngineDead` where any rank fails."""
+        """As `Model.run`. Raises `EngineDead` if any rank fails."""
         step = ModelInput(plan, token_ids, slots, logit_rows)
         return self._run_on_all_ranks(RankCommand.RUN, step, partial(self.runner.run, *step))
 
@@ -111,13 +112,13 @@ class ParallelModel:
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `radixgen.model.base.SupportsRunAhead`: all ranks have captured the same steps. Raises as `run`."""
+        """As `radixgen.model.base.SupportsRunAhead`; all ranks have captured the same steps. Raises as `run`."""
         step = ModelInput(plan, _NO_TOKENS, slots, logit_rows)
         begin = partial(run_ahead, self.runner, plan, tokens, slots, logit_rows)
         return self._run_on_all_ranks(RankCommand.RUN_AHEAD, step, begin)
 
     def confirm_step(self) -> None:
-        """As `radixgen.model.base.SupportsStepConfirmation`: a device whose peer is gone ends its step all the same."""
+        """As `radixgen.model.base.SupportsStepConfirmation`. A device finishes its step even if a peer has died."""
         if not self._dead and self.followers.ended.is_set():
             how = self.followers.describe_exits() or "Timed out: the ranks waited for each other in vain"
             self._mark_dead(f"a step failed: {how}")
@@ -129,8 +130,9 @@ class ParallelModel:
         return [partial(self._warm_up, kind) for kind in self.runner.warm_up_kinds(max_rows, max_logits)]
 
     def profile_run(self, max_rows: int) -> None:
-        """Run a step of `max_rows` rows on GPUs before `allocate`, after which `kv_room` is what is left of their
-        memory. Raises `EngineDead` where there is too little for that step.
+        """On GPUs, run a step of `max_rows` rows before `allocate`, then set `kv_room` to the memory that remains.
+
+        Raises `EngineDead` if there is too little memory for the step.
         """
         if self.device.type != "cuda":
             return
@@ -142,7 +144,7 @@ class ParallelModel:
         self.kv_room = self._size * min(kv_room(self.device), *rooms)
 
     def release(self) -> None:
-        """End the other ranks and give back the model."""
+        """Stop the other ranks and release the model."""
         self._mark_dead("it was released")
         self.runner.release()
 
@@ -151,7 +153,7 @@ class ParallelModel:
         return self._run_on_all_ranks(RankCommand.WARM_UP, step, partial(self.runner.warm_up, *step))
 
     def _run_on_all_ranks(self, kind: RankCommand, step: ModelInput, take_part: Callable[[], T]) -> T:
-        """Have the others take a step, and take part. Raises `EngineDead` where any rank fails."""
+        """Send a step to the other ranks and take part in it. Raises `EngineDead` if any rank fails."""
         if self._dead:
             raise EngineDead(self._dead)
         try:
@@ -204,11 +206,12 @@ def shard(
     torch_compile: bool | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[ParallelModel, LoadedModel]:
-    """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
-    `load_format` and `tokenizer` as `load` takes them, `graphs` and `max_graph_rows` as `ModelRunner`. `torch_compile`
-    is by default as `graphs` where there are GPUs.
+    """Load `name` over `ranks` processes of this machine, including this one, with a GPU each if the machine has any.
 
-    Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
+    `load_format` and `tokenizer` as for `load`, `graphs` and `max_graph_rows` as for `ModelRunner`. `torch_compile`
+    defaults to `graphs` on GPUs.
+
+    Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` if a process fails.
     """
     place = _device_type(device, ranks)
     check_shards(name, ranks)
@@ -258,7 +261,7 @@ def _join_and_load(
 def load_rank(
     job: RankJob, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> tuple[ModelRunner, LoadedModel]:
-    """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
+    """Load one rank's shard. All ranks load at the same time, because probing a `TreeModel` runs steps on all."""
     loaded = load(
         job.model,
         job.dtype,
@@ -297,7 +300,9 @@ def run_ahead(
     slots: NDArray[np.int64],
     logit_rows: NDArray[np.int64],
 ) -> Tensor | None:
-    """As `radixgen.model.base.SupportsRunAhead`, on every rank: `tokens` are rank 0's, which the others get from it."""
+    """As `radixgen.model.base.SupportsRunAhead`, on every rank. `tokens` are given on rank 0 and received on the
+    others.
+    """
     if tokens is None:
         tokens = torch.zeros(logit_rows.size, dtype=torch.int64, device=model.device)
     PEERS.all_reduce(tokens.view(torch.int32))
@@ -305,7 +310,7 @@ def run_ahead(
 
 
 def _device_type(device: str, ranks: int) -> str:
-    """`"cpu"` or `"cuda"`. Raises `InvalidRequest` where that can't be had."""
+    """Return `"cpu"` or `"cuda"`. Raises `InvalidRequest` if the ranks cannot use it."""
     gpus = torch.cuda.device_count()
     if resolve_device(device) != torch.device("cuda" if gpus else "cpu"):
         raise InvalidRequest("device", device, "must be auto: ranks take the first GPUs of a machine that has any")

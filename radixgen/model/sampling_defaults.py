@@ -1,4 +1,4 @@
-"""Sampling parameters that a model's `generation_config.json` recommends."""
+"""Default sampling parameters from a model's `generation_config.json`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,16 @@ _FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""Those that vLLM applies, and their names in `SamplingParams`"""
+"""Fields that vLLM uses, and their names in `SamplingParams`."""
 
 
 def sampling_defaults(model: str | Path, generation_config: str = "auto") -> dict[str, Any]:
-    """Fields of `SamplingParams` for requests that do not set them.
+    """Return fields of `SamplingParams` for requests that do not set them.
 
-    generation_config: `"auto"`, the `generation_config.json` of `model`, if it has one; `"vllm"`, none; or the path of
-        another such file, or of its directory.
+    `generation_config`: `"auto"`, the `generation_config.json` of `model`, if any; `"vllm"`, none; or the path of
+    another such file or of its directory.
 
-    Raises `InvalidRequest` for values that no request may have, and `ModelNotFound`.
+    Raises `InvalidRequest` for values that requests may not have, and `ModelNotFound`.
     """
     if generation_config == "vllm":
         return {}
