@@ -46,20 +46,20 @@ def expert_linear(given: Tensor, weight: Tensor, experts: Tensor, transposed: bo
     from radixgen.kernels.expert_gemm_kernels import expert_linear_kernel
 
     given, experts = given.contiguous(), experts.contiguous()
-    found = _empty(given, weight, experts, transposed)
-    pairs, outputs = found.shape
+    result = _empty(given, weight, experts, transposed)
+    pairs, outputs = result.shape
     if not pairs:
-        return found
+        return result
     count = weight.shape[0]
     block = [_BLOCK_K, _BLOCK_N] if transposed else [_BLOCK_N, _BLOCK_K]
     blocks = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block)
     expert_linear_kernel[(-(-outputs // _BLOCK_N), min(pairs, count))](
-        given, blocks, experts, found, pairs,
+        given, blocks, experts, result, pairs,
         OUTPUTS=outputs, INPUTS=given.shape[1], SHARE=pairs // given.shape[0], TRANSPOSED=transposed,
         EACH_EXPERT=pairs >= count, BLOCK_M=_block_pairs(pairs, count), BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
         STAGES=_STAGES, SCAN=min(_SCAN, _power_of_2(max(16, pairs))), num_warps=_WARPS,
     )  # fmt: skip
-    return found
+    return result
 
 
 def _block_pairs(pairs: int, experts: int) -> int:

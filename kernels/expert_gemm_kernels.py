@@ -16,17 +16,17 @@ def _pairs_of(experts, pairs, expert, owner, begin, BLOCK_M: tl.constexpr, SCAN:
     many of them precede `owner`.
     """
     wanted = begin + tl.arange(0, BLOCK_M)
-    found = tl.zeros([BLOCK_M], tl.int32)
+    selected = tl.zeros([BLOCK_M], tl.int32)
     count = 0
     earlier = 0
     for first in range(0, pairs, SCAN):
         pair = first + tl.arange(0, SCAN)
         mine = (tl.load(experts + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
         rank = tl.where(mine > 0, count + tl.cumsum(mine, 0) - 1, -1)
-        found += tl.sum(tl.where(rank[None, :] == wanted[:, None], pair[None, :], 0), 1)
+        selected += tl.sum(tl.where(rank[None, :] == wanted[:, None], pair[None, :], 0), 1)
         count += tl.sum(mine)
         earlier += tl.sum(tl.where(pair < owner, mine, 0))
-    return found, count, earlier
+    return selected, count, earlier
 
 
 @triton.jit(do_not_specialize=["pairs"])

@@ -94,13 +94,13 @@ class FlashPackage:
 
 def installed() -> str:
     """Describe the installed flash-attn packages without importing them."""
-    found = []
+    versions = []
     for name in ("flash-attn", "flash-attn-3"):
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found) or "not installed (optional)"
+    return ", ".join(versions) or "not installed (optional)"
 
 
 def load(device: torch.device) -> FlashPackage:
@@ -113,7 +113,7 @@ def load(device: torch.device) -> FlashPackage:
 def _load(hopper: bool) -> FlashPackage:
     if hopper and find_spec("flash_attn_interface"):
         function = _imported("flash_attn_interface").flash_attn_varlen_func
-        # Its bulk copies bring whole blocks, of 256 keys at most (Dao-AILab/flash-attention issue 1745).
+        # Its bulk copies read whole blocks of up to 256 keys (Dao-AILab/flash-attention issue 1745).
         return FlashPackage("flash-attn-3", _through(function), reads_beyond=256)
     if not find_spec("flash_attn"):
         raise ImportError("the flash-attn package is not installed")
@@ -135,8 +135,8 @@ def _imported(name: str) -> Any:
 
 def _through(function: Callable[..., Any]) -> VarlenAttention:
     """Adapt `flash_attn_varlen_func` of either package to `VarlenAttention`."""
-    # The first releases for Hopper give the LSE unasked.
-    asked = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
+    # The first releases for Hopper always return the LSE.
+    options = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
 
     def attend(
         q: Tensor,
@@ -153,7 +153,7 @@ def _through(function: Callable[..., Any]) -> VarlenAttention:
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = function(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            softmax_scale=scale, causal=causal, softcap=softcap or 0.0, **asked,
+            softmax_scale=scale, causal=causal, softcap=softcap or 0.0, **options,
         )  # fmt: skip
         return out, lse
 

@@ -106,7 +106,7 @@ def _produce(
         ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
         head = task % KV_HEADS
         column = head * DIM
-        # The first keys go ahead of the queries, whose place is not empty before all keys of the item before are seen.
+        # The first keys are copied before the queries, whose place is in use until the last item has read all its keys.
         if blocks > 0:
             at = count % STAGES
             mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
@@ -149,7 +149,7 @@ def _produce(
                 head, KV_HEADS, DIM, BLOCK,
             )  # fmt: skip
             async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
-            mbarrier.arrive(ready.index(at), count=1)  # which nobody waits for: that its phases count its place's uses
+            mbarrier.arrive(ready.index(at), count=1)  # nobody waits for it: its phases count the uses of its place
             count += 1
             gathers += 1
         turn += 1
@@ -202,8 +202,8 @@ def _consume(
         values = gl.zeros([64, DIM], gl.float32, OUT)
         mbarrier.wait(q_ready.index(HALF), turn & 1)
         fence_async_shared()
-        # Two entries of the queue and one item ahead, so that no item waits for its own description; behind the fence,
-        # which would wait for them.
+        # Load two queue entries and one item ahead, so that no item waits for its own fields; after the fence, which
+        # would wait for the loads.
         after_coming = _task(queue, turn + 2)
         (
             next_first_row, next_num_rows, _, _, next_key_begin, next_key_end, next_partial, next_blocks,
@@ -231,7 +231,7 @@ def _consume(
                 weights = gl.exp2(scores * unit - new_top[:, None])
                 total = _shrunk(total, shrink) + _added(weights, BLOCK)
                 top = new_top
-                # What the next products take; and a branch, over which ptxas moves neither exponentials nor the wait.
+                # Inputs of the next products. This branch keeps ptxas from moving exponentials or the wait.
                 after = (count + 1) % STAGES
                 mbarrier.wait(ready.index(after), (count + 1) // STAGES & 1)
                 values, weights = warpgroup_mma_wait(0, deps=(values, weights))
@@ -324,7 +324,7 @@ def attend_wide(
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for place in gl.static_range(STAGES):
         mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(gathered.index(place), count=128)  # threads that copy
+        mbarrier.init(gathered.index(place), count=128)  # copying threads
         mbarrier.init(empty.index(place), count=2)
     for half in gl.static_range(2):
         mbarrier.init(q_ready.index(half), count=128)

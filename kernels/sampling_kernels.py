@@ -76,14 +76,14 @@ def weigh_blocks(
 
 @triton.jit(do_not_specialize=("draws",))
 def narrow_floors(
-    logits, row_stride, settings, floors, tops, masses, bounds, before, found, width, draws, blocks,
+    logits, row_stride, settings, floors, tops, masses, bounds, before, results, width, draws, blocks,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, WEIGHED: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """One pass of the search for floors, in one block of one draw: sums of the weights above each of WAYS thresholds.
 
     The floor is the largest logit such that the tokens from it on suffice: TOP_K tokens, or if WEIGHED the share TOP_P
     of the weight in `masses`. It is searched for between two bounds, of which the lower one suffices, by the results of
-    the pass before. `before` and `found`, float32 `[draws, blocks, WAYS + 2]`: results of the pass before and of this
+    the pass before. `before` and `results`, float32 `[draws, blocks, WAYS + 2]`: results of the pass before and of this
     one, the sums above the thresholds, then the smallest and largest logit between the bounds. `bounds`, float32
     `[2, 4, draws]`, of the pass before and of this one, which writes them: lower, upper, required weight, unused.
     """
@@ -110,7 +110,7 @@ def narrow_floors(
         else:
             weights = tl.full([BLOCK], 1.0, tl.float32)
         within = (scores >= low) & (scores < high)
-        place = found + (draw * blocks + block) * (WAYS + 2)
+        place = results + (draw * blocks + block) * (WAYS + 2)
         for way in tl.static_range(WAYS):
             tl.store(place + way, tl.sum(tl.where(scores >= _threshold(low, high, way / WAYS), weights, 0.0), 0))
         tl.store(place + WAYS, tl.min(tl.where(within, scores, float("inf")), 0))
@@ -215,7 +215,7 @@ def choose(
     broken = tl.max((own_tops != own_tops).to(tl.int32), 0) > 0
     top = tl.max(own_tops, 0)
     first = tl.load(best + draw * blocks + block, mask=inside, other=0)
-    found = tl.min(tl.where(own_tops == top, first, 2147483647), 0)
+    chosen_token = tl.min(tl.where(own_tops == top, first, 2147483647), 0)
     if (unit > 0.0) & (broken == 0) & (top > float("-inf")):
         mass = tl.load(masses + draw * blocks + block, mask=inside, other=0.0)
         mass = (mass * _weights(own_tops, top, unit)).to(tl.float64)
@@ -231,5 +231,5 @@ def choose(
         weights = _weights(scores, top, unit)
         reached = before + tl.cumsum(weights.to(tl.float64), 0)
         final = tl.max(tl.where(weights > 0.0, token, 0), 0)
-        found = tl.min(tl.where((weights > 0.0) & (reached > target), token, final), 0)
-    tl.store(tokens + draw, tl.where(broken | (top == float("-inf")), -1, found).to(tl.int64))
+        chosen_token = tl.min(tl.where((weights > 0.0) & (reached > target), token, final), 0)
+    tl.store(tokens + draw, tl.where(broken | (top == float("-inf")), -1, chosen_token).to(tl.int64))

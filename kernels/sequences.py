@@ -99,7 +99,7 @@ def _kinds(plan: Plan, owners: Int64Array) -> tuple[NDArray[np.bool_], NDArray[n
         clear &= first >= first_seen(plan.window, highest)
     whole = clear & (last <= lowest)
     causal = clear & ~whole & a_span & (last == highest) & (first <= lowest)
-    # A span's last tile may hold one row, which sees all keys: it belongs to the span all the same.
+    # The last tile of a span may have a single row, which sees all keys; it still belongs to the span.
     single = whole & (rows[owners] == 1) & (last == highest)
     causal |= single & np.isin(plan.segment_starts, plan.segment_starts[causal])
     return whole & ~causal, causal
@@ -131,20 +131,20 @@ def _groups(pieces: _Pieces, joined: NDArray[np.bool_]) -> list[_Pieces]:
 
 def _order(same: list[tuple[_Pieces, bool]], chains: list[tuple[_Pieces, bool]]) -> Sequences:
     """Make sequences of groups, in as few calls as possible without overlap."""
-    found: list[tuple[int, _Pieces, bool]] = []
+    entries: list[tuple[int, _Pieces, bool]] = []
     num_calls = 0
     for groups in (same, chains):
         calls = _calls([(int(group.starts[0]), int(group.lengths[-1])) for group, _ in groups])
-        found += [(num_calls + call, group, causal) for call, (group, causal) in zip(calls, groups, strict=True)]
+        entries += [(num_calls + call, group, causal) for call, (group, causal) in zip(calls, groups, strict=True)]
         num_calls += max(calls, default=-1) + 1
-    found.sort(key=lambda entry: (entry[0], int(entry[1].starts[0])))
-    rows = [np.concatenate([np.arange(a, b) for a, b in zip(g.first, g.stop, strict=True)]) for _, g, _ in found]
+    entries.sort(key=lambda entry: (entry[0], int(entry[1].starts[0])))
+    rows = [np.concatenate([np.arange(a, b) for a, b in zip(g.first, g.stop, strict=True)]) for _, g, _ in entries]
     return Sequences(
-        starts=np.array([group.starts[0] for _, group, _ in found], np.int64),
-        lengths=np.array([group.lengths[-1] for _, group, _ in found], np.int64),
-        positions=np.array([group.positions[0] for _, group, _ in found], np.int64),
-        causal=np.array([causal for _, _, causal in found], np.bool_),
-        calls=np.array([call for call, _, _ in found], np.int64),
+        starts=np.array([group.starts[0] for _, group, _ in entries], np.int64),
+        lengths=np.array([group.lengths[-1] for _, group, _ in entries], np.int64),
+        positions=np.array([group.positions[0] for _, group, _ in entries], np.int64),
+        causal=np.array([causal for _, _, causal in entries], np.bool_),
+        calls=np.array([call for call, _, _ in entries], np.int64),
         offsets=np.cumsum([0, *(part.size for part in rows)]),
         rows=np.concatenate([np.empty(0, np.int64), *rows]),
     )

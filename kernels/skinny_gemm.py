@@ -38,10 +38,10 @@ def split_k(outputs: int, inputs: int, programs: int) -> int:
 
 def linear(given: Tensor, weight: Tensor) -> Tensor:
     """Multiply `given [..., inputs]` by `weight [outputs, inputs]`, which must be supported. Requires `register`."""
-    found = linear_parts(given, weight)
-    if found is None:
+    parts = linear_parts(given, weight)
+    if parts is None:
         return torch.nn.functional.linear(given, weight)
-    return found[0] if found.shape[0] == 1 else found.sum(0).to(given.dtype)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(given.dtype)
 
 
 def linear_parts(given: Tensor, weight: Tensor) -> Tensor | None:
@@ -49,8 +49,8 @@ def linear_parts(given: Tensor, weight: Tensor) -> Tensor | None:
     rows = given.numel() // given.shape[-1]
     if not 0 < rows <= MAX_ROWS:
         return None
-    found: Tensor = torch.ops.radixgen.linear_partials(given.reshape(rows, given.shape[-1]), weight)
-    return found.reshape(found.shape[0], *given.shape[:-1], weight.shape[0])
+    parts: Tensor = torch.ops.radixgen.linear_partials(given.reshape(rows, given.shape[-1]), weight)
+    return parts.reshape(parts.shape[0], *given.shape[:-1], weight.shape[0])
 
 
 def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
     layouts = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 2)
     weights = TensorDescriptor(weight, [1, *weight.shape], [weight.numel(), inputs, 1], [1, _TILE, _TILE], layouts[0])
     rows_in = TensorDescriptor(given, list(given.shape), list(given.stride()), [block_rows, _TILE], layouts[1])
-    found = _empty_partials(given, weight, split)
+    parts = _empty_partials(given, weight, split)
     linear_kernel[(min(segments, programs) if split == 1 else segments,)](
-        weights, rows_in, found, rows, 1, inputs // _TILE // split, segments, 1, outputs,
+        weights, rows_in, parts, rows, 1, inputs // _TILE // split, segments, 1, outputs,
         BLOCK_N=_TILE, BLOCK_M=block_rows, BLOCK_K=_TILE, STAGES=stages, LAG=lag, SPLIT=split,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
-    return found
+    return parts
 
 
 def _block(rows: int) -> tuple[int, int, int]:

@@ -56,7 +56,7 @@ def linear_kernel(
     last = (pid + 1) * segments // programs
     units = (last - first) * length
 
-    # Fill the ring with weights, which no kernel before this one writes.
+    # Fill the ring with weights, which do not depend on earlier kernels.
     segment = first
     j = 0
     for i in gl.static_range(STAGES):
@@ -82,7 +82,7 @@ def linear_kernel(
         segment += gl.where(j == length, 1, 0)
         j = gl.where(j == length, 0, j)
 
-    # The unit at hand is in `slot`; (segment, j) is the unit to ask for next.
+    # The current unit is in `slot`; (segment, j) is the next unit to load.
     slot = 0
     phase = 0
     unit = 0

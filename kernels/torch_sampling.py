@@ -30,7 +30,7 @@ def draw_tokens(
     best, likeliest = logits.max(-1)
     draw_rows = upload(np.array(rows, np.int64), logits.device)
     tokens = torch.where(best.isfinite(), likeliest, -1).index_select(0, draw_rows)
-    sampled = [i for i, one in enumerate(params) if not one.greedy]
+    sampled = [i for i, param in enumerate(params) if not param.greedy]
     if sampled:
         places = upload(np.array(sampled), logits.device)
         scores = logits.index_select(0, draw_rows.index_select(0, places)).double()
@@ -44,53 +44,53 @@ def probabilities(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
     Greedy draws get the most likely token only.
     """
-    scores = scores - scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
-    greedy = [one.greedy for one in params]
-    scores /= _column([one.temperature or 1.0 for one in params], scores)
-    found = scores.softmax(-1)
-    filtered = [i for i, one in enumerate(params) if not greedy[i] and (one.top_k > 0 or one.top_p < 1.0)]
+    scores = scores - scores.amax(-1, keepdim=True)  # so that low temperatures do not overflow
+    greedy = [param.greedy for param in params]
+    scores /= _column([param.temperature or 1.0 for param in params], scores)
+    probs = scores.softmax(-1)
+    filtered = [i for i, param in enumerate(params) if not greedy[i] and (param.top_k > 0 or param.top_p < 1.0)]
     if filtered:
-        found[filtered] = _keep_likeliest(found[filtered], [params[i] for i in filtered])
-    if any(one.min_p for one in params):
-        least = _column([one.min_p for one in params], scores) * found.amax(-1, keepdim=True)
-        found *= found >= least
+        probs[filtered] = _keep_likeliest(probs[filtered], [params[i] for i in filtered])
+    if any(param.min_p for param in params):
+        least = _column([param.min_p for param in params], scores) * probs.amax(-1, keepdim=True)
+        probs *= probs >= least
     if any(greedy):
-        chosen = torch.zeros_like(found).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
-        found = torch.where(upload(np.array(greedy), scores.device)[:, None], chosen, found)
-    return found
+        chosen = torch.zeros_like(probs).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+        probs = torch.where(upload(np.array(greedy), scores.device)[:, None], chosen, probs)
+    return probs
 
 
-def _invert(found: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
+def _invert(probs: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
     """Return one token per row, `[n]`, by the cumulative distribution in the order of token ids.
 
     A uniform is at most 1 - 2**-53, so the target is less than the total, and the token has a weight of its own.
     """
-    cumulative = weights(found).cumsum(-1)
+    cumulative = weights(probs).cumsum(-1)
     target = upload(uniforms, cumulative.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target.long(), right=True)[:, 0]
 
 
-def weights(found: Tensor) -> Tensor:
+def weights(probs: Tensor) -> Tensor:
     """Convert probabilities `[n, vocab]` to int64 in units of 2**-62, whose sums are exact.
 
     On a GPU, the order in which floats of a row are summed depends on the number of rows, and for one row on timing.
     """
-    return (found * 2.0**62).long()
+    return (probs * 2.0**62).long()
 
 
-def _keep_likeliest(found: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _keep_likeliest(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Apply top-k, then top-p to the rest. Keeps at least the most likely token, and all tokens tied with the last one
     kept.
     """
-    ordered = found.sort(dim=-1, descending=True).values
+    ordered = probs.sort(dim=-1, descending=True).values
     width = ordered.shape[1]
-    counts = [min(one.top_k, width) if one.top_k > 0 else width for one in params]
+    counts = [min(param.top_k, width) if param.top_k > 0 else width for param in params]
     ordered *= ordered >= ordered.gather(-1, upload(np.array(counts), ordered.device)[:, None] - 1)
     shares = weights(ordered)
     cumulative = shares.cumsum(-1)
-    most = _column([one.top_p if one.top_p < 1.0 else math.inf for one in params], ordered)
+    most = _column([param.top_p if param.top_p < 1.0 else math.inf for param in params], ordered)
     kept = (cumulative - shares < most * cumulative[:, -1:]) & (ordered > 0)
-    return found * (found >= torch.where(kept, ordered, math.inf).amin(-1, keepdim=True))
+    return probs * (probs >= torch.where(kept, ordered, math.inf).amin(-1, keepdim=True))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

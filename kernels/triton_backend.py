@@ -34,8 +34,8 @@ class Chip:
         """Return the chip of a device; in the interpreter, a small one like sm_90."""
         if device.type != "cuda":
             return cls(90, 3)
-        found = torch.cuda.get_device_properties(device)
-        return cls(10 * found.major + found.minor, found.multi_processor_count)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(10 * properties.major + properties.minor, properties.multi_processor_count)
 
     @property
     def shared_bytes(self) -> int:
@@ -185,7 +185,7 @@ class LaunchTables:
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
         most = work.most_partials
-        if static_rows:  # whatever plan comes: the keys of few rows are split among all programs
+        if static_rows:  # for any plan: the keys of few rows may be split among all programs
             most = max(4, launch.classes[0].programs // (geometry.kv_heads * static_rows))
         self.merge_block = min(64, triton.next_power_of_2(max(most, 1)))
         partials = self._sizes.partials, geometry.kv_heads * geometry.group, geometry.v_head_dim, device
@@ -321,7 +321,7 @@ def _attend(
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     for kind in tables.launched:
         shape = launch.classes[kind]
-        if shape.hopper and not triton.knobs.runtime.interpret:  # which Gluon does not have
+        if shape.hopper and not triton.knobs.runtime.interpret:  # Gluon has no interpreter
             hopper_attention.attend(tables, shape, positions, out, lse, q, k, v, scale, sinks)
             continue
         options = constants(

@@ -209,8 +209,8 @@ def attend(
     ticket = _take(tickets + KIND, shared, THREADS)
     age = tl.load(row_positions).to(tl.int32) - laid_out_at
     while task < tasks:
-        # Two tickets and one item ahead, so that no item waits for its own description. Where nothing is shared any end
-        # would do, but Triton 3.6 fails on a loop that reads nothing of `task`, as this one does with one KV head.
+        # Load two tickets and one item ahead, so that no item waits for its own fields. If nothing is shared, any value
+        # that ends the loop would do, but Triton 3.6 fails on a loop that does not read `task` (with one KV head).
         coming = tl.where(shared, programs + _look(ticket, THREADS), task + tasks)
         ticket = _take(tickets + KIND, shared, THREADS)
         (
@@ -228,7 +228,7 @@ def attend(
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
         key_begin, key_end, partial = next_key_begin, next_key_end, next_partial
     if shared and _look(ticket, THREADS) == tasks + programs - 1:
-        # The last ticket that this launch takes: each program takes one for each of its items, and one in vain.
+        # The last ticket of this launch: each program takes one per item, and one more without an item.
         tl.store(tickets + KIND, 0)
     if PDL and not FIRST:
         tl.extra.cuda.gdc_wait()
@@ -302,7 +302,7 @@ def merge(
             values = values * tl.sigmoid(row_lse - tl.load(sinks + head, mask=real, other=0.0))[:, None]
         _store(values, row_lse, out, lse, final, real, V_HEAD_DIM, PADDED_V_DIM)
     if PDL:
-        # A launch without rows to merge must not end before the one that it follows.
+        # A launch without rows to merge must not end before the previous launch.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
@@ -341,7 +341,7 @@ def write_kv(
     """Write row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value to slot `slots[i]` of k and v; -1 is skipped."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        if tl.num_programs(0) <= 64:  # programs of many rows would leave no even room for those of the launch after
+        if tl.num_programs(0) <= 64:  # many programs would leave no room for those of the next launch
             tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)

@@ -88,7 +88,7 @@ class WorkSizes:
     def hold(self, other: "WorkSizes") -> bool:
         """Return whether `other` fits into memory of this size."""
         most, wanted = ((*sizes.tables, sizes.keys, sizes.partials) for sizes in (self, other))
-        return all(one <= room for one, room in zip(wanted, most, strict=True))
+        return all(need <= room for need, room in zip(wanted, most, strict=True))
 
     def roomy(self) -> "WorkSizes":
         """Return at least twice these sizes, so that growing plans seldom need more."""
@@ -238,7 +238,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     rank = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
     first = plan.unit_rows[unit, 0] + rank * widest
     rows = np.minimum(widest, plan.unit_rows[unit, 1] - first)
-    kind = np.searchsorted([one.rows for one in launch.classes], rows * group)
+    kind = np.searchsorted([tile_class.rows for tile_class in launch.classes], rows * group)
     first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[unit, 0]]
     order = np.lexsort((first_slots, -plan.unit_cost[unit], kind))
     unit, first, rows, kind = unit[order], first[order], rows[order], kind[order]
@@ -249,7 +249,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
         first=first,
         rows=rows,
         kind=kind,
-        block=np.array([one.block_keys for one in launch.classes])[kind],
+        block=np.array([tile_class.block_keys for tile_class in launch.classes])[kind],
         lowest=reduce_ranges(np.minimum, plan.row_positions, bounds).astype(np.int64),
         highest=reduce_ranges(np.maximum, plan.row_positions, bounds).astype(np.int64),
     )

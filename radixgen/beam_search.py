@@ -88,13 +88,13 @@ class BeamSearch:
         """End the search: the beams become hypotheses, and all get this finish reason."""
         for beam in self.beams:
             self._keep(beam, reason)
-        self.hypotheses = [one._replace(finish_reason=reason) for one in self.hypotheses]
+        self.hypotheses = [hypothesis._replace(finish_reason=reason) for hypothesis in self.hypotheses]
         self.beams, self.done = [], True
 
     def _candidates(self, choices: Sequence[Choices]) -> Iterator[Beam]:
         """Yield the candidates after all beams, best first."""
-        log_probs = np.stack([one.log_probs for one in choices])
-        token_ids = np.stack([one.token_ids for one in choices])
+        log_probs = np.stack([choice.log_probs for choice in choices])
+        token_ids = np.stack([choice.token_ids for choice in choices])
         scores = log_probs + np.array([beam.score for beam in self.beams], np.float32)[:, None]
         if self._length <= self._params.min_tokens:
             held_back = np.isin(token_ids, list(self._stop_ids))
@@ -111,7 +111,7 @@ class BeamSearch:
         """Make `beam` a hypothesis if it is among the `width` best. Of equal ones the earlier is better."""
         score = self._normalized(beam.score, len(beam.token_ids))
         new = Hypothesis(beam.token_ids, float(beam.score), score, reason)
-        best = sorted([*self.hypotheses, new], key=lambda one: one.score, reverse=True)
+        best = sorted([*self.hypotheses, new], key=lambda hypothesis: hypothesis.score, reverse=True)
         self.hypotheses = best[: self._params.beam_width]
 
     def _improvable(self) -> bool:

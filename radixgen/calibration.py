@@ -50,7 +50,7 @@ class Calibration:
         """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
         tiles = [tile for tile in self.tiles if tile.rows >= geometry.group and (wide or tile.rows <= 64)]
-        # Of large heads a multiprocessor holds half as many programs, each as fast as two.
+        # With large heads a multiprocessor runs half as many programs, each twice as fast.
         fewer = 2 if max(geometry.padded) > 128 else 1
         programs = tiles[0].programs // fewer
         return tuple(
@@ -85,8 +85,8 @@ def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ..
     if not geometry.supported:
         return (CostModel(),)
     known = _known(name := _name(device))
-    found = known.get(name, next(iter(known.values())))
-    return found.cost_models(geometry, wide=_takes_wide(device, geometry)) or (CostModel(),)
+    calibration = known.get(name, next(iter(known.values())))
+    return calibration.cost_models(geometry, wide=_takes_wide(device, geometry)) or (CostModel(),)
 
 
 def _takes_wide(device: torch.device, geometry: Geometry) -> bool:
@@ -99,10 +99,10 @@ def _takes_wide(device: torch.device, geometry: Geometry) -> bool:
 
 def flash_cost(device: torch.device, geometry: Geometry) -> FlashCost | None:
     """Return the flash-attn package's cost for layers of this shape; None if it was not measured on the device."""
-    found = _known(name := _name(device)).get(name)
-    if found is None or found.flash is None:
+    calibration = _known(name := _name(device)).get(name)
+    if calibration is None or calibration.flash is None:
         return None
-    return found.flash.scaled(geometry)
+    return calibration.flash.scaled(geometry)
 
 
 def _name(device: torch.device) -> str:
@@ -135,7 +135,7 @@ def _read_kept(name: str) -> list[Calibration]:
     try:
         return _read(path) if path.is_file() else []
     except (OSError, ValueError, TypeError, LookupError) as error:
-        logger.warning("%s is no calibration: %r; remove it, or measure the device anew", path, error)
+        logger.warning("%s is not a calibration: %r; remove it or recalibrate", path, error)
         return []
 
 
@@ -161,7 +161,7 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
     launch = choose_launch(geometry, 128 if takes_wide(geometry, chip) else 64, chip)
     return Calibration(
         device=torch.cuda.get_device_name(device),
-        tiles=tuple(measure.tile(one.rows, one.programs) for one in launch.classes),
+        tiles=tuple(measure.tile(tile_class.rows, tile_class.programs) for tile_class in launch.classes),
         partial=measure.partial(),
         first_key=measure.tiles(nodes=64, rows=1, keys=4096, tile=16) / (64 * 4096 * _KV_HEADS),
         launch=measure.launch(),
@@ -209,7 +209,7 @@ class _AttentionTimer:
         rows = 1024
         taken = []
         for depth in (2, 9):
-            # A row at each node, because a chain without rows counts as one node.
+            # One row per node, because a chain without rows counts as one node.
             standing = np.concatenate([np.arange(depth - 1), np.full(rows, depth - 1)])
             parents, keys = np.arange(-1, depth - 1), np.full(depth, 64)
             apart = self._time(parents, keys, standing, "naive", 64)
@@ -243,7 +243,7 @@ class _AttentionTimer:
         ends = np.cumsum(lengths)
         above, positions, keys = _narrow(parents, starts, lengths)
         forest = Forest(above, positions, keys, np.arange(parents.size + 1), ends - lengths, keys)
-        # A unit so dear that as few as possible are made.
+        # The high unit cost minimizes the number of units.
         tiles = tuple(TileCost(most, 1e6, 1e-6) for most in classes)
         cost = CostModel(tiles=tiles, partial=1e9, group=_GROUP, mix=mode == "auto")
         nodes, last = _narrow(rows, (starts + lengths - 1)[rows])

@@ -117,12 +117,12 @@ def draw(
     """As `sample`, without waiting for the device."""
     draw_tokens = _fastest_draw_tokens(logits.is_cuda)
     params = [state.params for state in states]
-    uniforms = np.zeros(len(states)) if all(one.greedy for one in params) else uniform(states)
+    uniforms = np.zeros(len(states)) if all(p.greedy for p in params) else uniform(states)
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:
         return PendingTokens(draw_tokens(among, rows, params, uniforms))
-    # A shaped draw is made twice: first greedily from the logits as they are, which gives -1 where its row is unsound.
+    # Shaped draws are made twice: first greedily from the unchanged logits, which gives -1 if the row is invalid.
     tokens = draw_tokens(among, rows, [_GREEDY if s.shaped else s.params for s in states], uniforms)
     scores = _shaped_scores(logits, [rows[i] for i in shaped], [states[i] for i in shaped], drawable)
     drawn = draw_tokens(scores, range(len(shaped)), [params[i] for i in shaped], uniforms[shaped])
@@ -144,15 +144,15 @@ def draw_each_way(logits: Tensor, drawable: DrawableTokens | None = None) -> Non
 
 def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> SamplerOutput:
     """Add the requested log-probabilities to the sampled tokens."""
-    told = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
-    if not told:
+    requested = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
+    if not requested:
         return SamplerOutput(tokens)
-    found = token_logprobs(
-        _pick(logits, [rows[i] for i in told]),
-        np.array([tokens[i] for i in told]),
-        [states[i].params.logprobs or 0 for i in told],
+    logprobs = token_logprobs(
+        _pick(logits, [rows[i] for i in requested]),
+        np.array([tokens[i] for i in requested]),
+        [states[i].params.logprobs or 0 for i in requested],
     )
-    return SamplerOutput(tokens, dict(zip(told, found, strict=True)))
+    return SamplerOutput(tokens, dict(zip(requested, logprobs, strict=True)))
 
 
 def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[int]) -> list[dict[int, float]]:
@@ -177,8 +177,8 @@ def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: Drawabl
     if drawable is not None:
         scores, count = drawable.among(scores), min(count, drawable.count)
     ids = _likeliest(scores, min(count, scores.shape[1]))
-    found = scores.gather(-1, ids).cpu().numpy(), ids.cpu().numpy()
-    return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*found, strict=True)]
+    top = scores.gather(-1, ids).cpu().numpy(), ids.cpu().numpy()
+    return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*top, strict=True)]
 
 
 def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: DrawableTokens | None = None) -> Tensor:
@@ -311,8 +311,8 @@ def _penalize_repetition(scores: Tensor, states: Sequence[SamplingState]) -> Non
     seen = [states[i].seen() for i, _ in some]
     rows, ids = _places([i for i, _ in some], seen, scores)
     factor = torch.repeat_interleave(_values([p for _, p in some], scores), _sizes(seen, scores))
-    found = scores[rows, ids]
-    scores[rows, ids] = torch.where(found < 0, found * factor, (found / factor).clamp(max=_LARGEST))
+    values = scores[rows, ids]
+    scores[rows, ids] = torch.where(values < 0, values * factor, (values / factor).clamp(max=_LARGEST))
 
 
 def _penalize_counts(scores: Tensor, states: Sequence[SamplingState]) -> None:

@@ -73,7 +73,7 @@ class Grammars:
         if self._tokenizer is None:
             raise InvalidRequest(field, value, "the model has no tokenizer, so its tokens have no text")
         if not hasattr(self._tokenizer, "backend_tokenizer"):
-            raise InvalidRequest(field, value, "the model's tokenizer is none of the tokenizers library's")
+            raise InvalidRequest(field, value, "the model's tokenizer is not from the tokenizers library")
         try:
             import llguidance  # noqa: F401
         except ImportError as error:
@@ -124,7 +124,7 @@ class Grammars:
 
     @cached_property
     def _tokens(self) -> "LLTokenizer":
-        """The tokenizer in llguidance's form, with `_END` as its only end token. The sampler handles the model's own."""
+        """The tokenizer in llguidance's form, with `_END` as its only end. The sampler handles the end tokens."""
         from llguidance import LLTokenizer
 
         backend: Any = copy(self._tokenizer.backend_tokenizer)  # type: ignore[union-attr]
@@ -164,7 +164,7 @@ class CompiledGrammar:
     def read(self, matcher: "LLMatcher") -> AllowedTokens:
         """Return the tokens that `matcher` allows. Raises `GrammarFailed`."""
         packed = matcher.compute_bitmask()
-        if matcher.is_error():  # it would allow the end
+        if matcher.is_error():  # its mask would allow the end
             raise _fault(matcher)
         mask = np.frombuffer(packed, np.int32)[: -(-self._vocab_size // 32)].copy()
         if self._vocab_size % 32:
@@ -231,10 +231,10 @@ def _fault(matcher: "LLMatcher") -> GrammarFailed:
 def _sets_white_space(schema: str) -> bool:
     """Return whether a schema sets its own white space, which our pattern would override."""
     try:
-        found = json.loads(schema)
+        parsed = json.loads(schema)
     except (ValueError, RecursionError):
         return False
-    own = found.get("x-guidance") if isinstance(found, dict) else None
+    own = parsed.get("x-guidance") if isinstance(parsed, dict) else None
     return isinstance(own, dict) and "whitespace_flexible" in own
 
 

@@ -156,13 +156,13 @@ def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats)
     """
     least, chosen = np.inf, 0
     for kind in range(tile_rows.size):
-        one = prices[0, kind] + (keys - short) * prices[1, kind] + short * prices[2, kind]
+        tile = prices[0, kind] + (keys - short) * prices[1, kind] + short * prices[2, kind]
         if rows <= tile_rows[kind]:
-            if one < least:
-                least, chosen = one, tile_rows[kind]
+            if tile < least:
+                least, chosen = tile, tile_rows[kind]
             continue
         full, rest = rows // tile_rows[kind], rows % tile_rows[kind]
-        cost = full * one
+        cost = full * tile
         if rest:
             least_rest = np.inf
             for other in range(tile_rows.size):

@@ -56,7 +56,7 @@ def plan(
     it a unit.
     """
     costs = [cost] if isinstance(cost, CostModel) else cost or [CostModel()]
-    paths = walk_paths(forest, row_nodes, row_positions, max(one.least_run for one in costs))
+    paths = walk_paths(forest, row_nodes, row_positions, max(model.least_run for model in costs))
     return _fill(paths, _choose(paths, mode, costs))
 
 
@@ -231,9 +231,9 @@ class Planner:
         A slot is -1 if the row's KV exists. A leaf need not know its row's token yet, if it has reserved the slot.
         """
         rows = StepRows(node_ids, row_positions, row_slots)
-        found = self._carry(rows) or self.build_plan(rows)
-        self._last, self._rows, self._version = found, rows, self.tree.version
-        return found
+        new_plan = self._carry(rows) or self.build_plan(rows)
+        self._last, self._rows, self._version = new_plan, rows, self.tree.version
+        return new_plan
 
     def forget(self) -> None:
         """Carry nothing over to the next plan, since the last step may have been interrupted at any point."""
@@ -243,9 +243,9 @@ class Planner:
     def build_plan(self, rows: StepRows) -> Plan:
         """As `plan`, without using earlier plans."""
         forest, row_nodes, active = active_forest(self.tree, rows.nodes, rows.positions)
-        found = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
-        self._built = _BuiltPlan(found, active)
-        return found
+        new_plan = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
+        self._built = _BuiltPlan(new_plan, active)
+        return new_plan
 
     def _carry(self, rows: StepRows) -> Plan | None:
         """Return the last plan unchanged, advanced or revised; None if it must be rebuilt."""

@@ -56,14 +56,14 @@ def _follow(
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
     kept, extension = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
-    found = num_extended = 0
+    at = num_extended = 0
     for node in nodes:
         if changed[node] > version:
             return False, kept, extension, rooms, 0
     for row in range(old_ids.size):
-        if found == ids.size or old_ids[row] != ids[found]:
+        if at == ids.size or old_ids[row] != ids[at]:
             continue
-        node, position, slot = ids[found], positions[found], slots[found]
+        node, position, slot = ids[at], positions[at], slots[at]
         if position != old_positions[row] + 1 or slot < 0 or old_slots[row] < 0:
             break
         kept[row] = True
@@ -71,8 +71,8 @@ def _follow(
         if slot != old_slots[row] + 1:
             extension[row] = slot
             num_extended += 1
-        found += 1
-    return found == ids.size, kept, extension, rooms, num_extended
+        at += 1
+    return at == ids.size, kept, extension, rooms, num_extended
 
 
 def follow(columns: Columns, version: int, nodes: Int64Array, old: StepRows, rows: StepRows) -> RowUpdates | None:

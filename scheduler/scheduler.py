@@ -124,17 +124,17 @@ class Scheduler:
         """
         if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
             return None
-        going = [one for one in self.running if len(one.output) + 1 < one.request.max_output]
+        going = [s for s in self.running if len(s.output) + 1 < s.request.max_output]
         if len(self.waiting) and (not batch.admitting or len(going) < len(self.running)):
             return None
-        nodes = [one.cursor.held for one in going if one.cursor is not None]
+        nodes = [s.cursor.held for s in going if s.cursor is not None]
         if any(node.lock_count != 1 or node.parent is None for node in nodes):
-            return None  # the token may begin a node of its own
+            return None  # the token may begin a new node
         if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
             return None
         slots = [-1 if node.children else node.next_slot for node in nodes]
         if any(slot < 0 and not node.children for node, slot in zip(nodes, slots, strict=True)):
-            return None  # what it would have read made room for others
+            return None  # cached tokens that it would have read were evicted
         reading = {row: node.extents[-1].end for row, node in enumerate(nodes) if node.children}
         if not all(self._reads_on(nodes[row], slot) for row, slot in reading.items()):
             return None
@@ -381,8 +381,8 @@ class Scheduler:
         tokens.
         """
         tree = self.tree
-        found, locked = (match.length, match.evictable) if match else (0, 0)
-        return tree.unscheduled_tokens + wanted - found - (tree.pool.free + tree.evictable_tokens - locked)
+        known, locked = (match.length, match.evictable) if match else (0, 0)
+        return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
 
     def _enter(self, sequence: Sequence) -> None:
         followed, request = self._follow(sequence), sequence.request
@@ -452,10 +452,10 @@ class Scheduler:
 
         If all slots are shared, the oldest running sequence may preempt the first, so that the holders go one by one.
         """
-        found = next(filter(_exclusive_slots, idle), None)
-        if found is None and idle and sequence is self.running[0]:
+        victim = next(filter(_exclusive_slots, idle), None)
+        if victim is None and idle and sequence is self.running[0]:
             return idle[0]
-        return found
+        return victim
 
     def _preempt(self, sequence: Sequence) -> None:
         """Return a sequence to the queue with its tokens. What it computed stays cached until it is evicted."""
@@ -476,12 +476,12 @@ def _rank(sequence: Sequence) -> tuple[int, int, int]:
 
 def _lacking(node: Node) -> list[Node]:
     """Return the nodes of the path with tokens without a slot, from the top."""
-    found = []
+    nodes = []
     above: Node | None = node
     while above is not None and above.scheduled < above.known:
-        found.append(above)
+        nodes.append(above)
         above = above.parent
-    return found[::-1]
+    return nodes[::-1]
 
 
 def _computed(node: Node) -> int:

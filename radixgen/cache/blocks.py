@@ -81,7 +81,7 @@ class BlockProjection:
         self._held.clear()
         self._emit_event(BlocksReset())
         nodes = self._tree.roots()
-        for node in nodes:  # which grows meanwhile: parents come before their children
+        for node in nodes:  # grows during the loop: parents come before their children
             node.block_hashes = ()
             self._follow(node)
             nodes.extend(node.children.values())
@@ -105,7 +105,7 @@ class BlockProjection:
             held.update(hashes)
         assert held == self._held
 
-    # -- what the tree tells ------------------------------------------------------------------------------
+    # -- Listener ------------------------------------------------------------------------------------------
 
     def changed(self, node: Node) -> None:
         """As `Listener.changed`."""
@@ -143,21 +143,23 @@ class BlockProjection:
             self._held.update(hashes)
             self._emit_event(BlocksAdded(hashes, parent, tokens, node.namespace))
             return
-        for index, one in enumerate(hashes):
-            self._held[one] += 1
-            if self._held[one] == 1:
+        for index, block_hash in enumerate(hashes):
+            self._held[block_hash] += 1
+            if self._held[block_hash] == 1:
                 block = tokens[index * size : (index + 1) * size]
-                self._emit_event(BlocksAdded([one], hashes[index - 1] if index else parent, block, node.namespace))
+                self._emit_event(
+                    BlocksAdded([block_hash], hashes[index - 1] if index else parent, block, node.namespace)
+                )
 
     def _remove(self, node: Node, count: int) -> None:
         """Remove all but the first `count` blocks of the node."""
         hashes, node.block_hashes = node.block_hashes[count:], node.block_hashes[:count]
         gone = []
-        for one in reversed(hashes):
-            self._held[one] -= 1
-            if not self._held[one]:
-                del self._held[one]
-                gone.append(one)
+        for block_hash in reversed(hashes):
+            self._held[block_hash] -= 1
+            if not self._held[block_hash]:
+                del self._held[block_hash]
+                gone.append(block_hash)
         if gone:
             self._emit_event(BlocksDropped(gone))
         if not self._held:

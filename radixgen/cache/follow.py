@@ -63,7 +63,7 @@ class FollowedMatch:
         return Match(node, offset, self.length, self.computed, evictable)
 
 
-# What becomes of the matches that end in a node where it changes, each called after the change.
+# Updates of the matches that end in a node, called after each kind of change.
 
 
 def grew(node: "Node", token: int) -> None:

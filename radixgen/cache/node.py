@@ -156,7 +156,7 @@ class Node:
         """Return the slots of tokens `[first, stop)`, relative to the node's start."""
         pieces = []
         end = self.capacity
-        for start, length in reversed(self.extents):  # most are asked for near the end
+        for start, length in reversed(self.extents):  # most calls are for slots near the end
             begin = end - length
             if begin < stop:
                 pieces.append(np.arange(start + max(first - begin, 0), start + min(stop, end) - begin))

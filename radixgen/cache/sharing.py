@@ -43,9 +43,9 @@ def _held_elsewhere(tree: RadixTree, head: TokenArray, namespace: str) -> bool:
 
 def _continuation(node: Node, offset: int) -> tuple[int, ...]:
     """Return the tokens after the first `offset` of `node`, through the children in use or used last."""
-    found = node.tokens[offset : offset + _SHOWN_TOKENS].tolist()
-    while node.children and len(found) < _SHOWN_TOKENS:
+    tokens = node.tokens[offset : offset + _SHOWN_TOKENS].tolist()
+    while node.children and len(tokens) < _SHOWN_TOKENS:
         newest = islice(reversed(node.children.values()), _MAX_BRANCHES)
         node = max(newest, key=lambda child: (child.locked, child.last_used))
-        found += node.tokens[: _SHOWN_TOKENS - len(found)].tolist()
-    return tuple(found)
+        tokens += node.tokens[: _SHOWN_TOKENS - len(tokens)].tolist()
+    return tuple(tokens)

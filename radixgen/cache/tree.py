@@ -147,7 +147,7 @@ class RadixTree:
 
     def followed(self) -> Iterator[FollowedMatch]:
         """Iterate over the matches that are kept up to date."""
-        return (one for holder in (self._unrooted, *(n.followers for n in self.nodes())) for one in holder)
+        return (match for holder in (self._unrooted, *(n.followers for n in self.nodes())) for match in holder)
 
     # -- growing ------------------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ class RadixTree:
 
     def _add_root(self, namespace: str) -> Node:
         self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
-        for followed in [one for one in self._unrooted if one.namespace == namespace]:
+        for followed in [match for match in self._unrooted if match.namespace == namespace]:
             del self._unrooted[followed]
             followed.move(root, 0)
         return root

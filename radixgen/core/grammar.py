@@ -98,12 +98,12 @@ def choice_source(choice: Any, limits: Limits) -> GrammarSource:
 def format_source(response_format: object, limits: Limits) -> GrammarSource | None:
     """Make a source of OpenAI's `response_format`; None for plain text. Raises `InvalidRequest`."""
     field = "response_format"
-    asked = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if asked == "text":
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
         return None
-    if asked == "json_object":
+    if kind == "json_object":
         return GrammarSource(field, "json_schema", '{"type": "object"}')
-    if asked != "json_schema":
+    if kind != "json_schema":
         raise InvalidRequest(field, response_format, 'must have the type "text", "json_object" or "json_schema"')
     described = response_format.get("json_schema") if isinstance(response_format, Mapping) else None
     schema = described.get("schema") if isinstance(described, Mapping) else None
@@ -113,11 +113,13 @@ def format_source(response_format: object, limits: Limits) -> GrammarSource | No
     return schema_source(schema, limits, field)
 
 
-def single_source(asked: Sequence[GrammarSource]) -> GrammarSource | None:
+def single_source(sources: Sequence[GrammarSource]) -> GrammarSource | None:
     """Return the only source, or None if there is none. Raises `InvalidRequest` for more than one."""
-    if len(asked) > 1:
-        raise InvalidRequest(asked[1].field, "…", f"{asked[0].field} is given too; a request has one grammar")
-    return asked[0] if asked else None
+    if len(sources) > 1:
+        raise InvalidRequest(
+            sources[1].field, "…", f"cannot be combined with {sources[0].field}: a request has at most one grammar"
+        )
+    return sources[0] if sources else None
 
 
 def _dump_schema(schema: Mapping[str, Any], limits: Limits, field: str) -> str:
@@ -142,4 +144,4 @@ def _mapping_as_dict(value: object) -> dict[Any, Any]:
     """Convert mappings other than dictionaries for the JSON encoder."""
     if isinstance(value, Mapping):
         return dict(value)
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be serialized to JSON")

@@ -50,9 +50,9 @@ def joined(deltas: Sequence[CompletionOutput]) -> CompletionOutput:
     last = deltas[-1]
     return replace(
         last,
-        text="".join(one.text for one in deltas),
-        token_ids=[token for one in deltas for token in one.token_ids],
-        logprobs=None if last.logprobs is None else [found for one in deltas for found in one.logprobs or ()],
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        logprobs=None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()],
     )
 
 

@@ -96,8 +96,8 @@ class SamplingParams:
     @property
     def structured(self) -> bool:
         """Whether the output is constrained by a grammar."""
-        asked = (self.json_schema, self.regex, self.grammar, self.choice)
-        return any(one is not None for one in asked) or (
+        sources = (self.json_schema, self.regex, self.grammar, self.choice)
+        return any(source is not None for source in sources) or (
             self.response_format is not None and self.response_format.get("type") != "text"
         )
 
@@ -132,18 +132,18 @@ class SamplingParams:
 
     def grammar_source(self, limits: Limits) -> GrammarSource | None:
         """Return the source of the grammar, or None without a grammar. Raises `InvalidRequest`."""
-        asked: list[GrammarSource] = []
+        sources: list[GrammarSource] = []
         if self.json_schema is not None:
-            asked.append(schema_source(self.json_schema, limits))
+            sources.append(schema_source(self.json_schema, limits))
         if self.regex is not None:
-            asked.append(text_source("regex", "regex", self.regex, limits))
+            sources.append(text_source("regex", "regex", self.regex, limits))
         if self.grammar is not None:
-            asked.append(text_source("grammar", "lark", self.grammar, limits))
+            sources.append(text_source("grammar", "lark", self.grammar, limits))
         if self.choice is not None:
-            asked.append(choice_source(self.choice, limits))
+            sources.append(choice_source(self.choice, limits))
         if self.response_format is not None and (source := format_source(self.response_format, limits)):
-            asked.append(source)
-        return single_source(asked)
+            sources.append(source)
+        return single_source(sources)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

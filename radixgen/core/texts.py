@@ -24,9 +24,9 @@ def check_texts(field: str, value: object) -> None:
     seen: set[int] = set()
     todo = [value]
     while todo:
-        one = todo.pop()
-        if isinstance(one, str):
-            check_text(field, one)
-        elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
-            seen.add(id(one))
-            todo += [*one, *one.values()] if isinstance(one, Mapping) else one
+        item = todo.pop()
+        if isinstance(item, str):
+            check_text(field, item)
+        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            todo += [*item, *item.values()] if isinstance(item, Mapping) else item

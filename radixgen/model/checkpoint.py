@@ -43,8 +43,8 @@ def check_gguf(name: str, path: Path) -> None:
     """Raise `UnsupportedModel` if a GGUF file declares an adapter or anything else but a model."""
     with path.open("rb") as file:
         head = file.read(_GGUF_HEAD_BYTES)
-    found = _GGUF_TYPE.search(head)
-    if found and (kind := head[found.end() :][: int.from_bytes(found[1], "little")]) != b"model":
+    match = _GGUF_TYPE.search(head)
+    if match and (kind := head[match.end() :][: int.from_bytes(match[1], "little")]) != b"model":
         reason = ADAPTERS if kind == b"adapter" else "give the model's own file"
         raise UnsupportedModel(f"{name}: its GGUF file holds no model ({kind[:40].decode(errors='replace')}); {reason}")
 

@@ -51,11 +51,11 @@ class RowParallelLinear(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         parts = self.layer.parts(given) if isinstance(self.layer, FusedLinearSlice) else None
         if parts is None or parts.shape[0] == 1:
-            found: Tensor = self.layer(given) if parts is None else parts[0]
-            torch.ops.radixgen.all_reduce_(found)
+            output: Tensor = self.layer(given) if parts is None else parts[0]
+            torch.ops.radixgen.all_reduce_(output)
         else:
-            found = torch.ops.radixgen.all_reduce_parts(parts, given.dtype)
-        return found if self.bias is None else found + self.bias
+            output = torch.ops.radixgen.all_reduce_parts(parts, given.dtype)
+        return output if self.bias is None else output + self.bias
 
 
 class GatherColumns(nn.Module):
@@ -95,7 +95,7 @@ def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
     sharded = {module for module in wrapped.values() if any(map(_is_shard, module.parameters(recurse=False)))}
     _unwrap_parameters(model)
     for module in model.modules():
-        module._backward_hooks.clear()  # which break a compiled block in two
+        module._backward_hooks.clear()  # hooks would split a compiled block
     for name, module in wrapped.items():
         del module.forward
         if module not in sharded:
@@ -192,7 +192,7 @@ def _is_known(module: nn.Module, style: str | None) -> bool:
 def _is_shard(parameter: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
-    return isinstance(parameter, DTensor) and not all(one.is_replicate() for one in parameter.placements)
+    return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
 
 
 def _unwrap_parameters(model: nn.Module) -> None:
@@ -228,14 +228,14 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
 def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:
     """Look up the embeddings of this rank's rows, and all-reduce the results."""
     first, rows = rank.index * -(-embedding.num_embeddings // rank.size), embedding.weight.shape[0]
-    embedding.padding_idx = None  # which counts only where gradients are taken
+    embedding.padding_idx = None  # only matters for gradients
     look_up = embedding.forward
 
     def forward(token_ids: Tensor) -> Tensor:
         own = token_ids - first
-        found = look_up(own.clamp(0, rows - 1)).masked_fill(((own < 0) | (own >= rows))[..., None], 0)
-        torch.ops.radixgen.all_reduce_(found)
-        return found
+        output = look_up(own.clamp(0, rows - 1)).masked_fill(((own < 0) | (own >= rows))[..., None], 0)
+        torch.ops.radixgen.all_reduce_(output)
+        return output
 
     embedding.forward = forward  # type: ignore[method-assign, assignment]
 

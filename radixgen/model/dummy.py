@@ -37,7 +37,9 @@ def make_dummy(
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch's random distributed tensors lack on a CPU is drawn below
+            warnings.simplefilter(
+                "ignore"
+            )  # PyTorch's random distributed tensors lack a CPU kernel; weights are drawn below
             model = type(skeleton).from_pretrained(
                 None,
                 config=skeleton.config,
@@ -58,7 +60,7 @@ def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
 
     if not isinstance(parameter, DTensor):
         return parameter.data, False
-    return parameter.to_local().data, not all(one.is_replicate() for one in parameter.placements)
+    return parameter.to_local().data, not all(placement.is_replicate() for placement in parameter.placements)
 
 
 @torch.no_grad()

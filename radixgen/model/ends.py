@@ -50,7 +50,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         logger.debug("the end of a turn is not known: %s", error)
         return None
     _, answer, rest = text.rpartition(_ANSWER)

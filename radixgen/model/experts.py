@@ -55,8 +55,8 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
     rows = top_k_index.shape[0]
     if not 0 < rows <= expert_gemm.MAX_ROWS:
-        many: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
-        return many
+        output: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        return output
     experts = top_k_index.reshape(-1)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _linear(module, first, hidden_states, experts)
@@ -69,5 +69,5 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
 
 def _linear(module: Any, name: str, given: Tensor, experts: Tensor) -> Tensor:
-    found: Tensor = torch.ops.radixgen.expert_linear(given, getattr(module, name), experts, module.is_transposed)
-    return found + getattr(module, f"{name}_bias")[experts] if module.has_bias else found
+    output: Tensor = torch.ops.radixgen.expert_linear(given, getattr(module, name), experts, module.is_transposed)
+    return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output

@@ -82,7 +82,7 @@ def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
         elif kind is RankCommand.ALLOCATE:
             _allocate(channel, model, int(arrays[0][0]))
         else:
-            raise ValueError(f"{kind.name} was not asked for")
+            raise ValueError(f"{kind.name} is not a command to follow")
 
 
 def _allocate(channel: Channel, model: ModelRunner, slots: int) -> None:
@@ -104,7 +104,7 @@ def _agree(channel: Channel, receive: Receive, fine: bool) -> bool:
     channel.answer(fine=int(fine))
     kind, arrays = unpack(receive())
     if kind is not RankCommand.AGREED:
-        raise ValueError(f"{kind.name} came in place of an answer")
+        raise ValueError(f"{kind.name} instead of {RankCommand.AGREED.name}")
     return bool(arrays[0][0])
 
 

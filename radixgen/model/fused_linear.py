@@ -91,9 +91,9 @@ def fuse_linears(model: nn.Module) -> None:
         for names in SIBLINGS:
             layers = [module._modules.get(name) for name in names]
             if _fusible(layers):
-                found = [layer for layer in layers if isinstance(layer, nn.Linear)]
-                fused = FusedLinear(found)
-                for index, (name, layer) in enumerate(zip(names, found, strict=True)):
+                linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+                fused = FusedLinear(linears)
+                for index, (name, layer) in enumerate(zip(names, linears, strict=True)):
                     module._modules[name] = FusedLinearSlice(fused, index, layer)
         for name, child in list(module._modules.items()):
             if isinstance(child, nn.Linear) and _supported(child):

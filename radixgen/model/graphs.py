@@ -137,7 +137,7 @@ class CudaCapture:
         could not be captured into again.
         """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # where the capture failed before it took the pool
+        with suppress(RuntimeError):  # if the capture failed before it used the pool
             torch._C._cuda_endAllocateToPool(index, self._pool)
         self._first = None
         generator = torch.cuda.default_generators[index]

@@ -68,7 +68,7 @@ def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
     if isinstance(value, Tensor):
         return value.index_select(1, rows) if value.ndim > 1 and value.shape[1] == count else value
     if isinstance(value, dict):
-        return {name: _select_rows(one, rows, count) for name, one in value.items()}
+        return {name: _select_rows(item, rows, count) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_select_rows(one, rows, count) for one in value)
+        return type(value)(_select_rows(item, rows, count) for item in value)
     return value

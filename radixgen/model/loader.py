@@ -101,7 +101,7 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         else:
             check_quantization(f"{name} ({config.model_type})", config, source)
-            load_generation_config(name)  # transformers does without one that it can't read, and without its end tokens
+            load_generation_config(name)  # transformers ignores an unreadable file, and its end tokens
         if tokenizer is None:
             tokenizer = _tokenizer(source, options)
         if load_format == "dummy":

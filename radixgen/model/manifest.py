@@ -36,19 +36,19 @@ def damage(folder: Path, known: Mapping[str, str] | None = None) -> str:
     Ignores hidden files. Files unchanged since the last call are not hashed again.
     """
     try:
-        found = {path.name: path.stat() for path in folder.iterdir() if not path.name.startswith(".")}
-        manifest = found.pop(MANIFEST, None)
+        stats = {path.name: path.stat() for path in folder.iterdir() if not path.name.startswith(".")}
+        manifest = stats.pop(MANIFEST, None)
         if manifest is not None and not S_ISREG(manifest.st_mode):
             return f"{MANIFEST} is no file"
         hashes = known if known and manifest is None else json.loads((folder / MANIFEST).read_text())
         if not isinstance(hashes, Mapping) or not hashes:
             return f"{MANIFEST} has changed"
-        if found.keys() != hashes.keys():
-            return f"{min(found.keys() ^ hashes.keys())} is {'missing' if hashes.keys() - found.keys() else 'new'}"
-        if odd := [name for name in sorted(found) if not S_ISREG(found[name].st_mode)]:
+        if stats.keys() != hashes.keys():
+            return f"{min(stats.keys() ^ hashes.keys())} is {'missing' if hashes.keys() - stats.keys() else 'new'}"
+        if odd := [name for name in sorted(stats) if not S_ISREG(stats[name].st_mode)]:
             return f"{odd[0]} is no file"
         expected = tuple((name, str(hashes[name])) for name in sorted(hashes))
-        stamps = tuple((found[name].st_ino, found[name].st_size, found[name].st_mtime_ns) for name in sorted(found))
+        stamps = tuple((stats[name].st_ino, stats[name].st_size, stats[name].st_mtime_ns) for name in sorted(stats))
         _check(folder, expected, stamps)
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
@@ -61,8 +61,8 @@ def damage(folder: Path, known: Mapping[str, str] | None = None) -> str:
 def _check(folder: Path, expected: _Hashes, stamps: _Stamps) -> None:
     """Raise `ValueError` if a file has another hash. Only successful checks are cached."""
     with ThreadPoolExecutor() as pool:
-        for name, found in expected:
-            if _hash(folder / name, pool) != found:
+        for name, digest in expected:
+            if _hash(folder / name, pool) != digest:
                 raise ValueError(f"{name} has changed")
 
 

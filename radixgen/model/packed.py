@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# transformers looks for "flash" in this name and then changes what it passes.
+# Must not contain "flash": transformers would then pass other arguments.
 IMPLEMENTATION = "radixgen"
 READING = "radixgen_reading"
 """Name of the implementation that reads masks."""
@@ -141,7 +141,7 @@ class TreeModel:
         """Window of each layer."""
         self.geometry: Geometry | None = None
         config = model.config.get_text_config()
-        embedding = model.get_input_embeddings()  # of which a rank may have some rows
+        embedding = model.get_input_embeddings()  # a rank may have only some of its rows
         self.vocab_size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
@@ -212,7 +212,7 @@ class TreeModel:
         if self._write is not None and self._last_block is not None:
             self._last_block.rows, kept = logit_rows, 0
         try:
-            with handle_attention(lambda *asked: self.answer(next(layers), *asked)):
+            with handle_attention(lambda *arguments: self.answer(next(layers), *arguments)):
                 output = self.model(
                     input_ids=token_ids.unsqueeze(0),
                     position_ids=positions.unsqueeze(0),
@@ -238,7 +238,7 @@ class TreeModel:
         """As `radixgen.model.tree_attention.AttentionHandler`, for one layer. Raises `KVWriteDone` if only K and V are
         needed.
         """
-        q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
         if self._write is not None and self._last_block is not None and self._last_block.storing:
             self._write(call)
@@ -386,8 +386,8 @@ class TreeModel:
 
         alone = rows(use_cache=False)
         later = rows(use_cache=True, past_key_values=OffsetCache())
-        for one, other in zip(alone, later, strict=True):
-            if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
+        for first, second in zip(alone, later, strict=True):
+            if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
                 reason = f"it counts positions by itself, which is seen at {reach} tokens"
                 raise UnsupportedModel(f"{self.name}: {reason}; a smaller max_model_len may be possible")
 
@@ -411,11 +411,11 @@ class TreeModel:
 
         expected = self._logits(sequences, _causal_over(sequences))[rows]
         try:
-            found = self._logits(sequences, attend, rows, stored.append)
+            actual = self._logits(sequences, attend, rows, stored.append)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             logger.info("%s: its last block computes all rows: %s", self.name, error)
-            found = torch.full_like(expected, torch.nan)
-        if len(stored) != 1 or not all(map(_close, found, expected)):
+            actual = torch.full_like(expected, torch.nan)
+        if len(stored) != 1 or not all(map(_close, actual, expected)):
             remove_last_block(self.model)
             self._last_block = None
 
@@ -461,11 +461,11 @@ class TreeModel:
 
 def _compilable(model: "PreTrainedModel") -> list[nn.Module]:
     """Return the blocks, and the modules called outside of them: the last norm and rotary embeddings."""
-    blocks = [one for one in model.modules() if type(one).__name__ in (model._no_split_modules or ())]
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     beside = [
-        one
-        for one in model.get_decoder().children()
-        if not isinstance(one, nn.Embedding) and not any(isinstance(inner, nn.ModuleList) for inner in one.modules())
+        child
+        for child in model.get_decoder().children()
+        if not isinstance(child, nn.Embedding) and not any(isinstance(part, nn.ModuleList) for part in child.modules())
     ]
     return list(dict.fromkeys((*blocks, *beside)))
 
@@ -515,9 +515,9 @@ def _sees(window: Window | None, positions: Tensor) -> Tensor:
     return seen
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _close(actual: Tensor, expected: Tensor) -> bool:
     """Return whether the logits of two rows differ by no more than rounding."""
-    return float((one - other).abs().max()) <= _TOLERANCE * (float(other.abs().max()) + 1e-6)
+    return float((actual - expected).abs().max()) <= _TOLERANCE * (float(expected.abs().max()) + 1e-6)
 
 
 def _causal_over(sequences: list[list[int]]) -> LayerAttention:
@@ -525,16 +525,16 @@ def _causal_over(sequences: list[list[int]]) -> LayerAttention:
     return lambda call: _causal(call, lengths)
 
 
-def _context(config: Any, asked: int | None) -> int:
+def _context(config: Any, requested: int | None) -> int:
     """Return the maximum length of a path in tokens. Raises `InvalidRequest`."""
     longest = getattr(config, "max_position_embeddings", None)
-    if asked is None:
+    if requested is None:
         if longest is None:
-            raise InvalidRequest("max_model_len", asked, "must be given: the model states no maximum")
+            raise InvalidRequest("max_model_len", requested, "must be given: the model states no maximum")
         return int(longest)
-    if asked < 1 or (longest is not None and asked > longest):
-        raise InvalidRequest("max_model_len", asked, f"must be from 1 to the model's own {longest}")
-    return asked
+    if requested < 1 or (longest is not None and requested > longest):
+        raise InvalidRequest("max_model_len", requested, f"must be from 1 to the model's own {longest}")
+    return requested
 
 
 _LOCAL = re.compile("window|chunk|local|block|sparse|stride|keep")

@@ -120,7 +120,7 @@ class ParallelModel:
     def confirm_step(self) -> None:
         """As `radixgen.model.base.SupportsStepConfirmation`. A device finishes its step even if a peer has died."""
         if not self._dead and self.followers.ended.is_set():
-            how = self.followers.describe_exits() or "Timed out: the ranks waited for each other in vain"
+            how = self.followers.describe_exits() or "Timed out: the ranks waited for each other"
             self._mark_dead(f"a step failed: {how}")
         if self._dead:
             raise EngineDead(self._dead)
@@ -187,7 +187,7 @@ class ParallelModel:
 
     def _mark_dead(self, reason: str) -> None:
         self._dead = self._dead or f"{self.name}: {reason}"
-        self.runner.drop_graphs()  # NCCL does not end while a graph holds its collectives
+        self.runner.drop_graphs()  # NCCL cannot shut down while a graph holds its collectives
         self.followers.stop()
 
 
@@ -238,7 +238,7 @@ def shard(
     try:
         followers.answers(START_SECONDS)
         if place == "cuda":
-            torch.cuda.set_device(0)  # of this thread: steps may run in it
+            torch.cuda.set_device(0)  # in this thread, since steps may run in it
         with as_rank_0():
             runner, loaded = followers.run_watched(partial(_join_and_load, followers.job, followers.agree, tokenizer))
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]

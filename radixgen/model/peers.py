@@ -34,8 +34,8 @@ class Peers:
             return
         try:
             memory, reduce = _share_memory(device)
-        except (RuntimeError, ImportError, AttributeError) as error:  # of an interface that PyTorch calls unfinished
-            logger.warning("GPUs don't share memory, so that PyTorch's library adds up: %s", error)
+        except (RuntimeError, ImportError, AttributeError) as error:  # the interface is experimental
+            logger.warning("GPUs do not share memory; all-reduces use PyTorch's library: %s", error)
             _all_true(False, device)
         else:
             if _all_true(True, device):
@@ -74,9 +74,9 @@ PEERS = Peers()
 
 def _all_true(fine: bool, device: torch.device) -> bool:
     """Return whether `fine` holds on all ranks."""
-    found = torch.tensor([int(fine)], device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return bool(found.item())
+    flag = torch.tensor([int(fine)], device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())
 
 
 def _share_memory(device: torch.device) -> "tuple[Tensor, AllReduce]":
@@ -86,7 +86,7 @@ def _share_memory(device: torch.device) -> "tuple[Tensor, AllReduce]":
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(ranks) if peer != rank):
-        raise RuntimeError("there is no way from one to another")
+        raise RuntimeError("the GPUs cannot access each other's memory")
     memory = symmetric_memory.empty(shared_bytes(ranks), dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)

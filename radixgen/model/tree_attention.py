@@ -41,8 +41,8 @@ def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """As `AttentionHandler`, by the operator. Requires `register`."""
-    found: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
-    return found
+    output: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
+    return output
 
 
 def register() -> None:
