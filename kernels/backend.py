@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from radixgen.kernels.flash_backend import FlashCost
     from radixgen.kernels.workspace import Workspace
 
 BACKENDS = ("torch", "triton", "flash")
@@ -112,20 +111,14 @@ def check_backend(name: str) -> None:
         raise InvalidRequest("attention", name, f"must be one of auto, {', '.join(BACKENDS)}")
 
 
-def backend(name: str, device: "torch.device", flash: "FlashCost | None" = None) -> AttentionBackend:
-    """Return the backend called `name`. Raises `InvalidRequest`.
+def backend(name: str, device: "torch.device") -> AttentionBackend:
+    """Return the backend called `name`; `"auto"` is `"triton"` or `"torch"`. Raises `InvalidRequest`.
 
-    `"auto"` is the fastest one on `device`: `"triton"` or `"torch"`; or the flash-attn package for plans that it
-    computes faster, if it is installed and its cost `flash` is known.
+    `radixgen.kernels.flash_backend.backend_with_flash` also considers the flash-attn package for `"auto"`.
     """
     check_backend(name)
     if name == "auto":
-        own = _named("triton" if device.type == "cuda" and find_spec("triton") else "torch", device)
-        return own if flash is None else _cheapest(own, flash, device)
-    return _named(name, device)
-
-
-def _named(name: str, device: "torch.device") -> AttentionBackend:
+        name = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
     try:
         module = import_module(f"radixgen.kernels.{name}_backend")
         runs = module.runs_on(device)
@@ -140,14 +133,3 @@ def _named(name: str, device: "torch.device") -> AttentionBackend:
         getattr(module, f"{family}KVWriter"),
         getattr(module, f"{family}StaticAttention", None),
     )
-
-
-def _cheapest(own: AttentionBackend, flash: "FlashCost", device: "torch.device") -> AttentionBackend:
-    """Use flash-attn for plans that it computes faster, and our own backend otherwise."""
-    from radixgen.kernels import flash_backend
-
-    try:
-        usable = flash_backend.runs_on(device)
-    except ImportError:
-        usable = False
-    return own._replace(attention=flash_backend.CheapestAttention(flash, own.attention)) if usable else own

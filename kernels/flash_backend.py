@@ -26,7 +26,7 @@ from torch import Tensor
 
 from radixgen.core import Plan, Window
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.backend import Attention, KVWriter, backend
+from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.sequences import Sequences, split
@@ -414,6 +414,20 @@ class CheapestAttention:
         if rest is None and self.cost.predict(sequences) < plan.predicted:
             return FlashAttention(plan, window, device)
         return self.other(plan, window, device)
+
+
+def backend_with_flash(name: str, device: torch.device, cost: FlashCost | None) -> AttentionBackend:
+    """As `radixgen.kernels.backend.backend`, but `"auto"` uses the flash-attn package for plans that it computes
+    faster, if it is installed and its `cost` is known.
+    """
+    own = backend(name, device)
+    if name != "auto" or cost is None:
+        return own
+    try:
+        usable = runs_on(device)
+    except ImportError:
+        usable = False
+    return own._replace(attention=CheapestAttention(cost, own.attention)) if usable else own
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:

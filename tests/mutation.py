@@ -86,11 +86,13 @@ STORING = (pytest_stage("tests/test_model.py"),)
 
 SUITES: dict[str, tuple[Stage, ...]] = {
     "radixgen/beam_search.py": SEARCHING,
+    "radixgen/cache/boundary.py": CACHING,
     "radixgen/cache/columns.py": CACHING,
     "radixgen/cache/eviction.py": CACHING,
     "radixgen/cache/node.py": CACHING,
     "radixgen/cache/policy.py": CACHING,
     "radixgen/cache/pool.py": CACHING,
+    "radixgen/cache/slots.py": CACHING,
     "radixgen/cache/storage.py": STORING,
     "radixgen/cache/tokens.py": CACHING,
     "radixgen/cache/tree.py": CACHING,

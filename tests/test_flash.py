@@ -35,7 +35,14 @@ from radixgen import Engine, TreeAttention, calibration
 from radixgen.core import Chunk, InvalidRequest, Window
 from radixgen.kernels import flash_backend, torch_backend
 from radixgen.kernels.backend import backend
-from radixgen.kernels.flash_backend import CheapestAttention, FlashCost, FlashPackage, MergeTables, attend_reference
+from radixgen.kernels.flash_backend import (
+    CheapestAttention,
+    FlashCost,
+    FlashPackage,
+    MergeTables,
+    attend_reference,
+    backend_with_flash,
+)
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.sequences import split
 from radixgen.scheduler.planner import CostModel, TileCost
@@ -365,7 +372,7 @@ def test_a_package_of_no_use_is_as_good_as_none(fake: Callable[[str, str], None]
     fake("flash_attn", text)
     with pytest.raises(InvalidRequest, match=f"attention='flash'.*{reason}"):
         backend("flash", CPU)
-    assert backend("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.TorchAttention
+    assert backend_with_flash("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.TorchAttention
 
 
 @pytest.mark.skipif("not installed" not in flash_backend.installed(), reason="flash-attn is installed")
@@ -375,15 +382,15 @@ def test_without_the_package() -> None:
         backend("flash", CPU)
     with pytest.raises(InvalidRequest, match=r"attention='flash'.*not installed"):
         Engine(families.build("llama"), attention="flash", kv_tokens=64)
-    assert backend("auto", CPU, FlashCost(0.0, 0.0)).name == "torch"
-    assert backend("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.TorchAttention
+    assert backend_with_flash("auto", CPU, FlashCost(0.0, 0.0)).name == "torch"
+    assert backend_with_flash("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.TorchAttention
 
 
 def test_auto_asks_the_cost_model(twin: Recorder) -> None:
     case = Case([-1, 0, 0], [[(0, 400)], [(400, 3)], [(410, 4)]], [1, 2], None, 420)
     plan = made(case).plan
     assert backend("auto", CPU).attention is torch_backend.TorchAttention
-    cheap, dear = (backend("auto", CPU, FlashCost(call, 0.0)) for call in (0.01, 1e9))
+    cheap, dear = (backend_with_flash("auto", CPU, FlashCost(call, 0.0)) for call in (0.01, 1e9))
     assert cheap.name == dear.name == "torch" and isinstance(cheap.attention, CheapestAttention)
     assert isinstance(cheap.attention(plan, None, CPU), flash_backend.FlashAttention)
     assert isinstance(dear.attention(plan, None, CPU), torch_backend.TorchAttention)

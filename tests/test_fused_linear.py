@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from radixgen.model.fused_linear import FusedLinearSlice, fuse_linears, restore_linears
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.packed import TreeModel
 
 SHARES = {"llama": 10, "qwen2": 15, "gemma2": 10, "phi3": 0}
 """Five for each layer; phi3 has its weights stacked by itself."""

@@ -1,7 +1,8 @@
 """KV cache: the radix tree, the pool of slots, and the tensors behind the slots.
 
     tree      tokens -> nodes -> extents: match, insert, split, advance, lock, evict
-    node      a run of tokens and its slots; columns: the planner's view of all nodes
+    node      a run of tokens and its slots; slots: how nodes get and return them; boundary: tokens moved to a parent
+    columns   the planner's view of all nodes; listener: interface for observers
     eviction  order of eviction, by a policy; check: the tree's invariants; stamps: the prefix in each slot
     pool      extents of slots: allocate, grow, release behind a fence
     blocks    computed tokens as fixed-size blocks, for routers in front of several engines
@@ -16,12 +17,13 @@ from radixgen.cache.blocks import BlockEvent, BlockProjection, BlocksAdded, Bloc
 from radixgen.cache.columns import Columns
 from radixgen.cache.follow import FollowedMatch, Match
 from radixgen.cache.ghosts import Ghosts
+from radixgen.cache.listener import Listener
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
-from radixgen.cache.tree import Listener, RadixTree
+from radixgen.cache.tree import RadixTree
 
 __all__ = [
     "BlockEvent",

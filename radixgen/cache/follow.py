@@ -20,6 +20,25 @@ class Match(NamedTuple):
     evictable: int
 
 
+def longest_match(root: "Node", tokens: TokenArray) -> Match:
+    """Return the longest prefix of `tokens` below `root`."""
+    node = root
+    offset = length = computed = evictable = 0
+    while length < tokens.size:
+        child = node.children.get(int(tokens[length]))
+        if child is None:
+            break
+        common = common_prefix_len(child.tokens, tokens[length:])
+        node, offset = child, common
+        length += common
+        computed += min(common, child.computed)
+        if not child.lock_count + child.locked_children:
+            evictable += common
+        if common < child.known:
+            break
+    return Match(node, offset, length, computed, evictable)
+
+
 class FollowedMatch:
     """The longest known prefix of `tokens`, kept up to date by the tree. Its `length` tokens end in `node`, which is
     None if the namespace has no root.

@@ -4,35 +4,23 @@
 """
 
 from collections.abc import Iterator, Reversible, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache import follow
+from radixgen.cache import boundary, follow
 from radixgen.cache.check import check_tree
 from radixgen.cache.columns import Columns
 from radixgen.cache.eviction import EvictionQueue
-from radixgen.cache.follow import FollowedMatch, Match
+from radixgen.cache.follow import FollowedMatch, Match, longest_match
 from radixgen.cache.ghosts import Ghosts
+from radixgen.cache.listener import Listener
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
-from radixgen.cache.pool import Extent, ExtentPool, split_extents
+from radixgen.cache.pool import ExtentPool
+from radixgen.cache.slots import NodeSlots
 from radixgen.cache.stamps import SlotStamps
-from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
-from radixgen.core import OutOfSlots
-
-
-class Listener(Protocol):
-    """Receives changes of computed tokens as they happen. May read the tree but must not change it."""
-
-    def changed(self, node: Node) -> None:
-        """The node's number of computed tokens changed. All tokens before them are computed. If the number fell, no
-        token below the node is computed.
-        """
-
-    def moved(self, lower: Node, upper: Node, count: int) -> None:
-        """The first `count` tokens of `lower` moved to the end of its parent `upper`."""
+from radixgen.cache.tokens import TokenArray, as_tokens
 
 
 class RadixTree:
@@ -54,6 +42,7 @@ class RadixTree:
         self.evictable = EvictionQueue(policy)
         self.version = 0
         self.columns = Columns()
+        self._slots = NodeSlots(pool, self.columns)
         self.listener: Listener | None = None
         self.ghosts = Ghosts()
         self.num_cuts = 0
@@ -112,24 +101,8 @@ class RadixTree:
 
     def match_prefix(self, tokens: Sequence[int] | TokenArray, namespace: str = "") -> Match | None:
         """Return the longest known prefix of `tokens`, or None if the namespace has no root. Changes nothing."""
-        node = self._roots.get(namespace)
-        if node is None:
-            return None
-        tokens = as_tokens(tokens)
-        offset = length = computed = evictable = 0
-        while length < tokens.size:
-            child = node.children.get(int(tokens[length]))
-            if child is None:
-                break
-            common = common_prefix_len(child.tokens, tokens[length:])
-            node, offset = child, common
-            length += common
-            computed += min(common, child.computed)
-            if not child.lock_count + child.locked_children:
-                evictable += common
-            if common < child.known:
-                break
-        return Match(node, offset, length, computed, evictable)
+        root = self._roots.get(namespace)
+        return None if root is None else longest_match(root, as_tokens(tokens))
 
     def follow(self, tokens: TokenArray, namespace: str = "") -> FollowedMatch:
         """As `match_prefix`, with a result that is kept up to date until `unfollow`."""
@@ -195,7 +168,7 @@ class RadixTree:
         upper.locked_children = int(node.locked)
         parent.children[upper.first_token] = upper
         node.parent = upper
-        self._move_head(node, upper, offset)
+        boundary.move_head(self, node, upper, offset)
         upper.children[node.first_token] = node
         follow.raised(node, upper)
         self._adopt(upper)
@@ -223,8 +196,8 @@ class RadixTree:
         if child is None:
             child = self._add_leaf(node, np.array([token], np.int32))
         elif together and len(node.children) == 1 and node.parent is not None and (child.known > 1 or child.idle):
-            if not self._pass_up(node, child):
-                self._shift_boundary(node, child)
+            if not boundary.pass_up(self, node, child):
+                boundary.shift_boundary(self, node, child)
             return node
         elif child.known > 1:
             child = self.split(child, 1)
@@ -266,7 +239,7 @@ class RadixTree:
         """
         assert 0 < count <= node.known - node.scheduled, (node, count)
         if self.slots_wanted(node, count):
-            self._take(node, count, reserve)
+            self._slots.take(node, count, reserve)
         first = node.scheduled
         node.scheduled += count
         self.unscheduled_tokens -= count
@@ -288,22 +261,8 @@ class RadixTree:
         return slot
 
     def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
-        """Reserve up to `counts` slots, at least one each, at the ends of `leaves` for tokens that are not known yet.
-
-        Raises `OutOfSlots`, with nothing changed, if fewer are free.
-        """
-        if sum(counts) > self.pool.free:
-            raise OutOfSlots(f"count={sum(counts)}: only {self.pool.free} of {self.pool.capacity} slots are free")
-        moved, wanted = [], []
-        for node, count in zip(leaves, counts, strict=True):
-            assert not node.children, "the next token would begin a leaf of its own"
-            if not self._grow(node, count):
-                moved.append(node)
-                wanted.append(count)
-        for node, extents in zip(moved, self.pool.allocate_each(wanted), strict=True):
-            node.extents += extents
-            node.capacity += sum(extent.length for extent in extents)
-        self.columns.write_extents(leaves)
+        """As `NodeSlots.reserve`."""
+        self._slots.reserve(leaves, counts)
 
     def commit(self, node: Node) -> None:
         """Mark the node's scheduled tokens as computed, after their step has retired.
@@ -482,102 +441,6 @@ class RadixTree:
             lock.node = child
         parent.lock_count -= len(locks)
 
-    def _pass_up(self, node: Node, child: Node) -> bool:
-        """Fast path of `_shift_boundary`: one buffer and one run of slots hold both nodes, and the child is computed
-        and keeps part of the run. Returns False, with nothing changed, in any other case.
-        """
-        if not child.computed == child.known == child.capacity:
-            return False
-        (first, size), (slot, length), end = node.extents[-1], child.extents[0], node._offset + node.known
-        if length == 1 or first + size != slot or node._buffer is not child._buffer or end != child._offset:
-            return False
-        node.extents[-1], child.extents[0] = Extent(first, size + 1), Extent(slot + 1, length - 1)
-        node.known = node.scheduled = node.computed = node.capacity = node.known + 1
-        child.known = child.scheduled = child.computed = child.capacity = child.known - 1
-        child.start += 1
-        child._offset += 1
-        node.children.clear()
-        node.children[int(child._buffer[end + 1])] = child
-        if not child.lock_count + child.locked_children:
-            self.evictable_tokens -= 1
-        self.columns.pass_up(node, child)
-        self._changed(child)
-        if child.followers:
-            follow.raised(child, node)
-        if self.listener is not None:
-            self.listener.moved(child, node, 1)
-        return True
-
-    def _shift_boundary(self, node: Node, child: Node) -> None:
-        """Move the first token of an only child up into `node`, with its slot. Removes a child left without tokens."""
-        token = child.first_token
-        del node.children[token]
-        if not child.locked:
-            self.evictable_tokens -= 1
-        if node._buffer is child._buffer and node._offset + node.known == child._offset:
-            node.known += 1
-        else:
-            node._append(token)
-        self._move_head(child, node, 1)
-        follow.raised(child, node)
-        self._changed(child)
-        self.columns.write(node)
-        if not child.known:
-            self._forget(child)
-            return
-        if child.children:
-            self._cut_extents(child, child.known)
-        node.children[child.first_token] = child
-        self.columns.write(child)
-        if child.computed and child.extents[0].start == node.extents[-1].end:
-            self.columns.following[node.id] = min(child.computed, child.extents[0].length)
-
-    def _move_head(self, lower: Node, upper: Node, count: int) -> None:
-        """Move the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
-        scheduled, computed = min(count, lower.scheduled), min(count, lower.computed)
-        moved, kept = split_extents(lower.extents, scheduled)
-        if upper.extents and moved and upper.extents[-1].end == moved[0].start:
-            moved[0] = Extent(upper.extents[-1].start, upper.extents[-1].length + moved[0].length)
-            upper.extents.pop()
-        upper.extents.extend(moved)
-        upper.capacity += scheduled
-        lower.extents = kept
-        lower.capacity -= scheduled
-        upper.scheduled += scheduled
-        upper.computed += computed
-        lower.scheduled -= scheduled
-        lower.computed -= computed
-        lower.known -= count
-        lower.start += count
-        lower._offset += count
-        if self.listener is not None:
-            self.listener.moved(lower, upper, count)
-
-    def _take(self, node: Node, count: int, reserve: int) -> None:
-        """Grow the node's extents to fit `count` more tokens, with up to `reserve` slots after them."""
-        need = count - node.reserved
-        if need > self.pool.free:
-            raise OutOfSlots(f"count={need}: only {self.pool.free} of {self.pool.capacity} slots are free")
-        if node.children:
-            reserve = min(reserve, node.known - node.scheduled - count)
-        want = min(need + reserve, self.pool.free)
-        got = self._grow(node, want)
-        if need > got:
-            node.extents.extend(self.pool.allocate(want - got))
-            node.capacity += want - got
-        self.columns.write(node)
-
-    def _grow(self, node: Node, count: int) -> int:
-        """Lengthen the node's last extent by up to `count` free slots behind it. Returns their number."""
-        if not node.extents:
-            return 0
-        start, length = node.extents[-1]
-        got = self.pool.grow(start + length, count)
-        if got:
-            node.extents[-1] = Extent(start, length + got)
-            node.capacity += got
-        return got
-
     def _protect(self, node: Node) -> None:
         """Update the counters of `node` and its ancestors after it became locked."""
         while True:
@@ -628,9 +491,4 @@ class RadixTree:
 
     def _cut_extents(self, node: Node, count: int) -> None:
         """Release the node's slots after the first `count`."""
-        if node.capacity > count:
-            node.extents, dropped = split_extents(node.extents, count)
-            node.capacity = count
-            for extent in dropped:
-                self.pool.release(extent)
-            self.columns.write(node)
+        self._slots.cut(node, count)

@@ -19,7 +19,8 @@ from radixgen.core import Plan, Window
 from radixgen.kernels.backend import AttentionBackend, StaticAttention
 from radixgen.kernels.upload import Staging
 from radixgen.kernels.workspace import Workspace
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.packed import TreeModel
 
 Agree = Callable[[bool], bool]
 """Returns whether all ranks of a sharded model succeeded; each passes whether it did itself."""

@@ -3,8 +3,6 @@
 transformers takes seconds to import, so the functions that use it import it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from radixgen.model import smollm2
 from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_quantization, check_whole
 from radixgen.model.dummy import make_dummy
 from radixgen.model.ends import end_tokens
+from radixgen.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -167,23 +166,6 @@ def read_generation_config(source: str, file: str = GENERATION_CONFIG) -> "Gener
             if isinstance(error, OSError) and not Path(source, file).exists():
                 return None
             raise InvalidRequest("generation_config", str(Path(source, file)), f"cannot be read: {error}") from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and notices."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _resolve(name: str | Path) -> tuple[str, dict[str, Any]]:

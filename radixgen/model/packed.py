@@ -10,22 +10,25 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from radixgen.cache.storage import LayerShape
-from radixgen.core import InvalidRequest, UnsupportedModel, Window, first_seen
+from radixgen.core import InvalidRequest, UnsupportedModel, Window
 from radixgen.core.settings import keep_compiled
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.merge import apply_sinks
 from radixgen.model.collectives import silent
+from radixgen.model.compiler import compilable_modules, compiler_options, is_compiler_error
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
 from radixgen.model.fused_linear import fuse_linears, restore_linears
 from radixgen.model.last_block import KVWriteDone, LastBlock, insert_last_block, remove_last_block
+from radixgen.model.layer_call import LayerAttention, LayerCall
 from radixgen.model.masks import MaskError, MaskReader, make_mask
+from radixgen.model.reference import TOLERANCE, causal_attention, causal_over, close_to, sees
+from radixgen.model.rotary import fix_rotary
 from radixgen.model.tree_attention import handle_attention, register, tree_attention
 
 if TYPE_CHECKING:
@@ -37,32 +40,10 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATION = "radixgen"
 READING = "radixgen_reading"
 """Name of the implementation that reads masks."""
-_TOLERANCE = 0.05
-"""Relative to the largest value. Rounding in half precision stays well below it; a missing or extra key does not."""
 _LONGEST_PROOF = 256
 """Rows of the longest sequence used to probe a model."""
 _COMPILED_ROWS = (1, 2, 15, 16, 100)
 """Row counts that `torch.compile` specializes on: one, few, and multiples of 16."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """One layer's call of attention; q, k, v are `[rows, heads, head_dim]`."""
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    window: Window | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
-class LayerAttention(Protocol):
-    """Computes one layer: `out [rows, q_heads, v_head_dim]` in q's dtype, and `lse [rows, q_heads]`."""
-
-    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
 
 
 def _register() -> None:
@@ -100,7 +81,7 @@ def _reading_attention(
     owner.read_layer(module, attention_mask, query.shape[2], options)
     out, _ = _attention(module, query, key, value, attention_mask, **options)
     theirs = _own_attention(module, query, key, value, owner.windows[-1], options)
-    if theirs is not None and float((out - theirs).abs().max()) > _TOLERANCE * float(theirs.abs().max()) + 1e-6:
+    if theirs is not None and float((out - theirs).abs().max()) > TOLERANCE * float(theirs.abs().max()) + 1e-6:
         raise UnsupportedModel(f"{owner.name}: a layer's own attention is more than softmax, scale, soft cap and sinks")
     return out, None
 
@@ -113,7 +94,7 @@ def _own_attention(
     if own is None:
         return None
     place = torch.arange(query.shape[2], device=query.device)
-    hidden = ~_sees(window, place)[None, None]
+    hidden = ~sees(window, place)[None, None]
     mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
     mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
     theirs: Tensor = own(module, query, key, value, mask, **options)[0]
@@ -164,7 +145,7 @@ class TreeModel:
             self._proof_len = _proof_length(config, reach)
             self.layer_shapes = self._probe(config)
             self.max_model_len = _context(config, max_model_len)
-            self._former_rotary = _fix_rotary(model, self.name, self.max_model_len)
+            self._former_rotary = fix_rotary(model, self.name, self.max_model_len)
             self._prove_packing()
             self._prove_positions(max(self.max_model_len, max_step_tokens))
             self._prove_last_block()
@@ -197,7 +178,7 @@ class TreeModel:
         try:
             return self._forward(token_ids, positions, logit_rows)
         except RuntimeError as error:
-            if not (self._compiled and self._may_uncompile and _is_of_compiler(error)):
+            if not (self._compiled and self._may_uncompile and is_compiler_error(error)):
                 raise
             reason = " ".join(str(error).split("\n\n")[0].split())
             logger.warning("%s: torch.compile failed, so that it runs uncompiled from now on: %s", self.name, reason)
@@ -255,9 +236,9 @@ class TreeModel:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         keep_compiled(default_cache_dir())
-        options = _compiler_options(self.device)
+        options = compiler_options(self.device)
         register()
-        for module in _compilable(self.model):
+        for module in compilable_modules(self.model):
             module.compile(dynamic=True, options=options)
             self._compiled.append(module)
 
@@ -270,7 +251,7 @@ class TreeModel:
         with silent():
             for rows in _COMPILED_ROWS:
                 sequence = self._sequence(0, min(rows, self.max_model_len))
-                self._logits([sequence], _causal_over([sequence]))
+                self._logits([sequence], causal_over([sequence]))
         self._may_uncompile = False
         return bool(self._compiled)
 
@@ -320,7 +301,7 @@ class TreeModel:
             kv_heads, head_dim = call.k.shape[1:]
             shapes[call.layer] = LayerShape(kv_heads, head_dim, call.v.shape[2], call.k.dtype)
             self.geometry = self.geometry or Geometry.of(call.q, call.k, call.v)
-            return _causal(call, [self._proof_len])
+            return causal_attention(call, [self._proof_len])
 
         self.model.set_attn_implementation(READING)
         try:
@@ -343,19 +324,19 @@ class TreeModel:
         sequences = [self._sequence(a, n) for a, n in ((3, self._proof_len), (5, 2), (3, 3))]
         packed = self._last_logits(sequences)
         alone = [self._last_logits([sequence])[0] for sequence in sequences]
-        if all(map(_close, packed, alone)):
+        if all(map(close_to, packed, alone)):
             return
         if expert_layers(self.model) or packed[0].element_size() < 4:
             others = [self._sequence(sequence[0] + 8, len(sequence)) for sequence in sequences]
             changed = [self._last_logits([*others[:i], sequences[i], *others[i + 1 :]])[i] for i in range(3)]
-            if all(map(_close, packed, changed)):
+            if all(map(close_to, packed, changed)):
                 return
         reason = "packed rows change each other's logits, so something besides attention mixes them"
         raise UnsupportedModel(f"{self.name}: {reason}")
 
     def _last_logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Return the logits of the last row of each packed sequence."""
-        logits = self._try(lambda: self._logits(sequences, _causal_over(sequences)))
+        logits = self._try(lambda: self._logits(sequences, causal_over(sequences)))
         return [rows[-1] for rows in torch.split(logits, [len(sequence) for sequence in sequences])]
 
     def _prove_positions(self, reach: int) -> None:
@@ -379,7 +360,7 @@ class TreeModel:
 
             def record(call: LayerCall) -> tuple[Tensor, Tensor]:
                 calls.extend((call.q, call.k, call.v))
-                return _causal(call, [1] * len(tokens))
+                return causal_attention(call, [1] * len(tokens))
 
             self._run(torch.tensor([tokens], device=self.device), record, **options)
             return calls
@@ -403,19 +384,19 @@ class TreeModel:
 
         def attend(call: LayerCall) -> tuple[Tensor, Tensor]:
             if not stored:
-                return _causal(call, [len(sequence) for sequence in sequences])
+                return causal_attention(call, [len(sequence) for sequence in sequences])
             q = torch.zeros_like(stored[0].q)
             q[rows] = call.q
-            out, lse = _causal(replace(stored[0], q=q), [len(sequence) for sequence in sequences])
+            out, lse = causal_attention(replace(stored[0], q=q), [len(sequence) for sequence in sequences])
             return out[rows], lse[rows]
 
-        expected = self._logits(sequences, _causal_over(sequences))[rows]
+        expected = self._logits(sequences, causal_over(sequences))[rows]
         try:
             actual = self._logits(sequences, attend, rows, stored.append)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             logger.info("%s: its last block computes all rows: %s", self.name, error)
             actual = torch.full_like(expected, torch.nan)
-        if len(stored) != 1 or not all(map(_close, actual, expected)):
+        if len(stored) != 1 or not all(map(close_to, actual, expected)):
             remove_last_block(self.model)
             self._last_block = None
 
@@ -459,72 +440,6 @@ class TreeModel:
         raise UnsupportedModel(f"{self.name}: radixgen holds this model; close its engine first")
 
 
-def _compilable(model: "PreTrainedModel") -> list[nn.Module]:
-    """Return the blocks, and the modules called outside of them: the last norm and rotary embeddings."""
-    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    beside = [
-        child
-        for child in model.get_decoder().children()
-        if not isinstance(child, nn.Embedding) and not any(isinstance(part, nn.ModuleList) for part in child.modules())
-    ]
-    return list(dict.fromkeys((*blocks, *beside)))
-
-
-def _compiler_options(device: torch.device) -> dict[str, bool] | None:
-    """On a GPU, combine independent small kernels; on Hopper, let kernels overlap by programmatic dependent launch."""
-    from torch._inductor import config
-
-    if device.type != "cuda":
-        return None
-    early = torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(config.triton, "enable_pdl")
-    return {"combo_kernels": True} | ({"triton.enable_pdl": True} if early else {})
-
-
-def _is_of_compiler(error: RuntimeError) -> bool:
-    from torch._dynamo.exc import TorchDynamoException
-
-    return isinstance(error, TorchDynamoException)
-
-
-def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Reference causal attention over packed sequences of `lengths`."""
-    group = call.q.shape[1] // call.k.shape[1]
-    q, k, v = call.q.float(), call.k.float(), call.v.float()
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * call.scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
-    place = torch.arange(len(q), device=q.device)
-    starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))], device=q.device)
-    seen = (owner[:, None] == owner) & _sees(call.window, place - starts[owner])
-    scores = scores.masked_fill(~seen, float("-inf"))
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
-    lse = scores.logsumexp(-1).transpose(0, 1)
-    if call.sinks is not None:
-        out = apply_sinks(out, lse, call.sinks)
-    return out.to(call.q.dtype), lse
-
-
-def _sees(window: Window | None, positions: Tensor) -> Tensor:
-    """Return which positions see which, bool `[rows, keys]`."""
-    seen = positions[:, None] >= positions
-    if window is not None:
-        first = torch.from_numpy(first_seen(window, positions.cpu().numpy())).to(positions.device)
-        seen &= positions >= first[:, None]
-    return seen
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Return whether the logits of two rows differ by no more than rounding."""
-    return float((actual - expected).abs().max()) <= _TOLERANCE * (float(expected.abs().max()) + 1e-6)
-
-
-def _causal_over(sequences: list[list[int]]) -> LayerAttention:
-    lengths = [len(sequence) for sequence in sequences]
-    return lambda call: _causal(call, lengths)
-
-
 def _context(config: Any, requested: int | None) -> int:
     """Return the maximum length of a path in tokens. Raises `InvalidRequest`."""
     longest = getattr(config, "max_position_embeddings", None)
@@ -545,31 +460,3 @@ def _proof_length(config: Any, max_model_len: int) -> int:
     sizes = [value for key, value in config.to_dict().items() if _LOCAL.search(key) and type(value) is int]
     longest = max((size for size in sizes if 1 < size <= _LONGEST_PROOF - 3), default=1)
     return min(longest + 3, max_model_len)
-
-
-def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> list[tuple[nn.Module, Any]]:
-    """Fix rotary embeddings that transformers would choose by the longest position of each step.
-
-    `dynamic` has no single correct choice and is rejected; `longrope` has two, of which `max_model_len` selects one.
-    Returns the changed modules with their former `rope_type`.
-    """
-    former = []
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if kinds is None:
-            continue
-        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
-        if any("dynamic" in str(kind) for kind in by_layer.values()):
-            reason = "its 'dynamic' rotary embedding depends on the longest sequence of the batch"
-            raise UnsupportedModel(f"{name}: {reason}")
-        if "longrope" not in by_layer.values():
-            continue
-        former.append((module, kinds))
-        last = torch.tensor([[max_model_len - 1]], device=model.device)
-        probe = torch.zeros(1, dtype=model.dtype, device=model.device)
-        for layer_type, kind in by_layer.items():
-            if kind == "longrope":
-                module(probe, last, *([] if layer_type is None else [layer_type]))
-        fixed = {key: "fixed" if kind == "longrope" else kind for key, kind in by_layer.items()}
-        module.rope_type = fixed if isinstance(kinds, dict) else fixed[None]
-    return former

