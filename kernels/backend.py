@@ -102,7 +102,7 @@ class AttentionBackend(NamedTuple):
     attention: "Callable[[Plan, Window | None, torch.device], Attention]"
     kv_writer: type[KVWriter]
     static: type[StaticAttention] | None
-    """If given, `kv_writer` reads a device tensor of slots anew in each call."""
+    """If not None, `kv_writer` reads its tensor of slots on the device in each call."""
 
 
 def check_backend(name: str) -> None:

@@ -21,7 +21,7 @@ from radixgen.kernels.upload import upload
 DrawTokens = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], NDArray[np.float64]], Tensor]
 """As `radixgen.kernels.torch_sampling.draw_tokens`."""
 _GREEDY = SamplingParams(temperature=0.0)
-_EACH_WAY: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1})
+_WARM_UP_PARAMS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1})
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
@@ -131,10 +131,10 @@ def draw(
     return PendingTokens(tokens)
 
 
-def draw_each_way(logits: Tensor, drawable: DrawableTokens | None = None) -> None:
+def warm_up_sampling(logits: Tensor, drawable: DrawableTokens | None = None) -> None:
     """Sample from the first rows of logits `[rows, vocab]` by every kernel, to compile them, and discard the tokens."""
     prompt = np.zeros(1, np.int32)
-    for options in _EACH_WAY:
+    for options in _WARM_UP_PARAMS:
         for penalty in (1.0, 1.1):
             params = SamplingParams(**options, repetition_penalty=penalty)
             for count in {1, min(2, len(logits))}:
@@ -219,7 +219,7 @@ def uniform(states: Sequence[SamplingState]) -> NDArray[np.float64]:
 
 def fork_seed(seed: int, fork: int) -> int:
     """Derive the 64-bit seed of fork number `fork` from `seed`."""
-    words = _philox_of_one((fork & 0xFFFFFFFF, fork >> 32, 0, _FORK), seed)
+    words = _philox_single((fork & 0xFFFFFFFF, fork >> 32, 0, _FORK), seed)
     return words[0] << 32 | words[1]
 
 
@@ -238,7 +238,7 @@ def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArra
 # -- inside -----------------------------------------------------------------------------------------------
 
 
-def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+def _philox_single(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
     """`philox4x32` of one 128-bit counter and one 64-bit key, without the overhead of arrays."""
     first, second, third, fourth = counter
     low, high = key & 0xFFFFFFFF, key >> 32

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from radixgen.core import EngineDead
 from radixgen.model.base import Model, SupportsWarmUp
-from radixgen.sampling import DrawableTokens, draw_each_way
+from radixgen.sampling import DrawableTokens, warm_up_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def _warm_up(name: str, run: Callable[[], Tensor], drawable: DrawableTokens | No
     try:
         logits = run()
         if len(logits):
-            draw_each_way(logits, drawable)
+            warm_up_sampling(logits, drawable)
     except (AssertionError, EngineDead):
         raise
     except Exception as error:

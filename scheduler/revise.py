@@ -37,7 +37,9 @@ class StepRows(NamedTuple):
     """Node ids."""
     positions: Int32Array
     slots: Int64Array
-    """Slot that the row's KV goes to, or is in if that follows the previous row's slot; else -1."""
+    """Slot that the row's KV is written to; or where it is cached, if that directly follows the previous row's slot;
+    else -1.
+    """
 
     def same(self, other: "StepRows") -> bool:
         """Compare positions first: they differ in most steps."""

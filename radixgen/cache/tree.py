@@ -261,7 +261,10 @@ class RadixTree:
         return slot
 
     def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
-        """As `NodeSlots.reserve`."""
+        """Reserve up to `counts` slots, at least one each, at the ends of `leaves` for tokens that are not known yet.
+
+        Raises `OutOfSlots`, with nothing changed, if fewer are free.
+        """
         self._slots.reserve(leaves, counts)
 
     def commit(self, node: Node) -> None:

@@ -28,7 +28,7 @@ class Chunk:
 
 
 Window: TypeAlias = int | Chunk
-"""Visible keys of a layer: the last so many, a row's own included, or those of the row's `Chunk`."""
+"""Visible keys of a layer: a number of keys up to and including the row's own, or those of the row's `Chunk`."""
 
 
 _Positions = TypeVar("_Positions", int, NDArray[np.int32], NDArray[np.int64])
