@@ -216,7 +216,7 @@ def test_rank_0_loads_as_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     families.build("llama").save_pretrained(tmp_path)
     monkeypatch.setattr(parallel, "Followers", Alone)
-    monkeypatch.setattr(parallel, "_load_rank_0", load)
+    monkeypatch.setattr(parallel, "_join_and_load", load)
     with pytest.raises(EngineDead, match="full"):
         Engine(tmp_path, kv_tokens=64, tensor_parallel_size=2)
     assert seen == ["0"] and "LOCAL_RANK" not in os.environ
