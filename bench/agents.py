@@ -33,7 +33,7 @@ from bench.report import Report, benchmark_options
 from radixgen import AsyncConversation, AsyncEngine, Engine, RequestOutput, SamplingParams
 from radixgen.chat_history import num_common
 from radixgen.model import smollm2
-from radixgen.model.loader import quiet_transformers
+from radixgen.model.quiet import quiet_transformers
 
 TURN_TOKENS = 48
 """Room in the pool for what a turn adds beside the answer."""

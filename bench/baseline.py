@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from radixgen import Engine, SamplingParams
-from radixgen.model.loader import quiet_transformers
+from radixgen.model.quiet import quiet_transformers
 
 
 class Generate:

@@ -27,7 +27,8 @@ from bench.limits import StepLimit
 from bench.report import Report, benchmark_options, track
 from bench.shapes import SHAPES, build, weight_bytes
 from bench.trees import Tree, lay_out, shared_prefix
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.packed import TreeModel
 from radixgen.model.runner import ModelRunner
 from radixgen.scheduler.planner import plan
 

@@ -176,11 +176,11 @@ def _reduce(rank: int, ranks: int, store: str) -> Iterator[dict[str, Any]]:
         device_id=device if cuda else None,
     )
     if cuda:
-        PEERS.meet(device)
+        PEERS.connect(device)
     found = {}
     for rows, hidden in ((1, 4096), (64, 8192), (256, 4096), (8192, 4096)) if cuda else ((1, 64),):
         data = torch.zeros((rows, hidden), dtype=torch.bfloat16 if cuda else torch.float32, device=device)
-        found[f"{rows} x {hidden}"] = _reduce_us(data, PEERS.add_up)
+        found[f"{rows} x {hidden}"] = _reduce_us(data, PEERS.all_reduce)
         found[f"{rows} x {hidden} by {dist.get_backend()}"] = _reduce_us(data, dist.all_reduce)
         yield {"us": found}
     dist.destroy_process_group()

@@ -30,7 +30,7 @@ from radixgen.core import Plan
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler import planner as planner_module
 from radixgen.scheduler.planner import Planner
-from radixgen.scheduler.revise import Rows
+from radixgen.scheduler.revise import StepRows
 
 LEAVES = 1_024
 RUN = 8
@@ -110,10 +110,10 @@ def advance(tree: RadixTree, leaves: Sequence[Lock], reserve: int = RESERVE) -> 
         tree.commit(node)
 
 
-def rows(leaves: Sequence[Lock]) -> Rows:
+def rows(leaves: Sequence[Lock]) -> StepRows:
     """The last token of each leaf."""
     nodes = [cursor.held for cursor in leaves]
-    return Rows(
+    return StepRows(
         np.array([node.id for node in nodes], np.int32),
         np.array([node.end - 1 for node in nodes], np.int32),
         np.concatenate([node.slots(node.known - 1, node.known) for node in nodes]),
@@ -180,7 +180,7 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
     planner = Planner(tree)
 
     def from_nothing() -> None:
-        planner.plan_anew(last)
+        planner.build_plan(last)
 
     seconds = time_each(from_nothing, times=times, warm_up=3)
     pieces = time_pieces(planner_module, PIECES, from_nothing, times=times)
@@ -197,7 +197,7 @@ def report_shape(report: Report, name: str, leaves: int, times: int, memory: Mem
     parts["rest"] = 1e3 * median - sum(parts.values())
     report.say(f"{name}:   " + ", ".join(f"{piece} {spent:.2f}" for piece, spent in parts.items()))
     planner = Planner(tree, cost=cost_models(torch.device("cpu"), H100))
-    shipped = time_each(lambda: planner.plan_anew(last), times=times, warm_up=3)
+    shipped = time_each(lambda: planner.build_plan(last), times=times, warm_up=3)
     shipped_ms = 1e3 * float(np.median(shipped))
     report.figure(
         f"{name}_shipped_ms",

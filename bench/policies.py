@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from bench.sessions import Player, Request
-from radixgen.cache import BlockEvent, Removed, Stored
+from radixgen.cache import BlockEvent, BlocksAdded, BlocksDropped
 from radixgen.serve.routing import Router
 
 ROUTING_BLOCK = 512
@@ -86,9 +86,9 @@ class Rule(Policy):
 
     def event(self, replica: int, event: BlockEvent) -> bool:
         """A replica's cache has changed."""
-        if isinstance(event, Stored):
+        if isinstance(event, BlocksAdded):
             self.router.stored(replica, event.hashes)
-        elif isinstance(event, Removed):
+        elif isinstance(event, BlocksDropped):
             self.router.removed(replica, event.hashes)
         else:
             self.router.cleared(replica)

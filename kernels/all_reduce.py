@@ -1,9 +1,8 @@
-"""Sums over the GPUs of one host, each of which reads what the others hold (a one-shot all-reduce).
+"""One-shot all-reduce over the GPUs of one host.
 
-A library's all-reduce is made for many hosts and long messages. Between GPUs that read each other's memory, two passes
-over NVLink do: what a rank holds is copied to where its peers find it, and all add up everything, in the same order.
-The kernel is in `radixgen.kernels.all_reduce_kernels`; its plain twin is
-`torch.distributed.all_reduce`.
+Library all-reduces are made for many hosts and long messages. Between GPUs that read each other's memory, two passes
+over NVLink suffice: each rank copies its data to memory that its peers can read, then all ranks add everything up in
+the same order. The kernel is in `radixgen.kernels.all_reduce_kernels`; the reference is `torch.distributed.all_reduce`.
 """
 
 from collections.abc import Sequence
@@ -19,31 +18,32 @@ from radixgen.kernels.work import pdl
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 MAX_PROGRAMS = 512
 _BLOCK = 4096
-"""Elements that a program sums at a time, at most"""
+"""Maximum elements that a program sums at a time."""
 _LEAST = 512
-"""And at least, so that few programs wait for each other where there is little to sum"""
+"""Minimum elements per program, so that small sums need few programs to wait for each other."""
 _ROOM = 4 * _BLOCK
-"""Bytes of a block of the widest elements; each program has two rooms"""
+"""Bytes of a block of the widest elements. Each program has two rooms."""
 _ROOMS = MAX_PROGRAMS * 2 * _ROOM
 _LARGEST = 4 << 20
-"""Bytes of the largest tensor of two ranks. Beyond it a library that leaves most of the chip alone is faster in a step,
-though not by itself."""
+"""Bytes of the largest tensor with two ranks. Beyond it, a library that leaves most of the chip to others is faster in
+a step, though not by itself.
+"""
 _LARGEST_OF_MANY = 1 << 20
-"""And of more ranks, each of which reads it whole from all others."""
+"""Bytes of the largest tensor with more ranks, each of which reads it from all others."""
 _FLAG = 8
-"""Bytes of one rank's flag for one program"""
+"""Bytes of one rank's flag for one program."""
 
 
 def shared_bytes(ranks: int) -> int:
-    """What every rank has to share with all others, zeroed before any of them sums: rooms, then flags."""
+    """Return the bytes that every rank shares with all others, zeroed before the first sum: rooms, then flags."""
     return _ROOMS + MAX_PROGRAMS * ranks * _FLAG
 
 
 class AllReduce:
-    """Of one rank. All ranks sum tensors of the same sizes in the same order, as in any collective."""
+    """All-reduce of one rank. As in any collective, all ranks sum tensors of the same sizes in the same order."""
 
     def __init__(self, addresses: Sequence[int], rank: int, device: torch.device) -> None:
-        """`addresses`: where each rank's `shared_bytes` are, seen from this one, in the order of ranks."""
+        """`addresses`: address of each rank's `shared_bytes` in this rank's address space, by rank."""
         self._rank, self._size = rank, len(addresses)
         self._rooms = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._flags = self._rooms + _ROOMS
@@ -52,12 +52,14 @@ class AllReduce:
         self._overlap = device.type == "cuda" and overlaps(Chip.of(device))
 
     def supports(self, dtype: torch.dtype, size: int) -> bool:
-        """Whether a tensor is one for the kernel: of few bytes, in a dtype of `DTYPES`."""
+        """Return whether the kernel handles a tensor: a small one, in a dtype of `DTYPES`."""
         return dtype in DTYPES and size <= (_LARGEST if self._size == 2 else _LARGEST_OF_MANY)
 
     def __call__(self, data: Tensor, parts: Tensor | None = None) -> None:
-        """Put the sum of what all ranks hold into contiguous `data`, the same bits on each: of `data`, or of `parts`
-        `[n, *data.shape]`, float32, which are added up and rounded first. Floats are added in float32.
+        """Write the sum over all ranks into contiguous `data`, with the same bits on each rank.
+
+        The summands are `data`, or float32 `parts` `[n, *data.shape]`, which are added up and rounded first. Floats are
+        added in float32.
         """
         count, number = data.numel(), 1 if parts is None else parts.shape[0]
         block = min(max(triton.next_power_of_2(triton.cdiv(count, MAX_PROGRAMS)), _LEAST), _BLOCK)
@@ -68,5 +70,5 @@ class AllReduce:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """Wait for no peer any more: what is summed from now on has no meaning."""
+        """Stop waiting for peers. Sums from now on are invalid."""
         self._stop.fill_(1)

@@ -1,4 +1,4 @@
-"""The kernel of `radixgen.kernels.all_reduce`. Its arithmetic is plain Triton: the interpreter runs it."""
+"""Kernel of `radixgen.kernels.all_reduce`. Its arithmetic is plain Triton, so that the interpreter runs it."""
 
 import triton
 import triton.language as tl
@@ -20,15 +20,15 @@ def all_reduce_kernel(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up what all ranks hold, into `data [count]` of each, every program a block at a time. What a rank holds is
-    `parts [PARTS, count]`, which it adds up and rounds first; it may be `data` itself.
+    """Sum over all ranks into `data [count]` of each; every program handles a block at a time. A rank's summand is the
+    rounded sum of `parts [PARTS, count]`, which may be `data` itself.
 
-    A program meets the programs of its number on the other ranks, and no other. In each round it copies its block into
-    a room of its own, raises its flag at every peer, waits for theirs, and adds up the blocks in the order of ranks. It
-    has two rooms for two rounds: a peer that raises its flag for the next round has read the room of this one.
+    A program synchronizes only with the programs of the same number on other ranks. In each round it copies its block
+    into a room of its own, raises its flag at every peer, waits for theirs, and adds up the blocks in the order of
+    ranks. Two rooms suffice: a peer that raises its flag for the next round has read the room of this one.
 
     `rooms`, `flags`: addresses by rank, of `[programs, 2, ROOM]` elements as in `data` and of `[programs, SIZE]` int64.
-    `rounds`: int64 `[programs]`, how many there were. `stop`: int32, not 0 once no peer is to be waited for.
+    `rounds`: int64 `[programs]`, the number of rounds so far. `stop`: int32, nonzero once peers must not be waited for.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -74,9 +74,10 @@ def all_reduce_kernel(
 
 @triton.jit
 def _await(flag, number, stop):
-    """What a flag is once it is at least `number`, or once `stop` says so; what its peer wrote before can be read.
+    """Wait until a flag is at least `number` or `stop` is set, and return the flag. Earlier writes of the peer are then
+    visible.
 
-    `stop` is in the host's memory, far away, and looked at now and then.
+    `stop` is in host memory, which is slow, so it is read rarely.
     """
     seen, looks, stopped = tl.load(flag, volatile=True), 0, 0
     while (seen < number) & (stopped == 0):

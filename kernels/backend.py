@@ -1,7 +1,8 @@
-"""Attention over a plan, the writes of new keys and values, and the merge of partial results.
+"""Interface of attention backends: attention over a plan, writes of new KV, and the merge of partial results.
 
-A backend is a module with two classes, each built once a step and called once a layer, `Attention` and `Writes`, and
-with `StaticAttention` where it can be captured. `backend` finds it by name and imports it only then.
+A backend is a module with two classes, constructed once per step and called once per layer, named after it:
+`TritonAttention` and `TritonKVWriter`, and `TritonStaticAttention` if it can be captured. `backend` imports the module
+by name on first use.
 """
 
 from collections.abc import Callable
@@ -18,19 +19,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from radixgen.kernels.flash_backend import FlashCost
     from radixgen.kernels.workspace import Workspace
 
 BACKENDS = ("torch", "triton", "flash")
 
 
 class Attention(Protocol):
-    """Attention over one plan, for one window, on one device. Made once a step, called once a layer.
+    """Attention over one plan, for one window, on one device. Constructed once per step, called once per layer.
 
-    A row at position `p` sees, of the segments of the units that cover it, the keys at positions `<= p`, and from
-    `first_seen(window, p)` where there is a window. Slots outside the plan's segments, as they are before a window
-    trims them, are undefined memory, NaN perhaps, and so is the room into which a segment may grow: nothing of it may
-    reach a result.
+    A row at position `p` sees the keys at positions `<= p` in the segments of the units that cover it, from
+    `first_seen(window, p)` on if there is a window. Slots outside of the plan's segments, before a window trims them,
+    are undefined memory, perhaps NaN, and so is the room into which a segment may grow: they must not affect any
+    result.
     """
 
     def __init__(self, plan: Plan, window: Window | None, device: "torch.device") -> None: ...
@@ -44,33 +44,34 @@ class Attention(Protocol):
         softcap: float | None = None,
         sinks: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]":
-        """
-        Rows come in the plan's order: q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v
-        `[slots, kv_heads, v_head_dim]` are the whole pool, in any floating dtype. Scores are multiplied by `scale`, a
-        positive number, then capped: `softcap * tanh(score / softcap)`. `sinks [q_heads]` are logits that take weight
-        and give no value, one a head.
+        """Compute attention of all rows, in the plan's order.
 
-        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]` (natural log, without sinks)
-        in float32, or in float64 for float64 inputs; sums are float32 or better. A row that sees no key gives 0 and
+        q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v `[slots, kv_heads, v_head_dim]` are the
+        whole pool, in any floating dtype. Scores are multiplied by `scale`, a positive number, then capped:
+        `softcap * tanh(score / softcap)`. `sinks [q_heads]`: one logit per head that takes weight and has no value.
+
+        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]` (natural log, without sinks) in
+        float32, or in float64 for float64 inputs. Sums are in float32 or better. A row that sees no key gives 0 and
         -inf.
         """
 
 
 class StaticAttention(Protocol):
-    """As `Attention`, but at fixed addresses: what was captured with it answers whatever plan is loaded since.
+    """As `Attention`, at fixed addresses: a captured call works for any plan loaded later.
 
-    Rows beyond those of the plan come out as something finite. A call raises `ValueError` for shapes that it does not
-    answer.
+    Rows beyond those of the plan give finite values. A call raises `ValueError` for shapes that are not supported.
     """
 
     def __init__(self, plan: Plan, window: Window | None, positions: "Tensor", workspace: "Workspace") -> None:
-        """`positions` int64 `[rows]`, at least as many as the plan's rows, is read at each call. `plan` is loaded.
-        `workspace` is shared with others, of which only one runs at a time.
+        """Load `plan`. `positions` int64 `[rows]`, at least as many as the plan's rows, is read in each call.
+
+        `workspace` is shared with other objects, of which only one runs at a time.
         """
 
     def load(self, plan: Plan) -> bool:
-        """Make ready for a plan of the same `tile_rows`: no work where lengths only grew and there was room for it.
-        False where the plan takes more memory than there is.
+        """Prepare for a plan with the same `tile_rows`. Free of cost if only lengths grew and there was room for it.
+
+        Returns False if the plan needs more memory than was allocated.
         """
 
     def __call__(
@@ -84,45 +85,40 @@ class StaticAttention(Protocol):
     ) -> "tuple[Tensor, Tensor]": ...
 
 
-class Writes(Protocol):
-    """Puts the keys and values of a step's rows into their slots. Made once a step, called once a layer."""
+class KVWriter(Protocol):
+    """Writes keys and values of a step's rows into their slots. Constructed once per step, called once per layer."""
 
     def __init__(self, slots: "NDArray[np.int64] | Tensor", device: "torch.device") -> None:
-        """`slots` `[rows]`, distinct; -1 where a row's KV exists already."""
+        """`slots` `[rows]`: distinct; -1 if a row's KV exists already."""
 
     def __call__(self, key: "Tensor", value: "Tensor", k: "Tensor", v: "Tensor") -> None:
-        """Key `[rows, kv_heads, head_dim]` goes to k `[slots, kv_heads, head_dim]`, value likewise to v."""
+        """Write key `[rows, kv_heads, head_dim]` to k `[slots, kv_heads, head_dim]`, and likewise value to v."""
 
 
-class Backend(NamedTuple):
-    """What answers a step's layers."""
+class AttentionBackend(NamedTuple):
+    """The classes of a backend."""
 
     name: str
     attention: "Callable[[Plan, Window | None, torch.device], Attention]"
-    writes: type[Writes]
+    kv_writer: type[KVWriter]
     static: type[StaticAttention] | None
-    """Where there is one, `writes` reads a tensor of slots on the device anew at each call."""
+    """If not None, `kv_writer` reads its tensor of slots on the device in each call."""
 
 
 def check_backend(name: str) -> None:
-    """Raises `InvalidRequest` unless `name` is `"auto"` or one of `BACKENDS`."""
+    """Raise `InvalidRequest` unless `name` is `"auto"` or one of `BACKENDS`."""
     if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         raise InvalidRequest("attention", name, f"must be one of auto, {', '.join(BACKENDS)}")
 
 
-def backend(name: str, device: "torch.device", flash: "FlashCost | None" = None) -> Backend:
-    """The backend called `name`; `"auto"` is the fastest one that runs on `device`: `"triton"` or `"torch"`, but for
-    plans that the flash-attn package answers sooner, where it is installed and its cost `flash` is known. Raises
-    `InvalidRequest`.
+def backend(name: str, device: "torch.device") -> AttentionBackend:
+    """Return the backend called `name`; `"auto"` is `"triton"` or `"torch"`. Raises `InvalidRequest`.
+
+    `radixgen.kernels.flash_backend.backend_with_flash` also considers the flash-attn package for `"auto"`.
     """
     check_backend(name)
     if name == "auto":
-        own = _named("triton" if device.type == "cuda" and find_spec("triton") else "torch", device)
-        return own if flash is None else _choosing(own, flash, device)
-    return _named(name, device)
-
-
-def _named(name: str, device: "torch.device") -> Backend:
+        name = "triton" if device.type == "cuda" and find_spec("triton") else "torch"
     try:
         module = import_module(f"radixgen.kernels.{name}_backend")
         runs = module.runs_on(device)
@@ -130,15 +126,10 @@ def _named(name: str, device: "torch.device") -> Backend:
         raise InvalidRequest("attention", name, f"cannot be imported: {error}") from error
     if not runs:
         raise InvalidRequest("attention", name, f"does not run on {device.type}")
-    return Backend(name, module.Attention, module.Writes, getattr(module, "StaticAttention", None))
-
-
-def _choosing(own: Backend, flash: "FlashCost", device: "torch.device") -> Backend:
-    """Our own backend, but for plans that flash-attn answers sooner."""
-    from radixgen.kernels import flash_backend
-
-    try:
-        usable = flash_backend.runs_on(device)
-    except ImportError:
-        usable = False
-    return own._replace(attention=flash_backend.Chooser(flash, own.attention)) if usable else own
+    family = name.capitalize()
+    return AttentionBackend(
+        name,
+        getattr(module, f"{family}Attention"),
+        getattr(module, f"{family}KVWriter"),
+        getattr(module, f"{family}StaticAttention", None),
+    )

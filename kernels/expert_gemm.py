@@ -1,22 +1,24 @@
-"""Matrix products of few rows with the weights of the experts that they chose.
+"""Matrix products of few rows with the weights of selected experts.
 
-The kernel is in `radixgen.kernels.expert_gemm_kernels`: it reads the weights of each chosen expert once, and wants no
-sorted rows. Its plain twin is `expert_linear_plainly`.
+The kernel is in `radixgen.kernels.expert_gemm_kernels`. It reads the weights of each selected expert once, and does not
+require sorted rows. The reference is `expert_linear_reference`.
 """
 
 import torch
 from torch import Tensor, library
 
 MAX_ROWS = 128
-"""Beyond it sorting pays off."""
+"""Beyond it, sorting pays off."""
 _BLOCK_N, _BLOCK_K, _STAGES, _WARPS = 128, 64, 5, 8
 _SCAN = 512
-"""Pairs that a program looks through at once, at most"""
+"""Maximum pairs that a program scans at once."""
 
 
 def supports(weight: Tensor) -> bool:
-    """Whether the kernel multiplies by these weights, `[experts, outputs, inputs]` or transposed: contiguous, half
-    precision, of sizes that a descriptor of blocks takes, on a GPU that has such descriptors (Hopper and later).
+    """Return whether the kernel supports these weights, `[experts, outputs, inputs]` or transposed.
+
+    They must be contiguous, half precision, with sizes that fit the blocks of tensor descriptors, on a GPU with such
+    descriptors (Hopper and later).
     """
     if not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
         return False
@@ -24,43 +26,44 @@ def supports(weight: Tensor) -> bool:
     return whole and torch.cuda.get_device_capability(weight.device) >= (9, 0)
 
 
-def expert_linear_plainly(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
-    """As `expert_linear`, for any tensors: by a copy of each pair's weights."""
+def expert_linear_reference(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
+    """As `expert_linear`, for any tensors, by copying each pair's weights."""
     rows = given.repeat_interleave(experts.numel() // given.shape[0], 0)
     chosen = weight[experts]
     return torch.bmm(rows[:, None], chosen if transposed else chosen.transpose(1, 2))[:, 0]
 
 
 def expert_linear(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
-    """`[pairs, outputs]`: for pair i, row `i // (pairs / rows)` of `given [rows, inputs]` times `weight[experts[i]]`.
+    """Return `[pairs, outputs]`: for pair i, row `i // (pairs / rows)` of `given [rows, inputs]` times
+    `weight[experts[i]]`.
 
-    `experts` int64 `[pairs]`; `weight [experts, outputs, inputs]`, or `[experts, inputs, outputs]` where `transposed`.
+    `experts` int64 `[pairs]`; `weight [experts, outputs, inputs]`, or `[experts, inputs, outputs]` if `transposed`.
 
-    Weights are such as the kernel `supports`. A row's bits depend neither on the other rows nor on their number.
+    The kernel must support the weights. The bits of a row depend neither on the other rows nor on their number.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from radixgen.kernels.expert_gemm_kernels import expert_linear_kernel
 
     given, experts = given.contiguous(), experts.contiguous()
-    found = _empty(given, weight, experts, transposed)
-    pairs, outputs = found.shape
+    result = _empty(given, weight, experts, transposed)
+    pairs, outputs = result.shape
     if not pairs:
-        return found
+        return result
     count = weight.shape[0]
     block = [_BLOCK_K, _BLOCK_N] if transposed else [_BLOCK_N, _BLOCK_K]
     blocks = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block)
     expert_linear_kernel[(-(-outputs // _BLOCK_N), min(pairs, count))](
-        given, blocks, experts, found, pairs,
+        given, blocks, experts, result, pairs,
         OUTPUTS=outputs, INPUTS=given.shape[1], SHARE=pairs // given.shape[0], TRANSPOSED=transposed,
         EACH_EXPERT=pairs >= count, BLOCK_M=_block_pairs(pairs, count), BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
         STAGES=_STAGES, SCAN=min(_SCAN, _power_of_2(max(16, pairs))), num_warps=_WARPS,
     )  # fmt: skip
-    return found
+    return result
 
 
 def _block_pairs(pairs: int, experts: int) -> int:
-    """Room for twice the pairs that an expert has on average; for more of them it reads its weights again."""
+    """Return room for twice the average pairs per expert. With more pairs, an expert's weights are read again."""
     return min(64, _power_of_2(max(16, 2 * pairs // experts)))
 
 
@@ -73,7 +76,7 @@ def _empty(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> 
 
 
 def register() -> None:
-    """Make `expert_linear` known to PyTorch as `radixgen::expert_linear`, which a compiled model calls as it is."""
+    """Register `expert_linear` with PyTorch as `radixgen::expert_linear`, opaque to the compiler."""
     if hasattr(torch.ops.radixgen, "expert_linear"):
         return
 

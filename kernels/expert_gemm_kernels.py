@@ -1,9 +1,9 @@
-"""Products of rows with the weights of the experts that they chose, in Triton: few rows an expert, bound by reading the
+"""Products of rows with the weights of selected experts, in Triton, for few rows per expert: bound by reading the
 weights.
 
-A program answers one expert and one block of outputs. It finds the expert's pairs in the list of choices itself: that
-list is short, and nothing has to be sorted by a launch before. What is computed is `y.T`, so that few rows are the
-narrow side of Hopper's instruction and the weights its wide one, which it takes from shared memory as they arrive.
+A program computes one expert and one block of outputs. It finds the expert's pairs in the list of selections itself,
+which is short, so that no launch has to sort them. The kernel computes `y.T`, so that few rows are the narrow side of
+Hopper's instruction and the weights its wide side, which it reads from shared memory as they arrive.
 """
 
 import triton
@@ -12,21 +12,21 @@ import triton.language as tl
 
 @triton.jit
 def _pairs_of(experts, pairs, expert, owner, begin, BLOCK_M: tl.constexpr, SCAN: tl.constexpr):
-    """The pairs `begin` to `begin + BLOCK_M` of those that chose `expert`, 0 beyond the last one; how many there are;
-    and how many of them stand before `owner`.
+    """Return the pairs `begin` to `begin + BLOCK_M` of `expert`, 0 beyond the last one; their total number; and how
+    many of them precede `owner`.
     """
     wanted = begin + tl.arange(0, BLOCK_M)
-    found = tl.zeros([BLOCK_M], tl.int32)
+    selected = tl.zeros([BLOCK_M], tl.int32)
     count = 0
     earlier = 0
     for first in range(0, pairs, SCAN):
         pair = first + tl.arange(0, SCAN)
         mine = (tl.load(experts + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
         rank = tl.where(mine > 0, count + tl.cumsum(mine, 0) - 1, -1)
-        found += tl.sum(tl.where(rank[None, :] == wanted[:, None], pair[None, :], 0), 1)
+        selected += tl.sum(tl.where(rank[None, :] == wanted[:, None], pair[None, :], 0), 1)
         count += tl.sum(mine)
         earlier += tl.sum(tl.where(pair < owner, mine, 0))
-    return found, count, earlier
+    return selected, count, earlier
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -38,9 +38,9 @@ def expert_linear_kernel(
 ):  # fmt: skip
     """`y [pairs, OUTPUTS]`: row `i // SHARE` of `x [*, INPUTS]` times the weights of `experts[i]`, for each pair i.
 
-    `w_blocks`: descriptor of blocks `[BLOCK_N, BLOCK_K]` over `[experts * OUTPUTS, INPUTS]`, or where TRANSPOSED of
-    blocks `[BLOCK_K, BLOCK_N]` over `[experts * INPUTS, OUTPUTS]`. The grid is blocks of outputs by experts, or where
-    there are fewer pairs than experts by pairs, of which the first of each expert answers.
+    `w_blocks`: descriptor of blocks `[BLOCK_N, BLOCK_K]` over `[experts * OUTPUTS, INPUTS]`, or if TRANSPOSED of blocks
+    `[BLOCK_K, BLOCK_N]` over `[experts * INPUTS, OUTPUTS]`. The grid is blocks of outputs by experts; with fewer pairs
+    than experts, by pairs, of which the first of each expert does the work.
     """
     n = tl.program_id(0) * BLOCK_N
     owner = tl.program_id(1)

@@ -1,12 +1,12 @@
-"""Tree attention through the flash-attn package, where it is installed (arXiv 2205.14135, 2407.08608).
+"""Tree attention through the flash-attn package, if installed (arXiv 2205.14135, 2407.08608).
 
-It answers those segments of a unit that all rows of the unit see whole, and a span's own causal diagonal; all else
-goes to our own kernels (PyTorch without a GPU). A segment and its rows are one sequence of a call for sequences of any
-lengths. Units that read the same keys share one sequence, and sequences whose keys don't overlap share one call over
-the pool as it lies: the slots between them are sequences without rows. So there is one call for all levels of a tree
-that stores everything once, and one for the diagonals. The results are merged by their LSE.
+The package computes the segments of a unit that all rows of the unit see completely, and a span's causal diagonal; the
+rest is computed by our own kernels (by PyTorch without a GPU). A segment with its rows is one sequence of a
+variable-length call. Units that read the same keys share one sequence, and sequences whose keys do not overlap share
+one call over the pool in place: the slots between them are sequences without rows. So a tree that stores everything
+once needs one call for all of its levels, and one for the diagonals. The results are merged by their LSE.
 
-Partial results come from the package in the dtype of its inputs, 16 bits, where our own kernels keep float32.
+The package returns partial results in the 16-bit dtype of its inputs, while our own kernels keep float32.
 """
 
 from collections.abc import Callable
@@ -26,22 +26,20 @@ from torch import Tensor
 
 from radixgen.core import Plan, Window
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.backend import Attention as AnyAttention
-from radixgen.kernels.backend import Writes as AnyWrites
-from radixgen.kernels.backend import backend
+from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.sequences import Sequences, split
 
 TILE_ROWS = 128
-"""Query heads' rows that the package's kernels hold at once, which is what `FlashCost.key` is measured for."""
+"""Query-head rows per tile of the package's kernels, for which `FlashCost.key` is measured."""
 
 _LEAST_VERSION = (2, 7)
-"""From which the LSE comes as `[q_heads, rows]`."""
+"""The first version that returns the LSE as `[q_heads, rows]`."""
 
 
-class AttendVarlen(Protocol):
-    """Attention of sequences that lie one behind the other."""
+class VarlenAttention(Protocol):
+    """Attention over concatenated sequences."""
 
     def __call__(
         self,
@@ -57,11 +55,12 @@ class AttendVarlen(Protocol):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Q `[rows, q_heads, head_dim]`, k `[keys, kv_heads, head_dim]`, v `[keys, kv_heads, v_head_dim]`. Sequence `i`
-        has rows `cu_seqlens_q[i]` up to `cu_seqlens_q[i + 1]` and likewise keys, int32 `[sequences + 1]`; either may
-        be none, but no row stands in a sequence without keys. `max_seqlen_q` and `max_seqlen_k`: the most of those
-        that have rows. `causal`: the last row of a sequence sees its last key, each row before it one key less.
+        """Compute attention of each sequence.
+
+        q `[rows, q_heads, head_dim]`, k `[keys, kv_heads, head_dim]`, v `[keys, kv_heads, v_head_dim]`. Sequence `i`
+        has rows `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]` and keys likewise, int32 `[sequences + 1]`. Either may be
+        empty, but a sequence with rows has keys. `max_seqlen_q`, `max_seqlen_k`: maxima over sequences with rows.
+        `causal`: the last row of a sequence sees its last key, and each row before it one key less.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and the LSE `[q_heads, rows]` in float32 (natural log).
         """
@@ -69,19 +68,19 @@ class AttendVarlen(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
-    """What answers the sequences."""
+class FlashPackage:
+    """A variable-length attention function and its restrictions."""
 
     name: str
-    attend: AttendVarlen
+    attend: VarlenAttention
     reads_beyond: int = 0
-    """Keys past the end of a sequence that are read, and multiplied by 0: they must not be NaN."""
+    """Keys read past the end of a sequence and multiplied by 0: they must not be NaN."""
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     head_multiple: int = 8
-    """What the head size is a multiple of: others it would pad, and so copy the whole pool"""
+    """Required divisor of head sizes: others would be padded by copying the whole pool."""
 
     def answers(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether it takes such tensors; shapes as of `radixgen.kernels.backend.Attention`."""
+        """Return whether the package supports these tensors; shapes as in `radixgen.kernels.backend.Attention`."""
         dim = q.shape[2]
         same = q.dtype == k.dtype == v.dtype and dim == v.shape[2]
         return (
@@ -94,28 +93,28 @@ class Package:
 
 
 def installed() -> str:
-    """Which flash-attn is installed, without importing it, for people to read."""
-    found = []
+    """Describe the installed flash-attn packages without importing them."""
+    versions = []
     for name in ("flash-attn", "flash-attn-3"):
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found) or "not installed (optional)"
+    return ", ".join(versions) or "not installed (optional)"
 
 
-def load(device: torch.device) -> Package:
-    """The package for a device: the one made for Hopper there, if it is installed. Raises ImportError."""
+def load(device: torch.device) -> FlashPackage:
+    """Return the package for a device: the one for Hopper on Hopper, if installed. Raises ImportError."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return _load(hopper)
 
 
 @lru_cache
-def _load(hopper: bool) -> Package:
+def _load(hopper: bool) -> FlashPackage:
     if hopper and find_spec("flash_attn_interface"):
         function = _imported("flash_attn_interface").flash_attn_varlen_func
-        # Its bulk copies bring whole blocks, of 256 keys at most (Dao-AILab/flash-attention issue 1745).
-        return Package("flash-attn-3", _through(function), reads_beyond=256)
+        # Its bulk copies read whole blocks of up to 256 keys (Dao-AILab/flash-attention issue 1745).
+        return FlashPackage("flash-attn-3", _through(function), reads_beyond=256)
     if not find_spec("flash_attn"):
         raise ImportError("the flash-attn package is not installed")
     package = _imported("flash_attn")
@@ -123,21 +122,21 @@ def _load(hopper: bool) -> Package:
         raise ImportError("the flash-attn package has no flash_attn_varlen_func")
     if tuple(int(part) for part in package.__version__.split(".")[:2]) < _LEAST_VERSION:
         raise ImportError(f"flash-attn {package.__version__} is older than {'.'.join(map(str, _LEAST_VERSION))}")
-    return Package("flash-attn", _through(package.flash_attn_varlen_func))
+    return FlashPackage("flash-attn", _through(package.flash_attn_varlen_func))
 
 
 def _imported(name: str) -> Any:
-    """A module whose binaries may be made for another PyTorch than ours."""
+    """Import a module whose binaries may not match the installed PyTorch. Raises ImportError."""
     try:
         return import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(f"{name} is installed, but broken: {error}") from error
 
 
-def _through(function: Callable[..., Any]) -> AttendVarlen:
-    """`flash_attn_varlen_func`, of either package, as `AttendVarlen`."""
-    # The first releases for Hopper give the LSE unasked.
-    asked = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
+def _through(function: Callable[..., Any]) -> VarlenAttention:
+    """Adapt `flash_attn_varlen_func` of either package to `VarlenAttention`."""
+    # The first releases for Hopper always return the LSE.
+    options = {"return_attn_probs": True} if "return_attn_probs" in signature(function).parameters else {}
 
     def attend(
         q: Tensor,
@@ -154,14 +153,14 @@ def _through(function: Callable[..., Any]) -> AttendVarlen:
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = function(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            softmax_scale=scale, causal=causal, softcap=softcap or 0.0, **asked,
+            softmax_scale=scale, causal=causal, softcap=softcap or 0.0, **options,
         )  # fmt: skip
         return out, lse
 
     return attend
 
 
-def attend_plainly(
+def attend_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -174,7 +173,7 @@ def attend_plainly(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of the package's call: one sequence after the other, in float32 or better."""
+    """Reference for the package's call: one sequence after the other, in float32 or better."""
     dtype = _accumulated(q.dtype)
     group = q.shape[1] // k.shape[1]
     out = q.new_zeros((*q.shape[:2], v.shape[2]))
@@ -199,17 +198,17 @@ def attend_plainly(
 
 
 def runs_on(device: torch.device) -> bool:
-    """CUDA devices from sm_80. Raises ImportError where the package is missing."""
+    """Return whether this is a CUDA device of sm_80 or later. Raises ImportError if the package is missing."""
     load(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _VarlenCall:
     """One call of the package, on the device."""
 
     rows: Tensor
-    """`[partials]` int64: the plan's rows, sequence by sequence"""
+    """`[partials]` int64: the plan's rows, by sequence."""
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
@@ -217,20 +216,22 @@ class _Call:
     causal: bool
     first: int
     stop: int
-    """Slots of the pool `[first, stop)` that the sequences tile, the gaps between their keys included"""
+    """Slots of the pool `[first, stop)` covered by the sequences, including the gaps between their keys."""
     packing: tuple[Tensor, Tensor] | None
-    """Instead: slots to copy, and their places in a buffer of `stop` keys whose other keys are 0"""
+    """If set: slots to copy, and their places in a buffer of `stop` keys that is otherwise 0."""
 
     def keys(self, pool: Tensor) -> Tensor:
-        """The keys or values that the sequences tile, `[stop - first, kv_heads, dim]`."""
+        """Return the keys or values covered by the sequences, `[stop - first, kv_heads, dim]`."""
         if self.packing is None:
             return pool[self.first : self.stop]
         slots, places = self.packing
         return pool.new_zeros((self.stop, *pool.shape[1:])).index_copy_(0, places, pool.index_select(0, slots))
 
 
-def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _Call:
-    """Every second sequence is one without rows, over the slots up to the next run or the zeros behind a packed one."""
+def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _VarlenCall:
+    """Make one call. Every second sequence has no rows and covers the gap up to the next run, or the zeros after a
+    packed one.
+    """
     members = np.flatnonzero(sequences.calls == index)
     starts, lengths, sizes = sequences.starts[members], sequences.lengths[members], sequences.sizes[members]
     packing, begins, first = None, starts, int(starts[0])
@@ -244,7 +245,7 @@ def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.dev
         )
     bounds = np.stack([begins, begins + lengths], axis=1).reshape(-1)
     counts = np.stack([sizes, np.zeros_like(sizes)], axis=1).reshape(-1)[:-1]
-    return _Call(
+    return _VarlenCall(
         rows=_to_device(sequences.rows[sequences.offsets[members[0]] : sequences.offsets[members[-1] + 1]], device),
         cu_seqlens_q=_to_device(np.cumsum([0, *counts]).astype(np.int32), device),
         cu_seqlens_k=_to_device((bounds - first).astype(np.int32), device),
@@ -259,22 +260,22 @@ def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class MergeTables:
-    """Which partials each row has, from the root down, as `_merge_by_kernel` reads them; int32."""
+    """The partial results of each row, from the root down, in the form that `merge_by_kernel` reads; int32."""
 
     counts: Tensor
-    """`[3]`: the second is how many rows are merged, the third how many there are"""
+    """`[3]`: the second is the number of merged rows, the third the number of rows."""
     rows: Tensor
     """`[rows]`"""
     offsets: Tensor
-    """`[rows + 1]`: where each row's list begins among `partials`"""
+    """`[rows + 1]`: start of each row's list in `partials`."""
     partials: Tensor
     """`[partials]`"""
     most: int
-    """Partials of any one row"""
+    """Maximum partial results of a row."""
 
     @classmethod
     def of(cls, rows: Int64Array, turns: Int64Array, num_rows: int, device: torch.device) -> "MergeTables":
-        """Of partials `[partials]`, each of a row and with its turn among those of the row."""
+        """Make tables of partial results `[partials]`, each with its row and its turn within the row."""
         order = np.lexsort((turns, rows))
         offsets = np.searchsorted(rows[order], np.arange(num_rows + 1))
         tables = (np.array([0, num_rows, num_rows]), np.arange(num_rows), offsets, order)
@@ -282,9 +283,10 @@ class MergeTables:
         return cls(counts, listed, begins, partials, int(np.diff(offsets).max(initial=0)))
 
 
-def merge_plainly(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Partials `out [partials, q_heads, v_head_dim]` and `lse [partials, q_heads]` into `[rows, …]`: 0 and -inf where a
-    row has none.
+def merge_reference(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Merge partial results `out [partials, q_heads, v_head_dim]` and `lse [partials, q_heads]` into `[rows, …]`.
+
+    Rows without partial results give 0 and -inf.
     """
     offsets = tables.offsets.long()
     lengths = offsets.diff()
@@ -299,7 +301,7 @@ def merge_plainly(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor |
 
 
 def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `merge_plainly`, in one launch."""
+    """As `merge_reference`, in one launch."""
     import triton
 
     from radixgen.kernels import triton_kernels
@@ -318,30 +320,30 @@ def merge_by_kernel(out: Tensor, lse: Tensor, tables: MergeTables, sinks: Tensor
     return merged, merged_lse
 
 
-class Writes:
-    """New keys and values into their slots, as our own kernels put them."""
+class FlashKVWriter:
+    """Writes KV as our own backend does."""
 
     def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
-        self._writes: AnyWrites = backend("auto", device).writes(slots, device)
+        self._writer: KVWriter = backend("auto", device).kv_writer(slots, device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.backend.Writes`."""
-        self._writes(key, value, k, v)
+        """As `radixgen.kernels.backend.KVWriter`."""
+        self._writer(key, value, k, v)
 
 
-class Attention:
-    """A plan made ready for one window and device: built once a step, called once a layer."""
+class FlashAttention:
+    """Attention over a plan by the flash-attn package, merged with our own kernels' results for the rest."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         trimmed = plan.within(window)
         self._package = load(device)
         self._own = backend("auto", device)
-        self._fallback: AnyAttention | None = None
+        self._fallback: Attention | None = None
         sequences, rest = split(trimmed)
         self._calls = [_call(sequences, i, self._package.reads_beyond, device) for i in range(sequences.num_calls)]
         self._num_partials = sequences.rows.size
-        self._rest: AnyAttention | None = None
+        self._rest: Attention | None = None
         rows, turns = sequences.rows, np.repeat(sequences.positions, sequences.sizes)
         if rest is not None and self._calls:
             self._rest = self._own.attention(rest.plan, window, device)
@@ -349,12 +351,12 @@ class Attention:
             rows = np.concatenate([rows, rest.rows])
             turns = np.concatenate([turns, np.full(rest.rows.size, np.iinfo(np.int64).max)])
         self._tables = MergeTables.of(rows, turns, plan.num_rows, device)
-        self._merge = merge_by_kernel if self._own.name == "triton" else merge_plainly
+        self._merge = merge_by_kernel if self._own.name == "triton" else merge_reference
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.backend.Attention`; what the package does not take goes to our own kernels."""
+        """As `radixgen.kernels.backend.Attention`. Tensors that the package does not support go to our own kernels."""
         if not self._calls or not self._package.answers(q, k, v):
             if self._fallback is None:
                 self._fallback = self._own.attention(self._whole, self._window, self._device)
@@ -377,41 +379,55 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class FlashCost:
-    """What the flash-attn package takes, in microseconds of the whole device, for heads of 128 dimensions in 16 bit."""
+    """Cost of the flash-attn package in microseconds of the whole device, for heads of 128 dimensions in 16 bits."""
 
     call: float
-    """Of a launch; merging counts as one."""
+    """Per launch. Merging counts as one launch."""
     key: float
-    """Of one key of one KV head, against at most `TILE_ROWS` query heads' rows"""
+    """Per key of one KV head, against at most `TILE_ROWS` query-head rows."""
     group: int = 1
     kv_heads: int = 1
 
     def scaled(self, geometry: Geometry) -> "FlashCost":
-        """For layers of this shape."""
+        """Return the cost for layers of this shape."""
         return FlashCost(self.call, self.key * geometry.head_dim / 128, geometry.group, geometry.kv_heads)
 
     def predict(self, sequences: Sequences) -> float:
-        """When attention should be done with one layer; a diagonal counts as if all its rows saw all its keys."""
+        """Predict the attention time of one layer. A diagonal counts as if all its rows saw all its keys."""
         tiles = -(-sequences.sizes * self.group // TILE_ROWS)
         work = float((tiles * sequences.lengths).sum()) * self.kv_heads * self.key
         return work + self.call * (sequences.num_calls + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Chooser:
-    """Attention of a plan by the package where all of it are sequences and the cost model says that this wins; by
-    `other` elsewhere.
+class CheapestAttention:
+    """Attention of a plan by the package, if it can compute all of it and the cost model predicts that it is faster, or
+    by `other`.
     """
 
     cost: FlashCost
-    other: Callable[[Plan, Window | None, torch.device], AnyAttention]
+    other: Callable[[Plan, Window | None, torch.device], Attention]
 
-    def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> AnyAttention:
-        """As `radixgen.kernels.backend.Attention` is made."""
+    def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> Attention:
+        """Construct the attention of a plan."""
         sequences, rest = split(plan.within(window))
         if rest is None and self.cost.predict(sequences) < plan.predicted:
-            return Attention(plan, window, device)
+            return FlashAttention(plan, window, device)
         return self.other(plan, window, device)
+
+
+def backend_with_flash(name: str, device: torch.device, cost: FlashCost | None) -> AttentionBackend:
+    """As `radixgen.kernels.backend.backend`, but `"auto"` uses the flash-attn package for plans that it computes
+    faster, if it is installed and its `cost` is known.
+    """
+    own = backend(name, device)
+    if name != "auto" or cost is None:
+        return own
+    try:
+        usable = runs_on(device)
+    except ImportError:
+        usable = False
+    return own._replace(attention=CheapestAttention(cost, own.attention)) if usable else own
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:

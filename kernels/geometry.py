@@ -1,4 +1,4 @@
-"""The shape of one layer's attention."""
+"""Shape of one layer's attention."""
 
 from dataclasses import dataclass
 
@@ -8,39 +8,41 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 LEAST_RUN = 128
-"""Keys in a row that all rows of a tile see, from which they are copied in bulk."""
+"""Minimum consecutive keys, seen by all rows of a tile, that are copied in bulk."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Heads, their sizes, and the dtype of keys and values."""
+    """Heads, head sizes, and the dtype of keys and values."""
 
     kv_heads: int
     group: int
-    """Query heads that share a KV head"""
+    """Query heads per KV head."""
     head_dim: int
     v_head_dim: int
     dtype: torch.dtype
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Geometry":
-        """Of q `[rows, q_heads, head_dim]`, k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
+        """Return the geometry of q `[rows, q_heads, head_dim]`, k `[slots, kv_heads, head_dim]`, v
+        `[slots, kv_heads, v_head_dim]`.
+        """
         return cls(k.shape[1], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], k.dtype)
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Head sizes as the Triton kernels hold them: powers of two, at least 16."""
+        """Head sizes padded for the Triton kernels: powers of two, at least 16."""
         return tuple(max(16, 1 << (dim - 1).bit_length()) for dim in (self.head_dim, self.v_head_dim))  # type: ignore[return-value]
 
     @property
     def supported(self) -> bool:
-        """Whether the Triton kernels answer it; otherwise PyTorch does."""
+        """Whether the Triton kernels support it; otherwise PyTorch is used."""
         widest = max(self.padded)
         fits = widest <= MAX_HEAD_DIM and self.group <= (MAX_GROUP if widest <= 128 else 64)
         return fits and self.dtype in _DTYPES
 
     @property
     def bulk(self) -> bool:
-        """Whether whole blocks can be copied by descriptor: heads are held as they are stored."""
+        """Whether whole blocks can be copied by descriptor, because head sizes need no padding."""
         return self.padded == (self.head_dim, self.v_head_dim)

@@ -1,11 +1,11 @@
-"""Whether our kernels in Gluon, Triton's lower-level language, can be compiled: Gluon changes with every version."""
+"""Availability of Gluon, Triton's lower-level language, in the version that our kernels are written for."""
 
 VERSION = "3.6."
-"""How the version of Triton begins that they are written for."""
+"""Prefix of the supported Triton version. Gluon changes with every version."""
 
 
 def supported() -> bool:
-    """Whether that version of Triton is installed."""
+    """Return whether that version of Triton is installed."""
     try:
         import triton
     except ImportError:

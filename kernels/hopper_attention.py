@@ -1,4 +1,4 @@
-"""The launch of `radixgen.kernels.hopper_attention_kernels`: a plan's wide tiles on Hopper."""
+"""Launch of `radixgen.kernels.hopper_attention_kernels`: the wide tiles of a plan on Hopper."""
 
 from typing import TYPE_CHECKING
 
@@ -8,17 +8,19 @@ from torch import Tensor
 from radixgen.kernels.work import TileClass, pdl
 
 if TYPE_CHECKING:
-    from radixgen.kernels.triton_backend import Tables
+    from radixgen.kernels.triton_backend import LaunchTables
 
 _STAGES = 3
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 224, 56
 
 
 def attend(
-    tables: "Tables", shape: TileClass, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor,
+    tables: "LaunchTables", shape: TileClass, positions: Tensor, out: Tensor, lse: Tensor, q: Tensor,
     k: Tensor, v: Tensor, scale: float, sinks: Tensor | None,
 ) -> None:  # fmt: skip
-    """Answer the items of the widest class: rows of no other item into `out` and `lse`, others into partials."""
+    """Compute the items of the widest class. Rows of a single item go into `out` and `lse`, others into partial
+    results.
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

@@ -1,13 +1,13 @@
-"""Tree attention of wide tiles (65 to 128 query heads' rows) on Hopper, in Gluon, over the tables of
+"""Tree attention of wide tiles (65 to 128 query-head rows) on Hopper, in Gluon, over the tables of
 `radixgen.kernels.work`.
 
-A program is three warp groups. One copies: queries, blocks of runs (by the bulk copy engine) and gathered keys (one by
-one), all into one ring of shared memory. The others attend, to 64 query heads' rows each, and never see a slot: to them
-an item is a number of whole blocks, then a number of masked ones. Their products run during their exponentials
+A program has three warp groups. One copies queries, blocks of runs (by the bulk copy engine) and gathered keys (one by
+one) into one ring of shared memory. The other two attend, with 64 query-head rows each, and never see a slot: to them
+an item is a number of whole blocks, then a number of masked ones. Their matrix products overlap with their exponentials
 (FlashAttention-3, arXiv 2407.08608, section 3.2).
 
-The ring's place j of a run's blocks holds block j's keys and block j - 1's values, which multiply at the same time, so
-that n blocks take n + 1 places; a place of gathered keys holds keys and values of the same block.
+Place j of the ring holds the keys of block j of the runs and the values of block j - 1, which are multiplied at the
+same time, so that n blocks take n + 1 places. A place of gathered keys holds keys and values of the same block.
 """
 
 from triton.experimental import gluon
@@ -27,14 +27,16 @@ from radixgen.kernels.triton_kernels import ITEM_FIELDS, LN_2, LOG2_E
 
 @gluon.jit
 def _task(queue, turn):
-    """The program's task in its queue's round `turn`; -1 behind the last, for two rounds."""
+    """Return the program's task in round `turn`; -1 after the last, for two rounds."""
     return gl.load(queue + gl.program_id(0) + turn * gl.num_programs(0))
 
 
 @gluon.jit
 def _item(items, task, age, KV_HEADS: gl.constexpr):
-    """First row, rows, runs from, to, gathered keys from, to (those that grew counted), first partial, blocks of runs;
-    of the first item where the task is -1.
+    """Return first row, rows, runs from, to, gathered keys from, to (including growth), first partial result, blocks of
+    runs.
+
+    For task -1, those of the first item.
     """
     item = items + (gl.maximum(task, 0) // KV_HEADS) * ITEM_FIELDS
     key_end = gl.load(item + 5) + age * gl.load(item + 7)
@@ -49,7 +51,7 @@ def _copy_queries(
     q, tile, first_row, num_rows, head,
     FIRST: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
 ):  # fmt: skip
-    """64 packed rows from FIRST on into `tile [64, DIM]`; 0 for those that there are not."""
+    """Copy 64 packed rows from FIRST on into `tile [64, DIM]`; missing rows become 0."""
     COPIED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     packed = FIRST + gl.arange(0, 64, gl.SliceLayout(1, COPIED))
     row = packed // GROUP
@@ -65,7 +67,9 @@ def _copy_keys(
     k, v, key_slots, key_rows, k_tile, v_tile, rows_tile, begin, end, head,
     KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Gathered keys [begin, end), at most BLOCK, their values, and which rows see them; 0, so none, behind the last."""
+    """Copy gathered keys [begin, end), at most BLOCK, their values, and the interval of rows that see them; 0, so no
+    row, after the last.
+    """
     COPIED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     place = begin + gl.arange(0, BLOCK, FLAT)
@@ -87,7 +91,7 @@ def _produce(
 ):  # fmt: skip
     """Copy what every item needs, in the order in which it is attended to, as places become empty.
 
-    Nothing is waited for but those: copies say themselves, to the barriers of their places, that they have arrived.
+    Waits for empty places only: copies signal their arrival to the barriers of their places.
     """
     q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
     turn = 0
@@ -102,7 +106,7 @@ def _produce(
         ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
         head = task % KV_HEADS
         column = head * DIM
-        # The first keys go ahead of the queries, whose place is not empty before all keys of the item before are seen.
+        # The first keys are copied before the queries, whose place is in use until the last item has read all its keys.
         if blocks > 0:
             at = count % STAGES
             mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
@@ -145,7 +149,7 @@ def _produce(
                 head, KV_HEADS, DIM, BLOCK,
             )  # fmt: skip
             async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
-            mbarrier.arrive(ready.index(at), count=1)  # which nobody waits for: that its phases count its place's uses
+            mbarrier.arrive(ready.index(at), count=1)  # nobody waits for it: its phases count the uses of its place
             count += 1
             gathers += 1
         turn += 1
@@ -156,13 +160,13 @@ def _produce(
 
 @gluon.jit
 def _added(weights, COLUMNS: gl.constexpr):
-    """Sums `[rows, 8]` over every eighth key: each thread adds what it holds; the eight are added at the end."""
+    """Return sums `[rows, 8]` over every eighth key: each thread adds its own, and the eight are added at the end."""
     return gl.sum(gl.reshape(weights, [64, COLUMNS // 8, 8]), 1)
 
 
 @gluon.jit
 def _shrunk(total, shrink):
-    """`total [rows, 8]` times `shrink [rows]`."""
+    """Return `total [rows, 8]` times `shrink [rows]`."""
     ROW: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     return total * gl.convert_layout(shrink, ROW)[:, None]
 
@@ -173,7 +177,7 @@ def _consume(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     HALF: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
-    """64 packed rows of every item, the first or the second HALF, by one warp group."""
+    """Attend with 64 packed rows of every item, the first or second HALF, in one warp group."""
     FIRST: gl.constexpr = 64 * HALF
     q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
     q_tile = q_second if HALF else q_first
@@ -198,8 +202,8 @@ def _consume(
         values = gl.zeros([64, DIM], gl.float32, OUT)
         mbarrier.wait(q_ready.index(HALF), turn & 1)
         fence_async_shared()
-        # Two entries of the queue and one item ahead, so that no item waits for its own description; behind the fence,
-        # which would wait for them.
+        # Load two queue entries and one item ahead, so that no item waits for its own fields; after the fence, which
+        # would wait for the loads.
         after_coming = _task(queue, turn + 2)
         (
             next_first_row, next_num_rows, _, _, next_key_begin, next_key_end, next_partial, next_blocks,
@@ -227,7 +231,7 @@ def _consume(
                 weights = gl.exp2(scores * unit - new_top[:, None])
                 total = _shrunk(total, shrink) + _added(weights, BLOCK)
                 top = new_top
-                # What the next products take; and a branch, over which ptxas moves neither exponentials nor the wait.
+                # Inputs of the next products. This branch keeps ptxas from moving exponentials or the wait.
                 after = (count + 1) % STAGES
                 mbarrier.wait(ready.index(after), (count + 1) // STAGES & 1)
                 values, weights = warpgroup_mma_wait(0, deps=(values, weights))
@@ -300,8 +304,10 @@ def attend_wide(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     SINKS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """Every work item (unit x KV head) of this program, of the queue of wide tiles; arguments are as those of
-    `radixgen.kernels.triton_kernels.attend`, with heads of DIM for keys and values, and BLOCK keys in a block.
+    """Compute every work item (unit x KV head) in this program's queue of wide tiles.
+
+    Arguments as in `radixgen.kernels.triton_kernels.attend`, with heads of DIM for keys and values, and BLOCK keys per
+    block.
     """
     dtype: gl.constexpr = k_blocks.dtype
     QUERIES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -318,7 +324,7 @@ def attend_wide(
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for place in gl.static_range(STAGES):
         mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(gathered.index(place), count=128)  # threads that copy
+        mbarrier.init(gathered.index(place), count=128)  # copying threads
         mbarrier.init(empty.index(place), count=2)
     for half in gl.static_range(2):
         mbarrier.init(q_ready.index(half), count=128)

@@ -1,16 +1,16 @@
-"""Drawing tokens on a GPU, in Triton: the logits of a draw are read once, in blocks of the vocabulary, and more often
-only where filters hide tokens.
+"""Sampling kernels in Triton: the logits of a draw are read once, in blocks of the vocabulary, and more often only with
+filters.
 
-Each block keeps its largest logit and the sum of its weights against that; a draw then finds its block by these, and
-its token inside of it. Filters are a least logit, the *floor*, which is searched for without sorting: each pass over a
-row weighs what lies from a few thresholds on between two bounds, and the next bounds are two of these.
+Each block stores its largest logit and the sum of its weights relative to that. A draw then finds its block by these,
+and its token within the block. Filters are a minimum logit, the *floor*, which is found without sorting: each pass over
+a row sums the weights above several thresholds between two bounds, and two adjacent thresholds become the next bounds.
 
-Every sum has a fixed order that depends on the width of the vocabulary alone, so that a draw depends on nothing but its
-own row, and two runs agree.
+Every sum has a fixed order that depends only on the width of the vocabulary, so that a draw depends only on its own
+row, and runs are reproducible.
 
-Symbols: `draws` tokens are drawn, from `logits` `[rows, width]` whose rows are `row_stride` apart, cut into `blocks` of
-BLOCK tokens; BLOCKS is `blocks` rounded up to a power of two. `settings` float64 `[6, draws]`, see below; `floors`
-float32 `[draws]`; `tops`, `masses` float32 and `best` int32 `[draws, blocks]`, see `weigh_blocks`.
+Symbols: `draws` tokens are drawn from `logits` `[rows, width]`, whose rows are `row_stride` apart, divided into
+`blocks` of BLOCK tokens; BLOCKS is `blocks` rounded up to a power of two. `settings` float64 `[6, draws]`, see below;
+`floors` float32 `[draws]`; `tops`, `masses` float32 and `best` int32 `[draws, blocks]`, see `weigh_blocks`.
 """
 
 import triton
@@ -18,17 +18,17 @@ import triton.language as tl
 
 # Rows of `settings`
 ROW = tl.constexpr(0)
-"""Which row of the logits"""
+"""Row of the logits."""
 UNIT = tl.constexpr(1)
-"""What logits are multiplied by to be exponents of 2; 0 of a greedy draw"""
+"""Factor that turns logits into exponents of 2; 0 for greedy draws."""
 TOP_K = tl.constexpr(2)
-"""Tokens to keep; 0: all"""
+"""Number of tokens to keep; 0 for all."""
 TOP_P = tl.constexpr(3)
-"""Share of the weight to keep"""
+"""Share of the weight to keep."""
 MIN_P = tl.constexpr(4)
-"""Base-2 logarithm of the least weight to keep, the largest being 1"""
+"""Base-2 logarithm of the minimum weight to keep, relative to the largest."""
 UNIFORM = tl.constexpr(5)
-"""A number in [0, 1)"""
+"""Random number in [0, 1)."""
 
 
 @triton.jit
@@ -38,14 +38,14 @@ def _setting(settings, field, draws, draw):
 
 @triton.jit
 def _scores(logits, row_stride, settings, width, draws, draw, token):
-    """A draw's logits of these tokens, float32; -inf beyond the vocabulary."""
+    """Load a draw's logits of these tokens as float32; -inf beyond the vocabulary."""
     row = logits + _setting(settings, ROW, draws, draw).to(tl.int64) * row_stride
     return tl.load(row + token, mask=token < width, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _weights(scores, top, unit):
-    """Powers of two of float32 logits, 1 for the largest, `top`; where that is -inf, all are 0."""
+    """Return powers of two of float32 logits, 1 for the largest, `top`; all 0 if that is -inf."""
     return tl.exp2((scores - tl.where(top == float("-inf"), 0.0, top)) * unit)
 
 
@@ -54,9 +54,9 @@ def weigh_blocks(
     logits, row_stride, settings, floors, tops, masses, best, width, draws, blocks,
     BLOCK: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """Of each block of each draw: its largest logit into `tops`, NaN where it holds NaN or +inf; the first token with
-    that logit into `best`; and the sum of its weights into `masses`. FILTERED: `masses` alone, of those logits that
-    reach the draw's floor.
+    """Compute for each block of each draw: its largest logit into `tops`, NaN if it holds NaN or +inf; the first token
+    with that logit into `best`; and the sum of its weights into `masses`. FILTERED: only `masses`, of logits that reach
+    the draw's floor.
     """
     block, draw = tl.program_id(0), tl.program_id(1)
     place = draw * blocks + block
@@ -76,16 +76,16 @@ def weigh_blocks(
 
 @triton.jit(do_not_specialize=("draws",))
 def narrow_floors(
-    logits, row_stride, settings, floors, tops, masses, bounds, before, found, width, draws, blocks,
+    logits, row_stride, settings, floors, tops, masses, bounds, before, results, width, draws, blocks,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, WEIGHED: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the search for floors: what lies from each of WAYS thresholds on, in one block of one draw.
+    """One pass of the search for floors, in one block of one draw: sums of the weights above each of WAYS thresholds.
 
-    The floor is the largest logit such that what lies from it on is enough: TOP_K tokens, or where it is WEIGHED the
-    share TOP_P of the weight that `masses` tell. It is searched for between two bounds, the lower of which is enough,
-    by what the pass before found. `before` and `found`, float32 `[draws, blocks, WAYS + 2]`, of the pass before and of
-    this one: sums from the thresholds on, then the least and the largest logit between the bounds. `bounds`, float32
-    `[2, 4, draws]`, of the pass before, and of this one, which writes them: lower, upper, what is enough, and nothing.
+    The floor is the largest logit such that the tokens from it on suffice: TOP_K tokens, or if WEIGHED the share TOP_P
+    of the weight in `masses`. It is searched for between two bounds, of which the lower one suffices, by the results of
+    the pass before. `before` and `results`, float32 `[draws, blocks, WAYS + 2]`: results of the pass before and of this
+    one, the sums above the thresholds, then the smallest and largest logit between the bounds. `bounds`, float32
+    `[2, 4, draws]`, of the pass before and of this one, which writes them: lower, upper, required weight, unused.
     """
     block, draw = tl.program_id(0), tl.program_id(1)
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
@@ -110,7 +110,7 @@ def narrow_floors(
         else:
             weights = tl.full([BLOCK], 1.0, tl.float32)
         within = (scores >= low) & (scores < high)
-        place = found + (draw * blocks + block) * (WAYS + 2)
+        place = results + (draw * blocks + block) * (WAYS + 2)
         for way in tl.static_range(WAYS):
             tl.store(place + way, tl.sum(tl.where(scores >= _threshold(low, high, way / WAYS), weights, 0.0), 0))
         tl.store(place + WAYS, tl.min(tl.where(within, scores, float("inf")), 0))
@@ -122,8 +122,8 @@ def settle_floors(
     settings, floors, tops, bounds, before, draws, blocks,
     BLOCKS: tl.constexpr, WAYS: tl.constexpr, SEARCHED: tl.constexpr,
 ):  # fmt: skip
-    """Raise the floor of each draw, `[draws]` float32: to the lower bound after the last pass where it was SEARCHED
-    for, but not above the likeliest token; else to what min-p keeps.
+    """Raise the floor of each draw, `[draws]` float32: if SEARCHED, to the lower bound after the last pass, but at most
+    to the most likely token's logit; otherwise to what min-p keeps.
     """
     draw = tl.program_id(0)
     floor = tl.load(floors + draw)
@@ -146,7 +146,7 @@ def _top(tops, draw, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _threshold(low, high, share):
-    """Between the bounds, `low` for share 0; rounded once, so that all kernels find the same."""
+    """Return a threshold between the bounds, `low` for share 0; rounded once, so that all kernels compute the same."""
     return tl.fma(high - low, share, low)
 
 
@@ -154,7 +154,9 @@ def _threshold(low, high, share):
 def _first_bounds(
     settings, floors, tops, masses, top, unit, width, draws, blocks, draw, BLOCKS: tl.constexpr, WEIGHED: tl.constexpr
 ):  # fmt: skip
-    """Everything finite, where the draw has the filter; else nothing. And what is enough."""
+    """Return bounds that include everything finite if the draw has the filter, or nothing otherwise, and the required
+    weight.
+    """
     block = tl.arange(0, BLOCKS)
     inside = block < blocks
     if WEIGHED:
@@ -173,8 +175,8 @@ def _first_bounds(
 
 @triton.jit
 def _next_bounds(bounds, before, draws, blocks, draw, BLOCKS: tl.constexpr, WAYS: tl.constexpr):
-    """By what a pass found: the last threshold from which on there is enough, and the one behind it. Where all logits
-    between the bounds are equal, both are that.
+    """Return the last threshold of the pass before that suffices, and the next one; equal bounds if all logits between
+    them are equal.
     """
     low = tl.load(bounds + draw)
     high = tl.load(bounds + draws + draw)
@@ -202,7 +204,9 @@ def choose(
     logits, row_stride, settings, floors, tops, masses, best, tokens, width, draws, blocks,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """The token of each draw, int64 `[draws]`: its block by the weights of blocks, then its place in there."""
+    """Write the token of each draw, int64 `[draws]`: first its block by the blocks' weights, then its place within the
+    block.
+    """
     draw = tl.program_id(0)
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
     block = tl.arange(0, BLOCKS)
@@ -211,7 +215,7 @@ def choose(
     broken = tl.max((own_tops != own_tops).to(tl.int32), 0) > 0
     top = tl.max(own_tops, 0)
     first = tl.load(best + draw * blocks + block, mask=inside, other=0)
-    found = tl.min(tl.where(own_tops == top, first, 2147483647), 0)
+    chosen_token = tl.min(tl.where(own_tops == top, first, 2147483647), 0)
     if (unit > 0.0) & (broken == 0) & (top > float("-inf")):
         mass = tl.load(masses + draw * blocks + block, mask=inside, other=0.0)
         mass = (mass * _weights(own_tops, top, unit)).to(tl.float64)
@@ -227,5 +231,5 @@ def choose(
         weights = _weights(scores, top, unit)
         reached = before + tl.cumsum(weights.to(tl.float64), 0)
         final = tl.max(tl.where(weights > 0.0, token, 0), 0)
-        found = tl.min(tl.where((weights > 0.0) & (reached > target), token, final), 0)
-    tl.store(tokens + draw, tl.where(broken | (top == float("-inf")), -1, found).to(tl.int64))
+        chosen_token = tl.min(tl.where((weights > 0.0) & (reached > target), token, final), 0)
+    tl.store(tokens + draw, tl.where(broken | (top == float("-inf")), -1, chosen_token).to(tl.int64))

@@ -1,4 +1,6 @@
-"""Work items onto programs: longest first, each onto the least loaded (Graham, 1969: at most 4/3 of the best)."""
+"""Assignment of work items to programs: longest first, each to the least loaded (Graham, 1969: at most 4/3 of the
+optimum).
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +16,9 @@ Floats = NDArray[np.float64]
 
 
 def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
-    """Which items each program answers: `offsets [programs + 1]` into `items`, longest first. Equal costs keep their
-    order; deterministic.
+    """Assign items to programs: `offsets [programs + 1]` into `items`, longest first.
+
+    Deterministic: items of equal cost keep their order.
     """
     order = np.argsort(-costs, kind="stable")
     owners, _ = _place(costs[order], np.zeros(programs))
@@ -23,22 +26,23 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-class Launched(NamedTuple):
+class LaunchCosts(NamedTuple):
     """The items of one launch."""
 
     costs: Floats
     """`[items]`"""
     programs: int
     slowed: float = 1.0
-    """How many times longer items take while all programs are busy, because memory can't keep up; the fewer are busy,
-    the less, down to 1.
+    """Slowdown of items while all programs are busy, because of memory bandwidth. It falls with the number of busy
+    programs, to 1.
     """
 
 
-def makespan(launches: Sequence[Launched], copies: int = 1) -> float:
-    """When the last program is done with `copies` of each item, in the unit of the items' costs; a launch's programs
-    begin as those of the launch before it end. Shares of copies and programs that are alike are done at the same time,
-    so one is looked at.
+def makespan(launches: Sequence[LaunchCosts], copies: int = 1) -> float:
+    """Return when the last program finishes `copies` of each item, in the unit of the costs.
+
+    A launch's programs begin as those of the launch before it end. If copies and programs can be divided into equal
+    shares, only one share is simulated.
     """
     shares = math.gcd(copies, *(launch.programs for launch in launches))
     loads, last = np.zeros(1), 0.0
@@ -52,7 +56,9 @@ def makespan(launches: Sequence[Launched], copies: int = 1) -> float:
 
 
 def _stretched(work: Floats, slowed: float) -> Floats:
-    """When each program is done with its work, `[programs]`, if all begin together and are slowed as in `Launched`."""
+    """Return when each program finishes its work, `[programs]`, if all begin together and are slowed as in
+    `LaunchCosts`.
+    """
     if slowed <= 1.0:
         return work
     order = np.argsort(work)
@@ -63,8 +69,8 @@ def _stretched(work: Floats, slowed: float) -> Floats:
 
 
 def _following(loads: Floats, programs: int) -> Floats:
-    """When each program of a launch can begin, `[programs]`: as those of the launch before it end, `loads`, first come,
-    first served.
+    """Return when each program of a launch can begin, `[programs]`, given the end times `loads` of the launch before
+    it.
     """
     ends = np.arange(1, programs + 1) * loads.size
     return np.sort(loads)[-(-ends // programs) - 1]
@@ -72,8 +78,9 @@ def _following(loads: Floats, programs: int) -> Floats:
 
 @compiled
 def _place(costs: Floats, loads: Floats) -> tuple[Ints, Floats]:
-    """The program of each item, in the order given, and each program's load, which before was `loads`, ascending; a
-    heap of programs by load.
+    """Return the program of each item, in the given order, and each program's load, starting from `loads`, ascending.
+
+    Uses a heap of programs by load.
     """
     programs = loads.size
     heap = np.arange(programs)

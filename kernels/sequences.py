@@ -1,6 +1,7 @@
-"""What of a plan is plain attention of runs of keys, all of whose rows see all of it or follow each other down it.
+"""Parts of a plan that are plain attention over runs of keys: all rows see the whole run, or they form its causal
+diagonal.
 
-Host work in NumPy, once for each new plan.
+NumPy on the host, once per new plan.
 """
 
 from dataclasses import dataclass, replace
@@ -15,22 +16,22 @@ from radixgen.core.plan import Int64Array, reduce_ranges
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Runs of consecutive slots with the rows that see them; arrays are `[sequences]`, in order of call and slot."""
+    """Runs of consecutive slots with the rows that see them. Arrays are `[sequences]`, in order of call and slot."""
 
     starts: Int64Array
-    """First slot"""
+    """First slot."""
     lengths: Int64Array
-    """Keys"""
+    """Number of keys."""
     positions: Int64Array
-    """Position of the first key"""
+    """Position of the first key."""
     causal: NDArray[np.bool_]
     """Whether the last row sees the last key and each row before it one key less; otherwise all see all."""
     calls: Int64Array
-    """Within a call runs don't overlap, and all are causal or none is."""
+    """Index of the call. Within a call, runs do not overlap, and either all are causal or none is."""
     offsets: Int64Array
-    """`[sequences + 1]`: where the rows of each begin among `rows`, and where the last ones end"""
+    """`[sequences + 1]`: start of each sequence's rows in `rows`, and the end."""
     rows: Int64Array
-    """`[partials]`: rows of the plan, ascending within a sequence"""
+    """`[partials]`: rows of the plan, ascending within a sequence."""
 
     @property
     def sizes(self) -> Int64Array:
@@ -43,18 +44,18 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
-    """What is left of a plan: units with their other segments."""
+class RemainingPlan:
+    """The rest of a plan: units with their other segments."""
 
     plan: Plan
-    """Of those rows alone that any of its units covers; of the plan's tables only those that attention reads"""
+    """Has only rows that its units cover, and only the arrays that attention reads."""
     rows: Int64Array
-    """`[rows of the rest]`: which rows of the whole plan they are"""
+    """`[rows of the remaining plan]`: their indices in the whole plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Segments and the rows of their units; arrays are `[pieces]`."""
+    """Segments with the rows of their units. Arrays are `[pieces]`."""
 
     starts: Int64Array
     lengths: Int64Array
@@ -68,8 +69,8 @@ class _Pieces:
         )
 
 
-def split(plan: Plan) -> tuple[Sequences, Rest | None]:
-    """The sequences of a plan, trimmed to its window if it has one, and what is left of it, if anything."""
+def split(plan: Plan) -> tuple[Sequences, RemainingPlan | None]:
+    """Return the sequences of a plan, trimmed to its window, if any, and the remaining plan, if any."""
     counts = np.diff(plan.unit_segments, axis=1)[:, 0]
     owners = np.repeat(np.arange(plan.num_units), counts)
     whole, causal = _kinds(plan, owners)
@@ -83,7 +84,9 @@ def split(plan: Plan) -> tuple[Sequences, Rest | None]:
 
 
 def _kinds(plan: Plan, owners: Int64Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which segments all rows of their unit see whole, and which are the diagonal of a unit that is one span."""
+    """Return which segments all rows of their unit see completely, and which are the diagonal of a unit that is one
+    span.
+    """
     unit_rows = plan.unit_rows.astype(np.int64)
     lowest = reduce_ranges(np.minimum, plan.row_positions, unit_rows)[owners]
     highest = reduce_ranges(np.maximum, plan.row_positions, unit_rows)[owners]
@@ -96,14 +99,14 @@ def _kinds(plan: Plan, owners: Int64Array) -> tuple[NDArray[np.bool_], NDArray[n
         clear &= first >= first_seen(plan.window, highest)
     whole = clear & (last <= lowest)
     causal = clear & ~whole & a_span & (last == highest) & (first <= lowest)
-    # A span's last tile may hold one row, which sees all keys: it belongs to the span all the same.
+    # The last tile of a span may have a single row, which sees all keys; it still belongs to the span.
     single = whole & (rows[owners] == 1) & (last == highest)
     causal |= single & np.isin(plan.segment_starts, plan.segment_starts[causal])
     return whole & ~causal, causal
 
 
 def _join_same(pieces: _Pieces) -> list[tuple[_Pieces, bool]]:
-    """Pieces in groups that read the same keys."""
+    """Group pieces that read the same keys."""
     order = np.lexsort((pieces.first, pieces.lengths, pieces.starts))
     pieces = pieces[order]
     joined = (np.diff(pieces.starts) == 0) & (np.diff(pieces.lengths) == 0)
@@ -111,7 +114,7 @@ def _join_same(pieces: _Pieces) -> list[tuple[_Pieces, bool]]:
 
 
 def _join_chains(pieces: _Pieces, plan: Plan) -> list[tuple[_Pieces, bool]]:
-    """Diagonals in groups that continue each other: the tiles of one span."""
+    """Group diagonals that continue each other: the tiles of one span."""
     order = np.lexsort((pieces.first, pieces.starts))
     pieces = pieces[order]
     follows = plan.row_positions[pieces.first[1:]] == plan.row_positions[pieces.stop[:-1] - 1] + 1
@@ -119,7 +122,7 @@ def _join_chains(pieces: _Pieces, plan: Plan) -> list[tuple[_Pieces, bool]]:
 
 
 def _groups(pieces: _Pieces, joined: NDArray[np.bool_]) -> list[_Pieces]:
-    """`joined[i]`: piece `i + 1` belongs to the group of piece `i`."""
+    """Group pieces; `joined[i]`: piece `i + 1` belongs to the group of piece `i`."""
     if not pieces.starts.size:
         return []
     bounds = np.concatenate([[0], np.flatnonzero(~joined) + 1, [pieces.starts.size]]).tolist()
@@ -127,28 +130,28 @@ def _groups(pieces: _Pieces, joined: NDArray[np.bool_]) -> list[_Pieces]:
 
 
 def _order(same: list[tuple[_Pieces, bool]], chains: list[tuple[_Pieces, bool]]) -> Sequences:
-    """Groups as sequences, in as few calls as hold them without overlap."""
-    found: list[tuple[int, _Pieces, bool]] = []
+    """Make sequences of groups, in as few calls as possible without overlap."""
+    entries: list[tuple[int, _Pieces, bool]] = []
     num_calls = 0
     for groups in (same, chains):
         calls = _calls([(int(group.starts[0]), int(group.lengths[-1])) for group, _ in groups])
-        found += [(num_calls + call, group, causal) for call, (group, causal) in zip(calls, groups, strict=True)]
+        entries += [(num_calls + call, group, causal) for call, (group, causal) in zip(calls, groups, strict=True)]
         num_calls += max(calls, default=-1) + 1
-    found.sort(key=lambda entry: (entry[0], int(entry[1].starts[0])))
-    rows = [np.concatenate([np.arange(a, b) for a, b in zip(g.first, g.stop, strict=True)]) for _, g, _ in found]
+    entries.sort(key=lambda entry: (entry[0], int(entry[1].starts[0])))
+    rows = [np.concatenate([np.arange(a, b) for a, b in zip(g.first, g.stop, strict=True)]) for _, g, _ in entries]
     return Sequences(
-        starts=np.array([group.starts[0] for _, group, _ in found], np.int64),
-        lengths=np.array([group.lengths[-1] for _, group, _ in found], np.int64),
-        positions=np.array([group.positions[0] for _, group, _ in found], np.int64),
-        causal=np.array([causal for _, _, causal in found], np.bool_),
-        calls=np.array([call for call, _, _ in found], np.int64),
+        starts=np.array([group.starts[0] for _, group, _ in entries], np.int64),
+        lengths=np.array([group.lengths[-1] for _, group, _ in entries], np.int64),
+        positions=np.array([group.positions[0] for _, group, _ in entries], np.int64),
+        causal=np.array([causal for _, _, causal in entries], np.bool_),
+        calls=np.array([call for call, _, _ in entries], np.int64),
         offsets=np.cumsum([0, *(part.size for part in rows)]),
         rows=np.concatenate([np.empty(0, np.int64), *rows]),
     )
 
 
 def _calls(runs: list[tuple[int, int]]) -> list[int]:
-    """A call for each run `(start, length)`, ascending by start: the one that was free first, or a new one."""
+    """Assign a call to each run `(start, length)`, ascending by start: the first that is free, or a new one."""
     calls: list[int] = []
     busy: list[tuple[int, int]] = []
     for start, length in runs:
@@ -158,8 +161,8 @@ def _calls(runs: list[tuple[int, int]]) -> list[int]:
     return calls
 
 
-def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> Rest | None:
-    """The units that have segments `left`, with those alone."""
+def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> RemainingPlan | None:
+    """Return the units with segments `left`, with only those."""
     if not left.any():
         return None
     counts = np.bincount(owners[left], minlength=plan.num_units)
@@ -188,4 +191,4 @@ def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> Rest | Non
         path_rows=np.empty((0, 2), np.int32),
         _windowed={},
     )
-    return Rest(made, rows)
+    return RemainingPlan(made, rows)

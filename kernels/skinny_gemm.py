@@ -1,7 +1,7 @@
-"""Matrix products of few rows, for weights that take longer to read than to multiply by.
+"""Matrix products of few rows, bound by reading the weights.
 
-The kernel is in `radixgen.kernels.skinny_gemm_kernels`. Its plain twin, `torch.nn.functional.linear`, answers what
-`supports` refuses and what has more than `MAX_ROWS` rows.
+The kernel is in `radixgen.kernels.skinny_gemm_kernels`. `torch.nn.functional.linear` is the reference, and is used for
+weights that are not `supported` and for more than `MAX_ROWS` rows.
 """
 
 from functools import cache
@@ -12,14 +12,14 @@ from torch import Tensor, library
 from radixgen.kernels import gluon_support
 
 MAX_ROWS = 64
-"""Beyond it cuBLAS is faster."""
+"""Beyond it, cuBLAS is faster."""
 _TILE = 128
-"""Outputs, and inputs, of one tile"""
+"""Outputs and inputs of one tile."""
 
 
 def supports(weight: Tensor) -> bool:
-    """Whether the kernel multiplies by this weight `[outputs, inputs]`: contiguous bfloat16, its inputs whole tiles,
-    on a Hopper GPU, with a Triton that compiles the kernel.
+    """Return whether the kernel supports this weight `[outputs, inputs]`: contiguous bfloat16, inputs in whole tiles,
+    on a Hopper GPU, with a Triton version that compiles the kernel.
     """
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return False
@@ -29,7 +29,7 @@ def supports(weight: Tensor) -> bool:
 
 
 def split_k(outputs: int, inputs: int, programs: int) -> int:
-    """How many parts inputs are split into: as many, by doubling, as leave no program more than one; else 1."""
+    """Return the number of parts of the inputs: doubled while every part has a program of its own; else 1."""
     tiles, split = -(-outputs // _TILE), 1
     while tiles * split * 2 <= programs and inputs // _TILE % (split * 2) == 0:
         split *= 2
@@ -37,26 +37,28 @@ def split_k(outputs: int, inputs: int, programs: int) -> int:
 
 
 def linear(given: Tensor, weight: Tensor) -> Tensor:
-    """`given [..., inputs]` times `weight [outputs, inputs]`, one that the kernel `supports`; after `register`."""
-    found = linear_parts(given, weight)
-    if found is None:
+    """Multiply `given [..., inputs]` by `weight [outputs, inputs]`, which must be supported. Requires `register`."""
+    parts = linear_parts(given, weight)
+    if parts is None:
         return torch.nn.functional.linear(given, weight)
-    return found[0] if found.shape[0] == 1 else found.sum(0).to(given.dtype)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(given.dtype)
 
 
 def linear_parts(given: Tensor, weight: Tensor) -> Tensor | None:
-    """As `linear`, in partial sums `[split, ..., outputs]` as those of `linear_partials`; None of too many rows."""
+    """As `linear`, in partial sums `[split, ..., outputs]` as returned by `linear_partials`; None for too many rows."""
     rows = given.numel() // given.shape[-1]
     if not 0 < rows <= MAX_ROWS:
         return None
-    found: Tensor = torch.ops.radixgen.linear_partials(given.reshape(rows, given.shape[-1]), weight)
-    return found.reshape(found.shape[0], *given.shape[:-1], weight.shape[0])
+    parts: Tensor = torch.ops.radixgen.linear_partials(given.reshape(rows, given.shape[-1]), weight)
+    return parts.reshape(parts.shape[0], *given.shape[:-1], weight.shape[0])
 
 
 def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
-    """`given [rows, inputs]` times `weight [outputs, inputs]`, in partial sums to be added up in their order, `[split,
-    rows, outputs]`: float32, or bfloat16 where there is only one. A row's bits depend neither on the other rows nor on
-    their number.
+    """Multiply `given [rows, inputs]` by `weight [outputs, inputs]`, in partial sums to add up in order,
+    `[split, rows, outputs]`.
+
+    They are float32, or bfloat16 if there is only one. The bits of a row depend neither on the other rows nor on their
+    number.
     """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -72,17 +74,17 @@ def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
     layouts = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 2)
     weights = TensorDescriptor(weight, [1, *weight.shape], [weight.numel(), inputs, 1], [1, _TILE, _TILE], layouts[0])
     rows_in = TensorDescriptor(given, list(given.shape), list(given.stride()), [block_rows, _TILE], layouts[1])
-    found = _empty_partials(given, weight, split)
+    parts = _empty_partials(given, weight, split)
     linear_kernel[(min(segments, programs) if split == 1 else segments,)](
-        weights, rows_in, found, rows, 1, inputs // _TILE // split, segments, 1, outputs,
+        weights, rows_in, parts, rows, 1, inputs // _TILE // split, segments, 1, outputs,
         BLOCK_N=_TILE, BLOCK_M=block_rows, BLOCK_K=_TILE, STAGES=stages, LAG=lag, SPLIT=split,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
-    return found
+    return parts
 
 
 def _block(rows: int) -> tuple[int, int, int]:
-    """Rows of a block, stages of a ring of about 200 KiB, and products that are left running."""
+    """Return rows per block, stages of a ring of about 200 KiB, and matrix products in flight."""
     if rows <= 16:
         return (8 if rows <= 8 else 16), 6, 0
     return (32, 5, 0) if rows <= 32 else (64, 4, 1)
@@ -99,8 +101,8 @@ def _programs(device: torch.device) -> int:
 
 
 def register() -> None:
-    """Make `linear_partials` known to PyTorch as `radixgen::linear_partials`, which a compiled model calls as it is,
-    and adds up the partial sums where it reads them.
+    """Register `linear_partials` with PyTorch as `radixgen::linear_partials`, opaque to the compiler, which fuses the
+    addition of the partial sums into their consumer.
     """
     if hasattr(torch.ops.radixgen, "linear_partials"):
         return

@@ -1,9 +1,8 @@
 """Matrix products of few rows on Hopper, in Gluon: `y [M, N] = x [M, K] @ w [N, K].T`, bound by reading the weights.
 
-One launch cuts the work evenly. Whole tiles are written as they are; a product whose tiles are split along K leaves
-float32 parts `[SPLIT, M, N]` for whoever reads them next to add up in the order of K: no atomics, so that two runs
-agree bit for bit. Weights do not depend on the kernel before: with programmatic dependent launch they are loaded while
-that kernel still drains.
+One launch divides the work evenly. Whole tiles are written directly; if tiles are split along K, float32 parts
+`[SPLIT, M, N]` are written, and the consumer adds them up in the order of K. Without atomics, runs agree bit for bit.
+Weights do not depend on the previous kernel: with programmatic dependent launch they are loaded while it still drains.
 """
 
 from triton.experimental import gluon
@@ -14,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @gluon.jit
 def _place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
-    """(tile_n, tile_m, block of K) of unit j of a segment; programs start at different blocks."""
+    """Return (tile_n, tile_m, block of K) of unit j of a segment. Programs start at different blocks."""
     tile = segment // SPLIT
     tile_n = tile // tiles_m
     j += tile_n * turn % length
@@ -24,7 +23,7 @@ def _place(segment, j, length, turn, tiles_m, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _write(y, acc, y_stride, tile_n, tile_m, M, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Write a tile `acc [BLOCK_N, BLOCK_M]` of y.T to rows below M of y, as far as y has columns."""
+    """Write a tile `acc [BLOCK_N, BLOCK_M]` of y.T into y, clipped to M rows and the columns of y."""
     n = (tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT)))[:, None]
     m = (tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)))[None, :]
     gl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < y_stride))
@@ -36,13 +35,13 @@ def linear_kernel(
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
     SPLIT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Parts `[SPLIT, M, N]` of y, whose rows are `y_stride` apart.
+    """Compute parts `[SPLIT, M, N]` of y, whose rows are `y_stride` apart.
 
     `w_blocks`: descriptor of blocks `[1, BLOCK_N, BLOCK_K]` over `[1, N, K]`; `x_blocks`: of `[BLOCK_M, BLOCK_K]` over
     `[M, K]`, `tiles_m` blocks of rows. A segment is `length` blocks of K of one tile; a tile has SPLIT segments. Tile
-    `n` begins `n * turn` blocks into its segments, so that programs read different columns of x. What is computed is
-    y.T, so that few rows are the narrow side of the instruction. LAG is how many products are left running while the
-    slot of the one before is filled again.
+    `n` begins `n * turn` blocks into its segments, so that programs read different columns of x. The kernel computes
+    y.T, so that few rows are the narrow side of the instruction. LAG: matrix products left in flight while the ring
+    slot of an earlier one is refilled.
     """
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     w_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + w_blocks.block_type.shape, w_blocks.layout)
@@ -57,7 +56,7 @@ def linear_kernel(
     last = (pid + 1) * segments // programs
     units = (last - first) * length
 
-    # Fill the ring with weights, which no kernel before this one writes.
+    # Fill the ring with weights, which do not depend on earlier kernels.
     segment = first
     j = 0
     for i in gl.static_range(STAGES):
@@ -83,7 +82,7 @@ def linear_kernel(
         segment += gl.where(j == length, 1, 0)
         j = gl.where(j == length, 0, j)
 
-    # The unit at hand is in `slot`; (segment, j) is the unit to ask for next.
+    # The current unit is in `slot`; (segment, j) is the next unit to load.
     slot = 0
     phase = 0
     unit = 0

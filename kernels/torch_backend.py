@@ -1,11 +1,11 @@
-"""Tree attention in plain PyTorch: the reference for every other backend, on any device.
+"""Tree attention in plain PyTorch, on any device: the reference for all other backends.
 
-A plan's units fall into two kinds. A unit that reads long runs is computed alone, straight from its extents.
-Units that read little are padded to a common shape, gathered, and computed together. Scores and sums are
-float32 (float64 for float64 inputs).
+A plan has two kinds of units. A unit that reads long runs is computed by itself, directly from its extents. Units that
+read little are padded to a common shape, gathered, and computed together. Scores and sums are float32 (float64 for
+float64 inputs).
 
-On a CPU both kinds use PyTorch's own fused kernel where it applies: no soft cap, K as wide as V, and no row
-without keys. `FUSED = False` is its plain twin.
+On a CPU both kinds use PyTorch's fused kernel if it applies: no soft cap, K as wide as V, and no row without keys.
+`FUSED = False` disables it.
 """
 
 from collections import defaultdict
@@ -24,19 +24,19 @@ _NEVER = np.iinfo(np.int32).max
 FUSED = True
 
 LONG_RUN = {"cpu": 256, "cuda": 4096}
-"""Keys a segment, on average, from which a unit is read in place rather than gathered."""
+"""Average keys per segment from which a unit is read in place instead of gathered."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Keys `[start, start + length)` in the pool, and which of them a row may not see (None: all may)."""
+    """Keys `[start, start + length)` in the pool, and which of them are hidden from which rows (None: none)."""
 
     start: int
     length: int
     hidden: Tensor | None
-    """`[rows, length]` bool"""
+    """`[rows, length]` bool."""
     blind: bool = False
-    """Whether some row sees none of the keys"""
+    """Whether some row sees none of the keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,47 +45,47 @@ class _LongUnit:
     stop: int
     runs: list[_Run]
     partial: int
-    """Where the unit's rows begin among the partials."""
+    """Index of the unit's first row among the partial results."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PaddedUnits:
-    """Units of like size, padded to the same number of rows and keys."""
+    """Units of similar size, padded to the same number of rows and keys."""
 
     rows: Tensor
-    """`[units, rows]` int64, padded with the unit's first row"""
+    """`[units, rows]` int64, padded with the unit's first row."""
     slots: Tensor
-    """`[units, keys]` int64, padded with slot 0"""
+    """`[units, keys]` int64, padded with slot 0."""
     hidden: Tensor | None
-    """`[units, 1, rows, 1, keys]` bool"""
+    """`[units, 1, rows, 1, keys]` bool."""
     unseen: Tensor | None
-    """`[units, keys, 1, 1]` bool: keys that no row of the unit sees"""
+    """`[units, keys, 1, 1]` bool: keys that no row of the unit sees."""
     fusible: bool
-    """Whether every row, the padding included, sees a key"""
+    """Whether every row, including padding, sees a key."""
     source: Tensor
-    """`[n]`: which of the flattened `[units, rows]` results are real"""
+    """`[n]`: indices of real rows in the flattened `[units, rows]` results."""
     partial: Tensor
-    """`[n]`: where they go among the partials"""
+    """`[n]`: their indices among the partial results."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What one layer brings: k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
+    """Inputs of one layer: k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
 
     k: Tensor
     v: Tensor
     softcap: float | None
     fuse: bool
-    """Whether PyTorch's fused kernel can answer it"""
+    """Whether PyTorch's fused kernel supports the layer."""
 
 
 def runs_on(device: torch.device) -> bool:
-    """Anywhere that PyTorch does."""
+    """Return True: PyTorch supports every device."""
     return True
 
 
-class Writes:
-    """New keys and values into their slots, by PyTorch's indexing."""
+class TorchKVWriter:
+    """Writes KV by PyTorch's indexing."""
 
     def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
         slots = np.asarray(slots)
@@ -94,15 +94,15 @@ class Writes:
         self._slots = torch.from_numpy(slots[rows]).to(device)
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.backend.Writes`."""
+        """As `radixgen.kernels.backend.KVWriter`."""
         if self._rows is not None:
             key, value = key[self._rows], value[self._rows]
         k.index_copy_(0, self._slots, key)
         v.index_copy_(0, self._slots, value)
 
 
-class Attention:
-    """A plan made ready for one window and device: built once a step, called once a layer."""
+class TorchAttention:
+    """Attention over a plan in plain PyTorch."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         plan = plan.within(window)
@@ -151,7 +151,9 @@ class Attention:
 
     @staticmethod
     def _dense(plan: Plan) -> NDArray[np.bool_]:
-        """Units in which a window leaves no key unseen: their rows' positions have no gaps within it."""
+        """Return which units have no key hidden from all rows by a window: their rows' positions have no gaps larger
+        than it.
+        """
         if plan.window is None:
             return np.ones(plan.num_units, np.bool_)
         ordered = [np.unique(plan.row_positions[a:b]) for a, b in plan.unit_rows.tolist()]
@@ -179,7 +181,7 @@ class Attention:
         return _LongUnit(first, stop, runs, int(self._offsets[unit]))
 
     def _clear_length(self, positions: NDArray[np.int32], begin: int, length: int, seen_by: NDArray[np.int32]) -> int:
-        """How many of a segment's first keys every row sees."""
+        """Return the number of leading keys of a segment that every row sees."""
         if self._plan.window is not None and begin < first_seen(self._plan.window, int(positions.max())):
             return 0
         if seen_by[1] - seen_by[0] < positions.size:
@@ -187,7 +189,7 @@ class Attention:
         return min(max(int(positions.min()) + 1 - begin, 0), length)
 
     def _classes(self, units: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Units grouped by the powers of two above their rows and keys."""
+        """Group units by the powers of two above their rows and keys."""
         classes: dict[tuple[int, int], list[int]] = defaultdict(list)
         rows = np.ceil(np.log2(np.maximum(sizes[units], 1))).astype(int).tolist()
         keys = np.ceil(np.log2(np.maximum(self._keys[units], 16))).astype(int).tolist()
@@ -240,7 +242,9 @@ class Attention:
         )
 
     def _merge_order(self, sizes: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
-        """For the first, second, … partial of each row, from the root down: the rows that have it, and which it is."""
+        """Return, for the first, second, … partial result of each row from the root down, the rows that have it, and
+        its index.
+        """
         plan = self._plan
         rows = np.arange(self._num_partials) + np.repeat(plan.unit_rows[:, 0] - self._offsets, sizes)
         partials = np.lexsort((np.repeat(plan.unit_rank, sizes), rows))
@@ -256,7 +260,7 @@ class Attention:
 def _hidden(
     row_positions: NDArray[np.int32], key_positions: NDArray[np.int32], window: Window | None
 ) -> NDArray[np.bool_]:
-    """The causal rule by position: `[..., rows]` and `[..., keys]` give `[..., rows, keys]`."""
+    """Apply the causal mask by position: `[..., rows]` and `[..., keys]` give `[..., rows, keys]`."""
     rows, keys = row_positions[..., :, None], key_positions[..., None, :]
     hidden: NDArray[np.bool_] = keys > rows
     if window is not None:
@@ -265,7 +269,7 @@ def _hidden(
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unnormalized probabilities (in place of `scores`), their sum, and the LSE; 0 and -inf without keys."""
+    """Return unnormalized probabilities (in place of `scores`), their sum, and the LSE; 0 and -inf without keys."""
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top.isneginf(), 0.0, top)
     probabilities = scores.sub_(top).exp_()
@@ -274,7 +278,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
-    """One unit: packed `[kv_heads, rows * group, head_dim]` against its runs, in place in the pool."""
+    """Compute one unit: packed `[kv_heads, rows * group, head_dim]` against its runs, in place in the pool."""
     rows, kv_heads, group, _ = out.shape
     q = packed[:, unit.first * group : unit.stop * group]
     if layer.fuse and len(unit.runs) == 1 and not unit.runs[0].blind:
@@ -308,7 +312,7 @@ def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, ls
 
 
 def _attend_run(run: _Run, q: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
-    """One unit with one run, by the fused kernel: q `[kv_heads, rows * group, head_dim]`."""
+    """Compute one unit with one run by the fused kernel: q `[kv_heads, rows * group, head_dim]`."""
     rows, kv_heads, group, _ = out.shape
     stop = run.start + run.length
     key, value = (pool[run.start : stop].transpose(0, 1).to(q.dtype) for pool in (layer.k, layer.v))
@@ -319,16 +323,16 @@ def _attend_run(run: _Run, q: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused CPU attention with its LSE; q `[batch, heads, rows, head_dim]`, scaled already.
+    """Run PyTorch's fused CPU attention and return its LSE; q `[batch, heads, rows, head_dim]`, already scaled.
 
-    The public `scaled_dot_product_attention` runs this kernel and drops the LSE.
+    The public `scaled_dot_product_attention` runs this kernel and discards the LSE.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=1.0)
     return out.contiguous(), lse
 
 
 def _bias(hidden: Tensor | None, group: int, like: Tensor) -> Tensor | None:
-    """`[units, 1, rows, 1, keys]` as an additive mask `[units, 1, rows * group, keys]`."""
+    """Convert a mask `[units, 1, rows, 1, keys]` to an additive mask `[units, 1, rows * group, keys]`."""
     if hidden is None:
         return None
     units, _, rows, _, keys = hidden.shape
@@ -337,7 +341,7 @@ def _bias(hidden: Tensor | None, group: int, like: Tensor) -> Tensor | None:
 
 
 def _attend_padded(padded: _PaddedUnits, queries: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
-    """Padded units together: queries `[rows, kv_heads, group, head_dim]` against gathered keys."""
+    """Compute padded units together: queries `[rows, kv_heads, group, head_dim]` against gathered keys."""
     units, rows = padded.rows.shape
     keys = padded.slots.shape[1]
     _, kv_heads, group, head_dim = queries.shape

@@ -1,7 +1,7 @@
-"""Drawing tokens from logits in PyTorch: filters, and the inverse of the cumulative distribution.
+"""Sampling from logits in PyTorch: filters, and inversion of the cumulative distribution.
 
-In float64 and sums of integers. `radixgen.kernels.triton_sampling` is the same for GPUs: both draw the same token, but
-where a number of `uniforms` lies within 1e-6 of where two tokens meet.
+Uses float64 and integer sums. `radixgen.kernels.triton_sampling` is the equivalent for GPUs: both draw the same token,
+except for a uniform within 1e-6 of the boundary between two tokens.
 """
 
 import math
@@ -19,17 +19,18 @@ from radixgen.kernels.upload import upload
 def draw_tokens(
     logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> Tensor:
-    """One token a draw, int64 `[draws]`, from `logits` `[rows, vocab]`: draw `i` from row `rows[i]` by the
-    temperature, top-k, top-p and min-p of `params[i]` and the number `uniforms[i]` in [0, 1).
+    """Draw one token per draw, int64 `[draws]`, from `logits` `[rows, vocab]`.
 
-    The token is the first at which the cumulative distribution, in the order of token ids, passes that number; of a
-    greedy draw, the first of the likeliest. -1 where the row holds NaN or +inf, or nothing finite. A draw does not
-    depend on the others.
+    Draw `i` uses row `rows[i]`, the temperature, top-k, top-p and min-p of `params[i]`, and `uniforms[i]` in [0, 1).
+
+    The token is the first at which the cumulative distribution, in the order of token ids, exceeds the uniform; for
+    greedy draws, the first of the most likely ones. -1 if the row has NaN, +inf, or nothing finite. Draws are
+    independent of each other.
     """
     best, likeliest = logits.max(-1)
     draw_rows = upload(np.array(rows, np.int64), logits.device)
     tokens = torch.where(best.isfinite(), likeliest, -1).index_select(0, draw_rows)
-    sampled = [i for i, one in enumerate(params) if not one.greedy]
+    sampled = [i for i, param in enumerate(params) if not param.greedy]
     if sampled:
         places = upload(np.array(sampled), logits.device)
         scores = logits.index_select(0, draw_rows.index_select(0, places)).double()
@@ -39,53 +40,57 @@ def draw_tokens(
 
 
 def probabilities(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """What each draw is made from: float64 scores `[n, vocab]`, one row a draw, to probabilities, which need not add up
-    to 1. Greedy draws are given the likeliest token alone.
+    """Convert float64 scores `[n, vocab]`, one row per draw, to filtered probabilities, which need not sum to 1.
+
+    Greedy draws get the most likely token only.
     """
-    scores = scores - scores.amax(-1, keepdim=True)  # so that no temperature, however low, makes infinities of them
-    greedy = [one.greedy for one in params]
-    scores /= _column([one.temperature or 1.0 for one in params], scores)
-    found = scores.softmax(-1)
-    filtered = [i for i, one in enumerate(params) if not greedy[i] and (one.top_k > 0 or one.top_p < 1.0)]
+    scores = scores - scores.amax(-1, keepdim=True)  # so that low temperatures do not overflow
+    greedy = [param.greedy for param in params]
+    scores /= _column([param.temperature or 1.0 for param in params], scores)
+    probs = scores.softmax(-1)
+    filtered = [i for i, param in enumerate(params) if not greedy[i] and (param.top_k > 0 or param.top_p < 1.0)]
     if filtered:
-        found[filtered] = _keep_likeliest(found[filtered], [params[i] for i in filtered])
-    if any(one.min_p for one in params):
-        least = _column([one.min_p for one in params], scores) * found.amax(-1, keepdim=True)
-        found *= found >= least
+        probs[filtered] = _keep_likeliest(probs[filtered], [params[i] for i in filtered])
+    if any(param.min_p for param in params):
+        least = _column([param.min_p for param in params], scores) * probs.amax(-1, keepdim=True)
+        probs *= probs >= least
     if any(greedy):
-        chosen = torch.zeros_like(found).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
-        found = torch.where(upload(np.array(greedy), scores.device)[:, None], chosen, found)
-    return found
+        chosen = torch.zeros_like(probs).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+        probs = torch.where(upload(np.array(greedy), scores.device)[:, None], chosen, probs)
+    return probs
 
 
-def _invert(found: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
-    """One token a row, `[n]`, in the order of token ids.
+def _invert(probs: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
+    """Return one token per row, `[n]`, by the cumulative distribution in the order of token ids.
 
-    A uniform is at most 1 - 2**-53, so the target is less than the total, and the token found has a weight of its own.
+    A uniform is at most 1 - 2**-53, so the target is less than the total, and the token has a weight of its own.
     """
-    cumulative = weights(found).cumsum(-1)
+    cumulative = weights(probs).cumsum(-1)
     target = upload(uniforms, cumulative.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target.long(), right=True)[:, 0]
 
 
-def weights(found: Tensor) -> Tensor:
-    """Probabilities `[n, vocab]` in units of 2**-62, int64. Their sums are exact: on a GPU the order in which a row of
-    floats is summed depends on how many rows there are, and for one row on the moment.
+def weights(probs: Tensor) -> Tensor:
+    """Convert probabilities `[n, vocab]` to int64 in units of 2**-62, whose sums are exact.
+
+    On a GPU, the order in which floats of a row are summed depends on the number of rows, and for one row on timing.
     """
-    return (found * 2.0**62).long()
+    return (probs * 2.0**62).long()
 
 
-def _keep_likeliest(found: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """top-k, then top-p of what is left, the likeliest always; with all that equal the last one kept."""
-    ordered = found.sort(dim=-1, descending=True).values
+def _keep_likeliest(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Apply top-k, then top-p to the rest. Keeps at least the most likely token, and all tokens tied with the last one
+    kept.
+    """
+    ordered = probs.sort(dim=-1, descending=True).values
     width = ordered.shape[1]
-    counts = [min(one.top_k, width) if one.top_k > 0 else width for one in params]
+    counts = [min(param.top_k, width) if param.top_k > 0 else width for param in params]
     ordered *= ordered >= ordered.gather(-1, upload(np.array(counts), ordered.device)[:, None] - 1)
     shares = weights(ordered)
     cumulative = shares.cumsum(-1)
-    most = _column([one.top_p if one.top_p < 1.0 else math.inf for one in params], ordered)
+    most = _column([param.top_p if param.top_p < 1.0 else math.inf for param in params], ordered)
     kept = (cumulative - shares < most * cumulative[:, -1:]) & (ordered > 0)
-    return found * (found >= torch.where(kept, ordered, math.inf).amin(-1, keepdim=True))
+    return probs * (probs >= torch.where(kept, ordered, math.inf).amin(-1, keepdim=True))
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

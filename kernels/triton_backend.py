@@ -1,4 +1,4 @@
-"""Tree attention by the Triton kernels: a launch for each class of tiles, and one more where rows have partials."""
+"""Tree attention by the Triton kernels: one launch per class of tiles, and one more to merge partial results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,38 +18,38 @@ from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
 from radixgen.kernels.workspace import Workspace
 
 _MOST_STEPS = 64
-"""Tables list the keys of so many steps to come, at the most."""
+"""Maximum number of future steps whose keys are listed in tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What a launch is shaped for."""
+    """Properties of a GPU that determine launches."""
 
     capability: int
-    """80 for sm_80, 90 for sm_90"""
+    """80 for sm_80, 90 for sm_90."""
     multiprocessors: int
 
     @classmethod
     def of(cls, device: torch.device) -> "Chip":
-        """The device's chip; in the interpreter a small one that is like sm_90."""
+        """Return the chip of a device; in the interpreter, a small one like sm_90."""
         if device.type != "cuda":
             return cls(90, 3)
-        found = torch.cuda.get_device_properties(device)
-        return cls(10 * found.major + found.minor, found.multi_processor_count)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(10 * properties.major + properties.minor, properties.multi_processor_count)
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a multiprocessor that blocks of keys in flight may take."""
+        """Shared memory per multiprocessor available to blocks of keys in flight."""
         return (208 if self.capability >= 90 else 144) * 1024
 
 
 def overlaps(chip: Chip) -> bool:
-    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    """Return whether a launch may begin while the previous one ends (programmatic dependent launch)."""
     return chip.capability >= 90 and not triton.knobs.runtime.interpret
 
 
 def takes_wide(geometry: Geometry, chip: Chip) -> bool:
-    """Whether tiles of 128 rows have a launch of their own on this chip, for layers without window or soft cap."""
+    """Return whether tiles of 128 rows have their own kernel on this chip, for layers without window or soft cap."""
     heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
     compiles = triton.knobs.runtime.interpret or gluon_support.supported()
     return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and compiles
@@ -58,10 +58,10 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
 def choose_launch(
     geometry: Geometry, tile_rows: int, chip: Chip, *, rows: int = 64, windowed: bool = False, capped: bool = False
 ) -> Launch:
-    """The launch for a plan of about `rows` rows, whose tiles hold at most `tile_rows` query heads' rows: classes of
-    16, of 64 and of 128, as far as they are wanted.
+    """Choose the launch for a plan of about `rows` rows, whose tiles hold at most `tile_rows` query-head rows: classes
+    of 16, 64 and 128 rows, as needed.
 
-    Tiles of 128 rows are for Hopper's own kernel and for groups of more than 64 heads: elsewhere 64 do as well
+    Tiles of 128 rows are for Hopper's own kernel and for groups of more than 64 heads; otherwise 64 perform as well
     (`bench/NOTES.md`).
     """
     wide = tile_rows > 64 and not windowed and not capped and takes_wide(geometry, chip)
@@ -79,12 +79,12 @@ def choose_launch(
 
 
 def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: bool, hopper: bool) -> TileClass:
-    """How tiles of `size` rows are launched.
+    """Choose the launch of tiles of `size` rows.
 
-    64 by 4 warps, two programs a multiprocessor, do as well as 128 by 8. 16 take one warp on Hopper, where eight
-    programs hide each other's beginnings, and two under a window's masks, which take more registers; where there is
-    nothing to hide behind, with one row or two, four. These masks leave no registers for a fifth stage in tiles of 64
-    or more either, and tiles of 128 none for gathering 32 keys at once.
+    64 rows on 4 warps, two programs per multiprocessor, perform as well as 128 on 8. 16 rows take one warp on Hopper,
+    where eight programs hide each other's startup; two under a window's masks, which take more registers; four with one
+    or two rows, when there is nothing to hide behind. These masks leave no registers for a fifth stage in tiles of 64
+    or more, and tiles of 128 none to gather 32 keys at once.
     """
     if hopper:
         return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
@@ -118,7 +118,7 @@ def constants(
     geometry: Geometry, launch: Launch, kind: int, *, window: bool, softcap: bool, sinks: bool,
     chunked: bool = False, first: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the attention kernel is compiled for: the launch's tiles of one class."""
+    """Return the compile-time constants of the attention kernel for one class of the launch's tiles."""
     shape = launch.classes[kind]
     padded_dim, padded_v_dim = geometry.padded
     return {
@@ -132,19 +132,21 @@ def constants(
 
 
 def runs_on(device: torch.device) -> bool:
-    """A CUDA device, or anywhere in Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported)."""
+    """Return whether this is a CUDA device, or Triton's interpreter is on (TRITON_INTERPRET=1 before Triton is
+    imported).
+    """
     return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
 
 
-class Writes:
-    """New keys and values into their slots, in one launch."""
+class TritonKVWriter:
+    """Writes KV in one launch."""
 
     def __init__(self, slots: NDArray[np.int64] | Tensor, device: torch.device) -> None:
         self._slots = slots if isinstance(slots, Tensor) else upload(slots, device)
         self._overlap = overlaps(Chip.of(device))
 
     def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
-        """As `radixgen.kernels.backend.Writes`."""
+        """As `radixgen.kernels.backend.KVWriter`."""
         key = key if key.stride(2) == 1 else key.contiguous()
         value = value if value.stride(2) == 1 else value.contiguous()
         _, kv_heads, head_dim = k.shape
@@ -156,11 +158,11 @@ class Writes:
         )  # fmt: skip
 
 
-class Tables:
-    """A plan's work on the device, for one shape of layers, and memory for its partial results.
+class LaunchTables:
+    """A plan's work on the device, for layers of one shape, and memory for its partial results.
 
-    With a `workspace` there is room to spare at the same addresses: what was captured with these tables, for
-    `static_rows` rows, answers larger work too.
+    With a `workspace`, addresses are fixed and have spare room: a launch captured with these tables, for `static_rows`
+    rows, works for larger plans too.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class Tables:
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
         self.most_merged = self.views["rows"].numel()
         most = work.most_partials
-        if static_rows:  # whatever plan comes: the keys of few rows are split among all programs
+        if static_rows:  # for any plan: the keys of few rows may be split among all programs
             most = max(4, launch.classes[0].programs // (geometry.kv_heads * static_rows))
         self.merge_block = min(64, triton.next_power_of_2(max(most, 1)))
         partials = self._sizes.partials, geometry.kv_heads * geometry.group, geometry.v_head_dim, device
@@ -191,7 +193,7 @@ class Tables:
         self.load(work)
 
     def load(self, work: Work) -> bool:
-        """Replace the work; False, and nothing is changed, where there is no room for it."""
+        """Replace the work. Returns False, with nothing changed, if there is no room for it."""
         if not self._sizes.hold(work.sizes):
             return False
         staged, begin = self._staging.open(), 0
@@ -208,44 +210,44 @@ class Tables:
         return True
 
 
-class Attention:
-    """A plan made ready for one window and device: built once a step, called once a layer."""
+class TritonAttention:
+    """Attention over a plan by the Triton kernels."""
 
     def __init__(self, plan: Plan, window: Window | None, device: torch.device) -> None:
         self._whole, self._window, self._device = plan, window, device
         self._plan = plan.within(window)
         self._positions = upload(plan.row_positions, device)
-        self._tables: dict[tuple[Geometry, bool], Tables] = {}
-        self._torch: torch_backend.Attention | None = None
+        self._tables: dict[tuple[Geometry, bool], LaunchTables] = {}
+        self._torch: torch_backend.TorchAttention | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `radixgen.kernels.backend.Attention`; shapes that the kernels don't answer go to PyTorch."""
+        """As `radixgen.kernels.backend.Attention`. Shapes that the kernels do not support go to PyTorch."""
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
             if self._torch is None:
-                self._torch = torch_backend.Attention(self._whole, self._window, self._device)
+                self._torch = torch_backend.TorchAttention(self._whole, self._window, self._device)
             return self._torch(q, k, v, scale, softcap, sinks)
         capped = softcap is not None
         if (geometry, capped) not in self._tables:
             chip, rows, windowed = Chip.of(self._device), self._plan.num_rows, self._window is not None
             launch = choose_launch(geometry, self._plan.tile_rows, chip, rows=rows, windowed=windowed, capped=capped)
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
-            self._tables[geometry, capped] = Tables(work, geometry, launch, self._device)
+            self._tables[geometry, capped] = LaunchTables(work, geometry, launch, self._device)
         out, lse = _empty_results(q, geometry)
         tables = self._tables[geometry, capped]
         _attend(tables, self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
 
 
-class StaticAttention:
+class TritonStaticAttention:
     """As `radixgen.kernels.backend.StaticAttention`: tables at fixed addresses, with room for larger plans."""
 
     def __init__(self, plan: Plan, window: Window | None, positions: Tensor, workspace: Workspace) -> None:
         self._window, self._positions, self._workspace = window, positions, workspace
         self._tile_rows = plan.tile_rows
-        self._tables: dict[tuple[Geometry, bool], Tables] = {}
+        self._tables: dict[tuple[Geometry, bool], LaunchTables] = {}
         self._origin: Plan | None = None
         self._last_age = 0
         self.load(plan)
@@ -279,15 +281,15 @@ class StaticAttention:
                 geometry, self._tile_rows, chip, rows=len(q), windowed=windowed, capped=softcap is not None
             )
             work = self._lay_out(geometry, launch)
-            self._tables[kind] = Tables(work, geometry, launch, q.device, self._workspace, static_rows=q.shape[0])
+            self._tables[kind] = LaunchTables(work, geometry, launch, q.device, self._workspace, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)
         _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
         return out, lse
 
 
 def _slack(plan: Plan) -> int:
-    """Steps to come for which tables are laid out. After these they are laid out anew: keys that were gathered one by
-    one are then copied in bulk.
+    """Return the number of future steps to lay tables out for. After them, tables are laid out anew, and keys that were
+    gathered are then copied in bulk.
     """
     return min(plan.slack, _MOST_STEPS)
 
@@ -297,12 +299,12 @@ def _empty_results(q: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 
 def answers(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these tensors."""
+    """Return whether the kernels support these tensors."""
     return geometry.supported and q.dtype == k.dtype and k.is_contiguous() and v.is_contiguous()
 
 
 def _attend(
-    tables: Tables,
+    tables: LaunchTables,
     positions: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -314,12 +316,12 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """All launches; `out` and `lse` are written for the rows of the plan, and for those beyond where there is room."""
+    """Run all launches. `out` and `lse` are written for the rows of the plan, and for padding rows."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     for kind in tables.launched:
         shape = launch.classes[kind]
-        if shape.hopper and not triton.knobs.runtime.interpret:  # which Gluon does not have
+        if shape.hopper and not triton.knobs.runtime.interpret:  # Gluon has no interpreter
             hopper_attention.attend(tables, shape, positions, out, lse, q, k, v, scale, sinks)
             continue
         options = constants(
@@ -346,7 +348,7 @@ def _attend(
 
 
 def _blocks(k: Tensor, v: Tensor, launch: Launch, shape: TileClass) -> tuple[object, object]:
-    """Descriptors of blocks `[block_keys, dim]` over the pools as `[slots, kv_heads * dim]`, where there are runs."""
+    """Return descriptors of blocks `[block_keys, dim]` over the pools as `[slots, kv_heads * dim]`, if runs exist."""
     if not launch.least_run:
         return k, v
     flat = [pool.view(pool.shape[0], -1) for pool in (k, v)]

@@ -1,19 +1,17 @@
-"""Tree attention for NVIDIA GPUs, in Triton: a launch over all levels of the tree for each class of tiles, and one that
-merges partials.
+"""Tree attention for NVIDIA GPUs, in Triton: one launch over all levels of the tree per class of tiles, and one that
+merges partial results.
 
-A unit of the plan is a tile of depth-first rows with all query heads of one KV head packed into its rows (GQA). Its
-keys come in two ways, both in one running softmax (FlashAttention, arXiv 2205.14135):
+A unit of the plan is a tile of depth-first rows, with all query heads of one KV head packed into its rows (GQA). Its
+keys come in two forms, both in one running softmax (FlashAttention, arXiv 2205.14135):
 
-- *runs*: whole blocks of keys that every row of the tile sees, copied in bulk by a tensor descriptor, no mask;
+- *runs*: whole blocks of keys that every row of the tile sees, copied in bulk by a tensor descriptor, without a mask;
 - *gathered keys*: all others, each with its slot and the interval of the tile's rows that sees it (and, for a window,
-  its position), so that a subtree's private keys, a span's diagonal and ragged ends share blocks whatever extents they
-  lie in.
+  its position), so that a subtree's private keys, a span's diagonal and incomplete blocks share blocks across extents.
 
-Everything about the plan is read from int32 tables (`radixgen.kernels.work`): a captured launch answers any plan that
-fits them.
+The plan is read from int32 tables (`radixgen.kernels.work`): a captured launch works for any plan that fits them.
 
-`PDL` is for chips where a launch may begin while the one before it ends (sm_90): what only the plan says is read first,
-and what earlier launches wrote after `gdc_wait`.
+`PDL` is for chips with programmatic dependent launch (sm_90): tables, which depend only on the plan, are read first,
+and the results of earlier launches after `gdc_wait`.
 """
 
 import triton
@@ -30,11 +28,11 @@ PIECE_FIELDS = tl.constexpr(8)
 def expand_keys(
     pieces, counts, laid_out_positions, key_slots, key_positions, key_rows, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Write out the gathered keys of every piece: slot, position, and `low | high << 8` of the tile's rows that see it.
+    """Write the gathered keys of every piece: slot, position, and `low | high << 8` of the tile's rows that see it.
 
-    Of a piece's rows [low, high), of at most ROWS in the tile, the first `early` stand before the key, so that [low +
-    early, high) see it: rows of one node come in order of their positions, and ahead of its children's. A piece with a
-    stride is one of keys to come, which their row will see.
+    Of a piece's rows [low, high), at most ROWS in the tile, the first `early` are positioned before the key, so that
+    [low + early, high) see it: rows of one node are ordered by position, and come before its children's. A piece with a
+    stride lists keys of future steps, which their row will see.
     """
     row = tl.arange(0, ROWS)
     for index in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
@@ -61,7 +59,7 @@ def expand_keys(
 
 @triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
-    """`[rows, keys]` float32 scores, which `_unit` times are powers of two."""
+    """Return float32 scores `[rows, keys]`, to be multiplied by `_unit` to get exponents of 2."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), also where the exponential overflows
@@ -71,7 +69,7 @@ def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _unit(scale, SOFTCAP: tl.constexpr):
-    """What is left to multiply scores by, positive: put off until the maximum is taken off, it costs nothing."""
+    """Return the remaining factor of the scores, positive. It is applied after the maximum is known, at no cost."""
     if SOFTCAP:
         return LOG2_E + 0.0 * scale
     return scale * LOG2_E
@@ -79,7 +77,7 @@ def _unit(scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _accumulate(scores, unit, v, top, total, out):
-    """One block of the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32."""
+    """Add one block to the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32."""
     new_top = tl.maximum(top, tl.max(scores, 1) * unit)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp2(top - base)
@@ -92,7 +90,7 @@ def _accumulate(scores, unit, v, top, total, out):
 
 @triton.jit
 def _gather(base, slot, listed, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEADS: tl.constexpr, head):
-    """`[keys, PADDED]` of a pool `[slots, KV_HEADS, DIM]`; 0 for keys that are not `listed` and beyond DIM."""
+    """Gather `[keys, PADDED]` from a pool `[slots, KV_HEADS, DIM]`; 0 for keys that are not `listed` and beyond DIM."""
     dim = tl.arange(0, PADDED)
     place = (slot.to(tl.int64) * KV_HEADS + head) * DIM
     inside = listed[:, None] & (dim < DIM)[None, :]
@@ -101,7 +99,7 @@ def _gather(base, slot, listed, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEAD
 
 @triton.jit
 def _store(values, row_lse, out, lse, place, real, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Values `[rows, PADDED]` and their LSE into `out[place]` and `lse[place]`, of those rows that are `real`."""
+    """Store values `[rows, PADDED]` and their LSE in `out[place]` and `lse[place]`, for `real` rows."""
     dim = tl.arange(0, PADDED)
     inside = real[:, None] & (dim < DIM)[None, :]
     target = out + place.to(tl.int64)[:, None] * DIM + dim[None, :]
@@ -119,7 +117,7 @@ def _attend_tile(
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
     WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One work item: a tile's rows, of one KV head, against all keys of its unit."""
+    """Compute one work item: a tile's rows, of one KV head, against all keys of its unit."""
     packed = tl.arange(0, BLOCK_ROWS)
     row = packed // GROUP
     real = row < num_rows
@@ -185,12 +183,12 @@ def attend(
     WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr,
     THREADS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The work items (unit x KV head) of the class KIND of tiles: each program begins with one of its own, then takes
-    the next that no program has taken. So they are done at about the same time, whenever they begin.
+    """Compute the work items (unit x KV head) of tile class KIND. Each program begins with one item, then takes the
+    next free one, so that programs finish at about the same time whenever they begin.
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
-    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. With each step that the rows have
-    moved on since the plan was laid out, an item has as many more keys as rows of it grow.
+    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. For each step since the plan was
+    laid out, an item has one more key per growing row.
 
     The launches of one layer write different rows, so all but the FIRST begin while it is still running, and wait for
     it only before they end.
@@ -211,8 +209,8 @@ def attend(
     ticket = _take(tickets + KIND, shared, THREADS)
     age = tl.load(row_positions).to(tl.int32) - laid_out_at
     while task < tasks:
-        # Two tickets and one item ahead, so that no item waits for its own description. Where nothing is shared any end
-        # would do, but Triton 3.6 fails on a loop that reads nothing of `task`, as this one does with one KV head.
+        # Load two tickets and one item ahead, so that no item waits for its own fields. If nothing is shared, any value
+        # that ends the loop would do, but Triton 3.6 fails on a loop that does not read `task` (with one KV head).
         coming = tl.where(shared, programs + _look(ticket, THREADS), task + tasks)
         ticket = _take(tickets + KIND, shared, THREADS)
         (
@@ -230,7 +228,7 @@ def attend(
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
         key_begin, key_end, partial = next_key_begin, next_key_end, next_partial
     if shared and _look(ticket, THREADS) == tasks + programs - 1:
-        # The last ticket that this launch takes: each program takes one for each of its items, and one in vain.
+        # The last ticket of this launch: each program takes one per item, and one more without an item.
         tl.store(tickets + KIND, 0)
     if PDL and not FIRST:
         tl.extra.cuda.gdc_wait()
@@ -238,7 +236,9 @@ def attend(
 
 @triton.jit
 def _take(tickets, wanted, THREADS: tl.constexpr):
-    """The next ticket, held by the first thread. A scalar would be waited for here, this is when it is looked at."""
+    """Take the next ticket, held by the first thread. A scalar would be waited for here; a vector is waited for when it
+    is used.
+    """
     thread = tl.arange(0, THREADS)
     ones = tl.full([THREADS], 1, tl.int32)
     return tl.atomic_add(tickets + thread * 0, ones, mask=thread < wanted.to(tl.int32), sem="relaxed")
@@ -251,7 +251,7 @@ def _look(ticket, THREADS: tl.constexpr):
 
 @triton.jit
 def _item(items, task, KV_HEADS: tl.constexpr):
-    """The fields of a task's item."""
+    """Load the fields of a task's item."""
     item = items + task // KV_HEADS * ITEM_FIELDS
     return (
         tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4), tl.load(item + 5),
@@ -265,10 +265,10 @@ def merge(
     Q_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partials of each row that has them, in the order of its list, against their common maximum. Rows beyond
-    those of the plan, which pad a captured step, become 0.
+    """Merge the partial results of each row, in the order of its list, against their common maximum. Padding rows of a
+    captured step become 0.
 
-    One program a row and block of heads. (Hydragen, arXiv 2402.05099, section 3.2.)
+    One program per row and block of heads. (Hydragen, arXiv 2402.05099, section 3.2.)
     """
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     real = head < Q_HEADS
@@ -302,7 +302,7 @@ def merge(
             values = values * tl.sigmoid(row_lse - tl.load(sinks + head, mask=real, other=0.0))[:, None]
         _store(values, row_lse, out, lse, final, real, V_HEAD_DIM, PADDED_V_DIM)
     if PDL:
-        # A launch without rows to merge must not end before the one that it follows.
+        # A launch without rows to merge must not end before the previous launch.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
@@ -314,7 +314,9 @@ def merge(
 
 @triton.jit
 def _places(partials, first, end, head, Q_HEADS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr):
-    """Where the partials of a list lie from `first` on, `[heads, BLOCK_PARTIALS]`, and which of them there are."""
+    """Return the places of a list's partial results from `first` on, `[heads, BLOCK_PARTIALS]`, and which of them
+    exist.
+    """
     turn = first + tl.arange(0, BLOCK_PARTIALS)
     listed = turn < end
     place = tl.load(partials + turn, mask=listed, other=0).to(tl.int64)[None, :] * Q_HEADS + head[:, None]
@@ -323,7 +325,7 @@ def _places(partials, first, end, head, Q_HEADS: tl.constexpr, BLOCK_PARTIALS: t
 
 @triton.jit
 def _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr):
-    """LSE `[heads, partials]` and values `[heads, partials, PADDED_V_DIM]` at these places; -inf and 0 outside."""
+    """Load LSE `[heads, partials]` and values `[heads, partials, PADDED_V_DIM]` at these places; -inf and 0 outside."""
     v_dim = tl.arange(0, PADDED_V_DIM)
     source = partial_out + place[:, :, None] * V_HEAD_DIM + v_dim[None, None, :]
     given = tl.load(source, mask=inside[:, :, None] & (v_dim < V_HEAD_DIM)[None, None, :], other=0.0)
@@ -336,10 +338,10 @@ def write_kv(
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_K: tl.constexpr,
     PADDED_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value go to slot `slots[i]` of k and v; -1 goes nowhere."""
+    """Write row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value to slot `slots[i]` of k and v; -1 is skipped."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        if tl.num_programs(0) <= 64:  # programs of many rows would leave no even room for those of the launch after
+        if tl.num_programs(0) <= 64:  # many programs would leave no room for those of the next launch
             tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Drawing tokens on a GPU, by the kernels of `radixgen.kernels.sampling_kernels`."""
+"""Sampling on a GPU by the kernels of `radixgen.kernels.sampling_kernels`."""
 
 import math
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from radixgen.kernels import sampling_kernels
 from radixgen.kernels.upload import upload
 
 BLOCK = 2048
-"""Tokens whose logits one program reads at once"""
+"""Tokens whose logits one program reads at once."""
 _WAYS, _PASSES = 8, 12
-"""Thresholds of each pass of the search for a floor, and passes: it ends within 8**-12 of the logits' range."""
+"""Thresholds per pass of the search for a floor, and number of passes: its precision is 8**-12 of the logits' range."""
 _LARGEST_UNIT = 1e30
-"""Base-2 exponents a logit; a lower temperature draws the likeliest tokens alone"""
+"""Maximum base-2 exponents per logit. Lower temperatures draw only the most likely tokens."""
 
 
 def draw_tokens(
     logits: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> Tensor:
     """As `radixgen.kernels.torch_sampling.draw_tokens`, in float32."""
-    if logits.dtype == torch.float64:  # against their largest: float32 tells those near it apart, and holds it
+    if logits.dtype == torch.float64:  # relative to the largest, so that float32 suffices near it
         logits = (logits - logits.amax(-1, keepdim=True)).float()
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    sampled = [one for one in params if not one.greedy]
-    top_k = any(one.top_k > 0 for one in sampled)
-    top_p = any(one.top_p < 1.0 for one in sampled)
-    filtered = top_k or top_p or any(one.min_p for one in sampled)
-    step = _Step(logits, upload(_settings(rows, params, uniforms), logits.device))
+    sampled = [param for param in params if not param.greedy]
+    top_k = any(param.top_k > 0 for param in sampled)
+    top_p = any(param.top_p < 1.0 for param in sampled)
+    filtered = top_k or top_p or any(param.min_p for param in sampled)
+    step = _SamplingStep(logits, upload(_settings(rows, params, uniforms), logits.device))
     step.weigh_blocks()
     if top_k:
         step.find_floors(weighed=False)
@@ -46,11 +46,11 @@ def draw_tokens(
     return step.choose(filtered=filtered)
 
 
-class _Step:
-    """All draws of one step: the kernels' launches, and the memory by which each hands its results to the next."""
+class _SamplingStep:
+    """All draws of one step: the kernels' launches, and the memory that passes results between them."""
 
     def __init__(self, logits: Tensor, settings: Tensor) -> None:
-        """Logits `[rows, vocab]`, not float64; settings as `_settings` makes them."""
+        """Logits `[rows, vocab]`, not float64; settings as returned by `_settings`."""
         self._logits = logits
         self._settings = settings
         self._draws, self._width = settings.shape[1], logits.shape[1]
@@ -64,7 +64,7 @@ class _Step:
         return self._logits.new_empty(shape, dtype=torch.float32)
 
     def _pair(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Two of this size, flat, at multiples of 16 bytes: a kernel is compiled anew for an address that is none."""
+        """Return two tensors of this size, flat, aligned to 16 bytes: Triton compiles anew for other addresses."""
         first, second = self._floats(2, -(-math.prod(shape) // 4) * 4)
         return first, second
 
@@ -75,29 +75,29 @@ class _Step:
         )  # fmt: skip
 
     def find_floors(self, *, weighed: bool) -> None:
-        """Raise the floors to what top-p keeps where they are `weighed`, else to what top-k keeps."""
+        """Raise the floors to what top-p keeps if `weighed`, else to what top-k keeps."""
         bounds = self._floats(_PASSES + 1, 4, self._draws)
-        found = self._pair(self._draws, self._blocks, _WAYS + 2)
+        results = self._pair(self._draws, self._blocks, _WAYS + 2)
         for index in range(_PASSES):
             sampling_kernels.narrow_floors[(self._blocks, self._draws)](
                 self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses,
-                bounds[index], found[index % 2 - 1], found[index % 2], self._width, self._draws, self._blocks,
+                bounds[index], results[index % 2 - 1], results[index % 2], self._width, self._draws, self._blocks,
                 BLOCKS=self._padded_blocks, BLOCK=BLOCK, WAYS=_WAYS, WEIGHED=weighed, FIRST=index == 0, num_warps=4,
             )  # fmt: skip
-        self._settle(bounds[-1], found[_PASSES % 2 - 1], searched=True)
+        self._settle(bounds[-1], results[_PASSES % 2 - 1], searched=True)
 
     def raise_floors(self) -> None:
         """Raise the floors to what min-p keeps."""
         self._settle(self._floors, self._floors, searched=False)
 
-    def _settle(self, bounds: Tensor, found: Tensor, *, searched: bool) -> None:
+    def _settle(self, bounds: Tensor, results: Tensor, *, searched: bool) -> None:
         sampling_kernels.settle_floors[(self._draws,)](
-            self._settings, self._floors, self._tops, bounds, found, self._draws, self._blocks,
+            self._settings, self._floors, self._tops, bounds, results, self._draws, self._blocks,
             BLOCKS=self._padded_blocks, WAYS=_WAYS, SEARCHED=searched, num_warps=1,
         )  # fmt: skip
 
     def choose(self, *, filtered: bool) -> Tensor:
-        """Int64 `[draws]`."""
+        """Return the tokens, int64 `[draws]`."""
         tokens = self._logits.new_empty(self._draws, dtype=torch.int64)
         sampling_kernels.choose[(self._draws,)](
             self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses, self._best,
@@ -110,14 +110,14 @@ class _Step:
 def _settings(
     rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """What the kernels read of each draw, float64 `[6, draws]`, in the order of `radixgen.kernels.sampling_kernels`."""
+    """Return the settings of each draw, float64 `[6, draws]`, in the order of `radixgen.kernels.sampling_kernels`."""
     settings = np.empty((6, len(rows)))
     columns: dict[int, tuple[float, float, float, float]] = {}
-    for one in params:
-        if id(one) not in columns:  # many draws have the same parameters
-            unit = 0.0 if one.greedy else min(math.log2(math.e) / one.temperature, _LARGEST_UNIT)
-            min_p = math.log2(one.min_p) if one.min_p else -math.inf
-            columns[id(one)] = unit, max(one.top_k, 0), one.top_p, min_p
+    for param in params:
+        if id(param) not in columns:  # many draws share parameters
+            unit = 0.0 if param.greedy else min(math.log2(math.e) / param.temperature, _LARGEST_UNIT)
+            min_p = math.log2(param.min_p) if param.min_p else -math.inf
+            columns[id(param)] = unit, max(param.top_k, 0), param.top_p, min_p
     settings[0], settings[5] = rows, uniforms
-    settings[1:5] = np.array([columns[id(one)] for one in params]).T
+    settings[1:5] = np.array([columns[id(param)] for param in params]).T
     return settings

@@ -1,4 +1,4 @@
-"""Host arrays onto a device, without waiting for it: copies from ordinary memory wait for what was begun before."""
+"""Copies from host to device that do not block the host: copies from pageable memory would wait for earlier work."""
 
 from typing import Any
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def upload(values: NDArray[Any], device: torch.device) -> Tensor:
-    """`values` on `device`; on the CPU they may share memory. On a GPU they are copied in the order of the current
-    stream, from pinned memory, so that the host goes on at once.
+    """Copy `values` to `device`; on the CPU they may share memory.
+
+    On a GPU the copy is ordered in the current stream, from pinned memory, and the host does not wait.
     """
     host = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
@@ -19,23 +20,23 @@ def upload(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 class Staging:
-    """Pinned memory from which one tensor is filled again and again, in the order of the current stream."""
+    """Pinned memory from which one tensor is filled repeatedly, in the order of the current stream."""
 
     def __init__(self, target: Tensor) -> None:
-        """On the CPU the tensor is filled directly."""
+        """On the CPU, the tensor is filled directly."""
         self._target = target
         self._copied = torch.cuda.Event() if target.is_cuda else None  # type: ignore[no-untyped-call]
         self._host = torch.zeros_like(target, device="cpu", pin_memory=True) if target.is_cuda else target
         self._array: NDArray[Any] = self._host.numpy()
 
     def open(self) -> NDArray[Any]:
-        """What was copied last, of the tensor's shape, to be changed: waits for that copy alone."""
+        """Return the memory, of the tensor's shape, to be changed. Waits only for the last copy."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._array
 
     def copy(self) -> None:
-        """Begin to copy what `open` returned."""
+        """Start copying the memory to the tensor."""
         if self._copied is not None:
             self._target.copy_(self._host, non_blocking=True)
             self._copied.record()

@@ -1,22 +1,22 @@
-"""A plan laid out for the kernels: int32 tables.
+"""Layout of a plan as int32 tables for the kernels.
 
-Host work in NumPy, once for each new plan. The tables, in the words of `radixgen.kernels.triton_kernels`:
+NumPy on the host, once per new plan. The tables, in the terms of `radixgen.kernels.triton_kernels`:
 
 | table | a row of it |
 | --- | --- |
-| counts | how many pieces, how many rows to merge, and how many rows in all |
-| laid_out_positions | each row's, when the plan is laid out |
-| bounds | where each class's items begin, and the end of the last's |
-| queue | of Hopper's kernel, `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
+| counts | numbers of pieces, of rows to merge, and of rows |
+| laid_out_positions | each row's position when the plan is laid out |
+| bounds | start of each class's items, and the end of the last's |
+| queue | for Hopper's kernel, `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
 | items | first row, rows, runs from, to, gathered keys from, to, first partial or -1, grows, blocks of runs |
 | runs | first slot, keys: whole blocks that every row of the tile sees |
-| pieces | first slot, first position, keys, the tile's first row, from, to which of its rows see them, place, stride |
-| rows, offsets, partials | rows to merge, where each one's list of partials begins, and the lists, from the root down |
+| pieces | first slot, first position, keys, the tile's first row, rows that see them from, to, place, stride |
+| rows, offsets, partials | rows to merge, start of each one's list of partials, and the lists, from the root down |
 
-Items come by class, each class's longest first.
+Items are ordered by class, longest first within a class.
 
-With each step in which every row moves on by a token of its own leaf, an item *grows* by as many keys as it has growing
-segments. These keys lie behind the others, one of each such segment, step by step: their pieces have a stride.
+With each step in which every row advances by a token of its own leaf, an item *grows* by one key per growing segment.
+These keys come after the others, one per such segment, step by step: their pieces have a stride.
 """
 
 from dataclasses import dataclass
@@ -35,70 +35,70 @@ TABLES = (
 
 @dataclass(frozen=True, slots=True)
 class TileClass:
-    """Tiles of one size, and how the launch that answers them is shaped."""
+    """Tiles of one size, and the launch that computes them."""
 
     rows: int
-    """Query heads' rows in a tile, at most"""
+    """Maximum query-head rows per tile."""
     programs: int
     block_keys: int
-    """Keys in a block of a run"""
+    """Keys per block of a run."""
     num_warps: int = 4
     num_stages: int = 1
     gather_keys: int = 32
-    """Keys in a block where they are gathered"""
+    """Keys per block of gathered keys."""
     gather_stages: int = 1
     registers: int | None = None
-    """Of a thread, at most; None leaves it to the compiler, which for small heads would rather spill than pass 128."""
+    """Maximum per thread; None leaves it to the compiler, which for small heads would rather spill than exceed 128."""
     hopper: bool = False
-    """Whether `radixgen.kernels.hopper_attention` answers them"""
+    """Whether `radixgen.kernels.hopper_attention` computes them."""
 
 
 def pdl(overlap: bool) -> dict[str, bool]:
-    """Triton's option for a launch that overlaps with the one before it (programmatic dependent launch)."""
+    """Return Triton's option for a launch that overlaps with the previous one (programmatic dependent launch)."""
     return {"launch_pdl": True} if overlap else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the attention kernels are launched: once for each class of tiles, the widest first."""
+    """Launches of the attention kernels: one per class of tiles, widest first."""
 
     classes: tuple[TileClass, ...]
-    """Ascending by rows"""
+    """Ascending by rows."""
     least_run: int
-    """Keys in a row that all rows of a tile see, from which they are copied in bulk; 0 where none are."""
+    """Minimum consecutive keys, seen by all rows of a tile, that are copied in bulk; 0 if none are."""
     overlap: bool = False
-    """Whether a launch begins while the one before it ends"""
+    """Whether a launch begins while the previous one ends."""
 
     def most_rows(self, group: int) -> int:
-        """Rows of the tree in the widest tile."""
+        """Return the rows of the tree in the widest tile."""
         return self.classes[-1].rows // group
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much memory a launch's work takes."""
+class WorkSizes:
+    """Memory for the tables and partial results of a launch."""
 
     tables: tuple[int, ...]
-    """Entries of each of `TABLES`"""
+    """Entries of each of `TABLES`."""
     keys: int
-    """Gathered keys, with room for those to come."""
+    """Gathered keys, including those of future steps."""
     partials: int
-    """Rows of partial results"""
+    """Rows of partial results."""
 
-    def hold(self, other: "Sizes") -> bool:
-        """Whether what takes `other` fits into memory of this size."""
+    def hold(self, other: "WorkSizes") -> bool:
+        """Return whether `other` fits into memory of this size."""
         most, wanted = ((*sizes.tables, sizes.keys, sizes.partials) for sizes in (self, other))
-        return all(one <= room for one, room in zip(wanted, most, strict=True))
+        return all(need <= room for need, room in zip(wanted, most, strict=True))
 
-    def roomy(self) -> "Sizes":
-        """At least twice as much of everything, so that plans that grow seldom need more."""
+    def roomy(self) -> "WorkSizes":
+        """Return at least twice these sizes, so that growing plans seldom need more."""
         tables = tuple(_room(size, 1 << 14) for size in self.tables)
-        return Sizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12))
+        return WorkSizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12))
 
-    def union(self, other: "Sizes") -> "Sizes":
-        """What holds both."""
+    def union(self, other: "WorkSizes") -> "WorkSizes":
+        """Return sizes that hold both."""
         tables = tuple(map(max, self.tables, other.tables))
-        return Sizes(tables, max(self.keys, other.keys), max(self.partials, other.partials))
+        return WorkSizes(tables, max(self.keys, other.keys), max(self.partials, other.partials))
 
 
 def _room(size: int, least: int) -> int:
@@ -107,38 +107,38 @@ def _room(size: int, least: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one launch reads."""
+    """The input of one launch."""
 
     tables: tuple[Int32Array, ...]
-    """As `TABLES` names them"""
+    """In the order of `TABLES`."""
     used: tuple[bool, ...]
-    """Which of the launch's classes have tiles"""
-    sizes: Sizes
+    """Which of the launch's classes have tiles."""
+    sizes: WorkSizes
     num_pieces: int
     most_partials: int
-    """Of any one row"""
+    """Maximum partial results of a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """Units cut into tiles that a launch can hold; arrays are `[tiles]`."""
+    """Units divided into tiles that a launch can hold. Arrays are `[tiles]`."""
 
     unit: Int64Array
     cost: NDArray[np.float64]
     first: Int64Array
     rows: Int64Array
     kind: Int64Array
-    """Which of the launch's classes"""
+    """Index of the launch's class."""
     block: Int64Array
-    """Keys in a block of a run"""
+    """Keys per block of a run."""
     lowest: Int64Array
-    """Position of the earliest row"""
+    """Lowest position of its rows."""
     highest: Int64Array
 
 
 @dataclass(frozen=True, slots=True)
-class _Reads:
-    """What each tile reads of each segment; arrays are `[reads]`, by tile."""
+class _TileReads:
+    """Keys that each tile reads of each segment. Arrays are `[reads]`, by tile."""
 
     tile: Int64Array
     start: Int64Array
@@ -146,20 +146,20 @@ class _Reads:
     low: Int64Array
     high: Int64Array
     before: Int64Array
-    """Keys to gather ahead of the run"""
+    """Gathered keys before the run."""
     run: Int64Array
-    """Keys of the run, whole blocks"""
+    """Keys of the run, in whole blocks."""
     after: Int64Array
-    """Keys to gather behind it"""
+    """Gathered keys after the run."""
     room: Int64Array
-    """Keys to come"""
+    """Keys of future steps."""
 
 
 def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int = 0) -> Work:
-    """The tables of one plan for one launch.
+    """Lay out the tables of one plan for one launch.
 
-    `group` query heads share a KV head. `slack`: how many tokens the rows may
-    move on before the tables must be laid out anew, at most `plan.slack`.
+    `group`: query heads per KV head. `slack`: tokens by which the rows may advance before the tables must be laid out
+    anew, at most `plan.slack`.
     """
     assert 0 <= slack <= plan.slack
     tiles = _cut_tiles(plan, launch, group)
@@ -194,7 +194,7 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     queue = _queue(tiles, bounds[-2], launch.classes[-1], kv_heads)
     laid_out = counts, bounds, queue, plan.row_positions, items, runs, pieces, *merged
     tables = tuple(_aligned(table) for table in laid_out)
-    sizes = Sizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
+    sizes = WorkSizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
     return Work(
         tables,
         tuple((np.diff(bounds) > 0).tolist()),
@@ -205,15 +205,15 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
 
 
 def _aligned(table: Int32Array | Int64Array) -> Int32Array:
-    """Flat, in whole units of 16 bytes: kernels are compiled for tables that begin at such an address."""
+    """Flatten and pad to 16 bytes: kernels are compiled for tables at aligned addresses."""
     flat = np.zeros(-(-table.size // 4) * 4, np.int32)
     flat[: table.size] = table.reshape(-1)
     return flat
 
 
 def _queue(tiles: _Tiles, first: int, widest: TileClass, kv_heads: int) -> Int64Array:
-    """Each program's share of the tiles from `first` on in turn, in rounds of one entry a program, ending with two
-    rounds of -1: the kernel looks that far ahead. Empty where these tiles are not for Hopper's kernel.
+    """Return each program's share of the tiles from `first` on, in rounds of one entry per program, ending with two
+    rounds of -1, because the kernel looks that far ahead. Empty if these tiles are not for Hopper's kernel.
     """
     if not widest.hopper:
         return np.empty(0, np.int64)
@@ -226,8 +226,9 @@ def _queue(tiles: _Tiles, first: int, widest: TileClass, kv_heads: int) -> Int64
 
 
 def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
-    """Tiles of at most the widest class, each of the narrowest class that holds it; tiles of equal cost that begin with
-    the same keys go together, so that these come from memory once.
+    """Divide units into tiles of at most the widest class, each in the narrowest class that holds it.
+
+    Tiles of equal cost that begin with the same keys are adjacent, so that these keys are read from memory once.
     """
     widest = launch.most_rows(group)
     assert widest < 256, "a gathered key holds rows in 8 bits"
@@ -237,7 +238,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     rank = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
     first = plan.unit_rows[unit, 0] + rank * widest
     rows = np.minimum(widest, plan.unit_rows[unit, 1] - first)
-    kind = np.searchsorted([one.rows for one in launch.classes], rows * group)
+    kind = np.searchsorted([tile_class.rows for tile_class in launch.classes], rows * group)
     first_slots = np.append(plan.segment_starts, 0)[plan.unit_segments[unit, 0]]
     order = np.lexsort((first_slots, -plan.unit_cost[unit], kind))
     unit, first, rows, kind = unit[order], first[order], rows[order], kind[order]
@@ -248,15 +249,15 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
         first=first,
         rows=rows,
         kind=kind,
-        block=np.array([one.block_keys for one in launch.classes])[kind],
+        block=np.array([tile_class.block_keys for tile_class in launch.classes])[kind],
         lowest=reduce_ranges(np.minimum, plan.row_positions, bounds).astype(np.int64),
         highest=reduce_ranges(np.maximum, plan.row_positions, bounds).astype(np.int64),
     )
 
 
-def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
-    """Pair each tile with its unit's segments, and part each into a run that all rows see, the rest, and the room of
-    those that grow, `slack` keys.
+def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _TileReads:
+    """Pair each tile with its unit's segments, and divide each pair into a run that all rows see, the rest, and `slack`
+    future keys of growing segments.
     """
     begin = plan.unit_segments[tiles.unit, 0].astype(np.int64)
     counts = plan.unit_segments[tiles.unit, 1] - begin
@@ -283,12 +284,13 @@ def _read(plan: Plan, tiles: _Tiles, launch: Launch, slack: int) -> _Reads:
         growing = np.zeros(plan.segment_lengths.size, bool)
         growing[plan.growing] = True
         room[growing[segment]] = slack
-    return _Reads(tile, plan.segment_starts[segment], position, low, high, before, run, length - before - run, room)
+    return _TileReads(tile, plan.segment_starts[segment], position, low, high, before, run, length - before - run, room)
 
 
-def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, grows: Int64Array) -> Int64Array:
-    """The gathered stretches of every read, `[pieces, 8]`, by tile and those of keys to come last: of these the first
-    keys lie side by side, and each further one a stride behind.
+def _pieces(reads: _TileReads, tiles: _Tiles, key_bounds: Int64Array, grows: Int64Array) -> Int64Array:
+    """Return the gathered parts of every read, `[pieces, 8]`, by tile, future keys last.
+
+    The first future keys are adjacent, and each later one is a stride further.
     """
     behind = reads.before + reads.run
     starts = np.concatenate([np.zeros_like(behind), behind, behind + reads.after])
@@ -318,7 +320,7 @@ def _pieces(reads: _Reads, tiles: _Tiles, key_bounds: Int64Array, grows: Int64Ar
 
 
 def _partials(plan: Plan, tiles: _Tiles) -> tuple[Int64Array, int, tuple[Int64Array, Int64Array, Int64Array]]:
-    """Where each tile's partials begin, -1 where all of its rows are final; and the rows to merge with their lists."""
+    """Return each tile's first partial result, -1 if its rows are final; and the rows to merge, with their lists."""
     bounds = np.stack([tiles.first, tiles.first + tiles.rows], axis=1)
     cut = reduce_ranges(np.maximum, plan.row_extra, bounds) > 0
     ends = np.cumsum(np.where(cut, tiles.rows, 0))

@@ -1,4 +1,4 @@
-"""`TreeAttention`: exact attention over a tree of shared keys, usable by anyone's code."""
+"""`TreeAttention`: exact attention over a tree of shared keys, for use in other code."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,14 @@ from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, 
 
 
 class TreeAttention:
-    """Attention of rows that stand in a tree: each sees the keys on its path from the root, up to its
-    position.
+    """Attention of rows in a tree: each row sees the keys on its path from the root, up to its position.
 
     ```python
     attn = TreeAttention(parents=[-1, 0, 0], extents=[[(0, 900)], [(900, 7)], [(1024, 12)]], row_nodes=[1, 2])
     out, lse = attn(q, k, v)
     ```
 
-    Planned when built, called once a layer.
+    Planned on construction, called once per layer.
     """
 
     def __init__(
@@ -37,18 +36,20 @@ class TreeAttention:
         mode: PlanMode = "auto",
         cost: CostModel | None = None,
     ) -> None:
-        """
-        parents: for each node its parent, -1 at a root; a parent comes before its children.
-        extents: for each node its keys as runs of slots `(start, length)`, in order of position. A node may
-        be empty.
-        row_nodes: `[rows]`, the node in which each row stands.
-        row_positions: `[rows]`, the position of each row, counted from the root's first token; it lies
-            inside the row's node. Default: the last position of the row's node.
+        """Plan the attention of rows in a tree.
+
+        parents: each node's parent, -1 for a root. Parents come before their children.
+        extents: each node's keys as runs of slots `(start, length)`, in order of position. A node may be empty.
+        row_nodes: `[rows]`, each row's node.
+        row_positions: `[rows]`, each row's position, counted from the root's first token, within the row's node.
+            Default: the last position of the row's node.
         window: a row at position `p` sees only keys at positions `> p - window`; with `Chunk(size)`, only those from
             `p // size * size` on.
         softcap: scores become `softcap * tanh(score / softcap)`.
-        attention: `"auto"`, or one of `radixgen.kernels.BACKENDS`.
-        mode: `"auto"`; `"unshared"` reads every path alone, `"naive"` makes each node a unit.
+        attention: `"auto"`, or one of `radixgen.kernels.backend.BACKENDS`.
+        mode: `"auto"`, `"unshared"` (every path is read separately), `"prefix"` (only a root's common prefix is
+            shared), or `"naive"` (each node is a unit).
+        cost: the cost model to plan by. Default: PyTorch on a CPU.
 
         Raises `InvalidRequest`.
         """
@@ -75,14 +76,14 @@ class TreeAttention:
         scale: float | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]`; v `[slots, kv_heads, v_head_dim]`;
-        `q_heads` is a multiple of `kv_heads`. scale: default `head_dim ** -0.5`. sinks `[q_heads]`: one
-        logit a head that takes weight and gives no value.
+        """Compute attention of all rows, in the order given.
 
-        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]`, float32 (float64 for
-        float64 inputs), natural log, sinks not included. Rows are answered in the order given; a row that
-        sees no key gives 0 and -inf. Raises `InvalidRequest`.
+        q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]`; v `[slots, kv_heads, v_head_dim]`; `q_heads` is
+        a multiple of `kv_heads`. `scale`: default `head_dim ** -0.5`. `sinks [q_heads]`: one logit per head that takes
+        weight and has no value.
+
+        Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]`, float32 (float64 for float64
+        inputs), natural log, without sinks. A row that sees no key gives 0 and -inf. Raises `InvalidRequest`.
         """
         self._check_shapes(q, k, v)
         if q.shape[0] == 0:

@@ -1,7 +1,7 @@
-"""Beam search over one prompt: which beams go on, and which hypotheses are kept. Numbers alone, no model and no tree.
+"""Beam search over one prompt: selection of beams and hypotheses. Works on numbers only, without model or tree.
 
-The rules are those of transformers' `generate(num_beams=width, do_sample=False)`, for one prompt. Scores are float32,
-as there, so that long sums are rounded alike.
+The rules are those of transformers' `generate(num_beams=width, do_sample=False)` for one prompt. Scores are float32, as
+there, so that sums are rounded alike.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,25 +14,25 @@ from radixgen.core import BeamSearchParams, FinishReason
 
 
 class Choices(NamedTuple):
-    """The likeliest tokens after one beam, the likeliest first."""
+    """The most likely tokens after one beam, most likely first."""
 
     log_probs: NDArray[np.float32]
-    """`[k]`, natural logarithm"""
+    """`[k]`, natural logarithm."""
     token_ids: NDArray[np.int64]
     """`[k]`"""
 
 
 class Beam(NamedTuple):
-    """What goes on: `score` is the sum of the natural-log probabilities of its tokens."""
+    """A beam that continues. `score` is the sum of the natural-log probabilities of its tokens."""
 
     parent: int
-    """Its place among the beams of the generation before"""
+    """Index among the beams of the previous generation."""
     token_ids: list[int]
     score: np.float32
 
 
 class Hypothesis(NamedTuple):
-    """What has ended: `score` is `cumulative_logprob` divided by `len(token_ids) ** length_penalty`."""
+    """A beam that has ended. `score` is `cumulative_logprob / len(token_ids) ** length_penalty`."""
 
     token_ids: list[int]
     cumulative_logprob: float
@@ -43,9 +43,9 @@ class Hypothesis(NamedTuple):
 class BeamSearch:
     """The beams of one prompt and its hypotheses, both best first.
 
-    Each `select` is one generation: of all the tokens that may follow all beams, the `width` best that end nothing go
-    on, and those of the `width` best that end a hypothesis are kept as long as `width` others are not better. A search
-    of width 1 ends with its first hypothesis: it is greedy decoding.
+    Each `select` is one generation. Of all candidate tokens after all beams, the `width` best that are not end tokens
+    continue. End tokens among the `width` best candidates make hypotheses, which are kept while they are among the
+    `width` best. A search of width 1 ends with its first hypothesis: it is greedy decoding.
     """
 
     def __init__(self, params: BeamSearchParams, max_tokens: int, stop_ids: frozenset[int]) -> None:
@@ -59,13 +59,14 @@ class BeamSearch:
 
     @property
     def num_choices(self) -> int:
-        """The tokens that can matter after one beam: those of the `width` best that end nothing, and all that do."""
+        """Candidate tokens needed per beam: the `width` best that are not end tokens, plus all end tokens."""
         return self._params.beam_width + len(self._stop_ids)
 
     def select(self, choices: Sequence[Choices]) -> list[Beam]:
-        """The beams that go on, given for each beam its `num_choices` likeliest tokens, or the whole vocabulary.
+        """Return the beams that continue, given the `num_choices` most likely tokens of each beam, or the whole
+        vocabulary.
 
-        Of equal candidates the one after the better beam goes first, then the likelier, then the one named first.
+        Ties are ordered by the better beam, then the more likely token, then the order in `choices`.
         """
         assert not self.done and len(choices) == len(self.beams)
         self._length += 1
@@ -84,16 +85,16 @@ class BeamSearch:
         return self.beams
 
     def close(self, reason: FinishReason) -> None:
-        """End the search where it stands: the beams count as hypotheses, and all end for this reason."""
+        """End the search: the beams become hypotheses, and all get this finish reason."""
         for beam in self.beams:
             self._keep(beam, reason)
-        self.hypotheses = [one._replace(finish_reason=reason) for one in self.hypotheses]
+        self.hypotheses = [hypothesis._replace(finish_reason=reason) for hypothesis in self.hypotheses]
         self.beams, self.done = [], True
 
     def _candidates(self, choices: Sequence[Choices]) -> Iterator[Beam]:
-        """What may follow the beams, best first."""
-        log_probs = np.stack([one.log_probs for one in choices])
-        token_ids = np.stack([one.token_ids for one in choices])
+        """Yield the candidates after all beams, best first."""
+        log_probs = np.stack([choice.log_probs for choice in choices])
+        token_ids = np.stack([choice.token_ids for choice in choices])
         scores = log_probs + np.array([beam.score for beam in self.beams], np.float32)[:, None]
         if self._length <= self._params.min_tokens:
             held_back = np.isin(token_ids, list(self._stop_ids))
@@ -107,14 +108,14 @@ class BeamSearch:
             yield Beam(parent, tokens, scores[parent, column])
 
     def _keep(self, beam: Beam, reason: FinishReason) -> None:
-        """Make a hypothesis of `beam`, if it is one of the `width` best; of equal ones the earlier goes first."""
+        """Make `beam` a hypothesis if it is among the `width` best. Of equal ones the earlier is better."""
         score = self._normalized(beam.score, len(beam.token_ids))
         new = Hypothesis(beam.token_ids, float(beam.score), score, reason)
-        best = sorted([*self.hypotheses, new], key=lambda one: one.score, reverse=True)
+        best = sorted([*self.hypotheses, new], key=lambda hypothesis: hypothesis.score, reverse=True)
         self.hypotheses = best[: self._params.beam_width]
 
     def _improvable(self) -> bool:
-        """Whether the best beam could still end better than the worst hypothesis, as `early_stopping` guesses it."""
+        """Return whether the best beam may still beat the worst hypothesis, by the rule of `early_stopping`."""
         params = self._params
         if len(self.hypotheses) < params.beam_width:
             return True

@@ -1,4 +1,4 @@
-"""The cost model of a device: measured once, kept in the cache directory, or shipped for devices we have measured."""
+"""Cost models of devices: measured once and stored in the cache directory, or shipped for known devices."""
 
 import json
 import logging
@@ -20,37 +20,37 @@ from radixgen.scheduler.planner import Forest, PlanMode, plan
 logger = logging.getLogger(__name__)
 
 _BYTES = 512
-"""K and V of one key and head where the constants were measured: head_dim 128, 16 bit."""
+"""K and V of one key and head in the measurements: head_dim 128, 16 bits."""
 _KV_HEADS, _GROUP = 8, 4
 _SHIPPED = Path(__file__).with_name("calibration.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Microseconds of one program, for one KV head of 128 + 128 dimensions in 16 bit."""
+    """Costs of a device in microseconds of one program, for one KV head of 128 + 128 dimensions in 16 bits."""
 
     device: str
     tiles: tuple[TileCost, ...]
-    """Each class of tiles in a launch of its own; of 128 rows only where a kernel for these has been measured"""
+    """Each class of tiles in its own launch; 128 rows only if a kernel for these was measured."""
     partial: float
-    """Of a query head's row, with one program running"""
+    """Per query head's row, with one program running."""
     first_key: float
-    """Likewise, of a distinct key"""
+    """Per distinct key, with one program running."""
     launch: float
-    """Of each launch but the first"""
+    """For each launch but the first."""
     merge: float
     flash: FlashCost | None = None
-    """Of the flash-attn package, likewise but of the whole device, where it has been measured there"""
+    """Costs of the flash-attn package on the whole device, if measured."""
 
     def cost_models(self, geometry: Geometry, *, wide: bool = False) -> tuple[CostModel, ...]:
-        """The costs of layers of this shape, one model for each class that a plan's widest tiles may have: those of
-        keys and partials go with their bytes.
+        """Return the cost models of layers of this shape, one for each class that a plan's widest tiles may have.
 
-        `wide`: whether these layers' tiles of 128 rows have a kernel of their own.
+        Costs of keys and partial results are scaled by their bytes. `wide`: whether tiles of 128 rows have their own
+        kernel for these layers.
         """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
         tiles = [tile for tile in self.tiles if tile.rows >= geometry.group and (wide or tile.rows <= 64)]
-        # Of large heads a multiprocessor holds half as many programs, each as fast as two.
+        # With large heads a multiprocessor runs half as many programs, each twice as fast.
         fewer = 2 if max(geometry.padded) > 128 else 1
         programs = tiles[0].programs // fewer
         return tuple(
@@ -71,20 +71,22 @@ class Calibration:
 
 
 def _scaled(tile: TileCost, width: float, fewer: int) -> TileCost:
-    """Of `width` times as many bytes a key, by a `fewer`th of the programs."""
+    """Scale a cost to `width` times the bytes per key and a `fewer`th of the programs."""
     mixed = None if tile.mixed is None else tile.mixed * width / fewer
     return replace(tile, key=tile.key * width / fewer, mixed=mixed, programs=tile.programs // fewer)
 
 
 def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ...]:
-    """Of our kernels over layers of this shape: as calibrated on `device`, else as shipped for a device of its name or,
-    last, for the first that is shipped. The default `CostModel` where PyTorch answers such layers.
+    """Return the cost models of our kernels for layers of this shape.
+
+    They are calibrated on `device`, or shipped for a device of its name, or else shipped for the first known device. If
+    PyTorch computes such layers, returns the default `CostModel`.
     """
     if not geometry.supported:
         return (CostModel(),)
     known = _known(name := _name(device))
-    found = known.get(name, next(iter(known.values())))
-    return found.cost_models(geometry, wide=_takes_wide(device, geometry)) or (CostModel(),)
+    calibration = known.get(name, next(iter(known.values())))
+    return calibration.cost_models(geometry, wide=_takes_wide(device, geometry)) or (CostModel(),)
 
 
 def _takes_wide(device: torch.device, geometry: Geometry) -> bool:
@@ -96,11 +98,11 @@ def _takes_wide(device: torch.device, geometry: Geometry) -> bool:
 
 
 def flash_cost(device: torch.device, geometry: Geometry) -> FlashCost | None:
-    """Of the flash-attn package over layers of this shape; None where it has not been measured on such a device."""
-    found = _known(name := _name(device)).get(name)
-    if found is None or found.flash is None:
+    """Return the flash-attn package's cost for layers of this shape; None if it was not measured on the device."""
+    calibration = _known(name := _name(device)).get(name)
+    if calibration is None or calibration.flash is None:
         return None
-    return found.flash.scaled(geometry)
+    return calibration.flash.scaled(geometry)
 
 
 def _name(device: torch.device) -> str:
@@ -108,12 +110,12 @@ def _name(device: torch.device) -> str:
 
 
 def _known(name: str) -> dict[str, Calibration]:
-    """All that are shipped and the one kept for a device of this name, by name."""
+    """Return the shipped calibrations and the stored one for a device of this name, by name."""
     return {entry.device: entry for entry in [*_read(_SHIPPED), *_read_kept(name)]}
 
 
 def keep(calibration: Calibration) -> Path:
-    """Write a calibration to the cache directory, where `cost_model` finds it."""
+    """Store a calibration in the cache directory, where `cost_models` finds it."""
     path = _kept(calibration.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(calibration)], indent=1))
@@ -125,7 +127,7 @@ def _kept(name: str) -> Path:
 
 
 def _read_kept(name: str) -> list[Calibration]:
-    """What `keep` wrote, if anything. A file that can't be read is left out, with a warning."""
+    """Return what `keep` stored, if anything. Logs a warning about a file that cannot be read."""
     try:
         path = _kept(name)
     except FileNotFoundError:
@@ -133,7 +135,7 @@ def _read_kept(name: str) -> list[Calibration]:
     try:
         return _read(path) if path.is_file() else []
     except (OSError, ValueError, TypeError, LookupError) as error:
-        logger.warning("%s is no calibration: %r; remove it, or measure the device anew", path, error)
+        logger.warning("%s is not a calibration: %r; remove it or recalibrate", path, error)
         return []
 
 
@@ -151,15 +153,15 @@ def _read(path: Path) -> list[Calibration]:
 
 
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
-    """Measure `device`, in some seconds; `time_us` gives the median microseconds of a call, launches excluded."""
+    """Measure `device`, in a few seconds. `time_us`: the median microseconds of a call, without launch overhead."""
     from radixgen.kernels.triton_backend import Chip, choose_launch, takes_wide
 
-    measure = _Measure(device, time_us)
+    measure = _AttentionTimer(device, time_us)
     chip, geometry = Chip.of(device), Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16)
     launch = choose_launch(geometry, 128 if takes_wide(geometry, chip) else 64, chip)
     return Calibration(
         device=torch.cuda.get_device_name(device),
-        tiles=tuple(measure.tile(one.rows, one.programs) for one in launch.classes),
+        tiles=tuple(measure.tile(tile_class.rows, tile_class.programs) for tile_class in launch.classes),
         partial=measure.partial(),
         first_key=measure.tiles(nodes=64, rows=1, keys=4096, tile=16) / (64 * 4096 * _KV_HEADS),
         launch=measure.launch(),
@@ -167,17 +169,17 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
     )
 
 
-class _Measure:
-    """Times attention over trees made for the purpose."""
+class _AttentionTimer:
+    """Times attention over synthetic trees."""
 
     def __init__(self, device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> None:
         self.device = device
         self.time_us = time_us
 
     def tile(self, rows: int, programs: int) -> TileCost:
-        """Cost of a unit and of a key of both kinds, in tiles of `rows` rows.
+        """Measure the cost of a unit and of a key of both kinds, in tiles of `rows` rows.
 
-        Each is the slope between two sizes that keep all programs busy and fit the cache.
+        Each is the slope between two sizes that keep all programs busy and fit into the cache.
         """
         per_tile = rows // _GROUP
         many = 16 * programs // _KV_HEADS
@@ -192,20 +194,22 @@ class _Measure:
         return TileCost(rows, max(unit - 16 * max(key, mixed), 0.0), key, max(mixed, key), programs)
 
     def tiles(self, nodes: int, rows: int, keys: int, tile: int) -> float:
-        """Nodes of `keys` keys, side by side, with `rows` rows in each, in tiles of one class."""
+        """Time nodes of `keys` keys, side by side, with `rows` rows each, in tiles of one class."""
         parents, lengths = np.full(nodes, -1), np.full(nodes, keys)
         return self._time(parents, lengths, np.repeat(np.arange(nodes), rows), "unshared", tile)
 
     def mixed(self, leaves: int, keys: int, tile: int) -> float:
-        """Leaves of `keys` keys with a row each, as many in a tile as it holds."""
+        """Time leaves of `keys` keys with one row each, as many per tile as fit."""
         return self._time(np.full(leaves, -1), np.full(leaves, keys), np.arange(leaves), "auto", tile)
 
     def partial(self) -> float:
-        """What one query head's row of one partial adds: the same keys in one node, and in a chain of nine units."""
+        """Measure the cost of one query head's row of a partial result: the same keys in one node, and in a chain of
+        nine units.
+        """
         rows = 1024
         taken = []
         for depth in (2, 9):
-            # A row at each node, because a chain without rows counts as one node.
+            # One row per node, because a chain without rows counts as one node.
             standing = np.concatenate([np.arange(depth - 1), np.full(rows, depth - 1)])
             parents, keys = np.arange(-1, depth - 1), np.full(depth, 64)
             apart = self._time(parents, keys, standing, "naive", 64)
@@ -213,15 +217,13 @@ class _Measure:
         return max(taken[1] - taken[0], 0.0) / (rows * _GROUP * _KV_HEADS * 7)
 
     def launch(self) -> float:
-        """What a launch for tiles of 16 rows adds to one for tiles of 64, with one of each."""
+        """Measure the cost of a launch for tiles of 16 rows in addition to one for tiles of 64."""
         keys, rows = np.full(2, 64), np.repeat([0, 1], [64 // _GROUP, 1])
         both = self._time(np.full(2, -1), keys, rows, "unshared", 16, 64)
         return max(both - self._time(np.full(2, -1), keys, rows[:-1], "unshared", 64), 0.0)
 
     def merge(self) -> float:
-        """What the launch that merges adds: a row over two short nodes as two units, which run at the same time, and
-        over one.
-        """
+        """Measure the cost of the merge launch: one row over two short nodes as two concurrent units, and as one."""
         row, keys = np.array([0]), np.full(2, 64)
         both = self._time(np.array([-1, 0]), keys, np.array([0, 1]), "naive", 16)
         return max(both - self._time(np.array([-1]), keys[:1], row, "unshared", 16), 0.0)
@@ -241,7 +243,7 @@ class _Measure:
         ends = np.cumsum(lengths)
         above, positions, keys = _narrow(parents, starts, lengths)
         forest = Forest(above, positions, keys, np.arange(parents.size + 1), ends - lengths, keys)
-        # A unit so dear that as few as possible are made.
+        # The high unit cost minimizes the number of units.
         tiles = tuple(TileCost(most, 1e6, 1e-6) for most in classes)
         cost = CostModel(tiles=tiles, partial=1e9, group=_GROUP, mix=mode == "auto")
         nodes, last = _narrow(rows, (starts + lengths - 1)[rows])

@@ -46,7 +46,7 @@ from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
 from radixgen.output_processor import OutputProcessor
-from radixgen.sampling import Drawable
+from radixgen.sampling import DrawableTokens
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode
 from radixgen.scheduler.sequence import Request
 from radixgen.warm_up import warm_up_steps
@@ -854,12 +854,12 @@ def _default_step_tokens(device: torch.device) -> int:
     return 8192 if large else 2048
 
 
-def _drawable(inputs: InputProcessor) -> Drawable | None:
+def _drawable(inputs: InputProcessor) -> DrawableTokens | None:
     """What may be drawn, where that is not every token."""
     if inputs.vocabulary is None:
         return None
     unknown = np.setdiff1d(inputs.vocabulary.unknown(inputs.vocab_size), list(inputs.eos_token_ids))
-    return Drawable(unknown, inputs.vocab_size) if 0 < unknown.size < inputs.vocab_size else None
+    return DrawableTokens(unknown, inputs.vocab_size) if 0 < unknown.size < inputs.vocab_size else None
 
 
 def _allocate(model: Model, asked: int | None, limits: Limits, max_step_tokens: int) -> int:

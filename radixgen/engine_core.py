@@ -25,9 +25,9 @@ from radixgen.core import (
     Stats,
 )
 from radixgen.grammar_budget import GrammarBudget
-from radixgen.model.base import FailsLater, Model
+from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.run_ahead import Ran, RunAhead
-from radixgen.sampling import Drawable, Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
+from radixgen.sampling import DrawableTokens, SamplerOutput, draw, fork_seed, likeliest, report, sample, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
@@ -57,10 +57,10 @@ class EngineCore:
         async_scheduling: bool = True,
         seed: int = 0,
         debug: bool = False,
-        drawable: Drawable | None = None,
+        drawable: DrawableTokens | None = None,
     ) -> None:
         self.model = model
-        self._confirm_step = model.confirm_step if isinstance(model, FailsLater) else None
+        self._confirm_step = model.confirm_step if isinstance(model, SupportsStepConfirmation) else None
         self._drawable = drawable
         self.limits = limits
         self.seed = seed
@@ -460,7 +460,7 @@ class EngineCore:
             return "stop"
         return "length" if len(output) >= request.max_output else None
 
-    def _sample(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:
+    def _sample(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> SamplerOutput:
         """All draws at once, and the next step begun with them; where drawing raises, one by one, and those for whom it
         raises end with `error`. Those with `faults` draw nothing, and the next step waits for their end.
         """
@@ -476,7 +476,7 @@ class EngineCore:
             self.ahead.begin(batch, draws)
         return report(ran.logits, ran.drawing, states, draws.wait())
 
-    def _sample_others(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:
+    def _sample_others(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> SamplerOutput:
         """Of those without faults, all at once."""
         places = [place for place in range(len(batch.drawing)) if place not in faults]
         try:
@@ -488,9 +488,9 @@ class EngineCore:
         tokens = [-1] * len(batch.drawing)
         for place, token in zip(places, some.tokens, strict=True):
             tokens[place] = token
-        return Drawn(tokens, {places[at]: found for at, found in some.logprobs.items()}, dict(faults))
+        return SamplerOutput(tokens, {places[at]: found for at, found in some.logprobs.items()}, dict(faults))
 
-    def _sample_each(self, batch: Batch, ran: Ran, before: Mapping[int, str]) -> Drawn:
+    def _sample_each(self, batch: Batch, ran: Ran, before: Mapping[int, str]) -> SamplerOutput:
         tokens, logprobs, faults = [], {}, dict(before)
         for index, (row, sequence) in enumerate(zip(ran.drawing, batch.drawing, strict=True)):
             if index in before:
@@ -506,7 +506,7 @@ class EngineCore:
             tokens += one.tokens
             if one.logprobs:
                 logprobs[index] = one.logprobs[0]
-        return Drawn(tokens, logprobs, faults)
+        return SamplerOutput(tokens, logprobs, faults)
 
     # -- the engine itself --------------------------------------------------------------------------------
 

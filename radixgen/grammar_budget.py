@@ -1,4 +1,4 @@
-"""What grammars may cost the steps that requests share: masks that take long are for their own request to pay."""
+"""Time budget of grammars in shared steps, so that slow masks cost their own request only."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,41 +9,43 @@ from radixgen.core import GrammarFailed
 from radixgen.scheduler.sequence import Request, Sequence
 
 LEAST_SECONDS = 0.01
-"""That all grammars of a step may take, however short it is otherwise"""
+"""Time that all grammars of a step may take, however short the step."""
 MOST_DEBT = 0.1
-"""Seconds that a request's grammar may have taken beyond its shares"""
+"""Maximum debt of a request in seconds."""
 MOST_ALONE = 0.25
-"""Seconds that it may take of one step where there is no other request"""
+"""Time that a grammar may take per step if there is no other request."""
 
 
 class GrammarBudget:
-    """In a step, grammars may take as long as everything else did, or 10 ms, in equal shares of the requests that have
-    one. Where they take longer, what a request took beyond its share is added to its debt, which it pays off with what
-    it leaves of later shares. A request whose debt is above 100 ms ends, by `GrammarFailed`.
+    """Limits the time that grammars take per step.
 
-    Where there is only one request, it harms nobody: it has no debt, and may take 250 ms of each step. Grammars are
-    counted in processor time, so that a busy machine ends none.
+    In each step, all grammars together may take as long as everything else did, or 10 ms, in equal shares per request
+    with a grammar. If they take longer, each request's excess over its share is added to its debt, which is reduced by
+    unused parts of later shares. A request with a debt above 100 ms ends with `GrammarFailed`.
+
+    If there is only one request, it has no debt and may take 250 ms per step. Time is processor time, so that requests
+    do not fail because the machine is busy.
     """
 
     def __init__(
         self, clock: Callable[[], float] = time.thread_time, wall: Callable[[], float] = time.perf_counter
     ) -> None:
-        """clock: seconds that grammars take; wall: seconds that steps take."""
+        """`clock`: seconds that grammars take; `wall`: seconds that steps take."""
         self._clock = clock
         self._wall = wall
         self._begun = 0.0
         self._allowed = 0.0
         self._taken: dict[Request, float] = {}
-        """Seconds in this step"""
+        """Seconds in this step, by request."""
 
     def begin_step(self) -> None:
         self._begun = self._wall()
         self._taken.clear()
 
     def compute_masks(self, sequences: Seq[Sequence], *, alone: bool) -> dict[int, str]:
-        """Have every grammar say what it allows next. Returns why sequences must end, by their places.
+        """Compute the masks of all sequences. Returns the reasons why sequences must end, by index.
 
-        alone: whether the engine has no other request.
+        `alone`: whether the engine has no other request.
         """
         self._allowed = max(LEAST_SECONDS, self._wall() - self._begun)
         faults: dict[int, str] = {}
@@ -61,7 +63,7 @@ class GrammarBudget:
 
     @contextmanager
     def counted(self, request: Request) -> Iterator[None]:
-        """Count what happens here as the request's."""
+        """Add the time of the context to the request's."""
         begin = self._clock()
         try:
             yield
@@ -69,14 +71,14 @@ class GrammarBudget:
             self._taken[request] = self._taken.get(request, 0.0) + self._clock() - begin
 
     def end_step(self, *, alone: bool) -> None:
-        """Settle what the step's grammars took."""
+        """Update debts by the time that the step's grammars took."""
         share, over = self._allowed / max(len(self._taken), 1), sum(self._taken.values()) > self._allowed
         for request, taken in self._taken.items():
             if (over and not alone) or taken < share:
                 request.grammar_debt = max(request.grammar_debt + taken - share, 0.0)
 
     def _check(self, request: Request, alone: bool) -> None:
-        """Raise `GrammarFailed` where the request has taken too much."""
+        """Raise `GrammarFailed` if the request has taken too much time."""
         taken = self._taken.get(request, 0.0)
         if alone:
             if taken > MOST_ALONE:

@@ -1,6 +1,6 @@
-"""Bounds on the digits of JSON numbers: a model that prefers digits to anything else still ends each number.
+"""Limits on the digits of JSON numbers, so that a model that prefers digits to anything else still ends each number.
 
-JSON schemas rarely bound numbers, and a grammar of them allows digits without end.
+JSON schemas rarely limit numbers, and their grammars allow any number of digits.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_DIGITS = 20
-"""Digits of an integer, and of a fraction; 64 bits need 20."""
+"""Maximum digits of an integer part, and of a fraction; 64 bits need 20."""
 MAX_EXPONENT_DIGITS = 3
 _DIGITS = b"0123456789"
 
 
 class NumberState(NamedTuple):
-    """Where the end of a JSON text stands: in a string or not, and behind how many digits of a number's part."""
+    """State at the end of a JSON text: in a string or not, and the digits so far of a part of a number."""
 
     digits: int = 0
     exponent: bool = False
@@ -25,7 +25,7 @@ class NumberState(NamedTuple):
     escaped: bool = False
 
     def after(self, text: bytes) -> "NumberState":
-        """The state at the end of `text`, which follows."""
+        """Return the state after `text`."""
         state = self
         for byte in text:
             state = state._after(byte)
@@ -56,10 +56,10 @@ _EXPONENT = NumberState(exponent=True)
 
 
 class NumberBounds:
-    """Takes tokens out of masks that would make a number longer than it may be.
+    """Removes tokens from masks that would make a number too long.
 
-    `token_bytes(token)`: what each of the `vocab_size` tokens stands for. A token counts by the digits that it begins
-    with, so those within a token can exceed the bound.
+    `token_bytes(token)`: the text of each of the `vocab_size` tokens. Only the leading digits of a token count, so that
+    digits further inside a token can exceed the limit.
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], vocab_size: int) -> None:
@@ -73,8 +73,10 @@ class NumberBounds:
         return state.after(self._bytes(token))
 
     def bound(self, mask: NDArray[np.int32], state: NumberState, *, accepts: bool) -> NDArray[np.int32]:
-        """`mask` without tokens that exceed the bound behind `state`: int32 `[ceil(vocab / 32)]`, as of `Allowed`. All
-        of it where nothing else goes on, as behind the first digits of a long constant.
+        """Return `mask` without tokens that exceed the limit after `state`: int32 `[ceil(vocab / 32)]`, as in
+        `AllowedTokens`.
+
+        Returns all of it if no other token is allowed, as within a long constant.
         """
         if state.in_string or state.room >= self._most:
             return mask
@@ -82,7 +84,7 @@ class NumberBounds:
         return bounded if accepts or bounded.any() else mask
 
     def _pack(self, room: int) -> NDArray[np.int32]:
-        """Tokens that begin with more than `room` digits, as a mask."""
+        """Return a mask of the tokens that begin with more than `room` digits."""
         bits = np.zeros(-(-self._leading.size // 32) * 32, np.bool_)
         bits[: self._leading.size] = self._leading > room
         return np.packbits(bits, bitorder="little").view(np.int32)

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from radixgen.kernels.upload import upload
-from radixgen.model.base import Model, RunsAhead
-from radixgen.sampling import Draws
+from radixgen.model.base import Model, SupportsRunAhead
+from radixgen.sampling import PendingTokens
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.scheduler import Scheduler
 
@@ -40,7 +40,7 @@ class _Begun(NamedTuple):
     logits: Tensor
     """One row for each of the batch's, in its order"""
     batch: Batch
-    draws: Draws
+    draws: PendingTokens
     order: list[int]
     """For each row of the batch, which of the draws gave its token"""
 
@@ -50,7 +50,7 @@ class RunAhead:
 
     def __init__(self, model: Model, scheduler: Scheduler, *, enabled: bool = True) -> None:
         self.wasted_rows = 0
-        self._model = model if enabled and isinstance(model, RunsAhead) else None
+        self._model = model if enabled and isinstance(model, SupportsRunAhead) else None
         self._scheduler = scheduler
         self._begun: _Begun | None = None
 
@@ -59,7 +59,7 @@ class RunAhead:
         """Rows of the step that is under way, in which nobody new can take part; 0 where none is."""
         return self._begun.batch.num_rows if self._begun else 0
 
-    def begin(self, batch: Batch, draws: Draws) -> None:
+    def begin(self, batch: Batch, draws: PendingTokens) -> None:
         """Begin the step after `batch` with the tokens in `draws`, if the scheduler can tell who takes part in it."""
         if self._model is None or not self._model.runs_ahead:
             return

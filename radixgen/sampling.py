@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties and filters as in transformers, with counter-based randomness."""
+"""Sampling: from logits to tokens, with penalties and filters as in transformers and counter-based random numbers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,21 +21,22 @@ from radixgen.kernels.upload import upload
 DrawTokens = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], NDArray[np.float64]], Tensor]
 """As `radixgen.kernels.torch_sampling.draw_tokens`."""
 _GREEDY = SamplingParams(temperature=0.0)
-_EACH_WAY: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1})
+_WARM_UP_PARAMS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1})
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _LARGEST = torch.finfo(torch.float64).max
 _FORK = 0x666F726B
-"""Sets the counters of forks apart from those of draws."""
+"""Separates the random counters of forks from those of draws."""
 _FACTORS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 _KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
-"""What Philox adds to the keys, `[round, 2, 1]`."""
+"""Philox's increments of the keys, `[round, 2, 1]`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A token a draw; -1 where the row holds a NaN or +inf, or nothing finite. `logprobs` by draw, where asked for:
-    `{token id: natural-log probability}`, the drawn one first. `faults` by draw: why no token was drawn, where it
-    was not for the row.
+class SamplerOutput:
+    """One token per draw; -1 if the row has NaN, +inf, or nothing finite.
+
+    `logprobs`, by draw, if requested: `{token id: natural-log probability}`, the sampled token first. `faults`, by
+    draw: why no token was sampled, if not because of the row.
     """
 
     tokens: list[int]
@@ -43,11 +44,11 @@ class Drawn:
     faults: dict[int, str] = field(default_factory=dict)
 
 
-class Draws:
-    """Tokens on their way from the device."""
+class PendingTokens:
+    """Sampled tokens, on their way from the device."""
 
     tokens: Tensor
-    """`[draws]` int64, on the device of the logits; -1 as in `Drawn`"""
+    """`[draws]` int64, on the device of the logits; -1 as in `SamplerOutput`."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = self._host = tokens
@@ -58,20 +59,21 @@ class Draws:
             self._copied.record()
 
     def wait(self) -> list[int]:
-        """The tokens. Work that was given to the device after them is not waited for."""
+        """Return the tokens. Does not wait for work given to the device after them."""
         if self.tokens.is_cuda:
             self._copied.synchronize()
         tokens: list[int] = self._host.tolist()
         return tokens
 
 
-class Drawable:
-    """The tokens that may be drawn, where there are others: a model may have more than its tokenizer knows. All others
-    count as if the model gave them no probability, but in log-probabilities, which stay the model's own.
+class DrawableTokens:
+    """The tokens that may be sampled, if not all: a model may have more tokens than its tokenizer.
+
+    The others are sampled as if the model gave them no probability. Reported log-probabilities remain the model's own.
     """
 
     def __init__(self, others: NDArray[np.int64], vocab_size: int) -> None:
-        """others: tokens below `vocab_size` that may not be drawn, ascending, at least one and not all."""
+        """`others`: tokens below `vocab_size` that must not be sampled, ascending, at least one and not all."""
         self.count = vocab_size - others.size
         last = vocab_size - 1
         for token in others[::-1]:
@@ -83,12 +85,12 @@ class Drawable:
         self._placed: dict[torch.device, Tensor] = {}
 
     def among(self, scores: Tensor) -> Tensor:
-        """Scores `[n, vocab]` without the tokens that may not be drawn: the first columns, where those are the last."""
+        """Return scores `[n, vocab]` without the excluded tokens; only the leading columns, if those are at the end."""
         kept = scores[:, : self._width]
         return kept.index_fill(-1, self._holes_on(scores.device), -math.inf) if self._holes.numel() else kept
 
     def hide(self, scores: Tensor) -> None:
-        """Set the scores `[n, vocab]` of tokens that may not be drawn to -inf, in place."""
+        """Set the scores `[n, vocab]` of excluded tokens to -inf, in place."""
         scores[:, self._width :] = -math.inf
         if self._holes.numel():
             scores.index_fill_(-1, self._holes_on(scores.device), -math.inf)
@@ -100,42 +102,39 @@ class Drawable:
 
 
 def sample(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
-) -> Drawn:
-    """Draw one token each: draw `i` from row `rows[i]` of logits `[rows, vocab]`, for `states[i]`; without
-    `drawable`, of all tokens.
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None = None
+) -> SamplerOutput:
+    """Sample one token per draw: draw `i` from row `rows[i]` of logits `[rows, vocab]`, for `states[i]`.
 
-    A draw depends on its own row and state only, never on the rest of the batch.
+    Each draw depends only on its own row and state, not on the rest of the batch. `drawable` defaults to all tokens.
     """
     return report(logits, rows, states, draw(logits, rows, states, drawable).wait())
 
 
 def draw(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None = None
-) -> Draws:
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None = None
+) -> PendingTokens:
     """As `sample`, without waiting for the device."""
     draw_tokens = _fastest_draw_tokens(logits.is_cuda)
     params = [state.params for state in states]
-    uniforms = np.zeros(len(states)) if all(one.greedy for one in params) else uniform(states)
+    uniforms = np.zeros(len(states)) if all(p.greedy for p in params) else uniform(states)
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:
-        return Draws(draw_tokens(among, rows, params, uniforms))
-    # A shaped draw is made twice: first greedily from the logits as they are, which gives -1 where its row is unsound.
+        return PendingTokens(draw_tokens(among, rows, params, uniforms))
+    # Shaped draws are made twice: first greedily from the unchanged logits, which gives -1 if the row is invalid.
     tokens = draw_tokens(among, rows, [_GREEDY if s.shaped else s.params for s in states], uniforms)
     scores = _shaped_scores(logits, [rows[i] for i in shaped], [states[i] for i in shaped], drawable)
     drawn = draw_tokens(scores, range(len(shaped)), [params[i] for i in shaped], uniforms[shaped])
     places = _index(shaped, logits)
     tokens.index_copy_(0, places, torch.where(tokens.index_select(0, places) >= 0, drawn, -1))
-    return Draws(tokens)
+    return PendingTokens(tokens)
 
 
-def draw_each_way(logits: Tensor, drawable: Drawable | None = None) -> None:
-    """Draw from the first rows of logits `[rows, vocab]` in each way that there are kernels for, and forget the tokens,
-    so that all of these are compiled.
-    """
+def warm_up_sampling(logits: Tensor, drawable: DrawableTokens | None = None) -> None:
+    """Sample from the first rows of logits `[rows, vocab]` by every kernel, to compile them, and discard the tokens."""
     prompt = np.zeros(1, np.int32)
-    for options in _EACH_WAY:
+    for options in _WARM_UP_PARAMS:
         for penalty in (1.0, 1.1):
             params = SamplingParams(**options, repetition_penalty=penalty)
             for count in {1, min(2, len(logits))}:
@@ -143,22 +142,22 @@ def draw_each_way(logits: Tensor, drawable: Drawable | None = None) -> None:
                 draw(logits, range(count), states, drawable).wait()
 
 
-def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> Drawn:
-    """What was drawn, with the log-probabilities that were asked for."""
-    told = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
-    if not told:
-        return Drawn(tokens)
-    found = token_logprobs(
-        _pick(logits, [rows[i] for i in told]),
-        np.array([tokens[i] for i in told]),
-        [states[i].params.logprobs or 0 for i in told],
+def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> SamplerOutput:
+    """Add the requested log-probabilities to the sampled tokens."""
+    requested = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
+    if not requested:
+        return SamplerOutput(tokens)
+    logprobs = token_logprobs(
+        _pick(logits, [rows[i] for i in requested]),
+        np.array([tokens[i] for i in requested]),
+        [states[i].params.logprobs or 0 for i in requested],
     )
-    return Drawn(tokens, dict(zip(told, found, strict=True)))
+    return SamplerOutput(tokens, dict(zip(requested, logprobs, strict=True)))
 
 
 def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[int]) -> list[dict[int, float]]:
-    """For each row of logits `[n, vocab]` the natural-log probability of `tokens` `[n]`, and of the `top[i]`
-    likeliest tokens.
+    """Return, for each row of logits `[n, vocab]`, the natural-log probabilities of `tokens` `[n]` and of the `top[i]`
+    most likely tokens.
     """
     scores = logits.float().log_softmax(-1)
     own = scores.gather(-1, torch.from_numpy(tokens.astype(np.int64)).to(logits.device)[:, None])[:, 0].tolist()
@@ -172,28 +171,28 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
     ]
 
 
-def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: Drawable | None = None) -> list[Choices]:
-    """The `count` likeliest tokens of rows of logits `[n, vocab]`, of those that are `drawable`, or all where there are
-    fewer.
-    """
+def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: DrawableTokens | None = None) -> list[Choices]:
+    """Return the `count` most likely `drawable` tokens of rows of logits `[n, vocab]`, or all if there are fewer."""
     scores = _pick(logits, rows).float().log_softmax(-1)
     if drawable is not None:
         scores, count = drawable.among(scores), min(count, drawable.count)
     ids = _likeliest(scores, min(count, scores.shape[1]))
-    found = scores.gather(-1, ids).cpu().numpy(), ids.cpu().numpy()
-    return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*found, strict=True)]
+    top = scores.gather(-1, ids).cpu().numpy(), ids.cpu().numpy()
+    return [Choices(log_probs, token_ids) for log_probs, token_ids in zip(*top, strict=True)]
 
 
-def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: Drawable | None = None) -> Tensor:
-    """What each draw is made from: logits `[n, vocab]`, one row a state, to probabilities, float64; they need not
-    add up to 1. Greedy states are given the likeliest token alone.
+def distribution(logits: Tensor, states: Sequence[SamplingState], drawable: DrawableTokens | None = None) -> Tensor:
+    """Convert logits `[n, vocab]`, one row per state, to the float64 probabilities of its draw, which need not sum to
+    1.
+
+    Greedy states get the most likely token only.
     """
     scores = _shaped_scores(logits, range(len(states)), states, drawable)
     return probabilities(scores, [state.params for state in states])
 
 
 def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """Bias, penalties, grammars and `min_tokens`, in place, on float64 `[n, vocab]`. Returns `scores`.
+    """Apply bias, penalties, grammars and `min_tokens` to float64 scores `[n, vocab]`, in place. Returns `scores`.
 
     Raises what a state's grammar raises.
     """
@@ -208,7 +207,7 @@ def shape(scores: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def uniform(states: Sequence[SamplingState]) -> NDArray[np.float64]:
-    """One number in [0, 1) a state, 53 bits, a function of (seed, index, tokens generated) alone."""
+    """Return one number in [0, 1) per state, with 53 bits, a function of seed, index and number of generated tokens."""
     seeds = np.array([state.seed for state in states], np.uint64)
     counters = np.zeros((4, len(states)), np.uint64)
     counters[0] = [len(state.output) for state in states]
@@ -219,15 +218,15 @@ def uniform(states: Sequence[SamplingState]) -> NDArray[np.float64]:
 
 
 def fork_seed(seed: int, fork: int) -> int:
-    """The 64-bit seed of fork number `fork` of what `seed` drives."""
-    words = _philox_of_one((fork & 0xFFFFFFFF, fork >> 32, 0, _FORK), seed)
+    """Derive the 64-bit seed of fork number `fork` from `seed`."""
+    words = _philox_single((fork & 0xFFFFFFFF, fork >> 32, 0, _FORK), seed)
     return words[0] << 32 | words[1]
 
 
 def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Ten rounds over 32-bit words, each held in 64 bits: counters `[4, n]` and keys `[2, n]` to words `[4, n]`.
+    """Philox4x32-10 over 32-bit words, each held in 64 bits: counters `[4, n]` and keys `[2, n]` to words `[4, n]`.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.)
     """
     multiplied, mixed = counters[0::2], counters[1::2]
     for key in (keys + _KEY_STEPS) & _WORD:
@@ -239,8 +238,8 @@ def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArra
 # -- inside -----------------------------------------------------------------------------------------------
 
 
-def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
-    """`philox4x32` of one 128-bit counter and one 64-bit key, without the cost of arrays."""
+def _philox_single(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    """`philox4x32` of one 128-bit counter and one 64-bit key, without the overhead of arrays."""
     first, second, third, fourth = counter
     low, high = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
@@ -252,9 +251,9 @@ def _philox_of_one(counter: tuple[int, int, int, int], key: int) -> tuple[int, i
 
 
 def _shaped_scores(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: Drawable | None
+    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None
 ) -> Tensor:
-    """The logits of `rows`, one row a state, of what is drawable, after `shape`: float64 `[n, vocab]`."""
+    """Return the logits of `rows`, one row per state, of drawable tokens, after `shape`: float64 `[n, vocab]`."""
     scores = _pick(logits, rows).double()
     if drawable is not None:
         drawable.hide(scores)
@@ -263,7 +262,7 @@ def _shaped_scores(
 
 @cache
 def _fastest_draw_tokens(cuda: bool) -> DrawTokens:
-    """By the Triton kernels on a GPU where Triton is installed, else by PyTorch."""
+    """Return the Triton implementation on a GPU if Triton is installed, else PyTorch's."""
     if not cuda or find_spec("triton") is None:
         return torch_sampling.draw_tokens
     from radixgen.kernels import triton_sampling
@@ -272,7 +271,7 @@ def _fastest_draw_tokens(cuda: bool) -> DrawTokens:
 
 
 def _pick(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Float32 or float64 `[n, vocab]`."""
+    """Return rows of the logits as float32 or float64 `[n, vocab]`."""
     picked = logits.index_select(0, _index(rows, logits))
     return picked if picked.dtype == torch.float64 else picked.float()
 
@@ -282,7 +281,9 @@ def _index(places: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _likeliest(scores: Tensor, count: int) -> Tensor:
-    """The `count` likeliest tokens of each row, of equal ones the first. `topk` alone breaks ties as it likes."""
+    """Return the `count` most likely tokens of each row, ties in order of token id. `topk` alone breaks ties
+    arbitrarily.
+    """
     if not count:
         return scores.new_empty((scores.shape[0], 0), dtype=torch.int64)
     bits = scores.view(torch.int32)
@@ -302,7 +303,7 @@ def _add_bias(scores: Tensor, states: Sequence[SamplingState]) -> None:
 
 
 def _penalize_repetition(scores: Tensor, states: Sequence[SamplingState]) -> None:
-    """Tokens of prompt and output: a positive score is divided, a negative one multiplied."""
+    """Penalize tokens of prompt and output: positive scores are divided, negative ones multiplied."""
     some = [(i, state.params.repetition_penalty) for i, state in enumerate(states)]
     some = [(i, penalty) for i, penalty in some if penalty != 1.0]
     if not some:
@@ -310,12 +311,12 @@ def _penalize_repetition(scores: Tensor, states: Sequence[SamplingState]) -> Non
     seen = [states[i].seen() for i, _ in some]
     rows, ids = _places([i for i, _ in some], seen, scores)
     factor = torch.repeat_interleave(_values([p for _, p in some], scores), _sizes(seen, scores))
-    found = scores[rows, ids]
-    scores[rows, ids] = torch.where(found < 0, found * factor, (found / factor).clamp(max=_LARGEST))
+    values = scores[rows, ids]
+    scores[rows, ids] = torch.where(values < 0, values * factor, (values / factor).clamp(max=_LARGEST))
 
 
 def _penalize_counts(scores: Tensor, states: Sequence[SamplingState]) -> None:
-    """Tokens of the output: less `presence`, and less `frequency` for each time."""
+    """Penalize tokens of the output by `presence`, and by `frequency` for each occurrence."""
     some = [i for i, s in enumerate(states) if s.counts and (s.params.presence_penalty or s.params.frequency_penalty)]
     if not some:
         return
@@ -329,8 +330,8 @@ def _penalize_counts(scores: Tensor, states: Sequence[SamplingState]) -> None:
 
 
 def _keep_allowed(scores: Tensor, states: Sequence[SamplingState]) -> None:
-    """Only what the grammars allow, and ends where they accept. A row of which nothing would be left stays as it is:
-    the grammar refuses what is drawn from it.
+    """Keep only tokens that grammars allow, and end tokens if they accept. A row without any is left unchanged: the
+    grammar rejects what is sampled from it.
     """
     some = [(i, state.grammar.allowed()) for i, state in enumerate(states) if state.grammar is not None]
     if not some:
@@ -351,14 +352,14 @@ def _keep_allowed(scores: Tensor, states: Sequence[SamplingState]) -> None:
 
 
 def _unpack(masks: Tensor, width: int) -> Tensor:
-    """Packed `[n, words]`, the lowest bit first, to booleans `[n, width]`; what the words do not tell is false."""
+    """Unpack bits `[n, words]`, lowest first, to booleans `[n, width]`, padded with false."""
     bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)
     flags = (bits & 1).bool().flatten(1)[:, :width]
     return torch.nn.functional.pad(flags, (0, width - flags.shape[1]))
 
 
 def _hold_back_ends(scores: Tensor, states: Sequence[SamplingState]) -> None:
-    """No end before `min_tokens`, unless nothing but ends could be drawn."""
+    """Suppress end tokens before `min_tokens`, unless only end tokens can be sampled."""
     width = scores.shape[1]
     some = [(i, [t for t in s.stop_ids if t < width]) for i, s in enumerate(states) if _too_short(s)]
     rows = [i for i, ends in some for _ in ends]
@@ -376,7 +377,7 @@ def _too_short(state: SamplingState) -> bool:
 
 
 def _places(rows: Sequence[int], tokens: Sequence[NDArray[np.int64]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and token of every entry, for all of these tokens of each row."""
+    """Return row and token indices of these tokens of each row."""
     owners = np.repeat(rows, [some.size for some in tokens])
     ids = np.concatenate(tokens)
     return upload(owners, like.device), upload(ids, like.device)

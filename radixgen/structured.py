@@ -1,6 +1,6 @@
-"""Structured output: grammars by llguidance, compiled once, and where each sequence stands in one.
+"""Structured output by llguidance: compiled grammars, and the state of each sequence in one.
 
-llguidance is the extra `structured`, and imported by the first request that has a grammar.
+llguidance is in the extra `structured`, and is imported by the first request with a grammar.
 """
 
 import json
@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from radixgen.core import Allowed, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
+from radixgen.core import AllowedTokens, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
 from radixgen.json_numbers import NumberBounds, NumberState
 
 if TYPE_CHECKING:
@@ -21,24 +21,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _END = "<|radixgen:end|>"
-"""A token that no model knows: where a grammar allows it, the text may end."""
+"""A token that no model has: a grammar allows it when the text may end."""
 WHITE_SPACE = r"[ \n\r\t]{1,16}"
-"""What may stand between two tokens of JSON; a model that likes it better than what follows gets out of it again."""
+"""White space between JSON tokens. Bounded, so that a model that prefers white space still makes progress."""
 _MOST_LEXER_STATES = 50_000
-"""Of one grammar, 1 to 2 kB each"""
+"""Maximum lexer states per grammar, 1 to 2 kB each."""
 _MOST_ITEMS = 20_000
-"""Of the parser, for one mask: 15 ms at the most, or so"""
+"""Maximum parser items per mask: about 15 ms."""
 _LONGEST_MESSAGE = 400
 _DEAD_END = "no token of the model goes on"
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer and a model with `vocab_size` tokens, each once while anybody holds it, and
-    keeps the last `Limits.max_grammars`. Thread-safe; the GIL is released meanwhile.
+    """Compiles grammars for one tokenizer and a model with `vocab_size` tokens. Thread-safe; compilation releases the
+    GIL.
 
-    A JSON schema may say more by llguidance's own key `x-guidance`: `{"whitespace_flexible": false}` for JSON without
-    white space, `{"coerce_one_of": true}` to take `oneOf` as `anyOf`, `{"lenient": true}` to ignore what llguidance
-    cannot hold.
+    Each grammar is compiled once while it is in use, and the last `Limits.max_grammars` are cached.
+
+    A JSON schema may set options of llguidance by the key `x-guidance`: `{"whitespace_flexible": false}` for JSON
+    without white space, `{"coerce_one_of": true}` to treat `oneOf` as `anyOf`, `{"lenient": true}` to ignore what
+    llguidance does not support.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int, limits: Limits) -> None:
@@ -47,12 +49,12 @@ class Grammars:
         self._limits = limits
         self._lock = Lock()
         self._turns: WeakValueDictionary[tuple[GrammarKind, str], Lock] = WeakValueDictionary()
-        """Held by whoever compiles a grammar, while others wait for the same one"""
+        """Held while a grammar is being compiled, so that others wait for the same one."""
         self._alive: WeakValueDictionary[tuple[GrammarKind, str], CompiledGrammar] = WeakValueDictionary()
         self._kept: OrderedDict[tuple[GrammarKind, str], CompiledGrammar] = OrderedDict()
 
     def find(self, params: SamplingParams) -> "CompiledGrammar | None":
-        """The grammar that `params` asks for; None where it asks for none. Raises `InvalidRequest`."""
+        """Return the compiled grammar of `params`; None if there is none. Raises `InvalidRequest`."""
         source = params.grammar_source(self._limits)
         if source is None:
             return None
@@ -66,19 +68,19 @@ class Grammars:
             raise InvalidRequest(source.field, getattr(params, source.field), f"llguidance says: {reason}") from error
 
     def _require(self, field: str, params: SamplingParams) -> None:
-        """That there is a tokenizer, and the library."""
+        """Raise `InvalidRequest` without a tokenizer or without the library."""
         value = getattr(params, field)
         if self._tokenizer is None:
             raise InvalidRequest(field, value, "the model has no tokenizer, so its tokens have no text")
         if not hasattr(self._tokenizer, "backend_tokenizer"):
-            raise InvalidRequest(field, value, "the model's tokenizer is none of the tokenizers library's")
+            raise InvalidRequest(field, value, "the model's tokenizer is not from the tokenizers library")
         try:
             import llguidance  # noqa: F401
         except ImportError as error:
             raise InvalidRequest(field, value, "needs llguidance: pip install 'radixgen[structured]'") from error
 
     def _compiled(self, kind: GrammarKind, text: str) -> "CompiledGrammar":
-        """Raises as `_compile`."""
+        """Return a cached grammar, or compile it. Raises as `_compile`."""
         key = kind, text
         with self._lock:
             turn = self._turns.get(key) or self._turns.setdefault(key, Lock())
@@ -94,7 +96,7 @@ class Grammars:
         return grammar
 
     def _compile(self, kind: GrammarKind, text: str) -> "CompiledGrammar":
-        """Raises `GrammarFailed` or ValueError with llguidance's own words."""
+        """Compile a grammar. Raises `GrammarFailed` or ValueError with llguidance's message."""
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens, _grammar(kind, text), log_level=0, limits=self._parser_limits)
@@ -110,7 +112,7 @@ class Grammars:
 
     @cached_property
     def _parser_limits(self) -> "LLParserLimits":
-        """The library's own bounds on the work of a grammar, and less of a mask's work and memory."""
+        """Limits of llguidance, lowered for the work and memory of a mask."""
         from llguidance import LLParserLimits
 
         return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, step_max_items=_MOST_ITEMS, verbose_errors=False)
@@ -122,7 +124,7 @@ class Grammars:
 
     @cached_property
     def _tokens(self) -> "LLTokenizer":
-        """The tokenizer as llguidance reads it, with `_END` as its only end: the model's own ends are the sampler's."""
+        """The tokenizer in llguidance's form, with `_END` as its only end. The sampler handles the end tokens."""
         from llguidance import LLTokenizer
 
         backend: Any = copy(self._tokenizer.backend_tokenizer)  # type: ignore[union-attr]
@@ -137,32 +139,32 @@ class Grammars:
 
 
 class CompiledGrammar:
-    """A grammar, and what its sequences have in common: those that took the same tokens stand on one `_Place`."""
+    """A compiled grammar and the state shared by its sequences: those with the same tokens share one `_GrammarNode`."""
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int, end: int, bounds: NumberBounds | None = None) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._end = end
         self._bounds = bounds
-        self._root = _Place(NumberState())
+        self._root = _GrammarNode(NumberState())
 
     def start(self) -> "MatcherState":
         return MatcherState(self, self._matcher.deep_copy(), self._root)
 
     def after(self, number: NumberState, token: int) -> NumberState:
-        """Where `token` leaves a text that stood at `number`."""
+        """Return the number state after `token`."""
         return number if self._bounds is None else self._bounds.after(number, token)
 
-    def bounded(self, allowed: Allowed, number: NumberState) -> Allowed:
-        """`allowed` without what would make the number at `number` too long."""
+    def bounded(self, allowed: AllowedTokens, number: NumberState) -> AllowedTokens:
+        """Return `allowed` without tokens that would make the current number too long."""
         if self._bounds is None:
             return allowed
         return allowed._replace(mask=self._bounds.bound(allowed.mask, number, accepts=allowed.accepts))
 
-    def read(self, matcher: "LLMatcher") -> Allowed:
-        """What `matcher` allows. Raises `GrammarFailed`."""
+    def read(self, matcher: "LLMatcher") -> AllowedTokens:
+        """Return the tokens that `matcher` allows. Raises `GrammarFailed`."""
         packed = matcher.compute_bitmask()
-        if matcher.is_error():  # it would allow the end
+        if matcher.is_error():  # its mask would allow the end
             raise _fault(matcher)
         mask = np.frombuffer(packed, np.int32)[: -(-self._vocab_size // 32)].copy()
         if self._vocab_size % 32:
@@ -172,28 +174,28 @@ class CompiledGrammar:
         accepts = matcher.is_accepting()
         if not accepts and not mask.any():
             raise GrammarFailed(_DEAD_END)
-        return Allowed(mask, accepts)
+        return AllowedTokens(mask, accepts)
 
 
-class _Place:
-    """What follows after some tokens of one grammar. It lives while a sequence stands on it."""
+class _GrammarNode:
+    """The allowed tokens after some tokens of one grammar. It lives while a sequence refers to it."""
 
     def __init__(self, number: NumberState) -> None:
-        self.allowed: Allowed | None = None
+        self.allowed: AllowedTokens | None = None
         self.number = number
-        self._next: WeakValueDictionary[int, _Place] = WeakValueDictionary()
+        self._next: WeakValueDictionary[int, _GrammarNode] = WeakValueDictionary()
 
-    def after(self, token: int, grammar: CompiledGrammar) -> "_Place":
+    def after(self, token: int, grammar: CompiledGrammar) -> "_GrammarNode":
         place = self._next.get(token)
         if place is None:
-            place = self._next[token] = _Place(grammar.after(self.number, token))
+            place = self._next[token] = _GrammarNode(grammar.after(self.number, token))
         return place
 
 
 class MatcherState:
-    """A `GrammarState` by llguidance's matcher. The mask is computed once for all sequences on one place."""
+    """A `GrammarState` by llguidance's matcher. Sequences on the same node compute its mask once."""
 
-    def __init__(self, grammar: CompiledGrammar, matcher: "LLMatcher", place: _Place) -> None:
+    def __init__(self, grammar: CompiledGrammar, matcher: "LLMatcher", place: _GrammarNode) -> None:
         self._grammar = grammar
         self._matcher = matcher
         self._place = place
@@ -203,7 +205,7 @@ class MatcherState:
         allowed = self._place.allowed
         return self._matcher.is_stopped() or (allowed is not None and not allowed.mask.any())
 
-    def allowed(self) -> Allowed:
+    def allowed(self) -> AllowedTokens:
         if self._place.allowed is None:
             self._place.allowed = self._grammar.bounded(self._grammar.read(self._matcher), self._place.number)
         return self._place.allowed
@@ -221,26 +223,26 @@ class MatcherState:
 
 
 def _fault(matcher: "LLMatcher") -> GrammarFailed:
-    """Why a matcher has failed, in its own words, but for the one that has none."""
+    """Return an error with the matcher's own message, or with ours if it has none."""
     words = matcher.get_error().replace("<non-verbose/>", "").strip()
     return GrammarFailed(_DEAD_END if words.startswith("NoExtension") else words)
 
 
-def _says_white_space(schema: str) -> bool:
-    """Whether a schema rules its white space itself: a pattern would overrule that there be none."""
+def _sets_white_space(schema: str) -> bool:
+    """Return whether a schema sets its own white space, which our pattern would override."""
     try:
-        found = json.loads(schema)
+        parsed = json.loads(schema)
     except (ValueError, RecursionError):
         return False
-    own = found.get("x-guidance") if isinstance(found, dict) else None
+    own = parsed.get("x-guidance") if isinstance(parsed, dict) else None
     return isinstance(own, dict) and "whitespace_flexible" in own
 
 
 def _grammar(kind: GrammarKind, text: str) -> str:
-    """As llguidance wants it."""
+    """Convert a grammar to llguidance's form."""
     from llguidance import LLMatcher
 
     if kind == "json_schema":
-        pattern = None if _says_white_space(text) else WHITE_SPACE
+        pattern = None if _sets_white_space(text) else WHITE_SPACE
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": pattern} if pattern else {})
     return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)

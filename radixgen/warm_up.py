@@ -1,4 +1,4 @@
-"""What an engine runs before anybody waits for it, so that no request waits while something is compiled or captured."""
+"""Warm-up of an engine, so that no request waits for compilation or graph capture."""
 
 import logging
 from collections.abc import Callable
@@ -7,26 +7,28 @@ from functools import partial
 from torch import Tensor
 
 from radixgen.core import EngineDead
-from radixgen.model.base import Model, WarmsUp
-from radixgen.sampling import Drawable, draw_each_way
+from radixgen.model.base import Model, SupportsWarmUp
+from radixgen.sampling import DrawableTokens, warm_up_sampling
 
 logger = logging.getLogger(__name__)
 
 
-def warm_up_steps(model: Model, drawable: Drawable | None, max_rows: int, max_draws: int) -> list[Callable[[], None]]:
-    """A call for each kind of step of up to `max_rows` rows and `max_draws` draws, to be made in their order while no
-    step of the model's is under way: it runs the model, and draws tokens in each way. None where the model's first
-    steps are as quick as any.
+def warm_up_steps(
+    model: Model, drawable: DrawableTokens | None, max_rows: int, max_draws: int
+) -> list[Callable[[], None]]:
+    """Return one call for each kind of step of up to `max_rows` rows and `max_draws` draws; empty if the model needs no
+    warm-up.
 
-    They leave nothing behind. A step that fails is logged as a warning, and left to whoever needs it.
+    Each call runs the model and samples in each way. They are made in order, while no step of the model is in flight,
+    and leave nothing behind. A failing step is logged as a warning; the first request that needs it will see the error.
     """
-    if not isinstance(model, WarmsUp):
+    if not isinstance(model, SupportsWarmUp):
         return []
     return [partial(_warm_up, model.name, run, drawable) for run in model.warm_up_steps(max_rows, max_draws)]
 
 
 def announce_warm_up(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A `progress(done, total)` for `Engine.warm_up` that says how far it is, at each tenth of the steps."""
+    """Return a `progress(done, total)` for `Engine.warm_up` that reports each tenth of the steps."""
 
     def progress(done: int, total: int) -> None:
         if 10 * done // total > 10 * (done - 1) // total:
@@ -35,11 +37,11 @@ def announce_warm_up(say: Callable[[str], None]) -> Callable[[int, int], None]:
     return progress
 
 
-def _warm_up(name: str, run: Callable[[], Tensor], drawable: Drawable | None) -> None:
+def _warm_up(name: str, run: Callable[[], Tensor], drawable: DrawableTokens | None) -> None:
     try:
         logits = run()
         if len(logits):
-            draw_each_way(logits, drawable)
+            warm_up_sampling(logits, drawable)
     except (AssertionError, EngineDead):
         raise
     except Exception as error:

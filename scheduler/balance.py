@@ -1,4 +1,4 @@
-"""Splitting long units along their keys, so that all programs are done at about the same time."""
+"""Split long units along their keys, so that all programs finish at about the same time."""
 
 from typing import NamedTuple
 
@@ -7,45 +7,55 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.schedule import Launched, makespan
+from radixgen.kernels.schedule import LaunchCosts, makespan
 from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.tables import (
+    U_FIRST_ROW,
+    U_KEYS,
+    U_MIXED,
+    U_STOP_ROW,
+)
 
 Floats = NDArray[np.float64]
 
 LEAST_KEYS = 64
-"""A unit of no more keys is not split."""
+"""Units of at most this many keys are not split."""
 ENOUGH = 1.15
-"""Times the makespan that no balance could beat."""
+"""Balancing stops at this multiple of the lower bound of the makespan."""
 _SHARES = (1.0, 0.5, 0.25, 0.125)
 
 
 class Balance(NamedTuple):
-    """Units split so that the modelled time is least."""
+    """Units split for the shortest predicted time."""
 
     limits: Int64Array
-    """`[units]`: keys of one piece at most, mixed ones weighted, a multiple of 64; 0 where the unit stays whole"""
+    """`[units]`: maximum keys of a piece, mixed keys weighted, a multiple of 64; 0 for units that are not split."""
     time: float
-    """When the last program is done, all launches included"""
+    """Predicted end of the last program, including all launches."""
     even: float
-    """When all would be done, were the work shared out evenly: no balance takes less"""
+    """Lower bound: the time if the work were spread evenly over all programs."""
 
 
 def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_beat: float = np.inf) -> Balance:
-    """Split units `[units, 9]` (of `radixgen.scheduler.partition.collect`) over `num_rows` rows and `unique` keys.
+    """Split units `[units, 9]` (of `radixgen.scheduler.partition.collect`) over `num_rows` rows and `unique` distinct
+    keys.
 
-    Limits from a program's fair share down to an eighth of it are tried, each split charged with its partials, until
-    the makespan is within 1.15 of what no balance could beat; the best is taken. Where even work would take longer than
-    `to_beat`, nothing is tried.
+    Tries limits from a program's fair share down to an eighth of it, charging each split with its partial results,
+    until the makespan is within 1.15 of the lower bound, and returns the best. Tries nothing if even the lower bound
+    exceeds `to_beat`.
     """
-    rows, keys = units[:, 1] - units[:, 0], units[:, 7] + (cost.mixed_weight - 1) * units[:, 8]
+    rows, keys = (
+        units[:, U_STOP_ROW] - units[:, U_FIRST_ROW],
+        units[:, U_KEYS] + (cost.mixed_weight - 1) * units[:, U_MIXED],
+    )
     classes, programs = cost.classes(rows), [cost.programs_of(tile) for tile in cost.usable]
     taken = (np.array(programs) / cost.programs)[classes]
     partial = cost.partial * cost.group * taken
-    costs = cost.unit_costs(rows, units[:, 7], units[:, 8]) * taken + partial * coverage(units, num_rows)[1]
+    costs = cost.unit_costs(rows, units[:, U_KEYS], units[:, U_MIXED]) * taken + partial * coverage(units, num_rows)[1]
     least_even, even, slowed = 0.0, 0.0, [1.0] * len(programs)
     for index in np.unique(classes):
         launched = classes == index
-        read = int(units[launched, 7].sum())
+        read = int(units[launched, U_KEYS].sum())
         work = max(float(costs[launched].sum()) * cost.kv_heads / programs[index], 1e-9)
         longer = max(work, cost.reads(min(unique, read), read))
         slowed[index] = longer / work
@@ -61,7 +71,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
 
     def time(costs: Floats, classes: Int64Array) -> float:
         shares = [costs[classes == index] for index in range(len(programs))]
-        return makespan([*map(Launched, shares, programs, slowed)][::-1], cost.kv_heads)
+        return makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads)
 
     least = time(costs, classes)
     best = Balance(whole, least + whole_fixed, even)
@@ -82,7 +92,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
 def _pieces(
     costs: Floats, keys: Int64Array, limits: Int64Array, pieces: Int64Array, partials: Floats, unit: Floats
 ) -> Floats:
-    """What every piece of every unit costs: in proportion to its keys, and a `unit` and `partials` for each piece."""
+    """Return the cost of every piece of every unit: proportional to its keys, plus `unit` and `partials` per piece."""
     whole = pieces == 1
     by_key = np.where(whole, 0.0, (costs - unit) / np.maximum(keys, 1))
     fixed = np.where(whole, costs, unit + partials)
@@ -93,8 +103,10 @@ def _pieces(
 
 @compiled
 def coverage(ranges: NDArray[np.integer], num_rows: int) -> tuple[Int64Array, Int64Array]:
-    """Of units with these rows `[units, 2]`: how many cover each row, `[rows]`, and how many rows of each unit have
-    partial results, because other units cover them too, `[units]`.
+    """Count coverage by units with these rows `[units, 2]`.
+
+    Returns the number of units that cover each row, `[rows]`, and the number of rows of each unit with partial results,
+    because other units cover them too, `[units]`.
     """
     over, before = np.zeros(num_rows + 1, np.int64), np.zeros(num_rows + 1, np.int64)
     for unit in range(len(ranges)):
@@ -110,7 +122,7 @@ def coverage(ranges: NDArray[np.integer], num_rows: int) -> tuple[Int64Array, In
 
 
 def _limits(costs: Floats, keys: Int64Array, longest: float) -> Int64Array:
-    """Even pieces that cost about `longest` or less."""
+    """Return limits for equal pieces that cost at most about `longest`."""
     pieces = np.maximum(np.ceil(costs / max(longest, 1e-9)), 1)
     limits = (np.ceil(keys / pieces / LEAST_KEYS) * LEAST_KEYS).astype(np.int64)
     return np.where((pieces > 1) & (limits < keys), limits, 0)

@@ -1,4 +1,4 @@
-"""A step: its rows, who reads logits, and all that as arrays."""
+"""The batch of one step: its rows, the sequences that need logits, and their conversion to arrays."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from radixgen.core import Plan
 from radixgen.scheduler.sequence import Request, Sequence
 
 
-class Read(NamedTuple):
-    """Rows of a batch that score the next targets of a request's prompt."""
+class PromptRows(NamedTuple):
+    """Rows of a batch that score the next tokens of a request's prompt."""
 
     request: Request
     rows: list[int]
@@ -20,43 +20,43 @@ class Read(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """One step: its spans, and the sequences that read logits. `freeze` turns it into arrays and a plan."""
+    """The spans of one step, and the sequences that need logits. `Scheduler.freeze` turns it into arrays and a plan."""
 
     step: int
     admitting: bool = True
-    """Whether everyone was let in for whom there was room."""
+    """Whether every waiting request with room was admitted."""
     fence: int = 0
-    """Slots released while the step is in flight wait behind this fence of the pool."""
+    """The pool's step: slots released while the batch is in flight stay fenced until it retires."""
     nodes: list[Node] = field(default_factory=list)
     """Nodes with a span in this step."""
     row_nodes: list[int] = field(default_factory=list)
-    """For each row the id of its node."""
+    """`[rows]`: node ids."""
     row_positions: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     row_slots: list[int] = field(default_factory=list)
     read_slots: dict[int, int] = field(default_factory=dict)
-    """Where the KV lies of rows that follow what is cached, by row"""
+    """Slots, by row, of the KV that rows reading cached tokens read."""
     last_row: dict[Node, int] = field(default_factory=dict)
-    """The row of a node's last token."""
+    """Row of a node's last token."""
     spans: dict[Node, tuple[int, int]] = field(default_factory=dict)
-    """The first row of a node's span, and its position."""
+    """First row of a node's span, and its position."""
     read_rows: dict[tuple[Node, int], int] = field(default_factory=dict)
-    """The rows that only read, by node and offset, but for those of a node's last token."""
+    """Rows that only read, by node and offset, except those of a node's last token."""
     drawing: list[Sequence] = field(default_factory=list)
-    """The sequences that draw a token."""
+    """Sequences that sample a token."""
     drawing_rows: list[int] = field(default_factory=list)
-    """The row whose logits each of them reads; those on one node read the same."""
+    """Row whose logits each of them uses. Sequences on one node share a row."""
     branching: list[Sequence] = field(default_factory=list)
-    """The beams whose next tokens are chosen together."""
+    """Beams whose next tokens are selected together."""
     branching_rows: list[int] = field(default_factory=list)
-    """The row whose logits each of them reads."""
-    reads: list[Read] = field(default_factory=list)
+    """Row whose logits each of them uses."""
+    reads: list[PromptRows] = field(default_factory=list)
     num_reads: int = 0
     prompt_tokens: int = 0
-    """Rows of spans that were scheduled for sequences which have generated nothing yet."""
+    """Rows scheduled for sequences without output."""
 
     def add_span(self, node: Node, first: int, slots: NDArray[np.int64]) -> None:
-        """Compute the node's tokens from `first` on, one for each slot."""
+        """Compute the node's tokens from `first` on, one per slot."""
         count = slots.size
         begin = node.start + first
         self.nodes.append(node)
@@ -69,13 +69,13 @@ class Batch:
             self.last_row[node] = len(self.row_nodes) - 1
 
     def add_next(self, node: Node, token: int, slot: int) -> None:
-        """Compute the node's last token, the only one that it lacks."""
+        """Compute the node's last token, the only one without KV."""
         self.nodes.append(node)
         self.last_row[node] = len(self.row_nodes)
         self._add_row(node, node.start + node.known - 1, token, slot)
 
     def add_read(self, node: Node, offset: int) -> int:
-        """A row for a token whose KV exists: it reads its path and gives logits, and writes no KV."""
+        """Add a row for a token whose KV exists: it reads its path, gives logits and writes no KV. Returns the row."""
         self._add_row(node, node.start + offset, int(node.tokens[offset]), -1)
         row = len(self.row_nodes) - 1
         if offset == node.known - 1:
@@ -87,7 +87,7 @@ class Batch:
         return row
 
     def row_of(self, node: Node, offset: int) -> int | None:
-        """The row of the node's token at `offset`, one that has a slot, where this step has one."""
+        """Return the row of the node's token at `offset`, which has a slot, or None if the step has none."""
         if offset == node.known - 1:
             return self.last_row.get(node)
         row, position = self.spans.get(node, (0, node.end))
@@ -95,7 +95,7 @@ class Batch:
         return row + inside if inside >= 0 else self.read_rows.get((node, offset))
 
     def draw(self, sequence: Sequence, row: int) -> None:
-        """Have a sequence read the logits of `row`."""
+        """Let a sequence use the logits of `row`."""
         if sequence.request.search is not None:
             self.branching.append(sequence)
             self.branching_rows.append(row)
@@ -116,25 +116,25 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """A batch as arrays, rows in the plan's order."""
+    """A batch as arrays, with rows in the plan's order."""
 
     plan: Plan
     token_ids: NDArray[np.int64]
     """`[rows]`"""
     slots: NDArray[np.int64]
-    """`[rows]`, -1 where a row's KV exists already"""
+    """`[rows]`, -1 if a row's KV exists already."""
     logit_rows: NDArray[np.int64]
-    """`[n]`, each row once"""
+    """`[n]`, each row once."""
     drawing: list[int]
-    """For each of `Batch.drawing`, the row of the logits `[n, vocab]` that it reads."""
+    """For each of `Batch.drawing`, its row of the logits `[n, vocab]`."""
     branching: list[int]
     """The same for `Batch.branching`."""
     reading: list[int]
-    """The same for all rows of `Batch.reads`, one after the other."""
+    """The same for all rows of `Batch.reads`, concatenated."""
 
 
 def make_step_input(batch: Batch, plan: Plan) -> StepInput:
-    """Lay the rows of a batch out as its plan has them, depth-first."""
+    """Convert a batch to arrays, with rows in the depth-first order of its plan."""
     order = plan.row_order
     place = np.empty_like(order)
     place[order] = np.arange(order.size)
@@ -155,7 +155,7 @@ def make_step_input(batch: Batch, plan: Plan) -> StepInput:
 
 
 def slots_used(batch: Batch) -> NDArray[np.int64]:
-    """Of each row the slot that it writes, or that it reads where it follows what is cached; else -1, `[rows]`."""
+    """Return for each row the slot that it writes, or reads if it follows cached tokens, else -1, `[rows]`."""
     slots = np.array(batch.row_slots, np.int64)
     if batch.read_slots:
         slots[list(batch.read_slots)] = list(batch.read_slots.values())

@@ -1,4 +1,4 @@
-"""Cursors of a beam search: they move, branch and leave as the beams do."""
+"""Cursors of a beam search."""
 
 from collections.abc import Sequence as Seq
 
@@ -9,10 +9,10 @@ from radixgen.scheduler.sequence import Request, Sequence
 
 
 def branch(scheduler: Scheduler, request: Request, beams: Seq[Beam]) -> None:
-    """Bring the request's sequences, one for each beam of the generation before, to where `beams` are.
+    """Move the request's sequences, one per beam of the previous generation, to `beams`.
 
-    A sequence moves on with the best of the beams that come from its own, and is forked for each further one; one from
-    which none comes lets go of its cursor. No KV is copied. Those without a cursor go on from the queue.
+    A sequence continues with the best of the beams that descend from it, and is forked for each other one. A sequence
+    without descendants is dropped. No KV is copied. Sequences without a cursor return to the queue.
     """
     parents = list(request.sequences)
     followed = {beam.parent for beam in beams}
@@ -34,7 +34,7 @@ def branch(scheduler: Scheduler, request: Request, beams: Seq[Beam]) -> None:
 
 
 def _fork(scheduler: Scheduler, origin: Sequence) -> Sequence:
-    """One more beam where `origin` stands."""
+    """Add a beam at the position of `origin`."""
     request, state = origin.request, origin.sampling
     request.num_forks += 1
     own = origin.namespace

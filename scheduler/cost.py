@@ -1,4 +1,4 @@
-"""What attention costs on a machine: the planner's choices follow from it and from nothing else."""
+"""Cost model of attention on a device, by which the planner chooses."""
 
 from dataclasses import dataclass
 
@@ -12,38 +12,36 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class TileCost:
-    """A class of tiles: what one program of its launch takes for one unit of at most `rows` rows, against any number of
-    keys, for one KV head.
-    """
+    """Cost of a class of tiles: the time of one program for one unit of at most `rows` rows, per KV head."""
 
     rows: int
-    """Rows of the tree times the query heads that share a KV head."""
+    """Rows of the tree times query heads per KV head."""
     unit: float
     key: float
-    """That all rows of the tile see"""
+    """Per key that all rows of the tile see."""
     mixed: float | None = None
-    """A key that only some rows of the tile see, or that lies in a short extent; as much as `key` by default"""
+    """Per key that only some rows see, or in a short extent. Default: `key`."""
     programs: int = 0
-    """That run at the same time in the launch of this class; as many as the cost model's by default"""
+    """Programs that run concurrently in this class's launch. Default: the cost model's."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What a plan costs, in microseconds of one of `programs` that run at the same time; on a CPU in any unit. A tile
-    of a class with half as many programs takes two of them.
+    """Cost of a plan in microseconds of one of `programs` concurrent programs; on a CPU in any unit.
 
-    A plan costs, for each KV head, the sum of
+    A tile of a class with half as many programs counts twice. The cost of a plan per KV head is the sum of
 
-    - `tile.unit + keys * tile.key` over its units, of the cheapest class that holds the unit's rows, and `tile.mixed`
-      for keys that only some of these rows see;
-    - `partial` for each query head's row of each partial result: a row covered by one unit has none, one covered by
-      `k > 1` has `k`;
-    and takes `merge` longer where there are partials at all, and `launch` longer for each class below that of its
-    widest tiles. It takes no less than `first_key` for each distinct key and the least `tile.key` for each time that
-    one is read again: neither hides behind the other, because all programs go from the root down at the same time.
+    - `tile.unit + keys * tile.key` over its units, in the cheapest class that holds the unit's rows, with `tile.mixed`
+      for keys that only some of the rows see;
+    - `partial` for each query head's row of each partial result: a row covered by one unit has none, a row covered by
+      `k > 1` units has `k`.
 
-    The default suits PyTorch on a CPU at head_dim 64, in keys read: a unit costs an operator's dispatch, a partial its
-    write, read and merge.
+    The time is longer by `merge` if there are partial results, and by `launch` for each class below the widest in use.
+    It is at least `first_key` for each distinct key plus the smallest `tile.key` for each repeated read. The two do not
+    overlap, because all programs move down from the root at the same time.
+
+    The default suits PyTorch on a CPU with head_dim 64, in units of keys read: a unit costs the dispatch of an
+    operator, and a partial result its write, read and merge.
     """
 
     tiles: tuple[TileCost, ...] = (TileCost(rows=128, unit=64.0, key=1.0),)
@@ -51,42 +49,42 @@ class CostModel:
     partial: float = 4.0
     first_key: float = 0.0
     group: int = 1
-    """Query heads that share a KV head."""
+    """Query heads per KV head."""
     kv_heads: int = 1
     programs: int = 1
     merge: float = 0.0
     least_run: int = 0
-    """Keys of an extent, from which they cost `tile.key` where all rows see them."""
+    """Minimum keys of an extent to cost `tile.key` each if all rows see them."""
     launch: float = 0.0
-    """Of each launch but the first: there is one for each class of tiles, the widest first"""
+    """For each launch but the first. There is one launch per class of tiles, widest first."""
     mix: bool = False
-    """Whether one unit may hold rows that see different keys: whole subtrees in one tile, under a mask."""
+    """Whether a unit may hold rows that see different keys: entire subtrees in one tile, with a mask."""
 
     def reads(self, unique: int, keys: int) -> float:
-        """How long it takes at least to read so many keys, `unique` distinct ones, all programs together."""
+        """Return the minimum time to read `keys` keys, `unique` of them distinct, with all programs."""
         again = float(self.columns()[1][1].min()) * max(keys - unique, 0)
         return (self.first_key * unique + again) * self.kv_heads / self.programs
 
     @property
     def mixed_weight(self) -> int:
-        """Keys that all rows of a tile see, to which a mixed key comes, at the most and about."""
+        """Maximum cost of a mixed key relative to a key that all rows see, rounded."""
         return max([1, *(round(t.mixed / t.key) for t in self.tiles if t.mixed is not None and t.key)])
 
     @property
     def usable(self) -> list[TileCost]:
-        """The classes that hold a row at all."""
+        """Classes that hold at least one row."""
         usable = [tile for tile in self.tiles if tile.rows >= self.group]
         if not usable:
             raise ValueError(f"no tile of {self.tiles} holds a group of {self.group} heads")
         return usable
 
     def programs_of(self, tile: TileCost) -> int:
-        """That run at the same time in the launch of this class."""
+        """Return the number of concurrent programs in the launch of this class."""
         return tile.programs or self.programs
 
     def columns(self) -> tuple[NDArray[np.int64], Floats]:
-        """Rows of the tree `[classes]`, and cost of a unit, a key and a mixed key `[3, classes]`, of each usable
-        class.
+        """Return rows of the tree `[classes]`, and costs of a unit, a key and a mixed key `[3, classes]`, of usable
+        classes.
         """
         usable = self.usable
         prices = np.array([(t.unit, t.key, t.key if t.mixed is None else t.mixed) for t in usable], np.float64)
@@ -94,13 +92,14 @@ class CostModel:
         return np.array([tile.rows // self.group for tile in usable], np.int64), (prices.T * shares).copy()
 
     def classes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which usable class answers units of so many rows of the tree, `[units]`: the narrowest that holds them."""
+        """Return the usable class for units of these numbers of rows, `[units]`: the narrowest that holds them."""
         most = self.columns()[0]
         return np.minimum(np.searchsorted(most, rows), most.size - 1)
 
     def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]) -> Floats:
-        """What units cost, each in the cheapest class that holds its rows, inf where none does; `[units]` rows, keys,
-        and how many of the keys are mixed.
+        """Return the cost of units in the cheapest class that holds their rows, inf if none does.
+
+        `rows`, `keys` and `mixed` `[units]`; `mixed` of the keys are mixed.
         """
         units = np.stack([rows, keys, mixed], axis=1).astype(np.int64, copy=False)
         return _unit_costs(units, *self.columns())

@@ -1,4 +1,4 @@
-"""The nodes of a step, taken out of the tree's columns, and the walk over them that partitions are made of."""
+"""The active nodes of a step, extracted from the tree's columns, and the walk over them."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,23 @@ from numpy.typing import NDArray
 from radixgen.cache import RadixTree
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.partition import FIRST_EXTENT, LENGTH, PARENT, ROOM, START, STOP_EXTENT, Paths, preorder
+from radixgen.scheduler.partition import Paths, preorder
+from radixgen.scheduler.tables import (
+    FIRST_EXTENT,
+    LENGTH,
+    PARENT,
+    ROOM,
+    START,
+    STOP_EXTENT,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """The nodes of a step, parents before children, and the extents of their keys; arrays are `[nodes]`."""
+    """The active nodes of a step, parents before children, and the extents of their keys. Arrays are `[nodes]`."""
 
     parents: Int32Array
-    """-1 at a root."""
+    """-1 for a root."""
     starts: Int32Array
     """Position of the node's first token."""
     lengths: Int32Array
@@ -26,18 +34,19 @@ class Forest:
     extent_starts: Int64Array
     """`[extents]`"""
     extent_lengths: Int32Array
-    """`[extents]`, adding up to the node's length."""
+    """`[extents]`, summing to the node's length."""
     rooms: Int32Array | None = None
-    """Slots behind the node's last extent into which it can grow; none by default."""
+    """Slots after the node's last extent into which it can grow. Default: none."""
 
 
 def active_forest(
     tree: RadixTree, node_ids: Int32Array, row_positions: Int32Array
 ) -> tuple[Forest, Int32Array, Int64Array]:
-    """The nodes on the paths of `node_ids`, renumbered with parents first; each row's new number; the ids of all.
+    """Return the nodes on the paths of `node_ids`, renumbered with parents first; each row's new node number; all node
+    ids.
 
-    A node has its scheduled keys and those up to its rows, at `row_positions`. Keys beyond the scheduled ones lie in
-    its reserved slots, or in those of its only child right behind its own.
+    A node has its scheduled keys and those up to its rows, at `row_positions`. Keys beyond the scheduled ones are in
+    its reserved slots, or in those of its only child directly after its own.
     """
     columns = tree.columns
     ids, rows = _climb(node_ids, columns.parent, columns.place)
@@ -51,8 +60,9 @@ def active_forest(
 
 @compiled
 def _climb(node_ids: Int32Array, parent: Int32Array, place: Int64Array) -> tuple[Int64Array, Int32Array]:
-    """The nodes at or above `node_ids`, parents first, and where each of `node_ids` stands among them. Leaves that in
-    `place`, which is -1 elsewhere.
+    """Return the nodes at or above `node_ids`, parents first, and the index of each of `node_ids` among them.
+
+    Leaves the indices in `place`, which is -1 elsewhere.
     """
     ids = np.empty(2 * node_ids.size + 64, np.int64)
     count = 0
@@ -79,8 +89,8 @@ def _read(
     scheduled: Int32Array, reserved: Int32Array, following: Int32Array, num_extents: Int32Array,
     first_slot: Int64Array, first_extent: Int64Array, extents: Int64Array, place: Int64Array,
 ) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, Int64Array, Int64Array, Int32Array]:  # fmt: skip
-    """The columns of `ids`, as `Forest` holds them, and the extents of their keys; no reserved tails. Takes the ids out
-    of `place`.
+    """Return the columns of `ids` as in `Forest`, and the extents of their keys, without reserved slots. Resets
+    `place`.
     """
     size = ids.size
     parents, starts, lengths, rooms = np.empty((4, size), np.int32)
@@ -119,8 +129,9 @@ def _read(
 
 
 def walk_paths(forest: Forest, row_nodes: Int32Array, row_positions: Int32Array, least_run: int = 0) -> Paths:
-    """The paths of rows at `row_positions` `[rows]` in the nodes `row_nodes` `[rows]` of `forest`; keys in extents of
-    fewer than `least_run` are counted apart.
+    """Return the paths of rows at `row_positions` `[rows]` in the nodes `row_nodes` `[rows]` of `forest`.
+
+    Keys in extents of fewer than `least_run` are counted as short.
     """
     rooms = np.zeros_like(forest.parents) if forest.rooms is None else forest.rooms
     nodes, extents, short = _tables(
@@ -140,7 +151,7 @@ def _tables(
     parents: Int32Array, starts: Int32Array, lengths: Int32Array, rooms: Int32Array, offsets: Int64Array,
     extent_starts: Int64Array, extent_lengths: Int32Array, least_run: int,
 ) -> tuple[Int64Array, Int64Array, Int64Array]:  # fmt: skip
-    """`Paths.nodes` and `Paths.extents` of a forest, and for each node how many keys lie in short extents."""
+    """Return `Paths.nodes` and `Paths.extents` of a forest, and the number of keys in short extents of each node."""
     nodes = np.zeros((parents.size + 1, 6), np.int64)
     nodes[0, PARENT] = -1
     extents = np.empty((extent_starts.size, 2), np.int64)

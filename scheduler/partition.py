@@ -1,13 +1,13 @@
-"""Where to cut the paths of a tree: the cheapest partition into units, by dynamic programming.
+"""Cheapest partition of the paths of a tree into units, by dynamic programming.
 
-Nodes come in preorder here, so that a subtree is one range of nodes and one range of rows. Going down a path, a node
-is either *cut*: a unit reads its keys, and those of the pending nodes above it, for all rows at or below it; or
-*folded*: it becomes pending too, and every unit below reads it. At the bottom, a *run* of consecutive siblings' whole
-subtrees (with the parent's own rows as the first of them) may share one tile, each row under a mask.
+Nodes are in preorder, so that a subtree is one range of nodes and one range of rows. Going down a path, a node is
+either *cut*: a unit reads its keys, and those of the pending nodes above it, for all rows at or below it; or *folded*:
+it becomes pending too, and every unit below reads it. At the bottom, a *run* of consecutive siblings' whole subtrees
+(with the parent's own rows as the first of them) may share one tile, with a mask.
 
-`best[v, j]` is the least that all at or below `v` can cost with `j` nodes pending above it. A node's children are a
-sequence that is parted into runs and single children; the end of the best run is a minimum over a sliding window, so
-that a node costs its children times the tile classes, for each `j`.
+`best[v, j]` is the minimum cost of everything at or below `v` with `j` nodes pending above it. A node's children form a
+sequence that is divided into runs and single children. The end of the best run is a minimum over a sliding window, so
+that a node costs its number of children times the number of tile classes, for each `j`.
 """
 
 from typing import NamedTuple
@@ -17,51 +17,63 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled, inlined
 from radixgen.core.plan import Int32Array
+from radixgen.scheduler.tables import (
+    LENGTH,
+    PARENT,
+    U_FIRST_NODE,
+    U_FIRST_ROW,
+    U_LOWEST,
+    U_PENDING,
+    U_STOP_NODE,
+    U_STOP_ROW,
+    W_DEPTH,
+    W_FIRST_ROW,
+    W_MERGED,
+    W_OWN_ROWS,
+    W_PARENT,
+    W_ROWS,
+    W_SIZE,
+)
 
 FOLDED, CUT, MIXED = 0, 1, 2
 
 MAX_STATES = 16_000
-"""Of `best`: bounds the pending nodes, and with them the time, where a tree is deep."""
+"""Maximum entries of `best`: bounds the pending nodes, and with them the time, in deep trees."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-# Columns of `Paths.nodes`.
-PARENT, START, LENGTH, FIRST_EXTENT, STOP_EXTENT, ROOM = range(6)
-
-
 class Paths(NamedTuple):
-    """The rows' paths: the forest under one root above all, so that rows of several trees are siblings like any others,
-    and its depth-first walk, as `preorder` gives it.
+    """The paths of the rows: a forest under one common root, so that rows of several trees are siblings, and its
+    depth-first walk as returned by `preorder`.
     """
 
     nodes: Ints
-    """`[nodes, 6]`: parent, first position, keys, first extent and the one behind the last, room to grow"""
+    """`[nodes, 6]`: the columns `PARENT` to `ROOM`."""
     extents: Ints
-    """`[extents, 2]`: first slot, keys"""
+    """`[extents, 2]`: first slot, keys."""
     lowest: Ints
     walk: Ints
     keys: Ints
     order: Ints
     positions: Ints
-    """`[rows]`, in the walk's order"""
+    """`[rows]`, in the walk's order."""
 
 
 @compiled
 def preorder(
     nodes: Ints, short: Ints, row_nodes: Int32Array, row_positions: Int32Array
 ) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """The depth-first walk over the nodes at or below which rows stand.
+    """Walk the nodes at or below which there are rows, depth first.
 
-    nodes `[nodes, 6]` as in `Paths`, parents before their children; node 0 is the only root, and `row_nodes` counts
-    from the one behind it. A node without rows of its own and with one child is counted as part of that child. Rows of
-    a node without keys count for the nearest node above that has some.
+    nodes `[nodes, 6]` as in `Paths`, parents before children. Node 0 is the only root, and `row_nodes` counts from the
+    node after it. A node with one child and no rows of its own is merged into the child. Rows of a node without keys
+    belong to the nearest node above with keys.
 
-    Returns `lowest [n]`: the node at each place, the lowest where several are counted as one; `walk [n, 7]`: its
-    parent's place (-1 at the root), depth, places and rows at or below it, own rows, first row, and how many nodes it
-    stands for; `keys [n, 2]`: the keys of these, and how many of them `short` [nodes] counts; `order [rows]`: which row
-    comes at each place, those of one node by position; `positions [rows]`, in that order.
+    Returns `lowest [n]`: the node of each place, the lowest if several are merged; `walk [n, 7]`: the columns
+    `W_PARENT` to `W_MERGED`; `keys [n, 2]`: the keys of the merged nodes, and those counted by `short` [nodes];
+    `order [rows]`: the row at each place, those of one node by position; `positions [rows]`, in that order.
     """
     count = len(nodes)
     home, own = np.zeros((2, count), np.int64)
@@ -100,14 +112,14 @@ def preorder(
         parent = above[node]
         at = next_place[parent]
         place[node], lowest[at], walk_keys[at] = at, node, keys[node]
-        walk[at, 0] = place[parent] if parent >= 0 else -1
-        walk[at, 1] = walk[walk[at, 0], 1] + 1 if parent >= 0 else 0
-        walk[at, 2], walk[at, 3], walk[at, 4] = size[node], below[node], own[node]
-        walk[at, 5], walk[at, 6] = next_row[parent], stands_for[node]
+        walk[at, W_PARENT] = place[parent] if parent >= 0 else -1
+        walk[at, W_DEPTH] = walk[walk[at, W_PARENT], W_DEPTH] + 1 if parent >= 0 else 0
+        walk[at, W_SIZE], walk[at, W_ROWS], walk[at, W_OWN_ROWS] = size[node], below[node], own[node]
+        walk[at, W_FIRST_ROW], walk[at, W_MERGED] = next_row[parent], stands_for[node]
         next_place[parent] += size[node]
         next_row[parent] += below[node]
         next_place[node] = at + 1
-        next_row[node] = walk[at, 5] + own[node]
+        next_row[node] = walk[at, W_FIRST_ROW] + own[node]
     order, positions = order_rows(row_nodes, row_positions, home, place, walk)
     return lowest, walk, walk_keys, order, positions
 
@@ -116,15 +128,15 @@ def preorder(
 def order_rows(
     row_nodes: Int32Array, row_positions: Int32Array, home: Ints, place: Ints, walk: Ints
 ) -> tuple[Ints, Ints]:
-    """Rows by node, those of one node by position, and their positions."""
+    """Sort rows by node, then by position. Returns the order and the sorted positions."""
     order, positions = np.empty((2, row_nodes.size), np.int64)
     taken = np.zeros(walk.shape[0], np.int64)
     for row in range(row_nodes.size):
         at = place[home[row_nodes[row] + 1]]
-        order[walk[at, 5] + taken[at]] = row
+        order[walk[at, W_FIRST_ROW] + taken[at]] = row
         taken[at] += 1
     for at in range(walk.shape[0]):
-        first, own = walk[at, 5], walk[at, 4]
+        first, own = walk[at, W_FIRST_ROW], walk[at, W_OWN_ROWS]
         sorted_already = True
         for i in range(first + 1, first + own):
             if row_positions[order[i]] < row_positions[order[i - 1]]:
@@ -139,18 +151,18 @@ def order_rows(
 
 @inlined
 def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats) -> tuple[float, int]:
-    """The cheapest way to tile `rows` rows against `keys` keys, `short` of which are charged as mixed: its cost, and
-    the rows of a full tile.
+    """Return the minimum cost of `rows` rows against `keys` keys, `short` of them charged as mixed, and the rows of a
+    full tile.
     """
     least, chosen = np.inf, 0
     for kind in range(tile_rows.size):
-        one = prices[0, kind] + (keys - short) * prices[1, kind] + short * prices[2, kind]
+        tile = prices[0, kind] + (keys - short) * prices[1, kind] + short * prices[2, kind]
         if rows <= tile_rows[kind]:
-            if one < least:
-                least, chosen = one, tile_rows[kind]
+            if tile < least:
+                least, chosen = tile, tile_rows[kind]
             continue
         full, rest = rows // tile_rows[kind], rows % tile_rows[kind]
-        cost = full * one
+        cost = full * tile
         if rest:
             least_rest = np.inf
             for other in range(tile_rows.size):
@@ -173,14 +185,14 @@ def partition(
     partial: float,
     most_pending: int,
 ) -> tuple[Floats, Ints, Ints]:
-    """The table of least costs, and how they come about.
+    """Compute the table of minimum costs and the choices that lead to them.
 
-    walk and keys as `preorder` gives them; tile_rows `[classes]` and prices `[3, classes]` as `CostModel.columns`;
-    partial: of one row, all of its heads; most_pending: nodes folded one below the other.
+    walk and keys as returned by `preorder`; tile_rows `[classes]` and prices `[3, classes]` as `CostModel.columns`;
+    partial: per row, over all of its heads; most_pending: maximum number of consecutive folded nodes.
 
-    Returns `best [n, most_pending + 1]`, inf where a state can't be; `cuts`, the same shape: 1 where the node is cut;
-    `runs [n, most_pending + 1, 2]`: with so many nodes pending below the parent, the place behind the run that begins
-    with this node's subtree (0), and with this node's own rows (1); -1 for no run.
+    Returns `best [n, most_pending + 1]`, inf for impossible states; `cuts`, the same shape: 1 if the node is cut;
+    `runs [n, most_pending + 1, 2]`: with that many nodes pending below the parent, the place after the run that begins
+    with this node's subtree (0) or with this node's own rows (1); -1 for no run.
     """
     count = walk.shape[0]
     best = np.full((count, most_pending + 1), np.inf)
@@ -189,22 +201,23 @@ def partition(
     tokens, folded = _tokens_below(walk, keys), np.empty(most_pending + 2)
     alone, least, ends, rows, below_keys, queue, marks = _scratch(count, tile_rows.size)
     for node in range(count - 1, -1, -1):
-        parent, depth, own, below = walk[node, 0], walk[node, 1], walk[node, 4], walk[node, 3]
-        if walk[node, 2] == 1:
+        parent, depth = walk[node, W_PARENT], walk[node, W_DEPTH]
+        own, below = walk[node, W_OWN_ROWS], walk[node, W_ROWS]
+        if walk[node, W_SIZE] == 1:
             pending, short, above = keys[node, 0], keys[node, 1], parent
             for j in range(min(depth, most_pending) + 1):
                 price = 0.0 if j == depth else partial
                 best[node, j] = tile_cost(own, pending, short, tile_rows, prices)[0] + own * price
                 cuts[node, j] = j == most_pending
                 pending, short = pending + keys[above, 0], short + keys[above, 1]
-                above = walk[above, 0]
+                above = walk[above, W_PARENT]
             continue
         pending = short = 0
         above = node
         for j in range(min(depth + 1, most_pending) + 1):
             if j:
                 pending, short = pending + keys[above, 0], short + keys[above, 1]
-                above = walk[above, 0]
+                above = walk[above, W_PARENT]
             price = 0.0 if j == depth + 1 else partial
             folded[j] = _sequence(
                 node, j, j, pending, short, price, walk, tokens, best, runs, mix, tile_rows, prices, alone, ends, rows,
@@ -215,7 +228,7 @@ def partition(
         for j in range(min(depth, most_pending) + 1):
             if j:
                 pending, short = pending + keys[above, 0], short + keys[above, 1]
-                above = walk[above, 0]
+                above = walk[above, W_PARENT]
             read, short_read = pending + keys[node, 0], short + keys[node, 1]
             fold = folded[j + 1] if j < most_pending else np.inf
             cut = np.inf
@@ -231,17 +244,17 @@ def partition(
 
 @compiled
 def partition_uncut(walk: Ints, keys: Ints, mix: bool, tile_rows: Ints, prices: Floats) -> tuple[Floats, Ints, Ints]:
-    """As `partition` where no node is cut, so that each row's whole path is pending: one column."""
+    """As `partition` if no node is cut, so that each row's whole path is pending. The results have one column."""
     count = walk.shape[0]
     best, cuts, runs = np.empty((count, 1)), np.zeros((count, 1), np.int64), np.full((count, 1, 2), -1, np.int64)
     tokens, path = _tokens_below(walk, keys), keys.copy()
     for node in range(1, count):
-        path[node, 0] += path[walk[node, 0], 0]
-        path[node, 1] += path[walk[node, 0], 1]
+        path[node, 0] += path[walk[node, W_PARENT], 0]
+        path[node, 1] += path[walk[node, W_PARENT], 1]
     alone, least, ends, rows, below_keys, queue, marks = _scratch(count, tile_rows.size)
     for node in range(count - 1, -1, -1):
-        if walk[node, 2] == 1:
-            best[node, 0] = tile_cost(walk[node, 4], path[node, 0], path[node, 1], tile_rows, prices)[0]
+        if walk[node, W_SIZE] == 1:
+            best[node, 0] = tile_cost(walk[node, W_OWN_ROWS], path[node, 0], path[node, 1], tile_rows, prices)[0]
             continue
         best[node, 0] = _sequence(
             node, 1, 0, path[node, 0], path[node, 1], 0.0, walk, tokens, best, runs, mix, tile_rows, prices, alone,
@@ -252,14 +265,14 @@ def partition_uncut(walk: Ints, keys: Ints, mix: bool, tile_rows: Ints, prices: 
 
 @compiled
 def unmixed_total(walk: Ints, keys: Ints, cuts: Ints, tile_rows: Ints, prices: Floats) -> float:
-    """What the units cost, but for partial results, where the nodes that `cuts` `[n, 1]` says are cut and all others
-    folded, each node's own rows apart.
+    """Return the cost of all units without partial results, if the nodes marked in `cuts` `[n, 1]` are cut and all
+    others folded, and no node's rows share a tile with other nodes' rows.
     """
     total, above = 0.0, np.zeros((len(walk), 2), np.int64)
     for node in range(len(walk)):
-        parent = max(walk[node, 0], 0)
+        parent = max(walk[node, W_PARENT], 0)
         read, short = above[parent, 0] + keys[node, 0], above[parent, 1] + keys[node, 1]
-        rows = walk[node, 3] if cuts[node, 0] else walk[node, 4]
+        rows = walk[node, W_ROWS] if cuts[node, 0] else walk[node, W_OWN_ROWS]
         if rows:
             total += tile_cost(rows, read, short, tile_rows, prices)[0]
         above[node, 0], above[node, 1] = (0, 0) if cuts[node, 0] else (read, short)
@@ -268,16 +281,16 @@ def unmixed_total(walk: Ints, keys: Ints, cuts: Ints, tile_rows: Ints, prices: F
 
 @inlined
 def _tokens_below(walk: Ints, keys: Ints) -> Ints:
-    """Keys at or below each node."""
+    """Return the number of keys at or below each node."""
     tokens = keys[:, 0].copy()
     for node in range(len(walk) - 1, 0, -1):
-        tokens[walk[node, 0]] += tokens[node]
+        tokens[walk[node, W_PARENT]] += tokens[node]
     return tokens
 
 
 @inlined
 def _scratch(count: int, kinds: int) -> tuple[Floats, Floats, Ints, Ints, Ints, Ints, Ints]:
-    """Room for `_sequence` over up to `count` children: alone, least, ends, rows, keys, queue, marks."""
+    """Allocate the arrays of `_sequence` for up to `count` children: alone, least, ends, rows, keys, queue, marks."""
     floats, ints = np.empty((2, count + 2)), np.empty((3, count + 2), np.int64)
     queue, marks = np.empty((kinds, count + 2), np.int64), np.empty((2, kinds), np.int64)
     return floats[0], floats[1], ints[0], ints[1], ints[2], queue, marks
@@ -306,23 +319,24 @@ def _sequence(
     queue: Ints,
     marks: Ints,
 ) -> float:
-    """The least cost of `node`'s own rows (unless j is 0: then it was cut) and of its children, with `j` nodes of
-    `pending` keys, `short` of them in short extents, above them; of that tells `column` of `best` and `runs`. Writes
-    where runs end.
+    """Return the minimum cost of `node`'s own rows (unless j is 0, for a node that is cut) and of its children.
+
+    `j` nodes with `pending` keys, `short` of them in short extents, are pending above the children; `column` is their
+    column in `best` and `runs`. Writes the ends of runs.
     """
     count = 0
     rows[0] = keys[0] = 0
-    if j and walk[node, 4]:
-        cost = tile_cost(walk[node, 4], pending, short, tile_rows, prices)[0]
-        alone[0], ends[0] = cost + walk[node, 4] * price, node + 1
-        rows[1], keys[1] = walk[node, 4], 0
+    if j and walk[node, W_OWN_ROWS]:
+        cost = tile_cost(walk[node, W_OWN_ROWS], pending, short, tile_rows, prices)[0]
+        alone[0], ends[0] = cost + walk[node, W_OWN_ROWS] * price, node + 1
+        rows[1], keys[1] = walk[node, W_OWN_ROWS], 0
         count = 1
     child = node + 1
-    while child < node + walk[node, 2]:
-        alone[count], ends[count] = best[child, column], child + walk[child, 2]
-        rows[count + 1], keys[count + 1] = rows[count] + walk[child, 3], keys[count] + tokens[child]
+    while child < node + walk[node, W_SIZE]:
+        alone[count], ends[count] = best[child, column], child + walk[child, W_SIZE]
+        rows[count + 1], keys[count + 1] = rows[count] + walk[child, W_ROWS], keys[count] + tokens[child]
         count += 1
-        child += walk[child, 2]
+        child += walk[child, W_SIZE]
     least[count] = 0.0
     kinds = tile_rows.size if mix else 0
     for kind in range(kinds):
@@ -352,7 +366,7 @@ def _sequence(
                 low, end = cost, ends[stop - 1]
         least[i] = low
         first = ends[i - 1] if i else node + 1
-        if i == 0 and j and walk[node, 4]:
+        if i == 0 and j and walk[node, W_OWN_ROWS]:
             runs[node, column, 1] = end
         else:
             runs[first, column, 0] = end
@@ -362,12 +376,9 @@ def _sequence(
 
 @compiled
 def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, prices: Floats) -> tuple[Ints, Ints]:
-    """The units of the partition, ancestors first: `[units, 9]`. A `cuts` of one column holds
-    however many nodes are pending.
+    """Return the units of the partition, ancestors first, `[units, 9]`: the columns `U_FIRST_ROW` to `U_MIXED`.
 
-    First row and the row behind the last; the lowest pending node and how many are pending; the first node of the
-    unit's own and the one behind the last; its rank, ascending on every row's path; its keys, and how many of them are
-    charged as mixed. And for each node `[n]` whether it is CUT.
+    A `cuts` of one column applies to any number of pending nodes. Also returns for each node `[n]` whether it is CUT.
     """
     count, columns = walk.shape[0], cuts.shape[1]
     most_pending = columns - 1 if columns > 1 else count
@@ -379,19 +390,20 @@ def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, pri
     units = np.empty((count + 64, 9), np.int64)
     made = node = 0
     while node < count:
-        if walk[node, 0] < 0:
+        if walk[node, W_PARENT] < 0:
             pending[node] = 0
         j = pending[node]
         if j < 0:
             node += 1
             continue
-        first, own, end, depth = walk[node, 5], walk[node, 4], node + walk[node, 2], walk[node, 1]
+        first, own = walk[node, W_FIRST_ROW], walk[node, W_OWN_ROWS]
+        end, depth = node + walk[node, W_SIZE], walk[node, W_DEPTH]
         read, short = above[node, 0] + keys[node, 0], above[node, 1] + keys[node, 1]
         child, below = node + 1, 0
         if cuts[node, min(j, columns - 1)]:
             fates[node] = CUT
-            tile = tile_cost(walk[node, 3], read, short, tile_rows, prices)[1]
-            unit = first, first + walk[node, 3], walk[node, 0], j, node, child, depth, read, short
+            tile = tile_cost(walk[node, W_ROWS], read, short, tile_rows, prices)[1]
+            unit = first, first + walk[node, W_ROWS], walk[node, W_PARENT], j, node, child, depth, read, short
             units, made = _add(units, made, tile, unit)
             read = short = 0
         else:
@@ -410,9 +422,9 @@ def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, pri
             stop = runs[child, min(below, columns - 1), 0]
             if stop < 0:
                 pending[child], above[child, 0], above[child, 1] = below, read, short
-                child += walk[child, 2]
+                child += walk[child, W_SIZE]
                 continue
-            first = walk[child, 5]
+            first = walk[child, W_FIRST_ROW]
             inner, last = before[stop] - before[child], _end_of_rows(child, stop, first, walk)
             unit = first, last, node, below, child, stop, depth + 1, read + inner, short + inner
             units, made = _add(units, made, last - first, unit)
@@ -423,23 +435,23 @@ def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, pri
 
 @inlined
 def _end_of_rows(node: int, end: int, row: int, walk: Ints) -> int:
-    """The row behind those of all subtrees from `node` to `end`, the first of them at `row`."""
+    """Return the row after those of all subtrees from `node` to `end`, the first of which is at `row`."""
     while node < end:
-        row = walk[node, 5] + walk[node, 3]
-        node += walk[node, 2]
+        row = walk[node, W_FIRST_ROW] + walk[node, W_ROWS]
+        node += walk[node, W_SIZE]
     return row
 
 
 @inlined
 def _add(units: Ints, made: int, tile: int, unit: tuple[int, ...]) -> tuple[Ints, int]:
-    """A unit, in tiles of at most `tile` rows."""
-    first, stop = unit[0], unit[1]
+    """Add a unit, in tiles of at most `tile` rows."""
+    first, stop = unit[U_FIRST_ROW], unit[U_STOP_ROW]
     while first < stop:
         if made == len(units):
             units = np.concatenate((units, np.empty_like(units)))
         for column, value in enumerate(unit):
             units[made, column] = value
-        units[made, 0], units[made, 1] = first, min(first + tile, stop)
+        units[made, U_FIRST_ROW], units[made, U_STOP_ROW] = first, min(first + tile, stop)
         made += 1
         first += tile
     return units, made
@@ -447,16 +459,17 @@ def _add(units: Ints, made: int, tile: int, unit: tuple[int, ...]) -> tuple[Ints
 
 @compiled
 def readers(units: Ints, walk: Ints, fates: Ints) -> tuple[Ints, Ints]:
-    """How many units read each node, `[n]`, and what became of it, `[n]`: FOLDED, CUT or MIXED; `fates` says which are
-    cut.
+    """Return the number of units that read each node, `[n]`, and its fate, `[n]`: FOLDED, CUT or MIXED.
+
+    `fates`: which nodes are CUT.
     """
     counts, fates = np.zeros(len(walk), np.int64), fates.copy()
     for unit in range(units.shape[0]):
-        node = units[unit, 2]
-        for _ in range(units[unit, 3]):
+        node = units[unit, U_LOWEST]
+        for _ in range(units[unit, U_PENDING]):
             counts[node] += 1
-            node = walk[node, 0]
-        for own in range(units[unit, 4], units[unit, 5]):
+            node = walk[node, W_PARENT]
+        for own in range(units[unit, U_FIRST_NODE], units[unit, U_STOP_NODE]):
             counts[own] += 1
             if fates[own] != CUT:
                 fates[own] = MIXED

@@ -1,4 +1,4 @@
-"""Pins: cached prefixes that are kept for a while though no request holds them."""
+"""Pins: cached prefixes that stay locked for some time without a request."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ from radixgen.cache import Lock, Match, Node, RadixTree, TokenArray
 
 @dataclass(eq=False, slots=True)
 class Pin:
-    """A kept prefix of `num_tokens`, until `expires` (seconds on the engine's clock) or until memory is short."""
+    """A pinned prefix of `num_tokens`, until `expires` (seconds on the engine's clock) or until memory is short."""
 
     id: int
     lock: Lock
@@ -22,13 +22,13 @@ class Pin:
 
 
 class Pins:
-    """Locks without requests. They yield before any request does, where that makes room: the lowest priority first,
-    then the oldest.
+    """Locks held by pins. They are released before any request is preempted if that makes room: lowest priority first,
+    then oldest.
     """
 
     def __init__(self, tree: RadixTree) -> None:
         self.released_early = 0
-        """Pins that gave way because memory was short."""
+        """Pins released because memory was short."""
         self._tree = tree
         self._by_weakness: SortedKeyList[Pin] = SortedKeyList(key=lambda pin: (pin.priority, pin.id))
         self._by_id: dict[int, Pin] = {}
@@ -45,7 +45,7 @@ class Pins:
         return pin_id in self._by_id
 
     def add(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
-        """Pin what is cached of `tokens`; None where nothing of it is."""
+        """Pin the cached prefix of `tokens`; None if nothing of it is cached."""
         match = self._tree.match_prefix(tokens, namespace)
         if match is None or match.computed == 0:
             return None
@@ -63,7 +63,7 @@ class Pins:
         self._tree.unlock(pin.lock)
 
     def release_weakest(self) -> bool:
-        """Give way. False where no pin is left."""
+        """Release the weakest pin. Returns False if there is none."""
         if not self._by_weakness:
             return False
         self.release(self._by_weakness[0].id)
@@ -71,7 +71,7 @@ class Pins:
         return True
 
     def yieldable(self, match: Match | None = None) -> int:
-        """Slots that would be cached or free if all pins gave way, without those of the tokens in `match`."""
+        """Return the slots that releasing all pins would make evictable, excluding those of the tokens in `match`."""
         alone = self._alone()
         slots = sum(node.capacity for node in alone)
         if match is None or not slots:
@@ -80,7 +80,7 @@ class Pins:
         return slots - sum(kept.get(node, 0) for node in alone)
 
     def expire(self, now: float) -> None:
-        """Release what has expired."""
+        """Release expired pins."""
         if now < self._next_expiry:
             return
         for pin in [pin for pin in self if pin.expires <= now]:
@@ -89,12 +89,12 @@ class Pins:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens on the paths that pins hold, each counted once."""
+        """Distinct tokens on the paths of all pins."""
         nodes = {part.id: part.known for pin in self for part in pin.lock.held.path()}
         return sum(nodes.values())
 
     def _alone(self) -> list[Node]:
-        """The nodes that nothing but pins holds, each behind those that follow it in the tree."""
+        """Return the nodes locked by pins only, each after its descendants."""
         held = Counter(pin.lock.held for pin in self)
         alone = [node for node, pins in held.items() if pins == node.lock_count + node.locked_children]
         for node in alone:

@@ -1,6 +1,6 @@
-"""From active nodes and their rows to a `Plan`: depth-first rows, units, segments.
+"""Planner: from active nodes and their rows to a `Plan` of depth-first rows, units and segments.
 
-The loops over nodes are compiled (`radixgen.scheduler.partition`); around them is array work.
+The loops over nodes are compiled (`radixgen.scheduler.partition`); the rest is array code.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,13 @@ from radixgen.scheduler.partition import (
     readers,
     unmixed_total,
 )
-from radixgen.scheduler.revise import Followed, Rows, follow, revise
+from radixgen.scheduler.revise import RowUpdates, StepRows, follow, revise
 from radixgen.scheduler.segments import lay_out, path_rows
+from radixgen.scheduler.tables import (
+    W_DEPTH,
+    W_OWN_ROWS,
+    W_ROWS,
+)
 
 __all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost", "active_forest", "plan"]
 
@@ -40,22 +45,24 @@ def plan(
     mode: PlanMode = "auto",
     cost: CostModel | Sequence[CostModel] | None = None,
 ) -> Plan:
-    """The plan of one step.
+    """Make the plan of one step.
 
-    `row_nodes` `[rows]` names each row's node in `forest`; `row_positions` `[rows]` its position inside that
-    node's range. Nodes below which no row stands are left out. `mode="auto"` is the cheapest that `cost` knows (of
-    several cost models, one for each way to launch, the one under which it is cheapest); `"unshared"` gives every
-    node's own rows one unit with their whole path (no read is shared); `"prefix"` shares only what all rows of a root
-    have in common; `"naive"` makes every node that has keys, and rows below it, a unit of its own.
+    `row_nodes` `[rows]`: each row's node in `forest`; `row_positions` `[rows]`: its position within that node. Nodes
+    without rows at or below them are left out.
+
+    `mode`: `"auto"` minimizes the predicted time under `cost` (of several cost models, one per launch configuration,
+    under the best); `"unshared"` gives every node's own rows one unit with their whole path, so that no read is shared;
+    `"prefix"` shares only what all rows of a root have in common; `"naive"` makes every node with keys and rows below
+    it a unit.
     """
     costs = [cost] if isinstance(cost, CostModel) else cost or [CostModel()]
-    paths = walk_paths(forest, row_nodes, row_positions, max(one.least_run for one in costs))
+    paths = walk_paths(forest, row_nodes, row_positions, max(model.least_run for model in costs))
     return _fill(paths, _choose(paths, mode, costs))
 
 
-class _Way(NamedTuple):
-    """One way to part the paths into units, as `collect` takes it, and what they cost; without partial results, where
-    the way was not sought but given.
+class _Partition(NamedTuple):
+    """A partition of the paths into units, in the form that `collect` takes. `total` excludes partial results if the
+    partition is fixed by the mode.
     """
 
     cost: CostModel
@@ -64,12 +71,12 @@ class _Way(NamedTuple):
     total: float
 
     def even(self, keys: int) -> float:
-        """How long it takes at least, `keys` distinct ones read."""
+        """Return a lower bound of the time to read `keys` distinct keys."""
         return max(self.total * self.cost.kv_heads / self.cost.programs, self.cost.reads(keys, keys))
 
 
-class _Choice(NamedTuple):
-    """A way, weighed."""
+class _Candidate(NamedTuple):
+    """A partition with its units and predicted time."""
 
     cost: CostModel
     units: Int64Array
@@ -77,77 +84,77 @@ class _Choice(NamedTuple):
     balance: Balance
 
 
-def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Choice:
-    """The shortest of all ways to launch; one whose even share of the work takes longer than the best so far is not
-    looked into.
-    """
+def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Candidate:
+    """Return the candidate with the shortest time. Partitions whose lower bound exceeds the best time are skipped."""
     if mode != "auto":
-        return min((_weigh(paths, _forced(paths, cost, mode)) for cost in costs), key=_time)
+        return min((_evaluate(paths, _fixed_partition(paths, cost, mode)) for cost in costs), key=_time)
     keys = int(paths.keys[:, 0].sum())
-    ways = sorted((_cheapest(paths, cost) for cost in costs), key=lambda way: way.even(keys))
-    best = _weigh(paths, ways[0])
+    ways = sorted((_cheapest_partition(paths, cost) for cost in costs), key=lambda way: way.even(keys))
+    best = _evaluate(paths, ways[0])
     for way in ways[1:]:
-        best = _shorter(paths, way, best, keys)
+        best = _faster(paths, way, best, keys)
     for cost in [way.cost for way in ways if way.even(keys) < best.balance.time]:
         best = _refine(paths, cost, best, keys)
     return best
 
 
-def _refine(paths: Paths, cost: CostModel, best: _Choice, keys: int) -> _Choice:
-    """The least cost, found for all of a plan's units together, need not be the shortest time: that depends on how they
-    spread over the programs and on the launch that merges. So the simple ways are looked at too where they may win.
+def _refine(paths: Paths, cost: CostModel, best: _Candidate, keys: int) -> _Candidate:
+    """Also try the simple partitions that may be faster.
+
+    The partition of minimum total cost is not always fastest: the time also depends on how units are spread over
+    programs, and on the merge launch.
     """
     if cost.programs == 1 or best.balance.time <= cost.reads(keys, keys):
         return best
-    best = _shorter(paths, _uncut(paths, cost), best, keys)
+    best = _faster(paths, _uncut_partition(paths, cost), best, keys)
     for mode in PLAN_MODES[1:]:
-        best = _shorter(paths, _forced(paths, cost, mode), best, keys)
+        best = _faster(paths, _fixed_partition(paths, cost, mode), best, keys)
     return best
 
 
-def _shorter(paths: Paths, way: _Way, best: _Choice, keys: int) -> _Choice:
+def _faster(paths: Paths, way: _Partition, best: _Candidate, keys: int) -> _Candidate:
     if way.even(keys) >= best.balance.time:
         return best
-    return min(best, _weigh(paths, way, to_beat=best.balance.time), key=_time)
+    return min(best, _evaluate(paths, way, to_beat=best.balance.time), key=_time)
 
 
-def _time(choice: _Choice) -> float:
+def _time(choice: _Candidate) -> float:
     return choice.balance.time
 
 
-def _weigh(paths: Paths, way: _Way, to_beat: float = np.inf) -> _Choice:
+def _evaluate(paths: Paths, way: _Partition, to_beat: float = np.inf) -> _Candidate:
     units, fates = collect(paths.walk, paths.keys, way.cuts, way.runs, *way.cost.columns())
     unique = int(paths.keys[:, 0].sum())
-    return _Choice(way.cost, units, fates, balance(units, paths.order.size, unique, way.cost, to_beat))
+    return _Candidate(way.cost, units, fates, balance(units, paths.order.size, unique, way.cost, to_beat))
 
 
-def _cheapest(paths: Paths, cost: CostModel) -> _Way:
+def _cheapest_partition(paths: Paths, cost: CostModel) -> _Partition:
     walk = paths.walk
-    most_pending = int(min(walk[:, 1].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
+    most_pending = int(min(walk[:, W_DEPTH].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
     price = cost.partial * cost.group
     best, cuts, runs = partition(walk, paths.keys, cost.mix, *cost.columns(), price, most_pending)
-    return _Way(cost, cuts, runs, float(best[:1, 0].sum()))
+    return _Partition(cost, cuts, runs, float(best[:1, 0].sum()))
 
 
-def _uncut(paths: Paths, cost: CostModel) -> _Way:
+def _uncut_partition(paths: Paths, cost: CostModel) -> _Partition:
     best, cuts, runs = partition_uncut(paths.walk, paths.keys, cost.mix, *cost.columns())
-    return _Way(cost, cuts, runs, float(best[:1, 0].sum()))
+    return _Partition(cost, cuts, runs, float(best[:1, 0].sum()))
 
 
-def _forced(paths: Paths, cost: CostModel, mode: PlanMode) -> _Way:
+def _fixed_partition(paths: Paths, cost: CostModel, mode: PlanMode) -> _Partition:
     walk, keys = paths.walk, paths.keys[:, 0]
     cut = np.zeros((len(walk), 1), np.int64)
-    branching = (keys > 0) & (walk[:, 3] > walk[:, 4])
+    branching = (keys > 0) & (walk[:, W_ROWS] > walk[:, W_OWN_ROWS])
     if mode == "naive":
         cut[:, 0] = branching
     elif mode == "prefix":
-        cut[:, 0] = branching & (walk[:, 1] == 1)
+        cut[:, 0] = branching & (walk[:, W_DEPTH] == 1)
     total = unmixed_total(walk, paths.keys, cut, *cost.columns())
-    return _Way(cost, cut, np.full((len(walk), 1, 2), -1, np.int64), total)
+    return _Partition(cost, cut, np.full((len(walk), 1, 2), -1, np.int64), total)
 
 
-def _fill(paths: Paths, choice: _Choice) -> Plan:
-    """The plan's arrays."""
+def _fill(paths: Paths, choice: _Candidate) -> Plan:
+    """Make the plan's arrays."""
     cost, walk = choice.cost, paths.walk
     laid = lay_out(paths, choice.units, choice.balance.limits, cost.least_run, cost.mixed_weight)
     over, partials = coverage(laid.unit_rows, paths.positions.size)
@@ -172,9 +179,9 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
         growing=laid.growing,
         path_rows=path_rows(walk, int(cost.columns()[0].max())),
         nodes=NodeSummary(
-            depths=(walk[1:, 1] - 1).astype(np.int32),
+            depths=(walk[1:, W_DEPTH] - 1).astype(np.int32),
             lengths=paths.keys[1:, 0].astype(np.int32),
-            rows=walk[1:, 3].astype(np.int32),
+            rows=walk[1:, W_ROWS].astype(np.int32),
             fates=fates[1:].astype(np.int8),
             readers=counts[1:].astype(np.int32),
         ),
@@ -184,10 +191,10 @@ def _fill(paths: Paths, choice: _Choice) -> Plan:
 class Planner:
     """Plans the steps of one tree.
 
-    Where the leaves of the step before, or some of them, have grown by a token each, its plan is carried over or
-    revised; it is made anew once much has changed.
+    If leaves of the previous step have grown by one token each, its plan is carried over or revised; it is rebuilt once
+    much has changed.
 
-    The first one on a machine takes some seconds to make: it compiles what plans are made with.
+    The first planner on a machine takes seconds to construct, because its functions are compiled.
     """
 
     def __init__(
@@ -197,50 +204,51 @@ class Planner:
         self.mode = mode
         self.cost = cost or CostModel()
         self._last: Plan | None = None
-        self._built: _Built | None = None
+        self._built: _BuiltPlan | None = None
         self._version = -1
-        self._rows = Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
-        self._plan_anything()
+        self._rows = StepRows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
+        self._compile_planner()
 
-    def _plan_anything(self) -> None:
-        """So that everything is compiled before the first request waits for it."""
+    def _compile_planner(self) -> None:
+        """Compile everything by a small plan, before the first request needs it."""
         ids, ones = np.arange(2, dtype=np.int32), np.ones(2, np.int32)
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
-        rows = Rows(ids, ids, ids.astype(np.int64))
+        rows = StepRows(ids, ids, ids.astype(np.int64))
         follow(self.tree.columns, 0, rows.slots[:0], rows, rows)
-        revise(made, Followed(ids >= 0, np.full(2, -1), ones, 0))
+        revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))
 
     @property
     def last(self) -> Plan | None:
-        """The plan of the step before, if any."""
+        """The plan of the previous step, if any."""
         return self._last
 
     def plan(self, node_ids: Int32Array, row_positions: Int32Array, row_slots: Int64Array) -> Plan:
-        """Plan rows that stand at `row_positions` `[rows]` in the tree nodes with these ids, `node_ids` `[rows]`, and
-        whose KV goes into `row_slots` `[rows]`, -1 where it exists. A leaf need not know its row's token yet, if it has
-        the slot in reserve.
+        """Plan rows at `row_positions` `[rows]` in the tree nodes `node_ids` `[rows]`, whose KV goes to `row_slots`
+        `[rows]`.
+
+        A slot is -1 if the row's KV exists. A leaf need not know its row's token yet, if it has reserved the slot.
         """
-        rows = Rows(node_ids, row_positions, row_slots)
-        found = self._carry(rows) or self.plan_anew(rows)
-        self._last, self._rows, self._version = found, rows, self.tree.version
-        return found
+        rows = StepRows(node_ids, row_positions, row_slots)
+        new_plan = self._carry(rows) or self.build_plan(rows)
+        self._last, self._rows, self._version = new_plan, rows, self.tree.version
+        return new_plan
 
     def forget(self) -> None:
-        """Carry nothing over to the next plan: the last one may have been broken off at any point."""
+        """Carry nothing over to the next plan, since the last step may have been interrupted at any point."""
         self._last = self._built = None
         self.tree.columns.place.fill(-1)
 
-    def plan_anew(self, rows: Rows) -> Plan:
-        """As `plan`, from nothing."""
+    def build_plan(self, rows: StepRows) -> Plan:
+        """As `plan`, without using earlier plans."""
         forest, row_nodes, active = active_forest(self.tree, rows.nodes, rows.positions)
-        found = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
-        self._built = _Built(found, active)
-        return found
+        new_plan = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
+        self._built = _BuiltPlan(new_plan, active)
+        return new_plan
 
-    def _carry(self, rows: Rows) -> Plan | None:
-        """The last plan, as it is, advanced or revised; None where one must be made anew."""
+    def _carry(self, rows: StepRows) -> Plan | None:
+        """Return the last plan unchanged, advanced or revised; None if it must be rebuilt."""
         last, built, columns = self._last, self._built, self.tree.columns
         if last is None or built is None:
             return None
@@ -260,21 +268,23 @@ class Planner:
         return revise(last, followed)
 
 
-class _Built:
-    """What the last plan that was made anew was made for."""
+class _BuiltPlan:
+    """State of the last plan that was built."""
 
     def __init__(self, made: Plan, nodes: Int64Array) -> None:
         self.nodes = nodes
-        """Ids of all that it reads"""
+        """Ids of all nodes that it reads."""
         self.steps = 0
-        """For which it was advanced or revised"""
+        """Steps for which it was advanced or revised."""
         self._rows = made.num_rows
         self._most_steps = _FEW_STEPS + made.kv_tokens_read // (8 * made.num_rows)
 
     def outgrown(self, rows: int) -> bool:
-        """Whether an eighth of the rows have ended, or lengths have grown by an eighth: another plan may be better."""
+        """Return whether an eighth of the rows have ended, or lengths have grown by an eighth, so that a new plan may
+        be better.
+        """
         return 8 * rows < 7 * self._rows or self.steps > self._most_steps
 
 
 _FEW_STEPS = 16
-"""After which no plan counts as outgrown, however short."""
+"""Minimum steps before a plan is rebuilt for its age."""

@@ -1,4 +1,4 @@
-"""Who is admitted next: priority, then the longest computed prefix, with a bound on being overtaken."""
+"""Queue of waiting requests: by priority, then longest computed prefix, with a bound on being overtaken."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,19 +11,18 @@ _WINDOW = 64
 
 
 class WaitingQueue:
-    """Requests that wait, whole or with some preempted sequences.
+    """Waiting requests, including those with only some sequences preempted.
 
-    The highest priority goes first. Within it, of the first 64 by arrival, the one with the longest computed
-    prefix; but a request is overtaken by at most `max_overtaken` later ones of its priority. So a request
-    with `k` earlier ones of its priority before it is admitted after at most `k + max_overtaken` others of that
-    priority.
+    The highest priority comes first. Within it, of the first 64 requests by arrival, the one with the longest computed
+    prefix; but a request is overtaken by at most `max_overtaken` later ones of its priority. So a request with `k`
+    earlier ones of its priority is admitted after at most `k + max_overtaken` others of that priority.
     """
 
     def __init__(self, max_overtaken: int) -> None:
         self.max_overtaken = max_overtaken
         self.num_sequences = 0
         self.num_tokens = 0
-        """Prompt tokens of the requests that wait."""
+        """Prompt tokens of the waiting requests."""
         self._requests: SortedKeyList[Request] = SortedKeyList(key=_order)
         self._chosen: Request | None = None
 
@@ -44,7 +43,7 @@ class WaitingQueue:
         self.num_sequences += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence that ended or was cancelled."""
+        """Remove a sequence that ended or was cancelled."""
         request = sequence.request
         request.waiting.remove(sequence)
         self.num_sequences -= 1
@@ -52,17 +51,17 @@ class WaitingQueue:
             self._leave(request)
 
     def choose(self, follow: Callable[[Sequence], FollowedMatch]) -> Request:
-        """The request to admit next; the same one until it was admitted or left, or an earlier one joins. `follow` has
-        the tree keep a candidate's match up to date.
+        """Return the request to admit next. The choice stands until it is admitted or removed, or an earlier request
+        arrives.
+
+        `follow` makes the tree keep a candidate's match up to date.
         """
         if self._chosen is None:
             self._chosen = self._longest(follow)
         return self._chosen
 
     def admit(self, sequence: Sequence) -> None:
-        """Take out a sequence that now runs. Those that came before its request were overtaken if they still
-        wait.
-        """
+        """Remove a sequence that was admitted. Earlier requests that still wait count as overtaken."""
         request = sequence.request
         self.remove(sequence)
         if request.waiting:
@@ -73,7 +72,7 @@ class WaitingQueue:
             earlier.overtaken += 1
 
     def check(self) -> None:
-        """Assert that the counts add up and that nobody was overtaken too often."""
+        """Assert that the counts are right and that no request was overtaken too often."""
         assert self.num_sequences == sum(len(request.waiting) for request in self._requests)
         assert self.num_tokens == sum(request.prompt.size for request in self._requests)
         assert self._chosen is None or self._chosen in self._requests
@@ -81,8 +80,10 @@ class WaitingQueue:
             assert request.waiting and request.overtaken <= self.max_overtaken
 
     def _longest(self, follow: Callable[[Sequence], FollowedMatch]) -> Request:
-        """The longest computed prefix, the first of several, among the requests of the highest priority, in order of
-        arrival, up to the first that may not be overtaken any more. Each admission looks at up to 64: this loop is hot.
+        """Return the request with the longest computed prefix, the first of several.
+
+        Candidates are those of the highest priority, by arrival, up to the first that must not be overtaken again. Each
+        admission looks at up to 64 requests: this loop is hot.
         """
         best: Request | None = None
         most, bound = -1, self.max_overtaken

@@ -1,4 +1,4 @@
-"""How many slots a sequence has in reserve, so that its leaf grows in place and its plan with it."""
+"""Number of slots reserved per sequence, so that its leaf grows in place and plans are carried over."""
 
 from collections.abc import Sized
 
@@ -9,22 +9,23 @@ _LARGEST_RESERVE = 256
 
 
 class Reserves:
-    """The rule by which slots are reserved: `running` and `waiting` are who shares them, as they change."""
+    """Computes reserves. `running` and `waiting` are live collections of those that share the slots."""
 
     def __init__(self, tree: RadixTree, running: Sized, waiting: Sized) -> None:
         self._tree, self._running, self._waiting = tree, running, waiting
 
     @property
     def share(self) -> int:
-        """Slots that one sequence may keep in reserve: a fair share of what is free or could be evicted."""
+        """Maximum reserve of one sequence: a fair share of the slots that are free or evictable."""
         return (self._tree.pool.free + self._tree.evictable_tokens) // (2 * max(len(self._running), 1))
 
     def of_leaf(self, node: Node, step: int) -> int:
-        """Slots to keep behind the token that a leaf computes in `step`, about as many as it knows: until a step at
-        which others run out of room too, because a plan is made anew for a thousand of them as for one.
+        """Return the slots to reserve after the token that a leaf computes in `step`, about as many as the leaf has
+        tokens.
 
-        While nobody waits, even a short leaf has many, as far as they are free: the kernels read its keys in a fraction
-        of the time where they lie in one piece.
+        Reserves of different leaves run out in the same step, because rebuilding a plan costs the same for a thousand
+        leaves as for one. While no request waits, even short leaves get long reserves, as far as slots are free: the
+        kernels read contiguous keys in a fraction of the time.
         """
         room = 0 if len(self._waiting) else self._tree.pool.free // (2 * max(len(self._running), 1))
         period = 1 << (min(max(FIRST_RESERVE, node.known, room), _LARGEST_RESERVE).bit_length() - 1)

@@ -1,4 +1,4 @@
-"""A plan for the same leaves a step later, where some of them have ended and some have gone on to a new extent."""
+"""Revise a plan for the next step of the same leaves, some of which have ended or moved on to a new extent."""
 
 from typing import NamedTuple
 
@@ -18,29 +18,31 @@ _Units = tuple[
 ]  # fmt: skip
 
 
-class Followed(NamedTuple):
-    """What became of the rows of a step before; arrays are `[rows]`, in their order."""
+class RowUpdates(NamedTuple):
+    """Changes of the rows of the previous step. Arrays are `[rows]`, in their order."""
 
     kept: Bools
-    """Whether the row went on by one token in the same leaf."""
+    """Whether the row advanced by one token in the same leaf."""
     slots: Int64Array
-    """The slot of its new token where that begins an extent, else -1."""
+    """Slot of the new token if it begins an extent, else -1."""
     rooms: Int32Array
-    """By how many keys its last extent can grow further."""
+    """Keys by which the row's last extent can still grow."""
     num_extended: int
 
 
-class Rows(NamedTuple):
-    """The rows of a step; arrays are `[rows]`."""
+class StepRows(NamedTuple):
+    """The rows of a step. Arrays are `[rows]`."""
 
     nodes: Int32Array
-    """The id of each row's node"""
+    """Node ids."""
     positions: Int32Array
     slots: Int64Array
-    """Where the row's KV goes, or lies in the slot behind the row before; else -1"""
+    """Slot that the row's KV is written to; or where it is cached, if that directly follows the previous row's slot;
+    else -1.
+    """
 
-    def same(self, other: "Rows") -> bool:
-        """Positions are looked at first: in most steps they are others."""
+    def same(self, other: "StepRows") -> bool:
+        """Compare positions first: they differ in most steps."""
         return (
             np.array_equal(self.positions, other.positions)
             and np.array_equal(self.nodes, other.nodes)
@@ -56,14 +58,14 @@ def _follow(
 ) -> tuple[bool, Bools, Int64Array, Int32Array, int]:  # fmt: skip
     kept, extension = np.zeros(old_ids.size, np.bool_), np.full(old_ids.size, -1)
     rooms = np.zeros(old_ids.size, np.int32)
-    found = num_extended = 0
+    at = num_extended = 0
     for node in nodes:
         if changed[node] > version:
             return False, kept, extension, rooms, 0
     for row in range(old_ids.size):
-        if found == ids.size or old_ids[row] != ids[found]:
+        if at == ids.size or old_ids[row] != ids[at]:
             continue
-        node, position, slot = ids[found], positions[found], slots[found]
+        node, position, slot = ids[at], positions[at], slots[at]
         if position != old_positions[row] + 1 or slot < 0 or old_slots[row] < 0:
             break
         kept[row] = True
@@ -71,14 +73,15 @@ def _follow(
         if slot != old_slots[row] + 1:
             extension[row] = slot
             num_extended += 1
-        found += 1
-    return found == ids.size, kept, extension, rooms, num_extended
+        at += 1
+    return at == ids.size, kept, extension, rooms, num_extended
 
 
-def follow(columns: Columns, version: int, nodes: Int64Array, old: Rows, rows: Rows) -> Followed | None:
-    """What became of the rows `old`, each the last token of a leaf, since the tree's `version`; those of the step to
-    come are `rows`. None where these are not some of the leaves, in their order, each one token further than before; or
-    where any of `nodes`, all that the plan reads, has changed in more than length.
+def follow(columns: Columns, version: int, nodes: Int64Array, old: StepRows, rows: StepRows) -> RowUpdates | None:
+    """Return the changes from the rows `old`, each the last token of a leaf, to `rows` of the next step.
+
+    Returns None unless `rows` are a subsequence of the leaves, each one token further, or if any of `nodes`, all that
+    the plan reads, changed in more than length since the tree's `version`.
     """
     follows, kept, slots, rooms, num_extended = _follow(
         *old,
@@ -91,12 +94,12 @@ def follow(columns: Columns, version: int, nodes: Int64Array, old: Rows, rows: R
         nodes,
         version,
     )
-    return Followed(kept, slots, rooms, num_extended) if follows else None
+    return RowUpdates(kept, slots, rooms, num_extended) if follows else None
 
 
 @inlined
 def _remap(ranges: Int32Array, before: Int32Array) -> tuple[Int32Array, Int32Array]:
-    """The ranges of rows `[n, 2]` that still hold some, by their new numbers, and which these are."""
+    """Return the ranges of rows `[n, 2]` that are not empty in the new numbering, and their indices."""
     rows, which = np.empty_like(ranges), np.empty(len(ranges), np.int32)
     made = 0
     for index in range(len(ranges)):
@@ -111,8 +114,8 @@ def _remap(ranges: Int32Array, before: Int32Array) -> tuple[Int32Array, Int32Arr
 def _rows(
     kept: Bools, slots: Int64Array, rooms: Int32Array, order: Int64Array, extra: Int32Array, positions: Int32Array
 ) -> tuple[Int32Array, Int64Array, Int32Array, Int64Array, Int32Array, Int32Array]:
-    """In the plan's order: how many rows stay before each one, and in all, `[rows + 1]`; slots and rooms; of the rows
-    that stay, their new order, extra and positions.
+    """Return, in the plan's order: the number of kept rows before each row, and in all, `[rows + 1]`; slots and rooms;
+    order, extra and positions of the kept rows.
     """
     size = order.size
     before, shift = np.zeros((2, size + 1), np.int32)
@@ -135,8 +138,8 @@ def _units(
     unit_rows: Int32Array, unit_segments: Int32Array, ranks: Int32Array, costs: Floats, starts: Int64Array,
     lengths: Int32Array, firsts: Int32Array, readers: Int32Array, path_rows: Int32Array,
 ) -> _Units:  # fmt: skip
-    """The units that still have rows, and of their segments those that still have readers; of these the growing ones
-    have one key more, or one with one key behind them.
+    """Return the units with remaining rows, and their segments with remaining readers. Growing segments get one more
+    key, or are followed by a segment of one key.
     """
     rows, units = _remap(unit_rows, before)
     most = starts.size + positions.size
@@ -174,11 +177,11 @@ def _units(
     )  # fmt: skip
 
 
-def revise(plan: Plan, followed: Followed) -> Plan:
-    """The rows that were kept, each the last token of its own leaf, go on by one.
+def revise(plan: Plan, followed: RowUpdates) -> Plan:
+    """Return the plan in which the kept rows, each the last token of its own leaf, have advanced by one token.
 
-    Units left without rows are dropped, the others read what they read before: a revised plan is exact, and about as
-    good as the one before it.
+    Units without rows are dropped; the others read what they read before. A revised plan is exact, and about as good as
+    the original.
     """
     before, slots, rooms, order, extra, positions = _rows(
         followed.kept, followed.slots, followed.rooms, plan.row_order, plan.row_extra, plan.row_positions

@@ -1,8 +1,7 @@
-"""Which spans run in a step: admission, chunked prefill under a token budget, preemption.
+"""Scheduler: admission, chunked prefill under a token budget, and preemption.
 
-There is no prefill mode and no decode mode. A sequence's span is whatever its path still lacks, from the
-first token without a slot to its cursor; when nothing is lacking any more, its cursor's last token gives
-logits.
+There are no separate prefill and decode modes. A sequence's span is what its path lacks, from the first token without a
+slot to its cursor. If nothing is missing, the cursor's last token gives logits.
 """
 
 from collections.abc import Sequence as Seq
@@ -11,9 +10,10 @@ from typing import get_args
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import ExtentPool, FollowedMatch, Lock, Match, Node, RadixTree, sharing_end
-from radixgen.core import Limits, Plan, SharingReason
-from radixgen.scheduler.batch import Batch, Read, StepInput, make_step_input, slots_used
+from radixgen.cache import FollowedMatch, Lock, Match, Node, RadixTree, sharing_end
+from radixgen.cache.check import check_plan
+from radixgen.core import Limits, SharingReason
+from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -21,15 +21,15 @@ from radixgen.scheduler.reserves import FIRST_RESERVE, Reserves
 from radixgen.scheduler.sequence import Request, Sequence
 
 _GROWTH_SHARE = 16
-"""One part in so many of the pool is kept for running sequences to grow into, at the most."""
+"""At most this fraction (1/n) of the pool is kept free for running sequences to grow."""
 _MAX_ADMITTED = 256
-"""Sequences that one step lets in, and then no further request, so that those who run do not wait long."""
+"""Sequences admitted per step before no further request is considered, so that running ones do not wait long."""
 _MAX_READS = 512
-"""Rows of one step at the most whose logits score a prompt, so that the logits of a long one fit in memory."""
+"""Maximum rows per step that score prompts, so that the logits of a long prompt fit in memory."""
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences, and moves their cursors."""
+    """Owns the waiting and running sequences, and moves their cursors."""
 
     def __init__(
         self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, limits: Limits, debug: bool = False
@@ -44,7 +44,7 @@ class Scheduler:
         self._reserves = Reserves(tree, self.running, self.waiting)
         self.debug = debug
         self.now = 0.0
-        """Seconds on the engine's clock when the step began that is made"""
+        """Time at which the current step began, in seconds on the engine's clock."""
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
@@ -59,8 +59,10 @@ class Scheduler:
                 self.waiting.add(sequence)
 
     def fork(self, origin: Sequence, sequence: Sequence) -> None:
-        """Let `sequence`, which has the tokens of `origin`, go on from its place: at once where a seat is free and
-        `origin` runs in the same namespace, else from the queue.
+        """Start `sequence`, a copy of `origin`, at the same position.
+
+        It runs immediately if there is room for another sequence and `origin` runs in the same namespace; otherwise it
+        is queued.
         """
         full = len(self.running) >= self.max_num_seqs
         if origin.cursor is None or full or origin.namespace != sequence.namespace:
@@ -71,12 +73,12 @@ class Scheduler:
 
     @property
     def path_tokens(self) -> int:
-        """Tokens on the paths of cursors and pins, each path for itself."""
+        """Total length of the paths of all cursors and pins, each counted separately."""
         cursors: list[Lock] = [sequence.cursor for sequence in self.running if sequence.cursor is not None]
         return sum(cursor.held.end for cursor in cursors) + sum(pin.num_tokens for pin in self.pins)
 
     def drop(self, sequence: Sequence) -> None:
-        """Take a sequence out for good: it ended or was cancelled. Its tokens stay cached."""
+        """Remove a sequence that ended or was cancelled. Its tokens stay cached."""
         if sequence.cursor is not None:
             self._leave(sequence)
         elif sequence.choices is None:
@@ -86,16 +88,16 @@ class Scheduler:
             self.tree.discard(sequence.namespace)
 
     def park(self, sequence: Sequence) -> None:
-        """Let a beam that has its choices hold nothing while its siblings wait for theirs. Its tokens stay cached."""
+        """Release the cursor of a beam that has its choices until its siblings have theirs. Its tokens stay cached."""
         assert sequence.choices is not None
         self._leave(sequence)
 
     # -- one step -----------------------------------------------------------------------------------------
 
     def schedule(self, only: Request | None = None, *, admit: bool = True) -> Batch | None:
-        """The next step, or None where nothing can run. Slots are taken and new cursors set.
+        """Return the next step, or None if nothing can run. Takes slots and sets new cursors.
 
-        With `only`, nobody is admitted and none but that request's sequences take part; without `admit`, nobody is
+        With `only`, just that request's sequences take part and nobody is admitted. Without `admit`, nobody is
         admitted.
         """
         self._steps += 1
@@ -105,7 +107,7 @@ class Scheduler:
         if batch.admitting:
             batch.admitting = self._admit()
         budget = self.max_step_tokens
-        for sequence in self._by_turn():
+        for sequence in self._in_schedule_order():
             if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
         if not batch.row_nodes:
@@ -114,25 +116,25 @@ class Scheduler:
         return batch
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
-        """The step after `batch`, with 0 for each token, since none is known yet.
+        """Return the step after `batch`, with 0 for the tokens, which are not known yet.
 
-        Every sequence that has not reached `max_tokens` moves on by one token: in its own leaf, where a slot is
-        reserved for it, or along what is cached behind it. Returns None if other sequences may join, if a token may
-        begin a new node, or if memory is short.
+        Every sequence that has not reached `max_tokens` advances by one token: in its own leaf, if a slot is reserved,
+        or along cached tokens. Returns None if other sequences may join, if a token may begin a new node, or if memory
+        is short.
         """
         if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
             return None
-        going = [one for one in self.running if len(one.output) + 1 < one.request.max_output]
+        going = [s for s in self.running if len(s.output) + 1 < s.request.max_output]
         if len(self.waiting) and (not batch.admitting or len(going) < len(self.running)):
             return None
-        nodes = [one.cursor.held for one in going if one.cursor is not None]
+        nodes = [s.cursor.held for s in going if s.cursor is not None]
         if any(node.lock_count != 1 or node.parent is None for node in nodes):
-            return None  # the token may begin a node of its own
+            return None  # the token may begin a new node
         if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
             return None
         slots = [-1 if node.children else node.next_slot for node in nodes]
         if any(slot < 0 and not node.children for node, slot in zip(nodes, slots, strict=True)):
-            return None  # what it would have read made room for others
+            return None  # cached tokens that it would have read were evicted
         reading = {row: node.extents[-1].end for row, node in enumerate(nodes) if node.children}
         if not all(self._reads_on(nodes[row], slot) for row, slot in reading.items()):
             return None
@@ -149,22 +151,22 @@ class Scheduler:
         )
 
     def freeze(self, batch: Batch) -> StepInput:
-        """Plan the batch and lay its rows out depth-first."""
+        """Plan the batch and put its rows in depth-first order."""
         plan = self.planner.plan(
             np.array(batch.row_nodes, np.int32),
             np.array(batch.row_positions, np.int32),
             slots_used(batch),
         )
         if self.debug:
-            _check_slots(plan, self.tree.pool)
+            check_plan(plan, self.tree.pool)
         return make_step_input(batch, plan)
 
     def requests_of(self, batch: Batch) -> list[Request]:
-        """The requests that have a part in a step."""
+        """Return the requests that take part in a step."""
         return list(dict.fromkeys(s.request for s in self.running if s.scheduled_in == batch.step))
 
     def commit(self, batch: Batch) -> None:
-        """The step has run: what it scheduled is computed."""
+        """Mark what the step scheduled as computed."""
         commit = self.tree.commit
         for node in batch.nodes:
             commit(node)
@@ -172,14 +174,14 @@ class Scheduler:
         self.tree.pool.retire_step(batch.fence)
 
     def rollback(self, batch: Batch) -> None:
-        """The step failed: nothing of it was computed."""
+        """Undo the scheduling of a failed step."""
         for node in reversed(batch.nodes):
             self.tree.rollback(node)
         self.planner.forget()
         self.tree.pool.retire_step(batch.fence)
 
     def advance(self, drawn: Seq[tuple[Sequence, int]]) -> None:
-        """Move cursors by the tokens drawn for them; sequences on one node that drew alike stay together."""
+        """Move cursors by the sampled tokens. Sequences on one node with the same token stay together."""
         groups: dict[tuple[Node, int], list[Sequence]] = {}
         for sequence, token in drawn:
             assert sequence.cursor is not None
@@ -193,8 +195,8 @@ class Scheduler:
 
     # -- spans --------------------------------------------------------------------------------------------
 
-    def _by_turn(self) -> list[Sequence]:
-        """Running sequences that decode, then those that prefill; each by rank."""
+    def _in_schedule_order(self) -> list[Sequence]:
+        """Return running sequences in decode, then those in prefill, each by rank."""
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
@@ -204,9 +206,9 @@ class Scheduler:
         return decoding + prefilling
 
     def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
-        """Schedule what the sequence's path lacks, up to `budget` rows, and its draw. Returns the rows taken.
+        """Schedule what the sequence's path lacks, up to `budget` rows, and its draw. Returns the rows added.
 
-        Without budget it still reads the logits of a row that another sequence has scheduled.
+        Without budget it still uses the logits of a row that another sequence scheduled.
         """
         assert sequence.cursor is not None
         node = sequence.cursor.held
@@ -236,7 +238,7 @@ class Scheduler:
         return taken
 
     def _schedule_next(self, sequence: Sequence, node: Node, batch: Batch) -> bool:
-        """The common case: a leaf lacks its last token, and its reserve has a slot for it."""
+        """Schedule the last token of a leaf from its reserve, the common case. Returns False otherwise."""
         parent = node.parent
         if not sequence.output or node.known - node.scheduled != 1:
             return False
@@ -249,7 +251,7 @@ class Scheduler:
         return True
 
     def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
-        """Spans for what the path to `node` lacks, from the top. Returns the rows taken."""
+        """Schedule what the path to `node` lacks, from the top. Returns the rows added."""
         left = budget
         for part in _lacking(node):
             count = min(left, part.known - part.scheduled)
@@ -266,8 +268,8 @@ class Scheduler:
         return budget - left
 
     def _read_prompt(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> tuple[int, bool]:
-        """Rows that score the next targets of the prompt, as far as its path has slots. Returns how many were
-        added, and whether no target is left.
+        """Add rows that score the prompt, as far as its path has slots. Returns their number, and whether none are
+        left.
         """
         request = sequence.request
         assert request.targets is not None
@@ -287,28 +289,29 @@ class Scheduler:
                 position += 1
         if rows:
             sequence.scheduled_in = batch.step
-            batch.reads.append(Read(request, rows))
+            batch.reads.append(PromptRows(request, rows))
             batch.num_reads += len(rows)
         return added, position == request.targets.size
 
     def _reserve(self, node: Node, count: int, sequence: Sequence) -> int:
-        """Slots to keep behind a span: the rest of the node's prompt, or room for a leaf to grow."""
+        """Return the slots to reserve after a span: for the rest of the node's prompt, or for a leaf to grow."""
         ahead = node.known - node.scheduled - count
         left = sequence.request.max_output - len(sequence.output)
         reserves = self._reserves
         return min(reserves.share, ahead) if ahead else min(reserves.of_leaf(node, self._steps), left)
 
     def _reads_on(self, node: Node, slot: int) -> bool:
-        """Whether a sequence on `node` may find its next token cached, in this slot, where nobody else reads it. That
-        this one is drawn is expected once a token of the same child has been.
+        """Return whether a sequence on `node` may find its next token cached in this slot, with no other reader there.
+
+        Once a sequence has sampled a token of a cached child, it is expected to sample the next one too.
         """
         if node.locked_children or not self.tree.columns.following[node.id]:
             return False
         return node.next_cached_slot == slot
 
     def _reserve_ahead(self, sequences: Seq[Sequence], leaves: Seq[Node], step: int) -> bool:
-        """Reserve slots where the leaf of a sequence has none for the token that it computes in `step`; False where
-        others may need them, which is decided when tokens are known.
+        """Reserve slots for leaves without one for the token of `step`. Returns False if others may need them, which is
+        decided once tokens are known.
         """
         full = [at for at, node in enumerate(leaves) if node.capacity == node.scheduled and not node.children]
         if not full:
@@ -327,8 +330,9 @@ class Scheduler:
     # -- admission ----------------------------------------------------------------------------------------
 
     def _admit(self) -> bool:
-        """Let waiting requests in while all that they lack fits without preempting; siblings go together. Returns
-        False where more of them fit than one step admits.
+        """Admit waiting requests while everything that they lack fits without preemption; siblings go together.
+
+        Returns False if more would fit than one step admits.
         """
         enough = len(self.running) + _MAX_ADMITTED
         while len(self.waiting):
@@ -345,7 +349,7 @@ class Scheduler:
         return True
 
     def _follow(self, sequence: Sequence) -> FollowedMatch:
-        """The match of a sequence that waits; the tree keeps it up to date until it is admitted or leaves."""
+        """Return the match of a waiting sequence, kept up to date by the tree until it is admitted or removed."""
         if sequence.followed is None:
             sequence.followed = self.tree.follow(sequence.tokens(), sequence.namespace)
         return sequence.followed
@@ -356,26 +360,29 @@ class Scheduler:
             sequence.followed = None
 
     def _fits(self, sequence: Sequence, seats: int) -> bool:
-        """Whether there is room for what the sequence lacks and for everyone to grow a little, releasing pins if need
-        be, and none where all would not do. Reserves do not count: who is let in on those of others chops all leaves
-        into single slots.
+        """Return whether there is room for what the sequence lacks and for everyone to grow a little.
+
+        Releases pins if needed, unless releasing all would not suffice. Reserves do not count as room: taking them for
+        new sequences would fragment all leaves into single slots.
         """
         tree, followed = self.tree, self._follow(sequence)
         growing = len(self.running) + seats
         growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
         wanted, match = followed.tokens.size + growth, followed.match()
-        short = self._short(wanted, match)
+        short = self._missing_slots(wanted, match)
         if short > 0 and short > self.pins.yieldable(match):
             return False
         while short > 0 and self.pins.release_weakest():
-            short = self._short(wanted, followed.match())
+            short = self._missing_slots(wanted, followed.match())
         return short <= 0
 
-    def _short(self, wanted: int, match: Match | None) -> int:
-        """Slots that are missing for `wanted` tokens of which `match` was found, after all that is to be scheduled."""
+    def _missing_slots(self, wanted: int, match: Match | None) -> int:
+        """Return the slots missing for `wanted` tokens of which `match` is known, in addition to all unscheduled
+        tokens.
+        """
         tree = self.tree
-        found, locked = (match.length, match.evictable) if match else (0, 0)
-        return tree.unscheduled_tokens + wanted - found - (tree.pool.free + tree.evictable_tokens - locked)
+        known, locked = (match.length, match.evictable) if match else (0, 0)
+        return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
 
     def _enter(self, sequence: Sequence) -> None:
         followed, request = self._follow(sequence), sequence.request
@@ -393,10 +400,10 @@ class Scheduler:
         sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
         self.waiting.admit(sequence)
         self.running.add(sequence)
-        self._pass_on(sequence)
+        self._hand_match_to_sibling(sequence)
 
-    def _pass_on(self, sequence: Sequence) -> None:
-        """The match of a sequence that was let in goes to a sibling that waits with the same tokens."""
+    def _hand_match_to_sibling(self, sequence: Sequence) -> None:
+        """Give the match of an admitted sequence to a waiting sibling with the same tokens, or drop it."""
         request = sequence.request
         sibling = request.waiting[0] if request.waiting else None
         alike = sequence.namespace == request.namespace and not sequence.output
@@ -408,9 +415,11 @@ class Scheduler:
     # -- memory -------------------------------------------------------------------------------------------
 
     def _make_room(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> bool:
-        """Have the slots free for `count` tokens of `node`: from the cache first, and then for its reserve too, or a
-        full pool would be handed out slot by slot; then from the reserves of others, from pins, by preemption. Pins
-        from which nothing comes stay as long as somebody can be preempted, or nothing helps.
+        """Make slots available for `count` tokens of `node`.
+
+        First by eviction, including room for a reserve, because otherwise a full pool would be handed out slot by slot;
+        then from the reserves of others, from pins, and by preemption. Pins that would free nothing are kept as long as
+        a sequence can be preempted or nothing helps.
         """
         tree = self.tree
         if tree.slots_wanted(node, count) <= tree.pool.free:
@@ -431,7 +440,7 @@ class Scheduler:
         return True
 
     def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
-        """The others that have no part in this step, the youngest first, without the oldest of all."""
+        """Return the other sequences without a part in this step, youngest first, without the oldest of all."""
         return [
             candidate
             for candidate in self.running.islice(1, reverse=True)
@@ -439,16 +448,17 @@ class Scheduler:
         ]
 
     def _victim(self, sequence: Sequence, idle: Seq[Sequence]) -> Sequence | None:
-        """The first of `idle` that holds slots alone. Where the slots are all held in common, the oldest sequence may
-        have the first go, so that those who hold them go one by one.
+        """Return the first of `idle` that holds slots exclusively.
+
+        If all slots are shared, the oldest running sequence may preempt the first, so that the holders go one by one.
         """
-        found = next(filter(_exclusive_slots, idle), None)
-        if found is None and idle and sequence is self.running[0]:
+        victim = next(filter(_exclusive_slots, idle), None)
+        if victim is None and idle and sequence is self.running[0]:
             return idle[0]
-        return found
+        return victim
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue with its tokens kept; what it computed stays cached until it is evicted."""
+        """Return a sequence to the queue with its tokens. What it computed stays cached until it is evicted."""
         self._leave(sequence)
         self.waiting.add(sequence)
         self.preemptions += 1
@@ -465,35 +475,26 @@ def _rank(sequence: Sequence) -> tuple[int, int, int]:
 
 
 def _lacking(node: Node) -> list[Node]:
-    """The nodes of the path, from the top, that have tokens without a slot."""
-    found = []
+    """Return the nodes of the path with tokens without a slot, from the top."""
+    nodes = []
     above: Node | None = node
     while above is not None and above.scheduled < above.known:
-        found.append(above)
+        nodes.append(above)
         above = above.parent
-    return found[::-1]
+    return nodes[::-1]
 
 
 def _computed(node: Node) -> int:
-    """Tokens of the path up to the first without a slot."""
+    """Return the number of leading tokens of the path that have a slot."""
     first = next(iter(_lacking(node)), node)
     return first.start + first.scheduled
 
 
 def _exclusive_slots(sequence: Sequence) -> int:
-    """Slots that would be cached or free if this sequence let go of its cursor."""
+    """Return the slots that would become evictable if this sequence released its cursor."""
     total = 0
     node = sequence.cursor.held if sequence.cursor else None
     while node is not None and node.lock_count + node.locked_children == 1:
         total += node.capacity
         node = node.parent
     return total
-
-
-def _check_slots(plan: Plan, pool: ExtentPool) -> None:
-    """Assert that no segment of the plan names a free or fenced slot (I9)."""
-    taken = np.ones(pool.capacity, np.bool_)
-    for extent in (*pool.free_extents(), *pool.fenced_extents()):
-        taken[extent.start : extent.end] = False
-    for start, length in zip(plan.segment_starts.tolist(), plan.segment_lengths.tolist(), strict=True):
-        assert taken[start : start + length].all(), f"a plan reads free slots in [{start}, {start + length})"

@@ -1,4 +1,4 @@
-"""From units to the arrays of a plan: which runs of slots each unit reads."""
+"""Segments of a plan: the runs of slots that each unit reads."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,46 @@ import numpy as np
 
 from radixgen.core.compiled import compiled, inlined
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.partition import FIRST_EXTENT, LENGTH, PARENT, ROOM, START, STOP_EXTENT, Ints, Paths
+from radixgen.scheduler.partition import Ints, Paths
+from radixgen.scheduler.tables import (
+    FIRST_EXTENT,
+    LENGTH,
+    P_FIRST_ROW,
+    P_FIRST_SEGMENT,
+    P_KEYS,
+    P_MIXED,
+    P_PIECE,
+    P_RANK,
+    P_STOP_ROW,
+    P_STOP_SEGMENT,
+    PARENT,
+    ROOM,
+    S_FIRST_ROW,
+    S_GROWS,
+    S_KEYS,
+    S_POSITION,
+    S_ROOM,
+    S_SLOT,
+    S_STOP_ROW,
+    START,
+    STOP_EXTENT,
+    U_FIRST_NODE,
+    U_FIRST_ROW,
+    U_LOWEST,
+    U_PENDING,
+    U_RANK,
+    U_STOP_NODE,
+    U_STOP_ROW,
+    W_FIRST_ROW,
+    W_MERGED,
+    W_OWN_ROWS,
+    W_PARENT,
+    W_ROWS,
+)
 
 
 class Layout(NamedTuple):
-    """Units and segments of a plan, the names as there."""
+    """Units and segments of a plan, named as in `Plan`."""
 
     unit_rows: Int32Array
     unit_segments: Int32Array
@@ -18,7 +53,7 @@ class Layout(NamedTuple):
     keys: Int64Array
     """`[units]`"""
     mixed: Int64Array
-    """`[units]`: how many of the keys are charged as mixed"""
+    """`[units]`: number of keys charged as mixed."""
     segment_starts: Int64Array
     segment_lengths: Int32Array
     segment_positions: Int32Array
@@ -28,10 +63,10 @@ class Layout(NamedTuple):
 
 
 def lay_out(paths: Paths, units: Int64Array, limits: Int64Array, least_run: int, weight: int) -> Layout:
-    """The segments of every unit, root first, and the units anew, those with a limit split along their keys.
+    """Return the segments of every unit, root first, and the units, split along their keys at the limits.
 
-    units `[units, 9]` as `collect` gives them; limits `[units]`: keys of one piece at most, a mixed one counted
-    `weight` times, 0 for no limit; an extent of fewer than `least_run` keys counts as mixed.
+    units `[units, 9]` as returned by `collect`; limits `[units]`: maximum keys per piece, mixed keys counted `weight`
+    times, 0 for no limit. Keys in extents of fewer than `least_run` count as mixed.
     """
     num_units, num_segments = 2 * len(units), 2 * (len(units) + len(paths.extents))
     unit_table, segment_table = np.empty((0, 8), np.int64), np.empty((0, 7), np.int64)
@@ -52,12 +87,12 @@ def _units(table: Ints) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array,
     keys, mixed = np.empty((2, count), np.int64)
     pieces = 1
     for unit in range(count):
-        pieces = max(pieces, table[unit, 5] + 1)
+        pieces = max(pieces, table[unit, P_PIECE] + 1)
     for unit in range(count):
-        rows[unit, 0], rows[unit, 1] = table[unit, 0], table[unit, 1]
-        segments[unit, 0], segments[unit, 1] = table[unit, 2], table[unit, 3]
-        rank[unit] = table[unit, 4] * pieces + table[unit, 5]
-        keys[unit], mixed[unit] = table[unit, 6], table[unit, 7]
+        rows[unit, 0], rows[unit, 1] = table[unit, P_FIRST_ROW], table[unit, P_STOP_ROW]
+        segments[unit, 0], segments[unit, 1] = table[unit, P_FIRST_SEGMENT], table[unit, P_STOP_SEGMENT]
+        rank[unit] = table[unit, P_RANK] * pieces + table[unit, P_PIECE]
+        keys[unit], mixed[unit] = table[unit, P_KEYS], table[unit, P_MIXED]
     return rows, segments, rank, keys, mixed
 
 
@@ -68,23 +103,24 @@ def _segments(table: Ints) -> tuple[Int64Array, Int32Array, Int32Array, Int32Arr
     lengths, positions, room = np.empty((3, count), np.int32)
     rows = np.empty((count, 2), np.int32)
     for segment in range(count):
-        starts[segment], lengths[segment], positions[segment] = table[segment, 0], table[segment, 1], table[segment, 2]
-        rows[segment, 0], rows[segment, 1], room[segment] = table[segment, 3], table[segment, 4], table[segment, 6]
+        starts[segment], lengths[segment] = table[segment, S_SLOT], table[segment, S_KEYS]
+        positions[segment], room[segment] = table[segment, S_POSITION], table[segment, S_ROOM]
+        rows[segment, 0], rows[segment, 1] = table[segment, S_FIRST_ROW], table[segment, S_STOP_ROW]
         growing[grow] = segment
-        grow += table[segment, 5]
+        grow += table[segment, S_GROWS]
     return starts, lengths, positions, rows, room, growing[:grow]
 
 
 @compiled
 def path_rows(walk: Ints, tile_rows: int) -> Int32Array:
-    """The rows of each node, in tiles, as reading without sharing would have them: `[tiles, 2]`."""
+    """Return the rows of each node in tiles, as attention without sharing would have them: `[tiles, 2]`."""
     count = 0
     for at in range(len(walk)):
-        count += -(-walk[at, 4] // tile_rows)
+        count += -(-walk[at, W_OWN_ROWS] // tile_rows)
     rows = np.empty((count, 2), np.int32)
     made = 0
     for at in range(len(walk)):
-        first, stop = walk[at, 5], walk[at, 5] + walk[at, 4]
+        first, stop = walk[at, W_FIRST_ROW], walk[at, W_FIRST_ROW] + walk[at, W_OWN_ROWS]
         while first < stop:
             rows[made, 0], rows[made, 1] = first, min(first + tile_rows, stop)
             first += tile_rows
@@ -97,18 +133,18 @@ def _fill(
     units: Ints, limits: Ints, nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, positions: Ints, least_run: int,
     weight: int, unit_table: Ints, segment_table: Ints,
 ) -> tuple[int, int]:  # fmt: skip
-    """As `lay_out`; the rest as in `Paths`.
+    """As `lay_out`; other arguments as in `Paths`.
 
-    Fills `unit_table [pieces, 8]`: first row, row behind the last, first segment and the one behind the last, rank,
-    piece, keys, mixed keys; and `segment_table [segments, 7]`: first slot, keys, first position, the rows that see it
-    (from, to), whether it grows, room. Returns how many units and segments there are, whether or not the tables hold
-    them all.
+    Fills `unit_table [pieces, 8]`, the columns `P_FIRST_ROW` to `P_MIXED`, and `segment_table [segments, 7]`, the
+    columns `S_SLOT` to `S_ROOM`. Returns the number of units and segments, even if the tables are too small for all of
+    them.
     """
     highest = _highest_positions(walk, positions)
     members = np.empty(walk.shape[0], np.int64)
     made_units = made = 0
     for unit in range(units.shape[0]):
-        first_row, stop_row, pending, rank = units[unit, 0], units[unit, 1], units[unit, 3], units[unit, 6]
+        first_row, stop_row = units[unit, U_FIRST_ROW], units[unit, U_STOP_ROW]
+        pending, rank = units[unit, U_PENDING], units[unit, U_RANK]
         newest = -1
         for row in range(first_row, stop_row):
             newest = max(newest, positions[row])
@@ -119,10 +155,10 @@ def _fill(
             at = members[member]
             low, high, seen = first_row, stop_row, newest
             if member >= pending:
-                low, high = max(low, walk[at, 5]), min(high, walk[at, 5] + walk[at, 3])
+                low, high = max(low, walk[at, W_FIRST_ROW]), min(high, walk[at, W_FIRST_ROW] + walk[at, W_ROWS])
                 seen = min(newest, highest[at])
-            masked, alone = high - low < stop_row - first_row, walk[at, 3] == 1 and walk[at, 4] == 1
-            for step in range(walk[at, 6] - 1, -1, -1):
+            masked, alone = high - low < stop_row - first_row, walk[at, W_ROWS] == 1 and walk[at, W_OWN_ROWS] == 1
+            for step in range(walk[at, W_MERGED] - 1, -1, -1):
                 node = lowest[at]
                 for _ in range(step):
                     node = nodes[node, PARENT]
@@ -149,13 +185,13 @@ def _fill(
 
 @inlined
 def _members(unit: int, units: Ints, walk: Ints, members: Ints) -> int:
-    """The nodes that a unit reads, root first: those pending above it, then its own. Returns how many."""
-    at, pending = units[unit, 2], units[unit, 3]
+    """Collect the nodes that a unit reads, root first: those pending above it, then its own. Returns their number."""
+    at, pending = units[unit, U_LOWEST], units[unit, U_PENDING]
     for member in range(pending - 1, -1, -1):
         members[member] = at
-        at = walk[at, 0]
+        at = walk[at, W_PARENT]
     count: int = pending
-    for at in range(units[unit, 4], units[unit, 5]):
+    for at in range(units[unit, U_FIRST_NODE], units[unit, U_STOP_NODE]):
         members[count] = at
         count += 1
     return count
@@ -163,7 +199,7 @@ def _members(unit: int, units: Ints, walk: Ints, members: Ints) -> int:
 
 @inlined
 def _write(row: tuple[int, ...], table: Ints, at: int) -> int:
-    """Write a row where the table still has one. Returns the place of the next."""
+    """Write a row if the table has room for it. Returns the next index."""
     if at < len(table):
         for column, value in enumerate(row):
             table[at, column] = value
@@ -172,11 +208,11 @@ def _write(row: tuple[int, ...], table: Ints, at: int) -> int:
 
 @compiled
 def _highest_positions(walk: Ints, positions: Ints) -> Ints:
-    """Of the rows at or below each node, `[n]`; positions `[rows]`, in the walk's order."""
+    """Return the highest position at or below each node, `[n]`; positions `[rows]`, in the walk's order."""
     highest = np.full(walk.shape[0], -1, np.int64)
     for at in range(walk.shape[0] - 1, -1, -1):
-        if walk[at, 4]:
-            highest[at] = max(highest[at], positions[walk[at, 5] + walk[at, 4] - 1])
-        if walk[at, 0] >= 0:
-            highest[walk[at, 0]] = max(highest[walk[at, 0]], highest[at])
+        if walk[at, W_OWN_ROWS]:
+            highest[at] = max(highest[at], positions[walk[at, W_FIRST_ROW] + walk[at, W_OWN_ROWS] - 1])
+        if walk[at, W_PARENT] >= 0:
+            highest[walk[at, W_PARENT]] = max(highest[walk[at, W_PARENT]], highest[at])
     return highest

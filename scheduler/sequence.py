@@ -1,4 +1,4 @@
-"""Requests as the scheduler sees them: a request has `n` sequences, and each has a cursor in the tree."""
+"""Requests and their sequences, as the scheduler sees them."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,44 +12,44 @@ from radixgen.core import FinishReason, PromptTokens, SamplingParams, SamplingSt
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """What a caller submitted. `serial` orders requests by arrival."""
+    """A submitted request. `serial` orders requests by arrival."""
 
     id: str
     serial: int
     prompt: TokenArray
     params: SamplingParams
     max_output: int
-    """Tokens that each sequence may generate; 0 where only the prompt is scored."""
+    """Maximum tokens generated per sequence; 0 to only score the prompt."""
     priority: int = 0
     namespace: str = ""
     arrived: float = 0.0
     deadline: float = math.inf
-    """Seconds on the engine's clock, as `arrived`."""
+    """Seconds on the engine's clock, like `arrived`."""
     targets: TokenArray | None = None
-    """Where the prompt's own tokens are scored, the token that follows each of its positions."""
+    """If the prompt is scored: the token after each of its positions."""
     next_read: int = 0
-    """The first position whose target is still to be scored."""
+    """First position whose target is not scored yet."""
     search: BeamSearch | None = None
-    """Where it searches: its sequences are then the beams, best first, and in the end the hypotheses."""
+    """The state of a beam search. The sequences are its beams, best first, and at the end its hypotheses."""
     prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
     num_cached_tokens: int | None = None
-    """Prompt tokens that had their KV when the request was first admitted; None before."""
+    """Prompt tokens with KV at the first admission; None before."""
     queue_seconds: float = 0.0
-    """From its arrival to then."""
+    """Time from arrival to the first admission."""
     num_shared_tokens: int = 0
-    """Prompt tokens that running sequences or pins held then."""
+    """Prompt tokens held by running sequences or pins at the first admission."""
     sharing_ended: SharingEnd | None = None
     overtaken: int = 0
-    """How many requests of its priority that came later were admitted before it."""
+    """Number of later requests of the same priority that were admitted before this one."""
     num_forks: int = 0
     grammar_debt: float = 0.0
-    """Seconds that its grammar took beyond its shares of the steps"""
+    """Seconds that its grammar has taken beyond its shares of the steps."""
     sequences: list["Sequence"] = field(default_factory=list)
     waiting: list["Sequence"] = field(default_factory=list)
-    """Those of its sequences that have no cursor yet, or lost it to preemption."""
+    """Sequences without a cursor: not yet admitted, or preempted."""
     unfinished: int = 0
     prompt_tokens: PromptTokens = field(init=False)
-    """The prompt as outputs tell it"""
+    """The prompt as returned in outputs."""
 
     def __post_init__(self) -> None:
         self.prompt_tokens = PromptTokens(self.prompt)
@@ -60,7 +60,7 @@ class Request:
 
     @property
     def reading(self) -> bool:
-        """Whether tokens of the prompt are still to be scored."""
+        """Whether prompt tokens remain to be scored."""
         return self.targets is not None and self.next_read < self.targets.size
 
     def add_sequence(self, sequence: "Sequence") -> None:
@@ -68,14 +68,14 @@ class Request:
         self.unfinished += sequence.finish_reason is None
 
     def remove_sequence(self, sequence: "Sequence") -> None:
-        """Forget a beam that goes on no more."""
+        """Remove a beam that does not continue."""
         self.sequences.remove(sequence)
         self.unfinished -= 1
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One of a request's `n` continuations. While it runs, `cursor` locks its place in the tree."""
+    """One of a request's `n` continuations. While it runs, `cursor` locks its position in the tree."""
 
     request: Request
     index: int
@@ -88,36 +88,36 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     ended_by_token: bool = False
-    """Whether the last token of the output is an end, and no text."""
+    """Whether the last output token is an end token without text."""
     scheduled_in: int = -1
-    """The last step that this sequence has a part in."""
+    """The last step in which the sequence took part."""
     choices: Choices | None = None
-    """What may follow a beam that is parked: it has had its logits, others of its generation have not."""
+    """Candidates for the next token of a parked beam, which has its logits while others of its generation do not."""
 
     followed: FollowedMatch | None = None
-    """While it waits, the match of its tokens, from when it may be the next one on"""
+    """Match of its tokens while it waits, once it may be next."""
 
     def __post_init__(self) -> None:
         self.output = self.sampling.output
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Who goes first: priority, then arrival, then place among the `n`."""
+        """Scheduling order: priority, then arrival, then index among the `n`."""
         return -self.request.priority, self.request.serial, self.index
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether it is the one among its siblings that reads the prompt's logits, and has not done so yet."""
+        """Whether this sequence is the one among its siblings that still scores the prompt."""
         return self.request.reading and self.index == 0
 
     def tokens(self) -> TokenArray:
-        """Prompt and output."""
+        """Return prompt and output."""
         if not self.output:
             return self.request.prompt
         return np.concatenate([self.request.prompt, np.array(self.output, np.int32)])
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End it. Once ended, it stays so."""
+        """End the sequence. Must be called only once."""
         assert self.finish_reason is None, "a sequence ended twice"
         self.finish_reason, self.stop_reason = reason, stop_reason
         self.request.unfinished -= 1

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from radixgen.cache import BlockEvent, Cleared, RadixTree, Removed, Stored, as_tokens
+from radixgen.cache import BlockEvent, BlocksAdded, BlocksDropped, BlocksReset, RadixTree, as_tokens
 from radixgen.serve.kv_events import KVEvents
 
 Block = tuple[str, tuple[int, ...]]
@@ -22,9 +22,9 @@ class Consumer:
 
     def __call__(self, event: BlockEvent) -> bool:
         self.events.append(event)
-        if isinstance(event, Cleared):
+        if isinstance(event, BlocksReset):
             self.held.clear()
-        elif isinstance(event, Removed):
+        elif isinstance(event, BlocksDropped):
             for one in event.hashes:
                 namespace, tokens = self.held.pop(one)
                 longer = [b for n, b in self.held.values() if n == namespace and b[: len(tokens)] == tokens]
@@ -33,7 +33,7 @@ class Consumer:
             self._store(event)
         return True
 
-    def _store(self, event: Stored) -> None:
+    def _store(self, event: BlocksAdded) -> None:
         size, tokens = self.block_size, event.tokens.tolist()
         assert event.hashes and len(tokens) == size * len(event.hashes)
         before = () if event.parent is None else self.held[event.parent][1]
@@ -108,7 +108,7 @@ class Router:
             count += 1
             assert (empty, topic) == (b"", self._topic)
             number, events = int.from_bytes(sequence, "big"), wire_events(payload)
-            if number >= self.next or isinstance(events[0], Cleared):
+            if number >= self.next or isinstance(events[0], BlocksReset):
                 self._apply(number, events)
 
     def _hear(self, topic: bytes, sequence: bytes, payload: bytes) -> None:
@@ -122,7 +122,7 @@ class Router:
             self._apply(number, wire_events(payload))
 
     def _apply(self, number: int, events: list[BlockEvent]) -> None:
-        assert number == self.next or isinstance(events[0], Cleared), "a gap"
+        assert number == self.next or isinstance(events[0], BlocksReset), "a gap"
         for event in events:
             self.consumer(event)
         self.next = number + 1
@@ -138,11 +138,11 @@ def wire_events(payload: bytes) -> list[BlockEvent]:
 def _event(fields: list[Any]) -> BlockEvent:
     kind, *values = fields
     if kind == "AllBlocksCleared":
-        return Cleared()
+        return BlocksReset()
     if kind == "BlockRemoved":
-        return Removed(values[0])
+        return BlocksDropped(values[0])
     assert kind == "BlockStored"
     hashes, parent, tokens, size, _, _, _, *extra = values
     assert len(tokens) == size * len(hashes)
     # A namespace is told with the first block of a path alone.
-    return Stored(hashes, parent, as_tokens(tokens), extra[0][0][0] if extra else "")
+    return BlocksAdded(hashes, parent, as_tokens(tokens), extra[0][0][0] if extra else "")

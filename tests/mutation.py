@@ -86,11 +86,13 @@ STORING = (pytest_stage("tests/test_model.py"),)
 
 SUITES: dict[str, tuple[Stage, ...]] = {
     "radixgen/beam_search.py": SEARCHING,
+    "radixgen/cache/boundary.py": CACHING,
     "radixgen/cache/columns.py": CACHING,
     "radixgen/cache/eviction.py": CACHING,
     "radixgen/cache/node.py": CACHING,
     "radixgen/cache/policy.py": CACHING,
     "radixgen/cache/pool.py": CACHING,
+    "radixgen/cache/slots.py": CACHING,
     "radixgen/cache/storage.py": STORING,
     "radixgen/cache/tokens.py": CACHING,
     "radixgen/cache/tree.py": CACHING,
@@ -115,7 +117,7 @@ EXCLUDED = {
     "_FEW_ENTRIES": "when dead entries are swept out of a heap",
     "FIRST_RESERVE = ": "how far a leaf may grow in place",
     "_LARGEST_RESERVE = ": "how far a leaf may grow in place",
-    "_check_slots(plan": "an instrument of the tests",
+    "check_plan(plan": "an instrument of the tests",
     "tile_rows: int": "a cost measured on one machine",
     "0  ->  1  in  self.version = 0": "versions are only compared",
     "1  ->  2  in  self.version += 1": "versions are only compared",

@@ -14,11 +14,11 @@ import radixgen.cache.blocks as module
 from radixgen.cache import (
     BlockEvent,
     BlockProjection,
-    Cleared,
+    BlocksAdded,
+    BlocksDropped,
+    BlocksReset,
     ExtentPool,
     RadixTree,
-    Removed,
-    Stored,
     first_in,
     least_recently_used,
 )
@@ -81,7 +81,7 @@ class BlockMachine(TreeMachine):
             return
         self.projection.check()
         assert len(self.projection) == len(blocks_of(self.tree, self.projection.block_size))
-        if not self.projection._lost:
+        if not self.projection._overflowed:
             self.consumer.check(self.tree)
 
 
@@ -115,19 +115,19 @@ def told(tree: RadixTree, size: int = 4) -> list[BlockEvent]:
 def test_a_long_prompt_is_one_event_and_its_end_another() -> None:
     tree = RadixTree(ExtentPool(256))
     events = told(tree)
-    assert events == [Cleared()]
+    assert events == [BlocksReset()]
     add(tree, [*range(11)])
     stored = events[1]
-    assert isinstance(stored, Stored) and len(events) == 2
+    assert isinstance(stored, BlocksAdded) and len(events) == 2
     assert (stored.parent, stored.tokens.tolist(), stored.namespace) == (None, [*range(8)], "")
     add(tree, [*range(13)])
     more = events[2]
-    assert isinstance(more, Stored) and more.parent == stored.hashes[-1]
+    assert isinstance(more, BlocksAdded) and more.parent == stored.hashes[-1]
     assert more.tokens.tolist() == [8, 9, 10, 11], "it begins in the node before"
     tree.evict(2)
-    assert events[3:] == [Removed(more.hashes)]
+    assert events[3:] == [BlocksDropped(more.hashes)]
     tree.reset()
-    assert events[4:] == [Removed(stored.hashes[::-1]), Cleared()]
+    assert events[4:] == [BlocksDropped(stored.hashes[::-1]), BlocksReset()]
 
 
 def test_a_split_tells_nothing_and_branches_inside_a_block_are_two() -> None:
@@ -137,7 +137,7 @@ def test_a_split_tells_nothing_and_branches_inside_a_block_are_two() -> None:
     assert len(events) == 2, "a split emits nothing"
     add(tree, [0, 1, 2, 3, 4, 5, 9, 9])
     first, second = events[1:]
-    assert isinstance(first, Stored) and isinstance(second, Stored)
+    assert isinstance(first, BlocksAdded) and isinstance(second, BlocksAdded)
     assert second.parent == first.hashes[0] and second.tokens.tolist() == [4, 5, 9, 9]
     assert second.hashes[0] not in first.hashes
 
@@ -145,7 +145,7 @@ def test_a_split_tells_nothing_and_branches_inside_a_block_are_two() -> None:
 def test_hashes_are_stable_and_name_everything_before_the_block() -> None:
     """The literals are what other versions and other workers have for the same blocks."""
     (_, stored) = told(tree_of([*range(8)]))
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, BlocksAdded)
     assert stored.hashes == HASHES
     others = [
         told(tree_of([*range(8)], namespace="tenant"))[1],
@@ -153,7 +153,7 @@ def test_hashes_are_stable_and_name_everything_before_the_block() -> None:
         told(tree_of([*range(8)]), size=2)[1],
     ]
     for other in others:
-        assert isinstance(other, Stored) and not {*other.hashes} & {*stored.hashes}
+        assert isinstance(other, BlocksAdded) and not {*other.hashes} & {*stored.hashes}
 
 
 HASHES = [10764068877120707867, 5638208025446514785]
@@ -161,7 +161,7 @@ HASHES = [10764068877120707867, 5638208025446514785]
 
 def test_a_namespace_of_one_sequence_is_nobody_elses_business() -> None:
     tree = tree_of([*range(8)], namespace="\0007.0")
-    assert told(tree) == [Cleared()]
+    assert told(tree) == [BlocksReset()]
     tree.reset()
 
 
@@ -179,9 +179,9 @@ def test_what_was_lost_is_told_anew_at_the_next_change() -> None:
     full[0] = True
     add(tree, [*range(8)])
     full[0] = False
-    assert [*room] == [Cleared()]
+    assert [*room] == [BlocksReset()]
     add(tree, [7])
-    assert isinstance(room[1], Cleared) and isinstance(room[2], Stored) and len(room[2].hashes) == 2
+    assert isinstance(room[1], BlocksReset) and isinstance(room[2], BlocksAdded) and len(room[2].hashes) == 2
     projection.check()
 
 
@@ -191,10 +191,10 @@ def test_blocks_whose_hashes_collide_count_as_one(monkeypatch: pytest.MonkeyPatc
     tree, held = RadixTree(ExtentPool(512)), set[int]()
 
     def emit(event: BlockEvent) -> bool:
-        if isinstance(event, Stored):
+        if isinstance(event, BlocksAdded):
             assert not held & {*event.hashes}
             held.update(event.hashes)
-        elif isinstance(event, Removed):
+        elif isinstance(event, BlocksDropped):
             assert held >= {*event.hashes}
             held.difference_update(event.hashes)
         else:

@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 
 from radixgen import Engine, SamplingParams
 from radixgen.model import collectives
-from radixgen.model.collectives import Gather, OwnColumns, Rank, RowParallelLinear, register, silent
-from radixgen.model.fused_linear import FusedLinear, Share
+from radixgen.model.collectives import GatherColumns, Rank, RowParallelLinear, SelectColumns, register, silent
+from radixgen.model.fused_linear import FusedLinear, FusedLinearSlice
 
 SIZE = 3
 
@@ -54,7 +54,7 @@ def test_sharded_products_add_up(width: int, others: list[Tensor]) -> None:
     pieces = [wide[..., part] for part in columns]
     most = max(piece.shape[-1] for piece in pieces)
     others[:] = [nn.functional.pad(one, (0, most - one.shape[-1])).reshape(-1, most) for one in pieces]
-    assert torch.equal(Gather(width, SIZE)(pieces[-1]), wide)
+    assert torch.equal(GatherColumns(width, SIZE)(pieces[-1]), wide)
 
 
 class Ones:
@@ -72,7 +72,7 @@ def test_a_product_in_parts_is_added_up_as_it_crosses(monkeypatch: pytest.Monkey
     layer, given = nn.Linear(6, 4, bias=False), torch.randn(2, 5, 6)
     expected = layer(given).detach()
     parts = torch.stack([linear(given[..., part], layer.weight[:, part]) for part in torch.arange(6).chunk(2)]).detach()
-    summed = RowParallelLinear(Share(FusedLinear([layer]), 0, layer))
+    summed = RowParallelLinear(FusedLinearSlice(FusedLinear([layer]), 0, layer))
     with torch.inference_mode():
         others[:] = [expected]
         assert torch.equal(summed(given), expected)
@@ -87,7 +87,7 @@ def test_a_product_in_parts_is_added_up_as_it_crosses(monkeypatch: pytest.Monkey
 def test_few_columns_are_gathered_by_a_sum(monkeypatch: pytest.MonkeyPatch, others: list[Tensor]) -> None:
     monkeypatch.setattr(collectives.PEERS, "_sum", Ones())
     monkeypatch.setattr(collectives.dist, "get_rank", lambda: 2)
-    found = Gather(13, SIZE)(torch.full((1, 2, 3), 5.0))
+    found = GatherColumns(13, SIZE)(torch.full((1, 2, 3), 5.0))
     assert found.tolist() == [[[1.0] * 10 + [6.0] * 3] * 2]
 
 
@@ -112,7 +112,11 @@ def test_the_operators_are_sound(rows: int) -> None:
     with silent():
         before = given.clone()
         assert torch.equal(RowParallelLinear(nn.Identity())(given), before)
-        assert Gather(17, SIZE)(given).shape == (1, rows, 17) and OwnColumns(slice(2, 4))(given).shape == (1, rows, 2)
+        assert GatherColumns(17, SIZE)(given).shape == (1, rows, 17) and SelectColumns(slice(2, 4))(given).shape == (
+            1,
+            rows,
+            2,
+        )
         library.opcheck(torch.ops.radixgen.all_reduce_.default, (given,))
         library.opcheck(torch.ops.radixgen.all_gather.default, (given, 17, SIZE))
         library.opcheck(torch.ops.radixgen.all_reduce_parts.default, (given, torch.bfloat16))

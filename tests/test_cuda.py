@@ -167,10 +167,10 @@ def test_early_launches_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_llama(torch.bfloat16, num_attention_heads=8, head_dim=128, max_position_embeddings=1_024, **sizes)
     rng = np.random.default_rng(0)
     batches = [[rng.integers(3, 512, 40 + row % 9).tolist() for row in range(rows)] for rows in (1, 7, 100)]
-    options = packed._compiler_options(model.device) or {}
+    options = packed.compiler_options(model.device) or {}
 
     def answers(options: dict[str, bool]) -> list[object]:
-        monkeypatch.setattr(packed, "_compiler_options", lambda _: options)
+        monkeypatch.setattr(packed, "compiler_options", lambda _: options)
         torch._dynamo.reset()
         found: list[object] = []
         with Engine(model, kv_tokens=20_000, torch_compile=True) as engine:

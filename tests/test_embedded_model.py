@@ -257,4 +257,4 @@ def test_a_damaged_calibration_is_left_out(
     (tmp_path / "calibration").mkdir()
     (tmp_path / "calibration" / "cpu.json").write_text(text)
     assert cost_models(torch.device("cpu"), Geometry(2, 2, 64, 64, torch.float32))
-    assert ("is no calibration" in caplog.text) == (text != "[]")
+    assert ("is not a calibration" in caplog.text) == (text != "[]")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, library, nn
 
 from radixgen.kernels import expert_gemm
-from radixgen.kernels.expert_gemm import expert_linear, expert_linear_plainly
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.kernels.expert_gemm import expert_linear, expert_linear_reference
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.packed import TreeModel
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +43,7 @@ def test_products_are_those_of_copied_weights(
     for rows in (1, 2, 9, 40):
         experts, given = choices(rows, count, most), random(rows, inputs, dtype=dtype)
         found = expert_linear(given, weight, experts.reshape(-1), transposed)
-        wanted = expert_linear_plainly(given.float(), weight.float(), experts.reshape(-1), transposed)
+        wanted = expert_linear_reference(given.float(), weight.float(), experts.reshape(-1), transposed)
         torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=1e-2)
         # A row for each pair, as the second product has them.
         again = expert_linear(given.repeat_interleave(most, 0), weight, experts.reshape(-1), transposed)
@@ -83,7 +84,7 @@ def test_layers_of_experts_use_them(family: str, monkeypatch: pytest.MonkeyPatch
 
     def counted(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
         calls.append(experts.numel())
-        return expert_linear_plainly(given, weight, experts, transposed)
+        return expert_linear_reference(given, weight, experts, transposed)
 
     monkeypatch.setattr(expert_gemm, "supports", lambda weight: True)
     monkeypatch.setattr(expert_gemm, "expert_linear", counted)

@@ -35,7 +35,14 @@ from radixgen import Engine, TreeAttention, calibration
 from radixgen.core import Chunk, InvalidRequest, Window
 from radixgen.kernels import flash_backend, torch_backend
 from radixgen.kernels.backend import backend
-from radixgen.kernels.flash_backend import Chooser, FlashCost, MergeTables, Package, attend_plainly
+from radixgen.kernels.flash_backend import (
+    CheapestAttention,
+    FlashCost,
+    FlashPackage,
+    MergeTables,
+    attend_reference,
+    backend_with_flash,
+)
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.sequences import split
 from radixgen.scheduler.planner import CostModel, TileCost
@@ -56,7 +63,7 @@ class Recorder:
         assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q[0] == cu_k[0] == 0
         assert cu_q[-1] == len(q) and cu_k[-1] <= len(k)
         self.calls.append((int((cu_q.diff() > 0).sum()), options["causal"]))
-        out, lse = attend_plainly(q, k, v, cu_q, cu_k, *lengths, **options)
+        out, lse = attend_reference(q, k, v, cu_q, cu_k, *lengths, **options)
         for row, row_end, end in zip(cu_q, cu_q[1:], cu_k[1:], strict=False):
             out[row:row_end] += 0 * v[end : end + self.beyond].sum()
         return out, lse
@@ -69,7 +76,7 @@ BEYOND = [0, 256]
 @pytest.fixture(params=BEYOND, ids=["in place", "packed"])
 def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder(request.param)
-    package = Package("twin", recorder, request.param, FLOATS, 1)
+    package = FlashPackage("twin", recorder, request.param, FLOATS, 1)
     monkeypatch.setattr(flash_backend, "load", lambda device: package)
     monkeypatch.setattr(flash_backend, "runs_on", lambda device: True)
     return recorder
@@ -262,7 +269,7 @@ def test_half_precision(twin: Recorder, dtype: torch.dtype, bound: float) -> Non
 )
 def test_shapes_that_the_package_does_not_take(monkeypatch: pytest.MonkeyPatch, dims, dtype) -> None:
     twin = Recorder(0)
-    monkeypatch.setattr(flash_backend, "load", lambda device: Package("flash-attn", twin))
+    monkeypatch.setattr(flash_backend, "load", lambda device: FlashPackage("flash-attn", twin))
     monkeypatch.setattr(flash_backend, "runs_on", lambda device: True)
     case = Case([-1, 0, 0], [[(0, 40)], [(40, 3)], [(50, 4)]], [1, 2], None, 60)
     q, k, v = tensors(case, (2, 1), dims, dtype)
@@ -291,7 +298,7 @@ def test_the_merge_kernel_equals_its_twin(dtype: torch.dtype, sinks: bool) -> No
     out = torch.randn(90, 6, 24, device=DEVICE).to(dtype)
     lse = 5 * torch.randn(90, 6, device=DEVICE)
     logits = torch.randn(6, device=DEVICE) if sinks else None
-    plain, plain_lse = flash_backend.merge_plainly(out, lse, tables, logits)
+    plain, plain_lse = flash_backend.merge_reference(out, lse, tables, logits)
     merged, merged_lse = flash_backend.merge_by_kernel(out, lse, tables, logits)
     assert merged.dtype == dtype and error(merged, plain) < (1e-3 if dtype == torch.float16 else 1e-6)
     assert torch.equal(merged_lse.isneginf(), plain_lse.isneginf()) and (merged[29] == 0).all()
@@ -301,11 +308,11 @@ def test_the_merge_kernel_equals_its_twin(dtype: torch.dtype, sinks: bool) -> No
 
 def _two(q, k, v, a, b, c, d, dropout_p=0.0, softmax_scale=None, causal=False, softcap=0.0, return_attn_probs=False):
     assert return_attn_probs
-    return *attend_plainly(q, k, v, a, b, c, d, causal=causal, scale=softmax_scale, softcap=softcap or None), None
+    return *attend_reference(q, k, v, a, b, c, d, causal=causal, scale=softmax_scale, softcap=softcap or None), None
 
 
 def _three(q, k, v, a, b, c, d, seqused_q=None, softmax_scale=None, causal=False, softcap=0.0):
-    return attend_plainly(q, k, v, a, b, c, d, causal=causal, scale=softmax_scale, softcap=softcap or None)
+    return attend_reference(q, k, v, a, b, c, d, causal=causal, scale=softmax_scale, softcap=softcap or None)
 
 
 @pytest.mark.parametrize("function", [_two, _three, partial(_three, causal=False)])
@@ -314,7 +321,7 @@ def test_both_packages_are_called_by_their_own_names(function: Callable[..., Any
     bounds = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
     options = {"causal": True, "scale": 0.3, "softcap": 4.0}
     out, lse = flash_backend._through(function)(q, k, k, *bounds, 3, 5, **options)
-    plain, plain_lse = attend_plainly(q, k, k, *bounds, 3, 5, **options)
+    plain, plain_lse = attend_reference(q, k, k, *bounds, 3, 5, **options)
     assert torch.equal(out, plain) and torch.equal(lse, plain_lse) and lse.shape == (2, 3)
 
 
@@ -365,7 +372,7 @@ def test_a_package_of_no_use_is_as_good_as_none(fake: Callable[[str, str], None]
     fake("flash_attn", text)
     with pytest.raises(InvalidRequest, match=f"attention='flash'.*{reason}"):
         backend("flash", CPU)
-    assert backend("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.Attention
+    assert backend_with_flash("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.TorchAttention
 
 
 @pytest.mark.skipif("not installed" not in flash_backend.installed(), reason="flash-attn is installed")
@@ -375,19 +382,19 @@ def test_without_the_package() -> None:
         backend("flash", CPU)
     with pytest.raises(InvalidRequest, match=r"attention='flash'.*not installed"):
         Engine(families.build("llama"), attention="flash", kv_tokens=64)
-    assert backend("auto", CPU, FlashCost(0.0, 0.0)).name == "torch"
-    assert backend("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.Attention
+    assert backend_with_flash("auto", CPU, FlashCost(0.0, 0.0)).name == "torch"
+    assert backend_with_flash("auto", CPU, FlashCost(0.0, 0.0)).attention is torch_backend.TorchAttention
 
 
 def test_auto_asks_the_cost_model(twin: Recorder) -> None:
     case = Case([-1, 0, 0], [[(0, 400)], [(400, 3)], [(410, 4)]], [1, 2], None, 420)
     plan = made(case).plan
-    assert backend("auto", CPU).attention is torch_backend.Attention
-    cheap, dear = (backend("auto", CPU, FlashCost(call, 0.0)) for call in (0.01, 1e9))
-    assert cheap.name == dear.name == "torch" and isinstance(cheap.attention, Chooser)
-    assert isinstance(cheap.attention(plan, None, CPU), flash_backend.Attention)
-    assert isinstance(dear.attention(plan, None, CPU), torch_backend.Attention)
-    assert isinstance(cheap.attention(plan, 7, CPU), torch_backend.Attention)
+    assert backend("auto", CPU).attention is torch_backend.TorchAttention
+    cheap, dear = (backend_with_flash("auto", CPU, FlashCost(call, 0.0)) for call in (0.01, 1e9))
+    assert cheap.name == dear.name == "torch" and isinstance(cheap.attention, CheapestAttention)
+    assert isinstance(cheap.attention(plan, None, CPU), flash_backend.FlashAttention)
+    assert isinstance(dear.attention(plan, None, CPU), torch_backend.TorchAttention)
+    assert isinstance(cheap.attention(plan, 7, CPU), torch_backend.TorchAttention)
 
 
 def test_a_calibration_may_know_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

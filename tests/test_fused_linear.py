@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radixgen.model.fused_linear import Share, fuse_linears, restore_linears
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.fused_linear import FusedLinearSlice, fuse_linears, restore_linears
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.packed import TreeModel
 
 SHARES = {"llama": 10, "qwen2": 15, "gemma2": 10, "phi3": 0}
 """Five for each layer; phi3 has its weights stacked by itself."""
@@ -25,7 +26,7 @@ def logits(model: TreeModel) -> Tensor:
 
 
 def shares(model: nn.Module) -> int:
-    return sum(isinstance(module, Share) for module in model.modules())
+    return sum(isinstance(module, FusedLinearSlice) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", list(SHARES))

@@ -60,6 +60,19 @@ def imports(path: Path) -> list[str]:
     return found
 
 
+def imports_with_names(path: Path) -> list[str]:
+    """As `imports`, with what is imported from each module."""
+    found, todo = [], [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     if path == ROOT / "__init__.py":
@@ -73,6 +86,22 @@ def test_imports_run_one_way(path: Path) -> None:
         if layer(path) == "core" or path.name in ("tree.py", "pool.py", "planner.py", "policy.py"):
             assert name.split(".")[0] not in ("torch", "transformers"), f"{path.name} imports {name}"
         assert name.split(".")[0] not in FORBIDDEN, f"{path.name} imports {name}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("radixgen", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_imports_have_no_cycles() -> None:
+    """Not even through imports within functions; those for type checkers do not count."""
+    names = {module_name(path) for path in MODULES}
+    graph = {
+        module_name(path): {name if name in names else name.rpartition(".")[0] for name in imports_with_names(path)}
+        for path in MODULES
+    }
+    while leaves := {module for module, imported in graph.items() if not imported & graph.keys()}:
+        graph = {module: imported for module, imported in graph.items() if module not in leaves}
+    assert not graph, f"imports in a cycle, or that lead into one: {sorted(graph)}"
 
 
 def test_every_module_has_a_layer() -> None:

@@ -18,7 +18,7 @@ from radixgen import Engine, TreeAttention
 from radixgen.core import Chunk, Plan
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.schedule import Launched, assign, makespan
+from radixgen.kernels.schedule import LaunchCosts, assign, makespan
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 from radixgen.kernels.workspace import Workspace
 from radixgen.model import graphs
@@ -157,8 +157,8 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
 
     def prepared():
         if static:
-            return triton_backend.StaticAttention(plan, None, positions, Workspace())
-        return triton_backend.Attention(plan, None, DEVICE)
+            return triton_backend.TritonStaticAttention(plan, None, positions, Workspace())
+        return triton_backend.TritonAttention(plan, None, DEVICE)
 
     shared = prepared()
     for softcap in (None, 2.0, None):
@@ -218,7 +218,7 @@ def test_writes_equal_their_twin(kv_heads, dims, dtype) -> None:
     for name in ("torch", "triton"):
         k = torch.zeros(32, kv_heads, dims[0], dtype=dtype, device=DEVICE)
         v = torch.zeros(32, kv_heads, dims[1], dtype=dtype, device=DEVICE)
-        backend(name, DEVICE).writes(slots, DEVICE)(key, value, k, v)
+        backend(name, DEVICE).kv_writer(slots, DEVICE)(key, value, k, v)
         pools.append((k, v))
     assert torch.equal(pools[0][0], pools[1][0]) and torch.equal(pools[0][1], pools[1][1])
     assert pools[0][0][7].any() and not pools[0][0][1].any()
@@ -235,16 +235,16 @@ def test_schedule_is_complete_and_even(items: int, programs: int) -> None:
 
 def test_a_launch_begins_where_the_one_before_it_ends() -> None:
     """Three programs of one launch, six of the next."""
-    wide, narrow = Launched(np.array([9.0, 4.0]), 3), Launched(np.full(10, 1.0), 6)
-    assert makespan([wide, narrow]) == 9.0 and makespan([wide, Launched(np.full(100, 1.0), 6)]) == 21.0
+    wide, narrow = LaunchCosts(np.array([9.0, 4.0]), 3), LaunchCosts(np.full(10, 1.0), 6)
+    assert makespan([wide, narrow]) == 9.0 and makespan([wide, LaunchCosts(np.full(100, 1.0), 6)]) == 21.0
     assert makespan([wide, narrow], copies=3) == 13.0 + 5.0
 
 
 def test_few_programs_are_not_slowed_by_memory() -> None:
     """Memory for two of four programs: two take no longer than one, four take twice as long."""
     for items, time in ((1, 10.0), (2, 10.0), (4, 20.0)):
-        assert makespan([Launched(np.full(items, 10.0), 4, 2.0)]) == time
-    assert makespan([Launched(np.array([10.0, 10.0, 10.0, 30.0]), 4, 2.0)]) == 40.0
+        assert makespan([LaunchCosts(np.full(items, 10.0), 4, 2.0)]) == time
+    assert makespan([LaunchCosts(np.array([10.0, 10.0, 10.0, 30.0]), 4, 2.0)]) == 40.0
 
 
 def laid_out(rows: int, keys: int) -> tuple[Plan, Launch, Work]:
@@ -282,7 +282,7 @@ def test_programs_take_what_is_left_in_turn() -> None:
     q = torch.randn(made.num_rows, 8, 128, device=DEVICE, dtype=torch.float16)
     k, v = torch.randn(2, slots, 2, 128, device=DEVICE, dtype=torch.float16)
     positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
-    static = triton_backend.StaticAttention(made, None, positions, Workspace())
+    static = triton_backend.TritonStaticAttention(made, None, positions, Workspace())
     first = [one.clone() for one in static(q, k, v, 0.1)]
     again = static(q, k, v, 0.1)
     expected = backend("torch", DEVICE).attention(made, None, DEVICE)(q.float(), k.float(), v.float(), 0.1)
@@ -330,7 +330,7 @@ def test_a_static_attention_answers_every_plan_that_is_loaded() -> None:
         padded = torch.zeros(64, *q.shape[1:], device=DEVICE)
         padded[:rows] = q[order]
         if static is None:
-            static = triton_backend.StaticAttention(made, 50, positions, Workspace())
+            static = triton_backend.TritonStaticAttention(made, 50, positions, Workspace())
         else:
             assert static.load(made)
         out, lse = static(padded, k, v, 64**-0.5)
@@ -358,7 +358,7 @@ def test_rows_move_on_over_the_same_tables(mode, window) -> None:
     for begin, length, room in zip(extents, lengths, rooms, strict=True):
         pools[:, begin + length : begin + length + room] = float("nan")
     positions = torch.from_numpy(made.row_positions).long().to(DEVICE)
-    static = triton_backend.StaticAttention(made, window, positions, Workspace())
+    static = triton_backend.TritonStaticAttention(made, window, positions, Workspace())
     looked_at = range(steps + 1) if EVERYTHING else (0, 1, steps)
     for step in range(steps + 1):
         if step:
@@ -444,7 +444,7 @@ def test_a_model_that_can_not_be_captured_runs_eagerly(monkeypatch, caplog) -> N
     def refuse(*_: object) -> None:
         raise ValueError("no kernel")
 
-    monkeypatch.setattr(triton_backend.StaticAttention, "__call__", refuse)
+    monkeypatch.setattr(triton_backend.TritonStaticAttention, "__call__", refuse)
     with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
         assert len(engine.generate([[1, 2, 3]], greedy(4))[0].outputs[0].token_ids) == 4
         assert engine.stats().failed_captures == 1
@@ -453,7 +453,7 @@ def test_a_model_that_can_not_be_captured_runs_eagerly(monkeypatch, caplog) -> N
 
 def test_a_size_that_can_not_be_captured_leaves_the_others_alone(monkeypatch, caplog) -> None:
     """Steps of one sequence are replayed, those of two run eagerly."""
-    asked, attend = [[1], [3]], triton_backend.StaticAttention.__call__
+    asked, attend = [[1], [3]], triton_backend.TritonStaticAttention.__call__
     with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
         expected = [output.outputs[0].token_ids for output in engine.generate(asked, greedy(4))]
 
@@ -462,7 +462,7 @@ def test_a_size_that_can_not_be_captured_leaves_the_others_alone(monkeypatch, ca
             raise ValueError("no memory")
         return attend(self, q, *arguments)
 
-    monkeypatch.setattr(triton_backend.StaticAttention, "__call__", refuse)
+    monkeypatch.setattr(triton_backend.TritonStaticAttention, "__call__", refuse)
     with Engine(families.build("llama").to(DEVICE), attention="triton", kv_tokens=256) as engine:
         engine.generate([[5]], greedy(4))
         assert [output.outputs[0].token_ids for output in engine.generate(asked, greedy(4))] == expected

@@ -13,7 +13,7 @@ from consumer import Router, blocks_of, wire_events
 from oracle import StampModel
 
 from radixgen import AsyncEngine, Engine, InvalidRequest, SamplingParams
-from radixgen.cache import Cleared, Removed, Stored, as_tokens
+from radixgen.cache import BlocksAdded, BlocksDropped, BlocksReset, as_tokens
 from radixgen.serve import kv_events
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 
@@ -40,11 +40,11 @@ def prompts(seed: int, count: int = 12) -> list[list[int]]:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 BATCH = [
-    Cleared(),
-    Stored([2**64 - 1, 7], None, as_tokens([1, 2, 3, 4, 49151, 6, 7, 8]), ""),
-    Stored([9], None, as_tokens([1, 2, 3, 4]), "tenant"),
-    Stored([11], 9, as_tokens([5, 6, 7, 8]), "tenant"),
-    Removed([7]),
+    BlocksReset(),
+    BlocksAdded([2**64 - 1, 7], None, as_tokens([1, 2, 3, 4, 49151, 6, 7, 8]), ""),
+    BlocksAdded([9], None, as_tokens([1, 2, 3, 4]), "tenant"),
+    BlocksAdded([11], 9, as_tokens([5, 6, 7, 8]), "tenant"),
+    BlocksDropped([7]),
 ]
 GOLDEN = {
     "map": (
@@ -146,10 +146,10 @@ def test_a_router_follows_a_pool_that_is_always_full(encoding: str) -> None:
             router.follow(served.tree)
             served.check()
         assert {namespace for namespace, _ in router.consumer.held.values()} == {"", "tenant"}
-        assert any(isinstance(event, Removed) for event in router.consumer.events)
+        assert any(isinstance(event, BlocksDropped) for event in router.consumer.events)
         assert served.reset_prefix_cache()
         router.follow(served.tree)
-        assert isinstance(router.consumer.events[-1], Cleared) and not router.consumer.held
+        assert isinstance(router.consumer.events[-1], BlocksReset) and not router.consumer.held
         stats = events.stats()
     assert stats.batches and not stats.blocks and not stats.dropped_events and not stats.lags
 
@@ -178,7 +178,7 @@ def test_who_asks_for_what_is_no_longer_kept_gets_a_snapshot() -> None:
             assert late.ask(0) == 1
             late.consumer.check(served.tree)
             assert late.next == events.stats().batches
-            parents = [event.parent for event in late.consumer.events if isinstance(event, Stored)]
+            parents = [event.parent for event in late.consumer.events if isinstance(event, BlocksAdded)]
             assert None in parents and len(parents) < len(late.consumer.held), "blocks in a row are one event"
         assert events.stats().snapshots == 1
 
@@ -261,7 +261,7 @@ def test_a_subscriber_that_lags_is_counted_and_the_others_get_all() -> None:
             socket.subscribe(b"")
         sequences, number = [], 0
         while not publisher.stats().lags or number < 20:
-            queue.put(Stored([number], None, as_tokens(np.arange(200_000)), ""))
+            queue.put(BlocksAdded([number], None, as_tokens(np.arange(200_000)), ""))
             number += 1
             assert number < 200, "nobody lags"
             while publisher.stats().batches < number:
@@ -376,4 +376,4 @@ def test_prompts_of_sequences_that_share_nothing_are_not_told() -> None:
     with Engine(StampModel(VOCAB, 128), kv_tokens=96, share=False) as served, KVEvents(served, config()) as events:
         served.generate(prompts(0, 3), GREEDY)
         assert not blocks_of(served.tree, 4)
-    assert wire_events(events._publisher._sent[0][1]) == [Cleared()] and len(events._publisher._sent) == 1
+    assert wire_events(events._publisher._sent[0][1]) == [BlocksReset()] and len(events._publisher._sent) == 1

@@ -40,8 +40,8 @@ def test_a_plan_of_some_rows_answers_them_as_the_whole_does(mode: PlanMode, wind
         whole, slots = random_plan(rng, mode)
         q, k, v = torch.randn(whole.num_rows, 4, 8), torch.randn(slots, 2, 8), torch.randn(slots, 2, 8)
         rows = np.unique(rng.integers(0, whole.num_rows, int(rng.integers(1, whole.num_rows + 1))))
-        out, lse = torch_backend.Attention(whole, window, cpu)(q, k, v, 0.3)
-        some, some_lse = torch_backend.Attention(whole.select(rows), window, cpu)(q[rows], k, v, 0.3)
+        out, lse = torch_backend.TorchAttention(whole, window, cpu)(q, k, v, 0.3)
+        some, some_lse = torch_backend.TorchAttention(whole.select(rows), window, cpu)(q[rows], k, v, 0.3)
         torch.testing.assert_close(some, out[rows])
         torch.testing.assert_close(some_lse, lse[rows])
 
@@ -62,8 +62,8 @@ def test_only_rows_that_give_logits_are_computed(name: str) -> None:
 
 def test_a_block_that_cannot_do_with_some_rows_computes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its output would be another one, as seen when it is loaded."""
-    pick = last_block._pick
-    monkeypatch.setattr(last_block, "_pick", lambda value, rows, count: pick(value, rows.flip(0), count))
+    pick = last_block._select_rows
+    monkeypatch.setattr(last_block, "_select_rows", lambda value, rows, count: pick(value, rows.flip(0), count))
     model = TreeModel(families.build("llama"), "llama", None)
     assert not model.picks_rows
     assert not any(isinstance(module, LastBlock) for module in model.model.modules())

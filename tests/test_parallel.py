@@ -47,11 +47,11 @@ from radixgen.model.lockstep import (
     COLUMNS,
     MAX_FRAME,
     Channel,
-    Closed,
-    Job,
-    Kind,
-    Origins,
-    Step,
+    ChannelClosed,
+    ModelInput,
+    PlanOrigins,
+    RankCommand,
+    RankJob,
     pack,
     pack_step,
     unpack,
@@ -349,8 +349,8 @@ columns = st.sampled_from([np.int32, np.int64, np.float64]).flatmap(
 )
 
 
-@given(st.sampled_from(Kind), st.lists(columns, max_size=6))
-def test_frames_carry_arrays_as_they_are(kind: Kind, sent: list[np.ndarray]) -> None:
+@given(st.sampled_from(RankCommand), st.lists(columns, max_size=6))
+def test_frames_carry_arrays_as_they_are(kind: RankCommand, sent: list[np.ndarray]) -> None:
     got_kind, got = unpack(bytearray(pack(kind, sent)))
     assert got_kind is kind and len(got) == len(sent)
     for one, other in zip(sent, got, strict=True):
@@ -360,7 +360,7 @@ def test_frames_carry_arrays_as_they_are(kind: Kind, sent: list[np.ndarray]) -> 
 
 @given(st.data(), st.lists(columns, max_size=3))
 def test_frames_that_were_cut_or_changed_are_refused_or_read(data: st.DataObject, sent: list[np.ndarray]) -> None:
-    frame = bytearray(pack(Kind.RUN, sent))
+    frame = bytearray(pack(RankCommand.RUN, sent))
     with pytest.raises(ValueError, match=r"not a frame|buffer|bytes too many"):
         unpack(frame[: data.draw(st.integers(0, len(frame) - 1))])
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
@@ -374,9 +374,9 @@ class Recorder(StampModel):
     seen = 0
 
     def run(self, plan: Plan, token_ids: np.ndarray, slots: np.ndarray, logit_rows: np.ndarray) -> torch.Tensor:
-        kind, sent = unpack(bytearray(pack_step(Step(plan, token_ids, slots, logit_rows))))
+        kind, sent = unpack(bytearray(pack_step(ModelInput(plan, token_ids, slots, logit_rows))))
         got = unpack_step(sent, {})
-        assert kind is Kind.RUN
+        assert kind is RankCommand.RUN
         for name in COLUMNS:
             one, other = getattr(plan, name), getattr(got.plan, name)
             assert (one.dtype, one.shape) == (other.dtype, other.shape), name
@@ -399,11 +399,11 @@ def test_a_step_comes_out_as_it_went_in() -> None:
 
 def test_plans_have_the_same_origins_on_all_ranks() -> None:
     """As long as either side has a use for them."""
-    origins, known = Origins(), WeakValueDictionary()
+    origins, known = PlanOrigins(), WeakValueDictionary()
     built = [unpack_step(unpack(bytearray(a_step()))[1], {}).plan for _ in range(2)]
 
     def send(plan: Plan) -> tuple[int, Plan]:
-        step, number = Step(plan, *[np.empty(0, np.int64)] * 3), origins.number(plan)
+        step, number = ModelInput(plan, *[np.empty(0, np.int64)] * 3), origins.number(plan)
         return number, unpack_step(unpack(bytearray(pack_step(step, origin=number)))[1], known).plan
 
     first, second = send(built[0]), send(built[1])
@@ -432,13 +432,13 @@ def test_a_channel_ends_with_its_other_end(channels: tuple[Channel, Channel]) ->
     theirs.send(b"")
     assert ours.receive(1.0) == b""
     theirs.socket.sendall((MAX_FRAME + 1).to_bytes(8, "little"))
-    with pytest.raises(Closed, match="at most"):
+    with pytest.raises(ChannelClosed, match="at most"):
         ours.receive(1.0)
     theirs.socket.sendall(b"half")
     theirs.close()
-    with pytest.raises(Closed, match="gone"):
+    with pytest.raises(ChannelClosed, match="gone"):
         ours.receive(1.0)
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         ours.send(b"x")
 
 
@@ -457,7 +457,7 @@ class Failing(StampModel):
 def test_a_follower_answers_for_its_memory_and_ends_with_what_a_step_raises(channels: tuple[Channel, Channel]) -> None:
     ours, theirs = channels
     for slots in 100, 50:
-        ours.send(pack(Kind.ALLOCATE, [np.array([slots])]))
+        ours.send(pack(RankCommand.ALLOCATE, [np.array([slots])]))
     ours.send(a_step())
     with pytest.raises(IndexError, match="no such slot"):
         follow(theirs.receive, theirs, Failing())
@@ -474,10 +474,10 @@ class Company:
 
     def send(self, frame: bytes) -> None:
         kind, sent = unpack(bytearray(frame))
-        if kind is Kind.ALLOCATE:
+        if kind is RankCommand.ALLOCATE:
             self.asked.append(int(sent[0][0]))
 
-    def obituary(self) -> str:
+    def describe_exits(self) -> str:
         return ""
 
     def answers(self, _: float) -> list[dict]:
@@ -527,8 +527,8 @@ def test_what_a_device_gives_after_a_rank_has_ended_reaches_nobody() -> None:
             engine.step()
 
 
-def a_job(folder: Path) -> Job:
-    return Job(
+def a_job(folder: Path) -> RankJob:
+    return RankJob(
         rank=0,
         size=2,
         store="",
@@ -548,7 +548,7 @@ def a_step() -> bytes:
 
     class Sending(StampModel):
         def run(self, *step: object) -> torch.Tensor:
-            sent.append(pack_step(Step(*step)))
+            sent.append(pack_step(ModelInput(*step)))
             return super().run(*step)
 
     with Engine(Sending(), kv_tokens=64) as engine:
@@ -558,7 +558,7 @@ def a_step() -> bytes:
 
 def test_the_job_comes_as_it_was_sent(tmp_path: Path) -> None:
     job = replace(a_job(tmp_path), max_model_len=7)
-    assert Job.from_bytes(bytearray(job.as_bytes())) == job
+    assert RankJob.from_bytes(bytearray(job.as_bytes())) == job
 
 
 def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.forest import walk_paths
 from radixgen.scheduler.partition import partition
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan
-from radixgen.scheduler.revise import Rows
+from radixgen.scheduler.revise import StepRows
 
 COSTS = [
     CostModel(),
@@ -352,10 +352,10 @@ def grown_tree() -> tuple[RadixTree, list[Lock]]:
     return tree, locks
 
 
-def decode_rows(locks: list[Lock]) -> Rows:
+def decode_rows(locks: list[Lock]) -> StepRows:
     """The last token of each node."""
     nodes = [lock.held for lock in locks]
-    return Rows(
+    return StepRows(
         np.array([n.id for n in nodes], np.int32),
         np.array([n.end - 1 for n in nodes], np.int32),
         np.concatenate([n.slots(n.known - 1, n.known) for n in nodes]),

@@ -17,7 +17,7 @@ from radixgen.calibration import cost_models
 from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, reduce_ranges
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.schedule import Launched, makespan
+from radixgen.kernels.schedule import LaunchCosts, makespan
 from radixgen.scheduler.balance import ENOUGH, LEAST_KEYS
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, plan
 
@@ -188,7 +188,7 @@ def launch(found: Plan, costs: Sequence[CostModel]) -> CostModel:
     return next(cost for cost in costs if cost.tiles[-1].rows == found.tile_rows)
 
 
-def launches(found: Plan, cost: CostModel) -> list[Launched]:
+def launches(found: Plan, cost: CostModel) -> list[LaunchCosts]:
     """The plan's units by class, the widest first; slowed where memory can't keep up with the programs. Distinct keys
     are the narrowest tiles' to read.
     """
@@ -200,7 +200,7 @@ def launches(found: Plan, cost: CostModel) -> list[Launched]:
         mine, programs = cost.classes(rows) == index, cost.programs_of(tile)
         costs, read = found.unit_cost[mine] * programs / cost.programs, int(keys[mine].sum())
         work = max(float(costs.sum()) * cost.kv_heads / programs, 1e-9)
-        made.append(Launched(costs, programs, max(1.0, cost.reads(min(unique, read), read) / work)))
+        made.append(LaunchCosts(costs, programs, max(1.0, cost.reads(min(unique, read), read) / work)))
         unique -= min(unique, read)
     return made[::-1]
 

@@ -13,7 +13,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 from sizes import size
 
-import radixgen.cache.tree as tree_module
+import radixgen.cache.boundary as boundary_module
+import radixgen.cache.slots as slots_module
 import radixgen.engine_core as core_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
@@ -25,7 +26,7 @@ from radixgen.run_ahead import RunAhead
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
-from radixgen.scheduler.revise import Followed, Rows
+from radixgen.scheduler.revise import RowUpdates, StepRows
 from radixgen.scheduler.scheduler import Scheduler
 
 PROFILE = settings(
@@ -85,7 +86,7 @@ def a_split_is_off_by_one_slot(patch: Patch) -> None:
     """A node's extents then hold less than it says: the planner reads them uncompiled, since compiled loops go on past
     the ends of arrays, and may crash the process.
     """
-    split, read = tree_module.split_extents, getattr(forest_module._read, "py_func", forest_module._read)
+    split, read = slots_module.split_extents, getattr(forest_module._read, "py_func", forest_module._read)
 
     def read_or_raise(ids: NDArray[np.int64], *columns: Any) -> Any:
         try:
@@ -95,7 +96,8 @@ def a_split_is_off_by_one_slot(patch: Patch) -> None:
             place[ids] = -1
             raise
 
-    patch.setattr(tree_module, "split_extents", lambda extents, count: split(extents, max(count - 1, 0)))
+    for module in (boundary_module, slots_module):
+        patch.setattr(module, "split_extents", lambda extents, count: split(extents, max(count - 1, 0)))
     patch.setattr(forest_module, "_read", read_or_raise)
 
 
@@ -158,7 +160,7 @@ def namespaces_share_a_root(patch: Patch) -> None:
 
 
 def a_stale_plan_is_carried_on(patch: Patch) -> None:
-    def carry(self: Planner, rows: Rows) -> Plan | None:
+    def carry(self: Planner, rows: StepRows) -> Plan | None:
         last = self._last
         return last.advance() if last and last.growing.size and rows.nodes.size == last.num_rows else None
 
@@ -169,7 +171,7 @@ def a_new_extent_is_missed(patch: Patch) -> None:
     """The slot after the one before is taken for the row's own."""
     plain = planner_module.follow
 
-    def follow(*arguments: Any) -> Followed | None:
+    def follow(*arguments: Any) -> RowUpdates | None:
         followed = plain(*arguments)
         return followed and followed._replace(slots=np.full_like(followed.slots, -1), num_extended=0)
 

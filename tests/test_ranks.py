@@ -23,7 +23,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from radixgen import Engine, EngineDead
 from radixgen.core.settings import as_rank_0, rank_environment
 from radixgen.model import parallel, ranks
-from radixgen.model.lockstep import Channel, Closed
+from radixgen.model.lockstep import Channel, ChannelClosed
 from radixgen.model.peers import Peers
 from radixgen.model.ranks import Followers, in_thread
 from radixgen.model.ring import RingWriter
@@ -74,9 +74,9 @@ def test_answers_come_in_any_order(followers: Followers) -> None:
 def test_a_rank_that_fails_is_not_waited_for_behind_another(followers: Followers) -> None:
     followers.processes[1].channel.answer(raised="OutOfMemoryError: full")
     followers.processes[1].channel.close()
-    with pytest.raises(Closed, match="rank 2 raised OutOfMemoryError: full"):
+    with pytest.raises(ChannelClosed, match="rank 2 raised OutOfMemoryError: full"):
         followers.answers(60.0)
-    assert followers.obituary() == "rank 2 raised OutOfMemoryError: full"
+    assert followers.describe_exits() == "rank 2 raised OutOfMemoryError: full"
 
 
 def test_nothing_is_sent_where_a_rank_has_ended(followers: Followers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +91,10 @@ def test_nothing_is_sent_where_a_rank_has_ended(followers: Followers, monkeypatc
     monkeypatch.setattr(ranks, "STEP_SECONDS", 60.0)
     sending = in_thread(lambda: followers.send(b""), "test")
     followers.processes[0].channel.close()
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         sending.result(10)
     assert followers.ended.wait(10)
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         followers.send(b"")
 
 
@@ -113,9 +113,9 @@ def test_work_that_waits_for_a_rank_that_ended_is_given_up(followers: Followers)
         followers.processes[0].channel.close()
         never.wait()
 
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         followers.run_watched(wait)
-    assert followers.obituary() == "rank 1 raised RuntimeError: no such GPU"
+    assert followers.describe_exits() == "rank 1 raised RuntimeError: no such GPU"
     never.set()
 
 
@@ -150,7 +150,7 @@ def test_an_abort_that_hangs_holds_nobody(
         followers.processes[0].channel.close()
         assert called.wait(10)
     elif when == "in a step":
-        with pytest.raises(Closed):
+        with pytest.raises(ChannelClosed):
             followers.run_watched(lambda: (followers.processes[0].channel.close(), over.wait()))
     followers.stop()
     assert called.wait(10) and "NCCL did not end" in caplog.text
@@ -212,12 +212,12 @@ def test_rank_0_loads_as_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             self.job = job
 
         answers = stop = agree = lambda *_: []
-        obituary = lambda _: ""  # noqa: E731
+        describe_exits = lambda _: ""  # noqa: E731
         run_watched = lambda _, call: call()  # noqa: E731
 
     families.build("llama").save_pretrained(tmp_path)
     monkeypatch.setattr(parallel, "Followers", Alone)
-    monkeypatch.setattr(parallel, "_load_rank_0", load)
+    monkeypatch.setattr(parallel, "_join_and_load", load)
     with pytest.raises(EngineDead, match="full"):
         Engine(tmp_path, kv_tokens=64, tensor_parallel_size=2)
     assert seen == ["0"] and "LOCAL_RANK" not in os.environ
@@ -280,11 +280,11 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 def test_where_no_memory_is_shared_the_library_adds_up(caplog: pytest.LogCaptureFixture) -> None:
     peers, data = Peers(), torch.ones(3)
-    peers.meet(torch.device("cpu"))
-    peers.add_up(data)
-    peers.part()
-    assert data.tolist() == [1.0, 1.0, 1.0] and not peers.takes(torch.float32, 4)
-    assert "don't share memory" in caplog.text
+    peers.connect(torch.device("cpu"))
+    peers.all_reduce(data)
+    peers.stop_waiting()
+    assert data.tolist() == [1.0, 1.0, 1.0] and not peers.supports(torch.float32, 4)
+    assert "do not share memory" in caplog.text
 
 
 @pytest.mark.usefixtures("alone")
@@ -303,10 +303,10 @@ def test_memory_is_shared_once_a_process(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     peers, parts = Peers(), torch.ones(2, 5)
-    peers.meet(torch.device("cpu"))
-    assert peers.takes(torch.bfloat16, 1 << 20) and not lent[0].any()
-    assert peers.add_up_parts(parts, torch.float16).tolist() == [2.0] * 5
-    peers.part()
-    peers.meet(torch.device("cpu"))
-    assert not peers.takes(torch.bfloat16, 1) and len(lent) == 1
-    assert peers.add_up_parts(parts, torch.float32).tolist() == [2.0] * 5
+    peers.connect(torch.device("cpu"))
+    assert peers.supports(torch.bfloat16, 1 << 20) and not lent[0].any()
+    assert peers.all_reduce_parts(parts, torch.float16).tolist() == [2.0] * 5
+    peers.stop_waiting()
+    peers.connect(torch.device("cpu"))
+    assert not peers.supports(torch.bfloat16, 1) and len(lent) == 1
+    assert peers.all_reduce_parts(parts, torch.float32).tolist() == [2.0] * 5

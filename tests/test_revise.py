@@ -13,7 +13,7 @@ from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import Plan
 from radixgen.scheduler import planner as planner_module
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, PlanMode, Planner
-from radixgen.scheduler.revise import Rows, follow, revise
+from radixgen.scheduler.revise import StepRows, follow, revise
 
 TRUNK = 40
 
@@ -168,13 +168,13 @@ def test_rows_are_followed_by_leaf_and_position(drawn: list[bool], other: int) -
     before = tree.columns, tree.version, old.nodes.astype(np.int64), old
     step(tree, [cursors[i] for i in stay], 3)
     after = rows(cursors)
-    found = Rows(*(column[stay] for column in after))
+    found = StepRows(*(column[stay] for column in after))
     followed = follow(*before, found)
     assert followed is not None and followed.kept.tolist() == drawn
     if stay.size > 1:
-        assert follow(*before, Rows(*(column[::-1].copy() for column in found))) is None
+        assert follow(*before, StepRows(*(column[::-1].copy() for column in found))) is None
     if other not in stay:
-        more = Rows(*(np.append(column, own[other]) for column, own in zip(found, after, strict=True)))
+        more = StepRows(*(np.append(column, own[other]) for column, own in zip(found, after, strict=True)))
         assert follow(*before, more) is None
     elif stay.size:
         found.positions[np.flatnonzero(stay == other)] -= 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixgen.cache import BlockProjection, Cleared, ExtentPool, RadixTree, Removed, Stored, hash_blocks
+from radixgen.cache import BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, ExtentPool, RadixTree, hash_blocks
 from radixgen.core import DuplicateRequest, EngineDead, InvalidRequest
 from radixgen.serve.routing import Router
 
@@ -240,10 +240,10 @@ def test_the_events_of_a_tree_are_what_the_router_knows() -> None:
     rng = np.random.default_rng(0)
     router = Router([0], block_size=4)
 
-    def feed(event: Stored | Removed | Cleared) -> bool:
-        if isinstance(event, Stored):
+    def feed(event: BlocksAdded | BlocksDropped | BlocksReset) -> bool:
+        if isinstance(event, BlocksAdded):
             router.stored(0, event.hashes)
-        elif isinstance(event, Removed):
+        elif isinstance(event, BlocksDropped):
             router.removed(0, event.hashes)
         else:
             router.cleared(0)

@@ -74,7 +74,7 @@ def test_while_only_lengths_grow_nothing_is_planned_or_laid_out(monkeypatch) -> 
             engine.step()
         begun = model.rows_ahead
         for owner, name in (
-            (Planner, "plan_anew"),
+            (Planner, "build_plan"),
             (planner_module, "revise"),
             (Scheduler, "_admit"),
             (Scheduler, "_make_room"),

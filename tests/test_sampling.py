@@ -27,7 +27,7 @@ from radixgen import SamplingParams, sampling
 from radixgen.core import SamplingState
 from radixgen.kernels.torch_sampling import weights
 from radixgen.sampling import (
-    Drawn,
+    SamplerOutput,
     distribution,
     fork_seed,
     likeliest,
@@ -510,7 +510,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[int], list[SamplingState]]:
     return logits, [row for row, _ in asked], [one for _, one in asked]
 
 
-def by_draw(drawn: Drawn) -> list[tuple[int, list[tuple[int, float]] | None]]:
+def by_draw(drawn: SamplerOutput) -> list[tuple[int, list[tuple[int, float]] | None]]:
     """Token and log-probabilities of each draw, the latter in their order."""
     return [
         (token, list(drawn.logprobs[i].items()) if i in drawn.logprobs else None)

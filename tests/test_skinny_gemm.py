@@ -5,7 +5,7 @@ import torch
 from torch import library, nn
 
 from radixgen.kernels import skinny_gemm
-from radixgen.model.fused_linear import Share, fuse_linears, restore_linears
+from radixgen.model.fused_linear import FusedLinearSlice, fuse_linears, restore_linears
 
 CUDA = torch.cuda.is_available()
 SHAPES = [(128, 128), (384, 640), (6144, 4096), (4096, 14_336), (1000, 256)]
@@ -63,7 +63,7 @@ def test_layers_alone_are_replaced_and_given_back() -> None:
     given, layers = random(3, 256), list(model)
     wanted, address = layers[0](given), layers[0].weight.data_ptr()
     fuse_linears(model)
-    assert [type(layer) for layer in model] == [Share, nn.Linear, nn.Linear]
+    assert [type(layer) for layer in model] == [FusedLinearSlice, nn.Linear, nn.Linear]
     torch.testing.assert_close(model[0](given), wanted)
     assert model[0].weight.data_ptr() == address
     restore_linears(model)

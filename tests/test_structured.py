@@ -21,7 +21,7 @@ from oracle import StampModel, expected_logits
 from texts import tokenizer
 
 from radixgen import AsyncEngine, CompletionOutput, Engine, InvalidRequest, Limits, SamplingParams
-from radixgen.core import Allowed, GrammarFailed, SamplingState
+from radixgen.core import AllowedTokens, GrammarFailed, SamplingState
 from radixgen.model import smollm2
 from radixgen.sampling import fork_seed, sample, shape
 from radixgen.structured import CompiledGrammar, Grammars, MatcherState
@@ -201,16 +201,16 @@ class Tried:
     def __init__(self, grammar: str, tokens: Sequence[int] = ()) -> None:
         self._at = LLMatcher(GRAMMARS._tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         self._at.consume_tokens(list(tokens))
-        self._found: Allowed | None = None
+        self._found: AllowedTokens | None = None
 
     @property
     def complete(self) -> bool:
         return self.allowed().accepts and not self.allowed().mask.any()
 
-    def allowed(self) -> Allowed:
+    def allowed(self) -> AllowedTokens:
         if self._found is None:
             flags = np.array([self.allows(token) for token in range(VOCAB)])
-            self._found = Allowed(np.packbits(flags, bitorder="little").view(np.int32), self._at.is_accepting())
+            self._found = AllowedTokens(np.packbits(flags, bitorder="little").view(np.int32), self._at.is_accepting())
         return self._found
 
     def allows(self, token: int) -> bool:
@@ -479,9 +479,9 @@ def test_masks_of_any_width() -> None:
         def __init__(self, flags: np.ndarray) -> None:
             words = np.zeros(-(-flags.size // 32) * 32, np.bool_)
             words[: flags.size] = flags
-            self.found = Allowed(np.packbits(words, bitorder="little").view(np.int32), accepts=False)
+            self.found = AllowedTokens(np.packbits(words, bitorder="little").view(np.int32), accepts=False)
 
-        def allowed(self) -> Allowed:
+        def allowed(self) -> AllowedTokens:
             return self.found
 
     rng = np.random.default_rng(0)
@@ -547,7 +547,7 @@ def test_an_exception_in_a_grammar_ends_its_own_request(method: str, monkeypatch
 def test_a_token_that_the_grammar_refuses_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were a mask wrong, no output would be."""
     monkeypatch.setattr(
-        CompiledGrammar, "read", lambda self, matcher: Allowed(np.full(VOCAB // 32, -1, np.int32), accepts=False)
+        CompiledGrammar, "read", lambda self, matcher: AllowedTokens(np.full(VOCAB // 32, -1, np.int32), accepts=False)
     )
     with serve() as engine:
         one = run(engine, asking(choice=["abcdefgh"]))[0][0]

@@ -32,7 +32,7 @@ from radixgen import (
 )
 from radixgen.explain import Written, explain
 from radixgen.model.loader import load_tokenizer
-from radixgen.sampling import Drawable, draw
+from radixgen.sampling import DrawableTokens, draw
 from radixgen.serve import wire
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.service import Service
@@ -425,7 +425,7 @@ def test_draws_are_those_of_the_tokens_that_are_left(others: list[int]) -> None:
     logits[:, others] += 20.0
     without = logits.clone()
     without[:, others] = -torch.inf
-    drawable, before = Drawable(np.array(others), 8), logits.clone()
+    drawable, before = DrawableTokens(np.array(others), 8), logits.clone()
     for own in (
         {"temperature": 0.0},
         {"temperature": 1.3},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from radixgen.cache import ExtentPool, Lock, Node, RadixTree, first_in
+from radixgen.cache import ExtentPool, Lock, Node, RadixTree, boundary, first_in
 from radixgen.core import Plan
 from radixgen.scheduler.planner import Planner
 
@@ -192,16 +192,16 @@ def passed_up(part: int, others: list[list[int]]) -> list[object]:
 )
 @pytest.mark.parametrize("part", [2, 5, 8])
 def test_tokens_pass_up_alike_in_both_ways(monkeypatch: pytest.MonkeyPatch, others: list[list[int]], part: int) -> None:
-    pass_up, passed = RadixTree._pass_up, []
+    pass_up, passed = boundary.pass_up, []
 
-    def noted(self: RadixTree, node: Node, child: Node) -> bool:
-        passed.append(pass_up(self, node, child))
+    def noted(tree: RadixTree, node: Node, child: Node) -> bool:
+        passed.append(pass_up(tree, node, child))
         return passed[-1]
 
-    monkeypatch.setattr(RadixTree, "_pass_up", noted)
+    monkeypatch.setattr(boundary, "pass_up", noted)
     quickly = passed_up(part, others)
     assert any(passed)
-    monkeypatch.setattr(RadixTree, "_pass_up", lambda *_: False)
+    monkeypatch.setattr(boundary, "pass_up", lambda *_: False)
     assert passed_up(part, others) == quickly
 
 

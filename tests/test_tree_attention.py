@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library, nn
 
 from radixgen import Engine, SamplingParams
-from radixgen.model.tree_attention import answered_by, register, tree_attention
+from radixgen.model.tree_attention import handle_attention, register, tree_attention
 
 
 def answer(
@@ -21,7 +21,7 @@ def answer(
 def test_the_operator_is_sound(rows: int) -> None:
     register()
     query, key, value = torch.randn(1, 4, rows, 8), torch.randn(1, 2, rows, 8), torch.randn(1, 2, rows, 6)
-    with answered_by(answer):
+    with handle_attention(answer):
         assert tree_attention(query, key, value, 0.5, None, None).shape == (1, rows, 4, 6)
         for sinks in (None, torch.randn(4)):
             library.opcheck(torch.ops.radixgen.tree_attention.default, (query, key, value, 0.5, 30.0, sinks))

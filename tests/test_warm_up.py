@@ -101,14 +101,14 @@ def test_a_graph_that_fails_has_one_warning(
     made: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     triton_backend = pytest.importorskip("radixgen.kernels.triton_backend")
-    attend = triton_backend.StaticAttention.__call__
+    attend = triton_backend.TritonStaticAttention.__call__
 
     def refuse(self: object, q: Tensor, *arguments: object) -> object:
         if q.shape[0] == 2:
             raise torch.OutOfMemoryError("no memory")
         return attend(self, q, *arguments)
 
-    monkeypatch.setattr(triton_backend.StaticAttention, "__call__", refuse)
+    monkeypatch.setattr(triton_backend.TritonStaticAttention, "__call__", refuse)
     with engine("triton", warm_up=True) as warm:
         failed = warm.stats().failed_captures
         assert 1 <= failed <= len(warm._model.costs)  # type: ignore[attr-defined]

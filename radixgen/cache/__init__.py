@@ -1,32 +1,36 @@
-"""What is stored and where: the radix tree, the pool of slots, the tensors behind the slots.
+"""KV cache: the radix tree, the pool of slots, and the tensors behind the slots.
 
-    tree     tokens -> nodes -> extents: match, insert, split, advance, lock, evict
-    node     a run of tokens and its slots; columns: the planner's view of all nodes
-    eviction which node goes first, by a policy; check: the tree's invariants, stamps: what each slot holds
-    pool     extents of slots: allocate, grow, release behind a fence
-    blocks   what is computed, as blocks of a fixed length: what a router in front of several engines is told
-    follow   matches that stay right while the tree changes
-    ghosts   what was evicted lately; sharing says why a prompt was not shared to its end
-    storage  slots -> K and V of every layer
+    tree      tokens -> nodes -> extents: match, insert, split, advance, lock, evict
+    node      a run of tokens and its slots; slots: how nodes get and return them; boundary: tokens moved to a parent
+    columns   the planner's view of all nodes; listener: interface for observers
+    eviction  order of eviction, by a policy; check: the tree's invariants; stamps: the prefix in each slot
+    pool      extents of slots: allocate, grow, release behind a fence
+    blocks    computed tokens as fixed-size blocks, for routers in front of several engines
+    follow    matches kept up to date while the tree changes
+    ghosts    recently evicted continuations; sharing: why a prompt was not shared to its end
+    storage   slots -> K and V of every layer
 
-Tree and pool hold integers and NumPy arrays only; they know no model and no device.
+Tree and pool hold integers and NumPy arrays only, and know neither models nor devices.
 """
 
-from radixgen.cache.blocks import BlockEvent, BlockProjection, Cleared, Removed, Stored, hash_blocks
+from radixgen.cache.blocks import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, hash_blocks
 from radixgen.cache.columns import Columns
 from radixgen.cache.follow import FollowedMatch, Match
 from radixgen.cache.ghosts import Ghosts
+from radixgen.cache.listener import Listener
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
-from radixgen.cache.tree import Listener, RadixTree
+from radixgen.cache.tree import RadixTree
 
 __all__ = [
     "BlockEvent",
     "BlockProjection",
-    "Cleared",
+    "BlocksAdded",
+    "BlocksDropped",
+    "BlocksReset",
     "Columns",
     "EvictionPolicy",
     "Extent",
@@ -38,8 +42,6 @@ __all__ = [
     "Match",
     "Node",
     "RadixTree",
-    "Removed",
-    "Stored",
     "TokenArray",
     "as_tokens",
     "common_prefix_len",

@@ -1,16 +1,16 @@
-"""What is computed, seen as blocks: the coarse view of the tree that routers in front of several engines work with.
+"""Computed tokens as fixed-size blocks: the coarse view of the tree used by routers in front of several engines.
 
-A block is the `block_size` tokens that end at a multiple of `block_size` on some path; its hash names them and
-everything before them, namespace included. The tree holds every prefix once, so a block stands in one place: at its
-last token. From this follows all the rest:
+A block is the `block_size` tokens that end at a multiple of `block_size` on some path. Its hash covers them and
+everything before them, including the namespace. Since the tree holds every prefix once, each block belongs to exactly
+one node: the node of its last token. Therefore:
 
-- a block is held if and only if its last token is computed, since what precedes a computed token is computed;
-- branches that part inside a block hold two blocks there, with two hashes;
-- a split, and a boundary that moves, take hashes from one node to another: no block comes or goes;
-- leaves are evicted from their ends, so that a block goes after all that continue it: what is held is closed under
-  "the block before", at every moment.
+- a block is held if and only if its last token is computed, since all tokens before a computed token are computed;
+- branches that diverge within a block hold two blocks there, with different hashes;
+- splits and moved boundaries move hashes between nodes, but add and remove none;
+- leaves are evicted from their ends, so a block is removed after all blocks that continue it. The set of held blocks
+  always includes the predecessor of each of its blocks.
 
-Two blocks whose hashes collide count as one, held while either is.
+Blocks with colliding hashes count as one, held while any of them is.
 """
 
 from collections import Counter
@@ -25,77 +25,78 @@ from radixgen.cache.tokens import TokenArray
 from radixgen.cache.tree import RadixTree
 
 PRIVATE = "\0"
-"""A namespace with this in it belongs to one sequence; its blocks are of use to nobody else."""
+"""Marks a namespace as private to one sequence. Its blocks are not reported."""
 
 
-class Stored(NamedTuple):
-    """Blocks that came to be held, each the parent of the next."""
+class BlocksAdded(NamedTuple):
+    """A chain of blocks that are now held, each the parent of the next."""
 
     hashes: list[int]
-    """Below 2**64"""
+    """Below 2**64."""
     parent: int | None
-    """The hash of the block before the first; None where that is the first of its path."""
+    """Hash of the block before the first; None if the first begins its path."""
     tokens: TokenArray
     """`[len(hashes) * block_size]`"""
     namespace: str
 
 
-class Removed(NamedTuple):
-    """Blocks that are held no more, each after all that continue it."""
+class BlocksDropped(NamedTuple):
+    """Blocks no longer held, each after all blocks that continue it."""
 
     hashes: list[int]
 
 
-class Cleared(NamedTuple):
-    """No block is held."""
+class BlocksReset(NamedTuple):
+    """No block is held any more."""
 
 
-BlockEvent = Stored | Removed | Cleared
+BlockEvent = BlocksAdded | BlocksDropped | BlocksReset
 
 
 class BlockProjection:
-    """Listens to a tree and tells, in events, which blocks it holds.
+    """Tracks which blocks a tree holds, and emits an event for each change.
 
-    `emit` is called in the midst of what changes the tree: it must return soon and touch nothing of the tree. Where it
-    returns False, this event is lost, and maybe others before it: the next thing told is `Cleared`, then everything
-    that is held.
+    `emit` is called while the tree changes: it must return quickly and must not access the tree. If it returns False,
+    the event is lost, and perhaps earlier ones: the next events are `BlocksReset` and then all held blocks.
     """
 
     def __init__(self, tree: RadixTree, emit: Callable[[BlockEvent], bool], block_size: int = 16) -> None:
-        """Begins with `Cleared`, then tells what `tree` holds already."""
+        """Emit `BlocksReset` and the blocks that `tree` holds, then listen to the tree."""
         self.block_size = block_size
         self._tree = tree
         self._emit = emit
-        self._lost = False
+        self._overflowed = False
         self._held: Counter[int] = Counter()
-        """How many blocks have this hash: 1, but for collisions."""
-        self.tell_all()
+        """Number of blocks per hash; above 1 only for collisions."""
+        self.emit_all()
         tree.listener = self
 
     def __len__(self) -> int:
-        """How many hashes are held."""
+        """Return the number of held hashes."""
         return len(self._held)
 
-    def tell_all(self) -> None:
-        """Begin anew: `Cleared`, then everything that is held. Hashes every token."""
-        self._lost = False
+    def emit_all(self) -> None:
+        """Emit `BlocksReset` and all held blocks. Hashes every token again."""
+        self._overflowed = False
         self._held.clear()
-        self._tell(Cleared())
+        self._emit_event(BlocksReset())
         nodes = self._tree.roots()
-        for node in nodes:  # which grows meanwhile: parents come before their children
+        for node in nodes:  # grows during the loop: parents come before their children
             node.block_hashes = ()
             self._follow(node)
             nodes.extend(node.children.values())
 
     def close(self) -> None:
-        """Listen no more, and leave nothing behind in the tree."""
+        """Stop listening and remove all hashes from the tree."""
         self._tree.listener = None
         for node in self._tree.nodes():
             node.block_hashes = ()
 
     def check(self) -> None:
-        """Assert, by hashing every path from its beginning, that each node has the hashes of the blocks that end in its
-        computed tokens, and that they are what is held.
+        """Assert that each node has the hashes of the blocks that end in its computed tokens, and that exactly these
+        are held.
+
+        Hashes every path from its beginning.
         """
         held: Counter[int] = Counter()
         for node in self._tree.nodes():
@@ -104,13 +105,13 @@ class BlockProjection:
             held.update(hashes)
         assert held == self._held
 
-    # -- what the tree tells ------------------------------------------------------------------------------
+    # -- Listener ------------------------------------------------------------------------------------------
 
     def changed(self, node: Node) -> None:
         """As `Listener.changed`."""
         self._follow(node)
-        if self._lost:
-            self.tell_all()
+        if self._overflowed:
+            self.emit_all()
 
     def moved(self, lower: Node, upper: Node, count: int) -> None:
         """As `Listener.moved`."""
@@ -122,7 +123,7 @@ class BlockProjection:
     # -- inside -------------------------------------------------------------------------------------------
 
     def _follow(self, node: Node) -> None:
-        """Bring the node's hashes up to what it has computed."""
+        """Add or remove blocks to match the node's computed tokens."""
         count = (node.start + node.computed) // self.block_size - node.start // self.block_size
         known = len(node.block_hashes)
         if count < known:
@@ -131,7 +132,7 @@ class BlockProjection:
             self._store(node, count - known)
 
     def _store(self, node: Node, count: int) -> None:
-        """The next `count` blocks of the node are held."""
+        """Add the node's next `count` blocks."""
         size = self.block_size
         parent = _last_hash(node)
         start = (node.start // size + len(node.block_hashes)) * size
@@ -140,40 +141,42 @@ class BlockProjection:
         node.block_hashes += tuple(hashes)
         if self._held.keys().isdisjoint(hashes) and len(set(hashes)) == count:
             self._held.update(hashes)
-            self._tell(Stored(hashes, parent, tokens, node.namespace))
+            self._emit_event(BlocksAdded(hashes, parent, tokens, node.namespace))
             return
-        for index, one in enumerate(hashes):
-            self._held[one] += 1
-            if self._held[one] == 1:
+        for index, block_hash in enumerate(hashes):
+            self._held[block_hash] += 1
+            if self._held[block_hash] == 1:
                 block = tokens[index * size : (index + 1) * size]
-                self._tell(Stored([one], hashes[index - 1] if index else parent, block, node.namespace))
+                self._emit_event(
+                    BlocksAdded([block_hash], hashes[index - 1] if index else parent, block, node.namespace)
+                )
 
     def _remove(self, node: Node, count: int) -> None:
-        """All but the first `count` blocks of the node are held no more."""
+        """Remove all but the first `count` blocks of the node."""
         hashes, node.block_hashes = node.block_hashes[count:], node.block_hashes[:count]
         gone = []
-        for one in reversed(hashes):
-            self._held[one] -= 1
-            if not self._held[one]:
-                del self._held[one]
-                gone.append(one)
+        for block_hash in reversed(hashes):
+            self._held[block_hash] -= 1
+            if not self._held[block_hash]:
+                del self._held[block_hash]
+                gone.append(block_hash)
         if gone:
-            self._tell(Removed(gone))
+            self._emit_event(BlocksDropped(gone))
         if not self._held:
-            self._tell(Cleared())
+            self._emit_event(BlocksReset())
 
-    def _tell(self, event: BlockEvent) -> None:
-        self._lost = self._lost or not self._emit(event)
+    def _emit_event(self, event: BlockEvent) -> None:
+        self._overflowed = self._overflowed or not self._emit(event)
 
     def _hashes_of(self, node: Node) -> list[int]:
-        """The hashes of the blocks that end in the node's computed tokens, from its path alone."""
+        """Hash the blocks that end in the node's computed tokens, from its path alone."""
         known = node.start + node.computed
         path = node.path_tokens()[: known - known % self.block_size]
         return hash_blocks(path, self.block_size, node.namespace)[node.start // self.block_size :]
 
 
 def hash_blocks(tokens: TokenArray, block_size: int, namespace: str = "", parent: int | None = None) -> list[int]:
-    """The hashes of the full blocks of `tokens`, each after the one before it and the first after `parent`."""
+    """Hash the full blocks of `tokens`, chained from `parent`, the hash of the block before them."""
     before = _seed(namespace, block_size) if parent is None else parent
     data = tokens.astype("<i4", copy=False).tobytes()
     size = 4 * block_size
@@ -185,7 +188,7 @@ def hash_blocks(tokens: TokenArray, block_size: int, namespace: str = "", parent
 
 
 def _last_hash(node: Node) -> int | None:
-    """Of the last block that ends in the node or, where none does, before it."""
+    """Return the hash of the last block that ends in the node or above it, or None."""
     above: Node | None = node
     while above is not None:
         if above.block_hashes:
@@ -195,7 +198,7 @@ def _last_hash(node: Node) -> int | None:
 
 
 def _tokens(node: Node, start: int, stop: int) -> TokenArray:
-    """A copy of the tokens at positions `[start, stop)` of the node's path, the last of them in the node."""
+    """Copy the tokens at positions `[start, stop)` of the node's path. The last of them is in the node."""
     pieces = [node.tokens[max(start - node.start, 0) : stop - node.start]]
     while start < node.start:
         assert node.parent is not None

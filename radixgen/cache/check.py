@@ -1,9 +1,13 @@
-"""The tree's invariants, each recomputed from the nodes alone."""
+"""Checks of the tree's invariants, recomputed from the nodes alone."""
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from radixgen.cache.columns import Columns
 from radixgen.cache.node import Node
+from radixgen.cache.pool import ExtentPool
+from radixgen.core import Plan
 
 if TYPE_CHECKING:
     from radixgen.cache.tree import RadixTree
@@ -30,6 +34,15 @@ def check_tree(tree: "RadixTree") -> None:
         assert followed.match() == fresh, f"a followed match is {followed.match()}, and should be {fresh}"
 
 
+def check_plan(plan: Plan, pool: ExtentPool) -> None:
+    """Assert that no segment of the plan includes a free or fenced slot (I9)."""
+    taken = np.ones(pool.capacity, np.bool_)
+    for extent in (*pool.free_extents(), *pool.fenced_extents()):
+        taken[extent.start : extent.end] = False
+    for start, length in zip(plan.segment_starts.tolist(), plan.segment_lengths.tolist(), strict=True):
+        assert taken[start : start + length].all(), f"a plan reads free slots in [{start}, {start + length})"
+
+
 def _reachable(tree: "RadixTree") -> list[Node]:
     seen = tree.roots()
     for node in seen:
@@ -39,7 +52,7 @@ def _reachable(tree: "RadixTree") -> list[Node]:
 
 
 def _check_slots(tree: "RadixTree", nodes: list[Node]) -> None:
-    """Each slot has one owner."""
+    """Assert that each slot has exactly one owner."""
     pool = tree.pool
     owned = [extent for node in nodes for extent in node.extents]
     position = 0

@@ -1,4 +1,4 @@
-"""The planner's view of the tree: arrays indexed by node id."""
+"""The nodes of a tree as arrays indexed by node id, for the planner."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from radixgen.cache.node import Node
 
 
 class Columns:
-    """The planner's view of the nodes, as arrays indexed by node id; rows of dead ids are stale."""
+    """The nodes of a tree as arrays indexed by node id. Rows of removed ids are stale."""
 
     def __init__(self) -> None:
         self.parent = np.full(64, -1, np.int32)
@@ -16,21 +16,25 @@ class Columns:
         self.scheduled = np.zeros(64, np.int32)
         self.reserved = np.zeros(64, np.int32)
         self.following = np.zeros(64, np.int32)
-        """Of a node that goes on into its only child, about how many tokens of that lie behind its last slot"""
+        """Of a node continued by an only child: approximate number of the child's tokens in the slots right after the
+        node's last.
+        """
         self.num_extents = np.zeros(64, np.int32)
         self.first_slot = np.zeros(64, np.int64)
         self.first_extent = np.zeros(64, np.int64)
-        """Of a node with several extents, the place of the first in `extents`"""
+        """Of a node with several extents: index of the first in `extents`."""
         self.extent_room = np.zeros(64, np.int32)
-        """How many have room there"""
+        """Number of extents reserved for the node in `extents`."""
         self.place = np.full(64, -1, np.int64)
-        """For whoever renumbers nodes: -1 before and after"""
+        """Scratch for callers that renumber nodes; -1 outside such calls."""
         self.changed = np.zeros(64, np.int64)
-        """The tree's version when a plan last became wrong by anything but more tokens at a leaf's end"""
+        """Version of the tree at which plans that read the node last became invalid, other than by tokens appended to a
+        leaf.
+        """
         self.cut = np.zeros(64, np.int64)
-        """The tree's `num_cuts` when tokens at its end were last dropped"""
+        """The tree's `num_cuts` when tokens at the node's end were last removed."""
         self.extents = np.zeros((64, 2), np.int64)
-        """Start and length, those of one node one after the other"""
+        """Start and length of extents; those of one node are consecutive."""
         self._num_extents = 0
 
     def fit(self, size: int) -> None:
@@ -41,7 +45,7 @@ class Columns:
                     setattr(self, name, np.concatenate([column, np.full_like(column, -1 if name == "place" else 0)]))
 
     def write(self, node: Node) -> None:
-        """Take over everything that the node says of itself, after any change of its extents."""
+        """Copy all fields of the node, after any change of its extents."""
         row = node.id
         self.parent[row] = node.parent.id if node.parent else -1
         self.start[row] = node.start
@@ -56,7 +60,7 @@ class Columns:
             self.extents[place : place + len(node.extents)] = node.extents
 
     def write_extents(self, nodes: Sequence[Node]) -> None:
-        """As `write`, of nodes whose extents were lengthened or more added behind them, and nothing else."""
+        """As `write`, for nodes whose extents grew or gained more after them and that are otherwise unchanged."""
         rows = [node.id for node in nodes]
         self.reserved[rows] = [node.reserved for node in nodes]
         self.num_extents[rows] = [len(node.extents) for node in nodes]
@@ -68,7 +72,7 @@ class Columns:
                 self.extents[place : place + count] = node.extents
 
     def pass_up(self, node: Node, child: Node) -> None:
-        """As `write` for both, after one token has passed from the child's first extent to the node's last."""
+        """As `write` for both nodes, after one token moved from the child's first extent to the node's last."""
         row, below, slot = node.id, child.id, child.extents[0].start
         self.scheduled[row] = node.scheduled
         self.following[row] = child.extents[0].length
@@ -81,7 +85,7 @@ class Columns:
             self.extents[self.first_extent[below]] = child.extents[0]
 
     def _extent_place(self, row: int, count: int) -> int:
-        """Where the node's extents stand; with room for twice as many where `count` did not fit."""
+        """Return the index of the node's extents, moved to twice the room if `count` does not fit."""
         if count > self.extent_room[row]:
             stop = self._num_extents + 2 * count
             while stop > len(self.extents):

@@ -1,4 +1,4 @@
-"""Nodes that may be evicted, in a policy's order."""
+"""Priority queue of evictable nodes, in a policy's order."""
 
 import heapq
 
@@ -9,8 +9,9 @@ _FEW_ENTRIES = 64
 
 
 class EvictionQueue:
-    """A heap of nodes by a policy's keys, as they were when each was added. A node that is taken out leaves its entry
-    behind, which is skipped, and swept out with others once most are such.
+    """A heap of nodes, keyed by the policy at the time each was added.
+
+    Removed nodes leave stale entries, which are skipped, and dropped together once they are the majority.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
@@ -26,7 +27,7 @@ class EvictionQueue:
         return len(self._entry_of)
 
     def add(self, node: Node) -> None:
-        """Put a node in its place; one that is there already goes to a new one."""
+        """Add a node, or move it to the position of its current key."""
         self._num_entries += 1
         self._entry_of[node] = self._num_entries
         heapq.heappush(self._heap, (self._policy(node), self._num_entries, node))
@@ -35,11 +36,11 @@ class EvictionQueue:
             heapq.heapify(self._heap)
 
     def remove(self, node: Node) -> None:
-        """Take a node out, if it is there."""
+        """Remove a node if it is present."""
         self._entry_of.pop(node, None)
 
     def first(self) -> Node | None:
-        """The node that goes first; it stays in the queue."""
+        """Return the next node to evict without removing it."""
         while self._heap:
             _, entry, node = self._heap[0]
             if self._entry_of.get(node) == entry:

@@ -1,4 +1,4 @@
-"""Matches that stay right while the tree changes, so that a prompt that waits is compared with the tree only once."""
+"""Prefix matches kept up to date while the tree changes, so that a waiting prompt is matched only once."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 
 class Match(NamedTuple):
-    """The longest prefix found: it ends `offset` tokens into `node`. Of its `length` tokens `computed` have
-    KV, and `evictable` could be evicted at this moment.
+    """The longest known prefix of a token sequence. It ends `offset` tokens into `node`. Of its `length` tokens,
+    `computed` have KV and `evictable` can be evicted now.
     """
 
     node: "Node"
@@ -20,9 +20,28 @@ class Match(NamedTuple):
     evictable: int
 
 
+def longest_match(root: "Node", tokens: TokenArray) -> Match:
+    """Return the longest prefix of `tokens` below `root`."""
+    node = root
+    offset = length = computed = evictable = 0
+    while length < tokens.size:
+        child = node.children.get(int(tokens[length]))
+        if child is None:
+            break
+        common = common_prefix_len(child.tokens, tokens[length:])
+        node, offset = child, common
+        length += common
+        computed += min(common, child.computed)
+        if not child.lock_count + child.locked_children:
+            evictable += common
+        if common < child.known:
+            break
+    return Match(node, offset, length, computed, evictable)
+
+
 class FollowedMatch:
-    """The longest known prefix of `tokens`, kept up to date by the tree: of its `length` tokens the last ones are in
-    `node`, which is None where the namespace has no root.
+    """The longest known prefix of `tokens`, kept up to date by the tree. Its `length` tokens end in `node`, which is
+    None if the namespace has no root.
     """
 
     __slots__ = ("length", "namespace", "next_token", "node", "tokens")
@@ -34,7 +53,7 @@ class FollowedMatch:
         self.move(None, 0)
 
     def move(self, node: "Node | None", length: int) -> None:
-        """Go to where `length` tokens end, in `node`."""
+        """Set the match to `length` tokens, ending in `node`."""
         if self.node is not None:
             del self.node.followers[self]
         if node is not None:
@@ -44,12 +63,12 @@ class FollowedMatch:
 
     @property
     def computed(self) -> int:
-        """How many of its tokens have KV."""
+        """Tokens of the match that have KV."""
         return min(self.node.computed_end, self.length) if self.node is not None else 0
 
     def match(self) -> Match | None:
-        """As `RadixTree.match_prefix`. Costs a step for each node at the end of the path that holds no KV, or is not
-        locked.
+        """As `RadixTree.match_prefix`. The cost is linear in the nodes at the end of the path without KV or without a
+        lock.
         """
         node = self.node
         if node is None:
@@ -63,11 +82,11 @@ class FollowedMatch:
         return Match(node, offset, self.length, self.computed, evictable)
 
 
-# What becomes of the matches that end in a node where it changes, each called after the change.
+# Updates of the matches that end in a node, called after each kind of change.
 
 
 def grew(node: "Node", token: int) -> None:
-    """The node has `token` at its end."""
+    """Update matches after `token` was appended to the node."""
     before = node.end - 1
     for followed in list(node.followers):
         if followed.length == before and followed.next_token == token:
@@ -75,7 +94,7 @@ def grew(node: "Node", token: int) -> None:
 
 
 def branched(parent: "Node", leaf: "Node") -> None:
-    """The parent has a new child."""
+    """Update matches after the parent got the new child `leaf`."""
     end, token = parent.end, leaf.first_token
     for followed in list(parent.followers):
         if followed.length == end and followed.next_token == token:
@@ -83,20 +102,20 @@ def branched(parent: "Node", leaf: "Node") -> None:
 
 
 def raised(lower: "Node", upper: "Node") -> None:
-    """The first tokens of `lower` have passed to its parent `upper`."""
+    """Update matches after the first tokens of `lower` moved to its parent `upper`."""
     for followed in list(lower.followers):
         if followed.length <= upper.end:
             followed.move(upper, followed.length)
 
 
 def shortened(node: "Node") -> None:
-    """Tokens at the node's end were dropped."""
+    """Update matches after tokens at the node's end were removed."""
     for followed in list(node.followers):
         if followed.length > node.end:
             followed.move(node, node.end)
 
 
 def removed(node: "Node") -> None:
-    """The node is not in the tree any more."""
+    """Update matches after the node was removed from the tree."""
     for followed in list(node.followers):
         followed.move(node.parent, node.start)

@@ -1,15 +1,13 @@
-"""What was evicted: the ends at which the tree went on, remembered for a while."""
+"""Memory of recent evictions, to explain later why a prompt is not cached."""
 
 from collections import OrderedDict
 
 End = tuple[int | str, int]
-"""A node's epoch and its end, or the root's namespace and 0."""
+"""The epoch of a node and its end position, or the namespace of a root and 0."""
 
 
 class Ghosts:
-    """Evicted continuations, each an end of the tree and the first token that followed it there; of more than
-    `capacity` the latest.
-    """
+    """The latest `capacity` evicted continuations: a position in the tree, and the first token that followed it."""
 
     def __init__(self, capacity: int = 65_536) -> None:
         self.capacity = capacity

@@ -1,8 +1,8 @@
-"""A node of the radix tree, and a lock on the path to it.
+"""Nodes of the radix tree, and locks on the paths to them.
 
-A node is a run of tokens. Of its tokens the first `computed` have their KV, the first `scheduled` have a
-slot, and all `known` are in the tree: `known >= scheduled >= computed`. Its extents hold `scheduled` slots
-and, behind them, a reserved tail into which a leaf grows.
+Of a node's tokens the first `computed` have KV, the first `scheduled` have a slot, and all `known` are in the tree:
+`known >= scheduled >= computed`. Its extents hold `scheduled` slots, followed by reserved slots into which a leaf
+grows.
 
     tokens   |---- computed ----|-- scheduled --|-- known --|
     extents  |------------ slots in use --------|-- reserve --|
@@ -20,7 +20,7 @@ _MIN_RUN = 16
 
 
 class Node:
-    """One edge of the tree. Its fields are the tree's to write and anyone's to read."""
+    """A run of tokens with its slots, parent and children. Only the tree writes its fields."""
 
     __slots__ = (
         "_buffer",
@@ -64,9 +64,9 @@ class Node:
         self.epoch = 0
         self.id = -1
         self.block_hashes: tuple[int, ...] = ()
-        """Of the blocks that end in it; the listener's to write"""
+        """Hashes of the blocks that end in the node. Written by the tree's listener."""
         self.followers: dict[FollowedMatch, None] = {}
-        """The followed matches that end in it"""
+        """Followed matches that end in the node."""
         self._buffer = buffer
         self._offset = 0
         self._owns_tail = True
@@ -77,7 +77,7 @@ class Node:
 
     @property
     def first_token(self) -> int:
-        """The token under which the parent keeps this node."""
+        """The node's key among its parent's children."""
         return int(self._buffer[self._offset])
 
     @property
@@ -87,7 +87,7 @@ class Node:
 
     @property
     def computed_end(self) -> int:
-        """Position after the last computed token of the path to the node's end."""
+        """Position after the last computed token on the path to the node's end."""
         node = self
         while not node.computed and node.parent is not None:
             node = node.parent
@@ -95,12 +95,12 @@ class Node:
 
     @property
     def epoch_end(self) -> End:
-        """Names what ends here: as long as it is the same, so are all tokens up to the node's end."""
+        """Identifier of the node's end: while it stays the same, so do all tokens up to there."""
         return self.namespace if self.parent is None else self.epoch, self.end
 
     @property
     def complete(self) -> bool:
-        """Whether every token up to the node's end has its KV."""
+        """Whether every token up to the node's end has KV."""
         return self.computed == self.known
 
     @property
@@ -109,12 +109,12 @@ class Node:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody stands on it and nothing follows it."""
+        """Whether the node has neither locks of its own nor children."""
         return not self.lock_count and not self.children
 
     @property
     def evictable(self) -> bool:
-        """Whether its tokens may be dropped, from the end."""
+        """Whether tokens may be evicted from the node's end."""
         return not self.locked and not self.children and self.known > 0
 
     @property
@@ -123,7 +123,7 @@ class Node:
 
     @property
     def next_slot(self) -> int:
-        """The slot that the next token would get of the reserved tail; -1 where nothing is reserved."""
+        """The reserved slot for the next token, or -1 if none is reserved."""
         spare = self.capacity - self.scheduled
         if not spare:
             return -1
@@ -135,7 +135,7 @@ class Node:
 
     @property
     def next_cached_slot(self) -> int:
-        """The slot of the token that follows, where an only child has it computed; else -1."""
+        """The slot of the next token if an only child has computed it, else -1."""
         if len(self.children) != 1:
             return -1
         (child,) = self.children.values()
@@ -153,10 +153,10 @@ class Node:
         return np.concatenate([node.tokens for node in self.path()])
 
     def slots(self, first: int, stop: int) -> NDArray[np.int64]:
-        """The slots of the node's tokens `[first, stop)`, counted from the node's start."""
+        """Return the slots of tokens `[first, stop)`, relative to the node's start."""
         pieces = []
         end = self.capacity
-        for start, length in reversed(self.extents):  # most are asked for near the end
+        for start, length in reversed(self.extents):  # most calls are for slots near the end
             begin = end - length
             if begin < stop:
                 pieces.append(np.arange(start + max(first - begin, 0), start + min(stop, end) - begin))
@@ -185,9 +185,7 @@ class Node:
 
 
 class Lock:
-    """A receipt: it keeps the path to `node` in the tree until it is released. A sequence's lock is its
-    cursor.
-    """
+    """A handle that keeps the path to `node` in the tree until it is released. A sequence's lock is its cursor."""
 
     __slots__ = ("node",)
 
@@ -196,6 +194,6 @@ class Lock:
 
     @property
     def held(self) -> Node:
-        """The node it stands on. Asserts that it was not released."""
+        """The locked node. Asserts that the lock was not released."""
         assert self.node is not None, "the lock was released"
         return self.node

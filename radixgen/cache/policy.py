@@ -1,4 +1,4 @@
-"""Which unreferenced leaf goes first: a policy maps a node to a sortable key, and the smallest is evicted."""
+"""Eviction policies: functions from a node to a sortable key. The node with the smallest key is evicted first."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ EvictionPolicy = Callable[[Node], tuple[float, ...]]
 
 
 def least_recently_used(node: Node) -> tuple[float, ...]:
-    """Lowest priority first, then the longest unused."""
+    """Evict the lowest priority first, then the least recently used."""
     return node.priority, node.last_used
 
 
 def first_in(node: Node) -> tuple[float, ...]:
-    """Lowest priority first, then the oldest node."""
+    """Evict the lowest priority first, then the oldest."""
     return node.priority, node.serial

@@ -1,4 +1,4 @@
-"""Slots of the KV pool, handed out as long extents. Integers only: the tensors are in `storage`."""
+"""Allocator of KV slots in extents. Works on integers only; `storage` has the tensors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,11 +20,11 @@ class Extent(NamedTuple):
 
 
 class ExtentPool:
-    """Hands out the slots `0 … capacity - 1` as extents: best fit, coalescing, fenced frees.
+    """Allocates slots `0 … capacity - 1` as extents: best fit, coalescing, fenced frees.
 
-    Every slot is free, fenced or used, and `free + fenced + used == capacity`. A slot freed while steps are
-    in flight is fenced: it becomes free when the last step begun before the free has retired.
-    Each operation costs O(log n) in the number of free extents.
+    Every slot is free, fenced or used: `free + fenced + used == capacity`. A slot released while steps are in flight is
+    fenced until the last step begun before the release has retired. Each operation costs O(log n) in the number of free
+    extents.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -46,9 +46,9 @@ class ExtentPool:
         return self.capacity - self.free - self.fenced
 
     def allocate(self, count: int) -> list[Extent]:
-        """Take `count` slots, in one extent where one fits (the tightest), else in the fewest.
+        """Allocate `count` slots: one extent if one fits (the smallest such), else as few extents as possible.
 
-        Raises `OutOfSlots`, and takes nothing, where fewer than `count` are free.
+        Raises `OutOfSlots`, and allocates nothing, if fewer than `count` slots are free.
         """
         if count > self.free:
             raise OutOfSlots(f"count={count}: only {self.free} of {self.capacity} slots are free")
@@ -68,7 +68,7 @@ class ExtentPool:
         return taken
 
     def allocate_each(self, counts: Sequence[int]) -> list[list[Extent]]:
-        """As `allocate`, for several at once: so many slots each, side by side where one extent holds them all."""
+        """Allocate for several owners at once, side by side if one extent holds them all. Raises as `allocate`."""
         if not counts:
             return []
         extents = self.allocate(sum(counts))[::-1]
@@ -86,9 +86,9 @@ class ExtentPool:
         return taken
 
     def grow(self, end: int, count: int) -> int:
-        """Take up to `count` slots from `end` on, so that the extent before them grows in place.
+        """Allocate up to `count` free slots directly from `end` on, so that the extent before them grows in place.
 
-        Returns how many were free there and are now taken, possibly 0.
+        Returns the number of slots allocated, possibly 0.
         """
         length = self._length_at.get(end, 0)
         used = min(length, count)
@@ -99,7 +99,7 @@ class ExtentPool:
         return used
 
     def release(self, extent: Extent) -> None:
-        """Give slots back, behind the fence of the steps in flight."""
+        """Release an extent. Its slots become free once the steps in flight have retired."""
         if extent.length == 0:
             return
         if self._begun > self._retired:
@@ -109,12 +109,12 @@ class ExtentPool:
             self._coalesce(extent)
 
     def begin_step(self) -> int:
-        """Raise a fence: slots released from now on wait for this step. Returns its number."""
+        """Begin a step: slots released from now on stay fenced until it retires. Returns the number of the step."""
         self._begun += 1
         return self._begun
 
     def retire_step(self, step: int) -> None:
-        """Lower the fence of `step` and of every earlier one."""
+        """Retire `step` and all earlier ones, and free the slots that were fenced for them."""
         self._retired = max(self._retired, step)
         waiting = []
         for fence, extent in self._fenced:
@@ -132,7 +132,7 @@ class ExtentPool:
         return sorted(extent for _, extent in self._fenced)
 
     def check(self) -> None:
-        """Assert that the free list is sorted, disjoint, coalesced and adds up (I3)."""
+        """Assert that the free list is sorted, disjoint, coalesced and complete (I3)."""
         extents = self.free_extents()
         assert sum(e.length for e in extents) == self.free
         assert sum(e.length for e in self.fenced_extents()) == self.fenced
@@ -142,7 +142,7 @@ class ExtentPool:
         assert all(e.length > 0 and e.start >= 0 and e.end <= self.capacity for e in extents)
 
     def _take_all(self) -> list[Extent]:
-        """Every free extent, the longest first: the usual case in a full pool, after an exact eviction."""
+        """Allocate every free extent, longest first: the usual case in a full pool, after an exact eviction."""
         taken = [Extent(start, length) for length, start in reversed(self._by_length)]
         self._length_at.clear()
         self._start_before.clear()
@@ -178,7 +178,7 @@ class ExtentPool:
 
 
 def split_extents(extents: list[Extent], count: int) -> tuple[list[Extent], list[Extent]]:
-    """The first `count` slots of `extents`, and the rest."""
+    """Split `extents` after their first `count` slots."""
     if count == 0:
         return [], extents
     for index, (start, length) in enumerate(extents):

@@ -1,4 +1,4 @@
-"""Why a prompt was not shared to its end: what the tree holds where the known part of it ends."""
+"""Explanation of why a prompt was not shared to its end."""
 
 from itertools import islice
 
@@ -10,13 +10,13 @@ from radixgen.core import SharingEnd
 
 _SHOWN_TOKENS = 8
 _MAX_BRANCHES = 16
-"""Continuations, and roots of other namespaces, that are looked at, the newest of each."""
+"""Children of a node, and roots of other namespaces, that are searched; the newest of each."""
 
 
 def sharing_end(tree: RadixTree, tokens: TokenArray, namespace: str, match: Match | None) -> SharingEnd | None:
-    """Where and why sharing of `tokens` ended, `match` being what `namespace` knows of them; None where that is all.
+    """Return where and why sharing of `tokens` ended, or None if all are known. `match` is their match in `namespace`.
 
-    Costs no more than a few prefix matches, whatever the tree holds.
+    Costs a few prefix matches, independent of the tree's size.
     """
     position = match.length if match else 0
     if position == tokens.size:
@@ -35,17 +35,17 @@ def sharing_end(tree: RadixTree, tokens: TokenArray, namespace: str, match: Matc
 
 
 def _held_elsewhere(tree: RadixTree, head: TokenArray, namespace: str) -> bool:
-    """Whether another of the newest namespaces knows all of `head`."""
+    """Return whether one of the newest other namespaces knows all of `head`."""
     others = (name for name in islice(reversed(tree.namespaces), _MAX_BRANCHES + 1) if name != namespace)
     matches = (tree.match_prefix(head, name) for name in others)
     return any(match is not None and match.length == head.size for match in matches)
 
 
 def _continuation(node: Node, offset: int) -> tuple[int, ...]:
-    """The tokens that follow `offset` tokens of `node`, by its children that are in use or were used last."""
-    found = node.tokens[offset : offset + _SHOWN_TOKENS].tolist()
-    while node.children and len(found) < _SHOWN_TOKENS:
+    """Return the tokens after the first `offset` of `node`, through the children in use or used last."""
+    tokens = node.tokens[offset : offset + _SHOWN_TOKENS].tolist()
+    while node.children and len(tokens) < _SHOWN_TOKENS:
         newest = islice(reversed(node.children.values()), _MAX_BRANCHES)
         node = max(newest, key=lambda child: (child.locked, child.last_used))
-        found += node.tokens[: _SHOWN_TOKENS - len(found)].tolist()
-    return tuple(found)
+        tokens += node.tokens[: _SHOWN_TOKENS - len(tokens)].tolist()
+    return tuple(tokens)

@@ -1,4 +1,4 @@
-"""Which prefix's KV each slot holds, for `RadixTree.check`."""
+"""Debug record of the prefix whose KV each slot holds, for `RadixTree.check`."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,25 +7,27 @@ from radixgen.cache.node import Node
 
 
 class SlotStamps:
-    """Of each slot a hash of the whole prefix, namespace included, whose KV it holds. It costs some 0.2 µs a token."""
+    """For each slot, a hash of the entire prefix, including the namespace, whose KV it holds. Costs about 0.2 µs per
+    token.
+    """
 
     def __init__(self, slots: int) -> None:
         self._stamps = np.zeros(slots, np.int64)
 
     def record(self, node: Node, first: int, stop: int) -> None:
-        """The node's tokens `[first, stop)` are computed."""
-        self._stamps[node.slots(first, stop)] = _of_node(node)[first:stop]
+        """Record that the node's tokens `[first, stop)` are computed."""
+        self._stamps[node.slots(first, stop)] = _prefix_hashes(node)[first:stop]
 
     def check(self, node: Node) -> None:
-        """Assert that the slots of the node's computed tokens hold its own prefix."""
+        """Assert that the slots of the node's computed tokens hold the node's own prefix."""
         if node.computed:
-            expected = _of_node(node)[: node.computed]
+            expected = _prefix_hashes(node)[: node.computed]
             assert np.array_equal(expected, self._stamps[node.slots(0, node.computed)]), (
                 f"a slot of {node} holds another prefix"
             )
 
 
-def _of_node(node: Node) -> NDArray[np.int64]:
+def _prefix_hashes(node: Node) -> NDArray[np.int64]:
     stamp = hash(node.namespace)
     stamps = [stamp := hash((stamp, token)) for token in node.path_tokens().tolist()]
     return np.array(stamps[node.start :], np.int64)

@@ -1,4 +1,4 @@
-"""The tensors behind the slots: K and V of every layer."""
+"""K and V tensors of every layer, indexed by slot."""
 
 import os
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
-"""How much of the free memory a pool takes where nobody says how much."""
+"""Default share of free memory that a pool takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer stores for one token."""
+    """The KV of one token in one layer."""
 
     kv_heads: int
     head_dim: int
@@ -33,7 +33,7 @@ class KVStorage:
 
 
 def kv_room(device: torch.device) -> int:
-    """Bytes of `device` that a pool takes by default: a share of a GPU's free memory, or of the machine's."""
+    """Return the default pool size in bytes: a share of the free memory of a GPU, or of the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)

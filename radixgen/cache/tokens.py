@@ -1,4 +1,4 @@
-"""Runs of token ids: how they are made, and how far two of them agree."""
+"""Token arrays, and their common prefixes."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ _LAST_BLOCK = 65_536
 
 
 def as_tokens(tokens: Sequence[int] | TokenArray) -> TokenArray:
-    """`tokens` as an int32 array, without a copy where it is one already."""
+    """Convert `tokens` to an int32 array, without a copy if possible."""
     return np.asarray(tokens, dtype=np.int32)
 
 
 def common_prefix_len(a: TokenArray, b: TokenArray) -> int:
-    """How many leading tokens are equal. Compares in growing blocks, so that an early difference is cheap."""
+    """Return the number of equal leading tokens. Compares in growing blocks, so that early differences are cheap."""
     length = min(a.size, b.size)
     first, block = 0, _FIRST_BLOCK
     while first < length:

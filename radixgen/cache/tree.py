@@ -1,45 +1,33 @@
-"""The token-level radix tree: every token that a live request holds, and every token still cached, once.
+"""Token-level radix tree of all tokens held by live requests or still cached, each stored once.
 
-`radixgen.cache.node` says what a node holds.
+`radixgen.cache.node` defines the nodes.
 """
 
 from collections.abc import Iterator, Reversible, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache import follow
+from radixgen.cache import boundary, follow
 from radixgen.cache.check import check_tree
 from radixgen.cache.columns import Columns
 from radixgen.cache.eviction import EvictionQueue
-from radixgen.cache.follow import FollowedMatch, Match
+from radixgen.cache.follow import FollowedMatch, Match, longest_match
 from radixgen.cache.ghosts import Ghosts
+from radixgen.cache.listener import Listener
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
-from radixgen.cache.pool import Extent, ExtentPool, split_extents
+from radixgen.cache.pool import ExtentPool
+from radixgen.cache.slots import NodeSlots
 from radixgen.cache.stamps import SlotStamps
-from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
-from radixgen.core import OutOfSlots
-
-
-class Listener(Protocol):
-    """Is told of what is computed, as it happens. It may read the tree, and must not change it."""
-
-    def changed(self, node: Node) -> None:
-        """The node has more computed tokens than before, or fewer. Those before it are all computed, and none behind
-        it is where it has fewer.
-        """
-
-    def moved(self, lower: Node, upper: Node, count: int) -> None:
-        """The first `count` tokens of `lower` have passed to the end of `upper`, its parent."""
+from radixgen.cache.tokens import TokenArray, as_tokens
 
 
 class RadixTree:
-    """A forest of radix trees, one root a namespace, over one `ExtentPool`.
+    """A forest of radix trees, one root per namespace, over one `ExtentPool`.
 
-    `version` counts the times that a plan made before could have become wrong in more than lengths; `columns.changed`
-    says by which nodes.
+    `version` counts the changes that may invalidate earlier plans in more than lengths; `columns.changed` has the
+    nodes.
     """
 
     def __init__(
@@ -49,20 +37,21 @@ class RadixTree:
         policy: EvictionPolicy = least_recently_used,
         stamps: bool = False,
     ) -> None:
-        """`stamps=True` has `check()` prove that every reader finds its own prefix's KV in its slots."""
+        """`stamps=True` makes `check()` verify that the slots of every node hold its own prefix's KV."""
         self.pool = pool
         self.evictable = EvictionQueue(policy)
         self.version = 0
         self.columns = Columns()
+        self._slots = NodeSlots(pool, self.columns)
         self.listener: Listener | None = None
         self.ghosts = Ghosts()
         self.num_cuts = 0
-        """Times that tokens at the end of a node were dropped, and not the node"""
+        """Times that tokens at the end of a node were removed and the node was kept."""
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
         self._unrooted: dict[FollowedMatch, None] = {}
-        """Followed matches in namespaces that had no root when they began, or lost it"""
+        """Followed matches in namespaces without a root."""
         self._roots: dict[str, Node] = {}
         self._nodes: list[Node | None] = []
         self._free_ids: list[int] = []
@@ -80,7 +69,7 @@ class RadixTree:
 
     @property
     def namespaces(self) -> Reversible[str]:
-        """Of every root, the oldest first."""
+        """Namespaces with a root, oldest first."""
         return self._roots.keys()
 
     def node(self, node_id: int) -> Node:
@@ -89,11 +78,11 @@ class RadixTree:
         return node
 
     def find(self, node_id: int) -> Node | None:
-        """The node, or None where no node has this id."""
+        """Return the node with this id, or None."""
         return self._nodes[node_id] if 0 <= node_id < len(self._nodes) else None
 
     def node_ids(self) -> NDArray[np.int64]:
-        """The ids of all nodes, ascending. Costs what the tree held at its largest."""
+        """Return the ids of all nodes, ascending. Costs O(largest number of nodes so far)."""
         alive = np.ones(len(self._nodes), np.bool_)
         alive[self._free_ids] = False
         return np.flatnonzero(alive)
@@ -107,32 +96,16 @@ class RadixTree:
 
     @property
     def reserved_tokens(self) -> int:
-        """Slots in reserved tails."""
+        """Slots reserved for tokens to come."""
         return int(self.columns.reserved[: len(self._nodes)].sum())
 
     def match_prefix(self, tokens: Sequence[int] | TokenArray, namespace: str = "") -> Match | None:
-        """The longest known prefix of `tokens`. Changes nothing. None where the namespace has no root."""
-        node = self._roots.get(namespace)
-        if node is None:
-            return None
-        tokens = as_tokens(tokens)
-        offset = length = computed = evictable = 0
-        while length < tokens.size:
-            child = node.children.get(int(tokens[length]))
-            if child is None:
-                break
-            common = common_prefix_len(child.tokens, tokens[length:])
-            node, offset = child, common
-            length += common
-            computed += min(common, child.computed)
-            if not child.lock_count + child.locked_children:
-                evictable += common
-            if common < child.known:
-                break
-        return Match(node, offset, length, computed, evictable)
+        """Return the longest known prefix of `tokens`, or None if the namespace has no root. Changes nothing."""
+        root = self._roots.get(namespace)
+        return None if root is None else longest_match(root, as_tokens(tokens))
 
     def follow(self, tokens: TokenArray, namespace: str = "") -> FollowedMatch:
-        """As `match_prefix`, to be kept up to date until `unfollow`."""
+        """As `match_prefix`, with a result that is kept up to date until `unfollow`."""
         followed, match = FollowedMatch(tokens, namespace), self.match_prefix(tokens, namespace)
         if match is None:
             self._unrooted[followed] = None
@@ -141,13 +114,13 @@ class RadixTree:
         return followed
 
     def unfollow(self, followed: FollowedMatch) -> None:
-        """Let go of a match."""
+        """Stop updating a match."""
         self._unrooted.pop(followed, None)
         followed.move(None, 0)
 
     def followed(self) -> Iterator[FollowedMatch]:
-        """Every match that is kept up to date."""
-        return (one for holder in (self._unrooted, *(n.followers for n in self.nodes())) for one in holder)
+        """Iterate over the matches that are kept up to date."""
+        return (match for holder in (self._unrooted, *(n.followers for n in self.nodes())) for match in holder)
 
     # -- growing ------------------------------------------------------------------------------------------
 
@@ -161,8 +134,8 @@ class RadixTree:
     ) -> Lock:
         """Make `tokens` known and lock the node that ends with the last of them. Takes no slots.
 
-        Splits the node in which `tokens` ends or parts. A node of higher `priority` is evicted later. `followed` is
-        their match, where there is one.
+        Splits the node in which `tokens` end or diverge. Nodes of higher `priority` are evicted later. `followed`: the
+        followed match of `tokens`, if any.
         """
         tokens = as_tokens(tokens)
         match = followed.match() if followed else self.match_prefix(tokens, namespace)
@@ -179,9 +152,9 @@ class RadixTree:
         return self.lock(node)
 
     def split(self, node: Node, offset: int) -> Node:
-        """Cut `node` after `offset` tokens; returns the new upper node. No KV moves.
+        """Split `node` after `offset` tokens and return the new upper node. No KV moves.
 
-        The lower node keeps its identity, locks and reserved tail.
+        The lower node keeps its identity, locks and reserve.
         """
         assert 0 < offset < node.known, (node, offset)
         parent = node.parent
@@ -195,7 +168,7 @@ class RadixTree:
         upper.locked_children = int(node.locked)
         parent.children[upper.first_token] = upper
         node.parent = upper
-        self._move_head(node, upper, offset)
+        boundary.move_head(self, node, upper, offset)
         upper.children[node.first_token] = node
         follow.raised(node, upper)
         self._adopt(upper)
@@ -205,11 +178,11 @@ class RadixTree:
         return upper
 
     def advance(self, locks: Sequence[Lock], token: int) -> Node:
-        """Move `locks`, which all stand on one node, by `token`. Returns the node they reach.
+        """Move `locks`, all on the same node, forward by `token`. Returns the node they reach.
 
-        The leaf grows in place where all its locks move together and nothing follows it. A child that begins with
-        `token` is followed; an only child hands its tokens up one by one, where nothing else is in the way, so that
-        those who read what is cached stay on one node as those who compute do. Otherwise a new leaf branches off.
+        If all locks of a leaf move together, the leaf grows in place. If a child begins with `token`, the locks move
+        into it; an only child instead passes its tokens up one by one if nothing else is in the way, so that sequences
+        that read cached tokens stay on one node, like sequences that compute theirs. Otherwise a new leaf branches off.
         """
         node = locks[0].held
         together = node.lock_count == len(locks)
@@ -223,8 +196,8 @@ class RadixTree:
         if child is None:
             child = self._add_leaf(node, np.array([token], np.int32))
         elif together and len(node.children) == 1 and node.parent is not None and (child.known > 1 or child.idle):
-            if not self._pass_up(node, child):
-                self._shift_boundary(node, child)
+            if not boundary.pass_up(self, node, child):
+                boundary.shift_boundary(self, node, child)
             return node
         elif child.known > 1:
             child = self.split(child, 1)
@@ -234,18 +207,18 @@ class RadixTree:
     # -- locks --------------------------------------------------------------------------------------------
 
     def lock(self, node: Node) -> Lock:
-        """Keep the path to `node` until the returned receipt is given to `unlock`."""
+        """Keep the path to `node` in the tree until the returned lock is given to `unlock`."""
         node.lock_count += 1
         if node.lock_count + node.locked_children == 1:
             self._protect(node)
         return Lock(node)
 
     def fork(self, lock: Lock) -> Lock:
-        """Another receipt for the place where `lock` stands; no KV is copied."""
+        """Lock the node of `lock` once more. No KV is copied."""
         return self.lock(lock.held)
 
     def unlock(self, lock: Lock) -> None:
-        """Release a receipt. The last one to leave a node cuts its uncomputed tail and its reserve."""
+        """Release a lock. The last lock to leave a node removes its uncomputed tokens and its reserve."""
         node = lock.held
         lock.node = None
         assert node.lock_count > 0
@@ -256,18 +229,17 @@ class RadixTree:
     # -- slots --------------------------------------------------------------------------------------------
 
     def slots_wanted(self, node: Node, count: int) -> int:
-        """How many slots the pool must have free so that `count` more tokens of `node` can be scheduled."""
+        """Return the number of free slots needed in the pool to schedule `count` more tokens of `node`."""
         return max(0, count - int(self.columns.reserved[node.id]))
 
     def schedule(self, node: Node, count: int, reserve: int = 0) -> NDArray[np.int64]:
-        """Give slots to the next `count` known tokens and return them; reserve up to `reserve` more behind
-        them.
+        """Assign slots to the next `count` known tokens and return them. Reserves up to `reserve` slots after them.
 
-        Raises `OutOfSlots`, with nothing changed, where the pool has too few.
+        Raises `OutOfSlots`, with nothing changed, if the pool has too few.
         """
         assert 0 < count <= node.known - node.scheduled, (node, count)
         if self.slots_wanted(node, count):
-            self._take(node, count, reserve)
+            self._slots.take(node, count, reserve)
         first = node.scheduled
         node.scheduled += count
         self.unscheduled_tokens -= count
@@ -276,8 +248,8 @@ class RadixTree:
         return node.slots(first, node.scheduled)
 
     def schedule_next(self, node: Node) -> int:
-        """`schedule` for the one token that a leaf lacks, out of its reserved tail: its slot, or -1, with nothing
-        changed, where no slot is in reserve.
+        """Schedule the only unscheduled token of a leaf from its reserve. Returns the slot, or -1, with nothing
+        changed, if the reserve is empty.
         """
         slot = node.next_slot
         if slot < 0:
@@ -289,27 +261,16 @@ class RadixTree:
         return slot
 
     def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
-        """Reserve up to so many slots, at least one each, behind those of leaves, for tokens that they don't know yet.
+        """Reserve up to `counts` slots, at least one each, at the ends of `leaves` for tokens that are not known yet.
 
-        Raises `OutOfSlots`, with nothing changed, where fewer are free.
+        Raises `OutOfSlots`, with nothing changed, if fewer are free.
         """
-        if sum(counts) > self.pool.free:
-            raise OutOfSlots(f"count={sum(counts)}: only {self.pool.free} of {self.pool.capacity} slots are free")
-        moved, wanted = [], []
-        for node, count in zip(leaves, counts, strict=True):
-            assert not node.children, "the next token would begin a leaf of its own"
-            if not self._grow(node, count):
-                moved.append(node)
-                wanted.append(count)
-        for node, extents in zip(moved, self.pool.allocate_each(wanted), strict=True):
-            node.extents += extents
-            node.capacity += sum(extent.length for extent in extents)
-        self.columns.write_extents(leaves)
+        self._slots.reserve(leaves, counts)
 
     def commit(self, node: Node) -> None:
-        """The step that held the node's scheduled tokens has retired: they are computed.
+        """Mark the node's scheduled tokens as computed, after their step has retired.
 
-        So are those of its ancestors: a part that was split off the node in flight is one of them.
+        The same goes for its ancestors: a part split off the node while the step was in flight is one of them.
         """
         above = node.parent
         if above is not None and above.computed < above.scheduled:
@@ -322,9 +283,9 @@ class RadixTree:
         self._compute(node)
 
     def rollback(self, node: Node) -> None:
-        """The step that held the node's scheduled tokens, and those of its ancestors, failed.
+        """Mark the scheduled tokens of the node and its ancestors as unscheduled, after their step failed.
 
-        Their slots go back to the reserve.
+        Their slots return to the reserve.
         """
         above: Node | None = node
         while above is not None and (above is node or above.computed < above.scheduled):
@@ -336,9 +297,7 @@ class RadixTree:
             above = above.parent
 
     def reclaim_reserves(self, count: int) -> None:
-        """Give up to `count` reserved slots back to the pool, from the largest reserves first and from the end of
-        each.
-        """
+        """Release up to `count` reserved slots to the pool, largest reserves first, each from its end."""
         reserved = self.columns.reserved[: len(self._nodes)]
         rows = np.flatnonzero(reserved)
         for row in rows[np.argsort(-reserved[rows], kind="stable")].tolist():
@@ -352,9 +311,9 @@ class RadixTree:
     # -- eviction -----------------------------------------------------------------------------------------
 
     def evict(self, count: int) -> int:
-        """Drop up to `count` tokens, none of them locked, leaf by leaf in the policy's order, each from its end.
+        """Evict up to `count` unlocked tokens, leaf by leaf in the policy's order, each from its end.
 
-        Returns how many were dropped.
+        Returns the number of tokens evicted.
         """
         dropped = 0
         while dropped < count and (node := self.evictable.first()) is not None:
@@ -375,11 +334,11 @@ class RadixTree:
         return dropped
 
     def reset(self) -> int:
-        """Evict everything that is not locked. Returns the tokens dropped."""
+        """Evict everything that is not locked. Returns the number of tokens evicted."""
         return self.evict(self.evictable_tokens)
 
     def discard(self, namespace: str) -> None:
-        """Drop everything in `namespace` that is not locked; a namespace that nobody will ask for again."""
+        """Evict everything in `namespace` that is not locked, for a namespace that will not be used again."""
         nodes = [self._roots[namespace]] if namespace in self._roots else []
         for node in nodes:
             nodes.extend(node.children.values())
@@ -391,7 +350,7 @@ class RadixTree:
     # -- invariants ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Assert invariants I1 to I8 and I10, by recomputing each from the nodes alone."""
+        """Assert invariants I1 to I8 and I10, recomputed from the nodes alone."""
         check_tree(self)
         if self._stamps is not None:
             for node in self.nodes():
@@ -421,7 +380,7 @@ class RadixTree:
         self.columns.changed[node.id] = self.version
 
     def _compute(self, node: Node) -> None:
-        """What is scheduled of the node is computed; all before it is."""
+        """Mark the node's scheduled tokens as computed."""
         if self._stamps is not None:
             self._stamps.record(node, node.computed, node.scheduled)
         node.computed = node.scheduled
@@ -430,7 +389,7 @@ class RadixTree:
 
     def _add_root(self, namespace: str) -> Node:
         self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
-        for followed in [one for one in self._unrooted if one.namespace == namespace]:
+        for followed in [match for match in self._unrooted if match.namespace == namespace]:
             del self._unrooted[followed]
             followed.move(root, 0)
         return root
@@ -446,7 +405,7 @@ class RadixTree:
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
-        """Take a childless, unlocked node without a reserved tail out of the tree and release its slots."""
+        """Remove an unlocked node without children and without a reserve from the tree, and release its slots."""
         for extent in node.extents:
             self.pool.release(extent)
         node.extents, node.capacity = [], 0
@@ -468,13 +427,13 @@ class RadixTree:
         self._forget(node)
 
     def _forget(self, node: Node) -> None:
-        """Nothing names the node any more."""
+        """Free the node's id, once nothing refers to the node."""
         self._nodes[node.id] = None
         self._free_ids.append(node.id)
         self.evictable.remove(node)
 
     def _move(self, locks: Sequence[Lock], child: Node) -> None:
-        """Move `locks` one edge down. The parent stays locked through `child`."""
+        """Move `locks` one node down. The parent stays locked through `child`."""
         parent = locks[0].held
         was_locked = child.locked
         child.lock_count += len(locks)
@@ -485,104 +444,8 @@ class RadixTree:
             lock.node = child
         parent.lock_count -= len(locks)
 
-    def _pass_up(self, node: Node, child: Node) -> bool:
-        """`_shift_boundary` in the common case, several times as fast: one buffer and one run of slots hold both nodes,
-        and the child is computed and keeps some of that run. False, with nothing changed, in any other.
-        """
-        if not child.computed == child.known == child.capacity:
-            return False
-        (first, size), (slot, length), end = node.extents[-1], child.extents[0], node._offset + node.known
-        if length == 1 or first + size != slot or node._buffer is not child._buffer or end != child._offset:
-            return False
-        node.extents[-1], child.extents[0] = Extent(first, size + 1), Extent(slot + 1, length - 1)
-        node.known = node.scheduled = node.computed = node.capacity = node.known + 1
-        child.known = child.scheduled = child.computed = child.capacity = child.known - 1
-        child.start += 1
-        child._offset += 1
-        node.children.clear()
-        node.children[int(child._buffer[end + 1])] = child
-        if not child.lock_count + child.locked_children:
-            self.evictable_tokens -= 1
-        self.columns.pass_up(node, child)
-        self._changed(child)
-        if child.followers:
-            follow.raised(child, node)
-        if self.listener is not None:
-            self.listener.moved(child, node, 1)
-        return True
-
-    def _shift_boundary(self, node: Node, child: Node) -> None:
-        """Move the first token of an only child up into `node`, with its slot. A child without any other is gone."""
-        token = child.first_token
-        del node.children[token]
-        if not child.locked:
-            self.evictable_tokens -= 1
-        if node._buffer is child._buffer and node._offset + node.known == child._offset:
-            node.known += 1
-        else:
-            node._append(token)
-        self._move_head(child, node, 1)
-        follow.raised(child, node)
-        self._changed(child)
-        self.columns.write(node)
-        if not child.known:
-            self._forget(child)
-            return
-        if child.children:
-            self._cut_extents(child, child.known)
-        node.children[child.first_token] = child
-        self.columns.write(child)
-        if child.computed and child.extents[0].start == node.extents[-1].end:
-            self.columns.following[node.id] = min(child.computed, child.extents[0].length)
-
-    def _move_head(self, lower: Node, upper: Node, count: int) -> None:
-        """Hand the first `count` tokens of `lower`, with their slots and states, to the end of `upper`."""
-        scheduled, computed = min(count, lower.scheduled), min(count, lower.computed)
-        moved, kept = split_extents(lower.extents, scheduled)
-        if upper.extents and moved and upper.extents[-1].end == moved[0].start:
-            moved[0] = Extent(upper.extents[-1].start, upper.extents[-1].length + moved[0].length)
-            upper.extents.pop()
-        upper.extents.extend(moved)
-        upper.capacity += scheduled
-        lower.extents = kept
-        lower.capacity -= scheduled
-        upper.scheduled += scheduled
-        upper.computed += computed
-        lower.scheduled -= scheduled
-        lower.computed -= computed
-        lower.known -= count
-        lower.start += count
-        lower._offset += count
-        if self.listener is not None:
-            self.listener.moved(lower, upper, count)
-
-    def _take(self, node: Node, count: int, reserve: int) -> None:
-        """Grow the node's extents so that `count` more tokens fit, with up to `reserve` slots behind."""
-        need = count - node.reserved
-        if need > self.pool.free:
-            raise OutOfSlots(f"count={need}: only {self.pool.free} of {self.pool.capacity} slots are free")
-        if node.children:
-            reserve = min(reserve, node.known - node.scheduled - count)
-        want = min(need + reserve, self.pool.free)
-        got = self._grow(node, want)
-        if need > got:
-            node.extents.extend(self.pool.allocate(want - got))
-            node.capacity += want - got
-        self.columns.write(node)
-
-    def _grow(self, node: Node, count: int) -> int:
-        """Lengthen the node's last extent by up to `count` slots, those that are free behind it. Returns how many."""
-        if not node.extents:
-            return 0
-        start, length = node.extents[-1]
-        got = self.pool.grow(start + length, count)
-        if got:
-            node.extents[-1] = Extent(start, length + got)
-            node.capacity += got
-        return got
-
     def _protect(self, node: Node) -> None:
-        """`node` became locked: so do its ancestors."""
+        """Update the counters of `node` and its ancestors after it became locked."""
         while True:
             self.evictable.remove(node)
             self.evictable_tokens -= node.computed
@@ -595,7 +458,7 @@ class RadixTree:
             node = parent
 
     def _unprotect(self, node: Node) -> None:
-        """`node` lost its last lock: cut what it did not compute, and tell its ancestors."""
+        """Remove uncomputed tokens of `node` after it lost its last lock, and update its ancestors."""
         self._clock += 1
         while True:
             parent = node.parent
@@ -630,10 +493,5 @@ class RadixTree:
         self.columns.scheduled[node.id] = node.scheduled
 
     def _cut_extents(self, node: Node, count: int) -> None:
-        """Release the node's slots behind the first `count`."""
-        if node.capacity > count:
-            node.extents, dropped = split_extents(node.extents, count)
-            node.capacity = count
-            for extent in dropped:
-                self.pool.release(extent)
-            self.columns.write(node)
+        """Release the node's slots after the first `count`."""
+        self._slots.cut(node, count)

@@ -1,4 +1,4 @@
-"""The nouns: requests, parameters, outputs, plans, errors, limits. No torch here."""
+"""Types shared by all other packages: requests, parameters, outputs, plans, errors, limits. Never imports torch."""
 
 from radixgen.core.errors import (
     ContextOverflow,
@@ -18,7 +18,7 @@ from radixgen.core.errors import (
     UnsupportedModel,
     check_integer,
 )
-from radixgen.core.grammar import Allowed, Grammar, GrammarKind, GrammarState
+from radixgen.core.grammar import AllowedTokens, Grammar, GrammarKind, GrammarState
 from radixgen.core.guard import StateGuard
 from radixgen.core.limits import Limits
 from radixgen.core.outputs import (
@@ -38,7 +38,7 @@ from radixgen.core.plan import Chunk, NodeSummary, Plan, Window, first_seen
 from radixgen.core.texts import check_text, check_texts
 
 __all__ = [
-    "Allowed",
+    "AllowedTokens",
     "BeamSearchParams",
     "Chunk",
     "CompletionOutput",

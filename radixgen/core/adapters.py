@@ -1,4 +1,7 @@
-"""Adapters (LoRA) are not served: a request that names one is refused, and not answered by the base model."""
+"""Detect and reject requests for adapters (LoRA).
+
+Adapters are not served. A request that names one is rejected instead of being answered by the base model.
+"""
 
 import re
 from collections.abc import Callable
@@ -34,23 +37,25 @@ ADAPTER_FIELDS: Final = frozenset(
         "prompt_adapter_request",
     }
 )
-"""Fields and arguments by which clients, front ends and other libraries name an adapter"""
-_NAMES_ONE = re.compile(r"(?:.*[^a-z])?(?:[dq]?loras?|adapters?|peft)(?:[^a-z].*)?", re.DOTALL)
-_DEEPEST = 4
+"""Fields and arguments that clients, front ends and other libraries use to name an adapter."""
+_ADAPTER_NAME = re.compile(r"(?:.*[^a-z])?(?:[dq]?loras?|adapters?|peft)(?:[^a-z].*)?", re.DOTALL)
+_MAX_DEPTH = 4
 ADAPTERS: Final = "adapters (LoRA) are not served: merge them into the model's weights"
 
 
 def names_adapter(field: str) -> bool:
-    """Whether a field of this name, in whatever spelling, is where an adapter is named: `loraPath`, `x-lora-name`."""
+    """Return whether a field name denotes an adapter, in any spelling: `loraPath`, `x-lora-name`."""
     if field in ADAPTER_FIELDS:
         return True
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", field[:200].replace("LoRA", "Lora"))
-    return _NAMES_ONE.fullmatch(parted.lower()) is not None
+    return _ADAPTER_NAME.fullmatch(parted.lower()) is not None
 
 
 def refuse_adapters_in(field: str, value: object, depth: int = 0) -> None:
-    """Raise `InvalidRequest` where `value`, of a field that is about to be ignored, names an adapter inside."""
-    if isinstance(value, dict) and depth < _DEEPEST:
+    """Raise `InvalidRequest` if `value`, of a field that is otherwise ignored, contains an adapter at any depth up to
+    4.
+    """
+    if isinstance(value, dict) and depth < _MAX_DEPTH:
         for name, inner in value.items():
             if isinstance(name, str) and names_adapter(name):
                 refuse_adapter(f"{field}.{name}"[:200], inner)
@@ -58,13 +63,15 @@ def refuse_adapters_in(field: str, value: object, depth: int = 0) -> None:
 
 
 def refuse_adapter(field: str, value: object) -> None:
-    """Raise `InvalidRequest` where `value` names an adapter: where it is true, or a list in which something is."""
+    """Raise `InvalidRequest` if `value` names an adapter: if it is truthy, or a list with a truthy item."""
     if any(value) if isinstance(value, list | tuple) else value:
         raise InvalidRequest(field, value, ADAPTERS)
 
 
 def refuses_adapters(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate `method` to ignore adapter arguments of other libraries that name none, and to refuse all others."""
+    """Decorate `method` to accept the adapter arguments of other libraries while they are empty, and to reject them
+    otherwise.
+    """
 
     @wraps(method)
     def checked(*arguments: P.args, **options: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Plain loops over arrays, compiled where Numba is installed."""
+"""Numba compilation of loops over arrays, with plain Python as the fallback."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,9 +12,9 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def compiled(function: Function) -> Function:
-    """`function` as machine code, compiled at its first call and kept in Numba's cache; itself without Numba.
+    """Compile `function` with Numba on its first call, cached on disk. Without Numba, return it unchanged.
 
-    `function.py_func` is the plain twin.
+    The plain version is `function.py_func`.
     """
     if njit is None:
         return function
@@ -23,8 +23,8 @@ def compiled(function: Function) -> Function:
 
 
 def inlined(function: Function) -> Function:
-    """As `compiled`, for a part of compiled loops: its body stands in its caller's place, since handing over a dozen
-    arrays costs more than most of what is done with them.
+    """As `compiled`, but inlined into the compiled caller: passing a dozen arrays costs more than most of the work on
+    them.
     """
     if njit is None:
         return function

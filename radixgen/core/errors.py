@@ -1,18 +1,18 @@
-"""The named exceptions that callers may catch.
+"""Exceptions that callers may catch.
 
-`RadixgenError` is the root. `InvalidRequest` and its children are the caller's to mend; each message
-names the field, the value and the limit. `assert` is kept for radixgen's own invariants.
+`RadixgenError` is the root. `InvalidRequest` and its subclasses are the caller's errors; each message names the field,
+the value and the limit. `assert` is reserved for radixgen's own invariants.
 """
 
 from reprlib import Repr
 
 
 class RadixgenError(Exception):
-    """Root of every error that radixgen raises on purpose."""
+    """Base class of all errors that radixgen raises on purpose."""
 
 
 class InvalidRequest(RadixgenError, ValueError):
-    """A request that cannot be served as written; nothing else is disturbed."""
+    """A request that cannot be served as written. Other requests are unaffected."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         super().__init__(f"{field}={short_repr(value)}: {limit}")
@@ -20,8 +20,10 @@ class InvalidRequest(RadixgenError, ValueError):
 
 
 def short_repr(value: object) -> str:
-    """A value in at most 80 characters; its type where it cannot be printed, as an integer of 5,000 digits. No more of
-    it is written than is shown: shared parts can make a small object endless.
+    """Represent a value in at most 80 characters, or by its type if it cannot be printed, as an integer of 5,000
+    digits.
+
+    Only what is shown is formatted: a small object that refers to its parts repeatedly can have an enormous `repr`.
     """
     brief = Repr()
     brief.maxlevel, brief.maxstring, brief.maxother = 3, 80, 80
@@ -33,7 +35,7 @@ def short_repr(value: object) -> str:
 
 
 def check_integer(field: str, value: object, low: int, high: int) -> None:
-    """Raise `InvalidRequest` unless `value` is an integer, and no boolean, from `low` to `high`."""
+    """Raise `InvalidRequest` unless `value` is an integer from `low` to `high`. Booleans are rejected."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(field, value, f"must be an integer from {low} to {high}")
     if not low <= value <= high:
@@ -41,11 +43,13 @@ def check_integer(field: str, value: object, low: int, high: int) -> None:
 
 
 class PromptTooLong(InvalidRequest):
-    """Prompt plus `max_tokens` exceeds the context or the whole KV pool."""
+    """Prompt plus `max_tokens` exceeds the context or the KV pool."""
 
 
 class ContextOverflow(PromptTooLong):
-    """A conversation has grown beyond the context or the KV pool: `value` tokens where `limit` says how many fit."""
+    """A conversation has outgrown the context or the KV pool. `value` is its length in tokens; `limit` names the
+    maximum.
+    """
 
 
 class UnknownRequest(InvalidRequest):
@@ -57,7 +61,7 @@ class DuplicateRequest(InvalidRequest):
 
 
 class LimitReached(RadixgenError):
-    """The engine holds as much as it may of something: try again later. Nothing was changed."""
+    """The engine is at one of its limits. Nothing was changed; try again later."""
 
     def __init__(self, field: str, value: int, limit: str) -> None:
         super().__init__(f"{field}={value}: {limit}")
@@ -65,27 +69,27 @@ class LimitReached(RadixgenError):
 
 
 class QueueFull(LimitReached):
-    """As many requests wait, or as many tokens, as may."""
+    """The queue of waiting requests is full, by number of requests or of prompt tokens."""
 
 
 class RequestFailed(RadixgenError):
-    """A request ended with `error`, where its caller asked for nothing but its result."""
+    """A request ended with `error` in a call that returns nothing but its result."""
 
 
 class GrammarFailed(RadixgenError):
-    """A sequence cannot go on in its grammar: no token of the model fits, or a step would cost too much."""
+    """A sequence cannot continue within its grammar: no token of the model fits, or its masks take too long."""
 
 
 class UnsupportedModel(RadixgenError):
-    """A model that cannot run on tree attention; the message names it and says why."""
+    """A model that cannot run with tree attention. The message names the model and the reason."""
 
 
 class ModelNotFound(RadixgenError):
-    """No model at this path or under this name."""
+    """No model exists at this path or under this name."""
 
 
 class OutOfSlots(RadixgenError):
-    """The KV pool has fewer free slots than were asked for."""
+    """The KV pool has too few free slots for an allocation."""
 
 
 class EngineClosed(RadixgenError):
@@ -93,4 +97,4 @@ class EngineClosed(RadixgenError):
 
 
 class EngineDead(EngineClosed):
-    """The engine failed as a whole; every open request has ended."""
+    """The engine failed as a whole. All of its open requests have ended."""

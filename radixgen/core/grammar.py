@@ -1,4 +1,7 @@
-"""What structured output is asked for, and what the sampler asks of a grammar. The library behind it is elsewhere."""
+"""Grammars for structured output: sources in request parameters, and the interface that the sampler uses.
+
+`radixgen.structured` implements the interface.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,60 +18,63 @@ GrammarKind = Literal["json_schema", "regex", "lark"]
 
 
 class GrammarSource(NamedTuple):
-    """A grammar as text, and the parameter that it came from."""
+    """The text of a grammar, and the request parameter that it came from."""
 
     field: str
     kind: GrammarKind
     text: str
 
 
-class Allowed(NamedTuple):
-    """What a grammar lets follow. Equal states give the same object."""
+class AllowedTokens(NamedTuple):
+    """The tokens that a grammar allows next. Equal grammar states share one object."""
 
     mask: NDArray[np.int32]
-    """`[ceil(vocab / 32)]`: bit `t % 32` of word `t // 32` says whether token `t` goes on within the grammar."""
+    """`[ceil(vocab / 32)]`: bit `t % 32` of word `t // 32` is set if token `t` is allowed."""
     accepts: bool
-    """Whether what was generated is a whole text of the grammar: then, and only then, it may end."""
+    """Whether the text so far is complete. Only then may the sequence end."""
 
 
 class GrammarState(Protocol):
-    """Where one sequence stands in its grammar."""
+    """The position of one sequence in its grammar."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing may follow but the end."""
+        """Whether only an end token may follow."""
 
-    def allowed(self) -> Allowed:
-        """Raises `GrammarFailed` where no token of the model goes on and the text is not whole."""
+    def allowed(self) -> AllowedTokens:
+        """Return the tokens allowed next.
+
+        Raises `GrammarFailed` if the model has no such token and the text is not complete.
+        """
 
     def allows(self, token: int) -> bool:
-        """Whether `token` goes on within the grammar."""
+        """Return whether `token` is allowed next."""
 
     def accept(self, token: int) -> None:
-        """Move on by `token`. Raises `GrammarFailed` where the grammar does not allow it."""
+        """Advance by `token`. Raises `GrammarFailed` if the grammar does not allow it."""
 
     def fork(self) -> "GrammarState":
-        """An independent copy that goes on from here."""
+        """Return an independent copy."""
 
 
 class Grammar(Protocol):
-    """A compiled grammar. Any number of sequences may be in it at the same time."""
+    """A compiled grammar, shared by any number of sequences."""
 
     def start(self) -> GrammarState:
-        """The state of a sequence that has generated nothing."""
+        """Return the state of a sequence without output."""
 
 
 def schema_source(schema: object, limits: Limits, field: str = "json_schema") -> GrammarSource:
-    """A JSON schema, as text or as an object. Raises `InvalidRequest`."""
+    """Make a source of a JSON schema, given as text or as an object. Raises `InvalidRequest`."""
     if isinstance(schema, str):
         return text_source(field, "json_schema", schema, limits)
     if not isinstance(schema, Mapping):
         raise InvalidRequest(field, schema, "must be a JSON schema, an object or its text")
-    return GrammarSource(field, "json_schema", _dumped(schema, limits, field))
+    return GrammarSource(field, "json_schema", _dump_schema(schema, limits, field))
 
 
 def text_source(field: str, kind: GrammarKind, text: object, limits: Limits) -> GrammarSource:
-    """A grammar that is text already. Raises `InvalidRequest`."""
+    """Check a grammar that is text already. Raises `InvalidRequest`."""
     most = limits.max_grammar_chars
     if not isinstance(text, str) or not 0 < len(text) <= most:
         raise InvalidRequest(field, text, f"must be text of 1 to {most} characters")
@@ -77,7 +83,7 @@ def text_source(field: str, kind: GrammarKind, text: object, limits: Limits) -> 
 
 
 def choice_source(choice: Any, limits: Limits) -> GrammarSource:
-    """One of some texts, as a Lark grammar. Raises `InvalidRequest`."""
+    """Make a Lark grammar that accepts exactly the given texts. Raises `InvalidRequest`."""
     if not isinstance(choice, tuple | list) or not choice:
         raise InvalidRequest("choice", choice, "must be a tuple or a list of one text or more")
     if len(choice) > limits.max_choices:
@@ -90,14 +96,14 @@ def choice_source(choice: Any, limits: Limits) -> GrammarSource:
 
 
 def format_source(response_format: object, limits: Limits) -> GrammarSource | None:
-    """OpenAI's `response_format`; None where it asks for plain text. Raises `InvalidRequest`."""
+    """Make a source of OpenAI's `response_format`; None for plain text. Raises `InvalidRequest`."""
     field = "response_format"
-    asked = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if asked == "text":
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
         return None
-    if asked == "json_object":
+    if kind == "json_object":
         return GrammarSource(field, "json_schema", '{"type": "object"}')
-    if asked != "json_schema":
+    if kind != "json_schema":
         raise InvalidRequest(field, response_format, 'must have the type "text", "json_object" or "json_schema"')
     described = response_format.get("json_schema") if isinstance(response_format, Mapping) else None
     schema = described.get("schema") if isinstance(described, Mapping) else None
@@ -107,19 +113,21 @@ def format_source(response_format: object, limits: Limits) -> GrammarSource | No
     return schema_source(schema, limits, field)
 
 
-def only_one(asked: Sequence[GrammarSource]) -> GrammarSource | None:
-    """The one that was asked for. Raises `InvalidRequest` where there are more."""
-    if len(asked) > 1:
-        raise InvalidRequest(asked[1].field, "…", f"{asked[0].field} is given too; a request has one grammar")
-    return asked[0] if asked else None
+def single_source(sources: Sequence[GrammarSource]) -> GrammarSource | None:
+    """Return the only source, or None if there is none. Raises `InvalidRequest` for more than one."""
+    if len(sources) > 1:
+        raise InvalidRequest(
+            sources[1].field, "…", f"cannot be combined with {sources[0].field}: a request has at most one grammar"
+        )
+    return sources[0] if sources else None
 
 
-def _dumped(schema: Mapping[str, Any], limits: Limits, field: str) -> str:
-    """`schema` as JSON, written no further than it may be long: shared parts can make a small object endless."""
+def _dump_schema(schema: Mapping[str, Any], limits: Limits, field: str) -> str:
+    """Serialize `schema` to JSON, stopping at the length limit: shared parts can make a small object enormous."""
     pieces: list[str] = []
     length = 0
     try:
-        for piece in json.JSONEncoder(allow_nan=False, default=_plain).iterencode(schema):
+        for piece in json.JSONEncoder(allow_nan=False, default=_mapping_as_dict).iterencode(schema):
             pieces.append(piece)
             length += len(piece)
             if length > limits.max_grammar_chars:
@@ -132,8 +140,8 @@ def _dumped(schema: Mapping[str, Any], limits: Limits, field: str) -> str:
     return "".join(pieces)
 
 
-def _plain(value: object) -> dict[Any, Any]:
-    """Mappings that are no dictionaries."""
+def _mapping_as_dict(value: object) -> dict[Any, Any]:
+    """Convert mappings other than dictionaries for the JSON encoder."""
     if isinstance(value, Mapping):
         return dict(value)
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be serialized to JSON")

@@ -1,4 +1,4 @@
-"""Whether the state that several calls change is whole: a change that was cut short must never be built upon."""
+"""Detection of interrupted changes, so that nothing builds on a half-changed state."""
 
 from types import TracebackType
 
@@ -6,26 +6,26 @@ from radixgen.core.errors import EngineDead, LimitReached
 
 
 class StateGuard:
-    """Surrounds each change of an engine, `with guard:`; changes do not nest.
+    """A context manager around each change of an engine. Changes do not nest.
 
-    An exception that leaves a change, `KeyboardInterrupt` too, leaves the state half changed: from then on `require`
-    and every further change raise `EngineDead`, which names that exception. Two kinds do not: `LimitReached`, raised
-    before anything is changed, and whatever is raised after `undone`. The mark is set before a change and taken back
-    after it, so that it also holds where an interrupt arrives while another exception is handled.
+    If an exception leaves a change, `KeyboardInterrupt` included, the state may be half changed. From then on `require`
+    and all further changes raise `EngineDead`, naming that exception. Exempt are `LimitReached`, which is raised before
+    anything is changed, and exceptions raised after `undone`. The mark is set before a change and removed after it, so
+    that it holds even if an interrupt arrives while another exception is handled.
     """
 
     def __init__(self) -> None:
         self.broken = False
-        """Whether a change was begun and has not come to its end."""
+        """Whether a change began and did not finish."""
         self._error: BaseException | None = None
 
     def require(self) -> None:
-        """Raise `EngineDead` unless the state is whole."""
+        """Raise `EngineDead` if a change was interrupted."""
         if self.broken:
             raise EngineDead(self._reason()) from self._error
 
     def undone(self) -> None:
-        """The change was taken back whole; the exception that is on its way out leaves nothing behind."""
+        """Declare that the current change was undone completely, so that the exception on its way out is harmless."""
         self.broken = False
 
     def _reason(self) -> str:

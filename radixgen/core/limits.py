@@ -1,83 +1,85 @@
-"""Every bound on sizes that come from outside, in one object, checked before any allocation."""
+"""Limits on all sizes that come from outside, checked before any allocation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on one engine's requests. Counts unless a unit is given."""
+    """Limits of one engine. Counts unless a unit is given."""
 
     max_n: int = 128
-    """Sequences of one request; beams of one search."""
+    """Sequences per request; beams per beam search."""
     max_logprobs: int = 20
-    """Alternatives reported for each token."""
+    """Alternatives reported per token."""
     max_logprob_values: int = 1 << 20
-    """Log-probabilities of all tokens that one request may have, each with its alternatives."""
+    """Log-probabilities per request, over all tokens and their alternatives."""
     max_stop: int = 16
-    """Stop strings."""
+    """Stop strings per request."""
     max_stop_len: int = 1_024
-    """Characters of a stop string."""
+    """Characters per stop string."""
     max_stop_token_ids: int = 128
     max_logit_bias: int = 1_024
-    """Tokens with a bias."""
+    """Tokens with a bias per request."""
     max_grammar_chars: int = 1 << 16
-    """Characters of a schema, a regular expression or a grammar; of all choices together."""
+    """Characters of a schema, regular expression or grammar; of all choices together."""
     max_choices: int = 1_024
     max_grammars: int = 64
-    """Compiled grammars that are kept for requests to come."""
+    """Compiled grammars kept for later requests."""
     max_compiling: int = 1_024
-    """Grammars of one caller of a server that wait to be compiled."""
+    """Grammars per caller of a server that wait to be compiled."""
     max_prompt_chars: int = 1 << 22
-    """Characters of a text prompt, before it is tokenized."""
+    """Characters of a text prompt, before tokenization."""
     max_request_id_len: int = 256
-    """Characters of a request id or a namespace."""
+    """Characters of a request id or namespace."""
     max_waiting: int = 16_384
-    """Requests not yet admitted."""
+    """Requests waiting for admission."""
     max_waiting_tokens: int = 1 << 24
-    """Prompt tokens of requests not yet admitted; a single request may have more."""
+    """Prompt tokens of the requests waiting for admission. A single request may exceed it."""
     max_overtaken: int = 64
-    """Later requests of its priority that may be admitted before a request."""
+    """Later requests of the same priority that may be admitted before a request."""
     max_num_seqs: int = 1_024
-    """Sequences that run at the same time."""
+    """Sequences running at the same time."""
     max_ranks: int = 64
-    """Processes that one model is sharded over."""
+    """Processes over which one model is sharded."""
     max_pins: int = 1_024
     """Pinned prefixes."""
     max_messages: int = 16_384
-    """Messages of one conversation."""
+    """Messages per conversation."""
     max_tools: int = 1_024
-    """Tools of one conversation."""
+    """Tools per conversation."""
     max_saved_chars: int = 1 << 26
     """Characters of a saved conversation."""
     max_thoughts: int = 1 << 20
-    """Thoughts of one search."""
+    """Thoughts per search."""
     max_body_bytes: int = 1 << 25
-    """Bytes of one HTTP request's body."""
+    """Bytes of the body of one HTTP request."""
     max_reading_bytes: int = 1 << 29
-    """Bytes of all bodies that are being read or decoded."""
+    """Bytes of all bodies being read or decoded at the same time."""
     max_prompts: int = 128
-    """Prompts of one HTTP request."""
+    """Prompts per HTTP request."""
     max_sessions: int = 1_024
-    """Conversations that an HTTP server keeps; beyond, the caller that has the most loses its oldest."""
+    """Conversations stored by an HTTP server. Beyond it, the caller with the most loses its oldest."""
     max_session_bytes: int = 1 << 28
-    """Bytes of memory that these hold; beyond, the caller that holds the most loses its oldest."""
+    """Bytes of memory of all stored conversations. Beyond it, the caller with the most bytes loses its oldest
+    conversation.
+    """
     max_frame_bytes: int = 1 << 23
-    """Bytes of one frame that a front end sends: a prompt of a million tokens has five millions."""
+    """Bytes of one frame from a front end. A prompt of a million tokens takes about five million."""
     max_frames: int = 64
-    """Frames of one message."""
+    """Frames per message."""
     max_backlog: int = 4_096
-    """Messages of front ends that the engine has not taken yet; beyond, their sockets are not read."""
+    """Messages from front ends that wait for the engine. Beyond it, their sockets are not read."""
     max_backlog_bytes: int = 1 << 26
-    """Bytes of such messages."""
+    """Bytes of the messages that wait for the engine."""
     max_outbox_bytes: int = 1 << 24
-    """Bytes that wait for one front end; beyond, its requests are aborted."""
+    """Bytes waiting to be sent to one front end. Beyond it, its requests are aborted."""
     max_salt_len: int = 4_096
     """Characters of a cache salt."""
     max_method_len: int = 64
-    """Characters of a utility's name."""
+    """Characters of a utility method's name."""
     max_viewers: int = 16
-    """Who may watch the live page at the same time."""
+    """Viewers of the live page at the same time."""
     max_shown_nodes: int = 2_000
-    """Nodes of the tree that the live page draws."""
+    """Nodes that the live page draws."""
     max_shown_chars: int = 1 << 20
-    """Characters of their text in all that it is told."""
+    """Characters of node text sent to the live page, over all nodes."""

@@ -1,4 +1,4 @@
-"""What callers get back. Names follow vLLM's."""
+"""Outputs returned to callers. Names follow vLLM's."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,15 +12,16 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sequence of a request, from its first generated token on.
+    """The output of one sequence of a request.
 
     `finish_reason`: `stop` at an end token, stop token or stop string; `length` at `max_tokens` or the end of the
-    context; `abort` when cancelled or past its deadline; `error` where something went wrong with this request
-    alone. `stop_reason`: the stop token's id, the stop string, `"deadline"`, or what the error was.
-    `cumulative_logprob` and
-    `logprobs` (one `{token id: natural-log probability}` a generated token, the sampled one first) are
-    None unless `SamplingParams.logprobs` asked for them. A hypothesis of a beam search has `cumulative_logprob`, and
-    `score`, by which they are ordered: the same divided by `len(token_ids) ** length_penalty`.
+    context; `abort` if cancelled or past its deadline; `error` if something failed for this request alone.
+    `stop_reason`: the id of the stop token, the stop string, `"deadline"`, or the error message.
+
+    `cumulative_logprob` and `logprobs` are None unless `SamplingParams.logprobs` is set. `logprobs` has one
+    `{token id: natural-log probability}` per generated token, the sampled token first. A hypothesis of a beam search
+    has `cumulative_logprob`, and `score = cumulative_logprob / len(token_ids) ** length_penalty`, by which hypotheses
+    are ordered.
     """
 
     index: int
@@ -34,9 +35,9 @@ class CompletionOutput:
 
 
 def end_token(output: CompletionOutput, eos_token_ids: Container[int]) -> int | None:
-    """The last token, where that ended the answer; None where a grammar, a stop string or a bound did.
+    """Return the last token if it ended the answer, or None if a grammar, a stop string or a limit did.
 
-    `eos_token_ids`: the model's own end tokens; a stop token is named by `stop_reason`.
+    `eos_token_ids`: the model's own end tokens. A stop token is reported in `stop_reason`.
     """
     if output.finish_reason != "stop" or isinstance(output.stop_reason, str) or not output.token_ids:
         return None
@@ -45,18 +46,18 @@ def end_token(output: CompletionOutput, eos_token_ids: Container[int]) -> int | 
 
 
 def joined(deltas: Sequence[CompletionOutput]) -> CompletionOutput:
-    """Deltas of one sequence, in their order, as one."""
+    """Concatenate the deltas of one sequence, given in order."""
     last = deltas[-1]
     return replace(
         last,
-        text="".join(one.text for one in deltas),
-        token_ids=[token for one in deltas for token in one.token_ids],
-        logprobs=None if last.logprobs is None else [found for one in deltas for found in one.logprobs or ()],
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        logprobs=None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()],
     )
 
 
 OutputKind = Literal["cumulative", "delta", "final"]
-"""What a request's outputs tell: everything so far, what is new, or nothing before the last one."""
+"""What the outputs of a request contain: everything so far, only what is new, or nothing before the final output."""
 
 
 SharingReason = Literal["cold", "evicted", "namespace", "diverged"]
@@ -64,16 +65,20 @@ SharingReason = Literal["cold", "evicted", "namespace", "diverged"]
 
 @dataclass(frozen=True, slots=True)
 class SharingEnd:
-    """Where and why a prompt was not shared any further, at the moment of its admission.
+    """Where and why prefix sharing of a prompt ended, at its admission.
 
-    `position`: its first token that was not known. `prompt_tokens`: the tokens from there on, at most 8.
-    `reason`: `evicted` where this very continuation was known once and was evicted, as far back as is remembered;
-    `namespace` where nothing of the prompt is known in its own namespace, and another one knows these tokens;
-    `diverged` where what is known goes on otherwise, with `cached_tokens`, of several the ones in use or used last;
-    `cold` where nothing follows.
+    `position`: the first token of the prompt that was not in the tree. `prompt_tokens`: up to 8 tokens from there on.
 
-    For who runs the engine: it tells of other requests, and with `namespace` of other tenants. Don't pass it on to
-    them.
+    `reason`:
+
+    - `evicted`: this continuation was cached and has been evicted, as far back as is remembered;
+    - `namespace`: nothing of the prompt is known in its namespace, but another namespace knows these tokens;
+    - `diverged`: the tree continues with other tokens, `cached_tokens`; of several continuations, the one in use or
+      used last;
+    - `cold`: the tree has no continuation.
+
+    For the operator of the engine only: it reveals other requests, and with `namespace` other tenants. Callers must not
+    see it.
     """
 
     reason: SharingReason
@@ -83,7 +88,7 @@ class SharingEnd:
 
 
 class PromptTokens:
-    """The token ids of a prompt; as a list when that is first asked for, and only then."""
+    """The token ids of a prompt, converted to a list on first access."""
 
     __slots__ = ("_ids",)
 
@@ -112,14 +117,18 @@ class PromptTokens:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request as it stands after a step: everything generated so far, or what is new, as it was submitted.
+    """The state of a request after a step. `outputs` holds everything generated so far or only what is new, by
+    `OutputKind`.
 
-    `num_cached_tokens` counts the prompt tokens whose KV was already computed when the request was admitted;
-    `num_shared_tokens` those that were known and held by running requests or pins, computed or not; `sharing_ended`
-    says why there were no more, and is None where all of the prompt was known.
-    `prompt_logprobs`, once complete: None for the first token, then one `{token id: natural-log probability}` a
-    prompt token, its own first; of several sequences, all but the first may have tokens before. `queue_seconds`: from
-    submission to admission.
+    `num_cached_tokens`: prompt tokens whose KV was computed already at admission. `num_shared_tokens`: prompt tokens
+    held by running requests or pins at admission, computed or not. `sharing_ended`: why no more tokens were shared;
+    None if the whole prompt was known.
+
+    `prompt_logprobs`, once complete: None for the first token, then one `{token id: natural-log probability}` per
+    prompt token, the token itself first. With several sequences, all but the first may output tokens before it is
+    complete.
+
+    `queue_seconds`: time from submission to admission.
     """
 
     request_id: str
@@ -143,62 +152,64 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters since the engine began, and gauges of this moment. Tokens unless the name says otherwise."""
+    """Counters since the engine started, and gauges of the current state. In tokens unless the name says otherwise."""
 
     steps: int
     prompt_tokens: int
     """Prompt tokens of admitted requests."""
     cached_prompt_tokens: int
-    """Of those, tokens whose KV was already computed at admission."""
+    """Prompt tokens whose KV was computed already at admission."""
     sharing_ended: Mapping[SharingReason, int]
-    """Of admitted requests, how many were not shared to their end, by reason."""
+    """Admitted requests that shared less than their whole prompt, by reason."""
     computed_prompt_tokens: int
-    """Rows computed for sequences that had generated nothing yet."""
+    """Rows computed for sequences without output."""
     computed_rows: int
     """Rows that went through the model."""
     logit_rows: int
     """Rows whose logits were computed."""
     wasted_rows: int
-    """Rows that were computed ahead of their tokens and that nobody needed; not among `computed_rows`."""
+    """Rows computed ahead and then not needed. Not included in `computed_rows`."""
     generated_tokens: int
     kv_tokens_total: int
     kv_tokens_used: int
-    """Slots that hold computed KV, of live requests and cached."""
+    """Slots with computed KV, of live requests and of the cache."""
     kv_tokens_reserved: int
     kv_tokens_fenced: int
-    """Freed slots that a step in flight could still touch."""
+    """Freed slots that a step in flight may still access."""
     kv_tokens_cached: int
-    """Slots that could be evicted at this moment."""
+    """Slots that can be evicted now."""
     kv_tokens_pinned: int
-    """Slots on the paths of pins, live or not."""
+    """Slots on the paths of pins, whether or not running requests share them."""
     evicted_tokens: int
     preemptions: int
     kv_bytes_read: int
-    """KV bytes that attention read: the sum over the segments of every unit that ran, in every layer."""
+    """KV bytes read by attention: all segments of all units, in every layer."""
     kv_bytes_unshared: int
-    """KV bytes that the same rows would have read, had each read its own whole path."""
+    """KV bytes that attention would have read if every row had read its whole path by itself."""
     num_running: int
     num_waiting: int
-    """Sequences"""
+    """Waiting sequences."""
     num_waiting_tokens: int
-    """Prompt tokens of the requests that wait."""
+    """Prompt tokens of waiting requests."""
     num_pins: int
     num_nodes: int
-    """Of the radix tree"""
+    """Nodes of the radix tree."""
     shared_tokens: int
-    """What sharing saves at this moment: the tokens of all sequences that run and of all pins, less those of the tree
-    that they hold."""
+    """Tokens saved by sharing now: the path lengths of all running sequences and pins, less the distinct tokens they
+    hold.
+    """
     failed_captures: int = 0
-    """CUDA graphs that could not be captured: after each, some steps run eagerly, and all of them after a first one."""
+    """CUDA graph captures that failed. After each, some steps run eagerly; if the very first failed, all steps do."""
 
     @property
     def rows_saved(self) -> int:
-        """Rows of prompts that were not computed, because another request had brought their tokens. While prompts
-        are being computed, what they still lack counts too.
+        """Prompt rows not computed because another request computed them.
+
+        While prompts are being prefilled, their missing tokens are included.
         """
         return max(0, self.prompt_tokens - self.computed_prompt_tokens)
 
     @property
     def kv_bytes_saved(self) -> int:
-        """KV bytes that attention did not read, because rows read what they share once."""
+        """KV bytes that attention did not read because rows shared a read."""
         return max(0, self.kv_bytes_unshared - self.kv_bytes_read)

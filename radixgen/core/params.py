@@ -1,4 +1,4 @@
-"""How one request is to be sampled. Names and defaults follow vLLM's `SamplingParams`."""
+"""Sampling parameters of requests. Names and defaults follow vLLM's `SamplingParams`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from radixgen.core.grammar import (
     GrammarState,
     choice_source,
     format_source,
-    only_one,
     schema_source,
+    single_source,
     text_source,
 )
 from radixgen.core.limits import Limits
@@ -27,23 +27,25 @@ from radixgen.core.texts import check_text
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The logits pass, in this order, `logit_bias` (token id to what is added), `repetition_penalty` (prompt and
-    output), `presence_penalty` and `frequency_penalty` (output), and `min_tokens` (no end before so many tokens); then
-    `temperature` (0 is greedy), `top_k` (0 or -1: off), `top_p` (1: off) and `min_p` (0: off), as in transformers.
+    Logits are transformed in this order: `logit_bias` (a map from token id to an added value), `repetition_penalty`
+    (prompt and output tokens), `presence_penalty` and `frequency_penalty` (output tokens), `min_tokens` (no end token
+    before that many tokens), `temperature` (0 is greedy), `top_k` (0 or -1: off), `top_p` (1: off) and `min_p` (0:
+    off), as in transformers.
 
-    `stop` strings end a sequence and are left out of its text unless `include_stop_str_in_output`; so does any of
-    `stop_token_ids`, and the model's own end tokens unless `ignore_eos`, with those that `end_token_ids` adds to them
-    (chats have the tokenizer's end token and the chat template's end of a turn). Special tokens have no text, but end
-    a sequence where a stop string names them; with `skip_special_tokens=False` the text shows them. No token that
-    the tokenizer does not know is drawn, unless it is an end token. `logprobs=k` reports the sampled token's
-    natural-log probability and the `k` likeliest alternatives, both of the model's own distribution, before all of
-    the above; `prompt_logprobs=k` the same of the prompt's tokens. `seed` fixes the draws; without one the engine
-    derives them from its own seed and the order of submission.
+    A sequence ends at a string of `stop`, which is cut from its text unless `include_stop_str_in_output`; at a token of
+    `stop_token_ids`; and, unless `ignore_eos`, at an end token: the model's own, or one of `end_token_ids` (chats add
+    the tokenizer's end token and the chat template's end of a turn). Special tokens have no text unless
+    `skip_special_tokens=False`, but a stop string that names one matches it. Tokens unknown to the tokenizer are not
+    sampled unless they are end tokens.
 
-    At most one of these makes every output a text of a grammar: `json_schema` (an object or its text), `regex`,
-    `grammar` (Lark), `choice` (one of some texts), or OpenAI's `response_format`. Only tokens that go on within it
-    are drawn, an end token exactly where the text is whole; a sequence whose text is whole and cannot be longer ends
-    with `stop`, `min_tokens` or not. `max_tokens`, `stop` and `stop_token_ids` may still cut it short.
+    `logprobs=k` reports the natural-log probabilities of the sampled token and of the `k` most likely ones, in the
+    model's own distribution, before any of the transformations above. `prompt_logprobs=k` does the same for the prompt.
+    `seed` makes sampling reproducible; by default it is derived from the engine's seed and the order of submission.
+
+    At most one of these constrains the output to a grammar: `json_schema` (an object or its text), `regex`, `grammar`
+    (Lark), `choice` (a list of texts), or OpenAI's `response_format`. Only tokens allowed by the grammar are sampled,
+    and an end token only if the text is complete. A sequence ends with `stop` once its text is complete and cannot be
+    extended, even before `min_tokens`. `max_tokens`, `stop` and `stop_token_ids` may still cut it short.
     """
 
     n: int = 1
@@ -93,14 +95,14 @@ class SamplingParams:
 
     @property
     def structured(self) -> bool:
-        """Whether the output has to be a text of a grammar."""
-        asked = (self.json_schema, self.regex, self.grammar, self.choice)
-        return any(one is not None for one in asked) or (
+        """Whether the output is constrained by a grammar."""
+        sources = (self.json_schema, self.regex, self.grammar, self.choice)
+        return any(source is not None for source in sources) or (
             self.response_format is not None and self.response_format.get("type") != "text"
         )
 
     def validate(self, limits: Limits, vocab_size: int) -> None:
-        """Raise `InvalidRequest` for the first field that is out of its range."""
+        """Raise `InvalidRequest` for the first field that is out of range."""
         check_integer("n", self.n, 1, limits.max_n)
         _number("temperature", self.temperature, 0.0, 1e4)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -129,31 +131,33 @@ class SamplingParams:
         self.grammar_source(limits)
 
     def grammar_source(self, limits: Limits) -> GrammarSource | None:
-        """The grammar that is asked for, as text. Raises `InvalidRequest`."""
-        asked: list[GrammarSource] = []
+        """Return the source of the grammar, or None without a grammar. Raises `InvalidRequest`."""
+        sources: list[GrammarSource] = []
         if self.json_schema is not None:
-            asked.append(schema_source(self.json_schema, limits))
+            sources.append(schema_source(self.json_schema, limits))
         if self.regex is not None:
-            asked.append(text_source("regex", "regex", self.regex, limits))
+            sources.append(text_source("regex", "regex", self.regex, limits))
         if self.grammar is not None:
-            asked.append(text_source("grammar", "lark", self.grammar, limits))
+            sources.append(text_source("grammar", "lark", self.grammar, limits))
         if self.choice is not None:
-            asked.append(choice_source(self.choice, limits))
+            sources.append(choice_source(self.choice, limits))
         if self.response_format is not None and (source := format_source(self.response_format, limits)):
-            asked.append(source)
-        return only_one(asked)
+            sources.append(source)
+        return single_source(sources)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
     """Parameters of one beam search, in place of `SamplingParams`. Names follow vLLM's and transformers'.
 
-    It finds what transformers' `generate(num_beams=beam_width, do_sample=False)` finds with the same `length_penalty`
-    and `early_stopping`: `beam_width` hypotheses, best first by score, which is the cumulative natural-log probability
-    divided by `len(token_ids) ** length_penalty`. Once there are `beam_width` of them, `early_stopping=True` ends the
-    search, False does when no beam that ended now would be better than the worst, and `"never"` when none could become
-    better by `max_tokens`. The model's end tokens and `end_token_ids` (unless `ignore_eos`) and `stop_token_ids` end a
-    hypothesis, none before `min_tokens`.
+    The results are those of transformers' `generate(num_beams=beam_width, do_sample=False)` with the same
+    `length_penalty` and `early_stopping`: `beam_width` hypotheses, best score first. The score is the cumulative
+    natural-log probability divided by `len(token_ids) ** length_penalty`.
+
+    Once there are `beam_width` hypotheses, the search ends: immediately with `early_stopping=True`; with False, when no
+    beam that ended now would beat the worst hypothesis; with `"never"`, when no beam could beat it by `max_tokens`. A
+    hypothesis ends at a token of `stop_token_ids` and, unless `ignore_eos`, at the model's end tokens and
+    `end_token_ids`, but not before `min_tokens`.
     """
 
     beam_width: int
@@ -167,7 +171,7 @@ class BeamSearchParams:
 
     @property
     def sampling(self) -> SamplingParams:
-        """What it has in common with greedy decoding."""
+        """The equivalent parameters for greedy decoding."""
         return SamplingParams(
             temperature=0.0,
             max_tokens=self.max_tokens,
@@ -178,7 +182,7 @@ class BeamSearchParams:
         )
 
     def validate(self, limits: Limits, vocab_size: int) -> None:
-        """Raise `InvalidRequest` for the first field that is out of its range."""
+        """Raise `InvalidRequest` for the first field that is out of range."""
         check_integer("beam_width", self.beam_width, 1, limits.max_n)
         _number("length_penalty", self.length_penalty, -10.0, 10.0)
         if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
@@ -188,50 +192,50 @@ class BeamSearchParams:
 
 @dataclass(eq=False, slots=True)
 class SamplingState:
-    """What the draws of one sequence depend on. It lives as long as the sequence.
+    """Everything that sampling one sequence depends on, over its lifetime.
 
-    The randomness of a draw is a function of (seed, index, tokens generated) alone.
+    The random number of a draw is a function of the seed, the index and the number of generated tokens.
     """
 
     params: SamplingParams
     seed: int
-    """64 bits"""
+    """64 bits."""
     index: int
-    """Place among the request's `n`"""
+    """Index among the `n` sequences of the request."""
     prompt: NDArray[np.int32]
     output: list[int]
-    """Tokens generated so far; whoever draws appends to it."""
+    """Tokens generated so far. The sampler's caller appends to it."""
     stop_ids: frozenset[int]
-    """Tokens that end the sequence, and are held back before `min_tokens`."""
+    """Tokens that end the sequence. They are suppressed before `min_tokens`."""
     grammar: GrammarState | None = None
-    """Stands behind the last token of `output`; whoever draws moves it on."""
+    """Grammar state after the last token of `output`. The sampler's caller advances it."""
     counts: dict[int, int] = field(default_factory=dict)
-    """How often the output holds each token, as of the last `update`."""
+    """Occurrences of each token in the output, as of the last `update`."""
     shaped: bool = field(init=False)
     """Whether anything changes the logits before the temperature."""
     plain: bool = field(init=False)
-    """Whether the likeliest token is drawn, as the model gives it."""
+    """Whether sampling takes the most likely token of the unchanged logits."""
     _counted: int = 0
     _seen: NDArray[np.int64] | None = None
-    """The prompt's distinct tokens, ascending; then those that only the output holds; then room for more."""
+    """The prompt's distinct tokens in ascending order, then those that only the output has, then spare capacity."""
     _num_seen: int = 0
     _num_prompt: int = 0
-    """How many of them are the prompt's."""
+    """Distinct tokens of the prompt."""
     _merged: int = 0
-    """How many of `counts` were looked at for more."""
+    """Entries of `counts` already merged into `_seen`."""
 
     def __post_init__(self) -> None:
         self.shaped = self.params.shaped or self.grammar is not None
         self.plain = self.params.greedy and not self.shaped
 
     def update(self) -> None:
-        """Count what was generated since the last call."""
+        """Count the tokens generated since the last call."""
         for token in self.output[self._counted :]:
             self.counts[token] = self.counts.get(token, 0) + 1
         self._counted = len(self.output)
 
     def seen(self) -> NDArray[np.int64]:
-        """The distinct tokens of prompt and output, as of the last `update`, in no order; not to be written to."""
+        """Return the distinct tokens of prompt and output as of the last `update`, unordered. Read-only."""
         if self._seen is None:
             self._seen = np.unique(self.prompt).astype(np.int64)
             self._num_seen = self._num_prompt = self._seen.size
@@ -242,7 +246,7 @@ class SamplingState:
         return self._seen[: self._num_seen]
 
     def _see(self, seen: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        """Add to `seen` those of the output's new tokens that the prompt does not hold."""
+        """Add new output tokens that the prompt does not contain to `seen`."""
         prompt = seen[: self._num_prompt]
         new = tokens[np.searchsorted(prompt, tokens) == np.searchsorted(prompt, tokens, "right")]
         stop = self._num_seen + new.size

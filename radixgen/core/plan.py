@@ -1,4 +1,4 @@
-"""A plan: the attention of one step, as numbers. The planner writes it and the kernels read it."""
+"""A plan: the attention of one step as arrays. The planner makes it and the kernels read it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +12,7 @@ Int64Array = NDArray[np.int64]
 
 
 def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integer]) -> Int32Array:
-    """`reduce` (a binary ufunc) over each half-open range of `values`; ranges `[n, 2]` hold at least one
-    each.
-    """
+    """Apply a binary ufunc `reduce` over half-open `ranges [n, 2]` of `values`. No range may be empty."""
     if not len(ranges):
         return np.empty(0, values.dtype)
     padded = np.concatenate([values, values[-1:]])
@@ -24,20 +22,22 @@ def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integ
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Chunked attention: a row at position `p` sees the keys from `p // size * size` up to its own."""
+    """Chunked attention: a row at position `p` sees keys from `p // size * size` to its own."""
 
     size: int
 
 
 Window: TypeAlias = int | Chunk
-"""What a layer leaves visible: the last so many keys, a row's own among them, or those of a row's chunk."""
+"""Visible keys of a layer: a number of keys up to and including the row's own, or those of the row's `Chunk`."""
 
 
 _Positions = TypeVar("_Positions", int, NDArray[np.int32], NDArray[np.int64])
 
 
 def first_seen(window: Window, positions: _Positions) -> _Positions:
-    """The first key position that a row at each of `positions` sees; may be below 0. It never falls as they rise."""
+    """Return the first key position visible to a row at each of `positions`. May be negative; non-decreasing in
+    `positions`.
+    """
     if isinstance(window, Chunk):
         return positions // window.size * window.size
     return positions - (window - 1)
@@ -48,28 +48,30 @@ FATES = ("folded", "cut", "mixed")
 
 @dataclass(frozen=True, slots=True)
 class NodeSummary:
-    """What the planner decided for each active node, parents first; a chain without rows or branches counts as one.
-    Every array is `[nodes]`.
+    """The planner's decision for each active node, parents first. A chain of nodes without rows or branches counts as
+    one. Every array is `[nodes]`.
     """
 
     depths: Int32Array
     lengths: Int32Array
-    """Keys of the node, in tokens."""
+    """Keys in the node."""
     rows: Int32Array
-    """Rows at the node or below it: those that see its keys."""
+    """Rows at or below the node: those that see its keys."""
     fates: NDArray[np.int8]
-    """Index into `FATES`: read by the units below it, by units of its own, or together with its siblings' subtrees."""
+    """Index into `FATES`: whether the node is read by the units below it (folded), by its own units (cut), or together
+    with its siblings' subtrees (mixed).
+    """
     readers: Int32Array
-    """Units that read its keys, before any was split along its keys."""
+    """Units that read the node's keys, before units are split along their keys."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Plan:
     """Units of attention over depth-first rows.
 
-    A row at position `p` sees, of each segment of each unit that covers the row, the keys at positions `<= p`
-    (and from `first_seen(window, p)` where a layer has a window). The segments of all units that cover a row are
-    exactly the row's path. A row covered by several units gets a partial result from each, merged in the order of
+    A row at position `p` sees the keys at positions `<= p` in every segment of every unit that covers the row, from
+    `first_seen(window, p)` on if the layer has a window. The segments of all units that cover a row make up exactly the
+    row's path. A row covered by several units gets one partial result per unit; they are merged in the order of
     `unit_rank`.
 
     Half-open ranges: unit `u` holds rows `[unit_rows[u, 0], unit_rows[u, 1])` and segments
@@ -81,55 +83,55 @@ class Plan:
     row_order: Int64Array
     """`[rows]`: row `i` of the plan is row `row_order[i]` of the caller."""
     row_extra: Int32Array
-    """`[rows]`: units that cover the row, less one."""
+    """`[rows]`: number of units that cover the row, minus one."""
     unit_rows: Int32Array
     """`[units, 2]`"""
     unit_segments: Int32Array
     """`[units, 2]`"""
     unit_rank: Int32Array
-    """`[units]`: ascending from the root down among the units that cover a row; the order in which they merge."""
+    """`[units]`: merge order. Ascending from the root down among the units that cover a row."""
     unit_cost: NDArray[np.float64]
-    """`[units]`: what the cost model says of it, for one KV head."""
+    """`[units]`: cost per KV head by the cost model."""
     tile_rows: int
-    """Query heads' rows in the class of its widest tiles."""
+    """Query-head rows of the largest tile class in use."""
     predicted: float
-    """When attention should be done with one layer, in the cost model's unit."""
+    """Predicted attention time of one layer, in the cost model's unit."""
     segment_starts: Int64Array
     """`[segments]`: first slot."""
     segment_lengths: Int32Array
-    """`[segments]`: keys, all seen by at least one row of the unit where the layer has no window."""
+    """`[segments]`: number of keys. Without a window, each is seen by at least one row of the unit."""
     segment_positions: Int32Array
     """`[segments]`: position of the first key."""
     segment_rows: Int32Array
-    """`[segments, 2]`: the rows of the unit that see the segment; of these, rows that stand before one of its keys come
-    ahead of those that don't.
-    """
+    """`[segments, 2]`: the rows of the unit that see the segment. Rows positioned before one of its keys come first."""
     segment_room: Int32Array
-    """`[segments]`: by how many keys the segment may grow in place; 0 but for those that are growing."""
+    """`[segments]`: keys by which the segment can grow in place; 0 unless it is growing."""
     growing: Int64Array
-    """Segments that end at a row's own, last token: they grow by one where that row moves on by one."""
+    """Segments that end at the last token of a row, and grow by one key when that row advances."""
     path_rows: Int32Array
-    """`[tiles, 2]`: rows of one node, as unshared reading would tile them, each reading its whole path."""
+    """`[tiles, 2]`: rows of one node, tiled as attention without sharing would tile them, each tile reading its whole
+    path.
+    """
     nodes: NodeSummary
     window: Window | None = None
     age: int = 0
-    """Steps since the plan was built: it was carried over so often, and only lengths grew."""
+    """Steps since the plan was built, over which only lengths grew."""
     _origin: "Plan | None" = field(default=None, repr=False, compare=False)
     _windowed: dict[Window, "Plan"] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rebuilt(self) -> bool:
-        """Whether this plan was built for its step."""
+        """Whether this plan was built for its own step."""
         return self.age == 0
 
     @property
     def origin(self) -> "Plan":
-        """The plan that was built, of which this one is left where lengths have grown since."""
+        """The plan as it was first built, before any `advance`."""
         return self._origin or self
 
     @property
     def slack(self) -> int:
-        """Steps for which every growing segment has room; 0 where none grows."""
+        """Steps for which every growing segment has room; 0 if none is growing."""
         return int(self.segment_room[self.growing].min()) if self.growing.size else 0
 
     @property
@@ -142,17 +144,17 @@ class Plan:
 
     @property
     def single(self) -> bool:
-        """Whether every row is covered by exactly one unit, so that nothing is merged."""
+        """Whether every row is covered by exactly one unit, so that nothing has to be merged."""
         return not self.row_extra.any()
 
     @property
     def kv_tokens_read(self) -> int:
-        """Keys read in one layer without a window: the lengths of all segments of all units."""
+        """Keys read in one layer without a window: the total length of the segments of all units."""
         return int(self.segment_lengths.sum())
 
     @property
     def kv_tokens_unshared(self) -> int:
-        """Keys that the same rows would read in one layer, had each node's rows read their own path alone."""
+        """Keys that one layer would read if each node's rows read their own path separately."""
         if not len(self.path_rows):
             return 0
         first, last = self.path_rows[:, 0], self.path_rows[:, 1] - 1
@@ -162,7 +164,7 @@ class Plan:
         return int((self.row_positions[last] + 1 - unseen).sum())
 
     def advance(self) -> "Plan":
-        """The plan of the next step where every row moves on by one token of its own leaf."""
+        """Return the plan of the next step if every row advances by one token of its own leaf."""
         lengths = self.segment_lengths.copy()
         lengths[self.growing] += 1
         room = self.segment_room.copy()
@@ -178,7 +180,7 @@ class Plan:
         )
 
     def select(self, rows: Int64Array) -> "Plan":
-        """The same keys for some of the rows, `[n]` places in this plan's order, ascending."""
+        """Return the plan restricted to `rows [n]`, ascending indices into this plan's rows."""
         unit_rows = np.searchsorted(rows, self.unit_rows).astype(np.int32)
         segment_rows = np.searchsorted(rows, self.segment_rows).astype(np.int32)
         units = np.flatnonzero(unit_rows[:, 0] < unit_rows[:, 1])
@@ -209,7 +211,7 @@ class Plan:
         )
 
     def within(self, window: Window | None) -> "Plan":
-        """The same units with every segment trimmed to the keys that `window` shows the unit's first row."""
+        """Return the plan with every segment trimmed to the keys that the unit's first row sees within `window`."""
         if window is None:
             return self
         if window not in self._windowed:
@@ -231,9 +233,9 @@ class Plan:
         )
 
     def explain(self, bytes_per_token: int = 1) -> str:
-        """Levels, units, rows, and the KV read against unshared reading, one fact a line.
+        """Summarize the plan as text: levels, units, rows, and KV read with and without sharing.
 
-        `bytes_per_token` is the KV of one token in one layer (or in all); the default counts tokens.
+        `bytes_per_token`: KV bytes of one token in one layer or in all. The default of 1 counts tokens.
         """
         unit = "bytes" if bytes_per_token > 1 else "tokens"
         read, unshared = self.kv_tokens_read, self.kv_tokens_unshared

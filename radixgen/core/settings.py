@@ -1,4 +1,4 @@
-"""The one place where environment variables are read or set."""
+"""Environment variables. No other module reads or sets them."""
 
 import os
 import socket
@@ -11,8 +11,10 @@ CACHE_VARIABLE = "RADIXGEN_CACHE"
 
 
 def cache_dir() -> Path:
-    """Where radixgen keeps the embedded model and what is compiled: `RADIXGEN_CACHE`, else `radixgen` in the user's
-    cache. An empty variable counts as none. Raises `FileNotFoundError` where neither is to be had.
+    """Return the directory for the embedded model and compiled code: `RADIXGEN_CACHE`, or `radixgen` in the user's
+    cache.
+
+    An empty variable counts as unset. Raises `FileNotFoundError` if the home directory is unknown.
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     path = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "radixgen"
@@ -25,9 +27,10 @@ def cache_dir() -> Path:
 
 
 def keep_compiled(default: str) -> None:
-    """Have PyTorch keep the kernels that it compiles in `cache_dir`, and Triton its own, so that they outlive a
-    reboot, unless `TORCHINDUCTOR_CACHE_DIR` names another folder than PyTorch's `default`, as that does itself when it
-    is imported, or nothing can be written there. `TRITON_CACHE_DIR` stays as it is.
+    """Set PyTorch's and Triton's kernel caches to directories below `cache_dir`, so that kernels survive a reboot.
+
+    Does nothing if `TORCHINDUCTOR_CACHE_DIR` differs from `default`, the value that PyTorch sets itself when imported,
+    or if the directory is not writable. `TRITON_CACHE_DIR` is never overwritten.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
         return
@@ -40,40 +43,41 @@ def keep_compiled(default: str) -> None:
 
 
 def flash_attention_3() -> Path | None:
-    """The library of FlashAttention-3 that benchmarks compare against: `RADIXGEN_FLASH_ATTENTION_3`."""
+    """Return the FlashAttention-3 library that benchmarks compare with: `RADIXGEN_FLASH_ATTENTION_3`."""
     chosen = os.environ.get("RADIXGEN_FLASH_ATTENTION_3")
     return Path(chosen).expanduser() if chosen else None
 
 
 def api_keys() -> list[str]:
-    """Keys that callers of the HTTP server have: `RADIXGEN_API_KEY`, several with commas between them."""
+    """Return the API keys of the HTTP server: `RADIXGEN_API_KEY`, comma-separated."""
     return [key.strip() for key in os.environ.get("RADIXGEN_API_KEY", "").split(",") if key.strip()]
 
 
 def wait_without_spinning() -> None:
-    """Let OpenMP's threads sleep while they wait, unless `OMP_WAIT_POLICY` says otherwise.
+    """Make idle OpenMP threads sleep, unless `OMP_WAIT_POLICY` is set. Only effective before torch is imported.
 
-    Spinning threads on cores that others use too are far slower than one thread. Has an effect only before torch is
-    imported.
+    On cores shared with other processes, spinning threads are far slower than a single thread.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def rank_environment(rank: int) -> dict[str, str]:
-    """As this process's, with its import path and the variables of a rank."""
+    """Return this process's environment with its import path and the variables of a rank."""
     return os.environ | _import_path() | _rank_variables(rank)
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the GPUs that this process sees, `count` of them, as `CUDA_VISIBLE_DEVICES` has them."""
+    """Return the names of the first `count` visible GPUs, as in `CUDA_VISIBLE_DEVICES`."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if chosen is None else chosen.split(",")
     return [name.strip() for name in names[:count]]
 
 
 def replica_environment(gpus: Sequence[str], processes: int) -> dict[str, str]:
-    """As this process's, with its import path, for one of so many processes on this machine. It sees `gpus` alone; none
-    named are all. OpenMP's threads are a share of the cores, unless `OMP_NUM_THREADS` says otherwise.
+    """Return this process's environment with its import path, for one of `processes` processes on this machine.
+
+    The process sees only `gpus`, or all if empty. It uses its share of the cores for OpenMP unless `OMP_NUM_THREADS` is
+    set.
     """
     variables = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))} | os.environ | _import_path()
     return variables | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
@@ -85,7 +89,7 @@ def _import_path() -> dict[str, str]:
 
 @contextmanager
 def as_rank_0() -> Iterator[None]:
-    """Set the environment variables of rank 0, and restore them afterwards."""
+    """Set the environment variables of rank 0 within the context."""
     variables = _rank_variables(0)
     before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
@@ -98,8 +102,10 @@ def as_rank_0() -> Iterator[None]:
 
 
 def _rank_variables(rank: int) -> dict[str, str]:
-    """`LOCAL_RANK`, by which transformers takes a GPU; and the loopback, over which ranks talk unless
-    `GLOO_SOCKET_IFNAME` or `NCCL_SOCKET_IFNAME` say otherwise. NVLink multicast is off unless its variables are set.
+    """Return the variables of a rank, except those that are set already.
+
+    `LOCAL_RANK` selects the GPU in transformers. `GLOO_SOCKET_IFNAME` and `NCCL_SOCKET_IFNAME` select the loopback
+    interface. The others turn NVLink multicast off.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     defaults = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}

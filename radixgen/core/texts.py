@@ -1,4 +1,4 @@
-"""Text from outside: whether all of it can be written as UTF-8."""
+"""Validation of text from outside as UTF-8."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,9 @@ from radixgen.core.errors import InvalidRequest
 
 
 def check_text(field: str, text: str) -> None:
-    """Raise `InvalidRequest` where `text` holds half of a surrogate pair, as text that was cut within a character does:
-    no tokenizer and no encoding takes it.
+    """Raise `InvalidRequest` if `text` contains a lone surrogate, as text cut within a character does.
+
+    No tokenizer and no encoding accepts such text.
     """
     if text.isascii():
         return
@@ -19,13 +20,13 @@ def check_text(field: str, text: str) -> None:
 
 
 def check_texts(field: str, value: object) -> None:
-    """As `check_text`, for every text in `value`, the keys of mappings included."""
+    """As `check_text`, for every string in `value`, including the keys of mappings."""
     seen: set[int] = set()
     todo = [value]
     while todo:
-        one = todo.pop()
-        if isinstance(one, str):
-            check_text(field, one)
-        elif isinstance(one, Mapping | list | tuple) and id(one) not in seen:
-            seen.add(id(one))
-            todo += [*one, *one.values()] if isinstance(one, Mapping) else one
+        item = todo.pop()
+        if isinstance(item, str):
+            check_text(field, item)
+        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            todo += [*item, *item.values()] if isinstance(item, Mapping) else item

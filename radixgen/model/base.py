@@ -1,4 +1,4 @@
-"""What the engine asks of a model."""
+"""Interface of models to the engine."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -12,23 +12,23 @@ from radixgen.core import Plan
 
 @runtime_checkable
 class Model(Protocol):
-    """A causal language model over packed rows, together with its KV storage."""
+    """A causal language model over packed rows, and its KV storage."""
 
     name: str
     vocab_size: int
-    """Token ids are below it; it is the width of the logits or less."""
+    """Upper bound of token ids; at most the width of the logits."""
     max_model_len: int
-    """Longest prompt plus output, in tokens."""
+    """Maximum number of prompt and output tokens of a sequence."""
     eos_token_ids: frozenset[int]
     kv_bytes_per_token: int
     """In all layers together."""
     kv_bytes_read: int
-    """Bytes that attention has read so far: the segments of every unit, in every layer."""
+    """Bytes read by attention so far: the segments of every unit, in every layer."""
     kv_bytes_unshared: int
-    """Bytes that the same rows would have read, had each read its own whole path."""
+    """Bytes that attention would have read so far if every row had read its whole path by itself."""
 
     def allocate(self, slots: int) -> None:
-        """Make storage for the KV of `slots` tokens. Called once, before the first `run`."""
+        """Allocate the KV of `slots` tokens. Called once, before the first `run`."""
 
     def run(
         self,
@@ -39,48 +39,49 @@ class Model(Protocol):
     ) -> Tensor:
         """Write the K and V of the plan's rows into their slots, then attend by the plan.
 
-        `token_ids` `[rows]`; `slots` `[rows]`, -1 where a row's KV exists already; `logit_rows` `[n]`. Returns
-        logits `[n, vocab]`, of any floating dtype.
+        `token_ids` `[rows]`; `slots` `[rows]`, -1 if a row's KV exists already; `logit_rows` `[n]`. Returns logits
+        `[n, vocab]` in any floating dtype.
         """
 
     def release(self) -> None:
-        """Give back what was borrowed and drop the storage."""
+        """Restore what was changed in the wrapped model, and free the storage."""
 
 
 @runtime_checkable
-class WarmsUp(Protocol):
-    """A model whose first step of each kind takes longer, because something is compiled or captured for it."""
+class SupportsWarmUp(Protocol):
+    """A model whose first step of each kind is slow, because something is compiled or captured for it."""
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
-        """One call for each kind of step of up to `max_rows` rows that gives up to `max_logits` logits, to be called in
-        this order after `allocate`. They write no KV and count nothing. Each returns logits `[n, vocab]` of no meaning;
-        `n` is 0 where there are none.
+        """Return one call for each kind of step of up to `max_rows` rows and `max_logits` rows of logits.
+
+        The calls are made in this order, after `allocate`. They write no KV and update no counters. Each returns
+        arbitrary logits `[n, vocab]`; `n` may be 0.
         """
 
 
 @runtime_checkable
-class FailsLater(Protocol):
-    """A model that may give results of no meaning, and learn only later that it failed."""
+class SupportsStepConfirmation(Protocol):
+    """A model whose results may turn out invalid only after the step."""
 
     def confirm_step(self) -> None:
-        """Called when the host has read what a step gave, before anybody else does. Raises `EngineDead` where that
-        means nothing.
+        """Raise `EngineDead` if the results of the last step are invalid. Called after the host has read them and
+        before they are used.
         """
 
 
 @runtime_checkable
-class RunsAhead(Protocol):
-    """A model that can begin a step before the tokens of the step before it are known to the host."""
+class SupportsRunAhead(Protocol):
+    """A model that can begin a step before the host knows the tokens of the step before it."""
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether there are steps that it would begin."""
+        """Whether the model can begin any step ahead."""
 
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `Model.run`, of rows that all give logits, without waiting for what the device does: `tokens` int64 `[n]`,
-        on the model's device, are those of the rows `logit_rows` `[n]`.
+        """As `Model.run`, without waiting for the device, for a step in which every row gives logits.
 
-        The logits may overwrite those of the last run. None, and nothing is done, where the step has to be `run`.
+        `tokens` int64 `[n]`, on the model's device, are the token ids of the rows `logit_rows` `[n]`. The logits may
+        overwrite those of the last run. Returns None, with nothing done, if the step needs `run`.
         """

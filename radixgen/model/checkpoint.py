@@ -1,4 +1,4 @@
-"""Whether all that a checkpoint holds went into the model."""
+"""Checks that a checkpoint can be loaded, and that all of it was."""
 
 import re
 from pathlib import Path
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-"""Computed from the config, and saved by old versions of transformers."""
+"""Buffers computed from the config. Old versions of transformers saved them."""
 _GGUF_TYPE = re.compile(rb"general\.type\x08\0\0\0(.{8})", re.DOTALL)
-"""The name, that a string follows, and the string's length."""
+"""Key and type of GGUF's `general.type`, followed by the length of its string value."""
 _GGUF_HEAD_BYTES = 1 << 16
-_NAMED = 3
+_MAX_NAMES = 3
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def check_quantization(name: str, config: Any, source: str) -> None:
-    """Raise `UnsupportedModel` where the weights are quantized, by `config` or by a file beside it."""
+    """Raise `UnsupportedModel` if the weights are quantized, according to `config` or a file beside it."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         facts = quantization if isinstance(quantization, dict) else vars(quantization)
@@ -28,37 +28,37 @@ def check_quantization(name: str, config: Any, source: str) -> None:
         raise UnsupportedModel(
             f"{name}: its weights are quantized (quantization_config: {method}); use one that is not"
         )
-    if _holds(source, "hf_quant_config.json"):
+    if _has_file(source, "hf_quant_config.json"):
         raise UnsupportedModel(f"{name}: its weights are quantized (hf_quant_config.json)")
 
 
 def check_adapter(name: str, source: str) -> None:
-    """Raise `UnsupportedModel` where `source` is an adapter (LoRA), or a model with one beside it."""
+    """Raise `UnsupportedModel` if `source` is an adapter (LoRA), or contains one beside a model."""
     for file in ADAPTER_FILES:
-        if _holds(source, file):
+        if _has_file(source, file):
             raise UnsupportedModel(f"{name}: it holds an adapter ({file}); {ADAPTERS}")
 
 
 def check_gguf(name: str, path: Path) -> None:
-    """Raise `UnsupportedModel` where a GGUF file says that it holds an adapter, or whatever else than a model."""
+    """Raise `UnsupportedModel` if a GGUF file declares an adapter or anything else but a model."""
     with path.open("rb") as file:
         head = file.read(_GGUF_HEAD_BYTES)
-    found = _GGUF_TYPE.search(head)
-    if found and (kind := head[found.end() :][: int.from_bytes(found[1], "little")]) != b"model":
+    match = _GGUF_TYPE.search(head)
+    if match and (kind := head[match.end() :][: int.from_bytes(match[1], "little")]) != b"model":
         reason = ADAPTERS if kind == b"adapter" else "give the model's own file"
         raise UnsupportedModel(f"{name}: its GGUF file holds no model ({kind[:40].decode(errors='replace')}); {reason}")
 
 
 def check_layers(name: str, model: "PreTrainedModel") -> None:
-    """Raise `UnsupportedModel` where PEFT has put adapters into `model`."""
+    """Raise `UnsupportedModel` if PEFT has put adapters into `model`."""
     if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
         raise UnsupportedModel(f"{name}: it holds an adapter in its layers; {ADAPTERS}")
 
 
 def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel`, with some of their names, where weights were left out, are missing or don't fit.
+    """Raise `UnsupportedModel`, with examples, if weights were left out, are missing or have the wrong shape.
 
-    `info` is what `from_pretrained` says with `output_loading_info`.
+    `info`: the result of `from_pretrained(output_loading_info=True)`.
     """
     tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
     left_out = {key for key in info["unexpected_keys"] if key not in tied and not _BUFFERS.search(key)}
@@ -69,12 +69,14 @@ def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> No
         (left_out, "have no place in the model that its config describes"),
     ):
         if keys:
-            some = ", ".join(sorted(keys)[:_NAMED])
+            some = ", ".join(sorted(keys)[:_MAX_NAMES])
             raise UnsupportedModel(f"{name}: {len(keys)} weights {reason}, {some} among them")
 
 
-def _holds(source: str, file: str) -> bool:
-    """Whether a directory or hub model has this file. False if that cannot be looked up: loading then reports why."""
+def _has_file(source: str, file: str) -> bool:
+    """Return whether a directory or hub model has a file; False if the lookup fails, since loading will report the
+    reason.
+    """
     from transformers.utils import cached_file
 
     options = {

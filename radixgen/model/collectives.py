@@ -1,9 +1,9 @@
-"""Where the ranks of a sharded model meet within a pass: plain collectives in place of transformers' own.
+"""Collectives of a tensor-parallel forward pass, in place of transformers' own.
 
-transformers wraps every sharded module in a function that tells distributed tensors from plain ones. That serves
-training too, and can be neither fused, compiled nor captured. Here each module works on this rank's own part, a plain
-tensor, and what crosses ranks are custom operators, opaque to `torch.compile`: an all-reduce of partial sums and a
-gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
+transformers wraps every sharded module in a function that converts between distributed and plain tensors. The wrapper
+also serves training, and can be neither fused, compiled nor captured. Here each module works on its rank's shard as a
+plain tensor, and communication is done by custom operators, opaque to `torch.compile`: an all-reduce of partial sums
+and an all-gather of columns (Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library, nn
 
-from radixgen.model.fused_linear import Share
+from radixgen.model.fused_linear import FusedLinearSlice
 from radixgen.model.peers import PEERS
 
 if TYPE_CHECKING:
@@ -28,36 +28,38 @@ _SUMS = {"rowwise", "rowwise_rep", "rowwise_split_input"}
 _GATHERS = {"colwise_gather_output", "colwise_rep"}
 _EXPERTS = {"moe_tp_experts"}
 _LOCAL = {"colwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce", "mla_kv_a_proj", "replicate"}
-"""Of a forward pass these change nothing: the module works on its own part alone."""
+"""Styles without communication in a forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Of this process, in the one process group that there is."""
+    """The rank of this process and the size of its process group."""
 
     index: int
     size: int
 
 
 class RowParallelLinear(nn.Module):
-    """A layer of which each rank has some inputs. What they make of them is added up, then a bias that is whole."""
+    """A linear layer sharded along its inputs: partial sums are all-reduced, then the bias is added, which is not
+    sharded.
+    """
 
     def __init__(self, layer: nn.Module, bias: Tensor | None = None) -> None:
         super().__init__()
         self.layer, self.bias = layer, bias
 
     def forward(self, given: Tensor) -> Tensor:
-        parts = self.layer.parts(given) if isinstance(self.layer, Share) else None
+        parts = self.layer.parts(given) if isinstance(self.layer, FusedLinearSlice) else None
         if parts is None or parts.shape[0] == 1:
-            found: Tensor = self.layer(given) if parts is None else parts[0]
-            torch.ops.radixgen.all_reduce_(found)
+            output: Tensor = self.layer(given) if parts is None else parts[0]
+            torch.ops.radixgen.all_reduce_(output)
         else:
-            found = torch.ops.radixgen.all_reduce_parts(parts, given.dtype)
-        return found if self.bias is None else found + self.bias
+            output = torch.ops.radixgen.all_reduce_parts(parts, given.dtype)
+        return output if self.bias is None else output + self.bias
 
 
-class Gather(nn.Module):
-    """The columns of all ranks side by side, `width` in all; each has as many as `Tensor.chunk` deals it."""
+class GatherColumns(nn.Module):
+    """All-gather of columns: `width` in all, dealt to `size` ranks as by `Tensor.chunk`."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -68,8 +70,8 @@ class Gather(nn.Module):
         return gathered
 
 
-class OwnColumns(nn.Module):
-    """What a rank keeps of columns that are whole on each."""
+class SelectColumns(nn.Module):
+    """Select this rank's columns of a tensor that every rank holds whole."""
 
     def __init__(self, columns: slice) -> None:
         super().__init__()
@@ -80,8 +82,10 @@ class OwnColumns(nn.Module):
 
 
 def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
-    """Take transformers' wrappers off a model that it has sharded over all ranks, and put ours in their place. False,
-    with nothing changed, where its plan asks for something that is not known here: then it runs as transformers has it.
+    """Replace transformers' wrappers in a sharded model by the modules and operators here.
+
+    Returns False, with nothing changed, if the model's plan has a style that is not supported. It then runs with
+    transformers' wrappers.
     """
     wrapped = {name: module for name, module in model.named_modules() if _is_wrapped(module)}
     styles = {name: _style(model.tp_plan, name) for name in wrapped}
@@ -91,7 +95,7 @@ def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
     sharded = {module for module in wrapped.values() if any(map(_is_shard, module.parameters(recurse=False)))}
     _unwrap_parameters(model)
     for module in model.modules():
-        module._backward_hooks.clear()  # which break a compiled block in two
+        module._backward_hooks.clear()  # hooks would split a compiled block
     for name, module in wrapped.items():
         del module.forward
         if module not in sharded:
@@ -107,7 +111,7 @@ def use_plain_collectives(model: "PreTrainedModel", rank: Rank) -> bool:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Within, the collectives of this thread meet nobody: what they return is of the right shape and no meaning."""
+    """Skip communication in this thread's collectives. Results have the right shape and arbitrary values."""
     token = _SILENT.set(True)
     try:
         yield
@@ -116,21 +120,21 @@ def silent() -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the operators known to PyTorch."""
+    """Register the operators with PyTorch."""
     if hasattr(torch.ops.radixgen, "all_reduce_"):
         return
 
     @library.custom_op("radixgen::all_reduce_", mutates_args=("given",))
     def all_reduce(given: Tensor) -> None:
         if not _SILENT.get():
-            PEERS.add_up(given)
+            PEERS.all_reduce(given)
 
     @all_reduce.register_fake
     def _(given: Tensor) -> None: ...
 
     @library.custom_op("radixgen::all_reduce_parts", mutates_args=())
     def all_reduce_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-        return parts.sum(0).to(dtype) if _SILENT.get() else PEERS.add_up_parts(parts, dtype)
+        return parts.sum(0).to(dtype) if _SILENT.get() else PEERS.all_reduce_parts(parts, dtype)
 
     @all_reduce_parts.register_fake
     def _(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +145,7 @@ def register() -> None:
         most = -(-width // size)
         if _SILENT.get():
             return given.new_zeros((*given.shape[:-1], width))
-        if PEERS.takes(given.dtype, given.nbytes * size):
+        if PEERS.supports(given.dtype, given.nbytes * size):
             return _gather_by_sum(given, most, width)
         missing = most - given.shape[-1]
         own = (nn.functional.pad(given, (0, missing)) if missing else given).reshape(-1, most)
@@ -156,16 +160,16 @@ def register() -> None:
 
 
 def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:
-    """Columns of all ranks: each has zeros in the place of the others'."""
+    """All-gather as an all-reduce: each rank fills the other ranks' columns with zeros."""
     first = dist.get_rank() * most
     whole = own.new_zeros((*own.shape[:-1], width))
     whole[..., first : first + own.shape[-1]] = own
-    PEERS.add_up(whole)
+    PEERS.all_reduce(whole)
     return whole
 
 
 def _gather_into(parts: Tensor, own: Tensor) -> None:
-    """`own` of all ranks, one below the other. PyTorch renamed it in 2.13."""
+    """All-gather `own` along the first dimension. PyTorch renamed the function in 2.13."""
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(parts, own)
 
 
@@ -188,11 +192,11 @@ def _is_known(module: nn.Module, style: str | None) -> bool:
 def _is_shard(parameter: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
-    return isinstance(parameter, DTensor) and not all(one.is_replicate() for one in parameter.placements)
+    return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
 
 
 def _unwrap_parameters(model: nn.Module) -> None:
-    """Put what a rank has in the place of each distributed parameter; one that is used twice stays one."""
+    """Replace each distributed parameter by its local shard. Tied parameters stay tied."""
     from torch.distributed.tensor import DTensor
 
     local: dict[Any, nn.Parameter] = {}
@@ -209,7 +213,7 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
     inputs, outputs = layer.in_features, layer.out_features
     layer.out_features, layer.in_features = layer.weight.shape
     if style in _GATHERS:
-        return nn.Sequential(layer, Gather(outputs, rank.size))
+        return nn.Sequential(layer, GatherColumns(outputs, rank.size))
     if style not in _SUMS:
         return layer
     bias = layer.bias
@@ -218,20 +222,20 @@ def _sharded_linear(layer: nn.Linear, style: str, rank: Rank) -> nn.Module:
     if style != "rowwise_split_input":
         return summed
     first = rank.index * -(-inputs // rank.size)
-    return nn.Sequential(OwnColumns(slice(first, first + layer.in_features)), summed)
+    return nn.Sequential(SelectColumns(slice(first, first + layer.in_features)), summed)
 
 
 def _shard_lookup(embedding: nn.Embedding, rank: Rank) -> None:
-    """Look up the rows of this rank, and add up what all found."""
+    """Look up the embeddings of this rank's rows, and all-reduce the results."""
     first, rows = rank.index * -(-embedding.num_embeddings // rank.size), embedding.weight.shape[0]
-    embedding.padding_idx = None  # which counts only where gradients are taken
+    embedding.padding_idx = None  # only matters for gradients
     look_up = embedding.forward
 
     def forward(token_ids: Tensor) -> Tensor:
         own = token_ids - first
-        found = look_up(own.clamp(0, rows - 1)).masked_fill(((own < 0) | (own >= rows))[..., None], 0)
-        torch.ops.radixgen.all_reduce_(found)
-        return found
+        output = look_up(own.clamp(0, rows - 1)).masked_fill(((own < 0) | (own >= rows))[..., None], 0)
+        torch.ops.radixgen.all_reduce_(output)
+        return output
 
     embedding.forward = forward  # type: ignore[method-assign, assignment]
 

@@ -1,7 +1,7 @@
-"""A model of a config's shape with random weights, so that speed and memory can be tried without a checkpoint.
+"""Models with a config's shape and random weights, to try speed and memory without a checkpoint.
 
-Each rank makes its own share, in place. A weight is drawn with a seed that its name and, where it is sharded, its rank
-give, so that neither the order nor the time in which ranks load matters.
+Each rank makes its own shard in place. The seed of a weight depends on its name and, if it is sharded, on the rank, so
+that results depend neither on the order of weights nor on the timing of ranks.
 """
 
 import warnings
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _STD = 0.02
-"""As most models are initialized"""
+"""Standard deviation of the weights, as in most models."""
 
 
 def make_dummy(
     config: Any, dtype: torch.dtype, device: torch.device, ranks: int = 1, rank: int = 0
 ) -> "PreTrainedModel":
-    """A causal language model of `config` on `device`, or with `ranks` above 1 the share of `rank`, which transformers
-    places.
+    """Make a causal language model of `config` on `device`; with `ranks` above 1, the shard of `rank`, placed by
+    transformers.
 
-    Matrices are drawn from a normal distribution; all else is as transformers initializes it.
+    Matrices are normally distributed; all other weights are initialized by transformers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,9 @@ def make_dummy(
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch's random distributed tensors lack on a CPU is drawn below
+            warnings.simplefilter(
+                "ignore"
+            )  # PyTorch's random distributed tensors lack a CPU kernel; weights are drawn below
             model = type(skeleton).from_pretrained(
                 None,
                 config=skeleton.config,
@@ -53,12 +55,12 @@ def make_dummy(
 
 
 def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
-    """What this process holds of a parameter, and whether other ranks hold the rest."""
+    """Return this process's part of a parameter, and whether it is sharded."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
         return parameter.data, False
-    return parameter.to_local().data, not all(one.is_replicate() for one in parameter.placements)
+    return parameter.to_local().data, not all(placement.is_replicate() for placement in parameter.placements)
 
 
 @torch.no_grad()

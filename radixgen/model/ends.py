@@ -1,4 +1,4 @@
-"""The tokens with which a model ends what it says."""
+"""End tokens of a model and of its chat template."""
 
 import logging
 import operator
@@ -16,8 +16,10 @@ _ANSWER = "radixgen-answer"
 
 
 def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
-    """Those of the generation config, else of the config, as transformers' `generate` takes them. A warning is logged
-    where there are none, and chats have none of their own either. Raises `UnsupportedModel` for what is no token id.
+    """Return the end tokens of the generation config, or else of the config, like transformers' `generate`.
+
+    Logs a warning if the model has none and its chat template has none either. Raises `UnsupportedModel` for values
+    that are not token ids.
     """
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
@@ -35,20 +37,20 @@ def end_tokens(name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokeni
 
 
 def chat_end_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """What else ends an answer in a chat: the tokenizer's end token, and the special token by which its chat template
-    ends an answer.
+    """Return the additional end tokens of chats: the tokenizer's end token, and the special token after an answer in
+    the chat template.
     """
     return frozenset({getattr(tokenizer, "eos_token_id", None), _end_of_turn(tokenizer)} - {None})  # type: ignore[arg-type]
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token behind an answer in the chat template; None where there is no template, or no such token."""
+    """Return the special token after an answer in the chat template, or None without a template or such a token."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         logger.debug("the end of a turn is not known: %s", error)
         return None
     _, answer, rest = text.rpartition(_ANSWER)

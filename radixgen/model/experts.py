@@ -1,8 +1,7 @@
-"""Mixtures of experts whose few rows are multiplied by `radixgen.kernels.expert_gemm`.
+"""Mixture-of-experts layers with few rows, by the kernel of `radixgen.kernels.expert_gemm`.
 
-A function registered with transformers' `ExpertsInterface` answers all experts of a layer, as one registered with
-`AttentionInterface` answers attention. Ours takes few rows; more go to transformers' own products of sorted rows, which
-read every weight once as well.
+A function registered with transformers' `ExpertsInterface` computes all experts of a layer. Ours handles few rows and
+passes more on to transformers' grouped matrix products, which also read every weight once.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,16 +16,18 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "radixgen"
 _SORTED = "grouped_mm"
-"""transformers' own, and its default"""
+"""transformers' default implementation."""
 
 
 def expert_layers(model: nn.Module) -> list[Any]:
-    """The modules whose forward pass goes through transformers' `ExpertsInterface`."""
+    """Return the modules whose forward pass goes through transformers' `ExpertsInterface`."""
     return [module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "down_proj")]
 
 
 def use_expert_gemm(model: "PreTrainedModel") -> None:
-    """Have ours answer few rows, where transformers chose its default and the kernel supports all weights."""
+    """Use our kernel for few rows, if the model has transformers' default implementation and the kernel supports its
+    weights.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     layers = expert_layers(model)
@@ -49,13 +50,13 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls: `hidden_states [rows, hidden]`, its experts and their weights `[rows, k]`."""
+    """Compute all experts of a layer: `hidden_states [rows, hidden]`; expert indices and weights `[rows, k]`."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     rows = top_k_index.shape[0]
     if not 0 < rows <= expert_gemm.MAX_ROWS:
-        many: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
-        return many
+        output: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        return output
     experts = top_k_index.reshape(-1)
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _linear(module, first, hidden_states, experts)
@@ -68,5 +69,5 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
 
 def _linear(module: Any, name: str, given: Tensor, experts: Tensor) -> Tensor:
-    found: Tensor = torch.ops.radixgen.expert_linear(given, getattr(module, name), experts, module.is_transposed)
-    return found + getattr(module, f"{name}_bias")[experts] if module.has_bias else found
+    output: Tensor = torch.ops.radixgen.expert_linear(given, getattr(module, name), experts, module.is_transposed)
+    return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output

@@ -1,7 +1,7 @@
-"""Linear layers that read the same input, multiplied as one; few rows by `radixgen.kernels.skinny_gemm`, where it can.
+"""Linear layers with the same input, fused into one matrix product, by `radixgen.kernels.skinny_gemm` for few rows.
 
-A product with few rows is bound by reading its weights, and a narrow one does not keep the whole chip reading. The
-modules around stay as they are: the first layer that is asked multiplies for all, and the others hand out their share.
+A product with few rows is bound by reading its weights, and a narrow one does not keep the whole chip busy. The modules
+around the layers stay unchanged: the first layer called computes the outputs of all, and the others return theirs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,11 @@ from torch.nn.functional import linear
 from radixgen.kernels import skinny_gemm
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers that transformers' models feed the same tensor, side by side in one module."""
+"""Names of layers that transformers' models apply to the same tensor, within one module."""
 
 
 class FusedLinear:
-    """The stacked weights of layers with one input. Their own weights become views of these."""
+    """The stacked weights of layers with the same input. The layers' own weights become views of them."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._sizes = [layer.out_features for layer in layers]
@@ -35,7 +35,7 @@ class FusedLinear:
         self._due = 0
 
     def share(self, index: int, given: Tensor) -> Tensor:
-        """What layer `index` makes of `given`; kept for its siblings until each has asked once."""
+        """Return layer `index` of `given`. Outputs are kept until each of the fused layers was called once."""
         if given is not self._input:
             self._input, self._due = given, len(self._sizes)
             self._outputs = list(torch.split(self._multiply(given), self._sizes, -1))
@@ -46,8 +46,10 @@ class FusedLinear:
         return output
 
     def parts(self, given: Tensor) -> Tensor | None:
-        """What `share` would give a layer that has no siblings, before it is added up: float32 `[n, ..., outputs]`, or
-        in the dtype of `given` where `n` is 1. None where it is not computed in parts.
+        """Return the partial sums of a layer without siblings: float32 `[n, ..., outputs]`, or the dtype of `given` if
+        `n` is 1.
+
+        Returns None if the product is not computed in parts.
         """
         alone = len(self._sizes) == 1 and self._skinny
         return skinny_gemm.linear_parts(given, self._weight) if alone else None
@@ -56,8 +58,8 @@ class FusedLinear:
         return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
 
 
-class Share(nn.Module):
-    """Stands where one of the layers stood."""
+class FusedLinearSlice(nn.Module):
+    """One of the layers of a `FusedLinear`, in place of the original."""
 
     def __init__(self, fused: FusedLinear, index: int, layer: nn.Linear) -> None:
         super().__init__()
@@ -81,42 +83,43 @@ class Share(nn.Module):
 
 
 def fuse_linears(model: nn.Module) -> None:
-    """Put `Share`s in the place of all layers that can be fused, and of all others that `skinny_gemm` supports;
-    `restore_linears` takes them out again.
+    """Replace all fusible layers, and all others that `skinny_gemm` supports, by `FusedLinearSlice`s.
+
+    `restore_linears` undoes it.
     """
     for module in list(model.modules()):
         for names in SIBLINGS:
             layers = [module._modules.get(name) for name in names]
-            if _alike(layers):
-                found = [layer for layer in layers if isinstance(layer, nn.Linear)]
-                fused = FusedLinear(found)
-                for index, (name, layer) in enumerate(zip(names, found, strict=True)):
-                    module._modules[name] = Share(fused, index, layer)
+            if _fusible(layers):
+                linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+                fused = FusedLinear(linears)
+                for index, (name, layer) in enumerate(zip(names, linears, strict=True)):
+                    module._modules[name] = FusedLinearSlice(fused, index, layer)
         for name, child in list(module._modules.items()):
             if isinstance(child, nn.Linear) and _supported(child):
-                module._modules[name] = Share(FusedLinear([child]), 0, child)
+                module._modules[name] = FusedLinearSlice(FusedLinear([child]), 0, child)
 
 
 def _supported(layer: nn.Linear) -> bool:
-    return _alike([layer]) and layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
+    return _fusible([layer]) and layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
 
 
 def restore_linears(model: nn.Module) -> None:
-    """The layers themselves, where `fuse_linears` found them."""
+    """Undo `fuse_linears`."""
     for module, name, share in list(_shares(model)):
         module._modules[name] = share.layer
 
 
-def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, Share]]:
+def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, FusedLinearSlice]]:
     for module in model.modules():
         for name, child in module._modules.items():
-            if isinstance(child, Share):
+            if isinstance(child, FusedLinearSlice):
                 yield module, name, child
 
 
-def _alike(layers: Sequence[nn.Module | None]) -> bool:
-    """Plain linear layers that nobody watches or has sharded, of one input size, dtype and device, with a bias all or
-    none.
+def _fusible(layers: Sequence[nn.Module | None]) -> bool:
+    """Return whether these are plain linear layers without hooks or sharding, with the same input size, dtype and
+    device, and with biases on all or none.
     """
     kinds = {
         (layer.in_features, layer.weight.dtype, layer.weight.device, layer.bias is None)

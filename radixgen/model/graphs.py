@@ -1,7 +1,7 @@
-"""A step's forward pass, captured once for a number of rows and of logits, and replayed for whatever plan comes.
+"""CUDA graphs of the forward pass, captured per number of rows and logits, and replayed for any plan.
 
-Everything that a captured pass reads stands at fixed addresses: token ids, positions, slots, rows of logits, and the
-tables of `StaticAttention`. A step fills them and replays; where only lengths grew, the tables stay as they are.
+Everything that a captured pass reads has a fixed address: token ids, positions, slots, rows of logits, and the tables
+of a `StaticAttention`. A step fills these and replays. If only lengths grew, the tables stay unchanged.
 """
 
 from collections.abc import Callable
@@ -16,50 +16,51 @@ from torch import Tensor
 
 from radixgen.cache.storage import KVStorage
 from radixgen.core import Plan, Window
-from radixgen.kernels.backend import Backend, StaticAttention
+from radixgen.kernels.backend import AttentionBackend, StaticAttention
 from radixgen.kernels.upload import Staging
 from radixgen.kernels.workspace import Workspace
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.packed import TreeModel
 
 Agree = Callable[[bool], bool]
-"""Whether all ranks of a sharded model are fine; each says so of itself, and all get the same answer."""
+"""Returns whether all ranks of a sharded model succeeded; each passes whether it did itself."""
 
 _FINE, _COARSE = 256, 1024
-"""Up to _FINE rows a graph for each power of two, up to _COARSE for each multiple of 128, then of 256."""
+"""Row counts of graphs: powers of two up to _FINE, multiples of 128 up to _COARSE, then multiples of 256."""
 FEW_LOGITS = 256
-"""Rows of logits of a graph of more rows, where a step wants no more"""
+"""Rows of logits of a graph for steps that need no more."""
 _PADDING = np.array([[0], [0], [-1], [0]])
-"""Of token ids, positions, slots and rows of logits"""
+"""Padding of token ids, positions, slots and rows of logits."""
 _UNKNOWN = np.empty(0, np.int64)
-"""Token ids that the device fills in"""
+"""Placeholder for token ids that the device fills in."""
 
 
 def bucket(rows: int) -> int:
-    """Rows of the graph that answers `rows` rows."""
+    """Return the row count of the graph for a step of `rows` rows."""
     if rows <= _FINE:
         return 1 << (rows - 1).bit_length()
     step = 128 if rows <= _COARSE else 256
     return -(-rows // step) * step
 
 
-class Size(NamedTuple):
+class GraphKey(NamedTuple):
     """What a graph is captured for."""
 
     rows: int
     logits: int
-    """Rows that it gives logits of: all, or `FEW_LOGITS` of more where few are wanted, as while prompts are computed"""
+    """Rows of logits: all rows, or `FEW_LOGITS` for steps with fewer, such as prefill steps."""
     tile_rows: int
-    """Of the plans"""
+    """`Plan.tile_rows`."""
 
     @classmethod
-    def of(cls, plan: Plan, logits: int) -> "Size":
-        """For a plan, of which so many rows give logits."""
+    def of(cls, plan: Plan, logits: int) -> "GraphKey":
+        """Return the key for a plan of which `logits` rows give logits."""
         rows = bucket(plan.num_rows)
         return cls(rows, rows if logits > FEW_LOGITS else min(rows, FEW_LOGITS), plan.tile_rows)
 
 
 def buckets(most: int) -> list[int]:
-    """Rows of all graphs that answer up to `most` rows, ascending, the last one cut off there."""
+    """Return the row counts of all graphs for up to `most` rows, ascending. The last one is `most` itself."""
     sizes, rows = [], 1
     while rows <= most:
         sizes.append(min(bucket(rows), most))
@@ -67,37 +68,37 @@ def buckets(most: int) -> list[int]:
     return sizes
 
 
-class Capture(Protocol):
-    """Turns a call into one that does the same with less host work and returns the same tensor again."""
+class GraphCapture(Protocol):
+    """Turns a call into an equivalent one with less host work that returns the same tensor each time."""
 
     def rehearse(self, run: Callable[[], Tensor]) -> None:
-        """Run it once, where that has to be before it is recorded."""
+        """Run the call once, if that is required before it is recorded."""
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The call that is replayed. Raises what capturing raises, and leaves nothing behind."""
+        """Return the call to replay. Raises what capturing raises, and then leaves nothing behind."""
 
 
 class CudaCapture:
-    """A `Capture` into CUDA graphs that share one memory pool. What a graph returns is overwritten when another one is
-    replayed.
+    """A `GraphCapture` with CUDA graphs that share one memory pool. Replaying a graph overwrites the results of the
+    others.
 
-    A pool ends with the last of its graphs, though tensors of theirs live on, and PyTorch can't capture into it again.
-    So a pool has a first graph that does next to nothing and is kept.
+    A pool is freed with its last graph even if tensors in it are alive, and PyTorch cannot capture into it again.
+    Therefore each pool keeps a first graph that does next to nothing.
     """
 
     def __init__(self, device: torch.device, error_mode: str = "global") -> None:
-        """error_mode: `"thread_local"` where other threads use CUDA meanwhile, as NCCL's do."""
+        """`error_mode`: `"thread_local"` if other threads use CUDA at the same time, as NCCL's do."""
         self._device = device
         self._error_mode = error_mode
         self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run, then capture. Raises what either raises, and leaves nothing behind."""
+        """Rehearse and record. Raises what either raises, and then leaves nothing behind."""
         self.rehearse(run)
         return self.record(run)
 
     def rehearse(self, run: Callable[[], Tensor]) -> None:
-        """Run on a stream beside the current one, so that libraries and kernels are ready."""
+        """Run on a side stream, so that libraries and kernels are initialized."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -105,7 +106,7 @@ class CudaCapture:
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """As `Capture`."""
+        """As `GraphCapture.record`."""
         if self._first is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._first, _ = self._record(lambda: torch.zeros(1, device=self._device))
@@ -131,11 +132,13 @@ class CudaCapture:
         return graph, result
 
     def _clean_up(self) -> None:
-        """PyTorch can't end a capture that failed: its allocator goes on to use the pool, its generator raises at the
-        next draw, and the pool can't be captured into again.
+        """Repair PyTorch's state after a failed capture.
+
+        Otherwise its allocator would keep using the pool, its generator would raise at the next draw, and the pool
+        could not be captured into again.
         """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # where the capture failed before it took the pool
+        with suppress(RuntimeError):  # if the capture failed before it used the pool
             torch._C._cuda_endAllocateToPool(index, self._pool)
         self._first = None
         generator = torch.cuda.default_generators[index]
@@ -143,7 +146,7 @@ class CudaCapture:
 
 
 def _unowned(tensor: Tensor) -> Tensor:
-    """A view of a GPU tensor that does not own its memory, so that the next graph in the pool can use the same."""
+    """Return a view of a GPU tensor that does not own its memory, so that the next graph in the pool can reuse it."""
     typestr = f"<i{tensor.element_size()}"
     interface = {
         "shape": tuple(tensor.shape),
@@ -157,47 +160,51 @@ def _unowned(tensor: Tensor) -> Tensor:
 
 
 class PlainCapture:
-    """Captures nothing: the plain twin, for any device."""
+    """Captures nothing: the equivalent of `CudaCapture` for any device."""
 
     def rehearse(self, run: Callable[[], Tensor]) -> None:
-        """Nothing has to be ready."""
+        """Do nothing."""
 
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """`run` itself."""
+        """Return `run` itself."""
         return run
 
 
 class NotCapturable(Exception):
-    """The model's pass can't be captured, or what it was captured with is short of memory."""
+    """The forward pass cannot be captured, or there is too little memory for the graph."""
 
 
 class StepGraphs:
-    """The captured passes of one model, made when they are first needed, one a `Size`."""
+    """Captured forward passes of one model, one per `GraphKey`, captured on first use."""
 
     def __init__(
-        self, model: TreeModel, storage: KVStorage, backend: Backend, max_rows: int, agree: Agree | None = None
+        self, model: TreeModel, storage: KVStorage, backend: AttentionBackend, max_rows: int, agree: Agree | None = None
     ) -> None:
-        """agree: asked once a capture where the model is sharded, so that all ranks replay a graph or none does."""
+        """`agree`: called once per capture if the model is sharded, so that either all ranks replay a graph or none
+        does.
+        """
         self.max_rows = max_rows
         self._model, self._storage, self._backend, self._agree = model, storage, backend, agree
-        self._capture: Capture = PlainCapture()
+        self._capture: GraphCapture = PlainCapture()
         if model.device.type == "cuda":
             self._capture = CudaCapture(model.device, "thread_local" if agree else "global")
         self._workspace = Workspace()
-        self._graphs: dict[Size, _Graph] = {}
-        self._refused: set[Size] = set()
+        self._graphs: dict[GraphKey, _Graph] = {}
+        self._refused: set[GraphKey] = set()
         self.usable = True
-        """Whether a step may be captured: not where the very first capture failed"""
+        """Whether steps can be captured. False if the very first capture failed."""
         self._captured_any = False
 
     def clear(self) -> None:
-        """Forget all graphs, whoever else still holds this."""
+        """Drop all graphs, even if others still refer to this object."""
         self._graphs.clear()
         self.usable, self._capture = False, PlainCapture()
 
-    def takes(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
-        """Whether a step is one for a graph: not too large, nor of a size that was refused."""
-        return self.usable and plan.num_rows <= self.max_rows and Size.of(plan, logit_rows.size) not in self._refused
+    def supports(self, plan: Plan, logit_rows: NDArray[np.int64]) -> bool:
+        """Return whether a step can use a graph: not too large, and no earlier capture of its key failed."""
+        return (
+            self.usable and plan.num_rows <= self.max_rows and GraphKey.of(plan, logit_rows.size) not in self._refused
+        )
 
     @torch.inference_mode()
     def run(
@@ -205,10 +212,11 @@ class StepGraphs:
     ) -> Tensor:
         """As `Model.run`. The logits are overwritten by the next step.
 
-        Raises `NotCapturable`. Steps of that size are not taken again, and none at all if none was captured before.
-        Where the model is sharded, what the pass itself raises is raised: the other ranks are in its midst.
+        Raises `NotCapturable`; then steps with this key are not supported any more, and none at all if this was the
+        first capture. If the model is sharded, exceptions of the pass itself propagate, because the other ranks are in
+        the same pass.
         """
-        size = Size.of(plan, logit_rows.size)
+        size = GraphKey.of(plan, logit_rows.size)
         graph = self._loaded(plan, token_ids, slots, logit_rows)
         if graph is not None:
             return graph.replay()[: logit_rows.size]
@@ -251,7 +259,7 @@ class StepGraphs:
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`; None where nothing was captured that answers such a step."""
+        """As `radixgen.model.base.SupportsRunAhead`. Returns None if no graph was captured for such a step."""
         graph = self._loaded(plan, _UNKNOWN, slots, logit_rows)
         if graph is None:
             return None
@@ -261,8 +269,8 @@ class StepGraphs:
     def _loaded(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> "_Graph | None":
-        """The graph for a step, ready to be replayed; None where there is none, or it was too small and is gone now."""
-        size = Size.of(plan, logit_rows.size)
+        """Return the graph for a step, ready to replay, or None if there is none. Drops a graph that is too small."""
+        size = GraphKey.of(plan, logit_rows.size)
         graph = self._graphs.pop(size, None)
         if graph is None or not graph.load(plan, token_ids, slots, logit_rows):
             return None
@@ -271,25 +279,25 @@ class StepGraphs:
 
 
 class _Graph:
-    """One captured pass and what it reads."""
+    """One captured pass and its inputs."""
 
     replay: Callable[[], Tensor]
 
     def __init__(
-        self, model: TreeModel, storage: KVStorage, backend: Backend, size: Size, workspace: Workspace
+        self, model: TreeModel, storage: KVStorage, backend: AttentionBackend, size: GraphKey, workspace: Workspace
     ) -> None:
         self._model, self._storage, self._workspace = model, storage, workspace
         assert backend.static is not None
         self._new_attention = backend.static
         self._plan: Plan | None = None
         self._inputs = _Inputs(size, model.device)
-        self._writes = backend.writes(self._inputs.slots, model.device)
+        self._kv_writer = backend.kv_writer(self._inputs.slots, model.device)
         self._by_window: dict[Window | None, StaticAttention] = {}
 
     def load(
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> bool:
-        """Fill in a step's inputs; False where its plan is too large for what was captured."""
+        """Fill in the inputs of a step. Returns False if the plan is too large for the captured tables."""
         self._plan = plan
         if not all(attention.load(plan) for attention in self._by_window.values()):
             return False
@@ -297,7 +305,7 @@ class _Graph:
         return True
 
     def fill_in(self, tokens: Tensor) -> None:
-        """Take the token ids of a step from the device: `tokens` `[n]`, in the order of its logit rows."""
+        """Fill in the token ids of a step from the device: `tokens` `[n]`, in the order of its logit rows."""
         inputs = self._inputs
         inputs.token_ids.index_copy_(0, inputs.logit_rows[: tokens.numel()], tokens)
 
@@ -308,7 +316,7 @@ class _Graph:
     def _attend(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         assert self._plan is not None
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
-        self._writes(call.k, call.v, k, v)
+        self._kv_writer(call.k, call.v, k, v)
         if call.window not in self._by_window:
             self._by_window[call.window] = self._new_attention(
                 self._plan, call.window, self._inputs.positions, self._workspace
@@ -317,18 +325,20 @@ class _Graph:
 
 
 class _Inputs:
-    """Token ids, positions and slots, int64 `[rows]` each, and rows of logits, int64 `[logits]`, in one copy a step;
-    rows beyond the step's own write no KV.
+    """Token ids, positions and slots, int64 `[rows]`, and rows of logits, int64 `[logits]`, uploaded in one copy per
+    step.
+
+    Padding rows write no KV.
     """
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: GraphKey, device: torch.device) -> None:
         every = torch.zeros((4, size.rows), dtype=torch.int64, device=device)
         self.token_ids, self.positions, self.slots, logit_rows = every
         self.logit_rows = logit_rows[: size.logits]
         self._staging = Staging(every)
 
     def load(self, *columns: NDArray[np.integer]) -> None:
-        """The columns in this order, each padded with 0, slots with -1."""
+        """Fill in the columns in this order, padded with 0, or -1 for slots."""
         staged = self._staging.open()
         staged[:] = _PADDING
         for row, column in zip(staged, columns, strict=True):

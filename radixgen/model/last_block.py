@@ -1,4 +1,4 @@
-"""The last block of a model computes only the rows that give logits: of the others nobody reads more than K and V."""
+"""Skip rows without logits in the last block of a model: of those, only K and V are needed."""
 
 from contextlib import suppress
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class KVStored(Exception):
-    """A block's attention has stored K and V, and nothing else of that call is wanted."""
+class KVWriteDone(Exception):
+    """Raised in a block's attention once K and V are stored, to skip the rest of the block."""
 
 
 class LastBlock(nn.Module):
-    """Stands in for a model's last block, and has its attributes."""
+    """Wrapper of a model's last block, with the attributes of the block."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
         self.rows: Tensor | None = None
-        """The rows of the next passes that give logits, int64 `[n]`, ascending; None for all"""
+        """Rows of the next passes that give logits, int64 `[n]`, ascending; None for all."""
         self.storing = False
-        """Whether attention is to store K and V of all rows, and then to raise `KVStored`"""
+        """Whether attention must store the K and V of all rows and then raise `KVWriteDone`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -28,22 +28,22 @@ class LastBlock(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
     def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        """As the block, of hidden states `[1, rows, width]`."""
+        """As the block, for hidden states `[1, rows, width]`."""
         if self.rows is None:
             return self.block(hidden, *arguments, **options)
         self.storing = True
         try:
-            with suppress(KVStored):
+            with suppress(KVWriteDone):
                 self.block(hidden, *arguments, **options)
         finally:
             self.storing = False
-        picked, options = _pick(((hidden, *arguments), options), self.rows, hidden.shape[1])
+        picked, options = _select_rows(((hidden, *arguments), options), self.rows, hidden.shape[1])
         return self.block(*picked, **options)
 
 
 def insert_last_block(model: nn.Module, attention: nn.Module) -> LastBlock | None:
-    """Put a `LastBlock` in the place of the block with this attention, the model's last one; None where it is not the
-    last of a list of blocks.
+    """Wrap the last block, which contains `attention`, in a `LastBlock`. Returns None if it is not the last of a list
+    of blocks.
     """
     for blocks in _lists(model):
         if any(module is attention for module in blocks[-1].modules()):
@@ -63,12 +63,12 @@ def _lists(model: nn.Module) -> list[nn.ModuleList]:
     return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
 
 
-def _pick(value: Any, rows: Tensor, count: int) -> Any:
-    """Of whatever has a row for each of `count`, in its second dimension, only `rows`."""
+def _select_rows(value: Any, rows: Tensor, count: int) -> Any:
+    """Select `rows` in every tensor of `value` whose second dimension has `count` rows."""
     if isinstance(value, Tensor):
         return value.index_select(1, rows) if value.ndim > 1 and value.shape[1] == count else value
     if isinstance(value, dict):
-        return {name: _pick(one, rows, count) for name, one in value.items()}
+        return {name: _select_rows(item, rows, count) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_pick(one, rows, count) for one in value)
+        return type(value)(_select_rows(item, rows, count) for item in value)
     return value

@@ -1,10 +1,8 @@
-"""From a model's name to transformers' own model and tokenizer.
+"""Load transformers' model and tokenizer by name.
 
-transformers takes seconds to import, so it is imported by the functions that use it.
+transformers takes seconds to import, so the functions that use it import it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from radixgen.model import smollm2
 from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_quantization, check_whole
 from radixgen.model.dummy import make_dummy
 from radixgen.model.ends import end_tokens
+from radixgen.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal language model in `eval` mode, and its tokenizer where it has one."""
+    """A causal language model in `eval` mode, and its tokenizer, if any."""
 
     name: str
     model: "PreTrainedModel"
@@ -39,7 +38,7 @@ class LoadedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU. Raises `InvalidRequest`."""
+    """Resolve a device name; `"auto"` is CUDA if available, else the CPU. Raises `InvalidRequest`."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -54,7 +53,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """`"auto"` keeps the checkpoint's own. Raises `InvalidRequest`."""
+    """Resolve a dtype; `"auto"` is the checkpoint's own. Raises `InvalidRequest`."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -63,7 +62,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 
 def check_load_format(load_format: str) -> str:
-    """`load_format`. Raises `InvalidRequest`."""
+    """Return `load_format` if it is valid. Raises `InvalidRequest`."""
     if load_format not in LOAD_FORMATS:
         raise InvalidRequest("load_format", load_format, f"must be {' or '.join(LOAD_FORMATS)}")
     return load_format
@@ -79,16 +78,18 @@ def load(
     rank: int = 0,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> LoadedModel:
-    """Load `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer`: in
-    place of its own. `load_format`: `"auto"`, or `"dummy"` for random weights, of which the config is all that is read.
+    """Load a model and its tokenizer.
 
-    With `ranks` above 1, this process's share of what `check_shards` found fit; all ranks of the process group load at
-    the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
+    `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer` replaces
+    the model's own. `load_format`: `"auto"`, or `"dummy"` for random weights, which needs only the config.
+
+    With `ranks` above 1, loads this process's shard of a model that `check_shards` accepts; all ranks of the process
+    group load at the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     place, target = resolve_device(device), resolve_dtype(dtype)
-    source, options = _found(name)
+    source, options = _resolve(name)
     if check_load_format(load_format) == "dummy" and "gguf_file" in options:
         raise InvalidRequest("load_format", load_format, f"needs a model with a config.json, and {name} is a GGUF file")
     with quiet_transformers():
@@ -99,7 +100,7 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         else:
             check_quantization(f"{name} ({config.model_type})", config, source)
-            load_generation_config(name)  # transformers does without one that it can't read, and without its end tokens
+            load_generation_config(name)  # transformers ignores an unreadable file, and its end tokens
         if tokenizer is None:
             tokenizer = _tokenizer(source, options)
         if load_format == "dummy":
@@ -120,8 +121,8 @@ def load(
 
 
 def check_shards(name: str | Path, ranks: int) -> None:
-    """Raise `UnsupportedModel`, by name and with the reason, where `name` can't be sharded over `ranks` processes."""
-    source, options = _found(name)
+    """Raise `UnsupportedModel` with the reason if `name` cannot be sharded over `ranks` processes."""
+    source, options = _resolve(name)
     with quiet_transformers():
         config = _config(name, source, options).get_text_config()
     name = f"{name} ({config.model_type})"
@@ -139,23 +140,23 @@ def check_shards(name: str | Path, ranks: int) -> None:
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of `name` without its weights; None where it has none."""
-    source, options = _found(name)
+    """Load the tokenizer of `name`, without the weights; None if it has none."""
+    source, options = _resolve(name)
     with quiet_transformers():
         return _tokenizer(source, options)
 
 
 def load_generation_config(name: str | Path) -> "GenerationConfig | None":
-    """The `generation_config.json` of a model; None where it has none, as a `.gguf` file.
+    """Load the `generation_config.json` of a model; None if it has none, like a `.gguf` file.
 
     Raises `ModelNotFound`, and `InvalidRequest` for a file that cannot be read.
     """
-    source, _ = _found(name)
+    source, _ = _resolve(name)
     return None if Path(name).suffix == ".gguf" else read_generation_config(source)
 
 
 def read_generation_config(source: str, file: str = GENERATION_CONFIG) -> "GenerationConfig | None":
-    """What `file` of a directory or of a hub id holds; None where there is none. Raises `InvalidRequest`."""
+    """Read `file` from a directory or hub id; None if it does not exist. Raises `InvalidRequest`."""
     from transformers import GenerationConfig
 
     with quiet_transformers():
@@ -167,24 +168,7 @@ def read_generation_config(source: str, file: str = GENERATION_CONFIG) -> "Gener
             raise InvalidRequest("generation_config", str(Path(source, file)), f"cannot be read: {error}") from error
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own bars and notices, which a caller of radixgen did not ask for."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
+def _resolve(name: str | Path) -> tuple[str, dict[str, Any]]:
     try:
         return _source(name)
     except (OSError, RuntimeError, ValueError) as error:
@@ -192,7 +176,7 @@ def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _source(name: str | Path) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds `name`, and the options that it needs to read it."""
+    """Return where transformers finds `name`, and the options to read it with."""
     if str(name) == smollm2.NAME:
         return str(smollm2.fetch()), {}
     path = Path(name).expanduser()
@@ -234,7 +218,9 @@ def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
-    """Without files transformers may make one up, of special tokens only: that counts as none."""
+    """Load a tokenizer, or return None. A tokenizer of special tokens only, which transformers may invent, counts as
+    none.
+    """
     from transformers import AutoTokenizer
 
     gguf = {key: value for key, value in options.items() if key == "gguf_file"}

@@ -1,7 +1,7 @@
-"""What the ranks of a sharded model say to each other beside torch.distributed: frames on a socket.
+"""Protocol between the ranks of a sharded model, besides torch.distributed: frames on a socket or ring.
 
-A frame is a length and bytes. Rank 0 sends typed arrays under a kind, so that every rank runs the same step; the others
-answer with JSON. Nothing on the way is code.
+A frame is a length and bytes. Rank 0 sends commands with typed arrays, so that every rank runs the same step; the
+others answer in JSON. Nothing received is executed.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from radixgen.core import Plan
 from radixgen.core.plan import NodeSummary
 
 MAX_FRAME = 1 << 30
-"""Bytes of one frame."""
+"""Maximum size of a frame in bytes."""
 _LENGTH = struct.Struct("<Q")
 _HEAD = struct.Struct("<BB6x")
 _SHAPE = struct.Struct("<BB6xII")
@@ -44,38 +44,38 @@ COLUMNS = (
     "growing",
     "path_rows",
 )
-"""The arrays of a `Plan` that travel: all but what only `explain` reads."""
+"""The arrays of a `Plan` that are sent: all but those that only `explain` reads."""
 
 Array = NDArray[Any]
 
 
-class Kind(IntEnum):
-    """What rank 0 asks of the others."""
+class RankCommand(IntEnum):
+    """Commands from rank 0 to the other ranks."""
 
     ALLOCATE = 1
     RUN = 2
     WARM_UP = 3
-    """As `RUN`, and nothing is written or counted."""
+    """As `RUN`, without writing KV or updating counters."""
     RUN_AHEAD = 4
-    """As `RUN`; the token ids follow from device to device."""
+    """As `RUN`; the token ids are sent from device to device."""
     ROOM = 5
-    """How many bytes a pool may take."""
+    """Asks for the bytes that a pool may take."""
     AGREED = 6
-    """Whether all ranks are fine, which each said of itself before."""
+    """Tells whether all ranks succeeded, after each has reported for itself."""
 
 
-class Closed(Exception):
+class ChannelClosed(Exception):
     """The other end of a channel is gone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What every rank has to know to load its share."""
+class RankJob:
+    """What a rank needs to know to load its shard."""
 
     rank: int
     size: int
     store: str
-    """A file in a folder of ours, where the ranks find each other."""
+    """A file in a private directory, through which the ranks find each other."""
     model: str
     dtype: str
     device: str
@@ -83,7 +83,7 @@ class Job:
     max_model_len: int | None
     max_step_tokens: int
     threads: int
-    """Of PyTorch, in each rank."""
+    """PyTorch threads of each rank."""
     load_format: str = "auto"
     graphs: bool = False
     max_graph_rows: int = 0
@@ -93,11 +93,11 @@ class Job:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def from_bytes(cls, frame: bytearray) -> "Job":
+    def from_bytes(cls, frame: bytearray) -> "RankJob":
         return cls(**json.loads(frame))
 
 
-class Step(NamedTuple):
+class ModelInput(NamedTuple):
     """The arguments of `Model.run`."""
 
     plan: Plan
@@ -113,24 +113,24 @@ class Channel:
         self.socket = connected
 
     def send(self, frame: bytes) -> None:
-        """Raises `Closed`."""
+        """Send a frame. Raises `ChannelClosed`."""
         try:
             self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
-            raise Closed(str(error)) from error
+            raise ChannelClosed(str(error)) from error
 
     def receive(self, seconds: float | None = None) -> bytearray:
-        """The next frame. Raises `Closed`, and `TimeoutError` after `seconds` without a byte."""
+        """Return the next frame. Raises `ChannelClosed`, and `TimeoutError` after `seconds` without data."""
         try:
             self.socket.settimeout(seconds)
             (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
             if length > MAX_FRAME:
-                raise Closed(f"a frame of {length} bytes; at most {MAX_FRAME} are read")
+                raise ChannelClosed(f"a frame of {length} bytes; at most {MAX_FRAME} are read")
             return self._exactly(length)
         except TimeoutError:
             raise
         except OSError as error:
-            raise Closed(str(error)) from error
+            raise ChannelClosed(str(error)) from error
         finally:
             if self.socket.fileno() >= 0:
                 self.socket.settimeout(None)
@@ -147,13 +147,13 @@ class Channel:
         while view:
             read = self.socket.recv_into(view)
             if not read:
-                raise Closed("the other end is gone")
+                raise ChannelClosed("the other end is gone")
             view = view[read:]
         return frame
 
 
-def pack(kind: Kind, arrays: Sequence[Array] = ()) -> bytes:
-    """Arrays of one or two dimensions: int32, int64 or float64."""
+def pack(kind: RankCommand, arrays: Sequence[Array] = ()) -> bytes:
+    """Serialize a command with arrays of one or two dimensions: int32, int64 or float64."""
     parts = [_HEAD.pack(kind, len(arrays))]
     for array in arrays:
         rows, columns = array.shape if array.ndim == 2 else (array.size, 1)
@@ -162,8 +162,8 @@ def pack(kind: Kind, arrays: Sequence[Array] = ()) -> bytes:
     return b"".join(parts)
 
 
-def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
-    """What `pack` packed; the arrays are views of `frame`. Raises `ValueError` where it did not."""
+def unpack(frame: bytearray) -> tuple[RankCommand, list[Array]]:
+    """Parse a frame made by `pack`. The arrays are views of `frame`. Raises `ValueError` if it is malformed."""
     try:
         kind, count = _HEAD.unpack_from(frame)
         at, arrays = _HEAD.size, []
@@ -175,16 +175,15 @@ def unpack(frame: bytearray) -> tuple[Kind, list[Array]]:
             arrays.append(array.reshape((rows, columns) if dimensions == 2 else rows))
         if at != len(frame):
             raise ValueError(f"{len(frame) - at} bytes too many")
-        return Kind(kind), arrays
+        return RankCommand(kind), arrays
     except (struct.error, IndexError) as error:
         raise ValueError(f"not a frame: {error}") from error
 
 
-class Origins:
-    """Numbers of the plans that were built and are still in use, of which others are left where lengths have grown.
+class PlanOrigins:
+    """Numbers the built plans that are in use, so that ranks can tell whether two plans have the same origin.
 
-    Whether a graph takes a step by the tables that it has depends on which plan they were laid out for. So a plan has
-    the same origin on all ranks.
+    A graph can keep its tables if they were laid out for the same origin, so every rank must come to the same answer.
     """
 
     def __init__(self) -> None:
@@ -192,7 +191,7 @@ class Origins:
         self._next = itertools.count()
 
     def number(self, plan: Plan) -> int:
-        """Of the plan of which this one is left."""
+        """Return the number of the plan's origin."""
         origin, numbers = plan.origin, self._numbers
         key = id(origin)
         if key not in numbers:
@@ -201,8 +200,8 @@ class Origins:
         return numbers[key][0]
 
 
-def pack_step(step: Step, kind: Kind = Kind.RUN, origin: int = 0) -> bytes:
-    """A step as a frame, less what of its plan only `explain` reads. `origin`: its number in `Origins`."""
+def pack_step(step: ModelInput, kind: RankCommand = RankCommand.RUN, origin: int = 0) -> bytes:
+    """Serialize a step without the arrays that only `explain` reads. `origin`: the plan's number in `PlanOrigins`."""
     plan = step.plan
     assert plan.window is None
     counts = np.array([plan.tile_rows, plan.age, origin], np.int64)
@@ -210,8 +209,8 @@ def pack_step(step: Step, kind: Kind = Kind.RUN, origin: int = 0) -> bytes:
     return pack(kind, [*step[1:], counts, np.array([plan.predicted]), *columns])
 
 
-def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> Step:
-    """The arrays that `pack_step` packed. `origins`: plans by their numbers, which must not keep them alive."""
+def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> ModelInput:
+    """Parse the arrays of `pack_step`. `origins`: plans by number, held weakly."""
     token_ids, slots, logit_rows, counts, predicted, *columns = arrays
     by_name: dict[str, Any] = dict(zip(COLUMNS, columns, strict=True))
     plan = Plan(
@@ -223,7 +222,7 @@ def unpack_step(arrays: Sequence[Array], origins: MutableMapping[int, Plan]) -> 
         _origin=origins.get(int(counts[2])),
     )
     origins[int(counts[2])] = plan.origin
-    return Step(plan, token_ids, slots, logit_rows)
+    return ModelInput(plan, token_ids, slots, logit_rows)
 
 
 def _unexplained() -> NodeSummary:

@@ -1,6 +1,6 @@
-"""Whether a directory still holds the files that were written to it.
+"""Checksums of the files in a directory, to detect changes.
 
-The manifest beside them has a hash of each. Files are hashed in parts, by several threads: half a gigabyte takes a
+The manifest beside the files has a hash of each. Files are hashed in parts by several threads: half a gigabyte takes a
 fraction of a second.
 """
 
@@ -21,7 +21,7 @@ _Stamps = tuple[tuple[int, int, int], ...]
 
 
 def write_manifest(folder: Path) -> None:
-    """Hash the files in `folder`, which are all that there shall be, and write their manifest beside them."""
+    """Hash all files in `folder` and write a manifest beside them."""
     names = sorted(path.name for path in folder.iterdir())
     with ThreadPoolExecutor() as pool:
         hashes = {name: _hash(folder / name, pool) for name in names}
@@ -29,26 +29,26 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path, known: Mapping[str, str] | None = None) -> str:
-    """What is wrong with `folder` since `write_manifest`, in a few words; empty where nothing is.
+    """Describe briefly what changed in `folder` since `write_manifest`; empty if nothing did.
 
-    known: the hashes to go by where there is no manifest.
+    `known`: hashes to use if there is no manifest.
 
-    Hidden files do not count. Files that have not changed since the last call are not hashed again.
+    Ignores hidden files. Files unchanged since the last call are not hashed again.
     """
     try:
-        found = {path.name: path.stat() for path in folder.iterdir() if not path.name.startswith(".")}
-        manifest = found.pop(MANIFEST, None)
+        stats = {path.name: path.stat() for path in folder.iterdir() if not path.name.startswith(".")}
+        manifest = stats.pop(MANIFEST, None)
         if manifest is not None and not S_ISREG(manifest.st_mode):
             return f"{MANIFEST} is no file"
         hashes = known if known and manifest is None else json.loads((folder / MANIFEST).read_text())
         if not isinstance(hashes, Mapping) or not hashes:
             return f"{MANIFEST} has changed"
-        if found.keys() != hashes.keys():
-            return f"{min(found.keys() ^ hashes.keys())} is {'missing' if hashes.keys() - found.keys() else 'new'}"
-        if odd := [name for name in sorted(found) if not S_ISREG(found[name].st_mode)]:
+        if stats.keys() != hashes.keys():
+            return f"{min(stats.keys() ^ hashes.keys())} is {'missing' if hashes.keys() - stats.keys() else 'new'}"
+        if odd := [name for name in sorted(stats) if not S_ISREG(stats[name].st_mode)]:
             return f"{odd[0]} is no file"
         expected = tuple((name, str(hashes[name])) for name in sorted(hashes))
-        stamps = tuple((found[name].st_ino, found[name].st_size, found[name].st_mtime_ns) for name in sorted(found))
+        stamps = tuple((stats[name].st_ino, stats[name].st_size, stats[name].st_mtime_ns) for name in sorted(stats))
         _check(folder, expected, stamps)
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
@@ -59,15 +59,15 @@ def damage(folder: Path, known: Mapping[str, str] | None = None) -> str:
 
 @lru_cache(maxsize=1)
 def _check(folder: Path, expected: _Hashes, stamps: _Stamps) -> None:
-    """Raises `ValueError` where a file has another hash; only what returns is cached."""
+    """Raise `ValueError` if a file has another hash. Only successful checks are cached."""
     with ThreadPoolExecutor() as pool:
-        for name, found in expected:
-            if _hash(folder / name, pool) != found:
+        for name, digest in expected:
+            if _hash(folder / name, pool) != digest:
                 raise ValueError(f"{name} has changed")
 
 
 def _hash(path: Path, pool: Executor) -> str:
-    """SHA-256 of the SHA-256 of each part."""
+    """Return the SHA-256 of the SHA-256 hashes of all parts."""
     with path.open("rb") as file:
         starts = range(0, os.fstat(file.fileno()).st_size, _PART_BYTES)
         return sha256(b"".join(pool.map(partial(_hash_part, file.fileno()), starts))).hexdigest()

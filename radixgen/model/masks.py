@@ -1,7 +1,8 @@
-"""Which keys each layer of a model sees, read from the masks that transformers makes for it.
+"""The window of each layer of a model, derived from the attention masks that transformers makes.
 
-transformers describes a mask by a function of row and key positions. `read_mask` finds the window that is equal to it;
-`MaskReader` knows which layer was given which mask. A mask that is no window, whole or by chunks, raises `MaskError`.
+transformers describes a mask by a function of row and key positions. `read_mask` finds an equivalent window, and
+`MaskReader` tracks which layer received which mask. Masks that are neither causal, sliding-window nor chunked raise
+`MaskError`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,21 +18,21 @@ from torch import Tensor
 from radixgen.core import Chunk, Window, first_seen
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""transformers' own: whether a row sees a key, by indices of batch, head, row and key that broadcast."""
+"""transformers' mask function: whether a row sees a key, by broadcast indices of batch, head, row and key."""
 
 _DENSE = 96
-"""Rows at either end of a context at which a mask is read key by key."""
+"""Rows at either end of a context at which masks are compared key by key."""
 _SCATTERED = 64
 
 _reader: ContextVar["MaskReader | None"] = ContextVar("radixgen_mask_reader", default=None)
 
 
 class MaskError(ValueError):
-    """A mask that tree attention does not have; the message says what it is."""
+    """A mask that tree attention does not support. The message describes it."""
 
 
 class MaskReader:
-    """The masks of one forward pass over one whole sequence, for a context of `reach` tokens."""
+    """Reads the masks of one forward pass over a single sequence, for contexts of up to `reach` tokens."""
 
     def __init__(self, reach: int, device: torch.device) -> None:
         self._reach = reach
@@ -40,7 +41,7 @@ class MaskReader:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Masks that transformers makes meanwhile, by `make_mask`, are this reader's."""
+        """Use this reader in `make_mask` within the context."""
         token = _reader.set(self)
         try:
             yield
@@ -48,7 +49,7 @@ class MaskReader:
             _reader.reset(token)
 
     def make(self, mask_function: MaskFunction, rows: int, keys: int) -> Tensor:
-        """The mask of `rows` over `keys`, bool `[1, 1, rows, keys]`. Raises `MaskError`."""
+        """Make the mask of `rows` over `keys`, bool `[1, 1, rows, keys]`. Raises `MaskError`."""
         window = read_mask(mask_function, self._reach, self._device)
         seen = _visible(window, np.arange(rows), np.arange(keys))
         mask = torch.from_numpy(seen).to(self._device)[None, None]
@@ -56,7 +57,7 @@ class MaskReader:
         return mask
 
     def window_of(self, mask: Tensor | None, rows: int) -> Window | None:
-        """What a layer that was given `mask` sees: one of those made, or a copy of one. Raises `MaskError`."""
+        """Return the window of a layer that received `mask`, one of the masks made or a copy. Raises `MaskError`."""
         if mask is None:
             return None
         same = {window for made, window in self._made if mask is made}
@@ -67,16 +68,16 @@ class MaskReader:
 
 
 def make_mask(*, q_length: int, kv_length: int, mask_function: MaskFunction, **_: Any) -> Tensor | None:
-    """For transformers' `AttentionMaskInterface`: a mask where one is being read, else none."""
+    """Mask function for transformers' `AttentionMaskInterface`: a mask if a reader is active, else None."""
     reader = _reader.get()
     return reader.make(mask_function, q_length, kv_length) if reader else None
 
 
 def read_mask(mask_function: MaskFunction, reach: int, device: torch.device) -> Window | None:
-    """The window that equals `mask_function` at all positions below `reach`; None where rows see all before them.
+    """Return the window equivalent to `mask_function` at all positions below `reach`; None for a plain causal mask.
 
-    It is derived from what the last rows see, then compared at both ends of the context, about the first and last
-    edges of windows or chunks, and at scattered places: some 10^5 pairs, whatever `reach` is. Raises `MaskError`.
+    The window is derived from what the last rows see, then compared at both ends of the context, around the first and
+    last window or chunk edges, and at scattered positions: about 10^5 pairs for any `reach`. Raises `MaskError`.
     """
 
     def seen(rows: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -99,7 +100,7 @@ def read_mask(mask_function: MaskFunction, reach: int, device: torch.device) -> 
 def _candidates(
     seen: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]], reach: int
 ) -> list[Window | None]:
-    """What the mask can be, by the first keys that its last row sees, and the row before those."""
+    """Return the windows that fit the first key seen by the last row and by the row before that key."""
 
     def first(row: int) -> int:
         low, high = 0, row
@@ -116,7 +117,7 @@ def _candidates(
 
 
 def _sample(window: Window | None, reach: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and keys at which a mask is compared, ascending."""
+    """Return the rows and keys at which a mask is compared, ascending."""
     scattered = np.random.default_rng(0).integers(0, reach, _SCATTERED)
     size = (window.size if isinstance(window, Chunk) else window) or reach
     last = (reach - 1) // size
@@ -139,7 +140,7 @@ def _visible(window: Window | None, rows: NDArray[np.int64], keys: NDArray[np.in
 
 
 def _equal(mask: Tensor, made: Tensor, rows: int) -> bool:
-    """Whether `mask`, of bool or of what is added to scores, says what `made` says."""
+    """Return whether `mask`, boolean or additive, is equivalent to `made`."""
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != made.shape[-2:] or mask.shape[-1] != rows:
         return False
     if mask.dtype == torch.bool:

@@ -1,8 +1,8 @@
-"""transformers' own modelling code, run on packed rows of a tree instead of padded sequences.
+"""transformers' modelling code on packed rows of a tree instead of padded sequences.
 
-One attention function is registered with transformers' `AttentionInterface`. It hands every layer's queries,
-keys and values to the `TreeModel` that owns the module; the model around it is untouched. A second one is used while
-the model is loaded: it reads each layer's mask, and compares our attention with the model's own.
+One attention function is registered with transformers' `AttentionInterface`. It passes every layer's queries, keys and
+values to the `TreeModel` that owns the module; the rest of the model is unchanged. A second one is used while the model
+is probed: it reads each layer's mask, and compares our attention with the model's own.
 """
 
 import itertools
@@ -10,59 +10,40 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from radixgen.cache.storage import LayerShape
-from radixgen.core import InvalidRequest, UnsupportedModel, Window, first_seen
+from radixgen.core import InvalidRequest, UnsupportedModel, Window
 from radixgen.core.settings import keep_compiled
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.merge import apply_sinks
 from radixgen.model.collectives import silent
+from radixgen.model.compiler import compilable_modules, compiler_options, is_compiler_error
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
 from radixgen.model.fused_linear import fuse_linears, restore_linears
-from radixgen.model.last_block import KVStored, LastBlock, insert_last_block, remove_last_block
+from radixgen.model.last_block import KVWriteDone, LastBlock, insert_last_block, remove_last_block
+from radixgen.model.layer_call import LayerAttention, LayerCall
 from radixgen.model.masks import MaskError, MaskReader, make_mask
-from radixgen.model.tree_attention import answered_by, register, tree_attention
+from radixgen.model.reference import TOLERANCE, causal_attention, causal_over, close_to, sees
+from radixgen.model.rotary import fix_rotary
+from radixgen.model.tree_attention import handle_attention, register, tree_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# transformers looks for "flash" in this name and then changes what it passes.
+# Must not contain "flash": transformers would then pass other arguments.
 IMPLEMENTATION = "radixgen"
 READING = "radixgen_reading"
-"""The implementation that reads masks."""
-_TOLERANCE = 0.05
-"""Of the largest value: half precision stays well below it, a key too many or too few does not."""
+"""Name of the implementation that reads masks."""
 _LONGEST_PROOF = 256
-"""Rows of the longest sequence with which a model is tried."""
+"""Rows of the longest sequence used to probe a model."""
 _COMPILED_ROWS = (1, 2, 15, 16, 100)
-"""What is compiled for any number of rows is compiled anew for one, few and multiples of 16."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """What one layer asks of attention; q, k, v are `[rows, heads, head_dim]`."""
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    window: Window | None
-    softcap: float | None
-    sinks: Tensor | None
-
-
-class Attend(Protocol):
-    """Answers one layer: `out [rows, q_heads, v_head_dim]`, in q's dtype, and `lse [rows, q_heads]`."""
-
-    def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]: ...
+"""Row counts that `torch.compile` specializes on: one, few, and multiples of 16."""
 
 
 def _register() -> None:
@@ -84,7 +65,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls in every attention layer; q, k, v `[1, heads, rows, head_dim]`."""
+    """Attention function for transformers; q, k, v `[1, heads, rows, head_dim]`."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         return tree_attention(query, key, value, scale, softcap, s_aux), None
@@ -95,12 +76,12 @@ def _attention(
 def _reading_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """As `_attention`, over one sequence: learn what the layer sees, and check that nothing else matters to it."""
+    """As `_attention`, over one sequence: read the layer's mask, and compare with the model's own attention."""
     owner: TreeModel = module.__dict__["radixgen_owner"]
     owner.read_layer(module, attention_mask, query.shape[2], options)
     out, _ = _attention(module, query, key, value, attention_mask, **options)
     theirs = _own_attention(module, query, key, value, owner.windows[-1], options)
-    if theirs is not None and float((out - theirs).abs().max()) > _TOLERANCE * float(theirs.abs().max()) + 1e-6:
+    if theirs is not None and float((out - theirs).abs().max()) > TOLERANCE * float(theirs.abs().max()) + 1e-6:
         raise UnsupportedModel(f"{owner.name}: a layer's own attention is more than softmax, scale, soft cap and sinks")
     return out, None
 
@@ -108,12 +89,12 @@ def _reading_attention(
 def _own_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: Window | None, options: dict[str, Any]
 ) -> Tensor | None:
-    """What the model's own eager attention answers; None where its code has none."""
+    """Run the model's own eager attention; None if its code has none."""
     own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
     if own is None:
         return None
     place = torch.arange(query.shape[2], device=query.device)
-    hidden = ~_sees(window, place)[None, None]
+    hidden = ~sees(window, place)[None, None]
     mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
     mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)
     theirs: Tensor = own(module, query, key, value, mask, **options)[0]
@@ -121,27 +102,27 @@ def _own_attention(
 
 
 class TreeModel:
-    """A causal language model whose attention is answered by `attend`.
+    """A causal language model whose attention is computed by `attend`.
 
-    Loading probes it: one row through the model tells the shape of every layer's K and V, and three sequences
-    packed and alone tell whether rows really see each other through attention only. Raises
-    `UnsupportedModel`, by name and with the reason, where they do not.
+    Construction probes the model: one sequence shows the shape of every layer's K and V, and three sequences, packed
+    and alone, show whether rows affect each other only through attention. Raises `UnsupportedModel` with the reason
+    otherwise.
     """
 
     def __init__(
         self, model: "PreTrainedModel", name: str, max_model_len: int | None, max_step_tokens: int = 2048
     ) -> None:
-        """`max_step_tokens`: rows of one `forward` at the most."""
+        """`max_step_tokens`: maximum rows of one `forward`."""
         self.model = model
         self.name = f"{name} ({model.config.model_type})"
         self.device = model.device
-        self.attend: Attend = self._no_attend
+        self.attend: LayerAttention = self._no_attend
         self._layers: dict[nn.Module, int] = {}
         self.windows: list[Window | None] = []
-        """Of each layer"""
+        """Window of each layer."""
         self.geometry: Geometry | None = None
         config = model.config.get_text_config()
-        embedding = model.get_input_embeddings()  # of which a rank may have some rows
+        embedding = model.get_input_embeddings()  # a rank may have only some of its rows
         self.vocab_size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(f"{self.name}: an encoder-decoder model")
@@ -164,7 +145,7 @@ class TreeModel:
             self._proof_len = _proof_length(config, reach)
             self.layer_shapes = self._probe(config)
             self.max_model_len = _context(config, max_model_len)
-            self._former_rotary = _fix_rotary(model, self.name, self.max_model_len)
+            self._former_rotary = fix_rotary(model, self.name, self.max_model_len)
             self._prove_packing()
             self._prove_positions(max(self.max_model_len, max_step_tokens))
             self._prove_last_block()
@@ -174,7 +155,7 @@ class TreeModel:
 
     @property
     def picks_rows(self) -> bool:
-        """Whether the last block can do without the rows that give no logits."""
+        """Whether the last block can skip rows without logits."""
         return self._last_block is not None
 
     @torch.inference_mode()
@@ -183,21 +164,21 @@ class TreeModel:
         token_ids: Tensor,
         positions: Tensor,
         logit_rows: Tensor,
-        attend: Attend,
+        attend: LayerAttention,
         write: Callable[[LayerCall], None] | None = None,
     ) -> Tensor:
-        """Run packed rows; `token_ids` and `positions` are int64 `[rows]`, `logit_rows` int64 `[n]`.
+        """Run packed rows: `token_ids` and `positions` int64 `[rows]`, `logit_rows` int64 `[n]`.
 
-        Where `write` is given, which a model that `picks_rows` allows, the last block computes only `logit_rows`, which
-        ascend: `write` stores the K and V of its call, and then `attend` answers one with these rows alone.
+        With `write`, which requires `picks_rows`, the last block computes only `logit_rows`, in ascending order:
+        `write` stores the K and V of all rows, then `attend` is called with the rows of `logit_rows` alone.
 
-        Returns logits `[n, vocab]` of `logit_rows`, in the dtype that the model gives them.
+        Returns logits `[n, vocab]` of `logit_rows` in the model's own dtype.
         """
         self.attend, self._write = attend, write
         try:
             return self._forward(token_ids, positions, logit_rows)
         except RuntimeError as error:
-            if not (self._compiled and self._may_uncompile and _is_of_compiler(error)):
+            if not (self._compiled and self._may_uncompile and is_compiler_error(error)):
                 raise
             reason = " ".join(str(error).split("\n\n")[0].split())
             logger.warning("%s: torch.compile failed, so that it runs uncompiled from now on: %s", self.name, reason)
@@ -212,7 +193,7 @@ class TreeModel:
         if self._write is not None and self._last_block is not None:
             self._last_block.rows, kept = logit_rows, 0
         try:
-            with answered_by(lambda *asked: self.answer(next(layers), *asked)):
+            with handle_attention(lambda *arguments: self.answer(next(layers), *arguments)):
                 output = self.model(
                     input_ids=token_ids.unsqueeze(0),
                     position_ids=positions.unsqueeze(0),
@@ -235,55 +216,58 @@ class TreeModel:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """As `radixgen.model.tree_attention.Answer`, for one layer. Raises `KVStored` where only that is wanted."""
-        q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
+        """As `radixgen.model.tree_attention.AttentionHandler`, for one layer. Raises `KVWriteDone` if only K and V are
+        needed.
+        """
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
         if self._write is not None and self._last_block is not None and self._last_block.storing:
             self._write(call)
-            raise KVStored
+            raise KVWriteDone
         return self.attend(call)[0].contiguous().unsqueeze(0)
 
     def compile_blocks(self) -> None:
-        """Let `torch.compile` fuse what stands between the matrix products of each block, and what the model computes
-        around its blocks, for any number of rows.
+        """Let `torch.compile` fuse the code between the matrix products of each block and around the blocks, for any
+        number of rows.
 
-        The first passes are slow, unless the cache directory holds what they need; attention is one operator to the
-        compiler.
-        Where compiling fails, in any later pass, there is a warning, and the model runs as it is from then on.
+        The first passes are slow unless the cache directory has their results. Attention is a single operator to the
+        compiler. If compiling fails, in any later pass, a warning is logged and the model runs uncompiled from then on.
         """
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
         keep_compiled(default_cache_dir())
-        options = _compiler_options(self.device)
+        options = compiler_options(self.device)
         register()
-        for module in _compilable(self.model):
+        for module in compilable_modules(self.model):
             module.compile(dynamic=True, options=options)
             self._compiled.append(module)
 
     def compiles(self) -> bool:
-        """Whether the blocks compile, for one, a few and many rows, tried by passes in which no ranks meet. From then
-        on a failure is raised: a rank that went on uncompiled would meet the others in the wrong places.
+        """Return whether the blocks compile for one, a few and many rows, tested by passes without communication.
+
+        Later failures are raised, because a rank that continued uncompiled would communicate at other points than the
+        rest.
         """
         with silent():
             for rows in _COMPILED_ROWS:
                 sequence = self._sequence(0, min(rows, self.max_model_len))
-                self._logits([sequence], _causal_over([sequence]))
+                self._logits([sequence], causal_over([sequence]))
         self._may_uncompile = False
         return bool(self._compiled)
 
     def fuse_linears(self) -> None:
-        """Multiply by the weights of layers with the same input at once, and by experts' with a kernel of ours."""
+        """Fuse layers with the same input, and use our kernel for experts."""
         fuse_linears(self.model)
         use_expert_gemm(self.model)
 
     def layer_of(self, module: nn.Module) -> int:
-        """The place of an attention module in the order of the first forward pass."""
+        """Return the index of an attention module in the order of the first forward pass."""
         if module not in self._layers:
             self._layers[module] = len(self._layers)
         return self._layers[module]
 
     def read_layer(self, module: nn.Module, mask: Tensor | None, rows: int, options: dict[str, Any]) -> None:
-        """Learn what the next layer sees from the mask that it was given. Raises `UnsupportedModel`."""
+        """Derive the next layer's window from its mask. Raises `UnsupportedModel`."""
         if module in self._layers:
             raise UnsupportedModel(f"{self.name}: a layer attends more than once")
         if mask is None and not options.get("is_causal", getattr(module, "is_causal", True)):
@@ -298,7 +282,7 @@ class TreeModel:
         self._compiled.clear()
 
     def release(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model to its original state."""
         self.uncompile()
         remove_last_block(self.model)
         restore_linears(self.model)
@@ -310,14 +294,14 @@ class TreeModel:
         self.model.set_attn_implementation(self._former_attention)
 
     def _probe(self, config: Any) -> list[LayerShape]:
-        """What each layer stores and sees, by one sequence through the model that is longer than its windows."""
+        """Return the KV shape of each layer, and record its window, by running one sequence longer than all windows."""
         shapes: dict[int, LayerShape] = {}
 
         def record(call: LayerCall) -> tuple[Tensor, Tensor]:
             kv_heads, head_dim = call.k.shape[1:]
             shapes[call.layer] = LayerShape(kv_heads, head_dim, call.v.shape[2], call.k.dtype)
             self.geometry = self.geometry or Geometry.of(call.q, call.k, call.v)
-            return _causal(call, [self._proof_len])
+            return causal_attention(call, [self._proof_len])
 
         self.model.set_attn_implementation(READING)
         try:
@@ -332,37 +316,37 @@ class TreeModel:
         return [shapes[layer] for layer in range(expected)]
 
     def _prove_packing(self) -> None:
-        """Three sequences, one of them longer than every window, must give the same logits packed as alone.
+        """Check that three sequences, one of them longer than every window, give the same logits packed as alone.
 
-        In half precision rounding alone can send a row to another expert, and grows through many layers. So there it
-        is enough that a sequence's logits stay as they are while the tokens of all others change.
+        In half precision, rounding alone can send a row to another expert, and grows over many layers. There it
+        suffices that the logits of a sequence stay the same while the tokens of all others change.
         """
         sequences = [self._sequence(a, n) for a, n in ((3, self._proof_len), (5, 2), (3, 3))]
         packed = self._last_logits(sequences)
         alone = [self._last_logits([sequence])[0] for sequence in sequences]
-        if all(map(_close, packed, alone)):
+        if all(map(close_to, packed, alone)):
             return
         if expert_layers(self.model) or packed[0].element_size() < 4:
             others = [self._sequence(sequence[0] + 8, len(sequence)) for sequence in sequences]
             changed = [self._last_logits([*others[:i], sequences[i], *others[i + 1 :]])[i] for i in range(3)]
-            if all(map(_close, packed, changed)):
+            if all(map(close_to, packed, changed)):
                 return
         reason = "packed rows change each other's logits, so something besides attention mixes them"
         raise UnsupportedModel(f"{self.name}: {reason}")
 
     def _last_logits(self, sequences: list[list[int]]) -> list[Tensor]:
-        """Of the last row of each of some packed sequences."""
-        logits = self._try(lambda: self._logits(sequences, _causal_over(sequences)))
+        """Return the logits of the last row of each packed sequence."""
+        logits = self._try(lambda: self._logits(sequences, causal_over(sequences)))
         return [rows[-1] for rows in torch.split(logits, [len(sequence) for sequence in sequences])]
 
     def _prove_positions(self, reach: int) -> None:
-        """A row must not change with its place in a step, below `reach`: its position is in `position_ids` alone.
+        """Check that a row's result depends on `position_ids` and not on its index in the step, up to `reach` rows.
 
-        transformers counts rows from behind those that a cache has seen; here a cache says so and holds none.
+        transformers offsets rows by the length of the cache; here an empty cache claims a length.
         """
         from transformers import DynamicCache
 
-        class Seen(DynamicCache):  # type: ignore[misc]
+        class OffsetCache(DynamicCache):  # type: ignore[misc]
             def get_seq_length(self, *_: Any, **__: Any) -> int:
                 return max(reach - len(tokens), 0)
 
@@ -376,20 +360,20 @@ class TreeModel:
 
             def record(call: LayerCall) -> tuple[Tensor, Tensor]:
                 calls.extend((call.q, call.k, call.v))
-                return _causal(call, [1] * len(tokens))
+                return causal_attention(call, [1] * len(tokens))
 
             self._run(torch.tensor([tokens], device=self.device), record, **options)
             return calls
 
         alone = rows(use_cache=False)
-        later = rows(use_cache=True, past_key_values=Seen())
-        for one, other in zip(alone, later, strict=True):
-            if float((one - other).abs().max()) > 1e-3 * float(one.abs().max()):
+        later = rows(use_cache=True, past_key_values=OffsetCache())
+        for first, second in zip(alone, later, strict=True):
+            if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
                 reason = f"it counts positions by itself, which is seen at {reach} tokens"
                 raise UnsupportedModel(f"{self.name}: {reason}; a smaller max_model_len may be possible")
 
     def _prove_last_block(self) -> None:
-        """Have the last block do without rows that give no logits, if the others' logits stay as they are."""
+        """Let the last block skip rows without logits, if that leaves the other rows' logits unchanged."""
         (last,) = [module for module, layer in self._layers.items() if layer == len(self.windows) - 1]
         self._last_block = insert_last_block(self.model, last)
         if self._last_block is None:
@@ -400,25 +384,25 @@ class TreeModel:
 
         def attend(call: LayerCall) -> tuple[Tensor, Tensor]:
             if not stored:
-                return _causal(call, [len(sequence) for sequence in sequences])
+                return causal_attention(call, [len(sequence) for sequence in sequences])
             q = torch.zeros_like(stored[0].q)
             q[rows] = call.q
-            out, lse = _causal(replace(stored[0], q=q), [len(sequence) for sequence in sequences])
+            out, lse = causal_attention(replace(stored[0], q=q), [len(sequence) for sequence in sequences])
             return out[rows], lse[rows]
 
-        expected = self._logits(sequences, _causal_over(sequences))[rows]
+        expected = self._logits(sequences, causal_over(sequences))[rows]
         try:
-            found = self._logits(sequences, attend, rows, stored.append)
+            actual = self._logits(sequences, attend, rows, stored.append)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             logger.info("%s: its last block computes all rows: %s", self.name, error)
-            found = torch.full_like(expected, torch.nan)
-        if len(stored) != 1 or not all(map(_close, found, expected)):
+            actual = torch.full_like(expected, torch.nan)
+        if len(stored) != 1 or not all(map(close_to, actual, expected)):
             remove_last_block(self.model)
             self._last_block = None
 
     @torch.inference_mode()
-    def _run(self, token_ids: Tensor, attend: Attend, **options: Any) -> None:
-        """One forward pass from position 0 with `options` of transformers' own."""
+    def _run(self, token_ids: Tensor, attend: LayerAttention, **options: Any) -> None:
+        """Run one forward pass at position 0 with transformers' own `options`."""
         self.attend = attend
         try:
             self.model(input_ids=token_ids, position_ids=torch.zeros_like(token_ids), **options)
@@ -431,11 +415,11 @@ class TreeModel:
     def _logits(
         self,
         sequences: list[list[int]],
-        attend: Attend,
+        attend: LayerAttention,
         logit_rows: Tensor | None = None,
         write: Callable[[LayerCall], None] | None = None,
     ) -> Tensor:
-        """Of packed sequences; of all rows, unless some are named."""
+        """Run packed sequences and return the logits of all rows, or of `logit_rows`."""
         tokens = [token for sequence in sequences for token in sequence]
         positions = [position for sequence in sequences for position in range(len(sequence))]
         rows = torch.arange(len(tokens), device=self.device) if logit_rows is None else logit_rows
@@ -456,119 +440,23 @@ class TreeModel:
         raise UnsupportedModel(f"{self.name}: radixgen holds this model; close its engine first")
 
 
-def _compilable(model: "PreTrainedModel") -> list[nn.Module]:
-    """The blocks, and what is called beside them and holds none: the last norm and rotary embeddings."""
-    blocks = [one for one in model.modules() if type(one).__name__ in (model._no_split_modules or ())]
-    beside = [
-        one
-        for one in model.get_decoder().children()
-        if not isinstance(one, nn.Embedding) and not any(isinstance(inner, nn.ModuleList) for inner in one.modules())
-    ]
-    return list(dict.fromkeys((*blocks, *beside)))
-
-
-def _compiler_options(device: torch.device) -> dict[str, bool] | None:
-    """On a GPU, independent small kernels become one, and on Hopper kernels begin while those before them end, as
-    radixgen's do.
-    """
-    from torch._inductor import config
-
-    if device.type != "cuda":
-        return None
-    early = torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(config.triton, "enable_pdl")
-    return {"combo_kernels": True} | ({"triton.enable_pdl": True} if early else {})
-
-
-def _is_of_compiler(error: RuntimeError) -> bool:
-    from torch._dynamo.exc import TorchDynamoException
-
-    return isinstance(error, TorchDynamoException)
-
-
-def _causal(call: LayerCall, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Plain causal attention over packed sequences of `lengths`."""
-    group = call.q.shape[1] // call.k.shape[1]
-    q, k, v = call.q.float(), call.k.float(), call.v.float()
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * call.scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
-    place = torch.arange(len(q), device=q.device)
-    starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))], device=q.device)
-    seen = (owner[:, None] == owner) & _sees(call.window, place - starts[owner])
-    scores = scores.masked_fill(~seen, float("-inf"))
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
-    lse = scores.logsumexp(-1).transpose(0, 1)
-    if call.sinks is not None:
-        out = apply_sinks(out, lse, call.sinks)
-    return out.to(call.q.dtype), lse
-
-
-def _sees(window: Window | None, positions: Tensor) -> Tensor:
-    """Which positions see which, bool `[rows, keys]`."""
-    seen = positions[:, None] >= positions
-    if window is not None:
-        first = torch.from_numpy(first_seen(window, positions.cpu().numpy())).to(positions.device)
-        seen &= positions >= first[:, None]
-    return seen
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether the logits of two rows differ by no more than rounding."""
-    return float((one - other).abs().max()) <= _TOLERANCE * (float(other.abs().max()) + 1e-6)
-
-
-def _causal_over(sequences: list[list[int]]) -> Attend:
-    lengths = [len(sequence) for sequence in sequences]
-    return lambda call: _causal(call, lengths)
-
-
-def _context(config: Any, asked: int | None) -> int:
-    """The longest path that is served, in tokens."""
+def _context(config: Any, requested: int | None) -> int:
+    """Return the maximum length of a path in tokens. Raises `InvalidRequest`."""
     longest = getattr(config, "max_position_embeddings", None)
-    if asked is None:
+    if requested is None:
         if longest is None:
-            raise InvalidRequest("max_model_len", asked, "must be given: the model states no maximum")
+            raise InvalidRequest("max_model_len", requested, "must be given: the model states no maximum")
         return int(longest)
-    if asked < 1 or (longest is not None and asked > longest):
-        raise InvalidRequest("max_model_len", asked, f"must be from 1 to the model's own {longest}")
-    return asked
+    if requested < 1 or (longest is not None and requested > longest):
+        raise InvalidRequest("max_model_len", requested, f"must be from 1 to the model's own {longest}")
+    return requested
 
 
 _LOCAL = re.compile("window|chunk|local|block|sparse|stride|keep")
 
 
 def _proof_length(config: Any, max_model_len: int) -> int:
-    """Rows that go past whatever the config says to be local, as far as that can be tried with few rows."""
+    """Return the length of a probe that exceeds the local sizes in the config, as far as is feasible."""
     sizes = [value for key, value in config.to_dict().items() if _LOCAL.search(key) and type(value) is int]
     longest = max((size for size in sizes if 1 < size <= _LONGEST_PROOF - 3), default=1)
     return min(longest + 3, max_model_len)
-
-
-def _fix_rotary(model: "PreTrainedModel", name: str, max_model_len: int) -> list[tuple[nn.Module, Any]]:
-    """Settle what transformers would choose anew from the longest position of each packed step.
-
-    `dynamic` has no one right choice and is refused; `longrope` has two, and `max_model_len` decides.
-    Returns the modules that were changed, with their former `rope_type`.
-    """
-    former = []
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if kinds is None:
-            continue
-        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
-        if any("dynamic" in str(kind) for kind in by_layer.values()):
-            reason = "its 'dynamic' rotary embedding depends on the longest sequence of the batch"
-            raise UnsupportedModel(f"{name}: {reason}")
-        if "longrope" not in by_layer.values():
-            continue
-        former.append((module, kinds))
-        last = torch.tensor([[max_model_len - 1]], device=model.device)
-        probe = torch.zeros(1, dtype=model.dtype, device=model.device)
-        for layer_type, kind in by_layer.items():
-            if kind == "longrope":
-                module(probe, last, *([] if layer_type is None else [layer_type]))
-        fixed = {key: "fixed" if kind == "longrope" else kind for key, kind in by_layer.items()}
-        module.rope_type = fixed if isinstance(kinds, dict) else fixed[None]
-    return former

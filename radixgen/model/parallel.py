@@ -1,9 +1,10 @@
-"""Tensor parallelism: one model, sharded over several processes that run the same steps.
+"""Tensor parallelism: one model sharded over several processes that run the same steps.
 
-transformers shards the weights by the plan in a model's config. Each rank has its share of the heads, and a KV pool of
-the same slots for those heads. Tree, scheduler and sampling are rank 0's: `ParallelModel` tells the others each call,
-then takes part in it. Within a step the ranks meet in torch.distributed, after which each has all logits. Whatever a
-step does beside that, as capturing a graph or running ahead, follows from what all ranks know alike, or is agreed on.
+transformers shards the weights by the plan in the model's config. Each rank has its share of the heads, and a KV pool
+with the same slots for those heads. Tree, scheduler and sampling run on rank 0: `ParallelModel` sends each call to the
+other ranks and takes part in it. Within a step the ranks communicate by torch.distributed, after which each has all
+logits. Other decisions, such as capturing a graph or running ahead, follow from state that all ranks share, or are
+agreed on.
 """
 
 import logging
@@ -25,10 +26,10 @@ from radixgen.core.settings import as_rank_0
 from radixgen.model.collectives import Rank, use_plain_collectives
 from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
-from radixgen.model.lockstep import Job, Kind, Origins, Step, pack, pack_step
+from radixgen.model.lockstep import ModelInput, PlanOrigins, RankCommand, RankJob, pack, pack_step
 from radixgen.model.packed import TreeModel
 from radixgen.model.peers import PEERS
-from radixgen.model.ranks import START_SECONDS, Followers, LastStep, bound_steps, join, watch_steps
+from radixgen.model.ranks import START_SECONDS, Followers, StepDeadline, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
 from radixgen.model.warm_up import WarmUpStep
 
@@ -43,14 +44,14 @@ _NO_TOKENS = np.empty(0, np.int64)
 
 
 class ParallelModel:
-    """A `Model` over the share of rank 0 and those of its followers.
+    """A `Model` over the shards of rank 0 and its followers.
 
-    Ranks that don't run the same step wait for each other in vain, so a step that fails on any of them, for whatever
-    reason, is the end: `EngineDead`, then and ever after.
+    Ranks that do not run the same step would wait for each other forever. Therefore a step that fails on any rank ends
+    the model: from then on every call raises `EngineDead`.
     """
 
     def __init__(self, runner: ModelRunner, followers: Followers, kv_room: int) -> None:
-        """`kv_room`: bytes that the pools of all ranks may take together."""
+        """`kv_room`: total bytes available to the pools of all ranks."""
         self.name = runner.name
         self.vocab_size = runner.vocab_size
         self.max_model_len = runner.max_model_len
@@ -61,31 +62,31 @@ class ParallelModel:
         self.followers = followers
         self._size = followers.job.size
         self.kv_bytes_per_token = self._size * runner.kv_bytes_per_token
-        """Of all ranks, as every count of bytes here."""
+        """Over all ranks, like all byte counts here."""
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
-        self._origins = Origins()
+        self._origins = PlanOrigins()
         self._dead = ""
-        """Why it is."""
-        self._last: LastStep | None = None
+        """Why the model has failed; empty while it works."""
+        self._last: StepDeadline | None = None
         if self.device.type == "cuda":
-            self._last = LastStep()
+            self._last = StepDeadline()
             threading.Thread(
                 target=watch_steps, args=(self._last, followers.ended), name="radixgen-steps", daemon=True
             ).start()
 
     @property
     def device(self) -> torch.device:
-        """Of rank 0."""
+        """The device of rank 0."""
         return self.runner.device
 
     @property
     def failed_captures(self) -> int:
-        """As `ModelRunner`'s."""
+        """As `ModelRunner.failed_captures`."""
         return self.runner.failed_captures
 
     def allocate(self, slots: int) -> None:
-        """As `Model.allocate`. Where any rank has no memory, none keeps any slots, and what it raised is raised."""
+        """As `Model.allocate`. If any rank runs out of memory, all pools become empty and its error is raised."""
         try:
             self._allocate(slots)
         except (MemoryError, RuntimeError, ValueError):
@@ -99,59 +100,60 @@ class ParallelModel:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
-        """As `Model.run`. Raises `EngineDead` where any rank fails."""
-        step = Step(plan, token_ids, slots, logit_rows)
-        return self._lead(Kind.RUN, step, partial(self.runner.run, *step))
+        """As `Model.run`. Raises `EngineDead` if any rank fails."""
+        step = ModelInput(plan, token_ids, slots, logit_rows)
+        return self._run_on_all_ranks(RankCommand.RUN, step, partial(self.runner.run, *step))
 
     @property
     def runs_ahead(self) -> bool:
-        """As `radixgen.model.base.RunsAhead`."""
+        """As `radixgen.model.base.SupportsRunAhead`."""
         return not self._dead and self.runner.runs_ahead
 
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`: all ranks have captured the same steps. Raises as `run`."""
-        step = Step(plan, _NO_TOKENS, slots, logit_rows)
+        """As `radixgen.model.base.SupportsRunAhead`; all ranks have captured the same steps. Raises as `run`."""
+        step = ModelInput(plan, _NO_TOKENS, slots, logit_rows)
         begin = partial(run_ahead, self.runner, plan, tokens, slots, logit_rows)
-        return self._lead(Kind.RUN_AHEAD, step, begin)
+        return self._run_on_all_ranks(RankCommand.RUN_AHEAD, step, begin)
 
     def confirm_step(self) -> None:
-        """As `radixgen.model.base.FailsLater`: a device whose peer is gone ends its step all the same."""
+        """As `radixgen.model.base.SupportsStepConfirmation`. A device finishes its step even if a peer has died."""
         if not self._dead and self.followers.ended.is_set():
-            how = self.followers.obituary() or "Timed out: the ranks waited for each other in vain"
-            self._die(f"a step failed: {how}")
+            how = self.followers.describe_exits() or "Timed out: the ranks waited for each other"
+            self._mark_dead(f"a step failed: {how}")
         if self._dead:
             raise EngineDead(self._dead)
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
-        """As `radixgen.model.base.WarmsUp`, on all ranks."""
+        """As `radixgen.model.base.SupportsWarmUp`, on all ranks."""
         return [partial(self._warm_up, kind) for kind in self.runner.warm_up_kinds(max_rows, max_logits)]
 
     def profile_run(self, max_rows: int) -> None:
-        """Run a step of `max_rows` rows on GPUs before `allocate`, after which `kv_room` is what is left of their
-        memory. Raises `EngineDead` where there is too little for that step.
+        """On GPUs, run a step of `max_rows` rows before `allocate`, then set `kv_room` to the memory that remains.
+
+        Raises `EngineDead` if there is too little memory for the step.
         """
         if self.device.type != "cuda":
             return
         self.allocate(WARM_UP_SLOTS)
         self.warm_up_steps(max_rows, 1)[0]()
         self.allocate(0)
-        self.followers.send(pack(Kind.ROOM))
+        self.followers.send(pack(RankCommand.ROOM))
         rooms = [answer["kv_room"] for answer in self.followers.answers(START_SECONDS)]
         self.kv_room = self._size * min(kv_room(self.device), *rooms)
 
     def release(self) -> None:
-        """End the other ranks and give back the model."""
-        self._die("it was released")
+        """Stop the other ranks and release the model."""
+        self._mark_dead("it was released")
         self.runner.release()
 
     def _warm_up(self, kind: WarmUpStep) -> Tensor:
         step = self.runner.warm_up_inputs(kind)
-        return self._lead(Kind.WARM_UP, step, partial(self.runner.warm_up, *step))
+        return self._run_on_all_ranks(RankCommand.WARM_UP, step, partial(self.runner.warm_up, *step))
 
-    def _lead(self, kind: Kind, step: Step, take_part: Callable[[], T]) -> T:
-        """Have the others take a step, and take part. Raises `EngineDead` where any rank fails."""
+    def _run_on_all_ranks(self, kind: RankCommand, step: ModelInput, take_part: Callable[[], T]) -> T:
+        """Send a step to the other ranks and take part in it. Raises `EngineDead` if any rank fails."""
         if self._dead:
             raise EngineDead(self._dead)
         try:
@@ -160,18 +162,18 @@ class ParallelModel:
             if self._last is not None:
                 self._last.begin()
         except Exception as error:
-            how = self.followers.obituary() or f"rank 0 raised {error!r}"
-            self._die(f"a step failed: {how}")
+            how = self.followers.describe_exits() or f"rank 0 raised {error!r}"
+            self._mark_dead(f"a step failed: {how}")
             raise EngineDead(self._dead) from error
         except BaseException as error:
-            self._die(f"a step was broken off by {error!r}")
+            self._mark_dead(f"a step was broken off by {error!r}")
             raise
         self.kv_bytes_read = self._size * self.runner.kv_bytes_read
         self.kv_bytes_unshared = self._size * self.runner.kv_bytes_unshared
         return result
 
     def _allocate(self, slots: int) -> None:
-        self.followers.send(pack(Kind.ALLOCATE, [np.array([slots])]))
+        self.followers.send(pack(RankCommand.ALLOCATE, [np.array([slots])]))
         failure: Exception | None = None
         try:
             self.runner.allocate(slots)
@@ -183,9 +185,9 @@ class ParallelModel:
         if failure is not None:
             raise failure
 
-    def _die(self, reason: str) -> None:
+    def _mark_dead(self, reason: str) -> None:
         self._dead = self._dead or f"{self.name}: {reason}"
-        self.runner.drop_graphs()  # NCCL does not end while a graph holds its collectives
+        self.runner.drop_graphs()  # NCCL cannot shut down while a graph holds its collectives
         self.followers.stop()
 
 
@@ -204,15 +206,16 @@ def shard(
     torch_compile: bool | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[ParallelModel, LoadedModel]:
-    """Load `name` over `ranks` processes of this machine, this one among them, with a GPU each where it has any.
-    `load_format` and `tokenizer` as `load` takes them, `graphs` and `max_graph_rows` as `ModelRunner`. `torch_compile`
-    is by default as `graphs` where there are GPUs.
+    """Load `name` over `ranks` processes of this machine, including this one, with a GPU each if the machine has any.
 
-    Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` where a process fails.
+    `load_format` and `tokenizer` as for `load`, `graphs` and `max_graph_rows` as for `ModelRunner`. `torch_compile`
+    defaults to `graphs` on GPUs.
+
+    Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` if a process fails.
     """
-    place = _place(device, ranks)
+    place = _device_type(device, ranks)
     check_shards(name, ranks)
-    job = Job(
+    job = RankJob(
         rank=0,
         size=ranks,
         store="",
@@ -235,30 +238,30 @@ def shard(
     try:
         followers.answers(START_SECONDS)
         if place == "cuda":
-            torch.cuda.set_device(0)  # of this thread: steps may run in it
+            torch.cuda.set_device(0)  # in this thread, since steps may run in it
         with as_rank_0():
-            runner, loaded = followers.run_watched(partial(_load_rank_0, followers.job, followers.agree, tokenizer))
+            runner, loaded = followers.run_watched(partial(_join_and_load, followers.job, followers.agree, tokenizer))
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
         return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
     except BaseException as error:
-        how = followers.obituary() if isinstance(error, Exception) else ""
+        how = followers.describe_exits() if isinstance(error, Exception) else ""
         followers.stop()
         if not isinstance(error, Exception) or (isinstance(error, RadixgenError) and (not how or str(error) in how)):
             raise
         raise EngineDead(f"{name}: {ranks} ranks did not start: {how or f'rank 0 raised {error!r}'}") from error
 
 
-def _load_rank_0(
-    job: Job, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None"
+def _join_and_load(
+    job: RankJob, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[ModelRunner, LoadedModel]:
     join(job)
-    return share_of(job, agree, tokenizer)
+    return load_rank(job, agree, tokenizer)
 
 
-def share_of(
-    job: Job, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None" = None
+def load_rank(
+    job: RankJob, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> tuple[ModelRunner, LoadedModel]:
-    """What one rank has of a model. All load at the same time: what a `TreeModel` tries are steps too."""
+    """Load one rank's shard. All ranks load at the same time, because probing a `TreeModel` runs steps on all."""
     loaded = load(
         job.model,
         job.dtype,
@@ -297,15 +300,17 @@ def run_ahead(
     slots: NDArray[np.int64],
     logit_rows: NDArray[np.int64],
 ) -> Tensor | None:
-    """As `radixgen.model.base.RunsAhead`, on every rank: `tokens` are rank 0's, which the others get from it."""
+    """As `radixgen.model.base.SupportsRunAhead`, on every rank. `tokens` are given on rank 0 and received on the
+    others.
+    """
     if tokens is None:
         tokens = torch.zeros(logit_rows.size, dtype=torch.int64, device=model.device)
-    PEERS.add_up(tokens.view(torch.int32))
+    PEERS.all_reduce(tokens.view(torch.int32))
     return model.run_ahead(plan, tokens, slots, logit_rows)
 
 
-def _place(device: str, ranks: int) -> str:
-    """`"cpu"` or `"cuda"`. Raises `InvalidRequest` where that can't be had."""
+def _device_type(device: str, ranks: int) -> str:
+    """Return `"cpu"` or `"cuda"`. Raises `InvalidRequest` if the ranks cannot use it."""
     gpus = torch.cuda.device_count()
     if resolve_device(device) != torch.device("cuda" if gpus else "cpu"):
         raise InvalidRequest("device", device, "must be auto: ranks take the first GPUs of a machine that has any")

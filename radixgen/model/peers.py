@@ -1,4 +1,4 @@
-"""Sums over the ranks of the process group: by our own kernel where their GPUs read each other's memory."""
+"""All-reduce over the ranks of the process group, by our own kernel if the GPUs can read each other's memory."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -14,47 +14,47 @@ logger = logging.getLogger(__name__)
 
 
 class Peers:
-    """What this rank shares with the others."""
+    """Connection of this rank to the other ranks."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
-        """Which the others read as long as it lives; it is kept until there is another one."""
+        """Memory that the other ranks read while it exists; kept until it is replaced."""
         self._sum: AllReduce | None = None
         self._met = False
 
-    def meet(self, device: torch.device) -> None:
-        """Let the ranks read each other's memory, where all of their GPUs can; all of them do this at the same time.
+    def connect(self, device: torch.device) -> None:
+        """Share memory between all ranks if all of their GPUs can read each other's; called on all ranks at the same
+        time.
 
-        Once a process: PyTorch counts what a process has exchanged, and would wait in vain for a rank that has
-        exchanged less.
+        Works once per process: PyTorch counts the exchanges of a process, and would wait forever for a rank with fewer.
         """
         self._memory, self._sum = None, None
         first, self._met = not self._met, True
-        if not _all(first, device):
+        if not _all_true(first, device):
             return
         try:
-            memory, reduce = _share(device)
-        except (RuntimeError, ImportError, AttributeError) as error:  # of an interface that PyTorch calls unfinished
-            logger.warning("GPUs don't share memory, so that PyTorch's library adds up: %s", error)
-            _all(False, device)
+            memory, reduce = _share_memory(device)
+        except (RuntimeError, ImportError, AttributeError) as error:  # the interface is experimental
+            logger.warning("GPUs do not share memory; all-reduces use PyTorch's library: %s", error)
+            _all_true(False, device)
         else:
-            if _all(True, device):
+            if _all_true(True, device):
                 self._memory, self._sum = memory, reduce
 
-    def takes(self, dtype: torch.dtype, size: int) -> bool:
-        """Whether so many bytes are added up in a few microseconds."""
+    def supports(self, dtype: torch.dtype, size: int) -> bool:
+        """Return whether a tensor of `size` bytes is reduced by our own kernel, in a few microseconds."""
         return self._sum is not None and self._sum.supports(dtype, size)
 
-    def add_up(self, data: Tensor) -> None:
-        """Put the sum over all ranks in its place; contiguous, on the device of this rank."""
+    def all_reduce(self, data: Tensor) -> None:
+        """Sum `data` over all ranks, in place. It is contiguous and on this rank's device."""
         if self._sum is not None and self._sum.supports(data.dtype, data.nbytes):
             self._sum(data)
         else:
             dist.all_reduce(data)
 
-    def add_up_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum over all ranks, in `dtype`, of what the sum of `parts` `[n, ...]` is there."""
-        if self._sum is not None and self.takes(dtype, parts[0].numel() * dtype.itemsize):
+    def all_reduce_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum of `parts` `[n, ...]` over `n` and over all ranks, in `dtype`."""
+        if self._sum is not None and self.supports(dtype, parts[0].numel() * dtype.itemsize):
             data = parts.new_empty(parts.shape[1:], dtype=dtype)
             self._sum(data, parts)
         else:
@@ -62,31 +62,31 @@ class Peers:
             dist.all_reduce(data)
         return data
 
-    def part(self) -> None:
-        """Wait for no other rank any more, whatever the device still does."""
+    def stop_waiting(self) -> None:
+        """Stop waiting for other ranks, whatever the device is running."""
         if self._sum is not None:
             self._sum.stop()
 
 
 PEERS = Peers()
-"""Of this process, as it has one process group."""
+"""The instance of this process, which has one process group."""
 
 
-def _all(fine: bool, device: torch.device) -> bool:
-    """Whether all ranks are."""
-    found = torch.tensor([int(fine)], device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return bool(found.item())
+def _all_true(fine: bool, device: torch.device) -> bool:
+    """Return whether `fine` holds on all ranks."""
+    flag = torch.tensor([int(fine)], device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())
 
 
-def _share(device: torch.device) -> "tuple[Tensor, AllReduce]":
+def _share_memory(device: torch.device) -> "tuple[Tensor, AllReduce]":
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     from radixgen.kernels.all_reduce import AllReduce, shared_bytes
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(ranks) if peer != rank):
-        raise RuntimeError("there is no way from one to another")
+        raise RuntimeError("the GPUs cannot access each other's memory")
     memory = symmetric_memory.empty(shared_bytes(ranks), dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""The processes of a sharded model: rank 0 starts the others, and none outlives it.
+"""Processes of a sharded model. Rank 0 starts the others, and none outlives it.
 
-Rank 0 is the process of the engine. Each other rank runs `radixgen.model.follower` over one channel to rank 0, and ends
-when that channel does, whatever it is doing then. What rank 0 asks of it comes over a ring in shared memory, so that
-rank 0 does not wait for a rank that is busy.
+Rank 0 is the engine's process. Each other rank runs `radixgen.model.follower` with a channel to rank 0, and exits when
+the channel closes, whatever it is doing. Commands arrive through a ring in shared memory, so that rank 0 does not wait
+for a busy rank.
 """
 
 import json
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
-from radixgen.model.lockstep import Channel, Closed, Job, Kind, pack
+from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, pack
 from radixgen.model.peers import PEERS
 from radixgen.model.ring import RingWriter
 
@@ -42,36 +42,40 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
-"""For a process to start and import what it needs, and for ranks to answer."""
+"""Time for a process to start and import, and for ranks to answer."""
 LOAD_SECONDS = 1800.0
-"""For ranks to wait for each other while they load."""
+"""Maximum time that ranks wait for each other while loading."""
 STEP_SECONDS = 120.0
-"""For ranks to wait for each other within a step."""
+"""Maximum time that ranks wait for each other within a step."""
 _GIVE_UP_SECONDS = 10.0
-"""For rank 0, when another rank has ended, to notice it where it waits for that rank."""
+"""Time for rank 0 to notice the end of a rank that it waits for."""
 _STOP_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
-"""Between two looks at the clock of a step."""
+"""Interval of checks for late steps."""
 _RING_BYTES = 1 << 24
-"""Of the frames that rank 0 may be ahead; one of half as many bytes goes over the sockets."""
+"""Size of the ring. A frame of more than half of it goes over the sockets."""
 _NOTICE_SECONDS = 2.0
-"""For a death to show."""
+"""Time for the end of a process to become visible."""
 
 _leaving = threading.Lock()
 
 
 class Followers:
-    """All ranks but rank 0, seen from there."""
+    """All ranks but rank 0, as seen from rank 0."""
 
-    def __init__(self, job: Job) -> None:
-        """Start them. `stop` ends them and leaves the process group; so does the end of this object or process."""
+    def __init__(self, job: RankJob) -> None:
+        """Start the processes. `stop` ends them and leaves the process group; so does the end of this object or
+        process.
+        """
         home = tempfile.mkdtemp(prefix="radixgen-")
         self.job = replace(job, store=str(Path(home) / "ranks"))
         self.processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._raised: dict[int, str] = {}
         self.ended = threading.Event()
-        """One of them has; set before rank 0 leaves the others, which makes nonsense of what its device still does."""
+        """Set once any of them has ended, before rank 0 leaves the process group and its device's results become
+        invalid.
+        """
         leavers: list[threading.Thread] = []
         self._ring = RingWriter(_RING_BYTES)
         self.stop = weakref.finalize(self, _stop, self.processes, self._channels, self._ring, leavers, home)
@@ -100,59 +104,62 @@ class Followers:
                     env=rank_environment(rank),
                 )
             )
-        with suppress(Closed):  # `answers` finds that it has ended
+        with suppress(ChannelClosed):  # `answers` will report its end
             self._channels[-1].send(replace(self.job, rank=rank).as_bytes())
 
     def send(self, frame: bytes) -> None:
-        """To each. Returns before it is read, unless it is very large or a rank is far behind. Raises `Closed`, and
-        `TimeoutError` where a rank stays behind.
+        """Send a frame to all. Returns before it is read, unless it is very large or a rank is far behind.
+
+        Raises `ChannelClosed`, and `TimeoutError` if a rank does not catch up.
         """
         if self.ended.is_set():
-            raise Closed("a rank has ended")
+            raise ChannelClosed("a rank has ended")
         if not self._ring.write(frame, self._wait_for_room):
             for channel in self._channels:
                 channel.send(frame)
 
     def _wait_for_room(self, descriptors: Sequence[int]) -> None:
         poll = select.poll()
-        for one in descriptors:
-            poll.register(one, select.POLLIN)
+        for descriptor in descriptors:
+            poll.register(descriptor, select.POLLIN)
         for channel in self._channels:
             poll.register(channel.socket, getattr(select, "POLLRDHUP", 0))
-        ready = [one for one, _ in poll.poll(1e3 * STEP_SECONDS)]
+        ready = [descriptor for descriptor, _ in poll.poll(1e3 * STEP_SECONDS)]
         if not ready:
             raise TimeoutError(f"a rank has read nothing for {STEP_SECONDS:g} s")
         if not set(ready) & set(descriptors):
-            raise Closed("a rank has ended")
+            raise ChannelClosed("a rank has ended")
 
     def answers(self, seconds: float) -> list[dict[str, Any]]:
-        """What each has to say next, in the order of the ranks. Raises `TimeoutError`, and `Closed` as soon as one of
-        them has failed.
+        """Return the next answer of each, in the order of ranks.
+
+        Raises `TimeoutError`, and `ChannelClosed` as soon as any of them fails.
         """
         end = time.monotonic() + seconds
-        found: dict[int, dict[str, Any]] = {}
-        while len(found) < len(self._channels):
-            waiting = {one.socket: rank for rank, one in enumerate(self._channels, 1) if rank not in found}
+        received: dict[int, dict[str, Any]] = {}
+        while len(received) < len(self._channels):
+            waiting = {channel.socket: rank for rank, channel in enumerate(self._channels, 1) if rank not in received}
             ready, _, _ = select.select(list(waiting), [], [], max(end - time.monotonic(), 0.0))
             if not ready:
                 raise TimeoutError(f"no answer within {seconds:g} s of rank {min(waiting.values())}")
-            for rank in (waiting[one] for one in ready):
-                found[rank] = _read(self._channels[rank - 1], seconds)
-                if "raised" in found[rank]:
-                    self._raised[rank] = f"raised {found[rank]['raised']}"
-                    raise Closed(f"rank {rank} {self._raised[rank]}")
-        return [found[rank] for rank in sorted(found)]
+            for rank in (waiting[readable] for readable in ready):
+                received[rank] = _read(self._channels[rank - 1], seconds)
+                if "raised" in received[rank]:
+                    self._raised[rank] = f"raised {received[rank]['raised']}"
+                    raise ChannelClosed(f"rank {rank} {self._raised[rank]}")
+        return [received[rank] for rank in sorted(received)]
 
     def agree(self, fine: bool) -> bool:
-        """Whether all ranks are fine, rank 0 among them. Raises `Closed` and `TimeoutError`."""
+        """Return whether all ranks succeeded, rank 0 included. Raises `ChannelClosed` and `TimeoutError`."""
         answers = self.answers(START_SECONDS)
         verdict = fine and all(answer["fine"] for answer in answers)
-        self.send(pack(Kind.AGREED, [np.array([int(verdict)])]))
+        self.send(pack(RankCommand.AGREED, [np.array([int(verdict)])]))
         return verdict
 
     def run_watched(self, call: Callable[[], T]) -> T:
-        """Run `call`, which may wait for other ranks, in a thread, and return or raise what it does. Raises `Closed`,
-        and abandons that thread, where a rank has ended and `call` does not end soon after.
+        """Run `call`, which may wait for other ranks, in a thread, and return or raise its result.
+
+        Raises `ChannelClosed`, abandoning the thread, if a rank ends and `call` does not return soon after.
         """
         over = threading.Event()
         work = in_thread(call, "radixgen-rank-0")
@@ -162,18 +169,18 @@ class Followers:
         wait([work], _GIVE_UP_SECONDS)
         if not work.done():
             wait([in_thread(leave, "radixgen-leave")], _STOP_SECONDS)
-            raise Closed("a rank ended while the others waited for it")
+            raise ChannelClosed("a rank ended while the others waited for it")
         return work.result()
 
-    def obituary(self) -> str:
-        """Which of them have ended, and how; empty where all live. Waits a moment for a death to show."""
+    def describe_exits(self) -> str:
+        """Describe which ranks have ended and how; empty if all live. Waits briefly for an exit to become visible."""
         select.select([channel.socket for channel in self._channels], [], [], _NOTICE_SECONDS)
         pairs = enumerate(zip(self._channels, self.processes, strict=True), 1)
         ends = {rank: self._raised.get(rank) or _end_of(*pair) for rank, pair in pairs}
         return "; ".join(f"rank {rank} {end}" for rank, end in ends.items() if end)
 
     def _on_end(self, call: Callable[[], None]) -> threading.Thread:
-        """A thread that will `call`, which must not hold this object, when one of them has ended."""
+        """Start a thread that calls `call` when any of them ends. `call` must not refer to this object."""
         watched = [channel.socket.fileno() for channel in self._channels]
         thread = threading.Thread(target=await_hangup, args=(watched, call), name="radixgen-ranks", daemon=True)
         thread.start()
@@ -187,16 +194,16 @@ def _note_end(ended: threading.Event, leave_too: bool) -> None:
 
 
 def await_hangup(sockets: Sequence[int], call: Callable[[], None]) -> None:
-    """Block until the other end of one of `sockets` is closed for writing, then `call`."""
+    """Block until the other end of one of `sockets` is closed for writing, then run `call`."""
     poll = select.poll()
-    for one in sockets:
-        poll.register(one, getattr(select, "POLLRDHUP", 0))
+    for descriptor in sockets:
+        poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     poll.poll()
     call()
 
 
 def in_thread(call: Callable[[], T], name: str) -> Future[T]:
-    """What `call` returns or raises, in a thread that the process does not wait for when it ends."""
+    """Run `call` in a daemon thread and return a future of its result."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -209,8 +216,8 @@ def in_thread(call: Callable[[], T], name: str) -> Future[T]:
     return future
 
 
-def join(job: Job) -> None:
-    """Become a rank of the process group: gloo on the CPU, else NCCL with a GPU of its own."""
+def join(job: RankJob) -> None:
+    """Join the process group: gloo on the CPU, else NCCL with one GPU per rank."""
     torch.set_num_threads(job.threads)
     cuda = torch.device("cuda", job.rank) if job.device == "cuda" else None
     if cuda:
@@ -224,41 +231,44 @@ def join(job: Job) -> None:
         device_id=cuda,
     )
     if cuda:
-        PEERS.meet(cuda)
+        PEERS.connect(cuda)
 
 
 def bound_steps(model: "PreTrainedModel") -> None:
-    """From now on the ranks of `model` wait for each other for `STEP_SECONDS` at the most.
+    """Set the timeout of the ranks' collectives to `STEP_SECONDS`.
 
-    On GPUs for twice as long, after which PyTorch ends the process: `watch_steps` gives up before.
+    On GPUs it is twice as long, because PyTorch then ends the process; `watch_steps` gives up earlier.
     """
     longest = timedelta(seconds=STEP_SECONDS * (2 if dist.get_backend() == "nccl" else 1))
     for group in (dist.group.WORLD, *model._device_mesh.get_all_groups()):
         dist.distributed_c10d._set_pg_timeout(longest, group)
 
 
-class LastStep:
-    """When the device was given its last step, and whether it has done it."""
+class StepDeadline:
+    """When the last step was launched on the device, and whether it is late."""
 
     def __init__(self) -> None:
         self._last: tuple[float, torch.cuda.Event] | None = None
 
     def begin(self) -> None:
-        """The current stream of this thread has just been given one."""
+        """Record that a step was launched on this thread's current stream."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._last = time.monotonic(), event
 
     @property
     def is_late(self) -> bool:
-        """Whether it has run for more than `STEP_SECONDS`."""
+        """Whether the step has been running for more than `STEP_SECONDS`."""
         if self._last is None or time.monotonic() - self._last[0] < STEP_SECONDS:
             return False
         return not self._last[1].query()  # type: ignore[no-untyped-call]
 
 
-def watch_steps(last: LastStep, ended: threading.Event) -> None:
-    """Until a rank has `ended`: if a step is late, say that one has, and leave. Captured collectives know no limit."""
+def watch_steps(last: StepDeadline, ended: threading.Event) -> None:
+    """Set `ended` and leave the process group if a step is late. Returns when `ended` is set.
+
+    Collectives in CUDA graphs have no timeout of their own.
+    """
     while not ended.wait(_LOOK_SECONDS):
         if last.is_late:
             ended.set()
@@ -266,8 +276,8 @@ def watch_steps(last: LastStep, ended: threading.Event) -> None:
 
 
 def leave() -> None:
-    """Be no rank any more. On GPUs whatever this one still waits for is given up. May be called twice."""
-    PEERS.part()
+    """Leave the process group. On GPUs, pending collectives are aborted. May be called twice."""
+    PEERS.stop_waiting()
     with _leaving:
         if not dist.is_initialized():
             return
@@ -284,8 +294,9 @@ def _stop(
     leavers: Sequence[threading.Thread],
     home: str,
 ) -> None:
-    """End the ranks. `leavers` are the threads that leave the process group when the others have ended; NCCL may never
-    come back from that, and no thread can be started where the process ends.
+    """End the ranks. `leavers`: threads that leave the process group when a rank ends.
+
+    NCCL may hang in that, and threads cannot be started while the process exits.
     """
     for channel in channels:
         with suppress(OSError):
@@ -316,19 +327,19 @@ def _read(channel: Channel, seconds: float) -> dict[str, Any]:
 
 
 def _end_of(channel: Channel, process: "subprocess.Popen[bytes]") -> str:
-    """How a rank ended; empty where it lives."""
+    """Describe how a rank ended; empty if it lives."""
     try:
         while (raised := _read(channel, 0.01).get("raised")) is None:
             pass
         return f"raised {raised}"
     except TimeoutError:
         return ""
-    except Closed:
+    except ChannelClosed:
         with suppress(subprocess.TimeoutExpired):
             return describe_exit(process.wait(_NOTICE_SECONDS))
         return "hung up"
 
 
 def describe_exit(code: int) -> str:
-    """How a process of this exit code ended."""
+    """Describe the exit code of a process."""
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -1,8 +1,8 @@
-"""A ring of frames in shared memory, from rank 0 to each other rank: one producer, a reader a rank, bounded.
+"""Ring buffer of frames in shared memory, from rank 0 to the other ranks: one producer, one reader per rank, bounded.
 
-The memory holds frames and nothing else. What is in it is counted by two eventfds a reader, on which either side can
-sleep and which order what processors see: `frames`, one for each that the reader has not taken, and `bytes`, what it
-has given back since the producer last looked. The producer waits only where a reader is a whole ring behind.
+The memory holds nothing but frames. Each reader has two eventfds, on which either side can sleep and which order memory
+accesses between processors: `frames` counts those that the reader has not taken, and `taken` the bytes that it has
+released since the producer last looked. The producer waits only if a reader is a whole ring behind.
 """
 
 import mmap
@@ -15,33 +15,33 @@ from dataclasses import dataclass, field
 _LENGTH = struct.Struct("<q")
 _ALIGNMENT = 8
 _ELSEWHERE = -1
-"""In the place of a length: the frame is too large, and comes another way."""
+"""Length value of a frame that is too large and is sent another way."""
 _WRAP = -2
-"""In the place of a length: the next one is at the start."""
+"""Length value that marks a jump to the start of the ring."""
 
 
 @dataclass(slots=True)
-class Reading:
-    """What the producer knows of one reader."""
+class ReaderState:
+    """The producer's state of one reader."""
 
     frames: int
-    """Descriptor of an eventfd that counts down by one a read"""
+    """Descriptor of an eventfd that each read decrements by one."""
     taken: int
-    """Descriptor of an eventfd that is emptied by a read"""
+    """Descriptor of an eventfd that each read resets to 0."""
     behind: int = 0
-    """Bytes of the ring that are its to read"""
+    """Bytes that the reader has not released."""
 
 
 @dataclass(slots=True)
 class RingWriter:
-    """The producer's end. Not for several threads."""
+    """The producer's end. Not thread-safe."""
 
     capacity: int
-    """Bytes, a multiple of 8"""
+    """Bytes, a multiple of 8."""
     memory: int = field(init=False)
-    """Descriptor of the memory, for a reader's process to inherit"""
+    """Descriptor of the memory, inherited by the readers' processes."""
     _map: mmap.mmap = field(init=False)
-    _readers: list[Reading] = field(init=False, default_factory=list)
+    _readers: list[ReaderState] = field(init=False, default_factory=list)
     _at: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -51,20 +51,20 @@ class RingWriter:
 
     @property
     def largest(self) -> int:
-        """Bytes of a frame that `write` takes: half the ring, so that one fits wherever the last one ended."""
+        """Maximum bytes of a frame: half of the ring, so that a frame fits wherever the last one ended."""
         return self.capacity // 2 - _LENGTH.size
 
     def add_reader(self) -> tuple[int, int, int]:
-        """Descriptors for `RingReader`, which a reader's process inherits. Not after a frame was written."""
+        """Return descriptors for a `RingReader` in a child process. Must be called before the first `write`."""
         kept_here = os.EFD_CLOEXEC
-        reading = Reading(os.eventfd(0, kept_here | os.EFD_SEMAPHORE), os.eventfd(0, kept_here | os.EFD_NONBLOCK))
+        reading = ReaderState(os.eventfd(0, kept_here | os.EFD_SEMAPHORE), os.eventfd(0, kept_here | os.EFD_NONBLOCK))
         self._readers.append(reading)
         return self.memory, reading.frames, reading.taken
 
     def write(self, frame: bytes, wait: Callable[[Sequence[int]], None]) -> bool:
-        """Send a frame to all. False where it is larger than `largest`: then each reader is told to look elsewhere.
+        """Send a frame to all readers. Returns False if it exceeds `largest`; readers then expect it another way.
 
-        `wait` blocks until one of some descriptors can be read, or raises where that can't be hoped for.
+        `wait` blocks until one of some descriptors is readable, or raises if that cannot be expected.
         """
         fits = len(frame) <= self.largest
         body = frame if fits else b""
@@ -84,14 +84,14 @@ class RingWriter:
         return fits
 
     def close(self) -> None:
-        """Give back memory and descriptors. May be called twice."""
+        """Release memory and descriptors. May be called twice."""
         with suppress(ValueError):
             self._map.close()
-        open_ones = [self.memory, *(one for reader in self._readers for one in (reader.frames, reader.taken))]
+        descriptors = [self.memory, *(fd for reader in self._readers for fd in (reader.frames, reader.taken))]
         self._readers, self.memory = [], -1
-        for one in open_ones:
+        for descriptor in descriptors:
             with suppress(OSError):
-                os.close(one)
+                os.close(descriptor)
 
     def _make_room(self, size: int, wait: Callable[[Sequence[int]], None]) -> None:
         while late := [reader for reader in self._readers if reader.behind + size > self.capacity]:
@@ -107,13 +107,13 @@ class RingReader:
     """A reader's end, in its own process."""
 
     def __init__(self, memory: int, frames: int, taken: int) -> None:
-        """The descriptors that `add_reader` gave."""
+        """Takes the descriptors returned by `add_reader`."""
         self._map = mmap.mmap(memory, os.fstat(memory).st_size, prot=mmap.PROT_READ)
         os.close(memory)
         self._frames, self._taken, self._at = frames, taken, 0
 
     def read(self) -> bytearray | None:
-        """The next frame; None where it comes another way. Blocks."""
+        """Return the next frame, or None if it is sent another way. Blocks."""
         os.eventfd_read(self._frames)
         begun = self._at
         (length,) = _LENGTH.unpack_from(self._map, self._at)

@@ -1,4 +1,4 @@
-"""One step on the device: packed rows in, logits out; per layer, write the new KV, then attend by the plan."""
+"""Run one step on the device: in each layer, write the new KV, then attend by the plan."""
 
 import logging
 from collections import Counter
@@ -13,26 +13,29 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
-from radixgen.kernels.backend import Attention, Backend, Writes, backend
+from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter
+from radixgen.kernels.flash_backend import backend_with_flash
 from radixgen.kernels.upload import upload
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
-from radixgen.model.lockstep import Step
-from radixgen.model.packed import LayerCall, TreeModel
+from radixgen.model.layer_call import LayerCall
+from radixgen.model.lockstep import ModelInput
+from radixgen.model.packed import TreeModel
 from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPH_ROWS = 2048
-"""Of a step that is captured: beyond it the device takes longer than the host."""
+"""Maximum rows of a captured step. Beyond, the device takes longer than the host."""
 WARM_UP_SLOTS = 512
-"""More than warming up reads of a pool"""
+"""Slots that warm-up steps read at most."""
 
 
 class ModelRunner:
-    """transformers' model behind the engine's `Model`: a `TreeModel`, its KV storage and an attention backend.
+    """The engine's `Model` for transformers: a `TreeModel`, its KV storage and an attention backend.
 
-    With `graphs`, steps of up to `max_graph_rows` rows are captured and replayed; what can't be captured runs eagerly.
+    With `graphs`, steps of up to `max_graph_rows` rows are captured and replayed. Steps that cannot be captured run
+    eagerly.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class ModelRunner:
         max_graph_rows: int = MAX_GRAPH_ROWS,
         agree: Agree | None = None,
     ) -> None:
-        """`agree`: of the ranks of a sharded model, which capture together."""
+        """`agree`: coordinates the ranks of a sharded model, which capture together."""
         self.model = model
         self.name = model.name
         self.vocab_size = model.vocab_size
@@ -55,12 +58,12 @@ class ModelRunner:
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self.failed_captures = 0
-        """After each of them, steps run eagerly that would have been replayed."""
+        """Captures that failed. After each, some steps run eagerly."""
         self._window_bytes: Counter[Window | None] = Counter()
         for window, shape in zip(model.windows, model.layer_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
         flash = flash_cost(model.device, model.geometry) if model.geometry else None
-        self._backend = backend(attention, model.device, flash)
+        self._backend = backend_with_flash(attention, model.device, flash)
         self._agree = agree
         self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
         self.costs: tuple[CostModel, ...] = ()
@@ -77,7 +80,7 @@ class ModelRunner:
         self._slots = slots
         self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
         for pool in (*self.storage.keys, *self.storage.values):
-            pool[:WARM_UP_SLOTS].zero_()  # so that what is read there before anything was written is finite
+            pool[:WARM_UP_SLOTS].zero_()  # warm-up steps read these slots before they are written
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
             self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows, self._agree)
@@ -89,18 +92,18 @@ class ModelRunner:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
-        """As `Model.run`; the logits stand until the next call."""
+        """As `Model.run`. The logits are valid until the next call."""
         self.count(plan)
         graphs = self._graphs_for(plan, logit_rows)
         logits = None if graphs is None else self._replay(graphs, plan, token_ids, slots, logit_rows)
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
 
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
-        """As `radixgen.model.base.WarmsUp`."""
+        """As `radixgen.model.base.SupportsWarmUp`."""
         return [partial(self._warm_up, kind) for kind in self.warm_up_kinds(max_rows, max_logits)]
 
     def warm_up_kinds(self, max_rows: int, max_logits: int) -> list[WarmUpStep]:
-        """What `warm_up_steps` runs."""
+        """Return the kinds of steps that `warm_up_steps` runs."""
         depth = min(self._slots, self.max_model_len)
         costs = self.costs or (CostModel(),)
         kinds = warm_up_steps(
@@ -108,14 +111,14 @@ class ModelRunner:
         )
         return list(kinds)
 
-    def warm_up_inputs(self, kind: WarmUpStep) -> Step:
-        """A step of this kind that writes no KV."""
+    def warm_up_inputs(self, kind: WarmUpStep) -> ModelInput:
+        """Return a step of this kind that writes no KV."""
         plan = kind.plan(self._slots, self.max_model_len)
-        return Step(plan, np.zeros(kind.rows, np.int64), np.full(kind.rows, -1), np.arange(kind.num_logits))
+        return ModelInput(plan, np.zeros(kind.rows, np.int64), np.full(kind.rows, -1), np.arange(kind.num_logits))
 
     def profile_run(self, max_rows: int) -> None:
-        """Run a step of `max_rows` rows before `allocate`, so that the memory that it takes is no longer free. Where
-        there is too little, there is a warning.
+        """Run a step of `max_rows` rows before `allocate`, so that its memory counts as used. Logs a warning if there
+        is too little.
         """
         self.allocate(WARM_UP_SLOTS)
         try:
@@ -125,7 +128,7 @@ class ModelRunner:
         self.allocate(0)
 
     def count(self, plan: Plan) -> None:
-        """Add what a step by `plan` reads to the totals."""
+        """Add the bytes read by a step to the totals."""
         for window, size in self._window_bytes.items():
             seen = plan.within(window)
             self.kv_bytes_read += seen.kv_tokens_read * size
@@ -139,7 +142,7 @@ class ModelRunner:
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor | None:
-        """As `radixgen.model.base.RunsAhead`: only steps that were captured before."""
+        """As `radixgen.model.base.SupportsRunAhead`, for steps that were captured before."""
         graphs = self._graphs_for(plan, logit_rows)
         logits = None if graphs is None else graphs.run_ahead(plan, tokens, slots, logit_rows)
         if logits is not None:
@@ -156,9 +159,7 @@ class ModelRunner:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor:
-        """As `run`, without counting. A step that should be captured and can't be has had its warning, and gives no
-        logits.
-        """
+        """As `run`, without updating counters. If a step cannot be captured, which is logged, the logits are empty."""
         graphs = self._graphs_for(plan, logit_rows)
         if graphs is None:
             return self._run_eagerly(plan, token_ids, slots, logit_rows)
@@ -166,8 +167,8 @@ class ModelRunner:
         return torch.empty((0, self.vocab_size), device=self.device) if logits is None else logits
 
     def _graphs_for(self, plan: Plan, logit_rows: NDArray[np.int64]) -> StepGraphs | None:
-        """What replays such a step; None where it runs eagerly."""
-        return self._graphs if self._graphs is not None and self._graphs.takes(plan, logit_rows) else None
+        """Return the graphs to replay a step with; None if it runs eagerly."""
+        return self._graphs if self._graphs is not None and self._graphs.supports(plan, logit_rows) else None
 
     def _replay(
         self,
@@ -177,7 +178,7 @@ class ModelRunner:
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
     ) -> Tensor | None:
-        """Logits by a captured pass; None, with a warning, where it can't be captured."""
+        """Run a captured pass. Returns None, with a warning, if it cannot be captured."""
         try:
             return graphs.run(plan, token_ids, slots, logit_rows)
         except NotCapturable as error:
@@ -191,7 +192,7 @@ class ModelRunner:
     ) -> Tensor:
         device = self.model.device
         inputs = upload(token_ids, device), upload(plan.row_positions.astype(np.int64), device)
-        step = _StepAttention(self.storage, self._backend, plan, self._backend.writes(slots, device))
+        step = _StepAttention(self.storage, self._backend, plan, self._backend.kv_writer(slots, device))
         wanted = logit_rows if logit_rows.size else np.zeros(1, np.int64)
         if not self.model.picks_rows or 2 * wanted.size > plan.num_rows:
             return self.model.forward(*inputs, upload(logit_rows, device), step)
@@ -201,7 +202,7 @@ class ModelRunner:
         return logits.index_select(0, upload(places[: logit_rows.size], device))
 
     def drop_graphs(self) -> None:
-        """Replay nothing any more."""
+        """Release all graphs; later steps run eagerly."""
         if self._graphs is not None:
             self._graphs.clear()
         self._graphs = None
@@ -214,23 +215,23 @@ class ModelRunner:
 
 
 class _StepAttention:
-    """Answers every layer of one step, the last one for some of the rows where these were picked."""
+    """Computes attention for every layer of one step; in the last layer only for picked rows, if any."""
 
-    def __init__(self, storage: KVStorage, backend: Backend, plan: Plan, writes: Writes) -> None:
+    def __init__(self, storage: KVStorage, backend: AttentionBackend, plan: Plan, kv_writer: KVWriter) -> None:
         self._storage = storage
         self._backend = backend
         self._plan = plan
-        self._writes = writes
+        self._kv_writer = kv_writer
         self._picked: Plan | None = None
         self._by_window: dict[Window | None, Attention] = {}
 
     def pick(self, rows: NDArray[np.int64]) -> None:
-        """Answer the last layer for these rows alone, ascending, once its K and V are written."""
+        """Compute only these rows, ascending, in the last layer, once its K and V are written."""
         self._picked = self._plan.select(rows)
 
     def write(self, call: LayerCall) -> None:
         """Store the K and V of all rows."""
-        self._writes(call.k, call.v, self._storage.keys[call.layer], self._storage.values[call.layer])
+        self._kv_writer(call.k, call.v, self._storage.keys[call.layer], self._storage.values[call.layer])
 
     def __call__(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         if self._picked is not None and call.q.shape[0] == self._picked.num_rows:

@@ -1,4 +1,4 @@
-"""Sampling parameters that a model's `generation_config.json` recommends."""
+"""Default sampling parameters from a model's `generation_config.json`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,34 +17,34 @@ _FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""Those that vLLM applies, and their names in `SamplingParams`"""
+"""Fields that vLLM uses, and their names in `SamplingParams`."""
 
 
 def sampling_defaults(model: str | Path, generation_config: str = "auto") -> dict[str, Any]:
-    """Fields of `SamplingParams` for requests that do not set them.
+    """Return fields of `SamplingParams` for requests that do not set them.
 
-    generation_config: `"auto"`, the `generation_config.json` of `model`, if it has one; `"vllm"`, none; or the path of
-        another such file, or of its directory.
+    `generation_config`: `"auto"`, the `generation_config.json` of `model`, if any; `"vllm"`, none; or the path of
+    another such file or of its directory.
 
-    Raises `InvalidRequest` for values that no request may have, and `ModelNotFound`.
+    Raises `InvalidRequest` for values that requests may not have, and `ModelNotFound`.
     """
     if generation_config == "vllm":
         return {}
     path = Path(generation_config).expanduser()
     if generation_config == "auto":
-        found = load_generation_config(model)
+        config = load_generation_config(model)
     elif path.is_file():
-        found = read_generation_config(str(path.parent), path.name)
+        config = read_generation_config(str(path.parent), path.name)
     elif (path / GENERATION_CONFIG).is_file():
-        found = read_generation_config(str(path))
+        config = read_generation_config(str(path))
     else:
         limit = f"must be auto, vllm, a file, or a directory with a {GENERATION_CONFIG}"
         raise InvalidRequest("generation_config", generation_config, limit)
-    return {} if found is None else _checked(found)
+    return {} if config is None else _checked(config)
 
 
-def _checked(found: "GenerationConfig") -> dict[str, Any]:
-    values = {ours: value for field, ours in _FIELDS.items() if (value := getattr(found, field, None)) is not None}
+def _checked(config: "GenerationConfig") -> dict[str, Any]:
+    values = {ours: value for field, ours in _FIELDS.items() if (value := getattr(config, field, None)) is not None}
     try:
         SamplingParams(**values).validate(Limits(), 2**31)
     except InvalidRequest as error:

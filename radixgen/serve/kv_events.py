@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from radixgen.cache import BlockEvent, BlockProjection, Cleared, RadixTree, Removed, Stored, TokenArray
+from radixgen.cache import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, RadixTree, TokenArray
 from radixgen.core import InvalidRequest
 from radixgen.core.errors import check_integer
 
@@ -340,9 +340,9 @@ class _Publisher:
 
     def _apply(self, event: BlockEvent) -> None:
         """What is held after an event."""
-        if isinstance(event, Cleared):
+        if isinstance(event, BlocksReset):
             self._held.clear()
-        elif isinstance(event, Removed):
+        elif isinstance(event, BlocksDropped):
             for one in event.hashes:
                 self._held.pop(one, None)
         else:
@@ -387,8 +387,8 @@ class _Publisher:
             return []
         self._snapshots += 1
         if self._snapshot is None or self._snapshot[0] != self._batches - 1:
-            held = [Stored([one], *block) for one, block in self._held.items()]
-            self._snapshot = self._batches - 1, self._encode(_joined([Cleared(), *held]))
+            held = [BlocksAdded([one], *block) for one, block in self._held.items()]
+            self._snapshot = self._batches - 1, self._encode(_joined([BlocksReset(), *held]))
         return [self._snapshot]
 
     def _encode(self, events: Iterable[BlockEvent]) -> bytes:
@@ -399,9 +399,9 @@ class _Publisher:
 
 def _fields(event: BlockEvent, block_size: int) -> dict[str, Any]:
     """An event on the wire: the fields of vLLM's, in their order, without what is at its default at the end."""
-    if isinstance(event, Cleared):
+    if isinstance(event, BlocksReset):
         return {"type": "AllBlocksCleared"}
-    if isinstance(event, Removed):
+    if isinstance(event, BlocksDropped):
         return {"type": "BlockRemoved", "block_hashes": event.hashes, "medium": MEDIUM}
     fields = {
         "type": "BlockStored",
@@ -432,24 +432,24 @@ def _joined(events: Iterable[BlockEvent]) -> Iterator[BlockEvent]:
 
 
 def _continues(before: BlockEvent, event: BlockEvent) -> bool:
-    if isinstance(before, Stored) and isinstance(event, Stored):
+    if isinstance(before, BlocksAdded) and isinstance(event, BlocksAdded):
         return event.parent == before.hashes[-1]
-    return isinstance(before, Removed) and isinstance(event, Removed)
+    return isinstance(before, BlocksDropped) and isinstance(event, BlocksDropped)
 
 
 def _join(group: list[Any]) -> BlockEvent:
     first: BlockEvent = group[0]
-    if len(group) == 1 or isinstance(first, Cleared):
+    if len(group) == 1 or isinstance(first, BlocksReset):
         return first
     hashes = [one for event in group for one in event.hashes]
-    if isinstance(first, Removed):
-        return Removed(hashes)
+    if isinstance(first, BlocksDropped):
+        return BlocksDropped(hashes)
     return first._replace(hashes=hashes, tokens=np.concatenate([event.tokens for event in group]))
 
 
 def _num_blocks(event: BlockEvent) -> int:
     """What an event weighs."""
-    return 1 if isinstance(event, Cleared) else len(event.hashes)
+    return 1 if isinstance(event, BlocksReset) else len(event.hashes)
 
 
 def _host(endpoint: str) -> str | None:
