@@ -9,12 +9,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import numpy as np
 import torch
 
-from radixgen.cache import Node, RadixTree, TokenArray
+from radixgen.cache import TokenArray
 from radixgen.cache.storage import kv_room
 from radixgen.conversation import Conversation
 from radixgen.core import (
@@ -46,14 +46,16 @@ from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
 from radixgen.output_processor import OutputProcessor
+from radixgen.request_options import PinOptions, RequestOptions
 from radixgen.sampling import Drawable
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode
-from radixgen.scheduler.sequence import Request
+from radixgen.scheduler.sequence import Request, Sequence
 from radixgen.warm_up import warm_up_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 logger = logging.getLogger(__name__)
@@ -181,7 +183,7 @@ class Engine:
             drawable=self._drawable,
         )
         self._guard = self._core.guard
-        self._outputs = OutputProcessor(self._core, self._inputs.vocabulary)
+        self._outputs = OutputProcessor(self._inputs.vocabulary)
         self._undelivered: dict[str, list[RequestOutput]] = {}
         """Of each request what one caller's step brought to another"""
         self._left: deque[str] = deque()
@@ -289,10 +291,7 @@ class Engine:
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
-        if self.tokenizer is None:
-            return " ".join(map(str, token_ids))
-        text: str = self.tokenizer.decode(token_ids)
-        return text
+        return self._inputs.decode(token_ids)
 
     @refuses_adapters
     def stream(
@@ -301,9 +300,7 @@ class Engine:
         params: Params | None = None,
         *,
         cumulative: bool = False,
-        priority: int = 0,
-        namespace: str = "",
-        timeout: float | None = None,
+        **options: Unpack[RequestOptions],
     ) -> "OutputStream":
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
@@ -311,9 +308,7 @@ class Engine:
         when the engine is called next. The options, and the errors, are those of `submit`.
         """
         kind: OutputKind = "cumulative" if cumulative else "delta"
-        request_id = self.submit(
-            prompt, params, priority=priority, namespace=namespace, timeout=timeout, output_kind=kind
-        )
+        request_id = self.submit(prompt, params, output_kind=kind, **options)
         return OutputStream(self, request_id)
 
     # -- request by request -------------------------------------------------------------------------------
@@ -462,10 +457,7 @@ class Engine:
     def preload(
         self,
         prompts: Prompt | Seq[Prompt],
-        *,
-        namespace: str = "",
-        priority: int = 0,
-        ttl: float | None = None,
+        **options: Unpack[PinOptions],
     ) -> list[int | None]:
         """Compute prompts (system prompts, documents) that requests will begin with, as one burst, and pin them; the
         pins in the order of the prompts, None where memory was too short for any of it.
@@ -477,11 +469,12 @@ class Engine:
         tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
         for ids in tokens:
             self._inputs.check(ids, PRELOADING)
-        self._check_pin(namespace, priority, ttl)
+        self._check_pin(**options)
         self._core.require_pins(len(tokens))
-        submit = partial(self._core_submit, params=PRELOADING, namespace=namespace, priority=priority)
-        self._serve([partial(submit, ids) for ids in tokens], None)
-        return [self.pin(ids, namespace=namespace, priority=priority, ttl=ttl) for ids in tokens]
+        request_options = {name: value for name, value in options.items() if name != "ttl"}
+        submits = [partial(self._core_submit, ids, PRELOADING, **request_options) for ids in tokens]
+        self._serve(submits, None)
+        return [self.pin(ids, **options) for ids in tokens]
 
     @property
     def runs_on_gpu(self) -> bool:
@@ -527,20 +520,11 @@ class Engine:
 
     # -- the engine itself --------------------------------------------------------------------------------
 
-    @property
-    def tree(self) -> RadixTree:
-        """The live tree, to be read."""
-        return self._core.tree
-
-    def with_tree(self, function: Callable[[RadixTree], object]) -> None:
-        """Call `function` with the live tree. It may read it, and may listen to it."""
-        function(self._core.tree)
-
-    def held_nodes(self) -> tuple[list[Node], list[Node]]:
-        """The node on which each running sequence stands, and that on which each pin does."""
-        scheduler = self._core.scheduler
-        cursors = [node for one in scheduler.running if (cursor := one.cursor) and (node := cursor.node)]
-        return cursors, [pin.lock.held for pin in scheduler.pins]
+    def inspect(self, function: Callable[[EngineCore], T]) -> T:
+        """The result of `function`, given the live core: its tree, scheduler, planner and counters. It may read
+        everything, may listen to the tree, and changes nothing else.
+        """
+        return function(self._core)
 
     @property
     def inputs(self) -> InputProcessor:
@@ -588,7 +572,7 @@ class Engine:
         """
         self._guard.require()
         self._core.check()
-        self._outputs.check()
+        self._outputs.check(self._core.requests.values())
 
     def reset_prefix_cache(self) -> int:
         """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
@@ -625,7 +609,9 @@ class Engine:
         request = self._core.make(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
         with self._guard:
             self._core.add(request)
-            self._outputs.follow(request, kind)
+            fault = self._outputs.follow(request, kind)
+            if fault is not None:
+                self._core.abort(request, "error", fault)
             return request.id
 
     def _serve(self, submits: Seq[Callable[[], str]], progress: Progress | None) -> list[RequestOutput]:
@@ -658,7 +644,17 @@ class Engine:
             step()
 
     def _step(self) -> list[RequestOutput]:
-        return self._outputs.process(self._core.step(self._clock()))
+        return self._process(self._core.step(self._clock()))
+
+    def _process(self, touched: Seq[Sequence]) -> list[RequestOutput]:
+        """Outputs of sequences that gained tokens or ended. What they end leaves the core."""
+        outputs, to_abort = self._outputs.process(touched)
+        for sequence in to_abort:
+            self._core.scheduler.drop(sequence)
+        for request in dict.fromkeys(sequence.request for sequence in touched):
+            if request.finished:
+                self._core.forget(request)
+        return outputs
 
     def _receive(self, request_ids: Collection[str]) -> list[RequestOutput]:
         """Outputs of these requests: what other callers' steps left of them, or else what one more step brings.
@@ -690,11 +686,11 @@ class Engine:
             for request_id in request_ids:
                 if request_id in self._core.requests:
                     self._core.abort(self._core.requests[request_id])
-            self._keep(self._outputs.process(self._core.take_ended()))
+            self._keep(self._process(self._core.take_ended()))
             for request_id in request_ids:
                 self._undelivered.pop(request_id, None)
 
-    def _check_pin(self, namespace: str, priority: int, ttl: float | None) -> float:
+    def _check_pin(self, namespace: str = "", priority: int = 0, ttl: float | None = None) -> float:
         """When a pin of these expires. Lets go of those that have expired."""
         self._inputs.check_name("namespace", namespace)
         check_integer("priority", priority, -(2**31), 2**31 - 1)

@@ -120,6 +120,12 @@ class InputProcessor:
         """What follows a prompt: no special tokens."""
         return self.tokenize(text, "continuations", special=False)
 
+    def decode(self, token_ids: Seq[int]) -> str:
+        """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, token_ids))
+        return str(self.tokenizer.decode(token_ids))
+
     def check_params(self, params: Params, *, compiles: bool = True) -> None:
         """Check that they are valid for at least some prompt; a grammar is compiled where `compiles`."""
         if not isinstance(params, Params):

@@ -274,11 +274,22 @@ def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
 
 
 def a_last_output_is_told_twice(patch: Patch) -> None:
-    after(patch, OutputProcessor, "process", lambda outputs, *_: outputs + [o for o in outputs if o.finished])
+    after(
+        patch,
+        OutputProcessor,
+        "process",
+        lambda processed, *_: processed._replace(
+            outputs=processed.outputs + [o for o in processed.outputs if o.finished]
+        ),
+    )
 
 
 def a_last_output_is_lost(patch: Patch) -> None:
-    after(patch, OutputProcessor, "process", lambda outputs, *_: [o for o in outputs if not o.finished] or outputs[:-1])
+    def lose(processed: Any, *_: object) -> Any:
+        outputs = processed.outputs
+        return processed._replace(outputs=[o for o in outputs if not o.finished] or outputs[:-1])
+
+    after(patch, OutputProcessor, "process", lose)
 
 
 FAULTS = [

@@ -291,11 +291,6 @@ class Service:
     # -- steps --------------------------------------------------------------------------------------------
 
     @property
-    def busy(self) -> bool:
-        """Whether a step would do something."""
-        return self.engine.has_unfinished
-
-    @property
     def num_live(self) -> int:
         return len(self._tickets)
 
@@ -304,9 +299,9 @@ class Service:
         """The longest prompt plus output that can be served, in tokens: the last one needs no slot."""
         return min(self.engine.max_model_len, self.engine.inputs.kv_tokens + 1)
 
-    def step(self) -> None:
-        """Run one step of the engine. Raises what that raises, which is the engine's end."""
-        for output in self.engine.step():
+    def report(self, outputs: Iterable[RequestOutput]) -> None:
+        """Queue messages about the outputs of a step."""
+        for output in outputs:
             ticket = self._tickets.get(output.request_id)
             if ticket is not None:
                 self._report(ticket, output)

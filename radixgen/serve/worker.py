@@ -31,7 +31,7 @@ from radixgen.serve.endpoint import (
 from radixgen.serve.kv_events import KVEvents
 from radixgen.serve.link import OVERFLOW, Link
 from radixgen.serve.sentinel import Sentinel
-from radixgen.serve.service import Message, Peer, Service
+from radixgen.serve.service import Message, Peer
 from radixgen.serve.stepper import Stepper
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Worker:
         self._stalled = False
         self._aborting = False
         self._links: dict[Peer, Link] = {}
-        self._stepper = Stepper(partial(_service, engine), self.wake)
+        self._stepper = Stepper(engine, secrets.token_bytes(32), self.wake)
         self.greeting = self._stepper.service.ready()
         if kv_events is not None:
             self.greeting.kv_events_config = Raw(wire.encode(kv_events.bound_config))
@@ -136,7 +136,7 @@ class Worker:
         with ExitStack() as stack:
             stack.callback(self._close_wake)
             stack.callback(self.context.destroy, 0)
-            self._stepper.start()
+            self._stepper.thread.start()
             stack.callback(self._stop)
             return self._serve()
 
@@ -322,8 +322,8 @@ class Worker:
         self._links.clear()
         for session in self._sessions:
             session.close()
-        self._stepper.stop()
-        if self._signals < 2 and not self._stepper.join(LINGER_SECONDS):
+        self._stepper.thread.stop()
+        if self._signals < 2 and not self._stepper.thread.join(LINGER_SECONDS):
             logger.error("the step that runs is not waited for")
         # Closed sockets linger in the context's own thread; it is destroyed when they are done.
         if self._signals < 2:
@@ -458,10 +458,6 @@ class _Session:
     def _hang_up(self, now: float) -> None:
         self.close()
         self._redial_at = now + _REDIAL_SECONDS
-
-
-def _service(engine: Engine, stepper: Stepper) -> Service:
-    return Service(engine, secrets.token_bytes(32), compile_grammar=stepper.compile_grammar)
 
 
 def run_until_signalled(worker: Worker) -> bool:
