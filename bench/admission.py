@@ -92,7 +92,7 @@ def measure(report: Report, memory: Memory, name: str, prefix_len: int, count: i
         report.limit(f"{name}: comparing {count:,} prompts", sum(one.nbytes for one in prompts) / memory.compare)
         begin = time.perf_counter()
         for one in prompts:
-            engine.tree.match_prefix(one)
+            engine._core.tree.match_prefix(one)
         report.contender(f"{name}_match_seconds", "one match each", time.perf_counter() - begin)
         begin = time.perf_counter()
         copies = [one.copy() for one in prompts]

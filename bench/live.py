@@ -58,10 +58,10 @@ def grown(engine: Engine, nodes: int, sequences: int) -> None:
     documents = [np.concatenate([systems[rng.integers(4)], rng.integers(32, 127, 60)]) for _ in range(40)]
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     prompts: list[np.ndarray] = []
-    while engine.tree.num_nodes < nodes:
+    while engine._core.tree.num_nodes < nodes:
         more = [np.concatenate([documents[rng.integers(40)], rng.integers(32, 127, 20)]) for _ in range(250)]
-        engine.generate(more[: nodes - engine.tree.num_nodes], params)
-        prompts += more[: nodes - engine.tree.num_nodes]
+        engine.generate(more[: nodes - engine._core.tree.num_nodes], params)
+        prompts += more[: nodes - engine._core.tree.num_nodes]
     lasting = SamplingParams(max_tokens=engine.max_model_len - 300, ignore_eos=True)
     for index in range(sequences):
         engine.submit(prompts[index % len(prompts)], lasting, output_kind="final")
@@ -76,7 +76,7 @@ def time_readings(engine: Engine, limits: Limits) -> tuple[list[float], list[flo
     for serial in range(READINGS + 1):
         engine.step()
         begin = time.perf_counter()
-        read = reader.read(engine)
+        read = reader.read(engine._core)
         middle = time.perf_counter()
         table = read.table()
         changed, gone = table.since(before)
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, nodes, bound in (("nodes", options.nodes, MILLISECONDS), ("huge", options.huge, HUGE_MILLISECONDS)):
         with Engine(NullModel(), kv_tokens=1 << 22, max_step_tokens=8_192, limits=limits) as engine:
             grown(engine, nodes, min(SEQUENCES, nodes))
-            count = engine.tree.num_nodes
+            count = engine._core.tree.num_nodes
             reading, making = time_readings(engine, limits)
         median, worst, other = 1e3 * float(np.median(reading)), 1e3 * max(reading), 1e3 * float(np.median(making))
         text = f"{count:>7,} nodes: {median:.3f} ms a reading, {median / 1e3 / copying:.0f} × limit; worst {worst:.2f}"

@@ -26,6 +26,7 @@ from radixgen.core import (
 )
 from radixgen.messages import Roles, template_messages
 from radixgen.model.ends import chat_end_tokens
+from radixgen.sampling import DrawableTokens
 from radixgen.structured import Grammars
 from radixgen.vocabulary import Vocabulary
 
@@ -81,6 +82,14 @@ class InputProcessor:
         own = chat_end_tokens(self.tokenizer) if self.tokenizer is not None else frozenset()
         return self.eos_token_ids | {token for token in own if token < self.vocab_size}
 
+    @cached_property
+    def drawable(self) -> DrawableTokens | None:
+        """The tokens that may be drawn, where those are not all."""
+        if self.vocabulary is None:
+            return None
+        unknown = np.setdiff1d(self.vocabulary.unknown(self.vocab_size), list(self.eos_token_ids))
+        return DrawableTokens(unknown, self.vocab_size) if 0 < unknown.size < self.vocab_size else None
+
     def for_chat(self, params: P) -> P:
         """`params` of an answer to a chat, which ends at the tokens of `chat_eos_token_ids`."""
         if not isinstance(params, Params):
@@ -119,6 +128,12 @@ class InputProcessor:
     def tokenize_continuation(self, text: Prompt) -> TokenArray:
         """What follows a prompt: no special tokens."""
         return self.tokenize(text, "continuations", special=False)
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, token_ids))
+        return str(self.tokenizer.decode(token_ids))
 
     def check_params(self, params: Params, *, compiles: bool = True) -> None:
         """Check that they are valid for at least some prompt; a grammar is compiled where `compiles`."""
@@ -162,7 +177,7 @@ class InputProcessor:
                 raise InvalidRequest(field, tokens * (1 + beside), limit)
 
     def grammar(self, params: Params) -> Grammar | None:
-        """What `params`, which were checked, ask for; compiled by the first who asks. May be called from any thread."""
+        """The grammar of `params`, which were checked; compiled by the first call. May be called from any thread."""
         return self._grammars.find(params) if isinstance(params, SamplingParams) else None
 
     def check_score(self, prompt: TokenArray, continuation: TokenArray) -> None:

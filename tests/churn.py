@@ -237,7 +237,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.texts: list[list[int]] = []
         self.seen: Counter[str] = Counter()
         self.router = Consumer(block_size)
-        self.blocks = BlockProjection(self.engine.tree, self.router, block_size)
+        self.blocks = BlockProjection(self.engine._core.tree, self.router, block_size)
         self._watch()
 
     # -- what callers do ----------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 60))
     def evict(self, count: int) -> None:
-        self.engine.tree.evict(count)
+        self.engine._core.tree.evict(count)
 
     @rule(seconds=st.sampled_from([0.5, 5.0]))
     def wait(self, seconds: float) -> None:
@@ -420,8 +420,8 @@ class EngineMachine(RuleBasedStateMachine):
         before, rows = self.engine.stats(), self.model.rows
         outputs = self.engine.step()
         self.engine.check()
-        self.router.check(self.engine.tree)
-        for extent in self.engine.tree.pool.free_extents():
+        self.router.check(self.engine._core.tree)
+        for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
         after = self.engine.stats()
         self.seen["evict"] += after.evicted_tokens - before.evicted_tokens
@@ -502,7 +502,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _watch(self) -> None:
         """Count splits, and cursors that meet a cached child."""
-        tree, split, advance = self.engine.tree, self.engine.tree.split, self.engine.tree.advance
+        tree, split, advance = self.engine._core.tree, self.engine._core.tree.split, self.engine._core.tree.advance
 
         def counted_split(node: Node, offset: int) -> Node:
             self.seen["split"] += 1
@@ -536,8 +536,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.reset_prefix_cache()
         self.engine.check()
         assert not self.router.held and not len(self.blocks)
-        pool = self.engine.tree.pool
-        assert pool.free == pool.capacity and self.engine.tree.num_nodes == 0
+        pool = self.engine._core.tree.pool
+        assert pool.free == pool.capacity and self.engine._core.tree.num_nodes == 0
         self.engine.close()
 
 

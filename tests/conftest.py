@@ -48,8 +48,8 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_collections_at_start() -> Iterator[None]:
-    """Each `AsyncEngine` begins with a collection of all of torch and transformers: half a second a test."""
+    """Each `EngineThread` begins with a collection of all of torch and transformers: half a second a test."""
     with pytest.MonkeyPatch.context() as patch:
         quick = SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze)
-        patch.setattr("radixgen.async_engine.gc", quick)
+        patch.setattr("radixgen.engine_thread.gc", quick)
         yield

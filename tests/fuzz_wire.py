@@ -46,10 +46,9 @@ class Target:
         self._link.peer.counters.received += 1
         self._worker._handle(self._link, [KINDS[data[0] % len(KINDS)], data[1:]])
         stepper = self._worker._stepper
-        stepper._run_jobs(wait=False)
-        if stepper.service.busy:
-            stepper.service.step()
-        stepper.service.take()
+        stepper.thread.run_commands(wait=False)
+        stepper.thread.step()
+        stepper.take()
         if self._count % _CHECKED == 0:
             stepper.service.check()
             self._link.peer.counters.check(len(self._link.peer.tickets))

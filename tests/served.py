@@ -73,7 +73,7 @@ class Served:
         asyncio.run(self.engine.check())
         stats = asyncio.run(self.engine.stats())
         assert not stats.num_running and not stats.num_waiting and not stats.kv_tokens_pinned
-        assert not self.engine._streams
+        assert not self.engine._queues
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def in_process(test: Callable[[httpx.AsyncClient, Served], Any], engine: Engine,
             while served.progress[1] or app.state.context.admission.open:
                 await asyncio.sleep(0.001)
             await served.check()
-            assert not served._streams
+            assert not served._queues
         return result
 
     return asyncio.run(asyncio.wait_for(whole(), 120))

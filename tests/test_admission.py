@@ -108,6 +108,6 @@ def test_matches_stay_right_while_others_come_and_go() -> None:
             engine.step()
             engine.check()
             if index % 7 == 0:
-                engine.tree.evict(int(RNG.integers(1, 400)))
+                engine._core.tree.evict(int(RNG.integers(1, 400)))
                 engine.check()
         drained(engine)

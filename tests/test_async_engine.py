@@ -41,7 +41,7 @@ def run(test: Callable[[AsyncEngine], Awaitable[Any]], model: StampModel | None 
             while (await served.stats()).num_running:
                 await asyncio.sleep(0.001)
             await served.check()
-            assert not served._streams
+            assert not served._queues
         return result
 
     return asyncio.run(asyncio.wait_for(whole(), 60))
@@ -76,7 +76,7 @@ def test_what_nobody_takes_is_one_output() -> None:
         first = await anext(outputs)
         while (await engine.stats()).num_running:
             await asyncio.sleep(0.001)
-        assert len(outputs._stream._pending) < 10
+        assert len(outputs._queue._pending) < 10
         (rest,) = [output async for output in outputs]
         for before, one in zip(first.outputs, sorted(rest.outputs, key=lambda one: one.index), strict=True):
             assert before.token_ids + one.token_ids == greedy([1, 2], 200)
@@ -135,7 +135,7 @@ def test_a_cancelled_fork_leaves_nothing() -> None:
         names = await made
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert (await engine.stats()).num_running <= 1 and engine._streams.keys().isdisjoint(names)
+        assert (await engine.stats()).num_running <= 1 and engine._queues.keys().isdisjoint(names)
         await outputs.aclose()
 
     run(test)

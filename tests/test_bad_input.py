@@ -778,8 +778,8 @@ OPEN = {
     "eos_token_ids",
     "explain",
     "has_unfinished",
-    "held_nodes",
     "inputs",
+    "inspect",
     "knows",
     "max_step_tokens",
     "model_name",
@@ -788,8 +788,6 @@ OPEN = {
     "pins",
     "stats",
     "tokenize",
-    "tree",
-    "with_tree",
 }
 """What may still be asked of a closed engine."""
 
@@ -816,7 +814,7 @@ def test_what_a_closed_engine_still_tells() -> None:
         engine.submit(PROMPT, RUNNING)
         engine.step()
     assert not engine.has_unfinished and engine.num_steps > 0
-    assert engine.stats().kv_tokens_total == SLOTS and engine.tree is not None
+    assert engine.stats().kv_tokens_total == SLOTS and engine._core.tree is not None
     assert engine.decode([1, 2]) == "1 2" and engine.model_name == "stamp" and engine.explain()
     assert engine.tokenize([1]).tolist() == [1]
     with pytest.raises(InvalidRequest, match="messages"):

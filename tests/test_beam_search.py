@@ -166,7 +166,7 @@ def test_the_rules_are_those_of_transformers(
     with engine:
         names = [engine.submit(prompt, params) for prompt in prompts]
         ended = finish(engine)
-        assert engine.tree.reset() == engine.tree.pool.capacity - engine.tree.pool.free == 0 or share
+        assert engine._core.tree.reset() == engine._core.tree.pool.capacity - engine._core.tree.pool.free == 0 or share
         for name, prompt in zip(names, prompts, strict=True):
             want = reference_search(reference, prompt, params, params.stop_token_ids)
             assert told(ended[name].outputs) == want.token_ids
@@ -284,8 +284,8 @@ def test_searches_and_requests_do_not_disturb_each_other(
                 ended[output.request_id] = output
             engine.check()
             assert steps < 2_000, "stuck"
-        engine.tree.reset()
-        assert engine.tree.pool.free == engine.tree.pool.capacity
+        engine._core.tree.reset()
+        assert engine._core.tree.pool.free == engine._core.tree.pool.capacity
     logging.getLogger("radixgen.engine_core").disabled = False
     assert ended.keys() == set(names)
     for name, expected, (_, kind) in zip(names, want, asks, strict=True):

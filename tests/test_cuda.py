@@ -107,7 +107,7 @@ def test_no_step_after_warming_up_captures_or_compiles(monkeypatch: pytest.Monke
     with Engine(model, kv_tokens=20_000, warm_up=False) as cold:
         expected = serve(cold)
     with Engine(model, kv_tokens=20_000) as warm:
-        assert warm.stats().steps == 0 and warm.tree.num_nodes == 0
+        assert warm.stats().steps == 0 and warm._core.tree.num_nodes == 0
         record, compiled = CudaCapture.record, JITFunction._do_compile
         monkeypatch.setattr(CudaCapture, "record", lambda *a: made.append("graph") or record(*a))
         monkeypatch.setattr(JITFunction, "_do_compile", lambda *a, **o: made.append(a[0]) or compiled(*a, **o))

@@ -140,7 +140,7 @@ def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: Mo
                 "prompt_tokens_details": {"cached_tokens": cached},
             }
         assert not served._open
-        tree = served._engine._engine.tree
+        tree = served._engine._engine._core.tree
         await served._engine.check()
         assert len(blocks_of(tree, 4)) == 3
         while served._events.stats().blocks != 3:

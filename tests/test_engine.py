@@ -124,10 +124,10 @@ def test_a_cached_continuation_is_followed_without_new_nodes(engine: Engine, mod
     """Pins that a sequence which walks along a cached answer does not cut it into single tokens."""
     prompt = some(30)
     whole = engine.generate(prompt, GREEDY)[0].outputs[0].token_ids
-    before = engine.tree.num_nodes
+    before = engine._core.tree.num_nodes
     again = engine.generate(prompt, GREEDY)[0].outputs[0].token_ids
     assert again == whole
-    assert engine.tree.num_nodes <= before + 1
+    assert engine._core.tree.num_nodes <= before + 1
 
 
 def test_kv_bytes_are_those_of_the_segments(engine: Engine) -> None:

@@ -74,7 +74,7 @@ class Churn:
 
     def _disturb(self, asks: Sequence[Ask]) -> None:
         if self.evict:
-            self.engine.tree.evict(int(self._rng.integers(24)))
+            self.engine._core.tree.evict(int(self._rng.integers(24)))
         if self.forks and self._happens():
             self.forks -= 1
             origin = self._any_live()
@@ -101,7 +101,7 @@ class Churn:
 def poison(engine: Engine) -> None:
     """Fill all free slots with NaN: nothing of them may reach an output."""
     storage = engine._model.storage
-    for extent in engine.tree.pool.free_extents():
+    for extent in engine._core.tree.pool.free_extents():
         for pool in (*storage.keys, *storage.values):
             pool[extent.start : extent.end] = float("nan")
 

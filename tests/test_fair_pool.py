@@ -11,7 +11,7 @@ from served import tiny
 from radixgen import SamplingParams
 from radixgen.core import EngineClosed, QueueFull
 from radixgen.serve.fair_pool import FairPool
-from radixgen.serve.service import Peer, Service
+from radixgen.serve.service import Peer
 from radixgen.serve.stepper import Stepper
 
 SECONDS = 30.0
@@ -126,7 +126,7 @@ def test_a_full_pool_that_gets_nowhere_is_stalled() -> None:
 
 def test_a_worker_whose_compilers_get_nowhere_is_stalled() -> None:
     with tiny() as engine:
-        stepper, let_go = Stepper(lambda _: Service(engine, b"key"), lambda: None), threading.Event()
+        stepper, let_go = Stepper(engine, b"key", lambda: None), threading.Event()
         engine.inputs.grammar = lambda _: let_go.wait(SECONDS)  # type: ignore[assignment,method-assign]
         peer, params = Peer("front"), SamplingParams(regex="a")
         drop = [stepper.compile_grammar(peer, "", params, lambda _: None) for _ in range(3)]

@@ -143,12 +143,12 @@ def test_a_router_follows_a_pool_that_is_always_full(encoding: str) -> None:
             served.submit(prompts(seed)[0], GREEDY, namespace="tenant")
             while served.has_unfinished:
                 served.step()
-            router.follow(served.tree)
+            router.follow(served._core.tree)
             served.check()
         assert {namespace for namespace, _ in router.consumer.held.values()} == {"", "tenant"}
         assert any(isinstance(event, BlocksDropped) for event in router.consumer.events)
         assert served.reset_prefix_cache()
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         assert isinstance(router.consumer.events[-1], BlocksReset) and not router.consumer.held
         stats = events.stats()
     assert stats.batches and not stats.blocks and not stats.dropped_events and not stats.lags
@@ -159,12 +159,12 @@ def test_routers_join_late_and_miss_batches() -> None:
         served.generate(prompts(0), GREEDY)
         with Router(events, deaf_to=(3, 4, 7)) as late, Router(events) as second:
             late.ask(0)
-            late.follow(served.tree)
+            late.follow(served._core.tree)
             for seed in range(1, 12):
                 served.generate(prompts(seed), GREEDY)
-                late.follow(served.tree)
+                late.follow(served._core.tree)
             assert second.ask(-1) == 1, "a snapshot is one batch"
-            second.follow(served.tree)
+            second.follow(served._core.tree)
             assert events.stats().snapshots == 1
         assert events.stats().batches > 7
 
@@ -173,10 +173,10 @@ def test_who_asks_for_what_is_no_longer_kept_gets_a_snapshot() -> None:
     with engine() as served, KVEvents(served, config(buffer_steps=1)) as events, Router(events) as router:
         for seed in range(3):
             served.generate(prompts(seed), GREEDY)
-            router.follow(served.tree)
+            router.follow(served._core.tree)
         with Router(events) as late:
             assert late.ask(0) == 1
-            late.consumer.check(served.tree)
+            late.consumer.check(served._core.tree)
             assert late.next == events.stats().batches
             parents = [event.parent for event in late.consumer.events if isinstance(event, BlocksAdded)]
             assert None in parents and len(parents) < len(late.consumer.held), "blocks in a row are one event"
@@ -187,11 +187,11 @@ def test_a_publisher_tells_what_was_cached_before_it_came() -> None:
     with engine() as served:
         served.generate(prompts(0), GREEDY)
         with KVEvents(served, config()) as events, Router(events) as router:
-            router.follow(served.tree)
+            router.follow(served._core.tree)
             assert router.consumer.held
-        assert served.tree.listener is None
+        assert served._core.tree.listener is None
         with KVEvents(served, config(block_size=2)) as events, Router(events) as router:
-            router.follow(served.tree)
+            router.follow(served._core.tree)
 
 
 def test_an_async_engine_under_load_with_cancels() -> None:
@@ -207,10 +207,10 @@ def test_an_async_engine_under_load_with_cancels() -> None:
 
                 await asyncio.gather(*(ask(one, i % 3 == 0) for i, one in enumerate(prompts(1, 60))))
                 await served.check()
-                await asyncio.to_thread(router.follow, inner.tree)
+                await asyncio.to_thread(router.follow, inner._core.tree)
                 assert router.consumer.held
             await served.check()
-            assert inner.tree.listener is None
+            assert inner._core.tree.listener is None
 
     asyncio.run(main())
 
@@ -220,7 +220,7 @@ def test_an_async_engine_under_load_with_cancels() -> None:
 
 def test_a_sender_that_does_not_keep_up_loses_events_and_tells_all_anew(caplog: pytest.LogCaptureFixture) -> None:
     with engine() as served, KVEvents(served, config(max_queue_size=1)) as events, Router(events) as router:
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         events._queue.limit = 5
         take, events._queue.take = events._queue.take, list
         with caplog.at_level(logging.WARNING):
@@ -229,14 +229,14 @@ def test_a_sender_that_does_not_keep_up_loses_events_and_tells_all_anew(caplog: 
         assert events.stats().dropped_events and "does not keep up" in caplog.text
         events._queue.limit = 10**6
         served.generate([prompts(1)[0]], GREEDY)
-        router.follow(served.tree)
+        router.follow(served._core.tree)
 
 
 def test_a_batch_that_fails_leaves_a_gap_and_the_replay_is_a_snapshot(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with engine() as served, KVEvents(served, config()) as events, Router(events) as router:
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         encode = events._publisher._encode
         monkeypatch.setattr(events._publisher, "_encode", lambda _: 1 // 0)
         served.generate(prompts(0), GREEDY)
@@ -245,7 +245,7 @@ def test_a_batch_that_fails_leaves_a_gap_and_the_replay_is_a_snapshot(
         with caplog.at_level(logging.ERROR):
             monkeypatch.setattr(events._publisher, "_encode", encode)
         served.generate(prompts(1), GREEDY)
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         assert events.stats().dropped_events and events.stats().snapshots
 
 
@@ -289,13 +289,13 @@ def test_a_request_for_a_replay_that_is_none_is_counted(frames: list[bytes]) -> 
                 time.sleep(0.01)
             assert not socket.poll(20)
         served.generate(prompts(0), GREEDY)
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         assert events.stats().bad_requests == 1
 
 
 def test_a_reader_that_goes_away_in_a_replay_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine() as served, KVEvents(served, config()) as events, Router(events) as router:
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         answer = kv_events._Publisher._answer
         socket = zmq.Context.instance().socket(zmq.DEALER)
 
@@ -311,7 +311,7 @@ def test_a_reader_that_goes_away_in_a_replay_is_counted(monkeypatch: pytest.Monk
             time.sleep(0.01)
         monkeypatch.setattr(kv_events._Publisher, "_answer", answer)
         served.generate(prompts(0), GREEDY)
-        router.follow(served.tree)
+        router.follow(served._core.tree)
         assert events.stats().cut_replays == 1
 
 
@@ -375,5 +375,5 @@ def test_beyond_the_machine_only_when_allowed(caplog: pytest.LogCaptureFixture) 
 def test_prompts_of_sequences_that_share_nothing_are_not_told() -> None:
     with Engine(StampModel(VOCAB, 128), kv_tokens=96, share=False) as served, KVEvents(served, config()) as events:
         served.generate(prompts(0, 3), GREEDY)
-        assert not blocks_of(served.tree, 4)
+        assert not blocks_of(served._core.tree, 4)
     assert wire_events(events._publisher._sent[0][1]) == [BlocksReset()] and len(events._publisher._sent) == 1

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from oracle import StampModel
 
 from radixgen import AsyncEngine, Engine, LimitReached, Limits, SamplingParams
 from radixgen.cache import Node
+from radixgen.engine_core import EngineCore
 from radixgen.serve.live.feed import Feed
-from radixgen.serve.live.frames import Captured, Reader, Row
+from radixgen.serve.live.frames import Captured, Reader, Row, held_nodes
 from radixgen.serve.live.texts import Texts, text_of
 
 VOCAB = 4
@@ -34,7 +36,7 @@ def engine_of(limits: Limits | None = None, **options: Any) -> Engine:
 
 def plain_rows(engine: Engine) -> dict[int, Row]:
     """The tree as rows, read off the nodes one by one: the twin of what `Reader` takes out of the columns."""
-    cursors, pins = engine.held_nodes()
+    cursors, pins = held_nodes(engine._core)
     return {
         node.id: Row(
             node.id,
@@ -47,7 +49,7 @@ def plain_rows(engine: Engine) -> dict[int, Row]:
             sum(one is node for one in pins),
             0,
         )
-        for node in engine.tree.nodes()
+        for node in engine._core.tree.nodes()
     }
 
 
@@ -79,18 +81,18 @@ def test_a_reading_is_the_tree_and_freshness_misses_no_change_of_tokens(steps: l
             if step != ("read",):
                 continue
             engine.check()
-            reading = reader.read(engine)
+            reading = reader.read(engine._core)
             rows = {row.id: row for row in reading.table().rows()}
             assert rows == plain_rows(engine)
             held = {node_id: held.get(node_id, []) for node_id in rows}
             for node_id, row in rows.items():
-                tokens = engine.tree.node(node_id).tokens.tolist()
+                tokens = engine._core.tree.node(node_id).tokens.tolist()
                 if node_id in reading.fresh:
                     held[node_id] = tokens
                 else:
                     held[node_id] += tokens[len(held[node_id]) :]
                 assert held[node_id] == tokens and len(tokens) == row.known
-            roots = {root.id: root.namespace for root in engine.tree.roots()}
+            roots = {root.id: root.namespace for root in engine._core.tree.roots()}
             assert reading.namespaces == {k: v for k, v in roots.items() if k in reading.fresh}
 
 
@@ -99,9 +101,12 @@ class Direct:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.inputs = engine.inputs
 
-    async def inspect(self, function: Callable[[Engine], Any]) -> Any:
-        return function(self.engine)
+    def inspect(self, function: Callable[[EngineCore], Any]) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(self.engine.inspect(function))
+        return future
 
 
 class Viewer:
@@ -152,7 +157,7 @@ def test_frames_and_differences_rebuild_the_tree_however_late_they_are_taken(ste
             assert viewer.seq == feed._seq
             assert {node_id: Row(*row) for node_id, row in viewer.rows.items()} == plain_rows(engine)
             assert viewer.figures["num_running"] == sum(row[6] for row in viewer.rows.values())
-            roots = {str(root.id): root.namespace for root in engine.tree.roots()}
+            roots = {str(root.id): root.namespace for root in engine._core.tree.roots()}
             assert viewer.namespaces == roots
 
         for step, which in steps:
@@ -167,7 +172,7 @@ def test_frames_and_differences_rebuild_the_tree_however_late_they_are_taken(ste
             await feed._tick(engine.decode)
         for viewer in (*viewers, Viewer()):
             look(viewer)
-            texts = {node.id: engine.decode(node.tokens.tolist()) for node in engine.tree.nodes() if node.known}
+            texts = {node.id: engine.decode(node.tokens.tolist()) for node in engine._core.tree.nodes() if node.known}
             assert {node_id: text for node_id, text in viewer.texts.items() if text} == texts
         assert viewers[0].wholes == 1
 
@@ -198,19 +203,19 @@ def test_no_more_nodes_are_drawn_than_may_be(steps: list[tuple[Any, ...]], most:
         reader = Reader(engine.limits)
         for step in steps:
             act(engine, step)
-            reading = reader.read(engine)
+            reading = reader.read(engine._core)
             rows = {row.id: row for row in reading.table().rows()}
-            assert len(rows) == min(most, engine.tree.num_nodes)
+            assert len(rows) == min(most, engine._core.tree.num_nodes)
             children: dict[int, int] = {}
             for row in rows.values():
                 assert row.parent == -1 or row.parent in rows
                 children[row.parent] = children.get(row.parent, 0) + 1
             for row in rows.values():
-                node = engine.tree.node(row.id)
+                node = engine._core.tree.node(row.id)
                 assert row.hidden == len(node.children) - children.get(row.id, 0)
                 assert (row.serial, row.start, row.known) == (node.serial, node.start, node.known)
             running = engine.stats().num_running
-            roots = {path_root(node) for node in engine.held_nodes()[0]}
+            roots = {path_root(node) for node in held_nodes(engine._core)[0]}
             drawn = sum(row.cursors for row in rows.values())
             assert drawn == running or (drawn < running and len(roots) > 1), "a cursor is lost only with its root"
 
@@ -222,7 +227,7 @@ def path_root(node: Node) -> Node:
 def test_a_tree_that_was_huge_is_not_read_as_it_was() -> None:
     """Pins that a reading costs what is drawn, not what the tree's columns once held."""
     with Engine(StampModel(VOCAB, 64), kv_tokens=4_000, limits=Limits(max_shown_nodes=20)) as engine:
-        tree, rng = engine.tree, np.random.default_rng(0)
+        tree, rng = engine._core.tree, np.random.default_rng(0)
         locks = [tree.insert(rng.integers(0, VOCAB, 12)) for _ in range(300)]
         for lock in locks:
             tree.unlock(lock)
@@ -230,7 +235,7 @@ def test_a_tree_that_was_huge_is_not_read_as_it_was() -> None:
         engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
         engine.step()
         tree.node_ids = None  # type: ignore[method-assign]
-        assert [row._replace(hidden=0) for row in Reader(engine.limits).read(engine).table().rows()] == list(
+        assert [row._replace(hidden=0) for row in Reader(engine.limits).read(engine._core).table().rows()] == list(
             plain_rows(engine).values()
         )
 

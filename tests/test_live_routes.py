@@ -100,7 +100,7 @@ def test_a_nodes_text_is_bounded() -> None:
         prompt = [index % VOCAB for index in range(3_000)]
         async for _ in engine.generate(prompt, SamplingParams(max_tokens=1)):
             pass
-        (leaf,) = [node.id for node in await engine.inspect(lambda inner: list(inner.tree.nodes())) if node.known]
+        (leaf,) = [node.id for node in engine.inspect(lambda core: list(core.tree.nodes())).result(9) if node.known]
         client = Client(app, f"/tree/node/{leaf}")
         await client.done
         found = json.loads(client.body)

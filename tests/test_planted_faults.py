@@ -13,9 +13,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 from sizes import size
 
+import radixgen.batch_draws as draws_module
 import radixgen.cache.boundary as boundary_module
 import radixgen.cache.slots as slots_module
-import radixgen.engine_core as core_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
 from radixgen.cache import ExtentPool, Lock, RadixTree
@@ -220,7 +220,7 @@ def a_preempted_sequence_forgets_a_token(patch: Patch) -> None:
 
 
 def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
-    plain = core_module.draw
+    plain = draws_module.draw
 
     def draw(logits: Any, rows: Any, states: Any, drawable: None) -> Any:
         kept = [state.index for state in states]
@@ -232,15 +232,15 @@ def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
             for state, index in zip(states, kept, strict=True):
                 state.index = index
 
-    patch.setattr(core_module, "draw", draw)
+    patch.setattr(draws_module, "draw", draw)
 
 
 def rows_computed_ahead_are_taken_by_their_place(patch: Patch) -> None:
     plain = RunAhead.claim
 
     def claim(self: RunAhead, batch: Any) -> Any:
-        ran = plain(self, batch)
-        return ran and ran._replace(drawing=list(range(len(ran.drawing))))
+        logits = plain(self, batch)
+        return logits and logits._replace(drawing=list(range(len(logits.drawing))))
 
     patch.setattr(RunAhead, "claim", claim)
 
@@ -256,7 +256,7 @@ def a_step_is_begun_without_slots_for_it(patch: Patch) -> None:
 
 
 def a_prompt_is_scored_one_token_late(patch: Patch) -> None:
-    before(patch, EngineCore, "_score_one", lambda core, request, logits: logits.copy_(logits.roll(1, -1)))
+    before(patch, EngineCore, "_score_rows", lambda core, request, logits: logits.copy_(logits.roll(1, -1)))
 
 
 def seats_are_not_counted(patch: Patch) -> None:
@@ -276,11 +276,22 @@ def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
 
 
 def a_last_output_is_told_twice(patch: Patch) -> None:
-    after(patch, OutputProcessor, "process", lambda outputs, *_: outputs + [o for o in outputs if o.finished])
+    after(
+        patch,
+        OutputProcessor,
+        "process",
+        lambda processed, *_: processed._replace(
+            outputs=processed.outputs + [o for o in processed.outputs if o.finished]
+        ),
+    )
 
 
 def a_last_output_is_lost(patch: Patch) -> None:
-    after(patch, OutputProcessor, "process", lambda outputs, *_: [o for o in outputs if not o.finished] or outputs[:-1])
+    def lose(processed: Any, *_: object) -> Any:
+        outputs = processed.outputs
+        return processed._replace(outputs=[o for o in outputs if not o.finished] or outputs[:-1])
+
+    after(patch, OutputProcessor, "process", lose)
 
 
 FAULTS = [

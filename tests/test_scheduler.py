@@ -243,7 +243,7 @@ def test_every_slot_is_accounted_for() -> None:
         engine.submit(some(20, 9), greedy(20))
 
         def adds_up() -> None:
-            stats, pool = engine.stats(), engine.tree.pool
+            stats, pool = engine.stats(), engine._core.tree.pool
             assert pool.free + pool.fenced + pool.used == stats.kv_tokens_total
             assert stats.kv_tokens_used + stats.kv_tokens_reserved == pool.used
             live = {n.id: n for s in engine._core.scheduler.running for n in s.cursor.held.path()}
@@ -361,7 +361,7 @@ def test_what_pins_can_yield_is_what_their_release_frees(seed: int) -> None:
         for _ in range(3):
             engine.step()
         wanted = rng.integers(0, 2, 12).astype(np.int32)
-        tree, pins = engine.tree, engine._core.scheduler.pins
+        tree, pins = engine._core.tree, engine._core.scheduler.pins
 
         def room() -> tuple[int, int]:
             match = tree.match_prefix(wanted)

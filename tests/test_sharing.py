@@ -11,9 +11,8 @@ from oracle import StampModel
 from test_tree_machine import NAMESPACES, TOKENS, TreeMachine
 
 from radixgen import AsyncEngine, Engine, RequestOutput, SamplingParams, SharingEnd
-from radixgen.async_engine import _merge
 from radixgen.cache import ExtentPool, Ghosts, RadixTree, sharing_end
-from radixgen.core import PromptTokens
+from radixgen.core import PromptTokens, merge_outputs
 
 SYSTEM = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
@@ -270,5 +269,5 @@ def test_every_delta_tells(cumulative: bool) -> None:
 def test_merged_deltas_tell() -> None:
     end = SharingEnd("cold", 0, (1,))
     first, then = (RequestOutput("a", PromptTokens([1]), [], done, 3, 2, end) for done in (False, True))
-    merged = _merge(first, then)
+    merged = merge_outputs([first, then])
     assert (merged.num_shared_tokens, merged.sharing_ended, merged.finished) == (2, end, True)

@@ -451,7 +451,7 @@ LONG = SamplingParams(temperature=0.0, max_tokens=60_000, ignore_eos=True)
 
 async def idle(engine: AsyncEngine) -> None:
     gc.collect()
-    while (await engine.stats()).num_running or engine._streams:
+    while (await engine.stats()).num_running or engine._queues:
         await asyncio.sleep(0.001)
 
 
@@ -481,7 +481,7 @@ def test_dropping_it_needs_no_lock() -> None:
         with endless() as inner:
             async with AsyncEngine(inner) as engine:
                 outputs: Any = [await engine.open([1, 2], LONG)]
-                with engine._gate:
+                with engine._thread._gate:
                     outputs.clear()
                 await idle(engine)
                 kept = await engine.open([1, 2], LONG)

@@ -459,7 +459,7 @@ def test_a_cancelled_task_leaves_nothing(delay: int) -> None:
             stats = await engine.stats()
             await engine.check()
             assert (stats.num_running, stats.num_waiting, stats.num_pins) == (0, 0, 0)
-            assert not engine._streams
+            assert not engine._queues
 
     asyncio.run(asyncio.wait_for(whole(), 60))
 

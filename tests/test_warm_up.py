@@ -63,7 +63,7 @@ def test_no_later_step_makes_a_graph(made: list[int]) -> None:
 def test_nothing_stays() -> None:
     with engine() as cold, engine(warm_up=True) as warm:
         assert warm.stats() == cold.stats()
-        assert warm.tree.num_nodes == 0 and warm.tree.pool.free == OPTIONS["kv_tokens"]
+        assert warm._core.tree.num_nodes == 0 and warm._core.tree.pool.free == OPTIONS["kv_tokens"]
         warm.check()
         told: list[tuple[int, int]] = []
         for _ in range(2):

@@ -86,7 +86,9 @@ def test_salts_part_what_is_cached() -> None:
             cached.append(front.outputs_of[name][0][11]["num_cached_tokens"])
             assert front.tokens[name] == greedy([1, 2, 3, 4, 5])
         assert cached == [0, 5, 0, 0, 5, 5]
-        spaces = served.inside(lambda: {root.namespace for root in served.worker._stepper.service.engine.tree.roots()})
+        spaces = served.inside(
+            lambda: {root.namespace for root in served.worker._stepper.service.engine._core.tree.roots()}
+        )
         assert len(spaces) == 3 and not any("x" in space for space in spaces)
 
 
@@ -259,7 +261,7 @@ def test_an_engine_of_which_nothing_can_be_told_any_more_says_so() -> None:
         def broken() -> None:
             raise AssertionError("planted")
 
-        served.worker._stepper._looked = 0.0
+        served.worker._stepper._load_time = 0.0
         served.worker._stepper.service.load = broken  # type: ignore[method-assign]
         front.until(lambda: front.dead)
         ((finish, said),) = front.ends["open"]

@@ -32,6 +32,7 @@ from radixgen.core.outputs import (
     Stats,
     end_token,
     joined,
+    merge_outputs,
 )
 from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import Chunk, NodeSummary, Plan, Window, first_seen
@@ -80,4 +81,5 @@ __all__ = [
     "end_token",
     "first_seen",
     "joined",
+    "merge_outputs",
 ]

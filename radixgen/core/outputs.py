@@ -150,6 +150,19 @@ class RequestOutput:
         return len(self.prompt_tokens)
 
 
+def merge_outputs(deltas: Sequence[RequestOutput]) -> RequestOutput:
+    """Merge deltas of one request, in their order."""
+    if len(deltas) == 1:
+        return deltas[0]
+    sequences: dict[int, list[CompletionOutput]] = {}
+    for delta in deltas:
+        for output in delta.outputs:
+            sequences.setdefault(output.index, []).append(output)
+    outputs = [joined(own) for own in sequences.values()]
+    prompt_logprobs = next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None)
+    return replace(deltas[-1], outputs=outputs, prompt_logprobs=prompt_logprobs)
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Counters since the engine started, and gauges of the current state. In tokens unless the name says otherwise."""

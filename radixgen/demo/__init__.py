@@ -149,7 +149,7 @@ def serve(engine: Engine, jobs: Sequence[Job], watch: Watch = lambda *_: None) -
                 done[place[output.request_id]] = output
         if not busiest and engine.stats().generated_tokens >= _TOKENS_BEFORE_LOOK * len(jobs):
             looked = time.perf_counter()
-            busiest = snapshot(engine.tree, engine.decode)
+            busiest = engine.inspect(lambda core: snapshot(core.tree, engine.decode))
             looking = time.perf_counter() - looked
     seconds = time.perf_counter() - begin - looking
     return Served([done[index] for index in range(len(jobs))], seconds, engine.stats(), busiest)

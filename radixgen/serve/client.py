@@ -21,7 +21,7 @@ from radixgen.core import (
     SamplingParams,
     check_integer,
     check_texts,
-    joined,
+    merge_outputs,
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.serve import wire
@@ -413,7 +413,7 @@ class Stream(Iterator[RequestOutput]):
         """All that is left, as one output. Raises `RequestFailed` where nothing is."""
         if self.asked.finished:
             raise RequestFailed(f"request {self.request_id} was read to its end")
-        return _merged(list(self))
+        return merge_outputs(list(self))
 
     def abort(self) -> None:
         """Ask for the request's end; its last output still comes."""
@@ -562,11 +562,3 @@ def _result(item: wire.Output | wire.Reply) -> Any:
     if item.failure_message is not None:
         raise RequestFailed(item.failure_message)
     return item.result[1] if item.result is not None else None
-
-
-def _merged(deltas: Sequence[RequestOutput]) -> RequestOutput:
-    """The outputs of one request as one."""
-    last = deltas[-1]
-    whole = joined([one for delta in deltas for one in delta.outputs])
-    prompt_logprobs = next((one.prompt_logprobs for one in deltas if one.prompt_logprobs is not None), None)
-    return replace(last, outputs=[whole], prompt_logprobs=prompt_logprobs)

@@ -29,13 +29,14 @@ import msgspec
 import numpy as np
 import zmq
 
-from radixgen.cache import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, RadixTree, TokenArray
+from radixgen.cache import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, TokenArray
 from radixgen.core import InvalidRequest
 from radixgen.core.errors import check_integer
 
 if TYPE_CHECKING:
     from radixgen.async_engine import AsyncEngine
     from radixgen.engine import Engine
+    from radixgen.engine_core import EngineCore
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class KVEvents:
         self._projection: BlockProjection | None = None
         self._publisher = _Publisher(self.config, self._queue)
         try:
-            engine.with_tree(self._listen)
+            engine.inspect(self._listen)
         except BaseException:
             self._publisher.close()
             raise
@@ -170,7 +171,7 @@ class KVEvents:
 
     def close(self) -> None:
         """Publish what is on its way, and stop. May be called twice."""
-        self._engine.with_tree(self._leave)
+        self._engine.inspect(self._leave)
         self._publisher.close()
 
     def __enter__(self) -> Self:
@@ -179,15 +180,16 @@ class KVEvents:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _listen(self, tree: RadixTree) -> None:
+    def _listen(self, core: "EngineCore") -> None:
+        tree = core.tree
         if tree.listener is not None:
             logger.error("cache events are published already: this publisher has nothing to tell")
             raise InvalidRequest("engine", self._engine, "its cache events are published already")
         self._queue.limit = max(self._queue.limit, 2 * tree.pool.capacity // self.config.block_size)
         self._projection = BlockProjection(tree, self._queue.put, self.config.block_size)
 
-    def _leave(self, tree: RadixTree) -> None:
-        if self._projection is not None and tree.listener is self._projection:
+    def _leave(self, core: "EngineCore") -> None:
+        if self._projection is not None and core.tree.listener is self._projection:
             self._projection.close()
 
 

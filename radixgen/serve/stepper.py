@@ -1,8 +1,5 @@
-"""The thread that owns the engine: it takes what was posted, steps, and hands on what there is to tell."""
+"""The engine's thread of a worker: it takes what was posted, steps, and queues messages for front ends."""
 
-import gc
-import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -10,76 +7,57 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from radixgen.core import EngineClosed, Grammar, SamplingParams
+from radixgen.core import EngineClosed, EngineDead, Grammar, RequestOutput, SamplingParams
+from radixgen.engine import Engine
+from radixgen.engine_thread import EngineThread
 from radixgen.serve import wire
 from radixgen.serve.fair_pool import FairPool
 from radixgen.serve.service import Message, Peer, Service
 
-logger = logging.getLogger(__name__)
-
 Job = Callable[[], None]
-Told = list[tuple[Peer, Message]]
 
-_STALL_SECONDS = 0.01
-"""How long to wait for a job where requests are open and none can run."""
 _LOAD_SECONDS = 0.25
-"""How often the load is told at the most."""
+"""How often the load is read at the most"""
 _COMPILERS = 2
 """Threads that compile grammars"""
 
 
 class Stepper:
-    """Steps a service in a thread of its own; that thread does no I/O. All else here may be called from any thread.
+    """Runs a service in the thread of its engine, which does no I/O. All methods may be called from any thread.
 
-    `wake` is called whenever there is something to take, from the stepping thread.
+    `wake` is called from the engine's thread whenever there are messages to take.
     """
 
-    def __init__(self, make: Callable[["Stepper"], Service], wake: Callable[[], None]) -> None:
-        """make: the service; its engine is closed by the thread in the end."""
-        self.failure: BaseException | None = None
-        """What the engine failed of; the thread has ended then."""
-        self.beat = time.monotonic()
-        """When something was last done, or there was nothing to do."""
+    def __init__(self, engine: Engine, salt_key: bytes, wake: Callable[[], None]) -> None:
+        """
+        engine: closed by the thread in the end.
+        salt_key: that of `Service`.
+        """
+        self.failure: EngineDead | None = None
+        """Why the engine failed; all messages can be taken then."""
         self.load: wire.Load | None = None
-        """The engine's load, where it was looked at since this was last taken"""
+        """The engine's load, where it was read since this was last taken"""
+        self.service = Service(engine, salt_key, compile_grammar=self.compile_grammar)
         self._wake = wake
-        self._jobs: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
-        self._told: deque[Told] = deque()
-        self._looked = 0.0
+        self._messages: deque[tuple[Peer, Message]] = deque()
+        self._load_time = 0.0
+        """When the load was last read"""
         self._waiting = 0
         self._waiting_bytes = 0
         self._lock = threading.Lock()
-        self._idle = True
-        self.service = make(self)
-        most_waiting = self.service.engine.limits.max_compiling
-        self._compiler = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=most_waiting)
-        self._thread = threading.Thread(target=self._run, name="radixgen-engine", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self._compiler = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=engine.limits.max_compiling)
+        self.thread = EngineThread(engine, self._deliver, self._finish)
 
     def post(self, job: Job, size: int = 0) -> None:
         """Have `job` run between two steps. `size`: the bytes that it holds on to."""
         with self._lock:
             self._waiting += 1
             self._waiting_bytes += size
-        self._jobs.put((job, size))
+        self.thread.post(partial(self._run, job, size))
 
-    def stop(self) -> None:
-        """End the thread after the step that runs, and close the engine; `join` waits for it."""
-        self._jobs.put(None)
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Whether the thread has ended."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def take(self) -> Told:
-        """What is to be told since the last time, in order."""
-        told: Told = []
-        while self._told:
-            told += self._told.popleft()
-        return told
+    def take(self) -> list[tuple[Peer, Message]]:
+        """The messages since the last time, in order."""
+        return [self._messages.popleft() for _ in range(len(self._messages))]
 
     @property
     def backlog(self) -> tuple[int, int]:
@@ -88,13 +66,12 @@ class Stepper:
 
     @property
     def quiet(self) -> bool:
-        """Whether all that was posted was done, nothing is open, and all there is to tell can be taken."""
-        return self._waiting == 0 and self._idle and not self.service.num_live
+        """Whether all that was posted was done, nothing is open, and all messages can be taken."""
+        return self._waiting == 0 and self.thread.idle and not self.service.num_live
 
     def stalled(self, seconds: float) -> bool:
         """Whether there has been something to do, steps or grammars, and nothing was done, for so long."""
-        working = not self._idle or self._waiting > 0
-        return (working and time.monotonic() - self.beat > seconds) or self._compiler.stalled(seconds)
+        return self.thread.stalled(seconds) or self._compiler.stalled(seconds)
 
     def compile_grammar(
         self, peer: Peer, share: str, params: SamplingParams, done: Callable[[Exception | None], None]
@@ -122,63 +99,31 @@ class Stepper:
 
     # -- in the engine's thread ---------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        # A full garbage collection walks all of torch and transformers, in the middle of a step.
-        gc.collect()
-        gc.freeze()
-        failure: BaseException | None = None
+    def _run(self, job: Job, size: int) -> None:
         try:
-            self._serve()
-        except BaseException as error:
-            logger.critical("the engine failed; every open request ends", exc_info=error)
-            self.service.fail(f"the engine failed: {error!r}"[:1_000])
-            failure = error
-        self._idle = True
-        self._told.append(self.service.take())
-        self.failure = failure
-        self._compiler.close()
-        self.service.engine.close()
-        gc.unfreeze()
-        self._wake()
+            job()
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                self._waiting_bytes -= size
 
-    def _serve(self) -> None:
-        service, engine, stuck = self.service, self.service.engine, False
-        while self._run_jobs(wait=stuck or not service.busy):
-            steps = engine.num_steps
-            if service.busy:
-                service.step()
-            self._hand_on()
-            stuck = service.busy and engine.num_steps == steps
-            if not stuck:
-                self.beat = time.monotonic()
-
-    def _run_jobs(self, *, wait: bool) -> bool:
-        """Run what was posted; with `wait`, sleep until there is something. False at the end."""
-        self._idle = not self.service.busy
-        try:
-            posted = self._jobs.get(block=wait, timeout=_STALL_SECONDS if self.service.busy else None)
-            while posted is not None:
-                if self._idle:
-                    self._idle, self.beat = False, time.monotonic()
-                job, size = posted
-                try:
-                    job()
-                finally:
-                    with self._lock:
-                        self._waiting -= 1
-                        self._waiting_bytes -= size
-                posted = self._jobs.get(block=False)
-        except queue.Empty:
-            return True
-        return False
-
-    def _hand_on(self) -> None:
-        told = self.service.take()
-        if told:
-            self._told.append(told)
-            if (now := time.monotonic()) - self._looked >= _LOAD_SECONDS:
-                self._looked, self.load = now, self.service.load()
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Queue what front ends get of a step and of the jobs before it."""
+        self.service.report(outputs)
+        messages = self.service.take()
+        if messages:
+            self._messages.extend(messages)
+            if (now := time.monotonic()) - self._load_time >= _LOAD_SECONDS:
+                self._load_time, self.load = now, self.service.load()
             self._wake()
+
+    def _finish(self, end: EngineClosed) -> None:
+        if isinstance(end, EngineDead):
+            self.service.fail(str(end)[:1_000])
+        self._messages.extend(self.service.take())
+        self._compiler.close()
+        self.failure = end if isinstance(end, EngineDead) else None
+        self._wake()
 
 
 def _finish(done: Callable[[Exception | None], None], fault: Exception | None, _: "Future[Grammar | None]") -> None:

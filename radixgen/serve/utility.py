@@ -122,7 +122,7 @@ def _tree(service: "Service", peer: "Peer", call: wire.Call, asked: Tree) -> lis
     place in the list, or -1.
     """
     check_integer("nodes", asked.nodes, 1, MAX_NODES)
-    todo: deque[tuple[Node, int]] = deque((root, -1) for root in service.engine.tree.roots())
+    todo: deque[tuple[Node, int]] = deque((root, -1) for root in service.engine.inspect(lambda core: core.tree).roots())
     found: list[list[Any]] = []
     while todo and len(found) < asked.nodes:
         node, parent = todo.popleft()

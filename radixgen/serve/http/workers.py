@@ -5,26 +5,28 @@ Tokens cross the wire; text is made here.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from radixgen.cache import TokenArray
 from radixgen.core import (
-    CompletionOutput,
     EngineDead,
+    FinishReason,
     InvalidRequest,
     Limits,
-    PromptTokens,
     RadixgenError,
     RequestOutput,
     SamplingParams,
+    SamplingState,
     Stats,
     end_token,
 )
-from radixgen.detokenize import Detokenizer
-from radixgen.engine import Progress
 from radixgen.input_processor import InputProcessor
+from radixgen.output_processor import OutputProcessor
+from radixgen.request_loop import Progress
+from radixgen.scheduler.sequence import Request, Sequence
 from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge
 from radixgen.serve.http.totals import Totals
@@ -37,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 _START_SECONDS = 1_800.0
 """For replicas to load and warm up; one that ends meanwhile is not waited for"""
-_PROMPT_TAIL = 16
-"""Prompt tokens that the text of an answer is decoded after"""
 
 
 class Workers:
@@ -64,10 +64,10 @@ class Workers:
         self.inputs = InputProcessor(
             tokenizer,
             vocab_size=len(tokenizer),
-            max_model_len=min(one.max_model_len for one in ready),
-            kv_tokens=min(one.kv_cache_size_tokens or one.max_model_len for one in ready),
+            max_model_len=min(worker.max_model_len for worker in ready),
+            kv_tokens=min(worker.kv_cache_size_tokens or worker.max_model_len for worker in ready),
             limits=limits or Limits(),
-            eos_token_ids=frozenset(token for one in ready for token in one.eos_token_ids),
+            eos_token_ids=frozenset(token for worker in ready for token in worker.eos_token_ids),
         )
         self._client = client
         self._replicas = replicas
@@ -105,15 +105,15 @@ class Workers:
                 await stream.aclose()
             raise
         self._open += 1
-        return _Answer(self, streams, params, tokens, timeout)
+        return _Answer(self, streams, params, prompt, timeout)
 
     async def warm_up(self, progress: Progress | None = None) -> None:
         """Workers are warm before they come."""
 
     async def stats(self) -> Stats:
         """Of all workers together."""
-        told = {worker: await self._client.call("stats", worker=worker) for worker in self._client.workers}
-        return self._totals.add({worker: one["engine"] for worker, one in told.items()})
+        stats = {worker: await self._client.call("stats", worker=worker) for worker in self._client.workers}
+        return self._totals.add({worker: own["engine"] for worker, own in stats.items()})
 
     async def reset_prefix_cache(self) -> int:
         """Tokens dropped, where nothing else went on."""
@@ -142,34 +142,37 @@ class _Answer(AsyncIterator[RequestOutput]):
     def __init__(
         self,
         workers: Workers,
-        streams: Sequence[AsyncStream],
+        streams: Seq[AsyncStream],
         params: SamplingParams,
-        prompt: list[int],
+        prompt: TokenArray,
         timeout: float | None,
     ) -> None:
         self._workers = workers
         self._streams = streams
         self._merged = merge(streams)
-        self._params = params
-        self._texts = {index: _Text(workers.inputs, prompt[-_PROMPT_TAIL:], params) for index in range(params.n)}
         self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        self._prompt = prompt
-        self._cached = len(prompt)
+        self._request = _mirror(params, prompt, workers.inputs.eos_token_ids)
+        self._processor = OutputProcessor(workers.inputs.vocabulary)
+        self._fault = self._processor.follow(self._request, "delta")
         self._left = False
 
     async def __anext__(self) -> RequestOutput:
-        while self._texts and not self._left:
+        if self._fault is not None:
+            return await self._finish("error", self._fault)
+        while not self._request.finished and not self._left:
             try:
                 async with asyncio.timeout_at(self._deadline):
                     index, output = await anext(self._merged)
             except TimeoutError:
-                return await self._expire()
+                return await self._finish("abort", "deadline")
             except RadixgenError:
                 await self.aclose()
                 raise
             self._workers.received()
-            if index in self._texts:
-                return await self._told(index, output)
+            sequence = self._request.sequences[index]
+            if sequence.finish_reason is None:
+                _take(sequence, output)
+                return await self._process([sequence])
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -190,70 +193,46 @@ class _Answer(AsyncIterator[RequestOutput]):
         self._left = True
         self._workers.ended()
 
-    async def _told(self, index: int, output: RequestOutput) -> RequestOutput:
-        """A sequence's output with its text."""
-        one = replace(self._texts[index].read(output.outputs[0]), index=index)
-        self._cached = min(self._cached, output.num_cached_tokens)
-        if one.finish_reason is not None:
-            del self._texts[index]
-            await self._streams[index].aclose()  # a stop string ends it here, and not yet there
-        if not self._texts:
+    async def _process(self, touched: list[Sequence]) -> RequestOutput:
+        """The output of what is new. A sequence that met a stop string has not ended yet at its worker."""
+        (output,), to_abort = self._processor.process(touched)
+        for sequence in to_abort:
+            await self._streams[sequence.index].aclose()
+        if output.finished:
             await self.aclose()
-        return replace(output, outputs=[one], finished=not self._texts, num_cached_tokens=self._cached)
+        return output
 
-    async def _expire(self) -> RequestOutput:
-        """The last output of a request whose time is over."""
-        ones = [CompletionOutput(index, text.rest(), [], "abort", "deadline") for index, text in self._texts.items()]
-        await self.aclose()
-        return RequestOutput("", PromptTokens(self._prompt), ones, finished=True, num_cached_tokens=self._cached)
+    async def _finish(self, reason: FinishReason, stop_reason: str) -> RequestOutput:
+        """The last output of a request that ends here, and not at its worker."""
+        self._fault = None
+        live = [sequence for sequence in self._request.sequences if sequence.finish_reason is None]
+        for sequence in live:
+            sequence.finish(reason, stop_reason)
+        return await self._process(live)
 
 
-class _Text:
-    """One sequence's tokens as text, up to its stop string."""
+def _mirror(params: SamplingParams, prompt: TokenArray, eos_token_ids: frozenset[int]) -> Request:
+    """A request as the worker has it, of which nothing has come yet."""
+    request = Request("", 0, prompt, params, params.max_tokens, num_cached_tokens=prompt.size)
+    ends = frozenset(params.stop_token_ids)
+    if not params.ignore_eos:
+        ends |= eos_token_ids.union(params.end_token_ids)
+    for index in range(params.n):
+        request.add_sequence(Sequence(request, index, "", SamplingState(params, 0, index, prompt, [], ends)))
+    return request
 
-    def __init__(self, inputs: InputProcessor, tail: list[int], params: SamplingParams) -> None:
-        own = inputs.eos_token_ids.union(params.end_token_ids)
-        self._eos_token_ids = frozenset[int]() if params.ignore_eos else own
-        self._include_stop = params.include_stop_str_in_output
-        self._detokenizer = Detokenizer(
-            inputs.tokenizer,
-            tail,
-            params.stop_strings,
-            self._include_stop,
-            params.skip_special_tokens,
-            inputs.vocabulary,
-        )
-        self._min_tokens = params.min_tokens
-        self._seen = 0
-        self._told = 0
 
-    def read(self, output: CompletionOutput) -> CompletionOutput:
-        """`output` with its text. The text of a token that ended the sequence is left out, as that of a stop string."""
-        tokens = output.token_ids
-        silent = not self._include_stop and end_token(output, self._eos_token_ids) is not None
-        for place, token in enumerate(tokens[:-1] if silent else tokens):
-            self._seen += 1
-            stop = self._detokenizer.push(token, self._seen > self._min_tokens)
-            if stop is not None:
-                logprobs = output.logprobs and output.logprobs[: place + 1]
-                return replace(
-                    output,
-                    text=self._new(),
-                    token_ids=tokens[: place + 1],
-                    finish_reason="stop",
-                    stop_reason=stop,
-                    logprobs=logprobs,
-                )
-        return replace(output, text=self.rest() if output.finish_reason else self._new())
-
-    def rest(self) -> str:
-        """What was held back, where the sequence has ended."""
-        self._detokenizer.finish()
-        return self._new()
-
-    def _new(self) -> str:
-        told, self._told = self._told, self._detokenizer.safe_length
-        return self._detokenizer.text[told : self._told]
+def _take(sequence: Sequence, output: RequestOutput) -> None:
+    """Add what came of a sequence."""
+    request, (new,) = sequence.request, output.outputs
+    request.num_cached_tokens = min(request.num_cached_tokens or 0, output.num_cached_tokens)
+    if output.prompt_logprobs is not None:
+        request.prompt_logprobs = [logprobs for logprobs in output.prompt_logprobs if logprobs is not None]
+    sequence.output += new.token_ids
+    sequence.logprobs += new.logprobs or []
+    if new.finish_reason is not None:
+        sequence.ended_by_token = end_token(new, sequence.sampling.stop_ids) is not None
+        sequence.finish(new.finish_reason, new.stop_reason)
 
 
 def connect(

@@ -127,10 +127,9 @@ class Feed:
 
     async def _run(self) -> None:
         try:
-            decode: Decode = await self._engine.inspect(lambda engine: engine.decode)
             while True:
                 begin = self._clock()
-                await self._tick(decode)
+                await self._tick(self._engine.inputs.decode)
                 due = begin + max(self._interval, self._reader.seconds / _SHARE)
                 await asyncio.sleep(max(due - self._clock(), self._interval / 4))
         except EngineClosed:
@@ -143,7 +142,8 @@ class Feed:
     async def _tick(self, decode: Decode) -> None:
         """Read once, and make a frame of what is new."""
         wanted = self._texts.wanted()
-        reading = await self._engine.inspect(partial(self._reader.read, wanted=wanted, max_tokens=MAX_TOKENS))
+        read_tree = partial(self._reader.read, wanted=wanted, max_tokens=MAX_TOKENS)
+        reading = await asyncio.wrap_future(self._engine.inspect(read_tree))
         self.num_readings += 1
         captured = reading.captured
         read = await asyncio.to_thread(lambda: [(c, text_of(c, decode)) for c in captured]) if captured else []

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from radixgen.cache import Node, RadixTree, TokenArray
 from radixgen.core import Limits, Stats
-from radixgen.engine import Engine
+from radixgen.engine_core import EngineCore
 
 _LARGEST_ARRAYS = 8
 """A tree that had room for so many times the nodes that are drawn is walked, not read as arrays."""
@@ -164,11 +164,11 @@ class Reader:
         self._drawn = np.zeros(0, np.bool_)
         self._serials = np.zeros(0, np.int64)
 
-    def read(self, engine: Engine, wanted: Sequence[int] = (), max_tokens: int = 0) -> Reading:
+    def read(self, core: EngineCore, wanted: Sequence[int] = (), max_tokens: int = 0) -> Reading:
         """In the engine's thread. Of the nodes `wanted` the first `max_tokens` tokens are captured."""
         begin = time.thread_time()
-        tree, columns = engine.tree, engine.tree.columns
-        cursors, pins = engine.held_nodes()
+        tree, columns = core.tree, core.tree.columns
+        cursors, pins = held_nodes(core)
         hidden = None
         most = self._limits.max_shown_nodes
         if tree.num_nodes <= most and columns.parent.size <= _LARGEST_ARRAYS * most:
@@ -200,7 +200,7 @@ class Reader:
             cursors=on,
             pins=pinned,
             captured=[_capture(tree.node(one), max_tokens) for one in wanted if self._drawn[one]],
-            stats=engine.stats(),
+            stats=core.stats(),
             num_nodes=tree.num_nodes,
             fresh=fresh,
             namespaces={node.id: node.namespace for node in nodes if node.parent is None},
@@ -213,6 +213,12 @@ class Reader:
         if more > 0:
             self._drawn = np.concatenate([self._drawn, np.zeros(more, np.bool_)])
             self._serials = np.concatenate([self._serials, np.zeros(more, np.int64)])
+
+
+def held_nodes(core: EngineCore) -> tuple[list[Node], list[Node]]:
+    """The node on which each running sequence stands, and that on which each pin does."""
+    cursors = [s.cursor.node for s in core.scheduler.running if s.cursor and s.cursor.node]
+    return cursors, [pin.lock.held for pin in core.scheduler.pins]
 
 
 def figures(stats: Stats, num_nodes: int) -> dict[str, Any]:

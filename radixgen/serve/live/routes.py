@@ -8,6 +8,7 @@ refused it asks for an API key, and sends it as a bearer token.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from radixgen.async_engine import AsyncEngine
 from radixgen.core import LimitReached, Limits, RadixgenError
-from radixgen.engine import Engine
+from radixgen.engine_core import EngineCore
 from radixgen.serve.http.errors import ClientGone, Refused, encode, status_of
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.live.feed import Feed
@@ -74,7 +75,7 @@ def tree_routes(
 
     @router.get("/tree/node/{node_id}", dependencies=list(guard))
     async def node(node_id: Annotated[int, Path(ge=0, lt=1 << 53)]) -> Response:
-        found = await engine.inspect(lambda inner: _node(inner, node_id))
+        found = await asyncio.wrap_future(engine.inspect(partial(_node, node_id=node_id)))
         if found is None:
             return _missing("node_id", node_id, "names no node of the tree")
         head, tail = found.pop("head"), found.pop("tail")
@@ -117,9 +118,9 @@ async def _send_some(send: Send, body: bytes, *, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _node(engine: Engine, node_id: int) -> dict[str, Any] | None:
+def _node(core: EngineCore, node_id: int) -> dict[str, Any] | None:
     """What is told of a node on request; its tokens still to be decoded. In the engine's thread."""
-    node = engine.tree.find(node_id)
+    node = core.tree.find(node_id)
     if node is None:
         return None
     tokens, most = node.tokens, _HEAD_TOKENS + _TAIL_TOKENS

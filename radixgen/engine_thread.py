@@ -1,0 +1,159 @@
+"""`EngineThread`: the thread that steps an engine, and runs what others want of it between two steps."""
+
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from radixgen.core import EngineClosed, EngineDead, RequestOutput
+from radixgen.engine import Engine
+
+T = TypeVar("T")
+Command = Callable[[], Any]
+logger = logging.getLogger(__name__)
+
+_STUCK_SECONDS = 0.01
+"""How long to wait for a command where requests are open and none can run"""
+
+
+class EngineThread:
+    """Owns an engine: nothing else may call it once the thread has started. Closes it in the end.
+
+    All methods may be called from any thread. What the process holds when the thread begins is left out of garbage
+    collections until it ends (`gc.freeze`).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[list[RequestOutput]], object],
+        finish: Callable[[EngineClosed], object],
+    ) -> None:
+        """
+        deliver: called after each step with its outputs, in the engine's thread. What it raises ends the engine.
+        finish: called there after the last step with `end`.
+        """
+        self.engine = engine
+        self.end: EngineClosed | None = None
+        """Why no more commands are taken; an `EngineDead` where the engine failed"""
+        self.idle = True
+        """Whether nothing is left to do of which the thread knows"""
+        self._progress_time = time.monotonic()
+        """When something was last done, or there was nothing to do"""
+        self._deliver = deliver
+        self._finish = finish
+        self._commands: queue.SimpleQueue[tuple[Command, Future[Any] | None] | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        """Held to write `end`, and where a command must not miss it"""
+        self._thread = threading.Thread(target=self._run, name="radixgen-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Have `command` run between two steps. What it raises ends the engine; after the end it is dropped.
+
+        Takes no lock, so that a finalizer may call it in whatever thread and holding whatever lock.
+        """
+        self._commands.put((command, None))
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """The result of `function`, run between two steps unless the future is cancelled before.
+
+        An exception is the caller's; a failed assertion ends the engine too. After the end the future raises `end`.
+        """
+        future: Future[T] = Future()
+        with self._gate:
+            if self.end is None:
+                self._commands.put((function, future))
+                return future
+        future.set_exception(self.end)
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the step that runs and the commands that wait; `join` waits for it."""
+        self._commands.put(None)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Whether the thread has ended, within `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether there has been something to do, and nothing was done, for so long."""
+        return not self.idle and time.monotonic() - self._progress_time > seconds
+
+    # -- in the thread ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        # A full garbage collection walks all of torch and transformers, in the middle of a step.
+        gc.collect()
+        gc.freeze()
+        end = EngineClosed("the engine is closed")
+        try:
+            self._serve()
+        except BaseException as error:
+            logger.critical("the engine failed; every open request ends", exc_info=error)
+            end = EngineDead(f"the engine failed: {error!r}")
+            end.__cause__ = error
+        with self._gate:
+            self.end = end
+        self._finish(end)
+        self.idle = True
+        while not self._commands.empty():
+            _, future = self._commands.get() or (None, None)
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_exception(end)
+        try:
+            self.engine.close()
+        except Exception:
+            logger.exception("the engine could not be closed in order")
+        gc.unfreeze()
+
+    def _serve(self) -> None:
+        stuck = False
+        while self.run_commands(wait=stuck or not self.engine.has_unfinished):
+            stuck = not self.step()
+
+    def run_commands(self, *, wait: bool) -> bool:
+        """Run what was posted; with `wait`, sleep until there is something. False where the thread was stopped."""
+        busy = self.engine.has_unfinished
+        self.idle = not busy
+        try:
+            command = self._commands.get(block=wait, timeout=_STUCK_SECONDS if busy else None)
+            while command is not None:
+                if self.idle:
+                    self._progress_time, self.idle = time.monotonic(), False
+                _run_command(*command)
+                command = self._commands.get(block=False)
+        except queue.Empty:
+            return True
+        return False
+
+    def step(self) -> bool:
+        """Run one step. False where requests are open and none could run."""
+        steps = self.engine.num_steps
+        outputs = self.engine.step()
+        self._deliver(outputs)
+        moved = bool(outputs) or self.engine.num_steps > steps or not self.engine.has_unfinished
+        if moved:
+            self._progress_time = time.monotonic()
+        return moved
+
+
+def _run_command(command: Command, future: "Future[Any] | None") -> None:
+    if future is None:
+        command()
+    elif future.set_running_or_notify_cancel():
+        try:
+            result = command()
+        except BaseException as error:
+            future.set_exception(error)
+            if isinstance(error, AssertionError) or not isinstance(error, Exception):
+                raise
+        else:
+            future.set_result(result)
