@@ -171,7 +171,7 @@ class AsyncEngine:
         namespace, priority = options.get("namespace", ""), options.get("priority", 0)
         pins: list[int | None] = [None] * len(each)
 
-        async def preload_one(index: int, prompt: Prompt) -> None:
+        async def preload_prompt(index: int, prompt: Prompt) -> None:
             tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
             await _last(await self.open(tokens, PRELOADING, namespace=namespace, priority=priority))
 
@@ -180,12 +180,9 @@ class AsyncEngine:
 
             await self._call(pin)
 
-        tasks = [asyncio.create_task(preload_one(index, prompt)) for index, prompt in enumerate(each)]
         try:
-            await asyncio.gather(*tasks)
+            await _gather(preload_prompt(index, prompt) for index, prompt in enumerate(each))
         except BaseException:
-            for task in tasks:
-                task.cancel()
             self._thread.post(partial(self._unpin, pins))
             raise
         return pins
