@@ -39,9 +39,9 @@ PIECES = (
     ("_core.scheduler", "schedule"),
     ("_core.scheduler", "freeze"),
     ("_core.scheduler", "commit"),
-    ("_core", "_sample"),
+    ("_core", "_draw"),
     ("_core.scheduler", "advance"),
-    ("_outputs", "process"),
+    ("_loop.outputs", "process"),
 )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
-from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 from uuid import uuid4
 
@@ -27,10 +26,12 @@ from radixgen.core import (
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.dialogue import Options
-from radixgen.engine import PRELOADING, Engine, Progress, scores_of
+from radixgen.engine import PRELOADING, Engine
 from radixgen.engine_core import EngineCore
 from radixgen.engine_thread import EngineThread
 from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
+from radixgen.output_processor import scores_of
+from radixgen.request_loop import Progress
 from radixgen.request_options import PinOptions, RequestOptions
 
 T = TypeVar("T")
@@ -102,8 +103,8 @@ class AsyncEngine:
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """As `Engine.score`; other requests go on meanwhile."""
         tokens = await self.tokenize(prompt)
-        each = as_prompts(continuations)
-        return [scores_of(one) for one in await _gather(self.score_one(tokens, c, namespace=namespace) for c in each)]
+        scoring = [self.score_one(tokens, rest, namespace=namespace) for rest in as_prompts(continuations)]
+        return [scores_of(output) for output in await _gather(scoring)]
 
     @refuses_adapters
     async def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
@@ -116,7 +117,7 @@ class AsyncEngine:
         async def search(prompt: Prompt) -> RequestOutput:
             return await _last(await self.open(prompt, params))
 
-        return await _gather(search(one) for one in as_prompts(prompts))
+        return await _gather(search(prompt) for prompt in as_prompts(prompts))
 
     async def score_one(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
         """The whole output of scoring one continuation, of which `scores_of` reads the log-probabilities."""
@@ -134,22 +135,22 @@ class AsyncEngine:
         return await asyncio.to_thread(self._engine.decode, token_ids)
 
     async def fork(self, request_id: str, n: int = 1) -> list[AsyncOutputs]:
-        """As `Engine.fork`: for each fork its outputs, the first of which tells what was generated before. They
+        """As `Engine.fork`: the outputs of each fork, of which the first has all that was generated before. Forks
         run whether or not they are read, until they are dropped.
         """
         loop = asyncio.get_running_loop()
-        queues: dict[str, OutputQueue] = {}
 
-        def fork() -> None:
-            names = self._engine.fork(request_id, n)
-            queues.update((name, OutputQueue(loop, self._queues[request_id].cumulative)) for name in names)
+        def fork() -> dict[str, OutputQueue]:
+            names, cumulative = self._engine.fork(request_id, n), self._queues[request_id].cumulative
+            queues = {name: OutputQueue(loop, cumulative) for name in names}
             self._queues.update(queues)
+            return queues
 
-        def leave() -> None:
+        def leave(queues: dict[str, OutputQueue]) -> None:
             for name, queue in queues.items():
                 self._leave(name, queue)
 
-        await self._call(fork, leave)
+        queues = await self._call(fork, leave)
         return [self._outputs(name, queue) for name, queue in queues.items()]
 
     async def abort(self, request_id: str) -> bool:
@@ -159,13 +160,8 @@ class AsyncEngine:
     async def pin(self, prompt: Prompt, *, replaces: int | None = None, **options: Unpack[PinOptions]) -> int | None:
         """As `Engine.pin`."""
         tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-        made: list[int | None] = []
-
-        def pin() -> int | None:
-            made.append(self._engine.pin(tokens, replaces=replaces, **options))
-            return made[0]
-
-        return await self._call(pin, partial(self._unpin, made))
+        pin = partial(self._engine.pin, tokens, replaces=replaces, **options)
+        return await self._call(pin, lambda pin: self._unpin([pin]))
 
     @refuses_adapters
     async def preload(self, prompts: Prompt | Seq[Prompt], **options: Unpack[PinOptions]) -> list[int | None]:
@@ -175,7 +171,7 @@ class AsyncEngine:
         namespace, priority = options.get("namespace", ""), options.get("priority", 0)
         pins: list[int | None] = [None] * len(each)
 
-        async def preload_one(index: int, prompt: Prompt) -> None:
+        async def preload_prompt(index: int, prompt: Prompt) -> None:
             tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
             await _last(await self.open(tokens, PRELOADING, namespace=namespace, priority=priority))
 
@@ -184,12 +180,9 @@ class AsyncEngine:
 
             await self._call(pin)
 
-        tasks = [asyncio.create_task(preload_one(index, prompt)) for index, prompt in enumerate(each)]
         try:
-            await asyncio.gather(*tasks)
+            await _gather(preload_prompt(index, prompt) for index, prompt in enumerate(each))
         except BaseException:
-            for task in tasks:
-                task.cancel()
             self._thread.post(partial(self._unpin, pins))
             raise
         return pins
@@ -258,9 +251,7 @@ class AsyncEngine:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     # -- in the callers' threads --------------------------------------------------------------------------
@@ -280,21 +271,22 @@ class AsyncEngine:
             submit()
             self._queues[request_id] = queue
 
-        await self._call(begin, partial(self._leave, request_id, queue))
+        await self._call(begin, lambda _: self._leave(request_id, queue))
         return self._outputs(request_id, queue)
 
     def _outputs(self, request_id: str, queue: OutputQueue) -> AsyncOutputs:
         return AsyncOutputs(queue, partial(self._thread.post, partial(self._leave, request_id, queue)))
 
-    async def _call(self, function: Callable[[], T], undo: Callable[[], object] | None = None) -> T:
+    async def _call(self, function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
         """The result of `function`, run in the engine's thread between two steps. Where the caller is cancelled
-        meanwhile it runs all the same, and `undo` after it.
+        meanwhile it runs all the same, and `undo` after it, with its result.
         """
+        future = self._thread.call(function)
         try:
-            return await asyncio.wrap_future(self._thread.call(function))
+            return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             if undo is not None:
-                self._thread.post(undo)
+                self._thread.post(lambda: None if future.exception() else undo(future.result()))
             raise
 
     def _new_id(self) -> str:
@@ -336,7 +328,7 @@ class AsyncEngine:
 
 async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all; where one raises or the caller is cancelled, the others are too."""
-    tasks = [asyncio.create_task(one) for one in coroutines]
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
     finally:

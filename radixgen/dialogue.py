@@ -22,6 +22,7 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.input_processor import InputProcessor
+from radixgen.request_options import PinOptions, RequestOptions
 
 Said = str | Message | Seq[Message] | None
 """What a turn adds: a user's text, a message, several, or nothing."""
@@ -53,43 +54,21 @@ class Checks(Protocol):
 class Serves(Checks, Protocol):
     """What a `Conversation` needs of an engine."""
 
-    def stream(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        priority: int,
-        namespace: str,
-        timeout: float | None,
-    ) -> Outputs: ...
-    def pin(
-        self, prompt: list[int], *, namespace: str, priority: int, ttl: float | None, replaces: int | None
-    ) -> int | None: ...
+    def stream(self, prompt: list[int], params: SamplingParams, **options: Unpack[RequestOptions]) -> Outputs: ...
+    def pin(self, prompt: list[int], *, replaces: int | None, **options: Unpack[PinOptions]) -> int | None: ...
     def unpin(self, pin: int) -> bool: ...
-    def preload(
-        self, prompts: list[list[int]], *, namespace: str, priority: int, ttl: float | None
-    ) -> list[int | None]: ...
+    def preload(self, prompts: list[list[int]], **options: Unpack[PinOptions]) -> list[int | None]: ...
 
 
 class AsyncServes(Checks, Protocol):
     """What an `AsyncConversation` needs of an engine."""
 
     def generate(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        priority: int,
-        namespace: str,
-        timeout: float | None,
+        self, prompt: list[int], params: SamplingParams, **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[RequestOutput, None]: ...
-    async def pin(
-        self, prompt: list[int], *, namespace: str, priority: int, ttl: float | None, replaces: int | None
-    ) -> int | None: ...
+    async def pin(self, prompt: list[int], *, replaces: int | None, **options: Unpack[PinOptions]) -> int | None: ...
     async def unpin(self, pin: int) -> bool: ...
-    async def preload(
-        self, prompts: list[list[int]], *, namespace: str, priority: int, ttl: float | None
-    ) -> list[int | None]: ...
+    async def preload(self, prompts: list[list[int]], **options: Unpack[PinOptions]) -> list[int | None]: ...
 
 
 E = TypeVar("E", bound=Checks)

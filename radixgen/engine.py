@@ -1,69 +1,57 @@
 """`Engine`: requests in, text and tokens out, one radix tree in between."""
 
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import numpy as np
 import torch
 
 from radixgen.cache import TokenArray
-from radixgen.cache.storage import kv_room
 from radixgen.conversation import Conversation
 from radixgen.core import (
     BeamSearchParams,
     DuplicateRequest,
-    EngineClosed,
     InvalidRequest,
     Limits,
     OutputKind,
-    QueueFull,
-    RadixgenError,
-    RequestFailed,
     RequestOutput,
     SamplingParams,
     Stats,
-    UnknownRequest,
-    UnsupportedModel,
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.dialogue import Options
 from radixgen.engine_core import EngineCore
 from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, as_prompts, chat_tokens
-from radixgen.kernels.backend import backend
 from radixgen.model.base import Model
-from radixgen.model.checkpoint import check_layers
-from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
-from radixgen.model.packed import TreeModel
-from radixgen.model.parallel import ParallelModel, shard
-from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
-from radixgen.output_processor import OutputProcessor
-from radixgen.request_options import PinOptions, RequestOptions
-from radixgen.sampling import Drawable
-from radixgen.scheduler.planner import PLAN_MODES, PlanMode
-from radixgen.scheduler.sequence import Request, Sequence
-from radixgen.warm_up import warm_up_steps
+from radixgen.model.prepare import (
+    allocate_kv,
+    check_options,
+    costs_of,
+    default_step_tokens,
+    dtype_of,
+    prepare_model,
+    runs_on_gpu,
+)
+from radixgen.output_processor import OutputProcessor, scores_of
+from radixgen.request_loop import OutputStream, Progress, RequestLoop
+from radixgen.request_options import CoreOptions, PinOptions, RequestOptions
+from radixgen.scheduler.planner import PlanMode
+from radixgen.warm_up import run_warm_up, warm_up_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-
-logger = logging.getLogger(__name__)
 
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
 _SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
-"""The one token is drawn and forgotten: it never enters the tree."""
+"""The token is drawn and forgotten: it never enters the tree."""
 
 
 class Engine:
@@ -133,30 +121,25 @@ class Engine:
 
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`; `EngineDead` where a process can't be started.
         """
-        _check_options(plan, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens, max_model_len=max_model_len)
-        check_integer("seed", seed, 0, 2**64 - 1)
-        resolve_dtype(dtype)
-        if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
-            raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
-        backend(attention, resolve_device(device))
-        max_step_tokens = max_step_tokens or _default_step_tokens(_device_of(model, device))
         self.limits = limits or Limits()
-        check_integer("tensor_parallel_size", tensor_parallel_size, 1, self.limits.max_ranks)
-        served, self.tokenizer = _served(
+        sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
+        check_options(model, plan, seed, load_format, dtype, device, attention, sizes)
+        max_step_tokens = max_step_tokens or default_step_tokens(model, device)
+        served, self.tokenizer = prepare_model(
             model,
             tokenizer,
-            load_format,
-            dtype,
-            device,
-            attention,
-            max_model_len,
-            max_step_tokens,
+            self.limits,
+            load_format=load_format,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            max_model_len=max_model_len,
+            max_step_tokens=max_step_tokens,
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
-            max_graph_rows=min(max_step_tokens, MAX_GRAPH_ROWS),
             torch_compile=torch_compile,
         )
-        slots = _allocate(served, kv_tokens, self.limits, max_step_tokens)
+        slots = allocate_kv(served, kv_tokens, self.limits, max_step_tokens)
         self.share = share
         self.max_model_len = served.max_model_len
         self._model = served
@@ -169,26 +152,20 @@ class Engine:
             limits=self.limits,
             eos_token_ids=served.eos_token_ids,
         )
-        self._drawable = _drawable(self._inputs)
         self._core = EngineCore(
             served,
             kv_tokens=slots,
             max_step_tokens=max_step_tokens,
             limits=self.limits,
             plan=plan,
-            costs=served.costs if isinstance(served, ModelRunner | ParallelModel) else (),
+            costs=costs_of(served),
             async_scheduling=async_scheduling,
             seed=seed,
             debug=debug,
-            drawable=self._drawable,
+            drawable=self._inputs.drawable,
         )
         self._guard = self._core.guard
-        self._outputs = OutputProcessor(self._inputs.vocabulary)
-        self._undelivered: dict[str, list[RequestOutput]] = {}
-        """Of each request what one caller's step brought to another"""
-        self._left: deque[str] = deque()
-        """Requests whose streams were dropped. The garbage collector drops some in the middle of a step."""
-        self._closed = False
+        self._loop = RequestLoop(self._core, OutputProcessor(self._inputs.vocabulary), clock)
         if self.runs_on_gpu if warm_up is None else warm_up:
             self.warm_up()
 
@@ -208,14 +185,14 @@ class Engine:
         are checked before any is admitted; what the waiting queue cannot take at once follows as it empties.
         Raises `InvalidRequest`.
         """
-        self._begin_call()
+        self._loop.begin_call()
         batch = as_prompts(prompts)
         each = as_params(params, len(batch))
         tokens = [self._inputs.tokenize(prompt) for prompt in batch]
-        for ids, one in zip(tokens, each, strict=True):
-            self._inputs.check(ids, one)
-        submits = [partial(self._core_submit, ids, one) for ids, one in zip(tokens, each, strict=True)]
-        return self._serve(submits, progress)
+        for ids, own in zip(tokens, each, strict=True):
+            self._inputs.check(ids, own)
+        submits = [partial(self._submit, ids, own) for ids, own in zip(tokens, each, strict=True)]
+        return self._loop.serve(submits, progress)
 
     @refuses_adapters
     def beam_search(
@@ -225,10 +202,10 @@ class Engine:
         prompts, each with its hypotheses, best first, as `outputs`.
 
         Beams are cursors: one that goes on moves nothing, one that goes on in several ways copies no KV, and a step
-        computes one row a beam. `submit`, `stream` and `generate` take `BeamSearchParams` too; of a search they tell
-        only its end. Raises `InvalidRequest`.
+        computes one row a beam. `submit`, `stream` and `generate` take `BeamSearchParams` too; of a search there
+        is only the last output. Raises `InvalidRequest`.
         """
-        self._begin_call()
+        self._loop.begin_call()
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequest("params", params, "must be BeamSearchParams")
         return self.generate(prompts, params, progress=progress)
@@ -241,17 +218,17 @@ class Engine:
         `{"type": "text", "text": …}`. An answer also ends at the tokenizer's end token and at the one by which the
         template ends a turn. Raises `InvalidRequest`.
         """
-        self._begin_call()
+        self._loop.begin_call()
         many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if many else [messages]
-        each = [self._inputs.for_chat(one) for one in as_params(params, len(conversations))]
-        return self.generate([self.chat_tokens(one) for one in conversations], each)
+        each = [self._inputs.for_chat(own) for own in as_params(params, len(conversations))]
+        return self.generate([self.chat_tokens(conversation) for conversation in conversations], each)
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
         `radixgen.dialogue.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
         """
-        self._begin_call()
+        self._loop.begin_call()
         return Conversation(self, system, **options)
 
     def chat_tokens(self, messages: Messages, tools: Tools = None) -> list[int]:
@@ -267,7 +244,7 @@ class Engine:
         return self._inputs.tokenize(prompt, special=special)
 
     def compile_grammar(self, params: Params) -> None:
-        """Check `params` and compile the grammar that they ask for, so that no step waits for it. May be called from
+        """Check `params` and compile their grammar, if they have one, so that no step waits for it. May be called from
         another thread. Raises `InvalidRequest`.
         """
         self._inputs.check_params(params)
@@ -281,13 +258,13 @@ class Engine:
         continuation is tokenized by itself, without special tokens; give token ids where that matters. Raises
         `InvalidRequest`, and `RequestFailed` where a continuation could not be scored.
         """
-        self._begin_call()
+        self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
-        each = [self._inputs.tokenize_continuation(one) for one in as_prompts(continuations, "continuations")]
-        for one in each:
-            self._inputs.check_score(tokens, one)
-        submits = [partial(self.submit_score, tokens, one, namespace=namespace) for one in each]
-        return [scores_of(output) for output in self._serve(submits, None)]
+        each = [self._inputs.tokenize_continuation(text) for text in as_prompts(continuations, "continuations")]
+        for rest in each:
+            self._inputs.check_score(tokens, rest)
+        submits = [partial(self.submit_score, tokens, rest, namespace=namespace) for rest in each]
+        return [scores_of(output) for output in self._loop.serve(submits)]
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
@@ -301,7 +278,7 @@ class Engine:
         *,
         cumulative: bool = False,
         **options: Unpack[RequestOptions],
-    ) -> "OutputStream":
+    ) -> OutputStream:
         """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
 
         Other requests go on meanwhile. `close` cancels the request at once; one whose iterator is dropped is cancelled
@@ -309,7 +286,7 @@ class Engine:
         """
         kind: OutputKind = "cumulative" if cumulative else "delta"
         request_id = self.submit(prompt, params, output_kind=kind, **options)
-        return OutputStream(self, request_id)
+        return OutputStream(self._loop, request_id)
 
     # -- request by request -------------------------------------------------------------------------------
 
@@ -331,12 +308,12 @@ class Engine:
         namespace: requests of different namespaces share nothing.
         timeout: seconds from now; a request that has not ended by then ends with `abort` and the stop reason
             `"deadline"`, and keeps what it has generated.
-        output_kind: whether `step` tells everything so far, what is new, or only the last output; of a beam search
-            it is always the last.
+        output_kind: whether outputs hold everything so far or what is new, or whether there is only the last; of a beam
+            search there is only the last.
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
-        self._begin_call()
+        self._loop.begin_call()
         params = params if params is not None else SamplingParams()
         tokens = self._inputs.tokenize(prompt)
         self._inputs.check(tokens, params)
@@ -346,7 +323,7 @@ class Engine:
         if output_kind not in _OUTPUT_KINDS:
             raise InvalidRequest("output_kind", output_kind, f"must be one of {', '.join(_OUTPUT_KINDS)}")
         deadline = self._clock() + self._inputs.check_seconds("timeout", timeout)
-        return self._core_submit(
+        return self._submit(
             tokens,
             params,
             output_kind,
@@ -364,12 +341,12 @@ class Engine:
 
         Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
         """
-        self._begin_call()
+        self._loop.begin_call()
         tokens, rest = self._inputs.tokenize(prompt), self._inputs.tokenize_continuation(continuation)
         self._inputs.check_score(tokens, rest)
         self._inputs.check_name("namespace", namespace)
         self._check_id(request_id)
-        return self._core_submit(
+        return self._submit(
             np.concatenate([tokens, rest]),
             _SCORING,
             request_id=request_id,
@@ -384,39 +361,27 @@ class Engine:
         raises again ends with `error`. Whatever else a step raises, an interrupt too, is the end of the engine: all
         later calls but `close` raise `EngineDead`. An interrupt while the model runs leaves the step undone.
         """
-        self._begin_call()
-        with self._guard:
-            new = self._step()
-            kept, self._undelivered = self._undelivered, {}
-            return [*chain.from_iterable(kept.values()), *new]
+        return self._loop.step()
 
     def cancel(self, request_id: str) -> None:
         """End a request with `finish_reason="abort"`; the next step reports it. Raises `UnknownRequest`."""
-        self._begin_call()
-        request = self._live(request_id)
-        with self._guard:
-            self._core.abort(request)
+        self._loop.begin_call()
+        self._loop.cancel(self._loop.live(request_id))
 
     def fork(self, request_id: str, n: int = 1) -> list[str]:
         """`n` more requests that go on from where this one stands, each with draws of its own; their ids.
 
-        No KV is copied and nothing is computed. Their first output tells what the request had generated before;
+        No KV is copied and nothing is computed. Their first output has what the request had generated before;
         greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest` (for a beam search too),
         `QueueFull`.
         """
-        self._begin_call()
-        request = self._live(request_id)
+        self._loop.begin_call()
+        request = self._loop.live(request_id)
         if request.search is not None:
             raise InvalidRequest("request_id", request_id, "a beam search is not forked")
         check_integer("n", n, 1, self.limits.max_n)
         self._core.require_room(n, n * request.prompt.size)
-        forks = []
-        with self._guard:
-            for _ in range(n):
-                fork = self._core.fork(request)
-                self._outputs.follow_fork(request, fork)
-                forks.append(fork.id)
-            return forks
+        return self._loop.fork(request, n)
 
     def pin(
         self,
@@ -430,10 +395,10 @@ class Engine:
         """Keep what is cached of `prompt` although no request may hold it; None where nothing of it is cached.
 
         A pin lasts until `unpin`, for `ttl` seconds, or until a request needs its memory and nothing else can give
-        way: the lowest priority first. The pin that it `replaces` is let go of at the same moment. Raises
+        way: the lowest priority first. The pin that it `replaces` is released at the same moment. Raises
         `InvalidRequest`, `LimitReached`.
         """
-        self._begin_call()
+        self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
         expires = self._check_pin(namespace, priority, ttl)
         with self._guard:
@@ -443,8 +408,8 @@ class Engine:
             return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:
-        """Let go of a pin. False where it is gone already."""
-        self._begin_call()
+        """Release a pin. False where it is gone already."""
+        self._loop.begin_call()
         with self._guard:
             return isinstance(pin, int) and self._core.unpin(pin)
 
@@ -465,21 +430,20 @@ class Engine:
         Nothing stays but the prompts' own KV. Raises `InvalidRequest`, and `LimitReached` where there may not be so
         many pins; then nothing is pinned.
         """
-        self._begin_call()
+        self._loop.begin_call()
         tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
         for ids in tokens:
             self._inputs.check(ids, PRELOADING)
         self._check_pin(**options)
         self._core.require_pins(len(tokens))
-        request_options = {name: value for name, value in options.items() if name != "ttl"}
-        submits = [partial(self._core_submit, ids, PRELOADING, **request_options) for ids in tokens]
-        self._serve(submits, None)
+        place = CoreOptions(namespace=options.get("namespace", ""), priority=options.get("priority", 0))
+        self._loop.serve([partial(self._submit, ids, PRELOADING, **place) for ids in tokens])
         return [self.pin(ids, **options) for ids in tokens]
 
     @property
     def runs_on_gpu(self) -> bool:
         """Whether its model runs on GPUs, where the first step of each kind is slow."""
-        return isinstance(self._model, ModelRunner | ParallelModel) and self._model.device.type == "cuda"
+        return runs_on_gpu(self._model)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Run every kind of step once: all sizes of CUDA graphs, the largest step and small ones, and each way of
@@ -489,19 +453,13 @@ class Engine:
         A kind that fails, for want of memory perhaps, is logged as a warning; where the model is sharded over several
         processes, that raises `EngineDead`. Does nothing for a model that is not transformers'.
         """
-        steps, began = self.warm_up_steps(), time.monotonic()
-        for done, step in enumerate(steps, 1):
-            step()
-            if progress is not None:
-                progress(done, len(steps))
-        if steps:
-            logger.info("warmed up %d kinds of steps in %.1f seconds", len(steps), time.monotonic() - began)
+        run_warm_up(self.warm_up_steps(), progress)
 
     def warm_up_steps(self) -> list[Callable[[], None]]:
         """What `warm_up` calls, one after the other. Other calls may come between them."""
-        self._begin_call()
-        steps = warm_up_steps(self._model, self._drawable, self.max_step_tokens, self.limits.max_num_seqs)
-        return [partial(self._run_apart, step) for step in steps]
+        self._loop.begin_call()
+        steps = warm_up_steps(self._model, self._inputs.drawable, self.max_step_tokens, self.limits.max_num_seqs)
+        return [partial(self._loop.run_apart, step) for step in steps]
 
     @property
     def num_steps(self) -> int:
@@ -516,7 +474,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would run something or report something, be it that the engine is dead."""
-        return bool(self._core.requests or self._undelivered) or (self._guard.broken and not self._closed)
+        return self._loop.has_unfinished
 
     # -- the engine itself --------------------------------------------------------------------------------
 
@@ -538,9 +496,7 @@ class Engine:
     @property
     def dtype(self) -> str:
         """Of the weights; of the logits where the model is not transformers'."""
-        if not isinstance(self._model, ModelRunner):
-            return "float32"
-        return str(self._model.model.model.dtype).removeprefix("torch.")
+        return dtype_of(self._model)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -556,8 +512,8 @@ class Engine:
         return request_id in self._core.requests
 
     def explain(self) -> str:
-        """The last step's plan, in bytes of KV over all layers. Why a prompt was not shared, its output's
-        `sharing_ended` tells.
+        """The last step's plan, in bytes of KV over all layers. An output's `sharing_ended` says why its prompt was not
+        shared.
         """
         last = self._core.planner.last
         return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
@@ -572,126 +528,38 @@ class Engine:
         """
         self._guard.require()
         self._core.check()
-        self._outputs.check(self._core.requests.values())
+        self._loop.check()
 
     def reset_prefix_cache(self) -> int:
         """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
-        self._begin_call()
+        self._loop.begin_call()
         with self._guard:
             return self._core.tree.reset()
 
     def close(self) -> None:
         """Release the model and the KV pool; live requests end without a report. May be called twice."""
-        if self._closed:
-            return
-        try:
-            self._abandon(list(self._core.requests))
-        finally:
-            self._closed = True
-            self._undelivered.clear()
-            self._core.close()
+        if not self._loop.closed:
+            try:
+                self._loop.close()
+            finally:
+                self._core.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _core_submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
+    def _submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
+        """Queue a request that was checked; `options` are those of `EngineCore.make`."""
         grammar = self._inputs.grammar(params)
         request = self._core.make(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
-        with self._guard:
-            self._core.add(request)
-            fault = self._outputs.follow(request, kind)
-            if fault is not None:
-                self._core.abort(request, "error", fault)
-            return request.id
-
-    def _serve(self, submits: Seq[Callable[[], str]], progress: Progress | None) -> list[RequestOutput]:
-        """Run what `submits` queues until all of it has ended; outputs in its order."""
-        ids: list[str] = []
-        done: dict[str, RequestOutput] = {}
-        try:
-            while len(done) < len(submits):
-                self._submit_some(submits[len(ids) :], ids)
-                done |= {output.request_id: output for output in self._receive(set(ids))}
-                if progress is not None:
-                    progress(len(done), len(submits))
-        finally:
-            self._abandon(set(ids) - done.keys())
-        return [done[request_id] for request_id in ids]
-
-    def _submit_some(self, submits: Seq[Callable[[], str]], ids: list[str]) -> None:
-        """As many as the waiting queue takes; their ids go to the end of `ids`."""
-        for submit in submits:
-            try:
-                ids.append(submit())
-            except QueueFull:
-                break
-
-    def _run_apart(self, step: Callable[[], None]) -> None:
-        """Run what uses the model, between two steps."""
-        self._begin_call()
-        with self._guard:
-            self._core.ahead.drop()
-            step()
-
-    def _step(self) -> list[RequestOutput]:
-        return self._process(self._core.step(self._clock()))
-
-    def _process(self, touched: Seq[Sequence]) -> list[RequestOutput]:
-        """Outputs of sequences that gained tokens or ended. What they end leaves the core."""
-        outputs, to_abort = self._outputs.process(touched)
-        for sequence in to_abort:
-            self._core.scheduler.drop(sequence)
-        for request in dict.fromkeys(sequence.request for sequence in touched):
-            if request.finished:
-                self._core.forget(request)
-        return outputs
-
-    def _receive(self, request_ids: Collection[str]) -> list[RequestOutput]:
-        """Outputs of these requests: what other callers' steps left of them, or else what one more step brings.
-
-        A step must do something: otherwise a caller would wait for ever.
-        """
-        self._begin_call()
-        with self._guard:
-            before, stuck = self._core.num_attempts, False
-            if self._undelivered.keys().isdisjoint(request_ids):
-                new = self._step()
-                stuck = not new and before == self._core.num_attempts
-                self._keep(new)
-            outputs = [output for request_id in request_ids for output in self._undelivered.pop(request_id, ())]
-        if stuck:
-            raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
-        return outputs
-
-    def _keep(self, outputs: Iterable[RequestOutput]) -> None:
-        """For those who wait for them."""
-        for output in outputs:
-            self._undelivered.setdefault(output.request_id, []).append(output)
-
-    def _abandon(self, request_ids: Collection[str]) -> None:
-        """Cancel requests that nobody waits for any more, and drop their outputs."""
-        if self._closed or self._guard.broken:
-            return
-        with self._guard:
-            for request_id in request_ids:
-                if request_id in self._core.requests:
-                    self._core.abort(self._core.requests[request_id])
-            self._keep(self._process(self._core.take_ended()))
-            for request_id in request_ids:
-                self._undelivered.pop(request_id, None)
+        return self._loop.submit(request, kind)
 
     def _check_pin(self, namespace: str = "", priority: int = 0, ttl: float | None = None) -> float:
-        """When a pin of these expires. Lets go of those that have expired."""
+        """When a pin of these expires. Releases those that have expired."""
         self._inputs.check_name("namespace", namespace)
         check_integer("priority", priority, -(2**31), 2**31 - 1)
         lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()
@@ -705,191 +573,3 @@ class Engine:
         self._inputs.check_name("request_id", request_id)
         if request_id in self._core.requests:
             raise DuplicateRequest("request_id", request_id, "a request with this id has not ended")
-
-    def _live(self, request_id: str) -> Request:
-        request = self._core.requests.get(request_id) if isinstance(request_id, str) else None
-        if request is None or request.finished:
-            raise UnknownRequest("request_id", request_id, "names no live request")
-        return request
-
-    def _begin_call(self) -> None:
-        """Begin a call: cancel the requests of dropped streams. Raises `EngineClosed` and `EngineDead`."""
-        if self._closed:
-            raise EngineClosed("the engine is closed")
-        self._guard.require()
-        while self._left:
-            self._abandon([self._left.popleft()])
-
-
-class OutputStream(Iterator[RequestOutput]):
-    """One request's outputs, as they come; each `next` steps the engine if need be."""
-
-    def __init__(self, engine: Engine, request_id: str) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._waiting: list[RequestOutput] = []
-        self._open = True
-
-    def __next__(self) -> RequestOutput:
-        if not self._open and not self._waiting:
-            raise StopIteration
-        while not self._waiting:
-            self._waiting = self._engine._receive([self.request_id])
-        self._open = not self._waiting[0].finished
-        return self._waiting.pop(0)
-
-    def close(self) -> None:
-        """Cancel the request if it has not ended."""
-        if self._open:
-            self._open = False
-            self._waiting.clear()
-            self._engine._abandon([self.request_id])
-
-    def __del__(self) -> None:
-        if self._open:
-            self._engine._left.append(self.request_id)
-
-
-def scores_of(output: RequestOutput) -> list[float]:
-    """What `submit_score` asked for, from the request's only output: a natural-log probability for each token of
-    the continuation. Raises `RequestFailed`.
-    """
-    if output.prompt_logprobs is None:
-        raise RequestFailed(f"request {output.request_id} was not scored: {output.outputs[0].stop_reason}")
-    return [next(iter(found.values())) for found in output.prompt_logprobs if found]
-
-
-def _check_options(plan: str, **sizes: int | None) -> None:
-    """Sizes are counts above 0, or None where there is a default."""
-    if plan not in PLAN_MODES:
-        raise InvalidRequest("plan", plan, f"must be one of {', '.join(PLAN_MODES)}")
-    for field, value in sizes.items():
-        if value is not None:
-            check_integer(field, value, 1, 2**63 - 1)
-
-
-def _served(
-    model: "str | Path | PreTrainedModel | Model",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    load_format: str,
-    dtype: str | torch.dtype,
-    device: str,
-    attention: str,
-    max_model_len: int | None,
-    max_step_tokens: int,
-    *,
-    ranks: int,
-    graphs: bool,
-    max_graph_rows: int,
-    torch_compile: bool | None,
-) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
-    """The model behind the engine's interface, and its tokenizer."""
-    if ranks > 1:
-        if not isinstance(model, str | Path):
-            raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
-        sharded, loaded = shard(
-            model,
-            ranks,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            max_model_len=max_model_len,
-            max_step_tokens=max_step_tokens,
-            load_format=load_format,
-            graphs=graphs,
-            max_graph_rows=max_graph_rows,
-            torch_compile=torch_compile,
-            tokenizer=tokenizer,
-        )
-        return sharded, loaded.tokenizer
-    if isinstance(model, Model):
-        return model, tokenizer
-    loaded = _loaded(model, tokenizer, load_format, dtype, device)
-    tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
-    try:
-        cuda = loaded.model.device.type == "cuda"
-        if cuda:
-            tree_model.fuse_linears()
-        if torch_compile or (torch_compile is None and cuda and graphs):
-            tree_model.compile_blocks()
-        runner = ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs, max_graph_rows=max_graph_rows)
-        return runner, loaded.tokenizer
-    except BaseException:
-        tree_model.release()
-        raise
-
-
-def _loaded(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    load_format: str,
-    dtype: str | torch.dtype,
-    device: str,
-) -> LoadedModel:
-    if isinstance(model, str | Path):
-        return load(model, dtype, device, load_format=load_format, tokenizer=tokenizer)
-
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise InvalidRequest("model", model, "must be a name, a path or a transformers model")
-    check_layers(type(model).__name__, model)
-    if device != "auto":
-        model = model.to(resolve_device(device))
-    return LoadedModel(type(model).__name__, model.eval(), tokenizer)
-
-
-def _device_of(model: object, device: str) -> torch.device:
-    """Where the model runs: one given as an object stays where it is by default."""
-    own = getattr(model, "device", None)
-    return own if device == "auto" and isinstance(own, torch.device) else resolve_device(device)
-
-
-def _default_step_tokens(device: torch.device) -> int:
-    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= 32 << 30
-    return 8192 if large else 2048
-
-
-def _drawable(inputs: InputProcessor) -> Drawable | None:
-    """What may be drawn, where that is not every token."""
-    if inputs.vocabulary is None:
-        return None
-    unknown = np.setdiff1d(inputs.vocabulary.unknown(inputs.vocab_size), list(inputs.eos_token_ids))
-    return Drawable(unknown, inputs.vocab_size) if 0 < unknown.size < inputs.vocab_size else None
-
-
-def _allocate(model: Model, asked: int | None, limits: Limits, max_step_tokens: int) -> int:
-    """Give the model the KV slots that were asked for; by default what a share of the free memory should hold, and
-    where it does not, a quarter less and again, down to an eighth. Returns how many there are.
-    """
-    slots = asked or _default_slots(model, limits, max_step_tokens)
-    least = asked or slots // 8
-    while True:
-        try:
-            model.allocate(slots)
-        except (MemoryError, RuntimeError, ValueError) as error:
-            fewer = slots * 3 // 4
-            if not isinstance(error, ValueError) and fewer >= max(least, 1):
-                logger.warning("no memory for %d KV slots (%s); trying %d", slots, error, fewer)
-                slots = fewer
-                continue
-            model.release()
-            raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
-        return slots
-
-
-def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
-    """As many tokens as a share of the free memory holds. On a GPU the largest step has run by then, and has the memory
-    that it takes; what CUDA graphs take comes out of the rest.
-    """
-    if isinstance(model, ModelRunner | ParallelModel) and model.device.type == "cuda":
-        model.profile_run(max_step_tokens)
-    if isinstance(model, ParallelModel):
-        room = model.kv_room
-    else:
-        room = kv_room(model.device if isinstance(model, ModelRunner) else torch.device("cpu"))
-    most = limits.max_num_seqs * model.max_model_len
-    slots = min(room // model.kv_bytes_per_token, most)
-    if slots < 1:
-        raise UnsupportedModel(f"{model.name}: no memory is left for its KV cache")
-    return slots

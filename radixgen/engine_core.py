@@ -1,14 +1,16 @@
-"""`EngineCore`: token ids in, token ids out. One step schedules, plans, runs the model, draws, moves cursors."""
+"""`EngineCore`: token ids in, token ids out, step by step."""
 
 import heapq
 import logging
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
 
+from radixgen.batch_draws import BatchDraws
 from radixgen.beam_search import Beam, BeamSearch
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import (
@@ -24,10 +26,12 @@ from radixgen.core import (
     StateGuard,
     Stats,
 )
+from radixgen.engine_check import check_engine
 from radixgen.grammar_budget import GrammarBudget
 from radixgen.model.base import FailsLater, Model
-from radixgen.run_ahead import Ran, RunAhead
-from radixgen.sampling import Drawable, Drawn, draw, fork_seed, likeliest, report, sample, token_logprobs
+from radixgen.request_options import CoreOptions
+from radixgen.run_ahead import RunAhead, StepLogits
+from radixgen.sampling import Drawable, Drawn, fork_seed, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
@@ -35,6 +39,7 @@ from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
+from radixgen.sequence_updates import append_token, conclude_search, fork_sequence, private_namespace
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +95,15 @@ class EngineCore:
         params: SamplingParams | BeamSearchParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        namespace: str = "",
         share: bool = True,
-        arrived: float = 0.0,
-        deadline: float = math.inf,
         score_from: int | None = None,
         grammar: Grammar | None = None,
+        **options: Unpack[CoreOptions],
     ) -> Request:
-        """A request with `n` sequences, all in `grammar`, or with the one that a beam search begins with, for `add`.
+        """Make a request for `add`, with `n` sequences, all in `grammar`, or the first beam of a search.
 
-        `score_from` asks, instead of new tokens, for the log-probability of each prompt token after that
-        position; the last one then needs no KV and does not enter the tree. Raises `QueueFull`.
+        With `score_from` it gets, instead of new tokens, the log-probability of each prompt token after that position;
+        the last token then needs no KV and does not enter the tree. Raises `QueueFull`.
         """
         self.require_room(1, prompt.size)
         self._serial += 1
@@ -118,12 +120,9 @@ class EngineCore:
             prompt=prompt,
             params=params,
             max_output=max_output,
-            priority=priority,
-            namespace=namespace,
-            arrived=arrived,
-            deadline=deadline,
             targets=targets,
             next_read=first,
+            **options,
         )
         seed = params.seed if params.seed is not None else fork_seed(self.seed, self._serial)
         ends = frozenset(params.stop_token_ids)
@@ -132,7 +131,7 @@ class EngineCore:
         if beams is not None:
             request.search = BeamSearch(beams, max_output, ends)
         for index in range(params.n):
-            own = namespace if share else f"{namespace}\0{self._serial}.{index}"
+            own = request.namespace if share else private_namespace(request, index)
             state = SamplingState(params, seed, index, prompt, [], ends, grammar.start() if grammar else None)
             request.add_sequence(Sequence(request, index, own, state))
         return request
@@ -143,45 +142,24 @@ class EngineCore:
         self.scheduler.add(request)
 
     def fork(self, request: Request) -> Request:
-        """A live request once more, from the token that it has reached: no KV is copied and none computed. From
-        here on its draws are its own, derived from the request's seed and the number of the fork. The caller has
-        required room for it.
+        """Copy a live request at the token that it has reached: no KV is copied and none computed. From here on its
+        draws are its own, derived from the request's seed and the number of the fork. The caller has required room.
         """
         self._serial += 1
         request.num_forks += 1
-        fork = Request(
+        fork = replace(
+            request,
             id=self._new_id(),
             serial=self._serial,
-            prompt=request.prompt,
-            params=request.params,
-            max_output=request.max_output,
-            priority=request.priority,
-            namespace=request.namespace,
-            arrived=request.arrived,
-            deadline=request.deadline,
-            targets=request.targets,
-            next_read=request.next_read,
             prompt_logprobs=list(request.prompt_logprobs),
-            num_cached_tokens=request.num_cached_tokens,
-            queue_seconds=request.queue_seconds,
-            num_shared_tokens=request.num_shared_tokens,
-            sharing_ended=request.sharing_ended,
-            grammar_debt=request.grammar_debt,
+            overtaken=0,
+            num_forks=0,
+            sequences=[],
+            waiting=[],
+            unfinished=0,
         )
         for origin in request.sequences:
-            before = origin.sampling
-            seed = fork_seed(before.seed, request.num_forks)
-            grammar = before.grammar.fork() if before.grammar else None
-            state = SamplingState(
-                before.params, seed, before.index, before.prompt, list(before.output), before.stop_ids, grammar
-            )
-            own = origin.namespace
-            if own != request.namespace:
-                own = f"{request.namespace}\0{self._serial}.{origin.index}"
-            sequence = Sequence(fork, origin.index, own, state)
-            sequence.logprobs = list(origin.logprobs)
-            sequence.finish_reason, sequence.stop_reason = origin.finish_reason, origin.stop_reason
-            sequence.ended_by_token = origin.ended_by_token
+            sequence = fork_sequence(origin, fork, request.num_forks)
             fork.add_sequence(sequence)
             if sequence.finish_reason is None:
                 self.scheduler.fork(origin, sequence)
@@ -191,7 +169,7 @@ class EngineCore:
         return fork
 
     def require_room(self, requests: int, tokens: int) -> None:
-        """Raise `QueueFull` where the queue cannot take so much more."""
+        """Raise `QueueFull` where the queue cannot take so many more requests or prompt tokens."""
         waiting, limits = self.scheduler.waiting, self.limits
         if len(waiting) + requests > limits.max_waiting:
             raise QueueFull("waiting", len(waiting) + requests, f"at most {limits.max_waiting} requests wait")
@@ -240,10 +218,10 @@ class EngineCore:
 
     def unpin(self, pin_id: int) -> bool:
         """False where the pin is gone already."""
-        found = pin_id in self.scheduler.pins
-        if found:
-            self.scheduler.pins.release(pin_id)
-        return found
+        if pin_id not in self.scheduler.pins:
+            return False
+        self.scheduler.pins.release(pin_id)
+        return True
 
     @property
     def pins(self) -> frozenset[int]:
@@ -260,43 +238,26 @@ class EngineCore:
         each, and one for which it raises again ends with `error`. A failed assertion of our own, `EngineDead`, and an
         interrupt go on to the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
         """
-        self.grammars.begin_step()
-        self._expire(now)
-        self.scheduler.now = now
-        batch = self._schedule()
-        if batch is None:
+        batch = self._schedule(now)
+        logits = self._run(batch) if batch is not None else None
+        if batch is None or logits is None:
             return self.take_ended()
-        self._attempts += 1
-        try:
-            ran = self.ahead.claim(batch) or self._run(batch)
-        except BaseException as error:
-            self.scheduler.rollback(batch)
-            if not isinstance(error, Exception):
-                self.guard.undone()
-                raise
-            if isinstance(error, AssertionError | EngineDead):
-                raise
-            self._suspect(batch, error)
-            return self.take_ended()
-        self.scheduler.commit(batch)
-        del self._suspects[:1]
-        self._steps += 1
-        self._computed_rows += batch.num_rows
-        self._logit_rows += ran.logits.shape[0]
-        self._score(batch, ran)
-        self._branch(batch, ran)
-        self._draw(batch, ran)
+        self._commit(batch, logits)
+        self._score(batch, logits)
+        self._branch(batch, logits)
+        if batch.drawing:
+            draws = self._draw(batch, logits)
+            self._begin_next(batch, draws)
+            self._advance(batch, draws.wait())
         if self._confirm_step is not None:
             self._confirm_step()
         return self.take_ended() + batch.drawing
 
-    def _run(self, batch: Batch) -> Ran:
-        frozen = self.scheduler.freeze(batch)
-        logits = self.model.run(frozen.plan, frozen.token_ids, frozen.slots, frozen.logit_rows)
-        return Ran(logits, frozen.drawing, frozen.branching, frozen.reading)
-
-    def _schedule(self) -> Batch | None:
+    def _schedule(self, now: float) -> Batch | None:
         """The next step: of all requests, or while there are suspects, of the first of them that can run."""
+        self.grammars.begin_step()
+        self._expire(now)
+        self.scheduler.now = now
         while self._suspects:
             batch = self.scheduler.schedule(only=self._suspects[0])
             if batch is not None:
@@ -308,6 +269,26 @@ class EngineCore:
             batch = self.scheduler.schedule()
         return batch
 
+    def _run(self, batch: Batch) -> StepLogits | None:
+        """The logits of the step; None where the model raised, and the step was undone."""
+        self._attempts += 1
+        try:
+            return self.ahead.claim(batch) or self._run_model(batch)
+        except BaseException as error:
+            self.scheduler.rollback(batch)
+            if not isinstance(error, Exception):
+                self.guard.undone()
+                raise
+            if isinstance(error, AssertionError | EngineDead):
+                raise
+            self._suspect(batch, error)
+            return None
+
+    def _run_model(self, batch: Batch) -> StepLogits:
+        step = self.scheduler.freeze(batch)
+        logits = self.model.run(step.plan, step.token_ids, step.slots, step.logit_rows)
+        return StepLogits(logits, step.drawing, step.branching, step.reading)
+
     def _suspect(self, batch: Batch, error: Exception) -> None:
         """The model raised: each request of the step is tried alone, and one that was alone is to blame."""
         requests = self.scheduler.requests_of(batch)
@@ -317,25 +298,22 @@ class EngineCore:
         else:
             self._suspects = requests
 
-    def take_ended(self) -> list[Sequence]:
-        """The sequences that ended outside a step since the last one, each once."""
-        ended, self._ended = self._ended, []
-        return ended
+    def _commit(self, batch: Batch, logits: StepLogits) -> None:
+        """What was scheduled is computed, and cached from now on."""
+        self.scheduler.commit(batch)
+        del self._suspects[:1]
+        self._steps += 1
+        self._computed_rows += batch.num_rows
+        self._logit_rows += logits.values.shape[0]
 
-    def _expire(self, now: float) -> None:
-        """End the requests whose deadline has passed, and the pins that have expired."""
-        self.scheduler.pins.expire(now)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
-
-    def _score(self, batch: Batch, ran: Ran) -> None:
+    def _score(self, batch: Batch, logits: StepLogits) -> None:
         """Log-probabilities of prompt tokens; a request that wants nothing else ends with the last of them."""
         at = 0
         for request, rows in batch.reads:
-            index = ran.reading[at : at + len(rows)]
+            index = logits.reading[at : at + len(rows)]
             at += len(rows)
             try:
-                self._score_one(request, ran.logits[index])
+                self._score_rows(request, logits.values[index])
             except Exception as error:
                 logger.exception("the prompt of request %s could not be scored", request.id)
                 self.abort(request, "error", repr(error))
@@ -343,7 +321,7 @@ class EngineCore:
             if not request.reading and not request.max_output:
                 self.abort(request, "length")
 
-    def _score_one(self, request: Request, logits: Tensor) -> None:
+    def _score_rows(self, request: Request, logits: Tensor) -> None:
         """Score the next targets of a prompt by logits `[targets, vocab]`."""
         assert request.targets is not None
         stop = request.next_read + logits.shape[0]
@@ -351,15 +329,15 @@ class EngineCore:
         request.prompt_logprobs += token_logprobs(logits, request.targets[request.next_read : stop], top)
         request.next_read = stop
 
-    def _branch(self, batch: Batch, ran: Ran) -> None:
+    def _branch(self, batch: Batch, logits: StepLogits) -> None:
         """Beam searches go on by a generation."""
         rows: dict[Request, dict[Sequence, int]] = {}
-        for sequence, row in zip(batch.branching, ran.branching, strict=True):
+        for sequence, row in zip(batch.branching, logits.branching, strict=True):
             rows.setdefault(sequence.request, {})[sequence] = row
-        for request, found in rows.items():
+        for request, row_of in rows.items():
             assert request.search is not None
             try:
-                beams = self._choose(request, request.search, ran.logits, found)
+                beams = self._choose(request, request.search, logits.values, row_of)
             except AssertionError:
                 raise
             except FloatingPointError as error:
@@ -369,9 +347,9 @@ class EngineCore:
                 logger.exception("the beams of request %s could not go on", request.id)
                 self.abort(request, "error", repr(error))
                 continue
-            self._generated += len(found)
+            self._generated += len(row_of)
             if beams is None:
-                for sequence in found:
+                for sequence in row_of:
                     self.scheduler.park(sequence)
             elif request.search.done:
                 self._conclude(request, request.search)
@@ -384,8 +362,8 @@ class EngineCore:
         """The next generation; None until all beams of this one have their logits, as those do whose `rows` these are.
         Raises `FloatingPointError`.
         """
-        found = likeliest(logits, list(rows.values()), search.num_choices, self._drawable)
-        for sequence, choices in zip(rows, found, strict=True):
+        likely = likeliest(logits, list(rows.values()), search.num_choices, self._drawable)
+        for sequence, choices in zip(rows, likely, strict=True):
             if not np.isfinite(choices.log_probs[0]):
                 raise FloatingPointError("the model's logits are not finite")
             sequence.choices = choices
@@ -394,26 +372,23 @@ class EngineCore:
 
     def _conclude(self, request: Request, search: BeamSearch, stop_reason: str | None = None) -> None:
         """A search is over: its hypotheses take the place of its beams."""
-        state = request.sequences[0].sampling
-        for sequence in list(request.sequences):
-            self.scheduler.drop(sequence)
-            request.remove_sequence(sequence)
-        for index, found in enumerate(search.hypotheses):
-            own = SamplingState(state.params, state.seed, index, state.prompt, found.token_ids, state.stop_ids)
-            sequence = Sequence(request, index, request.namespace, own)
-            sequence.finish_reason = found.finish_reason
-            sequence.ended_by_token = found.finish_reason == "stop"
-            stops = found.finish_reason == "stop" and found.token_ids[-1] in state.params.stop_token_ids
-            sequence.stop_reason = found.token_ids[-1] if stops else stop_reason
-            request.add_sequence(sequence)
+        for beam in request.sequences:
+            self.scheduler.drop(beam)
+        conclude_search(request, search, stop_reason)
         self._ended += request.sequences
 
-    def _draw(self, batch: Batch, ran: Ran) -> None:
-        """Draw tokens, end the sequences that are done, move the others' cursors."""
-        if not batch.drawing:
-            return
-        alone = len(self.requests) == 1
-        drawn = self._sample(batch, ran, self.grammars.compute_masks(batch.drawing, alone=alone))
+    def _draw(self, batch: Batch, logits: StepLogits) -> BatchDraws:
+        """Begin to draw tokens. Sequences whose grammars took too long, or raise, draw none."""
+        faults = self.grammars.compute_masks(batch.drawing, alone=self._alone)
+        return BatchDraws(logits.values, logits.drawing, batch.drawing, self._drawable, faults)
+
+    def _begin_next(self, batch: Batch, draws: BatchDraws) -> None:
+        """Have the device begin the next step, while the tokens are on their way to the host."""
+        if draws.all is not None and not self._suspects:
+            self.ahead.begin(batch, draws.all)
+
+    def _advance(self, batch: Batch, drawn: Drawn) -> None:
+        """Give sequences their tokens, end those that are done, move the others' cursors."""
         going: list[tuple[Sequence, int]] = []
         for index, (sequence, token) in enumerate(zip(batch.drawing, drawn.tokens, strict=True)):
             if sequence.finish_reason is not None:
@@ -423,7 +398,7 @@ class EngineCore:
                 continue
             try:
                 with self.grammars.counted(sequence.request) if sequence.sampling.grammar else nullcontext():
-                    end = self._take(sequence, token, drawn.logprobs.get(index))
+                    end = append_token(sequence, token, drawn.logprobs.get(index))
             except AssertionError:
                 raise
             except Exception as error:
@@ -435,78 +410,20 @@ class EngineCore:
             else:
                 own = sequence.ended_by_token and token in sequence.request.params.stop_token_ids
                 self.end(sequence, end, token if own else None)
-        self.grammars.end_step(alone=alone)
+        self.grammars.end_step(alone=self._alone)
         self._generated += len(drawn.tokens)
         self.scheduler.advance(going)
 
-    def _take(self, sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
-        """Give a sequence the token that was drawn for it. Returns why it ends, where that is the last one. Raises what
-        its grammar raises; then the token is not taken.
-        """
-        request, state, output = sequence.request, sequence.sampling, sequence.output
-        grammar, params = state.grammar, request.params
-        is_end = token in state.stop_ids and (
-            len(output) >= params.min_tokens or (grammar is not None and not grammar.allows(token))
-        )
-        if grammar is not None and not is_end:
-            if grammar.complete:  # which its mask told, and there was no end token to draw
-                return "stop"
-            grammar.accept(token)
-        output.append(token)
-        if logprobs is not None:
-            sequence.logprobs.append(logprobs)
-        sequence.ended_by_token = is_end
-        if is_end or (grammar is not None and grammar.complete):
-            return "stop"
-        return "length" if len(output) >= request.max_output else None
+    def take_ended(self) -> list[Sequence]:
+        """The sequences that ended outside a step since the last one, each once."""
+        ended, self._ended = self._ended, []
+        return ended
 
-    def _sample(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:
-        """All draws at once, and the next step begun with them; where drawing raises, one by one, and those for whom it
-        raises end with `error`. Those with `faults` draw nothing, and the next step waits for their end.
-        """
-        if faults:
-            return self._sample_others(batch, ran, faults)
-        states = [sequence.sampling for sequence in batch.drawing]
-        try:
-            draws = draw(ran.logits, ran.drawing, states, self._drawable)
-        except Exception:
-            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(states))
-            return self._sample_each(batch, ran, {})
-        if not self._suspects:
-            self.ahead.begin(batch, draws)
-        return report(ran.logits, ran.drawing, states, draws.wait())
-
-    def _sample_others(self, batch: Batch, ran: Ran, faults: Mapping[int, str]) -> Drawn:
-        """Of those without faults, all at once."""
-        places = [place for place in range(len(batch.drawing)) if place not in faults]
-        try:
-            rows, states = [ran.drawing[at] for at in places], [batch.drawing[at].sampling for at in places]
-            some = sample(ran.logits, rows, states, self._drawable)
-        except Exception:
-            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(places))
-            return self._sample_each(batch, ran, faults)
-        tokens = [-1] * len(batch.drawing)
-        for place, token in zip(places, some.tokens, strict=True):
-            tokens[place] = token
-        return Drawn(tokens, {places[at]: found for at, found in some.logprobs.items()}, dict(faults))
-
-    def _sample_each(self, batch: Batch, ran: Ran, before: Mapping[int, str]) -> Drawn:
-        tokens, logprobs, faults = [], {}, dict(before)
-        for index, (row, sequence) in enumerate(zip(ran.drawing, batch.drawing, strict=True)):
-            if index in before:
-                tokens.append(-1)
-                continue
-            try:
-                one = sample(ran.logits, [row], [sequence.sampling], self._drawable)
-            except Exception as error:
-                logger.exception("request %s could not be sampled", sequence.request.id)
-                tokens.append(-1)
-                faults[index] = repr(error)
-                continue
-            tokens += one.tokens
-            if one.logprobs:
-                logprobs[index] = one.logprobs[0]
-        return Drawn(tokens, logprobs, faults)
+    def _expire(self, now: float) -> None:
+        """End the requests whose deadline has passed, and the pins that have expired."""
+        self.scheduler.pins.expire(now)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
 
     # -- the engine itself --------------------------------------------------------------------------------
 
@@ -543,56 +460,8 @@ class EngineCore:
         )
 
     def check(self) -> None:
-        """Assert every invariant: slots have one owner, references are those of the live cursors and pins, counts
-        add up, bounds hold, and each request is in one legal state (I1 to I12).
-        """
-        self.tree.check()
-        scheduler = self.scheduler
-        locks: dict[int, int] = {}
-        for holder in (*scheduler.running, *scheduler.pins):
-            lock = holder.cursor if isinstance(holder, Sequence) else holder.lock
-            assert lock is not None
-            locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
-        for node in self.tree.nodes():
-            assert node.lock_count == locks.get(node.id, 0), f"{node} has a lock without a cursor or pin"
-        for sequence in scheduler.running:
-            assert sequence.cursor is not None and sequence.finish_reason is None
-            node = sequence.cursor.held
-            assert np.array_equal(node.path_tokens(), sequence.tokens()), "a cursor left its tokens"
-            assert node.namespace == sequence.namespace
-        for pin in scheduler.pins:
-            assert pin.lock.held.end == pin.num_tokens and pin.lock.held.complete, "a pin left its tokens"
-        scheduler.waiting.check()
-        assert all(s.cursor is None and s.finish_reason is None for s in scheduler.waiting)
-        followed = {one.followed: one for one in scheduler.waiting if one.followed is not None}
-        assert followed.keys() == set(self.tree.followed()), "a match is followed that nobody waits for"
-        for match, sequence in followed.items():
-            assert match.namespace == sequence.namespace and np.array_equal(match.tokens, sequence.tokens())
-        self._check_bounds()
-        self._check_states()
-
-    def _check_bounds(self) -> None:
-        scheduler, limits = self.scheduler, self.limits
-        new = sum(s.request.num_cached_tokens is None and s.index == 0 for s in scheduler.waiting)
-        assert new <= limits.max_waiting and len(scheduler.running) <= limits.max_num_seqs
-        assert len(scheduler.pins) <= limits.max_pins
-
-    def _check_states(self) -> None:
-        waiting, running = list(self.scheduler.waiting), list(self.scheduler.running)
-        live = [s for r in self.requests.values() for s in r.sequences if s.finish_reason is None]
-        parked = [s for s in live if s.choices is not None]
-        assert len(waiting) + len(running) + len(parked) == len(live)
-        assert {*waiting, *running, *parked} == {*live}
-        for name, request in self.requests.items():
-            assert request.id == name
-            assert request.unfinished == sum(s.finish_reason is None for s in request.sequences)
-            for sequence in request.sequences:
-                assert len(sequence.output) <= request.max_output
-                assert sequence.finish_reason is None or sequence.cursor is None
-                assert sequence.choices is None or sequence.cursor is None
-            if request.search is not None and not request.finished:
-                assert [s.output for s in request.sequences] == [beam.token_ids for beam in request.search.beams]
-                assert any(s.choices is None for s in request.sequences), "beams wait for nobody"
+        """Assert every invariant, between two steps."""
+        check_engine(self.scheduler, self.requests, self.limits)
 
     def close(self) -> None:
         """Release the model; live requests end without a report."""
@@ -600,6 +469,11 @@ class EngineCore:
         self.model.release()
 
     # -- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there is a single request, which takes time from no other."""
+        return len(self.requests) == 1
 
     def _register(self, request: Request) -> None:
         self.requests[request.id] = request

@@ -6,8 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from radixgen.core import EngineClosed, EngineDead, RequestOutput
@@ -63,7 +62,7 @@ class EngineThread:
         self._commands.put((command, None))
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """The result of `function`, run between two steps, even where the future is cancelled meanwhile.
+        """The result of `function`, run between two steps unless the future is cancelled before.
 
         An exception is the caller's; a failed assertion ends the engine too. After the end the future raises `end`.
         """
@@ -106,9 +105,9 @@ class EngineThread:
         self._finish(end)
         self.idle = True
         while not self._commands.empty():
-            command = self._commands.get()
-            if command is not None and command[1] is not None:
-                _fail(command[1], end)
+            _, future = self._commands.get() or (None, None)
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_exception(end)
         try:
             self.engine.close()
         except Exception:
@@ -149,18 +148,12 @@ class EngineThread:
 def _run_command(command: Command, future: "Future[Any] | None") -> None:
     if future is None:
         command()
-        return
-    try:
-        result = command()
-    except BaseException as error:
-        _fail(future, error)
-        if isinstance(error, AssertionError) or not isinstance(error, Exception):
-            raise
-    else:
-        with suppress(InvalidStateError):  # it was cancelled
+    elif future.set_running_or_notify_cancel():
+        try:
+            result = command()
+        except BaseException as error:
+            future.set_exception(error)
+            if isinstance(error, AssertionError) or not isinstance(error, Exception):
+                raise
+        else:
             future.set_result(result)
-
-
-def _fail(future: "Future[Any]", error: BaseException) -> None:
-    with suppress(InvalidStateError):
-        future.set_exception(error)

@@ -26,6 +26,7 @@ from radixgen.core import (
 )
 from radixgen.messages import Roles, template_messages
 from radixgen.model.ends import chat_end_tokens
+from radixgen.sampling import Drawable
 from radixgen.structured import Grammars
 from radixgen.vocabulary import Vocabulary
 
@@ -80,6 +81,14 @@ class InputProcessor:
         """What ends an answer in a chat: the model's own end tokens, the tokenizer's, and its chat template's."""
         own = chat_end_tokens(self.tokenizer) if self.tokenizer is not None else frozenset()
         return self.eos_token_ids | {token for token in own if token < self.vocab_size}
+
+    @cached_property
+    def drawable(self) -> Drawable | None:
+        """The tokens that may be drawn, where those are not all."""
+        if self.vocabulary is None:
+            return None
+        unknown = np.setdiff1d(self.vocabulary.unknown(self.vocab_size), list(self.eos_token_ids))
+        return Drawable(unknown, self.vocab_size) if 0 < unknown.size < self.vocab_size else None
 
     def for_chat(self, params: P) -> P:
         """`params` of an answer to a chat, which ends at the tokens of `chat_eos_token_ids`."""
@@ -168,7 +177,7 @@ class InputProcessor:
                 raise InvalidRequest(field, tokens * (1 + beside), limit)
 
     def grammar(self, params: Params) -> Grammar | None:
-        """What `params`, which were checked, ask for; compiled by the first who asks. May be called from any thread."""
+        """The grammar of `params`, which were checked; compiled by the first call. May be called from any thread."""
         return self._grammars.find(params) if isinstance(params, SamplingParams) else None
 
     def check_score(self, prompt: TokenArray, continuation: TokenArray) -> None:

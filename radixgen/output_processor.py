@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from radixgen.core import CompletionOutput, FinishReason, OutputKind, RequestOutput
+from radixgen.core import CompletionOutput, FinishReason, OutputKind, RequestFailed, RequestOutput
 from radixgen.detokenize import Detokenizer
 from radixgen.scheduler.sequence import Request, Sequence
 from radixgen.vocabulary import Vocabulary
@@ -237,3 +237,12 @@ def _failure(request: Request, error: Exception, to_abort: list[Sequence]) -> Re
         _end(sequence, "error", repr(error), to_abort)
     outputs = [CompletionOutput(s.index, "", [], s.finish_reason, s.stop_reason) for s in request.sequences]
     return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True)
+
+
+def scores_of(output: RequestOutput) -> list[float]:
+    """The result of `Engine.submit_score`, from the request's only output: a natural-log probability for each token of
+    the continuation. Raises `RequestFailed`.
+    """
+    if output.prompt_logprobs is None:
+        raise RequestFailed(f"request {output.request_id} was not scored: {output.outputs[0].stop_reason}")
+    return [next(iter(logprobs.values())) for logprobs in output.prompt_logprobs if logprobs]

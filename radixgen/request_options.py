@@ -12,6 +12,15 @@ class RequestOptions(TypedDict, total=False):
     timeout: float | None
 
 
+class CoreOptions(TypedDict, total=False):
+    """Options of a request that were checked, with the fields of `Request` that they become."""
+
+    priority: int
+    namespace: str
+    arrived: float
+    deadline: float
+
+
 class PinOptions(TypedDict, total=False):
     """Options of `Engine.pin`, which describes and checks them."""
 

@@ -23,10 +23,10 @@ from radixgen.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 
-class Ran(NamedTuple):
+class StepLogits(NamedTuple):
     """The logits of a step and who reads them."""
 
-    logits: Tensor
+    values: Tensor
     """`[n, vocab]` float32"""
     drawing: list[int]
     """The row of the logits for each of `Batch.drawing`."""
@@ -36,7 +36,9 @@ class Ran(NamedTuple):
     """The same for all rows of `Batch.reads`, one after the other."""
 
 
-class _Begun(NamedTuple):
+class _PendingStep(NamedTuple):
+    """A step that was begun ahead of its tokens."""
+
     logits: Tensor
     """One row for each of the batch's, in its order"""
     batch: Batch
@@ -52,12 +54,12 @@ class RunAhead:
         self.wasted_rows = 0
         self._model = model if enabled and isinstance(model, RunsAhead) else None
         self._scheduler = scheduler
-        self._begun: _Begun | None = None
+        self._step: _PendingStep | None = None
 
     @property
     def pending(self) -> int:
         """Rows of the step that is under way, in which nobody new can take part; 0 where none is."""
-        return self._begun.batch.num_rows if self._begun else 0
+        return self._step.batch.num_rows if self._step else 0
 
     def begin(self, batch: Batch, draws: Draws) -> None:
         """Begin the step after `batch` with the tokens in `draws`, if the scheduler can tell who takes part in it."""
@@ -69,7 +71,7 @@ class RunAhead:
         if expected is None:
             return
         step = self._scheduler.freeze(expected)
-        order = _places(expected.drawing, batch.drawing)
+        order = _indices(expected.drawing, batch.drawing)
         try:
             tokens = _in_order(draws.tokens, order)
             logits = self._model.run_ahead(step.plan, tokens, step.slots, step.logit_rows)
@@ -79,31 +81,31 @@ class RunAhead:
             logger.exception("a step could not be begun ahead of its tokens")
             return
         if logits is not None:
-            self._begun = _Begun(logits, expected, draws, order)
+            self._step = _PendingStep(logits, expected, draws, order)
 
-    def claim(self, batch: Batch) -> Ran | None:
+    def claim(self, batch: Batch) -> StepLogits | None:
         """The results for `batch`, if it was begun as it turned out to be."""
-        begun, self._begun = self._begun, None
-        if begun is None:
+        step, self._step = self._step, None
+        if step is None:
             return None
-        found = _rows_of(begun, batch)
-        self.wasted_rows += begun.batch.num_rows - (0 if found is None else batch.num_rows)
-        if found is None:
+        rows = _rows_of(step, batch)
+        self.wasted_rows += step.batch.num_rows - (0 if rows is None else batch.num_rows)
+        if rows is None:
             return None
-        return Ran(begun.logits, [found[row] for row in batch.drawing_rows], [], [])
+        return StepLogits(step.logits, [rows[row] for row in batch.drawing_rows], [], [])
 
     def drop(self) -> None:
         """Nobody will claim what was begun."""
         self.wasted_rows += self.pending
-        self._begun = None
+        self._step = None
 
 
-def _places(sequences: Seq[object], among: Seq[object]) -> list[int]:
-    """Where each of `sequences` stands in `among`."""
+def _indices(sequences: Seq[object], among: Seq[object]) -> list[int]:
+    """The index in `among` of each of `sequences`."""
     if sequences == among:
         return list(range(len(among)))
-    place = {sequence: at for at, sequence in enumerate(among)}
-    return [place[sequence] for sequence in sequences]
+    index_of = {sequence: index for index, sequence in enumerate(among)}
+    return [index_of[sequence] for sequence in sequences]
 
 
 def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
@@ -113,21 +115,21 @@ def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
     return tokens.clamp(min=0)
 
 
-def _rows_of(begun: _Begun, batch: Batch) -> Seq[int] | None:
-    """For each row of `batch`, which of those that were begun it is; None where one is none of them."""
+def _rows_of(step: _PendingStep, batch: Batch) -> Seq[int] | None:
+    """The row of `step` that each row of `batch` is; None where one is none of them."""
     if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
         return None
-    drawn, expected = begun.draws.wait(), begun.batch
-    tokens = [drawn[draw] for draw in begun.order]
+    drawn, expected = step.draws.wait(), step.batch
+    tokens = [drawn[index] for index in step.order]
     nodes = list(batch.last_row)
     if nodes == expected.nodes:
         rows: Seq[int] = range(batch.num_rows)
     else:
         row_of = {node: row for row, node in enumerate(expected.nodes)}
         rows = [row_of.get(node, -1) for node in nodes]
-    own = zip(batch.row_positions, batch.row_slots, batch.row_tokens, strict=True)
+    actual = zip(batch.row_positions, batch.row_slots, batch.row_tokens, strict=True)
     same = all(
-        row >= 0 and one == (expected.row_positions[row], expected.row_slots[row], tokens[row])
-        for row, one in zip(rows, own, strict=True)
+        row >= 0 and values == (expected.row_positions[row], expected.row_slots[row], tokens[row])
+        for row, values in zip(rows, actual, strict=True)
     )
     return rows if same else None

@@ -1,7 +1,8 @@
 """What an engine runs before anybody waits for it, so that no request waits while something is compiled or captured."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -23,6 +24,17 @@ def warm_up_steps(model: Model, drawable: Drawable | None, max_rows: int, max_dr
     if not isinstance(model, WarmsUp):
         return []
     return [partial(_warm_up, model.name, run, drawable) for run in model.warm_up_steps(max_rows, max_draws)]
+
+
+def run_warm_up(steps: Sequence[Callable[[], None]], progress: Callable[[int, int], None] | None) -> None:
+    """Make the calls of `warm_up_steps`, and `progress(done, total)` after each."""
+    began = time.monotonic()
+    for done, step in enumerate(steps, 1):
+        step()
+        if progress is not None:
+            progress(done, len(steps))
+    if steps:
+        logger.info("warmed up %d kinds of steps in %.1f seconds", len(steps), time.monotonic() - began)
 
 
 def announce_warm_up(say: Callable[[str], None]) -> Callable[[int, int], None]:

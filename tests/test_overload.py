@@ -115,7 +115,7 @@ def offer(
         load.seconds = model.now
         engine.check()
         assert len(ended) + load.refused == count
-        assert not engine._core.requests and not engine._outputs._requests
+        assert not engine._core.requests and not engine._loop.outputs._requests
         assert engine.stats().kv_tokens_used == engine.stats().kv_tokens_cached
     return load
 

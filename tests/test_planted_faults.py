@@ -13,8 +13,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 from sizes import size
 
+import radixgen.batch_draws as draws_module
 import radixgen.cache.tree as tree_module
-import radixgen.engine_core as core_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
 from radixgen.cache import ExtentPool, Lock, RadixTree
@@ -218,7 +218,7 @@ def a_preempted_sequence_forgets_a_token(patch: Patch) -> None:
 
 
 def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
-    plain = core_module.draw
+    plain = draws_module.draw
 
     def draw(logits: Any, rows: Any, states: Any, drawable: None) -> Any:
         kept = [state.index for state in states]
@@ -230,15 +230,15 @@ def randomness_follows_the_place_in_the_batch(patch: Patch) -> None:
             for state, index in zip(states, kept, strict=True):
                 state.index = index
 
-    patch.setattr(core_module, "draw", draw)
+    patch.setattr(draws_module, "draw", draw)
 
 
 def rows_computed_ahead_are_taken_by_their_place(patch: Patch) -> None:
     plain = RunAhead.claim
 
     def claim(self: RunAhead, batch: Any) -> Any:
-        ran = plain(self, batch)
-        return ran and ran._replace(drawing=list(range(len(ran.drawing))))
+        logits = plain(self, batch)
+        return logits and logits._replace(drawing=list(range(len(logits.drawing))))
 
     patch.setattr(RunAhead, "claim", claim)
 
@@ -254,7 +254,7 @@ def a_step_is_begun_without_slots_for_it(patch: Patch) -> None:
 
 
 def a_prompt_is_scored_one_token_late(patch: Patch) -> None:
-    before(patch, EngineCore, "_score_one", lambda core, request, logits: logits.copy_(logits.roll(1, -1)))
+    before(patch, EngineCore, "_score_rows", lambda core, request, logits: logits.copy_(logits.roll(1, -1)))
 
 
 def seats_are_not_counted(patch: Patch) -> None:

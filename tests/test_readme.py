@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from radixgen import engine
+from radixgen.model import prepare
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/cluster.md"]
@@ -27,7 +27,7 @@ EXAMPLES = examples()
 def one_model() -> Iterator[None]:
     """The engines of all examples borrow one SmolLM2, one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "load", cache(engine.load))
+        patch.setattr(prepare, "load", cache(prepare.load))
         yield
 
 

@@ -22,7 +22,8 @@ from radixgen.core import (
     check_integer,
     check_text,
 )
-from radixgen.engine import Engine, scores_of
+from radixgen.engine import Engine
+from radixgen.output_processor import scores_of
 from radixgen.serve import wire
 from radixgen.serve.counters import PeerCounters
 from radixgen.serve.salts import salted_namespace
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 Message = wire.Output | wire.Reply
 Compile = Callable[["Peer", str, SamplingParams, Callable[[Exception | None], None]], Callable[[], object]]
 """Compiles a grammar elsewhere, for a peer and a namespace; what it calls afterwards, it calls between two steps.
-Returns what drops a grammar that nobody waits for any more.
+Returns a function that drops a grammar for which nobody waits any more.
 """
 
 
@@ -48,7 +49,7 @@ class Peer:
     """Its live requests by its own ids"""
     pins: set[int] = field(default_factory=set)
     gone: bool = False
-    """Nothing is told it any more."""
+    """Whether it is sent nothing more"""
     salt_key: bytes = b""
     """Secret from which its cache salts become namespaces; empty: the worker's"""
 
@@ -63,7 +64,7 @@ class Ticket:
     params: SamplingParams
     eos_token_id: int | None = None
     started: bool = False
-    """Whether its prompt's counts were told"""
+    """Whether an output had its prompt's counts"""
     stop_reason: str | None = None
     """Why it was aborted"""
     drop_grammar: Callable[[], object] | None = None
@@ -84,7 +85,7 @@ class Service:
     """One engine's requests of any number of peers. Belongs to the thread that steps.
 
     Every accepted request ends in exactly one output with a finish reason, whatever its peer, the engine or other
-    requests do; a request that is refused has that one output alone. What is told, `take` gives.
+    requests do; a request that is refused has no other output. `take` gives the messages.
     """
 
     def __init__(self, engine: Engine, salt_key: bytes, *, compile_grammar: Compile | None = None) -> None:
@@ -107,7 +108,7 @@ class Service:
     # -- requests -----------------------------------------------------------------------------------------
 
     def add(self, peer: Peer, request: wire.Add) -> None:
-        """Queue a request. One that can't be served ends at once, with `error`, which says why."""
+        """Queue a request. Where it can't be served, it ends at once with `error` and the reason."""
         name = request.request_id
         if name in peer.tickets:
             if not peer.counters.duplicates:
@@ -118,16 +119,15 @@ class Service:
             return
         if self.draining:
             peer.counters.turned_away += 1
-            self._tell(peer, wire.Output(name, [], finish_reason=_FINISH["abort"], stop_reason="draining"))
+            self._send(peer, wire.Output(name, [], finish_reason=_FINISH["abort"], stop_reason="draining"))
             return
         try:
             self._add(peer, request)
         except AssertionError:
             raise
-        except RadixgenError as error:
-            self.refuse(peer, name, error)
         except Exception as error:
-            logger.exception("%s: a request could not be queued", peer.name)
+            if not isinstance(error, RadixgenError):
+                logger.exception("%s: a request could not be queued", peer.name)
             self.refuse(peer, name, error)
 
     def _add(self, peer: Peer, request: wire.Add) -> None:
@@ -163,7 +163,7 @@ class Service:
             self.abort(peer, [request.request_id])
 
     def _compiled(self, ticket: Ticket, submit: Callable[[], None], error: Exception | None) -> None:
-        """Its grammar is there, or can't be."""
+        """Submit a request whose grammar was compiled, or end it with the error."""
         ticket.drop_grammar = None
         if ticket.id not in self._tickets:
             return
@@ -179,13 +179,13 @@ class Service:
     def refuse(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request that never began."""
         peer.counters.refused += 1
-        self._tell(peer, _refusal(name, error))
+        self._send(peer, _refusal(name, error))
 
     def refuse_unread(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request of which only the name could be read; not where that is a live one's."""
         if name not in peer.tickets:
             peer.counters.unread += 1
-            self._tell(peer, _refusal(name, error))
+            self._send(peer, _refusal(name, error))
 
     def fork(self, peer: Peer, name: str, names: list[str]) -> None:
         """As `Engine.fork`; the forks' names are the peer's. Raises what that raises, and `InvalidRequest`."""
@@ -194,24 +194,24 @@ class Service:
             raise UnknownRequest("request_id", name, "names no live request")
         check_integer("len(names)", len(names), 1, self.engine.limits.max_n)
         taken = set(peer.tickets)
-        for one in names:
-            self.engine.inputs.check_name("names", one)
-            if one in taken:
-                raise InvalidRequest("names", one, "is taken")
-            taken.add(one)
-        for one, fork in zip(names, self.engine.fork(ticket.id, len(names)), strict=True):
+        for fork_name in names:
+            self.engine.inputs.check_name("names", fork_name)
+            if fork_name in taken:
+                raise InvalidRequest("names", fork_name, "is taken")
+            taken.add(fork_name)
+        for fork_name, fork_id in zip(names, self.engine.fork(ticket.id, len(names)), strict=True):
             peer.counters.forks += 1
-            self._open(Ticket(peer, one, fork, ticket.params, ticket.eos_token_id))
+            self._open(Ticket(peer, fork_name, fork_id, ticket.params, ticket.eos_token_id))
 
     def abort(self, peer: Peer, names: Iterable[str], stop_reason: str | None = None) -> None:
-        """End requests with `abort`. Those that are not live are passed over."""
+        """Abort those of these requests that are live."""
         for name in names:
             ticket = peer.tickets.get(name)
             if ticket is not None:
                 self._abort(ticket, stop_reason)
 
     def abort_overflowed(self, peer: Peer, stop_reason: str) -> None:
-        """End all that a front end has, for it does not read."""
+        """Abort all requests of a front end that does not read."""
         peer.counters.overflow_aborted += len(peer.tickets)
         self.abort(peer, list(peer.tickets), stop_reason)
 
@@ -219,7 +219,7 @@ class Service:
         """End every request with `abort`, and every call that is not answered yet."""
         for ticket in list(self._tickets.values()):
             self._abort(ticket, stop_reason)
-        for scoring in {id(one): one for one in self._scorings.values()}.values():
+        for scoring in dict.fromkeys(self._scorings.values()):
             self._give_up(scoring, stop_reason)
 
     def leave(self, peer: Peer) -> None:
@@ -234,17 +234,17 @@ class Service:
                 self._cancel(name)
 
     def fail(self, reason: str) -> None:
-        """The engine failed as a whole: tell every open request its end."""
+        """The engine failed as a whole: end every open request and call."""
         for ticket in list(self._tickets.values()):
             self._end(ticket, "error", reason)
-        for scoring in {id(one): one for one in self._scorings.values()}.values():
-            self._tell(scoring.peer, wire.Reply(scoring.call_id, reason))
+        for scoring in dict.fromkeys(self._scorings.values()):
+            self._send(scoring.peer, wire.Reply(scoring.call_id, reason))
         self._scorings.clear()
 
     # -- utilities ----------------------------------------------------------------------------------------
 
     def call(self, peer: Peer, call: wire.Call) -> None:
-        """Run a utility, and tell its result or what it raised."""
+        """Run a utility, and reply with its result or what it raised."""
         try:
             result = self._call(peer, call)
         except AssertionError:
@@ -252,10 +252,10 @@ class Service:
         except Exception as error:
             if not isinstance(error, RadixgenError):
                 logger.exception("%s: %s could not be called", peer.name, call.method)
-            self._tell(peer, wire.Reply(call.call_id, _format_error(error)))
+            self._send(peer, wire.Reply(call.call_id, _format_error(error)))
         else:
             if result is not PENDING:
-                self._tell(peer, wire.Reply(call.call_id, None, (None, result)))
+                self._send(peer, wire.Reply(call.call_id, None, (None, result)))
 
     def _call(self, peer: Peer, call: wire.Call) -> Any:
         utility = UTILITIES.get(call.method)
@@ -276,9 +276,8 @@ class Service:
         namespace = self.namespace(salt, peer.salt_key)
         tokens = self.engine.tokenize(_as_array(prompt, self.max_len))
         try:
-            for one in continuations:
-                name = self._new_id()
-                rest = _as_array(one, self.max_len)
+            for continuation in continuations:
+                name, rest = self._new_id(), _as_array(continuation, self.max_len)
                 self.engine.submit_score(tokens, rest, request_id=name, namespace=namespace)
                 scoring.scores[name] = None
                 scoring.waiting.add(name)
@@ -309,22 +308,22 @@ class Service:
                 self._scored(output)
 
     def take(self) -> list[tuple[Peer, Message]]:
-        """What is to be told and was not taken yet, in order."""
+        """The messages since the last call, in order."""
         messages = list(self._messages)
         self._messages.clear()
         return messages
 
     def load(self) -> wire.Load:
-        """Of this moment; what was found in the cache, since this was last asked for."""
+        """The load now, and how much of prompts was cached since the last call."""
         stats = self.engine.stats()
         used = (stats.kv_tokens_used + stats.kv_tokens_reserved) / max(stats.kv_tokens_total, 1)
         admitted = self._started, stats.prompt_tokens, stats.cached_prompt_tokens
-        requests, queries, hits = (now - then for now, then in zip(admitted, self._reported, strict=True))
+        requests, queries, hits = (now - before for now, before in zip(admitted, self._reported, strict=True))
         self._reported = admitted
         return wire.Load(stats.num_running, stats.num_waiting, used, wire.PrefixCacheStats(requests, queries, hits))
 
     def ready(self) -> wire.Ready:
-        """What a front end is told of the engine."""
+        """Describe the engine, for front ends."""
         slots, max_num_seqs = self.engine.inputs.kv_tokens, self.engine.limits.max_num_seqs
         return wire.Ready(
             max_model_len=self.max_len,
@@ -379,10 +378,10 @@ class Service:
             self.engine.cancel(scoring_id)
 
     def _end(self, ticket: Ticket, reason: str, stop_reason: str | None) -> None:
-        """End what the engine does not know, or knows no more."""
+        """End a request that the engine does not have."""
         finish = _FINISH[reason]
         self._close(ticket, reason)
-        self._tell(ticket.peer, wire.Output(ticket.name, [], finish_reason=finish, stop_reason=stop_reason))
+        self._send(ticket.peer, wire.Output(ticket.name, [], finish_reason=finish, stop_reason=stop_reason))
 
     def _close(self, ticket: Ticket, reason: str) -> None:
         if ticket.drop_grammar is not None:
@@ -393,33 +392,32 @@ class Service:
         finished[reason] = finished.get(reason, 0) + 1
 
     def _report(self, ticket: Ticket, output: RequestOutput) -> None:
-        """Tell what is new of a request."""
-        told = wire.Output(ticket.name, [])
-        (one,) = output.outputs
-        if one.finish_reason == "stop" and one.stop_reason is None and ticket.eos_token_id is not None:
-            _add_end(one, ticket.eos_token_id)
-        told.new_token_ids = one.token_ids
-        if one.logprobs:
-            told.new_logprobs = wire.pack_logprobs(one.logprobs, ticket.params.logprobs or 0)
+        """Queue a message about what is new of a request."""
+        (new,) = output.outputs
+        if new.finish_reason == "stop" and new.stop_reason is None and ticket.eos_token_id is not None:
+            _add_end(new, ticket.eos_token_id)
+        message = wire.Output(ticket.name, new.token_ids)
+        if new.logprobs:
+            message.new_logprobs = wire.pack_logprobs(new.logprobs, ticket.params.logprobs or 0)
         if output.prompt_logprobs is not None:
-            found = [position for position in output.prompt_logprobs if position is not None]
-            told.new_prompt_logprobs = wire.pack_logprobs(found, ticket.params.prompt_logprobs or 0)
+            positions = [logprobs for logprobs in output.prompt_logprobs if logprobs is not None]
+            message.new_prompt_logprobs = wire.pack_logprobs(positions, ticket.params.prompt_logprobs or 0)
         if not ticket.started:
             ticket.started = True
             self._started += 1
             prompt, cached = output.num_prompt_tokens, output.num_cached_tokens
-            told.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
+            message.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
         if output.finished:
-            assert one.finish_reason is not None
-            told.finish_reason = _FINISH[one.finish_reason]
-            told.stop_reason = ticket.stop_reason if one.finish_reason == "abort" else one.stop_reason
-            if one.finish_reason == "stop" and one.stop_reason == ticket.eos_token_id:
-                told.stop_reason = None
-            self._close(ticket, one.finish_reason)
-        self._tell(ticket.peer, told)
+            assert new.finish_reason is not None
+            message.finish_reason = _FINISH[new.finish_reason]
+            message.stop_reason = ticket.stop_reason if new.finish_reason == "abort" else new.stop_reason
+            if new.finish_reason == "stop" and new.stop_reason == ticket.eos_token_id:
+                message.stop_reason = None
+            self._close(ticket, new.finish_reason)
+        self._send(ticket.peer, message)
 
     def _scored(self, output: RequestOutput) -> None:
-        """One continuation of a scoring has ended."""
+        """Take the score of one continuation; the reply follows the last."""
         scoring = self._scorings.pop(output.request_id)
         scoring.waiting.discard(output.request_id)
         try:
@@ -428,14 +426,14 @@ class Service:
             self._give_up(scoring, _format_error(error))
             return
         if not scoring.waiting:
-            self._tell(scoring.peer, wire.Reply(scoring.call_id, None, (None, list(scoring.scores.values()))))
+            self._send(scoring.peer, wire.Reply(scoring.call_id, None, (None, list(scoring.scores.values()))))
 
     def _give_up(self, scoring: _Scoring, reason: str) -> None:
         for name in scoring.waiting:
             self._cancel(name)
-        self._tell(scoring.peer, wire.Reply(scoring.call_id, reason))
+        self._send(scoring.peer, wire.Reply(scoring.call_id, reason))
 
-    def _tell(self, peer: Peer, message: Message) -> None:
+    def _send(self, peer: Peer, message: Message) -> None:
         if not peer.gone:
             self._messages.append((peer, message))
 
@@ -448,8 +446,8 @@ _FINISH: dict[str, int] = {reason: number for number, reason in enumerate(wire.F
 
 
 def _add_end(output: CompletionOutput, token: int) -> None:
-    """The end token that a sequence did without as its grammar was complete: a front end takes the last token of one
-    that stopped to be no text.
+    """Add the end token that a sequence did without as its grammar was complete: front ends leave out the text of the
+    last token of a sequence that stopped.
     """
     output.token_ids = [*output.token_ids, token]
     if output.logprobs is not None:
@@ -471,5 +469,5 @@ def _refusal(name: str, error: Exception) -> wire.Output:
 
 
 def _format_error(error: Exception) -> str:
-    """An error in a line, for the other end."""
+    """An error in one line."""
     return f"{type(error).__name__}: {error}"[:1_000]

@@ -71,7 +71,7 @@ class Worker:
         drain_timeout: seconds after `drain` in which requests may still end.
         stall_timeout: seconds without a finished step, where there is work, after which the worker is unhealthy.
         sentinel: notifies front ends if this process dies.
-        kv_events: what publishes the engine's cache events, for front ends to be told where.
+        kv_events: the publisher of the engine's cache events, whose address front ends get.
 
         Raises `InvalidRequest`, `InsecureEndpoint`.
         """
@@ -130,8 +130,8 @@ class Worker:
     # -- in the thread that polls -------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Serve until `drain` is called or the engine fails. Whether it ended as asked, with every request told its
-        end. To be called once.
+        """Serve until `drain` is called or the engine fails. Whether it was drained, with the end of every request
+        sent. To be called once.
         """
         with ExitStack() as stack:
             stack.callback(self._close_wake)
@@ -201,7 +201,7 @@ class Worker:
                 self._read(link)
 
     def _may_read(self) -> bool:
-        """Whether the engine keeps up with what it is asked."""
+        """Whether the engine keeps up with its jobs."""
         jobs, size = self._stepper.backlog
         return jobs < self.limits.max_backlog and size < self.limits.max_backlog_bytes
 
@@ -215,7 +215,7 @@ class Worker:
             self._handle(link, frames)
 
     def _handle(self, link: Link, frames: list[bytes]) -> None:
-        """One message of a front end, whatever it is."""
+        """Read a message of a front end, whatever it is."""
         counters = link.peer.counters
         kind, payload = frames[0], frames[1] if len(frames) > 1 else b""
         if kind not in (wire.ADD, wire.ABORT, wire.START_WAVE, wire.UTILITY):
@@ -235,7 +235,7 @@ class Worker:
                 self._stepper.post(refuse, len(name))
 
     def _dispatch(self, link: Link, kind: bytes, payload: bytes) -> None:
-        """Have the engine do what is asked. Raises `Malformed`."""
+        """Post a message of a front end to the engine. Raises `Malformed`."""
         peer, service, post = link.peer, self._stepper.service, self._stepper.post
         if kind == wire.ADD:
             request = wire.decode(payload, wire.Add)
@@ -250,26 +250,26 @@ class Worker:
             peer.counters.calls += 1
             if call.method == "is_healthy":
                 self._check_health()
-                self._tell(link, [wire.Reply(call.call_id, None, (None, self.healthy))])
+                self._send(link, [wire.Reply(call.call_id, None, (None, self.healthy))])
             elif call.method == "counters":
-                self._tell(link, [wire.Reply(call.call_id, None, (None, self.counters.as_dict()))])
+                self._send(link, [wire.Reply(call.call_id, None, (None, self.counters.as_dict()))])
             else:
                 post(partial(service.call, peer, call), len(payload))
         else:
             peer.counters.ignored += 1
 
     def _deliver(self) -> None:
-        """Send what the engine has told."""
-        told = self._stepper.take()
+        """Send the engine's messages."""
+        new = self._stepper.take()
         load, self._stepper.load = self._stepper.load, None
         messages: dict[Peer, list[Message]] = {}
-        for peer, message in told:
+        for peer, message in new:
             messages.setdefault(peer, []).append(message)
         for peer, own in messages.items():
             if peer in self._links:
-                self._tell(self._links[peer], own, load)
+                self._send(self._links[peer], own, load)
 
-    def _tell(self, link: Link, messages: list[Message], load: wire.Load | None = None) -> None:
+    def _send(self, link: Link, messages: list[Message], load: wire.Load | None = None) -> None:
         if not link.tell(messages, load):
             self._stepper.post(partial(self._stepper.service.abort_overflowed, link.peer, OVERFLOW))
 
@@ -297,7 +297,7 @@ class Worker:
         self._stepper.service.draining = True
 
     def _drained(self, now: float, deadline: float) -> bool:
-        """Whether all is told, or must be given up."""
+        """Whether everything was sent, or must be given up."""
         if self._stepper.quiet:
             self._deliver()
             return not any(link.waiting for link in self._links.values()) or now > deadline + LINGER_SECONDS
@@ -307,7 +307,7 @@ class Worker:
         return now > deadline + LINGER_SECONDS
 
     def _end(self) -> bool:
-        """Tell the front ends that the engine is no more. Whether every request was told its end."""
+        """Tell front ends that the engine has ended. Whether the end of every request was sent."""
         for link in self._links.values():
             link.farewell()
         return self._stepper.quiet and not any(link.waiting for link in self._links.values())
@@ -394,7 +394,7 @@ class _Session:
         try:
             frames = socket.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
-            if socket.lost(-inf):  # it was told HELLO, and went away
+            if socket.lost(-inf):  # it got HELLO, and went away
                 self._hang_up(now)
             return
         try:
@@ -412,12 +412,12 @@ class _Session:
 
     def _open(self, init: wire.Init) -> None:
         """Link to each of the front end's processes. Raises `RadixgenError`; then to none."""
-        worker, found = self._worker, init.addresses
-        if not 0 < len(found.inputs) == len(found.outputs) <= _MAX_PROCESSES:
+        worker, addresses = self._worker, init.addresses
+        if not 0 < len(addresses.inputs) == len(addresses.outputs) <= _MAX_PROCESSES:
             limit = f"as many as outputs, from 1 to {_MAX_PROCESSES}"
-            raise InvalidRequest("len(inputs)", len(found.inputs), limit)
-        pairs = list(zip(found.inputs, found.outputs, strict=True))
-        for address in (*found.inputs, *found.outputs):
+            raise InvalidRequest("len(inputs)", len(addresses.inputs), limit)
+        pairs = list(zip(addresses.inputs, addresses.outputs, strict=True))
+        for address in (*addresses.inputs, *addresses.outputs):
             check_endpoint(address, curve=worker.curve, insecure_tcp=worker.insecure_tcp)
         heartbeat = min(max(init.heartbeat, 0.1), 60.0) if init.heartbeat > 0 else 0.0
         try:

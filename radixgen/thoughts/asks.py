@@ -175,7 +175,7 @@ class Asking:
 
     async def log_probabilities(self, prompt: Sequence[int], answers: Sequence[str]) -> list[float]:
         """Natural-log probability of each answer after `prompt`, as one burst. Raises `RequestFailed`."""
-        from radixgen.engine import scores_of
+        from radixgen.output_processor import scores_of
 
         each = [await self.server.tokenize(answer, special=False) for answer in answers]
         outputs = await together([self.server.score(prompt, answer) for answer in each])

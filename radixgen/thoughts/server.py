@@ -158,7 +158,7 @@ class SteppedServer:
             return await future
         finally:
             if self._waiting.pop(request_id, None) is not None:
-                self._engine._abandon([request_id])
+                self._engine._loop.abandon([request_id])
 
     async def _submit(self, submit: Callable[[], str]) -> str:
         while True:
@@ -173,7 +173,7 @@ class SteppedServer:
         """Step and hand out, until nothing is unfinished; where the engine fails, everyone who waits is told."""
         try:
             while self._waiting or self._engine.num_unfinished_requests:
-                for output in self._engine._receive(self._waiting):
+                for output in self._engine._loop.receive(self._waiting):
                     if output.finished:
                         self._settle(self._waiting.pop(output.request_id), output)
                 await asyncio.sleep(0)

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from radixgen.cache import TokenArray
 from radixgen.core import RequestOutput, SamplingParams, Stats
-from radixgen.engine import Progress
 from radixgen.input_processor import InputProcessor
+from radixgen.request_loop import Progress
 
 
 class Outputs(Protocol):

@@ -217,8 +217,8 @@ class Reader:
 
 def held_nodes(core: EngineCore) -> tuple[list[Node], list[Node]]:
     """The node on which each running sequence stands, and that on which each pin does."""
-    cursors = [sequence.cursor for sequence in core.scheduler.running]
-    return [cursor.node for cursor in cursors if cursor and cursor.node], [pin.lock.held for pin in core.scheduler.pins]
+    cursors = [s.cursor.node for s in core.scheduler.running if s.cursor and s.cursor.node]
+    return cursors, [pin.lock.held for pin in core.scheduler.pins]
 
 
 def figures(stats: Stats, num_nodes: int) -> dict[str, Any]:

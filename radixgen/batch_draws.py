@@ -1,0 +1,74 @@
+"""`BatchDraws`: a token for each sequence of a step, at once; where that fails, one by one."""
+
+import logging
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+from torch import Tensor
+
+from radixgen.sampling import Drawable, Drawn, Draws, draw, report, sample
+from radixgen.scheduler.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class BatchDraws:
+    """The draws of a step, on their way from the device. One that raises costs only its own sequence its token."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        rows: Seq[int],
+        sequences: Seq[Sequence],
+        drawable: Drawable | None,
+        faults: Mapping[int, str],
+    ) -> None:
+        """
+        logits: `[n, vocab]` float32.
+        rows: of the logits, for each sequence.
+        faults: why sequences must end and draw nothing, by their places.
+        """
+        self._logits = logits
+        self._sequences = sequences
+        self._drawable = drawable
+        self._faults = faults
+        self._places = [place for place in range(len(sequences)) if place not in faults]
+        self._rows = [rows[place] for place in self._places]
+        self._states = [sequences[place].sampling for place in self._places]
+        self._draws: Draws | None = None
+        try:
+            self._draws = draw(logits, self._rows, self._states, drawable)
+        except Exception:
+            logger.exception("drawing %d tokens at once failed; drawing them one by one", len(self._places))
+
+    @property
+    def all(self) -> Draws | None:
+        """The tokens on the device, where every sequence has a draw and none failed."""
+        return None if self._faults else self._draws
+
+    def wait(self) -> Drawn:
+        """A token for each sequence, -1 where it has none."""
+        if self._draws is None:
+            return self._draw_each()
+        drawn = report(self._logits, self._rows, self._states, self._draws.wait())
+        if not self._faults:
+            return drawn
+        tokens = [-1] * len(self._sequences)
+        for place, token in zip(self._places, drawn.tokens, strict=True):
+            tokens[place] = token
+        logprobs = {self._places[index]: logprobs for index, logprobs in drawn.logprobs.items()}
+        return Drawn(tokens, logprobs, dict(self._faults))
+
+    def _draw_each(self) -> Drawn:
+        drawn = Drawn([-1] * len(self._sequences), {}, dict(self._faults))
+        for place, row, state in zip(self._places, self._rows, self._states, strict=True):
+            try:
+                single = sample(self._logits, [row], [state], self._drawable)
+            except Exception as error:
+                logger.exception("request %s could not be sampled", self._sequences[place].request.id)
+                drawn.faults[place] = repr(error)
+                continue
+            drawn.tokens[place] = single.tokens[0]
+            if single.logprobs:
+                drawn.logprobs[place] = single.logprobs[0]
+        return drawn

@@ -1,0 +1,185 @@
+"""The model behind an engine: loaded on one device or over several, fused and compiled, its KV allocated."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from radixgen.cache.storage import kv_room
+from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
+from radixgen.kernels.backend import backend
+from radixgen.model.base import Model
+from radixgen.model.checkpoint import check_layers
+from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
+from radixgen.model.packed import TreeModel
+from radixgen.model.parallel import ParallelModel, shard
+from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
+from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.planner import PLAN_MODES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def check_options(
+    model: object,
+    plan: str,
+    seed: int,
+    load_format: str,
+    dtype: str | torch.dtype,
+    device: str,
+    attention: str,
+    sizes: Mapping[str, int | None],
+) -> None:
+    """Raise `InvalidRequest` for an option of `Engine` that cannot be, before anything is loaded. Sizes are above 0, or
+    None where there is a default.
+    """
+    if plan not in PLAN_MODES:
+        raise InvalidRequest("plan", plan, f"must be one of {', '.join(PLAN_MODES)}")
+    for field, value in sizes.items():
+        if value is not None:
+            check_integer(field, value, 1, 2**63 - 1)
+    check_integer("seed", seed, 0, 2**64 - 1)
+    resolve_dtype(dtype)
+    if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
+        raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
+    backend(attention, resolve_device(device))
+
+
+def prepare_model(
+    model: "str | Path | PreTrainedModel | Model",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    limits: Limits,
+    *,
+    load_format: str,
+    dtype: str | torch.dtype,
+    device: str,
+    attention: str,
+    max_model_len: int | None,
+    max_step_tokens: int,
+    ranks: int,
+    graphs: bool,
+    torch_compile: bool | None,
+) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
+    """A model behind the engine's interface, and its tokenizer. The arguments are those of `Engine`, and so are the
+    errors.
+    """
+    check_integer("tensor_parallel_size", ranks, 1, limits.max_ranks)
+    max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
+    if ranks > 1:
+        if not isinstance(model, str | Path):
+            raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
+        sharded, loaded = shard(
+            model,
+            ranks,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            max_model_len=max_model_len,
+            max_step_tokens=max_step_tokens,
+            load_format=load_format,
+            graphs=graphs,
+            max_graph_rows=max_graph_rows,
+            torch_compile=torch_compile,
+            tokenizer=tokenizer,
+        )
+        return sharded, loaded.tokenizer
+    if isinstance(model, Model):
+        return model, tokenizer
+    loaded = _load(model, tokenizer, load_format, dtype, device)
+    tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
+    try:
+        cuda = loaded.model.device.type == "cuda"
+        if cuda:
+            tree_model.fuse_linears()
+        if torch_compile or (torch_compile is None and cuda and graphs):
+            tree_model.compile_blocks()
+        runner = ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs, max_graph_rows=max_graph_rows)
+        return runner, loaded.tokenizer
+    except BaseException:
+        tree_model.release()
+        raise
+
+
+def default_step_tokens(model: object, device: str) -> int:
+    """Rows of a step at the most. A model given as an object stays where it is by default."""
+    own = getattr(model, "device", None)
+    place = own if device == "auto" and isinstance(own, torch.device) else resolve_device(device)
+    large = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory >= 32 << 30
+    return 8192 if large else 2048
+
+
+def runs_on_gpu(model: Model) -> bool:
+    """Whether it is one of transformers' models, on GPUs."""
+    return isinstance(model, ModelRunner | ParallelModel) and model.device.type == "cuda"
+
+
+def costs_of(model: Model) -> tuple[CostModel, ...]:
+    """What attention costs in its layers, where that is known."""
+    return model.costs if isinstance(model, ModelRunner | ParallelModel) else ()
+
+
+def dtype_of(model: Model) -> str:
+    """Of the weights; of the logits where the model is not transformers'."""
+    return str(model.model.model.dtype).removeprefix("torch.") if isinstance(model, ModelRunner) else "float32"
+
+
+def allocate_kv(model: Model, requested: int | None, limits: Limits, max_step_tokens: int) -> int:
+    """Give the model the KV slots that are requested; by default what a share of the free memory should hold, and
+    where it does not, a quarter less and again, down to an eighth. Returns how many there are.
+    """
+    slots = requested or _default_slots(model, limits, max_step_tokens)
+    least = requested or slots // 8
+    while True:
+        try:
+            model.allocate(slots)
+        except (MemoryError, RuntimeError, ValueError) as error:
+            fewer = slots * 3 // 4
+            if not isinstance(error, ValueError) and fewer >= max(least, 1):
+                logger.warning("no memory for %d KV slots (%s); trying %d", slots, error, fewer)
+                slots = fewer
+                continue
+            model.release()
+            raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
+        return slots
+
+
+def _load(
+    model: "str | Path | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    load_format: str,
+    dtype: str | torch.dtype,
+    device: str,
+) -> LoadedModel:
+    if isinstance(model, str | Path):
+        return load(model, dtype, device, load_format=load_format, tokenizer=tokenizer)
+
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidRequest("model", model, "must be a name, a path or a transformers model")
+    check_layers(type(model).__name__, model)
+    if device != "auto":
+        model = model.to(resolve_device(device))
+    return LoadedModel(type(model).__name__, model.eval(), tokenizer)
+
+
+def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
+    """As many tokens as a share of the free memory holds. On a GPU the largest step has run by then, and has the memory
+    that it takes; what CUDA graphs take comes out of the rest.
+    """
+    if isinstance(model, ModelRunner | ParallelModel) and model.device.type == "cuda":
+        model.profile_run(max_step_tokens)
+    if isinstance(model, ParallelModel):
+        room = model.kv_room
+    else:
+        room = kv_room(model.device if isinstance(model, ModelRunner) else torch.device("cpu"))
+    most = limits.max_num_seqs * model.max_model_len
+    slots = min(room // model.kv_bytes_per_token, most)
+    if slots < 1:
+        raise UnsupportedModel(f"{model.name}: no memory is left for its KV cache")
+    return slots

@@ -1,0 +1,198 @@
+"""`RequestLoop`: steps an engine's core for several callers on one thread, and keeps for each what belongs to it."""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from itertools import chain
+
+from radixgen.core import EngineClosed, OutputKind, QueueFull, RadixgenError, RequestOutput, UnknownRequest
+from radixgen.engine_core import EngineCore
+from radixgen.output_processor import OutputProcessor
+from radixgen.scheduler.sequence import Request, Sequence
+
+Progress = Callable[[int, int], None]
+
+
+class RequestLoop:
+    """An engine's requests from their submission to their last output. Every change is made under the core's guard."""
+
+    def __init__(self, core: EngineCore, outputs: OutputProcessor, clock: Callable[[], float]) -> None:
+        self.closed = False
+        self.outputs = outputs
+        self._core = core
+        self._guard = core.guard
+        self._clock = clock
+        self._undelivered: dict[str, list[RequestOutput]] = {}
+        """Of each request the outputs that one caller's step brought to another"""
+        self._dropped: deque[str] = deque()
+        """Requests whose streams were dropped. The garbage collector drops some in the middle of a step."""
+
+    def begin_call(self) -> None:
+        """Begin a call: cancel the requests of dropped streams. Raises `EngineClosed` and `EngineDead`."""
+        if self.closed:
+            raise EngineClosed("the engine is closed")
+        self._guard.require()
+        while self._dropped:
+            self.abandon([self._dropped.popleft()])
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would run something or report something, be it that the engine is dead."""
+        return bool(self._core.requests or self._undelivered) or (self._guard.broken and not self.closed)
+
+    def live(self, request_id: str) -> Request:
+        """The request of this id. Raises `UnknownRequest` where it has ended or never was."""
+        request = self._core.requests.get(request_id) if isinstance(request_id, str) else None
+        if request is None or request.finished:
+            raise UnknownRequest("request_id", request_id, "names no live request")
+        return request
+
+    def submit(self, request: Request, kind: OutputKind) -> str:
+        """Queue a request that was made just now, and return its id."""
+        with self._guard:
+            self._core.add(request)
+            fault = self.outputs.follow(request, kind)
+            if fault is not None:
+                self._core.abort(request, "error", fault)
+            return request.id
+
+    def fork(self, request: Request, n: int) -> list[str]:
+        """The ids of `n` copies of a live request, for which there is room."""
+        forks = []
+        with self._guard:
+            for _ in range(n):
+                fork = self._core.fork(request)
+                self.outputs.follow_fork(request, fork)
+                forks.append(fork.id)
+            return forks
+
+    def cancel(self, request: Request) -> None:
+        """End a live request; the next step has its last output."""
+        with self._guard:
+            self._core.abort(request)
+
+    def step(self) -> list[RequestOutput]:
+        """Outputs that nobody has taken yet, then those of one more step."""
+        self.begin_call()
+        with self._guard:
+            new = self._step()
+            kept, self._undelivered = self._undelivered, {}
+            return [*chain.from_iterable(kept.values()), *new]
+
+    def serve(self, submits: Seq[Callable[[], str]], progress: Progress | None = None) -> list[RequestOutput]:
+        """Call `submits`, each of which queues a request, as the queue takes them, and step until all have ended.
+        Returns the last outputs, in the same order.
+        """
+        ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            while len(done) < len(submits):
+                for submit in submits[len(ids) :]:
+                    try:
+                        ids.append(submit())
+                    except QueueFull:
+                        break
+                done |= {output.request_id: output for output in self.receive(set(ids))}
+                if progress is not None:
+                    progress(len(done), len(submits))
+        finally:
+            self.abandon(set(ids) - done.keys())
+        return [done[request_id] for request_id in ids]
+
+    def receive(self, request_ids: Collection[str]) -> list[RequestOutput]:
+        """Outputs of these requests: what other callers' steps left of them, or else what one more step brings.
+
+        A step must do something: otherwise a caller would wait for ever.
+        """
+        self.begin_call()
+        with self._guard:
+            before, stuck = self._core.num_attempts, False
+            if self._undelivered.keys().isdisjoint(request_ids):
+                new = self._step()
+                stuck = not new and before == self._core.num_attempts
+                self._keep(new)
+            outputs = [output for request_id in request_ids for output in self._undelivered.pop(request_id, ())]
+        if stuck:
+            raise RadixgenError("no request can run: the KV pool is held by locks that no request owns")
+        return outputs
+
+    def abandon(self, request_ids: Collection[str]) -> None:
+        """Cancel requests that nobody waits for any more, and drop their outputs."""
+        if self.closed or self._guard.broken:
+            return
+        with self._guard:
+            for request_id in request_ids:
+                if request_id in self._core.requests:
+                    self._core.abort(self._core.requests[request_id])
+            self._keep(self._process(self._core.take_ended()))
+            for request_id in request_ids:
+                self._undelivered.pop(request_id, None)
+
+    def drop(self, request_id: str) -> None:
+        """Abandon a request when the next call begins. A finalizer may call this."""
+        self._dropped.append(request_id)
+
+    def run_apart(self, function: Callable[[], None]) -> None:
+        """Run what uses the model, between two steps."""
+        self.begin_call()
+        with self._guard:
+            self._core.ahead.drop()
+            function()
+
+    def check(self) -> None:
+        """Assert that the requests of the core are those whose outputs are followed."""
+        self.outputs.check(self._core.requests.values())
+
+    def close(self) -> None:
+        """Abandon all requests, and take no more calls."""
+        try:
+            self.abandon(list(self._core.requests))
+        finally:
+            self.closed = True
+            self._undelivered.clear()
+
+    def _step(self) -> list[RequestOutput]:
+        return self._process(self._core.step(self._clock()))
+
+    def _process(self, touched: Seq[Sequence]) -> list[RequestOutput]:
+        """Outputs of sequences that gained tokens or ended. What they end leaves the core."""
+        outputs, to_abort = self.outputs.process(touched)
+        for sequence in to_abort:
+            self._core.scheduler.drop(sequence)
+        for request in dict.fromkeys(sequence.request for sequence in touched):
+            if request.finished:
+                self._core.forget(request)
+        return outputs
+
+    def _keep(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            self._undelivered.setdefault(output.request_id, []).append(output)
+
+
+class OutputStream(Iterator[RequestOutput]):
+    """One request's outputs, as they come; each `next` steps the engine if need be."""
+
+    def __init__(self, loop: RequestLoop, request_id: str) -> None:
+        self.request_id = request_id
+        self._loop = loop
+        self._waiting: list[RequestOutput] = []
+        self._open = True
+
+    def __next__(self) -> RequestOutput:
+        if not self._open and not self._waiting:
+            raise StopIteration
+        while not self._waiting:
+            self._waiting = self._loop.receive([self.request_id])
+        self._open = not self._waiting[0].finished
+        return self._waiting.pop(0)
+
+    def close(self) -> None:
+        """Cancel the request if it has not ended."""
+        if self._open:
+            self._open = False
+            self._waiting.clear()
+            self._loop.abandon([self.request_id])
+
+    def __del__(self) -> None:
+        if self._open:
+            self._loop.drop(self.request_id)

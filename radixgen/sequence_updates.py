@@ -1,0 +1,74 @@
+"""How sequences change between two steps: a token more, a fork, hypotheses in the place of beams."""
+
+from dataclasses import replace
+
+from radixgen.beam_search import BeamSearch
+from radixgen.core import FinishReason, SamplingState
+from radixgen.sampling import fork_seed
+from radixgen.scheduler.sequence import Request, Sequence
+
+
+def append_token(sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
+    """Give a sequence the token that was drawn for it. Returns why it ends, where that is the last one. Raises what
+    its grammar raises; then the token is not appended.
+    """
+    request, state, output = sequence.request, sequence.sampling, sequence.output
+    grammar, params = state.grammar, request.params
+    is_end = token in state.stop_ids and (
+        len(output) >= params.min_tokens or (grammar is not None and not grammar.allows(token))
+    )
+    if grammar is not None and not is_end:
+        if grammar.complete:  # its mask allowed nothing more, and there was no end token to draw
+            return "stop"
+        grammar.accept(token)
+    output.append(token)
+    if logprobs is not None:
+        sequence.logprobs.append(logprobs)
+    sequence.ended_by_token = is_end
+    if is_end or (grammar is not None and grammar.complete):
+        return "stop"
+    return "length" if len(output) >= request.max_output else None
+
+
+def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
+    """A sequence of `fork`, the request's fork of that number, where `origin` stands, without a cursor."""
+    state = origin.sampling
+    own = SamplingState(
+        state.params,
+        fork_seed(state.seed, number),
+        state.index,
+        state.prompt,
+        list(state.output),
+        state.stop_ids,
+        state.grammar.fork() if state.grammar else None,
+    )
+    shares = origin.namespace == fork.namespace
+    return replace(
+        origin,
+        request=fork,
+        namespace=fork.namespace if shares else private_namespace(fork, origin.index),
+        sampling=own,
+        cursor=None,
+        logprobs=list(origin.logprobs),
+        scheduled_in=-1,
+        followed=None,
+    )
+
+
+def private_namespace(request: Request, index: int) -> str:
+    """The namespace of a sequence that shares nothing."""
+    return f"{request.namespace}\0{request.serial}.{index}"
+
+
+def conclude_search(request: Request, search: BeamSearch, stop_reason: str | None) -> None:
+    """Put the hypotheses of a search that is over in the place of its beams, which have no cursors any more."""
+    state = request.sequences[0].sampling
+    for beam in list(request.sequences):
+        request.remove_sequence(beam)
+    for index, hypothesis in enumerate(search.hypotheses):
+        tokens, stops = hypothesis.token_ids, hypothesis.finish_reason == "stop"
+        own = SamplingState(state.params, state.seed, index, state.prompt, tokens, state.stop_ids)
+        sequence = Sequence(request, index, request.namespace, own)
+        sequence.finish_reason, sequence.ended_by_token = hypothesis.finish_reason, stops
+        sequence.stop_reason = tokens[-1] if stops and tokens[-1] in state.params.stop_token_ids else stop_reason
+        request.add_sequence(sequence)
