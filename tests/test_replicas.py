@@ -269,7 +269,7 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-dp", "0"], "data_parallel_size=0: must be"),
         (["--data-parallel-size", "1000"], "data_parallel_size=1000: must be"),
         (["-dp", "2", "--tp", "0", "--device", "cpu"], "tensor_parallel_size=0: must be"),
-        (["-dp", "2", "--zmq", "ipc:///nowhere"], "with --zmq say --workers"),
+        (["-dp", "2", "--zmq", "ipc:///nowhere"], "with --zmq, use --workers"),
     ],
     ids=str,
 )
