@@ -154,7 +154,7 @@ def test_serve_refuses_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RADIXGEN_API_KEY", raising=False)
     absent = tmp_path / "absent"
     for arguments, says in (
-        (["--host", "0.0.0.0"], "others reach it, so there must be an API key: --api-key"),
+        (["--host", "0.0.0.0"], "is reachable by others and requires an API key: --api-key"),
         (["--metrics-compat", "x"], "must be one of vllm"),
         (["--port", "70000"], "65535"),
         (["--api-key", "a b "], "printable ASCII"),

@@ -118,7 +118,7 @@ def test_nonsense_is_the_end_of_what_is_followed(tmp_path: Path, caplog: pytest.
                 replay.send_multipart([peer, b"", b"", sequence.to_bytes(8, "big", signed=True), payload])
             wait_for(lambda: held.blocks.get("worker") == {7})
             sender = threading.Event()
-            while not sender.wait(0.01) and "not followed" not in caplog.text:
+            while not sender.wait(0.01) and "no longer followed" not in caplog.text:
                 pub.send_multipart([b"", (4).to_bytes(8, "big"), b"\xc1"])
             wait_for(lambda: held.blocks["worker"] == set())
             assert not one._feeds

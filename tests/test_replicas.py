@@ -379,7 +379,7 @@ def test_events_that_can_t_be_followed_are_done_without(tmp_path: Path, caplog: 
         balancer = Balancer(b"key")
         balancer.joined(1, wire.Ready(64, 4, kv_events_config=Raw(wire.encode(good | bad))))
         balancer.close()
-        assert "routed without the cache events" in caplog.text and says in caplog.text, caplog.text
+        assert "routing without the KV cache events" in caplog.text and says in caplog.text, caplog.text
 
 
 def test_salts_become_namespaces_by_a_key() -> None:

@@ -135,7 +135,7 @@ def serve(
         from radixgen.async_engine import AsyncEngine
         from radixgen.engine import Engine
         from radixgen.model.sampling_defaults import sampling_defaults
-        from radixgen.serve.http import server
+        from radixgen.serve import server
         from radixgen.serve.http.app import ServeOptions
         from radixgen.serve.http.backend import Backend
         from radixgen.serve.http.binding import Binding
