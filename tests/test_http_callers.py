@@ -21,7 +21,7 @@ from radixgen.serve.http.health import Health
 from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.session_sizes import bytes_of
-from radixgen.serve.http.sessions import Key, Sessions
+from radixgen.serve.http.sessions import SessionKey, Sessions
 
 SECONDS = 30.0
 KEYS = ["one", "two"]
@@ -462,7 +462,7 @@ class Talks:
         messages: list[dict[str, str]] = []
         for text in said:
             messages.append({"role": "user", "content": text})
-            turn = self.sessions.begin(Key(tenant, tenant, name), self.template, tuple(messages))
+            turn = self.sessions.begin(SessionKey(tenant, tenant, name), self.template, tuple(messages))
             told = {"role": "assistant", "content": "ok"}
             output = CompletionOutput(0, "ok", list(self.template.tokenize("ok")), "length")
             self.sessions.end(turn, output, told, SamplingParams())
