@@ -30,7 +30,7 @@ from radixgen import (
     RequestOutput,
     SamplingParams,
 )
-from radixgen.explain import Written, explain
+from radixgen.explain import PromptText, explain
 from radixgen.model.loader import load_tokenizer
 from radixgen.sampling import Drawable, draw
 from radixgen.serve import wire, wire_params
@@ -267,7 +267,7 @@ def test_wires_and_salts_refuse_half_of_a_surrogate_pair() -> None:
     with says([]) as engine, pytest.raises(InvalidRequest, match="cache_salt"):
         Service(engine, b"key").namespace(HALF)
     with pytest.raises(InvalidRequest, match="surrogate"):
-        explain([Written(HALF)], tokenizer())
+        explain([PromptText(HALF)], tokenizer())
 
 
 BODIES = [

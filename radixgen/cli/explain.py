@@ -26,8 +26,8 @@ def explain(
     their end, or, where prompts differ only in white space or order, made equal. Line numbers are those of the
     rendered prompt, so the chat template's own lines count.
     """
-    from radixgen.explain import BLANK, Written, explain
-    from radixgen.explain.show import shown
+    from radixgen.explain import BLANK, PromptText, explain
+    from radixgen.explain.show import render_report
     from radixgen.input_processor import chat_text
     from radixgen.model.loader import load_tokenizer
 
@@ -35,24 +35,24 @@ def explain(
         tokenizer = load_tokenizer(model)
         if tokenizer is None:
             raise InvalidRequest("model", model, "has no tokenizer")
-        prompts: list[Written | list[int]] = []
-        templates: dict[tuple[str, ...], Written] = {}
+        prompts: list[PromptText | list[int]] = []
+        templates: dict[tuple[str, ...], PromptText] = {}
         for request in read_requests(None, file):
             if "messages" in request:
                 messages = request["messages"]
-                prompts.append(Written(chat_text(tokenizer, messages, request.get("tools")), special=False))
+                prompts.append(PromptText(chat_text(tokenizer, messages, request.get("tools")), special=False))
                 roles = tuple(str(message.get("role")) for message in messages)
                 if roles not in templates:
                     blank = [{"role": role, "content": BLANK} for role in roles]
                     with suppress(InvalidRequest):
-                        templates[roles] = Written(chat_text(tokenizer, blank), special=False)
+                        templates[roles] = PromptText(chat_text(tokenizer, blank), special=False)
             else:
                 prompt = request["prompt"]
-                prompts.append(Written(prompt) if isinstance(prompt, str) else prompt)
+                prompts.append(PromptText(prompt) if isinstance(prompt, str) else prompt)
         with waiting(Console(stderr=True)) as say:
             say(f"comparing {len(prompts):,} prompts")
             report = explain(prompts, tokenizer, list(templates.values()))
         if as_json:
             print(json.dumps(report.as_dict(), ensure_ascii=False))
         else:
-            Console().print(*shown(report, tokenizer.decode), sep="\n")
+            Console().print(*render_report(report, tokenizer.decode), sep="\n")

@@ -79,9 +79,9 @@ class TemplateRenderer:
                 }
             )
         if "length" in answer:
-            raise PromptTooLong("len(messages)", answer["length"], f"must be at most {self._most_chars} characters")
+            raise PromptTooLong("len(messages)", answer["length"], f"at most {self._most_chars} characters")
         if "error" in answer:
-            raise InvalidRequest("messages", messages, f"rejected by the chat template: {answer['error']}")
+            raise InvalidRequest("messages", messages, f"the chat template refuses them: {answer['error']}")
         return str(answer["text"])
 
     def close(self) -> None:
