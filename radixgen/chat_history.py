@@ -288,13 +288,13 @@ class ChatHistory:
         """Tokens of an answer that the template rewrites as `text`: generated tokens where possible, else tokenized."""
         ids: tuple[int, ...] = ()
         done = 0
-        for first, stop, place in self._kept(exchange, text):
+        for first, stop, offset in self._kept(exchange, text):
             kept = exchange.answer_ids[first:stop]
             own = self.template.text(kept, exchange.prompt_ids + exchange.answer_ids[:first])
-            if place < done or text[place : place + len(own)] != own:
+            if offset < done or text[offset : offset + len(own)] != own:
                 return self.template.tokenize(text, previous)
-            ids += self.template.tokenize(text[done:place], previous + text[:done]) + kept
-            done = place + len(own)
+            ids += self.template.tokenize(text[done:offset], previous + text[:done]) + kept
+            done = offset + len(own)
         return ids + self.template.tokenize(text[done:], previous + text[:done])
 
     def _kept(self, exchange: Exchange, text: str) -> Iterator[tuple[int, int, int]]:
@@ -315,12 +315,12 @@ class ChatHistory:
             return len(self.template.text(exchange.answer_ids[:count], exchange.prompt_ids))
 
         counts = range(len(exchange.answer_ids) + 1)
-        for low, high, place in runs:
+        for low, high, offset in runs:
             first = bisect_left(counts, low, key=characters)
             last = characters(bisect_right(counts, high, key=characters) - 1)
             stop = bisect_left(counts, last, key=characters)
             if first < stop:
-                yield first, stop, place + characters(first) - low
+                yield first, stop, offset + characters(first) - low
 
     def _break(self, exchanges: Seq[Exchange], now: Draft) -> HistoryBreak:
         same = num_common([exchange.text for exchange in exchanges], [exchange.text for exchange in now.exchanges])
@@ -410,7 +410,7 @@ def _between(prompts: Seq[str], exchanges: Seq[Exchange], text: str) -> list[str
     return parts if "".join(parts) == text else None
 
 
-def num_common(one: Seq[object], other: Seq[object], same: Callable[[object, object], bool] = eq) -> int:
+def num_common(first: Seq[object], second: Seq[object], same: Callable[[object, object], bool] = eq) -> int:
     """Length of the common prefix of two sequences."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if not same(a, b)), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if not same(a, b)), min(len(first), len(second)))

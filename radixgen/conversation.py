@@ -141,7 +141,7 @@ class Conversation(Dialogue[ConversationEngine]):
 
 
 class TurnStream(Iterator[RequestOutput]):
-    """TurnOutputs of the answer of one turn."""
+    """Outputs of the answer of one turn."""
 
     def __init__(self, talk: Conversation, turn: "Turn", outputs: TurnOutputs, *, whole: bool) -> None:
         self.turn = turn

@@ -38,7 +38,7 @@ _ANSWER_SHARE = 4
 
 
 class TurnOutputs(Iterator[RequestOutput], Protocol):
-    """TurnOutputs of a request."""
+    """Outputs of a request."""
 
     def close(self) -> None:
         """Abort the request unless it has finished."""
@@ -296,8 +296,8 @@ class Dialogue(Generic[E]):
 
     def _prefix(self) -> list[int]:
         """Tokens with which the next prompt starts, whatever the user's message is."""
-        one, other = (self._history.draft(({"role": "user", "content": content},)).token_ids for content in ("0", "x"))
-        return one[: num_common(one, other)]
+        first, second = (self._history.draft(({"role": "user", "content": text},)).token_ids for text in ("0", "x"))
+        return first[: num_common(first, second)]
 
     def _report(self, history_break: HistoryBreak | None) -> None:
         if history_break is None or history_break in self.breaks:

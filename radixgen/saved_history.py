@@ -101,19 +101,19 @@ def _turn(state: State, before: State) -> dict[str, Any]:
 
 
 def _state(turn: object, before: State, template: ChatTemplate, vocab_size: int) -> State:
-    found = _check(turn, _TURN, "turns")
+    fields = _check(turn, _TURN, "turns")
     messages = (
-        *_kept(before.messages, found["kept_messages"]),
-        *as_messages("messages", found["messages"], template.limits),
+        *_kept(before.messages, fields["kept_messages"]),
+        *as_messages("messages", fields["messages"], template.limits),
     )
-    exchanges = list(_kept(before.exchanges, found["kept_exchanges"]))
-    for written in found["exchanges"]:
+    exchanges = list(_kept(before.exchanges, fields["kept_exchanges"]))
+    for written in fields["exchanges"]:
         exchanges.append(_exchange(written, messages, vocab_size, exchanges[-1].at if exchanges else -1))
     if len(messages) > template.limits.max_messages:
         raise InvalidRequest("len(messages)", len(messages), f"at most {template.limits.max_messages}")
     if any(exchange.at >= len(messages) for exchange in exchanges):
         raise InvalidRequest("at", exchanges[-1].at, "must be the index of a message")
-    end = found["end"]
+    end = fields["end"]
     if end is not None:
         _check_ids("end", [end], vocab_size)
     return State(messages, tuple(exchanges), end)

@@ -54,9 +54,9 @@ def picture(roots: Sequence[NodeView], *, children: int = _SHOWN_CHILDREN, depth
     todo = [(drawing, root, 0) for root in roots]
     while todo:
         branch, view, level = todo.pop()
-        shown = view.children[: children if level != depth else 0]
-        branches = [(branch.add(_label(child)), child, level + 1) for child in shown]
-        if rest := view.children[len(shown) :]:
+        drawn = view.children[: children if level != depth else 0]
+        branches = [(branch.add(_label(child)), child, level + 1) for child in drawn]
+        if rest := view.children[len(drawn) :]:
             tokens = sum(child.known for child in rest)
             branch.add(Text(f"… {len(rest)} more nodes of {tokens} tokens", style="dim"))
         todo.extend(branches)

@@ -137,7 +137,7 @@ def serve(
         from radixgen.model.sampling_defaults import sampling_defaults
         from radixgen.serve import server
         from radixgen.serve.http.app import ServeOptions
-        from radixgen.serve.http.backend import Backend
+        from radixgen.serve.http.backend import EngineBackend
         from radixgen.serve.http.binding import Binding
         from radixgen.serve.http.custom_template import tokenizer_with_template
         from radixgen.serve.http.origins import OriginPolicy, parse_list
@@ -201,7 +201,7 @@ def serve(
             announce_loading(say, name or model)
             options = replace(options, sampling_defaults=sampling_defaults(name or model, generation_config))
             tokenizer = None if chat_template is None else tokenizer_with_template(name or model, chat_template)
-            backend: Backend
+            backend: EngineBackend
             if zmq is not None:
                 backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
             elif replicas is not None:

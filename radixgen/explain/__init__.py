@@ -156,9 +156,9 @@ def _whole(pieces: Pieces, prompt: EditedPrompt) -> list[int]:
 def _describe(
     pieces: Pieces, log: Sequence[EditedPrompt], group: DivergenceGroup, alone: int, saved: int
 ) -> Divergence:
-    one, two = (log[edit.number].row for edit in group.examples)
+    here_row, there_row = (log[edit.number].row for edit in group.examples)
     first, second = (edit.first for edit in group.examples)
-    before = pieces.text_of(one[:first])
+    before = pieces.text_of(here_row[:first])
     common = common_len(group.texts)
     above = before + group.texts[0][:common] + max((_breaks(text[common:]) for text in group.texts), key=len)
     here, there = _varying(group)
@@ -166,7 +166,7 @@ def _describe(
         kind=group.kind,
         remedy=_REMEDIES.get(group.kind, "moved to the end"),
         line=1 + above.count("\n"),
-        position=_tokens(pieces, one[:first]) + _common(pieces, one[first:], two[second:]),
+        position=_tokens(pieces, here_row[:first]) + _common(pieces, here_row[first:], there_row[second:]),
         frame="" if group.kind in _REMEDIES else group.frame.strip()[:_SHOWN_CHARACTERS],
         here=here[:_SHOWN_CHARACTERS],
         there=there[:_SHOWN_CHARACTERS],
@@ -184,18 +184,18 @@ def _breaks(text: str) -> str:
 
 
 def _varying(group: DivergenceGroup) -> tuple[str, str]:
-    """The parts in which the two example texts differ."""
-    one, two = group.texts
+    """The parts in which the second example texts differ."""
+    first, second = group.texts
     if group.kind in _REMEDIES:
         offset = max(0, common_len(group.texts) - 20)
-        return one[offset:], two[offset:]
+        return first[offset:], second[offset:]
     differs = difference(group.texts)
-    return differs.varying(one).strip(), differs.varying(two).strip()
+    return differs.varying(first).strip(), differs.varying(second).strip()
 
 
 def _tokens(pieces: Pieces, row: Row) -> int:
     return sum(pieces.tokens[piece].size for piece in row)
 
 
-def _common(pieces: Pieces, one: Row, two: Row) -> int:
-    return common_prefix_len(pieces.tokens_of(one), pieces.tokens_of(two))
+def _common(pieces: Pieces, first: Row, second: Row) -> int:
+    return common_prefix_len(pieces.tokens_of(first), pieces.tokens_of(second))

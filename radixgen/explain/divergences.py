@@ -278,10 +278,10 @@ def _reordered(pieces: Pieces, rests: list[Row], children: NDArray[np.int64]) ->
     return [min(size, rest.size) for rest in rests] if size > 1 else None
 
 
-def _balanced(pieces: Pieces, one: Row, two: Row) -> int:
+def _balanced(pieces: Pieces, first: Row, second: Row) -> int:
     """Smallest number of first pieces that are the same in both rows, apart from order and commas; 0 if none."""
     balance: Counter[str] = Counter()
-    for size, pair in enumerate(zip(one[:_MAX_ALIKE], two[:_MAX_ALIKE], strict=False), 1):
+    for size, pair in enumerate(zip(first[:_MAX_ALIKE], second[:_MAX_ALIKE], strict=False), 1):
         for piece, step in zip(pair, (1, -1), strict=True):
             key = pieces.texts[piece].strip().rstrip(",")
             balance[key] += step

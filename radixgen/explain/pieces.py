@@ -204,7 +204,7 @@ def distinct_tokens(rows: Iterable[TokenArray]) -> int:
     """Number of tokens in the radix tree of these prompts, by the common prefixes of sorted neighbours."""
     ordered = sorted(row.astype(">i4").tobytes() for row in rows)
     arrays = [np.frombuffer(row, ">i4") for row in ordered]
-    shared = sum(common_prefix_len(one, two) for one, two in zip(arrays, arrays[1:], strict=False))
+    shared = sum(common_prefix_len(first, second) for first, second in zip(arrays, arrays[1:], strict=False))
     return sum(array.size for array in arrays) - shared
 
 

@@ -39,24 +39,28 @@ def _table(divergences: Sequence[Divergence], tokens: int) -> Table:
         table.add_column(name)
     for name in ("prompts", "would save"):
         table.add_column(name, justify="right")
-    for number, one in enumerate(divergences, 1):
-        texts = Text.assemble(_marked(one.frame, one.kind), "\n", _pair(one)) if one.frame else _pair(one)
-        saved = f"{one.saved_tokens / tokens:.1%}"
+    for number, divergence in enumerate(divergences, 1):
+        texts = (
+            Text.assemble(_marked(divergence.frame, divergence.kind), "\n", _pair(divergence))
+            if divergence.frame
+            else _pair(divergence)
+        )
+        saved = f"{divergence.saved_tokens / tokens:.1%}"
         if number > 1:
-            saved += f"\nalone {one.saved_alone / tokens:.1%}"
+            saved += f"\nalone {divergence.saved_alone / tokens:.1%}"
         table.add_row(
             str(number),
-            Text.assemble((one.kind, "bold"), f"\n{one.remedy}"),
-            f"line {one.line}\ntoken {one.position}",
+            Text.assemble((divergence.kind, "bold"), f"\n{divergence.remedy}"),
+            f"line {divergence.line}\ntoken {divergence.position}",
             texts,
-            f"{one.prompts:,}\n{one.variants:,} variants",
+            f"{divergence.prompts:,}\n{divergence.variants:,} variants",
             saved,
         )
     return table
 
 
-def _pair(one: Divergence) -> Text:
-    here, there = _marked(one.here, one.kind), _marked(one.there, one.kind)
+def _pair(divergence: Divergence) -> Text:
+    here, there = _marked(divergence.here, divergence.kind), _marked(divergence.there, divergence.kind)
     return Text.assemble((here, "yellow"), (" / ", "dim"), (there, "cyan"))
 
 

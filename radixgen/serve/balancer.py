@@ -10,7 +10,7 @@ from radixgen.cache import hash_blocks
 from radixgen.core import InvalidRequest, RadixgenError
 from radixgen.serve import wire
 from radixgen.serve.kv_events import KVEventsConfig
-from radixgen.serve.kv_subscriber import AllCleared, BlocksStored, Event, KVSubscriber
+from radixgen.serve.kv_subscriber import AllBlocksCleared, BlockStored, Event, KVSubscriber
 from radixgen.serve.routing import OUTPUT_TOKENS, Router
 from radixgen.serve.salts import salted_namespace
 
@@ -100,9 +100,9 @@ class Balancer:
         assert isinstance(worker, int)
         for event in events:
             with self._lock:
-                if isinstance(event, AllCleared):
+                if isinstance(event, AllBlocksCleared):
                     self._router.cleared(worker)
-                elif isinstance(event, BlocksStored):
+                elif isinstance(event, BlockStored):
                     self._router.stored(worker, event.block_hashes)
                 else:
                     self._router.removed(worker, event.block_hashes)

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class PeerCounters:
-    """Counters of one front end since the worker started. Fields count messages unless their docstring says else."""
+    """Counters of one front end since the worker started. Fields count messages unless noted otherwise."""
 
     received: int = 0
     adds: int = 0

@@ -68,10 +68,10 @@ def check_adapter(request: Mapping[str, Any], served: Collection[str]) -> None:
     model = request.get("model")
     if model is not None and model not in served:
         raise InvalidRequest("model", model, f"must be {' or '.join(served)}; {ADAPTERS}")
-    for place in (request, *(request.get(name) for name in ("routing", "sampling_options", "extra_args", "nvext"))):
-        if isinstance(place, Mapping):
-            for field in sorted(ADAPTER_FIELDS.intersection(place)):
-                refuse_adapter(field, place[field])
+    for section in (request, *(request.get(name) for name in ("routing", "sampling_options", "extra_args", "nvext"))):
+        if isinstance(section, Mapping):
+            for field in sorted(ADAPTER_FIELDS.intersection(section)):
+                refuse_adapter(field, section[field])
 
 
 def chunks(output: RequestOutput, usage: "UsageCounter", text_of: Callable[[int], str]) -> Iterator[Chunk]:

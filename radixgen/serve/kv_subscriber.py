@@ -32,23 +32,23 @@ _BLOCK_BYTES = 2_048
 """Maximum size of a block in an event without its tokens: field names, hashes, namespace"""
 
 
-class BlocksStored(Struct, tag="BlockStored"):
+class BlockStored(Struct, tag="BlockStored"):
     """Blocks that were cached. Other fields of the event, such as token ids, are skipped."""
 
     block_hashes: list[int]
 
 
-class BlocksRemoved(Struct, tag="BlockRemoved"):
+class BlockRemoved(Struct, tag="BlockRemoved"):
     """Blocks that are no longer cached."""
 
     block_hashes: list[int]
 
 
-class AllCleared(Struct, tag="AllBlocksCleared"):
+class AllBlocksCleared(Struct, tag="AllBlocksCleared"):
     """No block is cached any more."""
 
 
-Event = BlocksStored | BlocksRemoved | AllCleared
+Event = BlockStored | BlockRemoved | AllBlocksCleared
 Apply = Callable[[Hashable, Sequence[Event]], None]
 
 
@@ -148,7 +148,7 @@ class KVSubscriber:
             logger.error("malformed KV cache events of worker %s, no longer followed: %s", worker, error)
             del self._feeds[worker]
             feed.close()
-            self._apply(worker, [AllCleared()])
+            self._apply(worker, [AllBlocksCleared()])
 
 
 class _Feed:
@@ -212,7 +212,7 @@ class _Feed:
             self._replaying = False
             return []
         events = self._decoder.decode(payload).events
-        if number != self._next and not (events and isinstance(events[0], AllCleared)):
+        if number != self._next and not (events and isinstance(events[0], AllBlocksCleared)):
             raise InvalidRequest("sequence", number, f"must be {self._next}, or that of a snapshot")
         self._next = number + 1
         return events

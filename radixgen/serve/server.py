@@ -21,7 +21,7 @@ from fastapi import APIRouter, FastAPI
 from radixgen.async_engine import AsyncEngine
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Gate
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.binding import Binding
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.routes import tree_routes
@@ -152,7 +152,7 @@ def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastA
     return app
 
 
-def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
+def serve(engine: EngineBackend, options: ServeOptions, binding: Binding) -> None:
     """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`."""
     binding.check([*options.api_keys, *options.operator_keys])
     app = whole_app(engine, options) if isinstance(engine, AsyncEngine) else create_app(engine, options)

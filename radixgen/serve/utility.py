@@ -24,18 +24,18 @@ MAX_NODES = 10_000
 _PREVIEW = 8
 
 
-class Nothing(Struct, array_like=True):
+class NoArguments(Struct, array_like=True):
     """No arguments; any that are given are ignored."""
 
 
-class Fork(Struct, array_like=True):
+class ForkArguments(Struct, array_like=True):
     """A live request, and the ids of its forks."""
 
     request_id: str
     names: list[str]
 
 
-class Score(Struct, array_like=True):
+class ScoreArguments(Struct, array_like=True):
     """A prompt and its continuations, as token ids."""
 
     prompt_token_ids: list[int]
@@ -43,7 +43,7 @@ class Score(Struct, array_like=True):
     cache_salt: str | None = None
 
 
-class Pin(Struct, array_like=True):
+class PinArguments(Struct, array_like=True):
     """Arguments of `Engine.pin`."""
 
     prompt_token_ids: list[int]
@@ -53,13 +53,13 @@ class Pin(Struct, array_like=True):
     replaces: int | None = None
 
 
-class Unpin(Struct, array_like=True):
+class UnpinArguments(Struct, array_like=True):
     """The pin to release."""
 
     pin: int
 
 
-class Tree(Struct, array_like=True):
+class TreeArguments(Struct, array_like=True):
     """Maximum number of nodes to return, from the roots down."""
 
     nodes: int = 1_000
@@ -78,16 +78,16 @@ def _taking(kind: type[Arguments], run: Callable[["Service", "Peer", wire.Call, 
     return utility
 
 
-def _fork(service: "Service", peer: "Peer", call: wire.Call, arguments: Fork) -> None:
+def _fork(service: "Service", peer: "Peer", call: wire.Call, arguments: ForkArguments) -> None:
     service.fork(peer, arguments.request_id, arguments.names)
 
 
-def _score(service: "Service", peer: "Peer", call: wire.Call, arguments: Score) -> Any:
+def _score(service: "Service", peer: "Peer", call: wire.Call, arguments: ScoreArguments) -> Any:
     service.score(peer, call.call_id, arguments.prompt_token_ids, arguments.continuations, arguments.cache_salt)
     return PENDING
 
 
-def _pin(service: "Service", peer: "Peer", call: wire.Call, arguments: Pin) -> int | None:
+def _pin(service: "Service", peer: "Peer", call: wire.Call, arguments: PinArguments) -> int | None:
     """Pin a prefix for a front end; the pin is released when the front end is gone."""
     if arguments.replaces is not None and arguments.replaces not in peer.pins:
         raise InvalidRequest("replaces", arguments.replaces, "must be a pin of this front end")
@@ -106,18 +106,18 @@ def _pin(service: "Service", peer: "Peer", call: wire.Call, arguments: Pin) -> i
     return pin
 
 
-def _unpin(service: "Service", peer: "Peer", call: wire.Call, arguments: Unpin) -> bool:
+def _unpin(service: "Service", peer: "Peer", call: wire.Call, arguments: UnpinArguments) -> bool:
     if arguments.pin not in peer.pins:
         return False
     peer.pins.discard(arguments.pin)
     return service.engine.unpin(arguments.pin)
 
 
-def _stats(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> dict[str, Any]:
+def _stats(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> dict[str, Any]:
     return {"engine": asdict(service.engine.stats()), "live": service.num_live, "own": asdict(peer.counters)}
 
 
-def _tree(service: "Service", peer: "Peer", call: wire.Call, arguments: Tree) -> list[list[Any]]:
+def _tree(service: "Service", peer: "Peer", call: wire.Call, arguments: TreeArguments) -> list[list[Any]]:
     """Nodes of the tree from the roots down, each as `[parent, first tokens, known, computed, locks]`.
 
     `parent` is an index of the list, or -1 for a root.
@@ -132,31 +132,31 @@ def _tree(service: "Service", peer: "Peer", call: wire.Call, arguments: Tree) ->
     return rows
 
 
-def _explain(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> str:
+def _explain(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> str:
     return service.engine.explain()
 
 
-def _reset(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> bool:
+def _reset(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> bool:
     service.engine.reset_prefix_cache()
     return True
 
 
-def _check(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> bool:
+def _check(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> bool:
     service.check()
     return True
 
 
 UTILITIES: Mapping[str, Utility] = {
-    "fork": _taking(Fork, _fork),
-    "score": _taking(Score, _score),
-    "pin": _taking(Pin, _pin),
-    "unpin": _taking(Unpin, _unpin),
-    "stats": _taking(Nothing, _stats),
-    "tree": _taking(Tree, _tree),
-    "explain": _taking(Nothing, _explain),
-    "check": _taking(Nothing, _check),
-    "reset_prefix_cache": _taking(Nothing, _reset),
-    "get_supported_tasks": _taking(Nothing, lambda *_: ["generate"]),
-    "is_sleeping": _taking(Nothing, lambda *_: False),
+    "fork": _taking(ForkArguments, _fork),
+    "score": _taking(ScoreArguments, _score),
+    "pin": _taking(PinArguments, _pin),
+    "unpin": _taking(UnpinArguments, _unpin),
+    "stats": _taking(NoArguments, _stats),
+    "tree": _taking(TreeArguments, _tree),
+    "explain": _taking(NoArguments, _explain),
+    "check": _taking(NoArguments, _check),
+    "reset_prefix_cache": _taking(NoArguments, _reset),
+    "get_supported_tasks": _taking(NoArguments, lambda *_: ["generate"]),
+    "is_sleeping": _taking(NoArguments, lambda *_: False),
 }
 """Utilities that run in the engine's thread; the worker's I/O thread answers `is_healthy` and `counters`"""

@@ -28,11 +28,13 @@ def picture(result: Result) -> Tree:
 def svg(result: Result) -> str:
     """SVG with a box per thought, in a column per depth; colors are states, and hovering shows the whole text."""
     rows = _rows(result)
-    places = {thought: (_GAP + thought.depth * (_WIDTH + _GAP), _GAP / 2 + row * _ROW) for thought, row in rows.items()}
-    width = max(x for x, _ in places.values()) + _WIDTH + _GAP
-    height = max(y for _, y in places.values()) + _ROW + _GAP / 2
-    lines = [_line(places[thought.parent], places[thought]) for thought in places if thought.parent is not None]
-    boxes = [_box(thought, *place) for thought, place in places.items()]
+    corners = {
+        thought: (_GAP + thought.depth * (_WIDTH + _GAP), _GAP / 2 + row * _ROW) for thought, row in rows.items()
+    }
+    width = max(x for x, _ in corners.values()) + _WIDTH + _GAP
+    height = max(y for _, y in corners.values()) + _ROW + _GAP / 2
+    lines = [_line(corners[thought.parent], corners[thought]) for thought in corners if thought.parent is not None]
+    boxes = [_box(thought, *corner) for thought, corner in corners.items()]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '

@@ -18,7 +18,7 @@ from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
 from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Gate, Keys, check_routes
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
@@ -93,7 +93,7 @@ class ServeOptions:
             raise InvalidRequest("served_model_name", self.names, "must not be empty")
 
 
-def create_app(engine: Backend, options: ServeOptions | None = None, *more: Routes) -> FastAPI:
+def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more: Routes) -> FastAPI:
     """Create the application of `engine`, which it closes on shutdown. Raises `InvalidRequest`.
 
     more: functions that create further routes; each route declares its access by a dependency of the gate.
@@ -109,14 +109,14 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()
-        watching = [asyncio.create_task(one) for one in (health.watch(), context.stats.watch())]
+        tasks = [asyncio.create_task(coroutine) for coroutine in (health.watch(), context.stats.watch())]
         try:
             yield
         finally:
             health.draining = True
-            for task in watching:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             context.renderer.close()
             context.intake.close()
             await engine.close()
@@ -141,7 +141,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     return app
 
 
-def _context(engine: Backend, options: ServeOptions) -> Context:
+def _context(engine: EngineBackend, options: ServeOptions) -> Context:
     keys = Keys(options.api_keys, options.operator_keys)
     names = tuple(options.names) or (engine.model_name,)
     per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)

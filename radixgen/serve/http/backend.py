@@ -9,8 +9,8 @@ from radixgen.engine import Progress
 from radixgen.input_processor import InputProcessor
 
 
-class OutputStream(Protocol):
-    """OutputStream of one request with their text, as they come; the last one has `finished=True`."""
+class RequestStream(Protocol):
+    """Outputs of one request with their text, as they come; the last one has `finished=True`."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
@@ -18,7 +18,7 @@ class OutputStream(Protocol):
         """Abort the request unless it has finished. May be called twice."""
 
 
-class Backend(Protocol):
+class EngineBackend(Protocol):
     """Engine or engines that serve one model. Raises radixgen's errors."""
 
     @property
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
     async def open(
         self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
-    ) -> OutputStream:
+    ) -> RequestStream:
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
 
     async def warm_up(self, progress: Progress | None = None) -> None:

@@ -22,7 +22,7 @@ SMALL_BODY_BYTES = 1 << 16
 """Maximum size of bodies that are decoded in the event loop and tokenized in the short pool"""
 _MOST_UNKNOWN = 64
 """Maximum number of unknown nested fields that are dropped"""
-_PLACE = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
+_LOCATION = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
@@ -67,12 +67,12 @@ def _decode_known(data: bytes, kind: type[T], ignore: Callable[[str], None] | No
             return msgspec.convert(body, kind, str_keys=True)
         except Exception as error:
             message = str(error)
-        unknown, place = _UNKNOWN.search(message), _PLACE.search(message)
-        if not unknown or not place:
+        unknown, location = _UNKNOWN.search(message), _LOCATION.search(message)
+        if not unknown or not location:
             break
-        holder = _at(place[1], body)
+        holder = _at(location[1], body)
         others = tuple(name for name in holder if name != unknown[1])
-        drop_unserved(holder, others, place[1], ignore)
+        drop_unserved(holder, others, location[1], ignore)
         if unknown[1] in holder:
             break
     raise _invalid_body(message, data, kind)
@@ -105,15 +105,15 @@ def _too_large(size: int, most: int) -> HTTPError:
 
 def _invalid_body(message: str, data: bytes, kind: type[msgspec.Struct]) -> InvalidRequest:
     """Convert an error message of msgspec to an error with field, value and limit."""
-    place = _PLACE.search(message)
-    path, says = (place[1], message[: place.start()]) if place else ("", message)
+    location = _LOCATION.search(message)
+    path, says = (location[1], message[: location.start()]) if location else ("", message)
     if missing := _MISSING.search(says):
         return InvalidRequest(f"{path}.{missing[1]}".strip("."), None, "is required")
     if unknown := _UNKNOWN.search(says):
         near = "" if path else get_close_matches(unknown[1], kind.__struct_fields__, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return InvalidRequest(f"{path}.{unknown[1]}".strip("."), "…", f"is not a known field{hint}")
-    if place:
+    if location:
         return InvalidRequest(path or "body", _value_at(path, data), says[0].lower() + says[1:])
     if error := _lone_surrogate(data):
         return error

@@ -134,7 +134,7 @@ def _check_served(body: ChatRequest) -> None:
         raise InvalidRequest("n", body.n, "must be 1 with session_id")
 
 
-class _Choice:
+class _ChoiceState:
     """State of one choice, parsed as it comes."""
 
     def __init__(self, parser: ToolCallParser) -> None:
@@ -190,7 +190,7 @@ class _ChatResponder:
         self._body = body
         self._generation = generation
         self._turn = turn
-        self._choices = [_Choice(parser_for(body)) for _ in range(generation.request.params.n)]
+        self._choices = [_ChoiceState(parser_for(body)) for _ in range(generation.request.params.n)]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid4().hex}",
             "created": int(time.time()),
@@ -248,7 +248,7 @@ class _ChatResponder:
         reason = self._choices[output.index].reason
         return ChunkChoice(index=output.index, delta=Delta(), finish_reason=reason, stop_reason=output.stop_reason)
 
-    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
+    def _whole_choice(self, index: int, choice: _ChoiceState) -> ChatChoice:
         output = choice.output
         assert output is not None
         return ChatChoice(

@@ -7,7 +7,7 @@ from typing import Any
 from radixgen.core import InvalidRequest, Limits
 from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Caller, Keys
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.errors import HTTPError
 from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
@@ -27,7 +27,7 @@ class Context:
     sampling_defaults: default fields of `SamplingParams`.
     """
 
-    engine: Backend
+    engine: EngineBackend
     names: tuple[str, ...]
     created: int
     keys: Keys

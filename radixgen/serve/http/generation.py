@@ -12,7 +12,7 @@ from typing import Any, Self
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, Grammar, GrammarFailed, RequestOutput, SamplingParams
 from radixgen.serve.http.admission import AdmissionTicket
-from radixgen.serve.http.backend import OutputStream
+from radixgen.serve.http.backend import RequestStream
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import HTTPError, generation_failed
 from radixgen.serve.http.metrics import Meter
@@ -64,7 +64,7 @@ class Generation:
         return cls(context, request, opened, ticket)
 
     def __init__(
-        self, context: Context, request: GenerationRequest, opened: Sequence[OutputStream], ticket: AdmissionTicket
+        self, context: Context, request: GenerationRequest, opened: Sequence[RequestStream], ticket: AdmissionTicket
     ) -> None:
         meters = [Meter(context.metrics, ticket.begin) for _ in opened]
         self.request = request
@@ -122,7 +122,7 @@ class Generation:
         await self.aclose()
 
 
-async def _all_or_none(opening: Sequence[Coroutine[Any, Any, OutputStream]]) -> list[OutputStream]:
+async def _all_or_none(opening: Sequence[Coroutine[Any, Any, RequestStream]]) -> list[RequestStream]:
     """Open all streams concurrently; if one raises, close the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in opening]
     try:
@@ -136,7 +136,7 @@ async def _all_or_none(opening: Sequence[Coroutine[Any, Any, OutputStream]]) -> 
         raise
 
 
-async def merge(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+async def merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
     """Yield `(index of the stream, output)` of all streams as they come. For slow readers the engine merges deltas."""
     if len(streams) == 1:
         async for output in streams[0]:
@@ -144,7 +144,7 @@ async def merge(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, Re
         return
     queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(len(streams))
 
-    async def pump(index: int, stream: OutputStream) -> None:
+    async def pump(index: int, stream: RequestStream) -> None:
         try:
             async for output in stream:
                 await queue.put((index, output))

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 from radixgen.core import RadixgenError, RequestFailed, SamplingParams
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.warm_up import announce_warm_up
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class Health:
 
     def __init__(
         self,
-        engine: Backend,
+        engine: EngineBackend,
         stall_seconds: float,
         intake_stalled: Callable[[float], bool],
         *,

@@ -95,7 +95,7 @@ class Intake:
         return any(pool.stalled(seconds) for pool in self._pools)
 
     def close(self) -> None:
-        """What waits ends with `EngineClosed`."""
+        """Fail waiting work with `EngineClosed`."""
         for pool in self._pools:
             pool.close()
 

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from radixgen.core import RadixgenError, Stats
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 
 _WAIT_SECONDS = 0.005
 """Time to wait for a busy engine, which answers between two steps"""
@@ -16,7 +16,7 @@ _WATCH_SECONDS = 1.0
 class LatestStats:
     """Cache of an engine's `Stats`."""
 
-    def __init__(self, engine: Backend) -> None:
+    def __init__(self, engine: EngineBackend) -> None:
         self._engine = engine
         self._last: Stats | None = None
         self._update: asyncio.Task[None] | None = None

@@ -146,12 +146,12 @@ class Sessions:
         del self._sessions[next(key for key in self._sessions if key.tenant == largest)]
 
 
-def _same_template(one: ChatTemplate, other: ChatTemplate) -> bool:
-    return one.tools == other.tools and one.options == other.options
+def _same_template(first: ChatTemplate, second: ChatTemplate) -> bool:
+    return first.tools == second.tools and first.options == second.options
 
 
-def _same(one: Message, other: Message) -> bool:
-    return _identity(one) == _identity(other)
+def _same(first: Message, second: Message) -> bool:
+    return _identity(first) == _identity(second)
 
 
 def _identity(message: Message) -> tuple[Any, ...]:

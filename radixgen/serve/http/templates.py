@@ -72,7 +72,9 @@ class TemplateRenderer:
             answer = self._ask(
                 {
                     "template": tokenizer.get_chat_template(tools=tools),
-                    "messages": [{name: value for name, value in one.items() if value is not None} for one in messages],
+                    "messages": [
+                        {name: value for name, value in message.items() if value is not None} for message in messages
+                    ],
                     "tools": tools,
                     "variables": tokenizer.special_tokens_map | variables,
                     "most_chars": self._most_chars,

@@ -131,7 +131,7 @@ class HermesParser:
             piece.calls.append(_more(self._count - 1, part))
         if not arguments.ended:
             return False
-        ends = {tag: place for tag in (OPEN_TAG, CLOSE_TAG) if (place := self._held.find(tag)) >= 0}
+        ends = {tag: index for tag in (OPEN_TAG, CLOSE_TAG) if (index := self._held.find(tag)) >= 0}
         if not ends:
             kept = max(_overlap(self._held, OPEN_TAG), _overlap(self._held, CLOSE_TAG))
             self._held = self._held[len(self._held) - kept :]
@@ -243,9 +243,9 @@ class _Object:
         self._escaped -= len(text)
         return text, ""
 
-    def _ends(self, mark: str, place: int) -> bool:
+    def _ends(self, mark: str, index: int) -> bool:
         if mark == "\\":
-            self._escaped = place + 1
+            self._escaped = index + 1
         elif mark == '"':
             self._in_string = not self._in_string
         elif not self._in_string:

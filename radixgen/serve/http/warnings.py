@@ -12,13 +12,13 @@ _LONGEST = 200
 
 def warner(request: Request) -> Callable[[str], None]:
     """Function that adds a warning to the response of `request`, before its headers are sent. Thread-safe."""
-    found: list[str] = request.scope["state"].setdefault("warnings", [])
-    return partial(_add, found)
+    warnings: list[str] = request.scope["state"].setdefault("warnings", [])
+    return partial(_add, warnings)
 
 
-def _add(found: list[str], text: str) -> None:
-    if len(found) < _MOST and text not in found:
-        found.append(text)
+def _add(warnings: list[str], text: str) -> None:
+    if len(warnings) < _MOST and text not in warnings:
+        warnings.append(text)
 
 
 class Warnings:

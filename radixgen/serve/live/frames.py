@@ -110,8 +110,8 @@ class Table:
         """Index of each id, or -1."""
         if not self.ids.size:
             return np.full(ids.size, -1)
-        places = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
-        return np.where(self.ids[places] == ids, places, -1)
+        indices = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
+        return np.where(self.ids[indices] == ids, indices, -1)
 
 
 EMPTY = Table(np.zeros(0, np.int64), np.zeros((0, len(Row._fields)), np.int64))
@@ -188,7 +188,7 @@ class TreeReader:
         self._fit(columns.parent.size)
         changed = (columns.changed[ids] > self._version) | (columns.cut[ids] > self._cuts)
         fresh = ids[changed | ~self._drawn[ids]].tolist()
-        nodes = [tree.node(one) for one in fresh]
+        nodes = [tree.node(node_id) for node_id in fresh]
         self._serials[fresh] = [node.serial for node in nodes]
         self._version, self._cuts = tree.version, tree.num_cuts
         self._drawn[:] = False
@@ -209,7 +209,7 @@ class TreeReader:
             lacking=_lacking(cursors, self._drawn),
             cursors=on,
             pins=pinned,
-            captured=[_capture(tree.node(one), max_tokens) for one in wanted if self._drawn[one]],
+            captured=[_capture(tree.node(node_id), max_tokens) for node_id in wanted if self._drawn[node_id]],
             stats=engine.stats(),
             num_nodes=tree.num_nodes,
             fresh=fresh,
