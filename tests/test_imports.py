@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ LAYERS = [
     {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+SERVE_RANK = {"http": 1, "live": 2, "server": 3}
+"""Parts of `serve` that import what is below them; all its other modules have rank 0."""
 MODULES = sorted(path for path in (*ROOT.rglob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scheduler/*.py")))
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 PICKLES = {
@@ -45,7 +48,7 @@ def layer(path: Path) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Absolute names imported by a module, but for those that only type checkers see."""
+    """Absolute names of modules that a module imports, and of what it imports from them, except for type checkers."""
     found, todo = [], [ast.parse(path.read_text(encoding="utf-8"))]
     while todo:
         node = todo.pop()
@@ -55,7 +58,7 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            found.append(str(node.module))
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
         todo.extend(ast.iter_child_nodes(node))
     return found
 
@@ -73,6 +76,25 @@ def test_imports_run_one_way(path: Path) -> None:
         if layer(path) == "core" or path.name in ("tree.py", "pool.py", "planner.py", "policy.py"):
             assert name.split(".")[0] not in ("torch", "transformers"), f"{path.name} imports {name}"
         assert name.split(".")[0] not in FORBIDDEN, f"{path.name} imports {name}"
+
+
+def test_imports_within_serve_run_one_way() -> None:
+    """By parts, and without a cycle between modules."""
+    paths = {module(path): path for path in (ROOT / "serve").rglob("*.py")}
+    graph = {name: paths.keys() & set(imports(path)) - {name} for name, path in paths.items()}
+    for name, others in graph.items():
+        for other in others:
+            assert serve_rank(other) <= serve_rank(name), f"{name} imports {other}"
+    assert set(TopologicalSorter(graph).static_order()) == paths.keys()
+    assert {serve_rank(name) for name in paths} == {0, *SERVE_RANK.values()}
+
+
+def module(path: Path) -> str:
+    return ".".join(("radixgen", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def serve_rank(name: str) -> int:
+    return SERVE_RANK.get(name.removeprefix("radixgen.serve.").split(".")[0], 0)
 
 
 def test_every_module_has_a_layer() -> None:
