@@ -171,7 +171,7 @@ async def _check_resumed(result: Result, root: "Root", seed: int, backend: Searc
 
 
 class _EndSearch(Exception):
-    """Ends a search, for this reason."""
+    """Ends a search for a reason."""
 
     def __init__(self, reason: EndReason) -> None:
         super().__init__(reason)

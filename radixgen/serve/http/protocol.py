@@ -14,7 +14,7 @@ from radixgen.core import FinishReason, InvalidRequest, SamplingParams
 ChatMessage = Annotated[
     dict[str, Any],
     Meta(
-        description="ChatMessage for the chat template: role, content (text, or a list of text parts), tool_calls, …",
+        description="Message for the chat template: role, content (text, or a list of text parts), tool_calls, …",
         extra_json_schema={
             "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
             "required": ["role"],
@@ -314,7 +314,7 @@ class ToolCall(Struct, kw_only=True):
 
 
 class AnswerMessage(Struct, kw_only=True):
-    """ChatMessage of the assistant."""
+    """Message of the assistant."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
