@@ -89,7 +89,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
-        """ModelCard, limits and statistics."""
+        """Model, limits and statistics."""
         return JSONResponse(_server_info(context, await context.stats.get()))
 
     @router.post("/reset_prefix_cache", dependencies=[gate.operator], openapi_extra=described(None))
