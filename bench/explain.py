@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from bench.report import Report, benchmark_options
-from radixgen.cli import _requests
-from radixgen.explain import Written, explain
+from radixgen.cli.prompts import read_requests
+from radixgen.explain import PromptText, explain
 from radixgen.model.loader import load_tokenizer
 
 MAX_SECONDS = 20.0
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = Path(folder) / "log.jsonl"
         write(path, prompts(chosen.prompts, chosen.tokens, tokenizer, chosen.seed, fresh=chosen.fresh))
         begin = time.perf_counter()
-        texts = [Written(request["prompt"]) for request in _requests(None, path)]
+        texts = [PromptText(request["prompt"]) for request in read_requests(None, path)]
         report.limit(f"reading {path.stat().st_size / 1e6:.0f} MB of JSON", time.perf_counter() - begin)
         sample = [one.text for one in texts[:: min(100, len(texts))]]
         begin = time.perf_counter()
@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         whole = (time.perf_counter() - begin) * len(texts) / len(sample)
         begin = time.perf_counter()
         processor = time.process_time()
-        found = explain([Written(request["prompt"]) for request in _requests(None, path)], load_tokenizer(chosen.model))
+        logged = [PromptText(request["prompt"]) for request in read_requests(None, path)]
+        found = explain(logged, load_tokenizer(chosen.model))
         seconds = time.perf_counter() - begin
         report.keep(processor_seconds=time.process_time() - processor)
     report.keep(prompts=found.prompts, tokens=found.tokens, distinct_tokens=found.distinct_tokens)

@@ -32,7 +32,7 @@ from bench.report import Report, benchmark_options, time_each
 from radixgen import AsyncEngine, Engine, Limits, SamplingParams
 from radixgen.model.loader import load_tokenizer
 from radixgen.serve.live.feed import Feed
-from radixgen.serve.live.frames import EMPTY, Frame, Reader, figures
+from radixgen.serve.live.frames import EMPTY, Frame, TreeReader, figures
 from radixgen.serve.live.routes import tree_routes
 
 SEQUENCES = 256
@@ -71,7 +71,7 @@ def grown(engine: Engine, nodes: int, sequences: int) -> None:
 
 def time_readings(engine: Engine, limits: Limits) -> tuple[list[float], list[float]]:
     """Seconds in the engine's thread, and those of making a frame of it elsewhere."""
-    reader, before = Reader(limits), EMPTY
+    reader, before = TreeReader(limits), EMPTY
     reading, making = [], []
     for serial in range(READINGS + 1):
         engine.step()

@@ -34,7 +34,7 @@ from radixgen import Engine, RequestOutput, SamplingParams
 from radixgen.model import smollm2
 from radixgen.model.loader import load
 from radixgen.thoughts import BreadthFirst, Propose, Result, search_async
-from radixgen.thoughts.server import Server, serving
+from radixgen.thoughts.backend import SearchBackend, serving
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -56,7 +56,7 @@ class Asked:
 class Recorder:
     """A server that keeps all that goes through it, burst by burst: a burst begins when nothing is under way."""
 
-    server: Server
+    server: SearchBackend
     bursts: list[list[Asked]] = field(default_factory=list)
     prompt_tokens: int = 0
     """What would be computed for the prompts with no sharing, each sequence by itself"""

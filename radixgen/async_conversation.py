@@ -15,24 +15,22 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.dialogue import (
-    AsyncServes,
+    AsyncConversationEngine,
     Dialogue,
-    Said,
     Turn,
+    TurnMessages,
 )
 
 logger = logging.getLogger(__name__)
 
 
-class AsyncConversation(Dialogue[AsyncServes]):
-    """As `Conversation`, for coroutines; `AsyncEngine.conversation` makes one. Options are those of `Dialogue`."""
+class AsyncConversation(Dialogue[AsyncConversationEngine]):
+    """`Conversation` for coroutines. Created by `AsyncEngine.conversation`; options are those of `Dialogue`."""
 
     async def say(
-        self, message: Said = None, params: SamplingParams | None = None, *, timeout: float | None = None
+        self, message: TurnMessages = None, params: SamplingParams | None = None, *, timeout: float | None = None
     ) -> RequestOutput:
-        """As `Conversation.say`. Where the caller is cancelled before the answer is whole, the conversation is as
-        before.
-        """
+        """As `Conversation.say`. If it is cancelled, the conversation is unchanged."""
         self._claim()
         async with AsyncTurnStream(self, message, params, timeout, whole=True) as stream:
             async for _ in stream:
@@ -40,9 +38,9 @@ class AsyncConversation(Dialogue[AsyncServes]):
         return stream.result()
 
     def stream(
-        self, message: Said = None, params: SamplingParams | None = None, *, timeout: float | None = None
+        self, message: TurnMessages = None, params: SamplingParams | None = None, *, timeout: float | None = None
     ) -> "AsyncTurnStream":
-        """As `Conversation.stream`. The errors of a turn come with its first output."""
+        """As `Conversation.stream`. Errors of the turn are raised with its first output."""
         self._claim()
         return AsyncTurnStream(self, message, params, timeout, whole=False)
 
@@ -88,7 +86,7 @@ class AsyncConversation(Dialogue[AsyncServes]):
         await self.close()
 
     async def _renew(self) -> None:
-        """Retain the path as it is now, and no other, whether or not the caller is cancelled meanwhile."""
+        """Pin the current path in place of the previous one, even if the caller is cancelled meanwhile."""
         if self._retain != 0 and not self._closed:
             await asyncio.shield(self._repin())
 
@@ -110,19 +108,19 @@ class AsyncConversation(Dialogue[AsyncServes]):
 
 
 class AsyncTurnStream(AsyncIterator[RequestOutput]):
-    """As `TurnStream`, for coroutines. The turn begins with the first output that is asked for."""
+    """`TurnStream` for coroutines. The turn starts when the first output is awaited."""
 
     def __init__(
         self,
         talk: AsyncConversation,
-        message: Said,
+        message: TurnMessages,
         params: SamplingParams | None,
         timeout: float | None,
         *,
         whole: bool,
     ) -> None:
         self._talk = talk
-        self._asked = message, params, timeout
+        self._arguments = message, params, timeout
         self._keep = not whole
         self._turn: Turn | None = None
         self._outputs: AsyncGenerator[RequestOutput, None] | None = None
@@ -150,7 +148,7 @@ class AsyncTurnStream(AsyncIterator[RequestOutput]):
         return output
 
     async def aclose(self) -> None:
-        """End the answer where it stands, if it has not ended."""
+        """Abort the answer unless it has finished."""
         if not self._open:
             return
         if self._outputs is not None:
@@ -170,7 +168,7 @@ class AsyncTurnStream(AsyncIterator[RequestOutput]):
         self._settle(keep=self._keep)
 
     async def _begin(self) -> AsyncGenerator[RequestOutput, None]:
-        message, params, timeout = self._asked
+        message, params, timeout = self._arguments
         talk = self._talk
         self._turn = turn = await asyncio.to_thread(talk._begin, message, params)
         return talk._engine.generate(

@@ -1,4 +1,4 @@
-"""A model's own chat template: messages to text, text to token ids, and an answer back to a message."""
+"""Chat template of a model: rendering of messages, tokenization, and parsing of answers."""
 
 import json
 import logging
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any] | Callable[..., Any]
 Render = Callable[..., Any]
-"""As `through_template`, whose arguments it takes."""
+"""Function with the arguments of `through_template`"""
 
 logger = logging.getLogger(__name__)
 
 _HALF = "\ufffd"
 _CONTEXT = 16
-"""Tokens, and characters, before a piece in whose light it is decoded or tokenized."""
+"""Number of tokens, or characters, of context for decoding or tokenizing a text"""
 
 
 class ChatTemplate:
-    """A tokenizer with the tools and the options that its chat template is given.
+    """Chat template of a tokenizer, with tools and options.
 
-    Every method raises `InvalidRequest`, or a child of it, for what the caller gave.
+    Methods raise `InvalidRequest`, or a subclass, for invalid arguments.
     """
 
     def __init__(
@@ -40,8 +40,11 @@ class ChatTemplate:
         render: Render = through_template,
         field: str = "template_options",
     ) -> None:
-        """options: variables of the template, which errors call `field`. render: what renders it; by default this
-        process, within no bounds.
+        """
+        tools: JSON schemas, or functions with annotations and a docstring.
+        options: variables of the template.
+        render: function that renders the template; by default in this process, without limits on time and memory.
+        field: name of `options` in errors.
         """
         if tokenizer is None or not tokenizer.chat_template:
             raise InvalidRequest("messages", "…", "the model has no chat template")
@@ -55,15 +58,16 @@ class ChatTemplate:
         check_options(field, self.options, tokenizer)
 
     def render(self, messages: Seq[Message]) -> str:
-        """The text that asks for an answer to `messages`."""
+        """Render the prompt that asks for an answer to `messages`."""
         text = self._render(self.tokenizer, messages, tools=self.tools, tokenize=False, **self.options)
         if len(text) > self.limits.max_prompt_chars:
             raise PromptTooLong("len(messages)", len(text), f"at most {self.limits.max_prompt_chars} characters")
         return str(text)
 
     def tokenize(self, text: str, before: str = "") -> tuple[int, ...]:
-        """The tokens of `text` as it follows `before`: what tokenizers do at the beginning of a text (a space put in
-        front) is not done, unless a token would reach across.
+        """Tokenize `text` as a continuation of `before`.
+
+        What tokenizers do at the beginning of a text, such as adding a space, is avoided, unless a token spans both.
         """
         context = before[-_CONTEXT:]
         if context and text and self.tokenizer.is_fast:
@@ -74,17 +78,21 @@ class ChatTemplate:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, token_ids: Seq[int], before: Seq[int] = (), *, special: bool = True) -> str:
-        """What `token_ids` say after the tokens `before`, but for half a character at their end."""
+        """Decode `token_ids` as a continuation of the tokens `before`, without an incomplete character at the end."""
         context = list(before[-_CONTEXT:])
         head, both = self._decode(context, special), self._decode([*context, *token_ids], special)
         own = both[len(head) :] if both.startswith(head) else self._decode(token_ids, special)
         return own.rstrip(_HALF)
 
     def message(self, text: str, raw: str, prompt: str) -> Message:
-        """The assistant's message. `raw` is the answer with its special tokens.
+        """Convert an answer to a message of the assistant.
 
-        Where the tokenizer has a `response_template`, transformers reads reasoning and tool calls by it; else, and
-        where that fails or finds nothing, the content is `text`, the answer without special tokens.
+        text: the answer without special tokens.
+        raw: the answer with special tokens.
+        prompt: the rendered prompt.
+
+        If the tokenizer has a `response_template`, transformers parses reasoning and tool calls by it. Otherwise, or if
+        that fails, the content is `text`.
         """
         plain = {"role": "assistant", "content": text}
         if getattr(self.tokenizer, "response_template", None) is None:
@@ -94,8 +102,8 @@ class ChatTemplate:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             logger.warning("an answer could not be parsed by the tokenizer's response template: %s", error)
             return plain
-        found = isinstance(parsed, dict) and parsed.keys() - {"role"}
-        return {"role": "assistant", "content": "", **parsed} if found else plain
+        has_fields = isinstance(parsed, dict) and parsed.keys() - {"role"}
+        return {"role": "assistant", "content": "", **parsed} if has_fields else plain
 
     def _decode(self, token_ids: Seq[int], special: bool) -> str:
         ids = list(token_ids)
@@ -107,21 +115,21 @@ class ChatTemplate:
 
 
 def as_messages(field: str, value: object, limits: Limits) -> tuple[Message, ...]:
-    """Text of a user, a message or a list of messages, as copies that nobody else holds; nothing for None."""
+    """Convert the text of a user, a message, or a list of messages to a tuple of copied messages; empty for None."""
     if value is None:
         return ()
     if isinstance(value, str):
         value = {"role": "user", "content": value}
-    many = [value] if isinstance(value, Mapping) else value
-    if not isinstance(many, Seq) or isinstance(many, str | bytes | bytearray | memoryview):
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, Seq) or isinstance(messages, str | bytes | bytearray | memoryview):
         raise InvalidRequest(field, value, "must be text, a message, or a list of messages")
-    if len(many) > limits.max_messages:
-        raise InvalidRequest(f"len({field})", len(many), f"at most {limits.max_messages} messages")
-    return tuple(_as_message(field, one, limits) for one in many)
+    if len(messages) > limits.max_messages:
+        raise InvalidRequest(f"len({field})", len(messages), f"must be at most {limits.max_messages}")
+    return tuple(_as_message(field, message, limits) for message in messages)
 
 
 def as_json(field: str, value: object) -> Any:
-    """A copy of `value` by way of JSON, in UTF-8. Raises `InvalidRequest` where that cannot hold it."""
+    """Copy `value` by encoding it as JSON in UTF-8. Raises `InvalidRequest` if that fails."""
     try:
         return json.loads(json.dumps(_plain(value), allow_nan=False, ensure_ascii=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
@@ -134,16 +142,16 @@ def _plain(value: object) -> object:
 
 def _as_message(field: str, value: object, limits: Limits) -> Message:
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
-        raise InvalidRequest(field, value, 'a message is {"role": …, "content": …}')
+        raise InvalidRequest(field, value, 'must be {"role": …, "content": …}')
     content = value.get("content")
     if isinstance(content, str) and len(content) > limits.max_prompt_chars:
-        raise PromptTooLong(f"len({field})", len(content), f"at most {limits.max_prompt_chars} characters")
+        raise PromptTooLong(f"len({field})", len(content), f"must be at most {limits.max_prompt_chars} characters")
     message: Message = as_json(field, value)
     return message
 
 
 def _as_tools(tools: object, limits: Limits) -> list[Any] | None:
-    """Tools as JSON schemas; transformers reads one off a function's annotations and docstring."""
+    """Convert tools to JSON schemas; those of functions are derived from annotations and docstring."""
     if tools is None:
         return None
     if not isinstance(tools, Seq) or isinstance(tools, str | bytes) or len(tools) > limits.max_tools:
@@ -159,4 +167,4 @@ def _as_tool(tool: object) -> Any:
     try:
         return as_json("tools", get_json_schema(tool))
     except Exception as error:
-        raise InvalidRequest("tools", tool, f"must be a JSON schema, or a function that has one: {error}") from error
+        raise InvalidRequest("tools", tool, f"must be a JSON schema or an annotated function: {error}") from error

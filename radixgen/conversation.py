@@ -1,4 +1,4 @@
-"""Conversations with an `Engine`: turns of which each computes only its new tokens."""
+"""Conversations with an `Engine`, in which each turn computes only its new tokens."""
 
 import logging
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.dialogue import (
+    ConversationEngine,
     Dialogue,
-    Outputs,
-    Said,
-    Serves,
     Turn,
+    TurnMessages,
+    TurnOutputs,
 )
 
 logger = logging.getLogger(__name__)
 
 
-class Conversation(Dialogue[Serves]):
-    """A conversation with a model, for agents and chats. `Engine.conversation` makes one.
+class Conversation(Dialogue[ConversationEngine]):
+    """Conversation with a model, for agents and chats. Created by `Engine.conversation`.
 
     ```python
     with engine.conversation("You are terse.", params=SamplingParams(max_tokens=32)) as talk:
@@ -33,17 +33,21 @@ class Conversation(Dialogue[Serves]):
         print(talk.say("And of Italy?").num_cached_tokens)
     ```
 
-    Each turn computes its new tokens alone: what the model generated stays, token by token, and what came before is
-    found in the cache, all of it but at most the last token. Options are those of `Dialogue`.
+    Each turn computes only its new tokens: generated tokens are kept exactly, and all previous tokens but at most the
+    last are cached. Options are those of `Dialogue`.
     """
 
     def say(
-        self, message: Said = None, params: SamplingParams | None = None, *, timeout: float | None = None
+        self, message: TurnMessages = None, params: SamplingParams | None = None, *, timeout: float | None = None
     ) -> RequestOutput:
-        """Say `message` (text is a user's; None: nothing more than was added) and have the whole answer.
+        """Send a message and return the whole answer.
 
-        An answer cut short by `timeout` is kept as far as it got. Raises `InvalidRequest`, `ContextOverflow`,
-        `QueueFull`, and `RequestFailed` where the answer failed; then the conversation is as before.
+        message: text of a user, a message or a list of messages; None if `add` has added them.
+        params: sampling parameters of this turn.
+        timeout: seconds until the answer is aborted; what was generated is kept.
+
+        Raises `InvalidRequest`, `ContextOverflow`, `QueueFull`, and `RequestFailed` if the answer failed, which leaves
+        the conversation unchanged.
         """
         with self._stream(message, params, timeout, whole=True) as stream:
             for _ in stream:
@@ -51,17 +55,16 @@ class Conversation(Dialogue[Serves]):
         return stream.turn.result()
 
     def stream(
-        self, message: Said = None, params: SamplingParams | None = None, *, timeout: float | None = None
+        self, message: TurnMessages = None, params: SamplingParams | None = None, *, timeout: float | None = None
     ) -> "TurnStream":
-        """As `say`, but yields what each step adds. Leaving the iterator early ends the answer where it stands; that is
-        kept, unless there is no token yet or it failed.
+        """Send a message and iterate over the outputs of its answer.
+
+        Closing the iterator early aborts the answer; what was generated is kept, unless it is empty or failed.
         """
         return self._stream(message, params, timeout, whole=False)
 
     def fork(self, n: int = 1) -> "list[Conversation]":
-        """`n` more conversations that go on from here, each for itself. No KV is copied and nothing is computed. Raises
-        `InvalidRequest`.
-        """
+        """Create `n` independent copies of the conversation. No KV is copied or computed. Raises `InvalidRequest`."""
         self._ensure_idle()
         check_integer("n", n, 1, self._inputs.limits.max_n)
         forks = [self._fork() for _ in range(n)]
@@ -70,8 +73,10 @@ class Conversation(Dialogue[Serves]):
         return forks
 
     def preload(self) -> int:
-        """Compute ahead what the next turn's prompt begins with: before the first turn system prompt and tools, after
-        `load` or `Engine.reset_prefix_cache` the whole history. It is retained as after a turn. Returns its tokens.
+        """Compute the beginning of the next prompt in advance, and retain it as after a turn.
+
+        Before the first turn, that is the system message and tools; after `load` or `Engine.reset_prefix_cache`, the
+        whole history. Returns its number of tokens.
         """
         self._ensure_idle()
         prefix = self._prefix()
@@ -86,7 +91,7 @@ class Conversation(Dialogue[Serves]):
         return len(prefix)
 
     def close(self) -> None:
-        """Let go of what is retained. What was said can still be read. May be called twice."""
+        """Release the pinned path. Messages can still be read. May be called twice."""
         self._closed = True
         with suppress(EngineClosed):
             self._release()
@@ -100,7 +105,7 @@ class Conversation(Dialogue[Serves]):
         self.close()
 
     def _stream(
-        self, message: Said, params: SamplingParams | None, timeout: float | None, *, whole: bool
+        self, message: TurnMessages, params: SamplingParams | None, timeout: float | None, *, whole: bool
     ) -> "TurnStream":
         self._claim()
         try:
@@ -114,7 +119,7 @@ class Conversation(Dialogue[Serves]):
         return TurnStream(self, turn, outputs, whole=whole)
 
     def _renew(self) -> None:
-        """Retain the path as it is now, and no other."""
+        """Pin the current path in place of the previous one."""
         if self._retain == 0 or self._closed:
             return
         try:
@@ -136,9 +141,9 @@ class Conversation(Dialogue[Serves]):
 
 
 class TurnStream(Iterator[RequestOutput]):
-    """The answer of one turn, as it comes."""
+    """Outputs of the answer of one turn."""
 
-    def __init__(self, talk: Conversation, turn: "Turn", outputs: Outputs, *, whole: bool) -> None:
+    def __init__(self, talk: Conversation, turn: "Turn", outputs: TurnOutputs, *, whole: bool) -> None:
         self.turn = turn
         self._talk = talk
         self._outputs = outputs
@@ -155,7 +160,7 @@ class TurnStream(Iterator[RequestOutput]):
         return output
 
     def close(self) -> None:
-        """End the answer where it stands, if it has not ended."""
+        """Abort the answer unless it has finished."""
         if self._open:
             self._outputs.close()
             self._settle(keep=self._keep)
@@ -169,7 +174,7 @@ class TurnStream(Iterator[RequestOutput]):
         self.close()
 
     def __del__(self) -> None:
-        if self._open:  # the garbage collector may be in the middle of a step: nothing is pinned
+        if self._open:  # the garbage collector may run during a step, so nothing is pinned
             self._talk._settle(self.turn, keep=self._keep)
 
     def _settle(self, *, keep: bool) -> None:

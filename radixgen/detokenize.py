@@ -1,4 +1,4 @@
-"""Text from tokens as they come, and the stop strings in it."""
+"""Incremental detokenization, and detection of stop strings."""
 
 from codecs import getincrementaldecoder
 from collections import deque
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 _HALF = "\ufffd"
 _CONTEXT = 10
-"""Prompt tokens a stream starts from: half a character, a whole one before it, and half a one left by the cut."""
+"""Number of prompt tokens that are decoded as context: enough for incomplete characters at both ends"""
 _UNFINISHED = 3
-"""Tokens that may be the beginning of a character: one has four bytes at the most."""
+"""Maximum number of tokens of an incomplete character, which has up to four bytes"""
 _MOST_HELD = 16
-"""Tokens whose text is not out and that are decoded with each further one"""
+"""Maximum number of tokens whose text is incomplete, and which are decoded again with each new token"""
 
 
 class Detokenizer:
-    """The text of one sequence, up to the first stop string.
+    """Text of one sequence, up to the first stop string.
 
-    `text` is all that is certain: whole characters, and what later tokens do not change. Bytes that may become a
-    character are never given out, not even at the end; bytes that can't are U+FFFD, after four of them at the latest.
-    The first `safe_length` characters of it stay whatever comes; the rest may be the beginning of a stop string. Both
-    only grow until a stop string is met, and then `text` is no shorter than `safe_length` was. Without a tokenizer the
-    text is empty. With `skip_special` special tokens have no text. A token takes the same time whatever came before it.
+    `text` is the final part: complete characters that later tokens do not change. Bytes of an incomplete character are
+    held back, even at the end; bytes that cannot form a character become U+FFFD, after at most four. The first
+    `safe_length` characters of `text` can be output; the rest may be the beginning of a stop string. Both only grow
+    until a stop string is found, and then `text` is cut, but not below `safe_length`. Each token takes constant time.
+    Without a tokenizer the text is empty.
 
-    `stop` holds non-empty strings. As in vLLM the one that is complete first wins, the first in `stop` where several
-    are complete at the same character, however the text falls into tokens; so `"ab"` is met before `"abc"`. `text`
-    ends before it, or after it with `include_stop`, where nothing need be held back. One that special tokens make up is
-    also met where they come and have no text.
+    stop: non-empty stop strings. As in vLLM, the one that is complete first counts, and of several the first in `stop`:
+        `"ab"` is found before `"abc"`. A stop string of special tokens is also found if they have no text.
+    include_stop: whether `text` includes the stop string.
+    skip_special: whether special tokens have no text.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Detokenizer:
         skip_special: bool = True,
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        """vocabulary: the tokenizer's, where it is there already."""
+        """vocabulary: that of the tokenizer, if it exists already."""
         self.text = ""
         self.safe_length = 0
         self._stop = stop
@@ -60,17 +60,18 @@ class Detokenizer:
             split = {self._vocabulary.special_tokens(each): each for each in reversed(stop)}
             self._stop_tokens = {tokens: each for tokens, each in split.items() if tokens}
         self._last: deque[int] = deque(maxlen=max(map(len, self._stop_tokens), default=0))
-        kind: type[_Stream] = _Bytes if self._vocabulary.byte_level else _Window
+        kind: type[_TextStream] = _Bytes if self._vocabulary.byte_level else _Window
         self._stream = kind(self._vocabulary, skip_special)
-        # Step by step: a stream begun with tokens whose text ends in half a character gives all of it out.
+        # One by one: an incomplete character at the end of the first tokens would be output.
         for token in self._stream.context(prompt):
             self._decode(token)
 
     def push(self, token: int, may_stop: bool = True) -> str | None:
-        """Append what `token` makes certain; the stop string that is now met, else None.
+        """Append a token. Returns the stop string that is now complete, or None.
 
-        As under vLLM's `min_tokens`, a stop string counts if its last character comes with `may_stop`; it may begin
-        earlier. Nothing is pushed after a stop string or `finish`. Raises what the tokenizer raises.
+        may_stop: whether a stop string may end with this token; it may start earlier, as with vLLM's `min_tokens`.
+
+        Push nothing after a stop string or `finish`. Raises the tokenizer's errors.
         """
         if self._vocabulary is None:
             return None
@@ -91,11 +92,11 @@ class Detokenizer:
         return stop
 
     def finish(self) -> None:
-        """The sequence ended: what is held for a stop string is safe now."""
+        """End the sequence: text that was held back for a stop string becomes safe."""
         self.safe_length = len(self.text)
 
     def fork(self) -> "Detokenizer":
-        """An independent copy that goes on from here, half characters included. Costs the same at any length."""
+        """Create an independent copy, in constant time."""
         twin = copy(self)
         if self._vocabulary is not None:
             twin._stream, twin._last = self._stream.fork(), self._last.copy()
@@ -104,46 +105,46 @@ class Detokenizer:
     # -- inside -------------------------------------------------------------------------------------------
 
     def _decode(self, token: int) -> str:
-        """The characters that `token` makes certain; none where it has no text."""
+        """Characters that become final with `token`."""
         assert self._vocabulary is not None
         if token in self._skipped or not self._vocabulary.knows(token):
             return ""
         return self._stream.push(token)
 
     def _stopped_at(self, token: int) -> str | None:
-        """The stop string of special tokens that `token` completes."""
+        """Stop string of special tokens that is complete with `token`."""
         self._last.append(token)
         last = tuple(self._last)
         return next((each for tokens, each in self._stop_tokens.items() if last[-len(tokens) :] == tokens), None)
 
     def _cut(self, searched: int) -> str | None:
         """Cut `text` at the first stop string that ends after its first `searched` characters."""
-        places = [(self.text.find(stop, max(0, searched + 1 - len(stop))), stop) for stop in self._stop]
-        met = [(place + len(stop), stop) for place, stop in places if place >= 0]
-        if not met:
+        starts = [(self.text.find(stop, max(0, searched + 1 - len(stop))), stop) for stop in self._stop]
+        ends = [(start + len(stop), stop) for start, stop in starts if start >= 0]
+        if not ends:
             return None
-        end, stop = min(met, key=itemgetter(0))
+        end, stop = min(ends, key=itemgetter(0))
         self.text = self.text[: end if self._include_stop else end - len(stop)]
         return stop
 
 
-class _Stream(Protocol):
-    """Text from tokens that have one."""
+class _TextStream(Protocol):
+    """Incremental decoder of tokens that have text."""
 
     def __init__(self, vocabulary: Vocabulary, skip_special: bool) -> None: ...
 
     def context(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The prompt's last tokens, in whose light the first of the answer are read."""
+        """Last tokens of the prompt, to decode before the answer."""
 
     def push(self, token: int) -> str:
-        """What it adds, once that is certain."""
+        """Characters that become final with a token."""
 
     def fork(self) -> Self:
-        """An independent copy."""
+        """Create an independent copy."""
 
 
 class _Bytes:
-    """For tokenizers whose tokens are bytes: these are read as UTF-8."""
+    """Decoder for byte-level tokenizers, by UTF-8."""
 
     def __init__(self, vocabulary: Vocabulary, skip_special: bool) -> None:
         self._vocabulary = vocabulary
@@ -162,8 +163,9 @@ class _Bytes:
 
 
 class _Window:
-    """For all others: the last tokens are decoded anew with each further one. The tokens of the last piece of text that
-    was certain are the context in which those that are held are read.
+    """Decoder for all other tokenizers. The last tokens are decoded again with each new token.
+
+    Tokens whose text is not final are held, and decoded after the tokens of the last final piece of text as context.
     """
 
     def __init__(self, vocabulary: Vocabulary, skip_special: bool) -> None:
@@ -173,13 +175,13 @@ class _Window:
         self._skip_special = skip_special
         self._context: list[int] = []
         self._before = ""
-        """The context's text"""
+        """Text of the context"""
         self._held: list[int] = []
         self._given = 0
-        """Characters of the held tokens' text that are out"""
+        """Number of characters of the held tokens that were returned"""
 
     def context(self, prompt: Sequence[int]) -> Sequence[int]:
-        """From the beginning of a character on, if the prompt ends with a whole one."""
+        """Last tokens of the prompt that decode to complete characters, if there are any."""
         tails = [list(prompt[-count:]) for count in range(_CONTEXT, 0, -1)]
         return next((tail for tail in tails if _HALF not in self._read(tail)), tails[0])
 
@@ -202,7 +204,7 @@ class _Window:
         return twin
 
     def _certain(self, text: str) -> int:
-        """How many characters of the held tokens' text do not change any more."""
+        """Number of characters of the held tokens' text that are final."""
         whole = len(text.rstrip(_HALF))
         if whole == len(text) or len(self._held) <= _UNFINISHED:
             return whole
@@ -210,7 +212,7 @@ class _Window:
         return max(whole, len(known)) if text.startswith(known) else whole
 
     def _shorten(self) -> None:
-        """Hold no more than may be the beginning of a character."""
+        """Hold only the tokens that may be an incomplete character."""
         head = self._held[:-_UNFINISHED]
         known = self._text(head)
         if known:
@@ -222,7 +224,7 @@ class _Window:
         text = self._read([*self._context, *held])
         if text.startswith(self._before):
             return text[len(self._before) :]
-        # Bytes that make no character change how those before them decode. What is out stays.
+        # Invalid bytes change how the bytes before them decode. What was returned stays.
         self._keep([])
         return self._read(held)
 
@@ -234,10 +236,8 @@ class _Window:
 
 
 def _opening(text: str, stop: str, start: int) -> int:
-    """Where the longest end of `text` begins that is a beginning of `stop`, not all of it, and lies in
-    `text[start:]`; `len(text)` if there is none.
-    """
-    place = text.find(stop[0], max(start, len(text) - len(stop) + 1))
-    while place >= 0 and not stop.startswith(text[place:]):
-        place = text.find(stop[0], place + 1)
-    return place if place >= 0 else len(text)
+    """Index of the longest suffix of `text[start:]` that is a proper prefix of `stop`; `len(text)` if there is none."""
+    index = text.find(stop[0], max(start, len(text) - len(stop) + 1))
+    while index >= 0 and not stop.startswith(text[index:]):
+        index = text.find(stop[0], index + 1)
+    return index if index >= 0 else len(text)

@@ -1,4 +1,4 @@
-"""What conversations of both engines have in common: the history, and how a turn's prompt comes out of it."""
+"""Base class of `Conversation` and `AsyncConversation`: history, prompts of turns, and handling of overflow."""
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -24,44 +24,45 @@ from radixgen.core import (
 from radixgen.input_processor import InputProcessor
 from radixgen.request_options import PinOptions, RequestOptions
 
-Said = str | Message | Seq[Message] | None
-"""What a turn adds: a user's text, a message, several, or nothing."""
+TurnMessages = str | Message | Seq[Message] | None
+"""Messages that a turn adds: a user's text, a message, a list of messages, or None"""
 OnOverflow = Literal["error", "drop_oldest"] | Callable[[list[dict[str, Any]]], Seq[Message]]
 OnBreak = Callable[[HistoryBreak], object]
 
 logger = logging.getLogger(__name__)
 
 _MAX_TOKENS = 256
-"""Of an answer, where nothing else was asked for."""
+"""Default `max_tokens` of an answer"""
 _MOST_BREAKS = 256
 _ANSWER_SHARE = 4
-"""Where history is shortened, one part in so many of the context is room enough for an answer."""
+"""A shortened history leaves at least this fraction of the context (1/4) for the answer"""
 
 
-class Outputs(Iterator[RequestOutput], Protocol):
-    """A request's outputs, which may be left early."""
+class TurnOutputs(Iterator[RequestOutput], Protocol):
+    """Outputs of a request."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Abort the request unless it has finished."""
 
 
-class Checks(Protocol):
-    """An engine that says what it would refuse."""
+class HasInputs(Protocol):
+    """Engine with an input processor."""
 
     @property
     def inputs(self) -> InputProcessor: ...
 
 
-class Serves(Checks, Protocol):
-    """What a `Conversation` needs of an engine."""
+class ConversationEngine(HasInputs, Protocol):
+    """Engine for a `Conversation`."""
 
-    def stream(self, prompt: list[int], params: SamplingParams, **options: Unpack[RequestOptions]) -> Outputs: ...
+    def stream(self, prompt: list[int], params: SamplingParams, **options: Unpack[RequestOptions]) -> TurnOutputs: ...
     def pin(self, prompt: list[int], *, replaces: int | None, **options: Unpack[PinOptions]) -> int | None: ...
     def unpin(self, pin: int) -> bool: ...
     def preload(self, prompts: list[list[int]], **options: Unpack[PinOptions]) -> list[int | None]: ...
 
 
-class AsyncServes(Checks, Protocol):
-    """What an `AsyncConversation` needs of an engine."""
+class AsyncConversationEngine(HasInputs, Protocol):
+    """Engine for an `AsyncConversation`."""
 
     def generate(
         self, prompt: list[int], params: SamplingParams, **options: Unpack[RequestOptions]
@@ -71,11 +72,11 @@ class AsyncServes(Checks, Protocol):
     async def preload(self, prompts: list[list[int]], **options: Unpack[PinOptions]) -> list[int | None]: ...
 
 
-E = TypeVar("E", bound=Checks)
+E = TypeVar("E", bound=HasInputs)
 
 
 class LoadOptions(TypedDict, total=False):
-    """Options of a conversation that are not saved with it; `Dialogue` says what they mean."""
+    """Options of a conversation that are not saved with it; see `Dialogue`."""
 
     params: SamplingParams | None
     priority: int
@@ -85,7 +86,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 class Options(LoadOptions, total=False):
-    """All options of a conversation."""
+    """All options of a conversation; see `Dialogue`."""
 
     tools: Seq[Tool] | None
     namespace: str
@@ -94,9 +95,9 @@ class Options(LoadOptions, total=False):
 
 
 class Dialogue(Generic[E]):
-    """A conversation's history, how the next turn's prompt comes out of it, and what becomes of the answer.
+    """Base class of conversations: history, options, and the parts of a turn that do no I/O.
 
-    One turn at a time: while a stream is open, nothing else may be done with its conversation but to read it.
+    Turns are sequential: while the stream of a turn is open, the conversation can only be read.
     """
 
     def __init__(
@@ -115,19 +116,22 @@ class Dialogue(Generic[E]):
         on_break: OnBreak | None = None,
     ) -> None:
         """
+        system: system message.
         tools: JSON schemas, or functions with annotations and a docstring, for the chat template.
-        params: of turns that are given none; by default those of `SamplingParams` with 256 tokens.
-        retain: seconds for which the path of the last turn is pinned; None: until `close`; 0: not at all. It gives way
-            when a request needs its memory and nothing else can, lower `priority` first; then it is computed again.
-        history: what is done where the template rewrites an earlier turn (drops its thinking, say): `"template"`
-            follows it, as the model was trained on that; `"exact"` keeps the tokens. Either way `breaks` tells of it.
-        template_options: more arguments of the chat template (`enable_thinking`, `date_string` …).
-        on_overflow: where a turn does not fit: `"error"` raises `ContextOverflow`. `"drop_oldest"` leaves out the
-            oldest turns, never a system message, until there is room for `max_tokens` or a quarter of the context; a
-            function from messages to messages does the same in its own way. A warning is logged, and `rollback` goes
-            back 256 turns from there on, or as many as there are messages.
-        on_break: called once for each break; the first is also logged as a warning. An `AsyncConversation` calls this
-            and `on_overflow` in a thread of its own.
+        params: default sampling parameters of turns, with `max_tokens=256`.
+        namespace: namespace of all requests.
+        priority: priority of all requests, and of the pin.
+        retain: seconds to pin the path of the last turn; None: until `close`; 0: not at all. The pin is released if a
+            request needs its memory, pins with lower `priority` first; then the history is computed again.
+        history: what to do if the template rewrites an earlier turn (drops its thinking, for example): `"template"`
+            follows it, as the model was trained on it; `"exact"` keeps the tokens. Both add to `breaks`.
+        template_options: variables of the chat template (`enable_thinking`, `date_string` …).
+        on_overflow: what to do if a turn exceeds the context. `"error"` raises `ContextOverflow`. `"drop_oldest"` drops
+            the oldest turns, but no system message, until there is room for `max_tokens` or a quarter of the context. A
+            function from messages to messages shortens them itself. A warning is logged, and `rollback` can go back
+            only 256 turns from then on, or as many as there are messages.
+        on_break: called once for each break; the first is also logged as a warning. An `AsyncConversation` calls it and
+            `on_overflow` in a thread.
 
         Raises `InvalidRequest`.
         """
@@ -150,7 +154,7 @@ class Dialogue(Generic[E]):
         self.namespace = namespace
         self.priority = priority
         self.breaks: list[HistoryBreak] = []
-        """Where the template wrote earlier turns otherwise than they stood, each once; of many the last 256."""
+        """Places where the template rewrote earlier turns, up to the last 256"""
         self._engine = engine
         self._inputs = inputs
         self._history = ChatHistory(template, as_messages("system", first, inputs.limits), history)
@@ -163,61 +167,66 @@ class Dialogue(Generic[E]):
 
     @classmethod
     def load(cls, engine: E, saved: str, **options: Unpack[LoadOptions]) -> Self:
-        """The conversation that `save` wrote, in this engine: with its messages and its very tokens, its tools, its
-        namespace and its turns; `params` are given again. Nothing is computed before the next turn, or `preload`.
-        Raises `InvalidRequest`.
+        """Load a conversation from the output of `save`: messages, tokens, turns, tools and namespace.
+
+        Nothing is computed before the next turn, or `preload`. Raises `InvalidRequest`.
         """
-        found = saved_history.parse(saved, engine.inputs.limits)
-        template = {name: found[name] for name in ("tools", "template_options", "namespace", "history")}
+        fields = saved_history.parse(saved, engine.inputs.limits)
+        template = {name: fields[name] for name in ("tools", "template_options", "namespace", "history")}
         loaded = cls(engine, **template, **options)
-        loaded._history = saved_history.restore(found, loaded._history.template, engine.inputs.vocab_size)
+        loaded._history = saved_history.restore(fields, loaded._history.template, engine.inputs.vocab_size)
         return loaded
 
     def save(self) -> str:
-        """Messages and token ids as JSON, for `load`: in another process too, where the tokenizer is the same. Of more
-        turns than `Limits.max_saved_chars` has room for, the latest. Raises `InvalidRequest` where one is too much.
+        """Encode messages and token ids as JSON for `load`, which may run in another process with the same tokenizer.
+
+        Older turns are dropped if they exceed `Limits.max_saved_chars`. Raises `InvalidRequest` if one turn exceeds it.
         """
         return saved_history.dump(self._history, self.namespace)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What was said, in copies."""
+        """Copies of all messages."""
         return [deepcopy(dict(message)) for message in self._history.state.messages]
 
     @property
     def last_message(self) -> dict[str, Any] | None:
-        """A copy of the last message: after a turn the assistant's, with `tool_calls` and `reasoning_content` where the
-        tokenizer's `response_template` finds them.
+        """Copy of the last message, or None. After a turn it is the assistant's, with `tool_calls` and
+        `reasoning_content` if the tokenizer's `response_template` parses them.
         """
         messages = self._history.state.messages
         return deepcopy(dict(messages[-1])) if messages else None
 
     @property
     def token_ids(self) -> list[int]:
-        """Every token up to the end of the last answer. The next prompt begins with them, but where `breaks` tells
-        otherwise or `on_overflow` shortens it; of the last one alone the KV may not have been computed.
+        """All tokens up to the end of the last answer.
+
+        The next prompt starts with them, except after a break or an overflow. All but the last have computed KV.
         """
         return self._history.state.token_ids
 
     @property
     def num_turns(self) -> int:
+        """Number of turns."""
         return self._history.num_turns
 
-    def add(self, message: Said) -> None:
-        """Add a message (text is a user's), or several, without an answer: what a tool gave, say. Raises
-        `InvalidRequest`.
+    def add(self, message: TurnMessages) -> None:
+        """Add messages without an answer, such as the result of a tool; text is a user's message.
+
+        Raises `InvalidRequest`.
         """
         self._ensure_idle()
         self._history.add(as_messages("message", message, self._inputs.limits))
 
     def rollback(self, turn: int) -> None:
-        """Go back to the end of turn `turn`, or with 0 to before the first. Moves nothing and computes nothing. Raises
-        `InvalidRequest`, also where `on_overflow` shortened the history and the turn is too long ago.
+        """Go back to the end of a turn; 0 is the beginning. Nothing is computed.
+
+        Raises `InvalidRequest`, also if `on_overflow` shortened the history and the state of the turn is forgotten.
         """
         self._ensure_idle()
         self._history.rollback(turn)
 
-    # -- what both faces do -------------------------------------------------------------------------------
+    # -- for both subclasses ------------------------------------------------------------------------------
 
     def _claim(self) -> None:
         self._ensure_idle()
@@ -229,19 +238,19 @@ class Dialogue(Generic[E]):
         if self._busy:
             raise InvalidRequest("turn", self.num_turns + 1, "is not over: read its stream to the end, or close it")
 
-    def _begin(self, message: Said, params: SamplingParams | None) -> "Turn":
-        """The turn that `message` begins. Changes nothing but `breaks`; may run in another thread."""
+    def _begin(self, message: TurnMessages, params: SamplingParams | None) -> "Turn":
+        """Begin a turn. Changes only `breaks`; may run in another thread."""
         params = self.params if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidRequest("params", params, "must be SamplingParams")
         if params.n != 1:
-            raise InvalidRequest("n", params.n, "a turn has one answer: fork the conversation for more")
+            raise InvalidRequest("n", params.n, "must be 1: fork the conversation for more answers")
         draft = self._fit(self._history.draft(as_messages("message", message, self._inputs.limits)), params)
-        self._report(draft.found)
+        self._report(draft.history_break)
         return Turn(draft, self._inputs.for_chat(params))
 
     def _settle(self, turn: "Turn | None", *, keep: bool) -> bool:
-        """The turn is over. Whether it became part of the history: an answer that failed or has no token does not."""
+        """End a turn. Returns whether it was added to the history: not if its answer failed or is empty."""
         self._busy = False
         output = turn.output() if turn is not None and keep else None
         if turn is None or output is None or output.outputs[0].finish_reason == "error":
@@ -265,31 +274,31 @@ class Dialogue(Generic[E]):
         return twin
 
     def _prefix(self) -> list[int]:
-        """The tokens with which the next prompt begins, whatever a user says."""
-        one, other = (self._history.draft(({"role": "user", "content": content},)).token_ids for content in ("0", "x"))
-        return one[: num_common(one, other)]
+        """Tokens with which the next prompt starts, whatever the user's message is."""
+        first, second = (self._history.draft(({"role": "user", "content": text},)).token_ids for text in ("0", "x"))
+        return first[: num_common(first, second)]
 
-    def _report(self, found: HistoryBreak | None) -> None:
-        if found is None or found in self.breaks:
+    def _report(self, history_break: HistoryBreak | None) -> None:
+        if history_break is None or history_break in self.breaks:
             return
         level = logging.INFO if self.breaks else logging.WARNING
         logger.log(
             level,
             "turn %d: the chat template rewrites history from token %d on: %r became %r",
-            found.turn,
-            found.position,
-            found.before,
-            found.after,
+            history_break.turn,
+            history_break.position,
+            history_break.before,
+            history_break.after,
         )
-        self.breaks.append(found)
+        self.breaks.append(history_break)
         del self.breaks[:-_MOST_BREAKS]
         if self._on_break is not None:
-            self._on_break(found)
+            self._on_break(history_break)
 
     # -- overflow -----------------------------------------------------------------------------------------
 
     def _fit(self, draft: Draft, params: SamplingParams) -> Draft:
-        """The draft, shortened where it must be and may be."""
+        """Check that a draft fits the context; shorten it if `on_overflow` says so. Raises `ContextOverflow`."""
         if self._on_overflow != "error":
             whole, draft = draft, self._shorten(draft, params)
             if draft is not whole:
@@ -322,7 +331,7 @@ class Dialogue(Generic[E]):
 
 
 class Turn:
-    """A turn under way: the draft that it answers, and what has come of the answer."""
+    """A turn in progress: its draft, and the outputs so far."""
 
     def __init__(self, draft: Draft, params: SamplingParams) -> None:
         self.draft = draft
@@ -330,24 +339,25 @@ class Turn:
         self._outputs: list[RequestOutput] = []
 
     def add(self, delta: RequestOutput) -> None:
+        """Add an output."""
         self._outputs.append(delta)
 
     def output(self) -> RequestOutput | None:
-        """Everything so far as one output; an answer that was left ends with `abort`. None before the first."""
+        """All outputs merged into one, with finish reason `abort` if it is not finished; None before the first."""
         if not self._outputs:
             return None
         last = self._outputs[-1]
-        pieces = [one for output in self._outputs for one in output.outputs]
+        pieces = [delta for output in self._outputs for delta in output.outputs]
         final = pieces[-1]
         answer = replace(
             final,
             text="".join(piece.text for piece in pieces),
             token_ids=[token for piece in pieces for token in piece.token_ids],
             finish_reason=final.finish_reason or "abort",
-            logprobs=None if final.logprobs is None else [found for piece in pieces for found in piece.logprobs or []],
+            logprobs=None if final.logprobs is None else [entry for piece in pieces for entry in piece.logprobs or []],
         )
-        told = next((output.prompt_logprobs for output in self._outputs if output.prompt_logprobs), None)
-        return replace(last, outputs=[answer], finished=True, prompt_logprobs=told)
+        prompt_logprobs = next((output.prompt_logprobs for output in self._outputs if output.prompt_logprobs), None)
+        return replace(last, outputs=[answer], finished=True, prompt_logprobs=prompt_logprobs)
 
     def result(self) -> RequestOutput:
         """The whole answer. Raises `RequestFailed`."""
@@ -360,8 +370,9 @@ class Turn:
 
 
 def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
-    """The messages without the first turn, from one user's message to the next; None where there is but one."""
-    begin = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), len(messages))
-    users = (i for i in range(begin + 1, len(messages)) if messages[i]["role"] == "user")
+    """Messages without the first turn, which ends at the second user message; None if there is only one turn."""
+    roles = [message["role"] for message in messages]
+    begin = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(messages))
+    users = (i for i in range(begin + 1, len(messages)) if roles[i] == "user")
     stop = next(users, None)
     return None if stop is None else messages[:begin] + messages[stop:]

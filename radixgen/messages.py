@@ -1,4 +1,4 @@
-"""Chat messages as clients send them, made into what chat templates take."""
+"""Conversion of chat messages from clients to the form that chat templates expect."""
 
 import json
 import re
@@ -14,9 +14,9 @@ _QUOTED = re.compile(r"""['"](\w+)['"]""")
 
 
 class Roles:
-    """The roles that a chat template may be given: OpenAI's, and those that the template itself compares with.
+    """Roles that a chat template accepts: OpenAI's, and those that the template compares roles with.
 
-    `template`: its text, or several by name.
+    template: its text, or texts by name.
     """
 
     def __init__(self, template: str | Mapping[str, str] | None) -> None:
@@ -27,8 +27,9 @@ class Roles:
         self._names_developer = "developer" in _QUOTED.findall(whole)
 
     def role(self, role: str, field: str) -> str:
-        """`role` as the template takes it: `developer` is `system` where the template does not name it. Raises
-        `InvalidRequest`.
+        """Role for the template: `developer` becomes `system` if the template does not mention it.
+
+        Raises `InvalidRequest`.
         """
         if role not in self._known:
             raise InvalidRequest(field, role, f"must be one of {', '.join(sorted(self._known))}")
@@ -36,28 +37,29 @@ class Roles:
 
 
 def template_messages(messages: object, roles: Roles) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: parts of text as one, no null fields, arguments of calls as objects. Raises
-    `InvalidRequest`.
+    """Convert messages: join text parts, drop null fields, and decode arguments of tool calls.
+
+    Raises `InvalidRequest`.
     """
     if not isinstance(messages, Seq) or isinstance(messages, str | bytes):
         raise InvalidRequest("messages", messages, "must be a list of messages")
-    return [template_message(one, roles, f"messages[{place}]") for place, one in enumerate(messages)]
+    return [template_message(message, roles, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def template_message(message: object, roles: Roles, field: str = "messages") -> dict[str, Any]:
-    """One of them, which errors call `field`."""
+    """Convert one message. Raises `InvalidRequest` for `field`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidRequest(field, message, 'a message is {"role": …, "content": …}')
+        raise InvalidRequest(field, message, 'must be {"role": …, "content": …}')
     check_texts(field, message)
-    found = {name: value for name, value in message.items() if value is not None}
-    found["role"] = roles.role(message["role"], f"{field}.role")
-    found["content"] = _text(found.get("content"), f"{field}.content")
-    calls = found.pop("tool_calls", [])  # templates test whether it is there, and clients send an empty list
+    converted = {name: value for name, value in message.items() if value is not None}
+    converted["role"] = roles.role(message["role"], f"{field}.role")
+    converted["content"] = _text(converted.get("content"), f"{field}.content")
+    calls = converted.pop("tool_calls", [])  # clients send empty lists, and templates test whether the field exists
     if calls != []:
         if not isinstance(calls, list | tuple):
             raise InvalidRequest(f"{field}.tool_calls", calls, "must be a list")
-        found["tool_calls"] = [_call(call, f"{field}.tool_calls[{place}]") for place, call in enumerate(calls)]
-    return found
+        converted["tool_calls"] = [_call(call, f"{field}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    return converted
 
 
 def _text(content: object, field: str) -> str:
@@ -67,11 +69,11 @@ def _text(content: object, field: str) -> str:
         return content
     if not isinstance(content, list | tuple):
         raise InvalidRequest(field, content, "must be text, null, or a list of parts")
-    return "".join(_part(part, f"{field}[{place}]") for place, part in enumerate(content))
+    return "".join(_part(part, f"{field}[{index}]") for index, part in enumerate(content))
 
 
 def _part(part: object, field: str) -> str:
-    """The text of a part; a refusal is text that the model said."""
+    """Text of a part; a refusal counts as text of the model."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     text = part.get(kind) if isinstance(part, Mapping) and kind in ("text", "refusal") else None
     if not isinstance(text, str):

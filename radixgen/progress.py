@@ -1,4 +1,4 @@
-"""What the terminal shows while something takes longer than a second."""
+"""Progress display in the terminal while a model is loaded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 @contextmanager
 def waiting(console: Console) -> Iterator[Say]:
-    """A spinner with the seconds that passed; call what it yields with what is going on."""
+    """Show a spinner with the elapsed time; yields a function that sets its text."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -29,7 +29,7 @@ def waiting(console: Console) -> Iterator[Say]:
 
 
 def announce_loading(say: Say, model: str | Path) -> None:
-    """Fetch the embedded model if that is the one and it is not here yet; then say that it loads."""
+    """Announce that a model is loaded; download the embedded model first if necessary."""
     if model == smollm2.NAME:
         smollm2.fetch(say)
     say(f"loading {model}")

@@ -1,7 +1,7 @@
-"""A chat's history as JSON and back. What comes back is checked as anything from outside is.
+"""JSON format of a chat's history, which is validated when it is read.
 
-Each turn is written as what it adds to the turn before: how many of that one's messages and exchanges it keeps, and the
-others.
+Each turn is encoded as a difference from the previous turn: the numbers of messages and exchanges that it keeps, and
+the new ones.
 """
 
 import json
@@ -24,13 +24,15 @@ _OPTIONAL = {"tools", "end"}
 
 
 def dump(history: ChatHistory, namespace: str) -> str:
-    """Messages and token ids of every turn, with the tools and the namespace, as one JSON text. Where that is more than
-    may be loaded, of the later half of the turns, and so on; raises `InvalidRequest` where one is too much.
+    """Encode messages and token ids of all turns, with tools and namespace, as JSON.
+
+    If the text exceeds `Limits.max_saved_chars`, older turns are dropped. Raises `InvalidRequest` if the last turn
+    alone exceeds it.
     """
     most, states = history.template.limits.max_saved_chars, [*history.turns, history.state]
     while len(text := _dump(history, namespace, states)) > most:
         if len(states) == 2:
-            raise InvalidRequest("len(saved)", len(text), f"at most {most} characters")
+            raise InvalidRequest("len(saved)", len(text), f"must be at most {most} characters")
         states = states[-max(len(states) // 2, 2) :]
     return text
 
@@ -53,11 +55,11 @@ def _dump(history: ChatHistory, namespace: str, states: Seq[State]) -> str:
 
 
 def parse(text: object, limits: Limits) -> dict[str, Any]:
-    """The fields of what `dump` wrote. Raises `InvalidRequest`."""
+    """Decode the fields of a text that `dump` returned. Raises `InvalidRequest`."""
     if not isinstance(text, str):
-        raise InvalidRequest("saved", text, "must be text, as save() gives it")
+        raise InvalidRequest("saved", text, "must be text, as returned by save()")
     if len(text) > limits.max_saved_chars:
-        raise InvalidRequest("len(saved)", len(text), f"at most {limits.max_saved_chars} characters")
+        raise InvalidRequest("len(saved)", len(text), f"must be at most {limits.max_saved_chars} characters")
     try:
         saved = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -72,7 +74,7 @@ def parse(text: object, limits: Limits) -> dict[str, Any]:
 
 
 def restore(saved: dict[str, Any], template: ChatTemplate, vocab_size: int) -> ChatHistory:
-    """The history that `dump` wrote, if this tokenizer reads its answers alike. Raises `InvalidRequest`."""
+    """Restore a history from its fields. Raises `InvalidRequest`, also if it was saved with another tokenizer."""
     history = ChatHistory(template, mode=cast("HistoryMode", saved["history"]))
     check_integer("len(turns)", len(saved["turns"]), 1, template.limits.max_messages + 2)
     check_integer("forgotten", saved["forgotten"], 0, 2**31 - 1)
@@ -93,25 +95,25 @@ def _turn(state: State, before: State) -> dict[str, Any]:
         "kept_messages": messages,
         "messages": state.messages[messages:],
         "kept_exchanges": exchanges,
-        "exchanges": [{name: getattr(one, name) for name in _EXCHANGE} for one in state.exchanges[exchanges:]],
+        "exchanges": [{name: getattr(new, name) for name in _EXCHANGE} for new in state.exchanges[exchanges:]],
         "end": state.end,
     }
 
 
 def _state(turn: object, before: State, template: ChatTemplate, vocab_size: int) -> State:
-    found = _check(turn, _TURN, "turns")
+    fields = _check(turn, _TURN, "turns")
     messages = (
-        *_kept(before.messages, found["kept_messages"]),
-        *as_messages("messages", found["messages"], template.limits),
+        *_kept(before.messages, fields["kept_messages"]),
+        *as_messages("messages", fields["messages"], template.limits),
     )
-    exchanges = list(_kept(before.exchanges, found["kept_exchanges"]))
-    for written in found["exchanges"]:
+    exchanges = list(_kept(before.exchanges, fields["kept_exchanges"]))
+    for written in fields["exchanges"]:
         exchanges.append(_exchange(written, messages, vocab_size, exchanges[-1].at if exchanges else -1))
     if len(messages) > template.limits.max_messages:
         raise InvalidRequest("len(messages)", len(messages), f"at most {template.limits.max_messages}")
     if any(exchange.at >= len(messages) for exchange in exchanges):
-        raise InvalidRequest("at", exchanges[-1].at, "names no message")
-    end = found["end"]
+        raise InvalidRequest("at", exchanges[-1].at, "must be the index of a message")
+    end = fields["end"]
     if end is not None:
         _check_ids("end", [end], vocab_size)
     return State(messages, tuple(exchanges), end)
@@ -119,28 +121,28 @@ def _state(turn: object, before: State, template: ChatTemplate, vocab_size: int)
 
 def _kept(before: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     if not 0 <= count <= len(before):
-        raise InvalidRequest("kept", count, f"the turn before has {len(before)}")
+        raise InvalidRequest("kept", count, f"must be at most {len(before)}, as many as the previous turn has")
     return before[:count]
 
 
 def _exchange(written: object, messages: Seq[Message], vocab_size: int, after: int) -> Exchange:
-    found = _check(written, _EXCHANGE, "exchanges")
-    if not after < found["at"] < len(messages):
-        raise InvalidRequest("at", found["at"], "must name a message after the answer before")
+    fields = _check(written, _EXCHANGE, "exchanges")
+    if not after < fields["at"] < len(messages):
+        raise InvalidRequest("at", fields["at"], "must be the index of a message after the previous answer")
     for field in ("prompt_ids", "answer_ids"):
-        _check_ids(field, found[field], vocab_size)
-        found[field] = tuple(found[field])
-    return Exchange(**found)
+        _check_ids(field, fields[field], vocab_size)
+        fields[field] = tuple(fields[field])
+    return Exchange(**fields)
 
 
 def _check(value: object, fields: dict[str, type], name: str) -> dict[str, Any]:
-    """That `value` is an object with exactly these fields, each of its type."""
+    """Check that `value` is an object with exactly these fields and types."""
     if not isinstance(value, dict) or value.keys() != fields.keys():
         raise InvalidRequest(name, value, f"must be an object of {', '.join(fields)}")
     for field, kind in fields.items():
-        found = value[field]
-        if type(found) is not kind and not (found is None and field in _OPTIONAL):
-            raise InvalidRequest(field, found, f"must be {kind.__name__}")
+        item = value[field]
+        if type(item) is not kind and not (item is None and field in _OPTIONAL):
+            raise InvalidRequest(field, item, f"must be {kind.__name__}")
     return value
 
 
@@ -151,7 +153,7 @@ def _check_ids(field: str, ids: list[Any], vocab_size: int) -> None:
 
 
 def _check_answers(history: ChatHistory, template: ChatTemplate) -> None:
-    """A history that follows its template has the tokens of its text, so a different tokenizer shows."""
+    """Raise `InvalidRequest` if tokens of answers do not match their text, because the tokenizer differs."""
     before: list[int] = []
     for exchange in history.state.exchanges:
         before += exchange.prompt_ids

@@ -1,4 +1,4 @@
-"""Which names a caller may give to a chat template."""
+"""Variables of a chat template that callers may set."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,40 +12,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _RESERVED = {"messages", "conversations", "tokenizer", "loop", "caller", "varargs", "kwargs", "self"}
-"""What a template or its renderer has besides the arguments of functions."""
+"""Names that templates or their renderer define, besides arguments of functions"""
 
 
 def check_options(field: str, options: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raise `InvalidRequest` for an option that is no variable of the tokenizer's chat template, or that transformers'
-    renderer takes for itself.
-    """
+    """Raise `InvalidRequest` for an option that is not a variable of the chat template, or reserved by its renderer."""
     special = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
     taken = _RESERVED | _arguments(type(tokenizer)) | special
     known = template_variables(tokenizer.chat_template) - taken
     for name, value in options.items():
         if name not in known:
-            limit = f"is no variable of the chat template that a request may set: {', '.join(sorted(known)) or 'none'}"
+            limit = f"must be a variable of the chat template: {', '.join(sorted(known)) or 'it has none'}"
             raise InvalidRequest(f"{field}.{name}"[:200], value, limit[:1_000])
 
 
 def check_template(field: str, text: str) -> None:
-    """Raise `InvalidRequest` for what is no Jinja template."""
+    """Raise `InvalidRequest` if `text` is not a valid Jinja template."""
     from jinja2 import TemplateError
 
     try:
         _environment().parse(text)
     except TemplateError as error:
-        raise InvalidRequest(field, text, f"is no Jinja template: {error}") from error
+        raise InvalidRequest(field, text, f"must be a Jinja template: {error}") from error
 
 
 def template_variables(template: str | Mapping[str, str]) -> frozenset[str]:
-    """Names that a template does not set by itself, Jinja's functions among them; of several templates, of all."""
+    """Names that a template uses but does not define, including Jinja's functions; for several templates, of all."""
     texts = [template] if isinstance(template, str) else template.values()
     return frozenset().union(*map(_names, texts))
 
 
 def _arguments(kind: type["PreTrainedTokenizerBase"]) -> frozenset[str]:
-    """Arguments of everything that renders for a tokenizer of this type, and globals of the environment."""
+    """Arguments of the functions that render for a tokenizer of this type, and globals of the environment."""
     from jinja2.defaults import DEFAULT_NAMESPACE
     from transformers import PreTrainedTokenizerBase
     from transformers.utils import chat_template_utils
@@ -71,12 +69,12 @@ def _names(text: str) -> frozenset[str]:
 
 
 def _environment() -> "Environment":
-    """That parses what transformers renders."""
+    """Jinja environment that parses the same templates as transformers."""
     from jinja2 import Environment
     from jinja2.ext import Extension, loopcontrols
 
-    class Generation(Extension):
-        """`{% generation %}`, by which transformers marks the assistant's text."""
+    class GenerationTag(Extension):
+        """`{% generation %}`, with which templates mark the assistant's text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -84,4 +82,4 @@ def _environment() -> "Environment":
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    return Environment(extensions=[Generation, loopcontrols])
+    return Environment(extensions=[GenerationTag, loopcontrols])

@@ -1,4 +1,4 @@
-"""The tree as a picture in the terminal."""
+"""Drawing of the radix tree in the terminal."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _SHOWN_CHILDREN = 16
 
 @dataclass(slots=True)
 class NodeView:
-    """A node as it was at one moment. `live` counts the sequences at it or below."""
+    """Snapshot of a node. `live`: number of sequences at it or below it."""
 
     text: str
     known: int
@@ -26,11 +26,12 @@ class NodeView:
 
     @property
     def weight(self) -> tuple[int, int]:
+        """Sort key: busier nodes first, then longer ones."""
         return self.live, self.known
 
 
 def snapshot(tree: RadixTree, decode: Decode) -> list[NodeView]:
-    """Every root with what hangs below it, the busiest children first."""
+    """Snapshot of every root with its descendants, the busiest children first."""
     nodes = list(tree.roots())
     for node in nodes:
         nodes.extend(node.children.values())
@@ -44,16 +45,18 @@ def snapshot(tree: RadixTree, decode: Decode) -> list[NodeView]:
 
 
 def picture(roots: Sequence[NodeView], *, children: int = _SHOWN_CHILDREN, depth: int | None = None) -> Tree:
-    """A rich tree; each line a node: its tokens, the sequences that share it, and its text. Of each node so many
-    children, down to `depth`.
+    """Rich tree with a line per node: its tokens, the sequences that share it, and its text.
+
+    children: maximum number of drawn children per node.
+    depth: level below which no children are drawn.
     """
     drawing = Tree(Text("radix tree", style="bold"))
     todo = [(drawing, root, 0) for root in roots]
     while todo:
         branch, view, level = todo.pop()
-        shown = view.children[: children if level != depth else 0]
-        branches = [(branch.add(_label(child)), child, level + 1) for child in shown]
-        if rest := view.children[len(shown) :]:
+        drawn = view.children[: children if level != depth else 0]
+        branches = [(branch.add(_label(child)), child, level + 1) for child in drawn]
+        if rest := view.children[len(drawn) :]:
             tokens = sum(child.known for child in rest)
             branch.add(Text(f"… {len(rest)} more nodes of {tokens} tokens", style="dim"))
         todo.extend(branches)

@@ -1,4 +1,4 @@
-"""What a tokenizer's tokens are: which it knows, which are special, and the bytes that each stands for."""
+"""Vocabulary of a tokenizer: known tokens, special tokens, and the bytes of each token."""
 
 import json
 import re
@@ -15,7 +15,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary:
-    """The tokens of one tokenizer. May be used from several threads."""
+    """Tokens of a tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer: Any = tokenizer
@@ -24,12 +24,12 @@ class Vocabulary:
 
     @property
     def fast(self) -> bool:
-        """Whether the tokenizers library runs it."""
+        """Whether it is a fast tokenizer, of the `tokenizers` library."""
         return self._backend is not None
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """Tokens that `skip_special_tokens` leaves out of a text."""
+        """Tokens that `skip_special_tokens` omits from a text."""
         if self._backend is None:
             return frozenset(getattr(self.tokenizer, "all_special_ids", ()))
         added = self._backend.get_added_tokens_decoder()
@@ -37,16 +37,17 @@ class Vocabulary:
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether a text is its tokens' bytes, one after the other, read as UTF-8."""
+        """Whether a text is the concatenation of its tokens' bytes, decoded as UTF-8."""
         return self._decoders == ["ByteLevel"]
 
     def knows(self, token: int) -> bool:
-        """Whether there is such a token; a tokenizer that the tokenizers library does not run says so of each."""
+        """Whether the token exists; always true for slow tokenizers."""
         return self._backend is None or self._backend.id_to_token(token) is not None
 
     def unknown(self, size: int) -> NDArray[np.int64]:
-        """Those of the ids below `size` that it does not know, ascending; of a tokenizer that the tokenizers library
-        does not run, those beyond its last one, or none where it does not tell its tokens.
+        """Unknown token ids below `size`, ascending.
+
+        For slow tokenizers, those beyond the last known id; none if the tokenizer does not list its tokens.
         """
         try:
             known = {*self.tokenizer.get_vocab().values(), *getattr(self.tokenizer, "added_tokens_decoder", ())}
@@ -56,7 +57,7 @@ class Vocabulary:
         return np.setdiff1d(np.arange(size), ids if self.fast else np.arange(ids.max(initial=-1) + 1))
 
     def special_tokens(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that special tokens make up, and nothing else does; of any other, none."""
+        """Tokens of a text that consists of special tokens only; empty for any other text."""
         if not self.special or not text:
             return ()
         tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -65,13 +66,14 @@ class Vocabulary:
         return tokens if "".join(self.tokenizer.convert_ids_to_tokens(list(tokens))) == text else ()
 
     def bytes_of(self, token: int) -> bytes:
-        """What `token` adds to a text in UTF-8, parts of characters too, so that those of a text's tokens together are
-        the text; a special token's own name. Empty where it is unknown.
+        """UTF-8 bytes that `token` adds to a text, possibly parts of a character; empty if it is unknown.
+
+        The bytes of a text's tokens add up to the text. Those of a special token are its name.
         """
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._read(token)
-        return found
+        data = self._bytes.get(token)
+        if data is None:
+            data = self._bytes[token] = self._read(token)
+        return data
 
     def _read(self, token: int) -> bytes:
         piece: object = self.tokenizer.convert_ids_to_tokens(token)
@@ -93,10 +95,10 @@ class Vocabulary:
 
     @cached_property
     def _decoders(self) -> list[str]:
-        """The kinds of steps by which the tokenizers library turns tokens into text."""
+        """Types of the decoder steps of a fast tokenizer."""
         decoder = None if self._backend is None else self._backend.decoder
         state = None if decoder is None else json.loads(decoder.__getstate__())
-        return [] if state is None else [one["type"] for one in state.get("decoders", [state])]
+        return [] if state is None else [step["type"] for step in state.get("decoders", [state])]
 
     @cached_property
     def _characters(self) -> dict[str, int] | None:
@@ -108,7 +110,7 @@ class Vocabulary:
 
 
 def _byte_of_characters() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character for each byte."""
+    """GPT-2's byte encoding: the byte of each printable character."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -176,12 +176,12 @@ def serve() -> None:
     from radixgen import AsyncEngine
     from radixgen.serve.http.app import ServeOptions, create_app
     from radixgen.serve.http.binding import Binding
-    from radixgen.serve.http.server import Server
+    from radixgen.serve.server import HTTPServer
 
     torch.set_num_threads(1)
     sys.setswitchinterval(0.001)
     engine = served.tiny(debug=False, limits=served.limited(max_n=8))
-    server = Server(create_app(AsyncEngine(engine), ServeOptions(names=["tiny"]), Stalls().routes), Binding(port=0))
+    server = HTTPServer(create_app(AsyncEngine(engine), ServeOptions(names=["tiny"]), Stalls().routes), Binding(port=0))
 
     def tell() -> None:
         while not server.started:

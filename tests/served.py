@@ -17,7 +17,7 @@ from scripted import ScriptedStamps, tokenizer
 from radixgen import AsyncEngine, Engine, Limits, RequestOutput
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.binding import Binding
-from radixgen.serve.http.server import Server, whole_app
+from radixgen.serve.server import HTTPServer, whole_app
 
 CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 HI = [{"role": "user", "content": "hi"}]
@@ -58,7 +58,7 @@ class Served:
     url: str
     app: FastAPI
     engine: AsyncEngine
-    server: Server | None = None
+    server: HTTPServer | None = None
 
     def wait_idle(self) -> None:
         """Until nothing runs; then nothing is held for anybody."""
@@ -85,7 +85,7 @@ def over_socket(engine: Engine, **options: Any) -> Iterator[Served]:
     binding = Binding(**({"port": 0, "drain_timeout": 10.0} | listens))
     served = AsyncEngine(engine)
     app = whole_app(served, ServeOptions(**({"names": ["tiny"]} | options)))
-    server = Server(app, binding)
+    server = HTTPServer(app, binding)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

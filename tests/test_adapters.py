@@ -29,7 +29,7 @@ from radixgen import (
 )
 from radixgen.core.adapters import ADAPTER_FIELDS
 from radixgen.model.checkpoint import ADAPTER_FILES
-from radixgen.serve import wire
+from radixgen.serve import wire, wire_params
 from radixgen.serve.dynamo_requests import check_adapter
 
 LORA = SimpleNamespace(lora_name="mine", lora_int_id=1, lora_path="/loras/mine")
@@ -161,8 +161,8 @@ def test_requests_over_the_wire() -> None:
 
     for lora in ["mine", 1, "/loras/mine"], {"lora_name": "mine"}, "mine", 1:
         with pytest.raises(InvalidRequest, match=r"lora_request.*adapters"):
-            wire.check_served(add(lora))
-    wire.check_served(add(None))
+            wire_params.check_served(add(lora))
+    wire_params.check_served(add(None))
 
 
 def test_requests_of_dynamo() -> None:

@@ -99,7 +99,7 @@ def test_generated_tokens_are_kept(name: str, ended: bool, mode: HistoryMode) ->
         prompt = reply(talk, answer, family.end if ended else None)
         draft = talk.draft((USER,))
         assert prompt[: len(before)] == before
-        assert draft.found is None
+        assert draft.history_break is None
         assert written(talk, draft.token_ids) == draft.text == talk.template.render(draft.messages)
     kept, tokenizer = talk.state.token_ids, talk.template.tokenizer
     assert draft.token_ids[: len(kept)] == kept
@@ -119,7 +119,7 @@ def test_another_end_of_turn_gives_way_to_the_templates() -> None:
     talk = history("smollm2")
     reply(talk, "the rain", "<|im_start|>")
     draft = talk.draft((USER,))
-    assert draft.found is None and written(talk, draft.token_ids) == draft.text
+    assert draft.history_break is None and written(talk, draft.token_ids) == draft.text
     assert draft.token_ids[: len(talk.state.token_ids) - 1] == talk.state.token_ids[:-1]
 
 
@@ -127,7 +127,7 @@ def test_an_answer_without_a_token_of_its_own() -> None:
     talk = history("smollm2")
     reply(talk, "", "<|im_end|>")
     draft = talk.draft((USER,))
-    assert draft.found is None and written(talk, draft.token_ids) == draft.text
+    assert draft.history_break is None and written(talk, draft.token_ids) == draft.text
     assert draft.token_ids[: len(talk.state.token_ids)] == talk.state.token_ids
 
 
@@ -138,7 +138,9 @@ def test_a_stop_string_is_cut_off(text: str, include: bool, kept: int) -> None:
     ids = spell(talk.template.tokenizer, "the rain")
     take(talk, draft, CompletionOutput(0, text, ids, "stop", "ain"), include_stop=include)
     after = talk.draft((USER,))
-    assert after.found is None and written(talk, after.token_ids) == after.text == talk.template.render(after.messages)
+    assert after.history_break is None and written(talk, after.token_ids) == after.text == talk.template.render(
+        after.messages
+    )
     assert talk.state.token_ids == draft.token_ids + ids[:kept] == after.token_ids[: len(draft.token_ids) + kept]
 
 
@@ -149,7 +151,7 @@ def test_a_stop_string_that_begins_inside_a_token() -> None:
     assert tokenizer.decode(ids[2:3]) == "the"
     take(talk, draft, CompletionOutput(0, "in t", ids[:3], "stop", "he"))
     after = talk.draft((USER,))
-    assert after.found is None and written(talk, after.token_ids) == after.text
+    assert after.history_break is None and written(talk, after.token_ids) == after.text
     assert after.token_ids[: len(draft.token_ids) + 2] == draft.token_ids + ids[:2]
 
 
@@ -161,7 +163,7 @@ def test_a_stop_token_with_text(include: bool) -> None:
     text = "the rain\n" if include else "the rain"
     take(talk, draft, CompletionOutput(0, text, ids, "stop", ids[-1]), include_stop=include)
     after = talk.draft((USER,))
-    assert after.found is None and written(talk, after.token_ids) == after.text
+    assert after.history_break is None and written(talk, after.token_ids) == after.text
     kept = ids if include else ids[:-1]
     assert after.token_ids[: len(draft.token_ids) + len(kept)] == draft.token_ids + kept
 
@@ -174,7 +176,9 @@ def test_an_answer_that_its_grammar_ended_has_no_end_token(mode: HistoryMode) ->
     take(talk, draft, CompletionOutput(0, '{"k":1}', ids, "stop"))
     assert talk.state.token_ids == draft.token_ids + ids
     after = talk.draft((USER,))
-    assert after.found is None and written(talk, after.token_ids) == after.text == talk.template.render(after.messages)
+    assert after.history_break is None and written(talk, after.token_ids) == after.text == talk.template.render(
+        after.messages
+    )
     assert after.token_ids[: len(draft.token_ids) + len(ids)] == draft.token_ids + ids
 
 
@@ -186,7 +190,7 @@ def test_half_a_character_is_kept_though_no_text_holds_it(end: str | None) -> No
     ends = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
     take(talk, draft, CompletionOutput(0, "the ", ids + ends, "stop" if ends else "length"))
     after = talk.draft((USER,))
-    assert after.found is None and after.text == talk.template.render(after.messages)
+    assert after.history_break is None and after.text == talk.template.render(after.messages)
     assert after.token_ids[: len(draft.token_ids) + len(ids)] == draft.token_ids + ids
 
 
@@ -209,7 +213,7 @@ def test_text_is_tokenized_as_it_follows() -> None:
     ids = made.convert_tokens_to_ids([*"yes▁so"])
     take(talk, draft, CompletionOutput(0, "yes so", ids, "length"))
     after = talk.draft(({"role": "user", "content": "ok"},))
-    assert after.found is None
+    assert after.history_break is None
     assert made.convert_ids_to_tokens(after.token_ids) == [*"▁u:hi;a:yes▁so;u:ok;a:"]
 
 
@@ -225,7 +229,7 @@ def test_thinking_that_a_template_drops(name: str, mode: HistoryMode) -> None:
     for turn in range(2, 5):
         reply(talk, answer, family.end)
         kept, draft = talk.state.token_ids[:-1], talk.draft((USER,))
-        found = draft.found
+        found = draft.history_break
         assert found is not None and (found.turn, found.followed) == (turn, mode == "template")
         assert found.before == before and found.after.startswith(after)
         own = draft.token_ids
@@ -248,8 +252,8 @@ def test_a_thinking_prompt_that_is_not_written_of_earlier_turns() -> None:
     talk = history("qwen3", enable_thinking=False)
     prompt = reply(talk, "the rain", "<|im_end|>")
     draft = talk.draft((USER,))
-    assert draft.found is not None and draft.found.before.startswith("<think>\n\n</think>\n\nthe rain")
-    assert draft.found.position == len(prompt) - 6 and written(talk, draft.token_ids) == draft.text
+    assert draft.history_break is not None and draft.history_break.before.startswith("<think>\n\n</think>\n\nthe rain")
+    assert draft.history_break.position == len(prompt) - 6 and written(talk, draft.token_ids) == draft.text
 
 
 @pytest.mark.parametrize("mode", ["template", "exact"])
@@ -265,11 +269,11 @@ def test_a_date_that_changes_at_midnight(monkeypatch: pytest.MonkeyPatch, mode: 
     talk = history("llama3", mode=mode)
     for _ in range(3):
         reply(talk, "the rain", "<|eot_id|>")
-    assert talk.draft((USER,)).found is None
+    assert talk.draft((USER,)).history_break is None
     kept = talk.state.token_ids
     Calendar.day = 26
     draft = talk.draft((USER,))
-    found = draft.found
+    found = draft.history_break
     assert found is not None and found.before.startswith("5 Nov 2026\n\nBe kind") and found.after.startswith("6 Nov")
     assert written(talk, kept[: found.position]).endswith("Today Date: 2")
     if mode == "exact":
@@ -278,7 +282,7 @@ def test_a_date_that_changes_at_midnight(monkeypatch: pytest.MonkeyPatch, mode: 
         changed = [i for i, (a, b) in enumerate(zip(kept, draft.token_ids, strict=False)) if a != b]
         assert changed == [found.position], "all but one token stays, generated ones among them"
     reply(talk, "the rain", "<|eot_id|>")
-    assert talk.draft((USER,)).found is None, "told once"
+    assert talk.draft((USER,)).history_break is None, "told once"
 
 
 def test_a_date_that_is_fixed_never_breaks() -> None:
@@ -291,7 +295,7 @@ def test_spaces_that_a_template_trims(answer: str, position: int) -> None:
     talk = history("llama3", date_string="today")
     prompt = reply(talk, answer, "<|eot_id|>")
     draft = talk.draft((USER,))
-    assert draft.found is not None and draft.found.position == len(prompt) + position
+    assert draft.history_break is not None and draft.history_break.position == len(prompt) + position
     assert written(talk, draft.token_ids) == draft.text
     generated = spell(talk.template.tokenizer, "the rain")
     assert draft.token_ids[len(prompt) : len(prompt) + 8] == generated
@@ -302,10 +306,10 @@ def test_consecutive_roles_that_a_template_merges() -> None:
     talk = ChatHistory(ChatTemplate(templates.tokenizer(family)))
     reply(talk, "the rain", "<end>")
     draft = talk.draft(({"role": "assistant", "content": "in Spain"},))
-    assert draft.found is None or draft.found.followed
+    assert draft.history_break is None or draft.history_break.followed
     assert written(talk, draft.token_ids) == draft.text == talk.template.render(draft.messages)
     again = talk.draft((USER, USER))
-    assert again.found is None and again.token_ids[: len(talk.state.token_ids)] == talk.state.token_ids
+    assert again.history_break is None and again.token_ids[: len(talk.state.token_ids)] == talk.state.token_ids
 
 
 def test_a_tool_call_that_is_written_otherwise() -> None:
@@ -316,8 +320,8 @@ def test_a_tool_call_that_is_written_otherwise() -> None:
     assert message["tool_calls"] == [{"type": "function", "function": {"name": "the", "arguments": {"n": 1}}}]
     result = {"role": "tool", "content": "3"}
     draft = talk.draft((result,))
-    assert draft.found is not None and draft.found.before.startswith("1}}\n</tool_call>")
-    assert draft.found.after.startswith(" 1}}\n</tool_call>")
+    assert draft.history_break is not None and draft.history_break.before.startswith("1}}\n</tool_call>")
+    assert draft.history_break.after.startswith(" 1}}\n</tool_call>")
     assert prompt == draft.token_ids[: len(prompt)] and written(talk, draft.token_ids) == draft.text
 
 
@@ -329,7 +333,7 @@ def test_a_tool_call_as_the_template_writes_it(content: str) -> None:
     assert talk.state.messages[-1].get("content", "") == content.strip()
     draft = talk.draft(({"role": "tool", "content": "3"},))
     kept = talk.state.token_ids
-    assert draft.found is None and draft.token_ids[: len(kept)] == kept
+    assert draft.history_break is None and draft.token_ids[: len(kept)] == kept
 
 
 def test_reasoning_is_parsed() -> None:
@@ -354,7 +358,7 @@ def test_a_template_that_shows_no_answers_is_followed() -> None:
         talk = ChatHistory(ChatTemplate(templates.tokenizer(family)), mode=mode)
         reply(talk, "the rain")
         draft = talk.draft((USER,))
-        assert draft.found is not None and draft.found.followed and draft.found.position == 0
+        assert draft.history_break is not None and draft.history_break.followed and draft.history_break.position == 0
         assert (
             written(talk, draft.token_ids)
             == draft.text
@@ -423,9 +427,9 @@ def test_any_answers(name: str, answers: list[tuple[str, bool, bool]], mode: His
         draft, kept = talk.draft((USER,)), talk.state.token_ids
         kept = kept[:-1] if talk.state.end is not None else kept
         assert draft.text == talk.template.render(draft.messages)
-        if draft.found is None or not draft.found.followed:
+        if draft.history_break is None or not draft.history_break.followed:
             assert draft.token_ids[: len(kept)] == kept
         else:
-            assert draft.token_ids[: draft.found.position] == kept[: draft.found.position]
+            assert draft.token_ids[: draft.history_break.position] == kept[: draft.history_break.position]
         if mode == "template":
             assert written(talk, draft.token_ids) == draft.text

@@ -11,8 +11,8 @@ import texts
 import typer
 from typer.testing import CliRunner, Result
 
-from radixgen import Engine, cli
-from radixgen.cli import app
+from radixgen import Engine
+from radixgen.cli import app, serve
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_serve_refuses_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RADIXGEN_API_KEY", raising=False)
     absent = tmp_path / "absent"
     for arguments, says in (
-        (["--host", "0.0.0.0"], "others reach it, so there must be an API key: --api-key"),
+        (["--host", "0.0.0.0"], "is reachable by others and requires an API key: --api-key"),
         (["--metrics-compat", "x"], "must be one of vllm"),
         (["--port", "70000"], "65535"),
         (["--api-key", "a b "], "printable ASCII"),
@@ -174,7 +174,7 @@ def test_serve_knows_near_names_of_its_options() -> None:
 
 
 def test_serve_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radixgen.cli.find_spec", lambda name: None if name == "uvicorn" else name)
+    monkeypatch.setattr("radixgen.cli.errors.find_spec", lambda name: None if name == "uvicorn" else name)
     result = call("serve", "absent")
     assert result.exit_code == 1 and "uvicorn not installed: pip install 'radixgen[serve]'" in result.stderr
 
@@ -220,12 +220,12 @@ def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> No
 def test_every_option_of_an_engine_is_known() -> None:
     names = {"tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens"}
     own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
-    assert own & set(inspect.signature(cli.serve).parameters) == set(cli._ENGINE_OPTIONS)
+    assert own & set(inspect.signature(serve.serve).parameters) == set(serve._ENGINE_OPTIONS)
 
 
 def test_workers_are_waited_for_behind_an_address_only() -> None:
     result = call("serve", "--workers", 2)
-    assert result.exit_code == 1 and "workers=2: goes with --zmq" in result.stderr
+    assert result.exit_code == 1 and "workers=2: requires --zmq" in result.stderr
 
 
 def test_help_texts_are_short() -> None:

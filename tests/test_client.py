@@ -182,7 +182,7 @@ def test_refusals() -> None:
 
 def test_nobody_comes(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    late = pytest.raises(EngineDead, match=r"0 of 1 workers came within 0\.05 s")
+    late = pytest.raises(EngineDead, match=r"0 of 1 workers connected within 0\.05 s")
     with Client(f"ipc://{tmp_path}/handshake", timeout=0.05) as client, late:
         client.generate([[1]])
     with pytest.raises(InsecureEndpoint):
@@ -222,9 +222,9 @@ def late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 def wait_forgotten(client: Client | AsyncClient) -> None:
     """Until no reply is expected."""
-    (engine,) = client._front.live()
+    (worker,) = client._front.live()
     deadline = time.monotonic() + 30
-    while engine.calls:
+    while worker.calls:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -324,9 +324,9 @@ def test_what_workers_tell_is_read_with_care() -> None:
     """A message that can't be read is dropped, and the next one is read."""
     with Client(limits=Limits()) as client, workers(client.address):
         client.wait()
-        (engine,) = client._front.live()
+        (worker,) = client._front.live()
         stranger = client._front._context.socket(zmq.PUSH)
-        stranger.connect(engine.output.socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        stranger.connect(worker.output.socket.getsockopt_string(zmq.LAST_ENDPOINT))
         for bad in (b"", b"\xc1", b"\x95\x00\x91\x91\xa1a", b"\x91" * 5_000):
             stranger.send(bad)
         intruder = client._front._context.socket(zmq.DEALER)

@@ -17,7 +17,7 @@ import radixgen.engine as engine_module
 from radixgen import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
 from radixgen.cli import app
 from radixgen.core import PromptTokens
-from radixgen.serve.dynamo_requests import Usage, chunks, sampling_params
+from radixgen.serve.dynamo_requests import UsageCounter, chunks, sampling_params
 
 VOCAB = 50
 
@@ -297,5 +297,5 @@ def test_params_of_a_request_as_dynamo_sends_it() -> None:
 
 def test_an_error_is_told_as_one() -> None:
     failed = RequestOutput("r", PromptTokens([1]), [CompletionOutput(0, "", [], "error", "boom")], finished=True)
-    (chunk,) = chunks(failed, Usage(1), str)
+    (chunk,) = chunks(failed, UsageCounter(1), str)
     assert chunk["finish_reason"] == "error: boom" and chunk["completion_usage"]["completion_tokens"] == 0

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from radixgen.cache import ExtentPool, RadixTree, as_tokens
 from radixgen.cli import app
-from radixgen.explain import Report, Written, explain
+from radixgen.explain import PromptText, Report, explain
 from radixgen.explain.divergences import _intervals
 from radixgen.explain.kinds import common_len, difference
 from radixgen.explain.pieces import Pieces, distinct_tokens
@@ -83,7 +83,7 @@ def test_pieces_have_the_tokens_of_the_whole(make: Callable, lines: list[str] | 
     written += [" ".join(["A long line."] * 80), "end.\nword"]
     for special in (True, False):
         pieces = Pieces(tokenizer)
-        rows = pieces.rows([Written(text, special) for text in written])
+        rows = pieces.rows([PromptText(text, special) for text in written])
         for text, row in zip(written, rows, strict=True):
             expected = tokenizer(text, add_special_tokens=special)["input_ids"]
             assert pieces.tokens_of(row).tolist() == expected, text
@@ -144,7 +144,7 @@ def prompt(*head: str, end: object = "") -> str:
 
 
 def told(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> Report:
-    report = explain([Written(one) for one in prompts], tokenizer)
+    report = explain([PromptText(one) for one in prompts], tokenizer)
     rows = tokenizer(prompts)["input_ids"]
     assert (report.prompts, report.tokens) == (len(prompts), sum(map(len, rows)))
     assert report.distinct_tokens == counted(rows)
@@ -305,7 +305,7 @@ def test_token_ids_alone(tokenizer: PreTrainedTokenizerFast) -> None:
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c 1", "c 2", "d  e", "d e", ""]), max_size=7), max_size=9))
 def test_any_log_is_explained(tokenizer: PreTrainedTokenizerFast, log: list[list[str]]) -> None:
     prompts = ["\n".join(lines) for lines in log]
-    report = explain([Written(one) for one in prompts], tokenizer)
+    report = explain([PromptText(one) for one in prompts], tokenizer)
     assert report.distinct_tokens == counted(tokenizer(prompts)["input_ids"] if prompts else [])
     assert report.saving <= report.saving_remedied <= 1
 

@@ -76,7 +76,7 @@ def test_what_was_cancelled_is_dropped() -> None:
     running = work.give("a", "a0")
     work.wait(1)
     dropped, kept = work.give("a", "a1"), work.give("a", "a2")
-    with pytest.raises(QueueFull, match="at most 2 of one caller wait"):
+    with pytest.raises(QueueFull, match="at most 2 per caller"):
         work.give("a", "a3")
     other = work.give("b", "b0")
     assert dropped.cancel() and not running.cancel()

@@ -542,7 +542,7 @@ def test_what_changes_nothing_is_taken() -> None:
     assert found.logit_bias == {1: 2.0}
     for wrong in ({"length_penalty": 2.0}, {"use_beam_search": 0}, {"audio": {}}, {"echo": True}, {"bad_words": ["a"]}):
         (name,) = wrong
-        with pytest.raises(InvalidRequest, match="is not served") as caught:
+        with pytest.raises(InvalidRequest, match="is not supported") as caught:
             decode(json.dumps(odd | wrong).encode(), ChatRequest)
         assert caught.value.field == name
     with pytest.raises(InvalidRequest, match=r"n=True: expected `int"):
@@ -960,7 +960,7 @@ def test_health_fails_when_nothing_moves() -> None:
         health.warm = True
         assert health.unready() is None
         health.draining = True
-        assert "going down" in health.unready()
+        assert "shutting down" in health.unready()
         engine.closed = True
         assert health.fault() == "the engine is closed"
 

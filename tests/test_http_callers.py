@@ -21,7 +21,7 @@ from radixgen.serve.http.health import Health
 from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.session_sizes import bytes_of
-from radixgen.serve.http.sessions import Key, Sessions
+from radixgen.serve.http.sessions import SessionKey, Sessions
 
 SECONDS = 30.0
 KEYS = ["one", "two"]
@@ -92,7 +92,7 @@ def test_no_key_takes_every_place() -> None:
         tenant = served.app.state.context.keys.check(Access.CALLER, "Bearer one").tenant
         admission.take(2, tenant)
         refused = await ask(client, "one", prompt="a", n=2)
-        assert refused.status_code == 429 and "of one API key" in refused.json()["error"]["message"]
+        assert refused.status_code == 429 and "per API key" in refused.json()["error"]["message"]
         assert (await ask(client, "two", prompt="a", n=3)).status_code == 200
         admission.leave(2, tenant)
 
@@ -130,7 +130,7 @@ def test_no_key_takes_all_that_may_wait() -> None:
         answers = await asyncio.gather(*asking)
         assert {answer.status_code for answer in answers} == {200, 429}
         refused = next(answer for answer in answers if answer.status_code == 429)
-        assert "at most 1000 prompt tokens of one API key" in refused.json()["error"]["message"]
+        assert "at most 1000 prompt tokens per API key" in refused.json()["error"]["message"]
         assert not waiting
 
     engine = tiny(limits=Limits(max_waiting_tokens=2_000, max_num_seqs=2))
@@ -462,7 +462,7 @@ class Talks:
         messages: list[dict[str, str]] = []
         for text in said:
             messages.append({"role": "user", "content": text})
-            turn = self.sessions.begin(Key(tenant, tenant, name), self.template, tuple(messages))
+            turn = self.sessions.begin(SessionKey(tenant, tenant, name), self.template, tuple(messages))
             told = {"role": "assistant", "content": "ok"}
             output = CompletionOutput(0, "ok", list(self.template.tokenize("ok")), "length")
             self.sessions.end(turn, output, told, SamplingParams())

@@ -24,7 +24,7 @@ from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.http.binding import Binding
 from radixgen.serve.http.custom_template import read_template
 from radixgen.serve.http.origins import OriginPolicy, parse_list
-from radixgen.serve.http.server import Server, _held
+from radixgen.serve.server import HTTPServer, _held
 
 PAGE, OTHER = "http://page.example:3000", "http://other.example"
 BODY = {"messages": HI, "max_tokens": 1}
@@ -360,7 +360,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(monkeypatch: pytest.MonkeyPatch, model: Path, *flags: str) -> tuple[Any, ServeOptions, Binding]:
     """What `radixgen serve` would serve."""
     found: list[Any] = []
-    monkeypatch.setattr("radixgen.serve.http.server.serve", lambda *parts: found.extend(parts))
+    monkeypatch.setattr("radixgen.serve.server.serve", lambda *parts: found.extend(parts))
     result = CliRunner().invoke(app, ["serve", str(model), "--kv-tokens", "64", *flags])
     assert result.exit_code == 0, result.output
     backend, options, binding = found
@@ -406,13 +406,13 @@ def test_a_template_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: 
 
 def test_not_ready_before_the_listener_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     """From SIGTERM on; what comes meanwhile is served, and a second one ends the delay."""
-    delaying, serve_on = threading.Event(), Server._serve_on
+    delaying, serve_on = threading.Event(), HTTPServer._serve_on
 
-    async def seen(server: Server, seconds: float) -> None:
+    async def seen(server: HTTPServer, seconds: float) -> None:
         delaying.set()
         await serve_on(server, seconds)
 
-    monkeypatch.setattr(Server, "_serve_on", seen)
+    monkeypatch.setattr(HTTPServer, "_serve_on", seen)
     with over_socket(tiny(), shutdown_delay=600.0) as served:
         assert served.server is not None and httpx.get(f"{served.url}/ready", timeout=30).status_code == 200
         served.server.handle_exit(signal.SIGTERM, None)

@@ -8,7 +8,6 @@ from msgspec import UNSET
 from texts import tokenizer
 
 from radixgen import InvalidRequest, Limits, SamplingParams
-from radixgen.serve.http.call_readers import HermesReader, NamedReader, PlainReader, Reader, RequiredReader
 from radixgen.serve.http.protocol import (
     ChatRequest,
     FunctionDefinition,
@@ -17,7 +16,14 @@ from radixgen.serve.http.protocol import (
     StructuredOutputs,
     Tool,
 )
-from radixgen.serve.http.tools import constrain, reader_of
+from radixgen.serve.http.tool_parsers import (
+    HermesParser,
+    NamedCallParser,
+    PlainTextParser,
+    RequiredCallParser,
+    ToolCallParser,
+)
+from radixgen.serve.http.tools import constrain, parser_for
 from radixgen.structured import Grammars
 
 TOKENIZER = tokenizer()
@@ -51,7 +57,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
 
 
-def read_parts(reader: Reader, parts: list[str], *, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
+def read_parts(reader: ToolCallParser, parts: list[str], *, cut: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """Content and calls, put together as a client does."""
     content, calls = "", []
     for piece in [*(reader.push(part) for part in parts), reader.finish(cut=cut)]:
@@ -71,7 +77,7 @@ def read_parts(reader: Reader, parts: list[str], *, cut: bool = False) -> tuple[
 )
 def test_pieces_change_nothing(text: str, cuts: list[int], parallel: bool, cut: bool, lost: int) -> None:
     text = text[: len(text) - lost]
-    whole, parts = (HermesReader(NAMES, parallel=parallel) for _ in range(2))
+    whole, parts = (HermesParser(NAMES, parallel=parallel) for _ in range(2))
     expected, found = read_parts(whole, [text], cut=cut), read_parts(parts, pieces(text, cuts), cut=cut)
     assert found == expected and whole.calls == parts.calls == bool(found[1])
     assert parallel or len(found[1]) <= 1
@@ -79,7 +85,7 @@ def test_pieces_change_nothing(text: str, cuts: list[int], parallel: bool, cut: 
 
 @given(st.text(alphabet='<>tol_ca/{}" n', max_size=80), st.lists(st.integers(0, 80), max_size=10))
 def test_no_text_is_lost(text: str, cuts: list[int]) -> None:
-    reader = HermesReader(NAMES)
+    reader = HermesParser(NAMES)
     content, calls = read_parts(reader, pieces(text, cuts))
     assert calls or content == text
 
@@ -103,20 +109,20 @@ def test_no_text_is_lost(text: str, cuts: list[int]) -> None:
     ],
 )
 def test_hermes(text: str, content: str, calls: list) -> None:
-    reader = HermesReader(NAMES)
+    reader = HermesParser(NAMES)
     assert read_parts(reader, [text]) == (content, calls) and reader.calls == bool(calls)
 
 
 def test_nothing_is_held_back_that_is_certain() -> None:
-    reader = HermesReader(NAMES)
+    reader = HermesParser(NAMES)
     assert reader.push("so 1 <").content == "so 1 "
     assert reader.push("2 and <tool").content == "<2 and "
     assert reader.push("s").content == "<tools"
 
 
 def test_arguments_come_as_they_are_written() -> None:
-    for reader in (HermesReader(NAMES), RequiredReader(NAMES)):
-        if isinstance(reader, HermesReader):
+    for reader in (HermesParser(NAMES), RequiredCallParser(NAMES)):
+        if isinstance(reader, HermesParser):
             reader.push("<tool_call>")
         (first, *_) = reader.push('{"name": "look", "arguments": {"x"').calls
         assert first.function.name == "look"
@@ -136,24 +142,24 @@ def test_arguments_come_as_they_are_written() -> None:
     ],
 )
 def test_a_call_that_max_tokens_cuts(text: str, content: str, calls: list[tuple[str, str]]) -> None:
-    assert read_parts(HermesReader(NAMES), [text], cut=True) == (content, calls)
+    assert read_parts(HermesParser(NAMES), [text], cut=True) == (content, calls)
 
 
 def test_one_call_where_no_more_may_be() -> None:
     two = f"{CALL}{CALL.replace('look', 'lo?ok')} so"
-    assert read_parts(HermesReader(NAMES, parallel=False), [two]) == (" so", [("look", '{"x": "<tool_call>"}')])
+    assert read_parts(HermesParser(NAMES, parallel=False), [two]) == (" so", [("look", '{"x": "<tool_call>"}')])
 
 
 def test_required_and_named() -> None:
     text = '{"name": "look", "arguments": {"x": 1}}'
-    assert read_parts(RequiredReader(NAMES), list(text)) == ("", [("look", '{"x": 1}')])
-    assert read_parts(RequiredReader(NAMES), [text[:-3]], cut=True) == ("", [("look", '{"x": ')])
-    assert read_parts(RequiredReader(NAMES), [text[:-30]], cut=True) == ("", [])
-    assert read_parts(RequiredReader(NAMES), ['{"name": "look", "arguments": 5}']) == ("", [("look", "5")])
-    assert read_parts(RequiredReader(["other"]), [text]) == ("", [])
-    assert read_parts(NamedReader("look"), list('{"x": 1}')) == ("", [("look", '{"x": 1}')])
-    assert read_parts(NamedReader("look"), []) == ("", [("look", "")])
-    assert read_parts(PlainReader(), [CALL]) == (CALL, [])
+    assert read_parts(RequiredCallParser(NAMES), list(text)) == ("", [("look", '{"x": 1}')])
+    assert read_parts(RequiredCallParser(NAMES), [text[:-3]], cut=True) == ("", [("look", '{"x": ')])
+    assert read_parts(RequiredCallParser(NAMES), [text[:-30]], cut=True) == ("", [])
+    assert read_parts(RequiredCallParser(NAMES), ['{"name": "look", "arguments": 5}']) == ("", [("look", "5")])
+    assert read_parts(RequiredCallParser(["other"]), [text]) == ("", [])
+    assert read_parts(NamedCallParser("look"), list('{"x": 1}')) == ("", [("look", '{"x": 1}')])
+    assert read_parts(NamedCallParser("look"), []) == ("", [("look", "")])
+    assert read_parts(PlainTextParser(), [CALL]) == (CALL, [])
 
 
 def asked(choice: object, *names: str) -> ChatRequest:
@@ -165,7 +171,7 @@ def test_half_a_character_is_written_anyhow() -> None:
     """JSON can write halves of surrogate pairs, and UTF-8 can't."""
     name = "lo\ud83dok"
     for arguments, expected in (('{"x": "\\ud83d"}', '{"x": "\\ud83d"}'), ('"\\ud83d"', "?")):
-        (call,) = read_parts(RequiredReader([name]), [f'{{"name": "lo\\ud83dok", "arguments": {arguments}}}'])[1]
+        (call,) = read_parts(RequiredCallParser([name]), [f'{{"name": "lo\\ud83dok", "arguments": {arguments}}}'])[1]
         assert call == ("lo?ok", expected)
 
 
@@ -175,14 +181,16 @@ def constrained(body: ChatRequest) -> SamplingParams:
 
 def test_choices() -> None:
     named = NamedTool(FunctionName("b"))
-    assert isinstance(reader_of(asked(None)), PlainReader) and isinstance(reader_of(asked(None, "a")), HermesReader)
-    assert isinstance(reader_of(asked("none", "a")), PlainReader)
-    assert isinstance(reader_of(asked("required", "a")), RequiredReader)
-    assert isinstance(reader_of(asked(named, "a", "b")), NamedReader)
+    assert isinstance(parser_for(asked(None)), PlainTextParser) and isinstance(
+        parser_for(asked(None, "a")), HermesParser
+    )
+    assert isinstance(parser_for(asked("none", "a")), PlainTextParser)
+    assert isinstance(parser_for(asked("required", "a")), RequiredCallParser)
+    assert isinstance(parser_for(asked(named, "a", "b")), NamedCallParser)
     assert not constrained(asked("auto", "a")).structured
     assert constrained(asked(named, "a", "b")).json_schema == {"type": "object", "title": "b"}
-    with pytest.raises(InvalidRequest, match="with tools"):
-        reader_of(asked("auto"))
+    with pytest.raises(InvalidRequest, match="requires tools"):
+        parser_for(asked("auto"))
     with pytest.raises(InvalidRequest, match="one of tools"):
         constrained(asked(NamedTool(FunctionName("c")), "a"))
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ LAYERS = [
     {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+SERVE_RANK = {"http": 1, "live": 2, "server": 3}
+"""Parts of `serve` that import what is below them; all its other modules have rank 0."""
 MODULES = sorted(path for path in (*ROOT.rglob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("scheduler/*.py")))
 FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 PICKLES = {
@@ -46,7 +49,7 @@ def layer(path: Path) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Absolute names imported by a module, but for those that only type checkers see."""
+    """Absolute names of modules that a module imports, and of what it imports from them, except for type checkers."""
     found, todo = [], [ast.parse(path.read_text(encoding="utf-8"))]
     while todo:
         node = todo.pop()
@@ -56,7 +59,7 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            found.append(str(node.module))
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
         todo.extend(ast.iter_child_nodes(node))
     return found
 
@@ -103,6 +106,21 @@ def test_imports_have_no_cycles() -> None:
     while leaves := {module for module, imported in graph.items() if not imported & graph.keys()}:
         graph = {module: imported for module, imported in graph.items() if module not in leaves}
     assert not graph, f"imports in a cycle, or that lead into one: {sorted(graph)}"
+
+
+def test_imports_within_serve_run_one_way() -> None:
+    """By parts, and without a cycle between modules."""
+    paths = {module_name(path): path for path in (ROOT / "serve").rglob("*.py")}
+    graph = {name: paths.keys() & set(imports(path)) - {name} for name, path in paths.items()}
+    for name, others in graph.items():
+        for other in others:
+            assert serve_rank(other) <= serve_rank(name), f"{name} imports {other}"
+    assert set(TopologicalSorter(graph).static_order()) == paths.keys()
+    assert {serve_rank(name) for name in paths} == {0, *SERVE_RANK.values()}
+
+
+def serve_rank(name: str) -> int:
+    return SERVE_RANK.get(name.removeprefix("radixgen.serve.").split(".")[0], 0)
 
 
 def test_every_module_has_a_layer() -> None:

@@ -226,7 +226,7 @@ def test_a_sender_that_does_not_keep_up_loses_events_and_tells_all_anew(caplog: 
         with caplog.at_level(logging.WARNING):
             served.generate(prompts(0), GREEDY)
         events._queue.take = take
-        assert events.stats().dropped_events and "does not keep up" in caplog.text
+        assert events.stats().dropped_events and "is too slow" in caplog.text
         events._queue.limit = 10**6
         served.generate([prompts(1)[0]], GREEDY)
         router.follow(served._core.tree)
@@ -339,9 +339,9 @@ def test_one_publisher_an_engine_and_one_an_endpoint() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"endpoint": "tcp://*:5557"}, "clear text"),
-        ({"endpoint": "tcp://10.0.0.1:5557"}, "clear text"),
-        ({"replay_endpoint": "tcp://0.0.0.0:5558"}, "clear text"),
+        ({"endpoint": "tcp://*:5557"}, "unencrypted"),
+        ({"endpoint": "tcp://10.0.0.1:5557"}, "unencrypted"),
+        ({"replay_endpoint": "tcp://0.0.0.0:5558"}, "unencrypted"),
         ({"endpoint": "udp://127.0.0.1:1"}, "tcp:// or ipc://"),
         ({"endpoint": "tcp://127.0.0.1:nothing"}, "cannot be opened"),
         ({"endpoint": "ipc:///nowhere/at/all"}, "cannot be opened"),
@@ -369,7 +369,7 @@ def test_the_flag_is_that_of_vllm() -> None:
 def test_beyond_the_machine_only_when_allowed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with engine() as served, KVEvents(served, config(endpoint="tcp://*:*", allow_insecure_tcp=True)) as events:
-        assert "clear text" in caplog.text and events.endpoint.startswith("tcp://")
+        assert "unencrypted" in caplog.text and events.endpoint.startswith("tcp://")
 
 
 def test_prompts_of_sequences_that_share_nothing_are_not_told() -> None:

@@ -15,7 +15,7 @@ from oracle import StampModel
 from radixgen import Engine, SamplingParams
 from radixgen.serve import kv_subscriber
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
-from radixgen.serve.kv_subscriber import AllCleared, BlocksStored, Event, KVSubscriber
+from radixgen.serve.kv_subscriber import AllBlocksCleared, BlockStored, Event, KVSubscriber
 
 VOCAB = 3
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -31,10 +31,10 @@ class Held:
     def __call__(self, worker: Hashable, events: Sequence[Event]) -> None:
         blocks = self.blocks.setdefault(worker, set())
         for event in events:
-            if isinstance(event, AllCleared):
+            if isinstance(event, AllBlocksCleared):
                 self.cleared += 1
                 blocks.clear()
-            elif isinstance(event, BlocksStored):
+            elif isinstance(event, BlockStored):
                 blocks.update(event.block_hashes)
             else:
                 blocks.difference_update(event.block_hashes)
@@ -118,7 +118,7 @@ def test_nonsense_is_the_end_of_what_is_followed(tmp_path: Path, caplog: pytest.
                 replay.send_multipart([peer, b"", b"", sequence.to_bytes(8, "big", signed=True), payload])
             wait_for(lambda: held.blocks.get("worker") == {7})
             sender = threading.Event()
-            while not sender.wait(0.01) and "not followed" not in caplog.text:
+            while not sender.wait(0.01) and "no longer followed" not in caplog.text:
                 pub.send_multipart([b"", (4).to_bytes(8, "big"), b"\xc1"])
             wait_for(lambda: held.blocks["worker"] == set())
             assert not one._feeds

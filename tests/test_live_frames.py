@@ -16,7 +16,7 @@ from radixgen import AsyncEngine, Engine, LimitReached, Limits, SamplingParams
 from radixgen.cache import Node
 from radixgen.engine_core import EngineCore
 from radixgen.serve.live.feed import Feed
-from radixgen.serve.live.frames import Captured, Reader, Row, held_nodes
+from radixgen.serve.live.frames import NodeTokens, Row, TreeReader, held_nodes
 from radixgen.serve.live.texts import Texts, text_of
 
 VOCAB = 4
@@ -35,7 +35,7 @@ def engine_of(limits: Limits | None = None, **options: Any) -> Engine:
 
 
 def plain_rows(engine: Engine) -> dict[int, Row]:
-    """The tree as rows, read off the nodes one by one: the twin of what `Reader` takes out of the columns."""
+    """The tree as rows, read off the nodes one by one: the twin of what `TreeReader` takes out of the columns."""
     cursors, pins = held_nodes(engine._core)
     return {
         node.id: Row(
@@ -74,7 +74,7 @@ def act(engine: Engine, step: tuple[Any, ...]) -> None:
 def test_a_reading_is_the_tree_and_freshness_misses_no_change_of_tokens(steps: list[tuple[Any, ...]]) -> None:
     """What a viewer holds who takes over fresh nodes' tokens, and the new ones of grown nodes, is always the tree."""
     with engine_of(limits=Limits(max_pins=1_000)) as engine:
-        reader = Reader(engine.limits)
+        reader = TreeReader(engine.limits)
         held: dict[int, list[int]] = {}
         for step in [*steps, ("read",)]:
             act(engine, step)
@@ -200,7 +200,7 @@ def test_who_is_too_late_gets_everything_anew() -> None:
 @given(st.lists(STEP, min_size=5, max_size=40), st.integers(1, 12))
 def test_no_more_nodes_are_drawn_than_may_be(steps: list[tuple[Any, ...]], most: int) -> None:
     with engine_of(limits=Limits(max_pins=1_000, max_shown_nodes=most)) as engine:
-        reader = Reader(engine.limits)
+        reader = TreeReader(engine.limits)
         for step in steps:
             act(engine, step)
             reading = reader.read(engine._core)
@@ -235,7 +235,7 @@ def test_a_tree_that_was_huge_is_not_read_as_it_was() -> None:
         engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
         engine.step()
         tree.node_ids = None  # type: ignore[method-assign]
-        assert [row._replace(hidden=0) for row in Reader(engine.limits).read(engine._core).table().rows()] == list(
+        assert [row._replace(hidden=0) for row in TreeReader(engine.limits).read(engine._core).table().rows()] == list(
             plain_rows(engine).values()
         )
 
@@ -252,7 +252,7 @@ def test_the_text_of_all_nodes_is_bounded(changes: list[tuple[int, int, bool]]) 
         if gone:
             seen.pop(node_id, None)
             continue
-        captured = Captured(node_id, True, np.arange(length, dtype=np.int32))
+        captured = NodeTokens(node_id, True, np.arange(length, dtype=np.int32))
         whole = "x" * length
         for news in texts.learn([(captured, whole)]):
             seen[node_id] = seen[node_id] + news.text if news.append else news.text
@@ -265,8 +265,8 @@ def test_a_tokenizer_that_fails_costs_its_text_alone() -> None:
     def decode(tokens: Any) -> str:
         raise ValueError("planted")
 
-    assert text_of(Captured(1, True, np.array([1], np.int32)), decode) == ""
-    assert text_of(Captured(1, True, np.array([1], np.int32)), lambda _: "a\ud800b") == "a?b"
+    assert text_of(NodeTokens(1, True, np.array([1], np.int32)), decode) == ""
+    assert text_of(NodeTokens(1, True, np.array([1], np.int32)), lambda _: "a\ud800b") == "a?b"
 
 
 def run(test: Callable[[AsyncEngine, Feed], Awaitable[None]], limits: Limits | None = None) -> None:

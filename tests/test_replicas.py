@@ -269,7 +269,7 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-dp", "0"], "data_parallel_size=0: must be"),
         (["--data-parallel-size", "1000"], "data_parallel_size=1000: must be"),
         (["-dp", "2", "--tp", "0", "--device", "cpu"], "tensor_parallel_size=0: must be"),
-        (["-dp", "2", "--zmq", "ipc:///nowhere"], "with --zmq say --workers"),
+        (["-dp", "2", "--zmq", "ipc:///nowhere"], "with --zmq, use --workers"),
     ],
     ids=str,
 )
@@ -380,7 +380,7 @@ def test_events_that_can_t_be_followed_are_done_without(tmp_path: Path, caplog: 
         balancer = Balancer(b"key")
         balancer.joined(1, wire.Ready(64, 4, kv_events_config=Raw(wire.encode(good | bad))))
         balancer.close()
-        assert "routed without the cache events" in caplog.text and says in caplog.text, caplog.text
+        assert "routing without the KV cache events" in caplog.text and says in caplog.text, caplog.text
 
 
 def test_salts_become_namespaces_by_a_key() -> None:

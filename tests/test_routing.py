@@ -231,7 +231,7 @@ def test_bad_input() -> None:
     with pytest.raises(InvalidRequest, match="output_tokens=-1"):
         router.sent("b", 0, [2], output_tokens=-1)
     router.died(0)
-    with pytest.raises(EngineDead, match="no replica is there"):
+    with pytest.raises(EngineDead, match="there is no replica"):
         router.choose([1])
 
 

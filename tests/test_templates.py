@@ -62,7 +62,7 @@ def test_an_option_of_the_template_has_its_effect() -> None:
 def test_nothing_else_is_taken(name: str) -> None:
     """Not even where the template reads it."""
     made = with_template("{{ messages[0].content ~ bos_token ~ documents ~ chat_template ~ loop ~ padding ~ self }}")
-    with pytest.raises(InvalidRequest, match="is no variable of the chat template") as refused:
+    with pytest.raises(InvalidRequest, match="must be a variable of the chat template") as refused:
         ChatTemplate(made, options={name: 1})
     assert refused.value.field == f"template_options.{name}"
 

@@ -30,10 +30,10 @@ from radixgen import (
     RequestOutput,
     SamplingParams,
 )
-from radixgen.explain import Written, explain
+from radixgen.explain import PromptText, explain
 from radixgen.model.loader import load_tokenizer
 from radixgen.sampling import DrawableTokens, draw
-from radixgen.serve import wire
+from radixgen.serve import wire, wire_params
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.service import Service
 
@@ -147,10 +147,10 @@ def test_chats_end_at_the_tokenizers_end_and_plain_prompts_at_the_models(own: fr
 
 
 def test_end_tokens_of_a_request_go_over_the_wire() -> None:
-    sent = wire.from_params(SamplingParams(end_token_ids=(7, 9)), [5, 7])
+    sent = wire_params.from_params(SamplingParams(end_token_ids=(7, 9)), [5, 7])
     assert (sent.eos_token_id, sent.stop_token_ids) == (5, [7, 9])
-    assert wire.from_params(SamplingParams(end_token_ids=(7,)), []).eos_token_id == 7
-    assert wire.from_params(SamplingParams(end_token_ids=(7,), ignore_eos=True), []).eos_token_id is None
+    assert wire_params.from_params(SamplingParams(end_token_ids=(7,)), []).eos_token_id == 7
+    assert wire_params.from_params(SamplingParams(end_token_ids=(7,), ignore_eos=True), []).eos_token_id is None
 
 
 # -- two tokens for the beginning ---------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_half_of_a_surrogate_pair_does_not_come_back_from_a_file() -> None:
 def test_wires_and_salts_refuse_half_of_a_surrogate_pair() -> None:
     for own in (SamplingParams(regex=HALF), SamplingParams(json_schema={HALF: 1}), SamplingParams(choice=[HALF])):
         with pytest.raises(InvalidRequest, match="surrogate"):
-            wire.from_params(own, [])
+            wire_params.from_params(own, [])
     with pytest.raises(InvalidRequest, match="surrogate"):
         wire.encode([HALF])
     with pytest.raises(InvalidRequest, match="cache_salt"):
@@ -267,7 +267,7 @@ def test_wires_and_salts_refuse_half_of_a_surrogate_pair() -> None:
     with says([]) as engine, pytest.raises(InvalidRequest, match="cache_salt"):
         Service(engine, b"key").namespace(HALF)
     with pytest.raises(InvalidRequest, match="surrogate"):
-        explain([Written(HALF)], tokenizer())
+        explain([PromptText(HALF)], tokenizer())
 
 
 BODIES = [

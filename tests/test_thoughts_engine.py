@@ -25,7 +25,7 @@ from radixgen.thoughts import (
     Step,
     Thought,
 )
-from radixgen.thoughts.server import SteppedServer
+from radixgen.thoughts.backend import SteppedBackend
 
 ROOT = "Spell it.\n"
 WORD = "cab"
@@ -140,19 +140,19 @@ class Log:
         self.proposed: list[RequestOutput] = []
         self.scored: list[list[int]] = []
         self.seeds: list[int | None] = []
-        generate, score = SteppedServer.generate, SteppedServer.score
+        generate, score = SteppedBackend.generate, SteppedBackend.score
 
-        async def logged(server: SteppedServer, prompt: list[int], params: SamplingParams) -> RequestOutput:
+        async def logged(server: SteppedBackend, prompt: list[int], params: SamplingParams) -> RequestOutput:
             self.seeds.append(params.seed)
             self.proposed.append(output := await generate(server, prompt, params))
             return output
 
-        async def logged_score(server: SteppedServer, prompt: list[int], rest: list[int]) -> RequestOutput:
+        async def logged_score(server: SteppedBackend, prompt: list[int], rest: list[int]) -> RequestOutput:
             self.scored.append([*prompt, *rest])
             return await score(server, prompt, rest)
 
-        monkeypatch.setattr(SteppedServer, "generate", logged)
-        monkeypatch.setattr(SteppedServer, "score", logged_score)
+        monkeypatch.setattr(SteppedBackend, "generate", logged)
+        monkeypatch.setattr(SteppedBackend, "score", logged_score)
 
     def paths(self) -> list[list[int]]:
         """What must be computed: all but the last token of everything."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mutate_frames import frames, mutated
 
 from radixgen import InvalidRequest, Limits, SamplingParams
-from radixgen.serve import wire
+from radixgen.serve import wire, wire_params
 
 LIMITS = Limits()
 SMG_ADD = (
@@ -45,8 +45,8 @@ def test_golden_requests() -> None:
     add = wire.decode(bytes.fromhex(SMG_ADD), wire.Add)
     assert add.request_id == "cmpl-gHMRYHsqMbdHk3eGNUTmFDHG-01a21790-cc72-741f-b258-c200a625c49b"
     assert add.prompt_token_ids == [504, 3575, 282, 4649, 314] and add.sampling_params is not None
-    wire.check_served(add)
-    params = wire.to_params(add.sampling_params, 99, LIMITS)
+    wire_params.check_served(add)
+    params = wire_params.to_params(add.sampling_params, 99, LIMITS)
     wanted = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, stop_token_ids=(30, 2))
     assert params == wanted and add.sampling_params.eos_token_id == 2
 
@@ -65,16 +65,16 @@ def test_a_request_may_be_short_or_long() -> None:
 def test_golden_outputs() -> None:
     first = wire.Output("a", [5], prefill_stats=wire.PrefillStats(3, 1, 2, 2))
     last = wire.Output("b", [6, 7], finish_reason=1, stop_reason="x")
-    message = wire.encode(wire.Outputs(1, [first, last], None, 0.5))
+    message = wire.encode(wire.EngineCoreOutputs(1, [first, last], None, 0.5))
     stats = b"\x85\xb1num_prompt_tokens\x03\xb3num_computed_tokens\x01\xb1num_cached_tokens\x02"
     stats += b"\xb7num_local_cached_tokens\x02\xba" + b"num_external_cached_tokens\x00"
     one = b"\x9c\xa1a\x91\x05" + b"\xc0" * 9 + stats
     other = b"\x9c\xa1b\x92\x06\x07\xc0\xc0\xc0\x01\xa1x" + b"\xc0" * 5
     assert message == b"\x95\x01\x92" + one + other + b"\xc0\xcb" + b"\x3f\xe0" + bytes(6) + b"\xc0"
-    assert wire.decode(message, wire.Outputs).outputs == [first, last]
-    reply = wire.encode(wire.Outputs(0, [], None, 0.5, wire.Reply(7, None, (None, True))))
+    assert wire.decode(message, wire.EngineCoreOutputs).outputs == [first, last]
+    reply = wire.encode(wire.EngineCoreOutputs(0, [], None, 0.5, wire.Reply(7, None, (None, True))))
     assert reply == b"\x95\x00\x90\xc0\xcb\x3f\xe0" + bytes(6) + b"\x93\x07\xc0\x92\xc0\xc3"
-    failure = wire.encode(wire.Outputs(0, [], None, 0.5, wire.Reply(7, "no")))
+    failure = wire.encode(wire.EngineCoreOutputs(0, [], None, 0.5, wire.Reply(7, "no")))
     assert failure == b"\x95\x00\x90\xc0\xcb\x3f\xe0" + bytes(6) + b"\x93\x07\xa2no\xc0"
 
 
@@ -121,8 +121,8 @@ def test_logprobs_there_and_back(k: int, rows: list[list[float]], data: st.DataO
 )
 def test_parameters_there_and_back(params: SamplingParams, eos: list[int]) -> None:
     """The end tokens come to be stop tokens; all else stays."""
-    sent = wire.decode(wire.encode(wire.from_params(params, eos)), wire.Sampling)
-    found = wire.to_params(sent, 1000, LIMITS)
+    sent = wire.decode(wire.encode(wire_params.from_params(params, eos)), wire.Sampling)
+    found = wire_params.to_params(sent, 1000, LIMITS)
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
     assert set(found.stop_token_ids) == ends and found.ignore_eos
     for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs", "prompt_logprobs", "regex"):
@@ -131,9 +131,9 @@ def test_parameters_there_and_back(params: SamplingParams, eos: list[int]) -> No
 
 
 def test_parameters_are_cut_to_what_is_left() -> None:
-    assert wire.to_params(wire.Sampling(max_tokens=None), 7, LIMITS).max_tokens == 7
-    assert wire.to_params(wire.Sampling(max_tokens=10**9, min_tokens=9), 7, LIMITS).max_tokens == 7
-    assert wire.to_params(wire.Sampling(seed=-1), 7, LIMITS).seed == 2**64 - 1
+    assert wire_params.to_params(wire.Sampling(max_tokens=None), 7, LIMITS).max_tokens == 7
+    assert wire_params.to_params(wire.Sampling(max_tokens=10**9, min_tokens=9), 7, LIMITS).max_tokens == 7
+    assert wire_params.to_params(wire.Sampling(seed=-1), 7, LIMITS).seed == 2**64 - 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_parameters_are_cut_to_what_is_left() -> None:
 )
 def test_what_does_not_cross(params: SamplingParams) -> None:
     with pytest.raises(InvalidRequest):
-        wire.from_params(params, [])
+        wire_params.from_params(params, [])
 
 
 def test_structured_outputs() -> None:
@@ -152,8 +152,8 @@ def test_structured_outputs() -> None:
         SamplingParams(grammar="start: /a/"),
         SamplingParams(response_format={"type": "json_object"}),
     ):
-        sent = wire.decode(wire.encode(wire.from_params(params, [])), wire.Sampling)
-        found = wire.to_params(sent, 9, LIMITS)
+        sent = wire.decode(wire.encode(wire_params.from_params(params, [])), wire.Sampling)
+        found = wire_params.to_params(sent, 9, LIMITS)
         for name in ("json_schema", "choice", "grammar", "response_format"):
             assert getattr(found, name) == getattr(params, name), name
 
@@ -168,7 +168,7 @@ def test_structured_outputs() -> None:
         (b"\x93\xa1a\x90" + b"\x91" * 100_000, wire.Add),  # RecursionError
         (b"\x91\xc0", list[str]),
         (b"\x94\x00\x01\x02\x90", wire.Call),
-        (b"\xc1", wire.Outputs),
+        (b"\xc1", wire.EngineCoreOutputs),
     ],
 )
 def test_what_is_no_message(data: bytes, kind: type) -> None:
@@ -187,8 +187,8 @@ def test_mutated_frames_raise_nothing_else() -> None:
         try:
             found = wire.decode(frame[1], kinds[frame[0]])
             if isinstance(found, wire.Add) and found.sampling_params is not None:
-                wire.check_served(found)
-                wire.to_params(found.sampling_params, 9, LIMITS)
+                wire_params.check_served(found)
+                wire_params.to_params(found.sampling_params, 9, LIMITS)
         except (wire.Malformed, InvalidRequest):
             continue
         good += 1
@@ -211,6 +211,8 @@ def test_a_small_frame_does_not_become_large_objects() -> None:
 def test_bias_that_is_too_large_or_no_map() -> None:
     for raw in (msgspec.Raw(b"\x81\xa1a\x01"), msgspec.Raw(msgspec.msgpack.encode(dict.fromkeys(range(20_000), 1.0)))):
         with pytest.raises(InvalidRequest, match="logit_bias"):
-            wire.to_params(wire.Sampling(logit_bias=raw), 9, LIMITS)
-    bias = wire.to_params(wire.Sampling(logit_bias=msgspec.Raw(b"\x81\x05\xca\x7f\x80\x00\x00")), 9, LIMITS).logit_bias
+            wire_params.to_params(wire.Sampling(logit_bias=raw), 9, LIMITS)
+    bias = wire_params.to_params(
+        wire.Sampling(logit_bias=msgspec.Raw(b"\x81\x05\xca\x7f\x80\x00\x00")), 9, LIMITS
+    ).logit_bias
     assert bias == {5: math.inf}  # for the engine to refuse

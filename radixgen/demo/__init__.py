@@ -1,4 +1,4 @@
-"""The demo: one burst of overlapping requests on one document, served with sharing and without."""
+"""Demo: a burst of overlapping requests on one document, with and without prefix sharing."""
 
 import json
 import time
@@ -40,8 +40,8 @@ Watch = Callable[[int, RequestOutput], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One request of the demo."""
+class DemoRequest:
+    """Request of the demo."""
 
     question: str
     prompt: list[int]
@@ -49,8 +49,8 @@ class Job:
 
 
 @dataclass(slots=True)
-class Served:
-    """What came of a list of jobs."""
+class BurstResult:
+    """Outputs and statistics of a burst."""
 
     outputs: list[RequestOutput]
     seconds: float
@@ -60,12 +60,12 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the demo measured; its last line, as JSON. Tokens, bytes and seconds."""
+    """Measurements of the demo, printed as JSON in its last line: tokens, bytes, seconds."""
 
     requests: int
     sequences: int
     prompt_tokens_submitted: int
-    """With sharing off, all of them are computed, once for each of a request's `n` sequences."""
+    """Without sharing, all of them are computed, once for each of a request's `n` sequences."""
     prompt_tokens_computed: int
     tokens_stored: int
     tokens_separate_caches: int
@@ -77,19 +77,20 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """What the demo ends with."""
+class DemoResult:
+    """Tree and measurements of the demo."""
 
     tree: list[NodeView]
     figures: Figures
 
     def print(self, console: Console) -> None:
+        """Print the tree and a table of the measurements."""
         console.print(picture(self.tree))
         console.print(summary(self.figures))
 
 
-def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Shown:
-    """Serve the burst with sharing and without; show answers, tree and figures, the last line in JSON."""
+def run(model: str, max_tokens: int = 40, console: Console | None = None) -> DemoResult:
+    """Run the burst with and without sharing; print answers, tree and measurements, the last line as JSON."""
     console = console or Console()
     document = files(__package__).joinpath("document.md").read_text(encoding="utf-8")
     with waiting(console) as say:
@@ -108,62 +109,63 @@ def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Sho
         with Engine(model, kv_tokens=KV_TOKENS, share=False, warm_up=False) as engine:
             alone = serve(engine, [*jobs, second], _counted(say, len(jobs) + 1))
     figures = _figures([*jobs, second], shared, again, alone)
-    shown = Shown(shared.tree, figures)
-    shown.print(console)
+    result = DemoResult(shared.tree, figures)
+    result.print(console)
     console.print(json.dumps(asdict(figures)), soft_wrap=True, highlight=False, markup=False)
-    return shown
+    return result
 
 
-def burst(engine: Engine, document: str, max_tokens: int) -> list[Job]:
-    """A dozen questions on `document`, two of them identical, and one more asked eight ways."""
+def burst(engine: Engine, document: str, max_tokens: int) -> list[DemoRequest]:
+    """A dozen questions about `document`, two of them identical, and a prompt with eight samples."""
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     eight = SamplingParams(temperature=0.8, top_p=0.95, n=8, seed=1, max_tokens=max_tokens)
-    asked = [(question, greedy) for question in QUESTIONS] + [(SAMPLED, eight)]
-    return [Job(q, engine.chat_tokens(_messages(document, q)), engine.inputs.for_chat(p)) for q, p in asked]
+    pairs = [(question, greedy) for question in QUESTIONS] + [(SAMPLED, eight)]
+    return [DemoRequest(q, engine.chat_tokens(_messages(document, q)), engine.inputs.for_chat(p)) for q, p in pairs]
 
 
-def follow_up(engine: Engine, document: str, answer: str, max_tokens: int) -> Job:
-    """The first question's conversation, sent again with a second question."""
+def follow_up(engine: Engine, document: str, answer: str, max_tokens: int) -> DemoRequest:
+    """The conversation of the first question, with a second question."""
     messages = [
         *_messages(document, QUESTIONS[0]),
         {"role": "assistant", "content": answer},
         {"role": "user", "content": FOLLOW_UP},
     ]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    return Job(FOLLOW_UP, engine.chat_tokens(messages), engine.inputs.for_chat(params))
+    return DemoRequest(FOLLOW_UP, engine.chat_tokens(messages), engine.inputs.for_chat(params))
 
 
-def serve(engine: Engine, jobs: Sequence[Job], watch: Watch = lambda *_: None) -> Served:
-    """Submit all jobs at once and step until they are done; `watch` sees every output with its job's
-    place.
+def serve(engine: Engine, jobs: Sequence[DemoRequest], watch: Watch = lambda *_: None) -> BurstResult:
+    """Submit all requests at once and step until they have finished.
+
+    watch: called with the index of a request and each of its outputs.
     """
     begin = time.perf_counter()
-    place = {engine.submit(job.prompt, job.params): index for index, job in enumerate(jobs)}
+    indices = {engine.submit(job.prompt, job.params): index for index, job in enumerate(jobs)}
     done: dict[int, RequestOutput] = {}
     busiest: list[NodeView] = []
     looking = 0.0
     while engine.has_unfinished:
         for output in engine.step():
-            watch(place[output.request_id], output)
+            watch(indices[output.request_id], output)
             if output.finished:
-                done[place[output.request_id]] = output
+                done[indices[output.request_id]] = output
         if not busiest and engine.stats().generated_tokens >= _TOKENS_BEFORE_LOOK * len(jobs):
             looked = time.perf_counter()
             busiest = engine.inspect(lambda core: snapshot(core.tree, engine.decode))
             looking = time.perf_counter() - looked
     seconds = time.perf_counter() - begin - looking
-    return Served([done[index] for index in range(len(jobs))], seconds, engine.stats(), busiest)
+    return BurstResult([done[index] for index in range(len(jobs))], seconds, engine.stats(), busiest)
 
 
 @contextmanager
-def answers(console: Console, jobs: Sequence[Job]) -> Iterator[Watch]:
-    """Show answers as they grow; where the output is no terminal, each when it is whole."""
+def answers(console: Console, jobs: Sequence[DemoRequest]) -> Iterator[Watch]:
+    """Show answers as they are generated; if the output is not a terminal, when they are complete."""
     blocks = [Text(f"… {job.question}", style="bold") for job in jobs]
     with Live(console=console, refresh_per_second=8) as live:
 
         def watch(index: int, output: RequestOutput) -> None:
             mark = ("✓ ", "green") if output.finished else ("… ", "dim")
-            texts = [f"\n    {' '.join(one.text.split())}" for one in output.outputs]
+            texts = [f"\n    {' '.join(completion.text.split())}" for completion in output.outputs]
             blocks[index] = Text.assemble(mark, (jobs[index].question, "bold"), *texts)
             if console.is_terminal:
                 live.update(Group(*blocks))
@@ -188,17 +190,19 @@ def _messages(document: str, question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{document}\nAnswer from the text above. {question}"}]
 
 
-def _show_follow_up(console: Console, job: Job, output: RequestOutput) -> None:
+def _show_follow_up(console: Console, job: DemoRequest, output: RequestOutput) -> None:
     console.print(f"[bold]A second turn on the first question:[/] {job.question}")
     console.print(Text(f"    {' '.join(output.outputs[0].text.split())}"))
     console.print(f"    {output.num_cached_tokens} of its {len(job.prompt)} prompt tokens were in the cache\n")
 
 
-def _figures(jobs: Sequence[Job], shared: Served, again: Served, alone: Served) -> Figures:
+def _figures(jobs: Sequence[DemoRequest], shared: BurstResult, again: BurstResult, alone: BurstResult) -> Figures:
     stats = again.stats
     together = [*shared.outputs, *again.outputs]
     greedy = [i for i, job in enumerate(jobs) if job.params.greedy]
-    separate = sum(output.num_prompt_tokens + len(one.token_ids) - 1 for output in together for one in output.outputs)
+    separate = sum(
+        output.num_prompt_tokens + len(completion.token_ids) - 1 for output in together for completion in output.outputs
+    )
     return Figures(
         requests=len(jobs),
         sequences=sum(job.params.n for job in jobs),
@@ -217,7 +221,7 @@ def _figures(jobs: Sequence[Job], shared: Served, again: Served, alone: Served) 
 
 
 def summary(figures: Figures) -> Table:
-    """The figures as a table."""
+    """Table of the measurements."""
     table = Table(title="What sharing saved", title_justify="left")
     for heading in ("", "shared", "separate", "ratio"):
         table.add_column(heading, justify="left" if not heading else "right")

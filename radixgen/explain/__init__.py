@@ -1,8 +1,8 @@
-"""Why the prompts of a log share no more than they do, found with a tokenizer alone.
+"""Analysis of logged prompts: what keeps them from sharing longer prefixes. Requires only a tokenizer.
 
-pieces       a log as sequences of lines, each tokenized once
-kinds        what differs between two texts: a timestamp, an id, a number, order, white space
-divergences  where prompts part though they go on alike, and the same prompts without that
+pieces       prompts as sequences of lines, each tokenized once
+kinds        kinds of differences between texts: timestamps, ids, numbers, order, white space
+divergences  places where prompts with equal continuations diverge, and edits that remove them
 show         the report in the terminal
 """
 
@@ -14,183 +14,188 @@ import numpy as np
 
 from radixgen.cache import ExtentPool, RadixTree, TokenArray, common_prefix_len
 from radixgen.core import check_texts
-from radixgen.explain.divergences import Found, Prompt, apply, divergences
+from radixgen.explain.divergences import DivergenceGroup, EditedPrompt, apply, divergences
 from radixgen.explain.kinds import Kind, common_len, difference
-from radixgen.explain.pieces import BLANK, Pieces, Row, Written, distinct_tokens
+from radixgen.explain.pieces import BLANK, Pieces, PromptText, Row, distinct_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BLANK", "Divergence", "Report", "Written", "explain"]
+__all__ = ["BLANK", "Divergence", "PromptText", "Report", "explain"]
 
 _MAX_DIVERGENCES = 8
 _MAX_TRIALS = 12
 _MIN_SAVING = 0.0025
-"""Of all tokens, what a divergence must cost to be reported."""
+"""Fraction of all tokens that a divergence must cost to be reported"""
 _SHOWN_CHARACTERS = 120
 _REMEDIES: dict[Kind, str] = {"white space": "made the same", "order": "brought into one order"}
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Prompts that part in one way, and what that costs."""
+    """A way in which prompts diverge, and its cost."""
 
     kind: Kind
     remedy: str
-    """What the saving supposes of the varying text: `moved to the end`, or another for white space and order"""
+    """How the varying text was changed to compute the savings: `moved to the end`, or made equal"""
     line: int
-    """Of the prompt's text, from 1; of a chat's as the template renders it, the template's own lines too"""
+    """Line of the prompt's text where it varies, from 1; for chats, of the text that the template renders"""
     position: int
-    """The first token that differs, in one of the prompts"""
+    """Index of the first token that differs, in one of the prompts"""
     frame: str
-    """What stands around the varying text; empty for white space and order"""
+    """Constant text around the varying text; empty for white space and order"""
     here: str
     there: str
     """The varying text in two of the prompts"""
     prompts: int
-    """How many it stands in"""
+    """Number of prompts that contain it"""
     variants: int
+    """Number of different texts in its place"""
     blocked_tokens: int
-    """Tokens behind it that stand behind another variant too, once for each but the first"""
+    """Number of tokens after it that repeat those after another variant"""
     saved_alone: int
-    """Distinct tokens fewer with this one remedied"""
+    """Number of distinct tokens that its remedy saves"""
     saved_tokens: int
-    """Distinct tokens fewer with this one remedied after all that are reported before it"""
+    """Number of distinct tokens that its remedy saves in addition to all divergences reported before it"""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a log's prompts share, and what they could.
+    """What logged prompts share, and what they could share.
 
-    `tree` holds every prompt; a node's locks are the prompts that end there.
+    `tree` contains every prompt; the locks of a node are the prompts that end there.
     """
 
     prompts: int
     tokens: int
     distinct_tokens: int
-    """Tokens in the tree: what has to be computed where nothing is evicted"""
+    """Number of tokens in the tree, which have to be computed if nothing is evicted"""
     divergences: list[Divergence]
     tree: RadixTree
 
     @property
     def saving(self) -> float:
-        """The share of tokens that sharing saves at the best."""
+        """Fraction of tokens that sharing saves, if nothing is evicted."""
         return 1 - self.distinct_tokens / self.tokens if self.tokens else 0.0
 
     @property
     def saving_remedied(self) -> float:
-        """The same with every divergence remedied."""
-        saved = sum(one.saved_tokens for one in self.divergences)
+        """Fraction of tokens that sharing would save with every divergence remedied."""
+        saved = sum(divergence.saved_tokens for divergence in self.divergences)
         return self.saving + saved / max(self.tokens, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the tree, for JSON."""
+        """Everything except the tree, for JSON."""
         return {
             "prompts": self.prompts,
             "tokens": self.tokens,
             "distinct_tokens": self.distinct_tokens,
             "saving": self.saving,
             "saving_remedied": self.saving_remedied,
-            "divergences": [asdict(one) for one in self.divergences],
+            "divergences": [asdict(divergence) for divergence in self.divergences],
         }
 
 
 def explain(
-    prompts: Sequence[Written | Sequence[int]],
+    prompts: Sequence[PromptText | Sequence[int]],
     tokenizer: "PreTrainedTokenizerBase",
-    templates: Sequence[Written] = (),
+    templates: Sequence[PromptText] = (),
 ) -> Report:
-    """What `prompts`, texts or token ids, share, and the divergences that cost most.
+    """Analyze which prefixes `prompts` share, and which divergences cost most. Returns at most 8 divergences.
 
-    `templates` are chats as the prompts are, with `BLANK` for every content: what the template writes between messages
-    and behind the last is the same whatever is said, so it counts as nothing that a divergence keeps from being shared.
+    prompts: texts or token ids.
+    templates: chats with `BLANK` as the content of each message. What the template writes around contents is the same
+        in all prompts, so a divergence before it does not count as blocking it.
 
-    Time and again the divergence that blocks the most tokens is remedied and the tree counted anew, so that one
-    behind another is seen too; at most 8 are reported. Raises `InvalidRequest` for text with half of a surrogate pair.
+    The divergence that blocks the most tokens is remedied and the tree counted again, repeatedly, so that divergences
+    behind it are found too. Raises `InvalidRequest` for text with lone surrogates.
     """
-    check_texts("prompts", [one.text for one in prompts if isinstance(one, Written)])
+    check_texts("prompts", [prompt.text for prompt in prompts if isinstance(prompt, PromptText)])
     pieces = Pieces(tokenizer)
     cut = pieces.rows([*prompts, *templates])
     pieces.add_templates(cut[len(prompts) :])
-    log = [Prompt(row, np.arange(row.size, dtype=np.int32)) for row in cut[: len(prompts)]]
+    log = [EditedPrompt(row, np.arange(row.size, dtype=np.int32)) for row in cut[: len(prompts)]]
     rows = [pieces.tokens_of(prompt.row) for prompt in log]
-    tree = _grown(rows)
+    tree = _build_tree(rows)
     tokens, distinct = sum(row.size for row in rows), sum(node.known for node in tree.nodes())
     del rows
     least = max(1, int(_MIN_SAVING * tokens))
-    found: list[Divergence] = []
-    now, left, candidates = log, distinct, divergences(pieces, log)
+    reported: list[Divergence] = []
+    current, remaining, candidates = log, distinct, divergences(pieces, log)
     for _ in range(_MAX_TRIALS):
-        if not candidates or len(found) == _MAX_DIVERGENCES:
+        if not candidates or len(reported) == _MAX_DIVERGENCES:
             break
         worst = candidates.pop(0)
-        remedied = apply(now, worst.edits)
-        fewer = _count(pieces, remedied)
-        if left - fewer >= least:
-            alone = distinct - _count(pieces, apply(log, worst.edits)) if found else left - fewer
-            found.append(_told(pieces, log, worst, alone, left - fewer))
-            now, left, candidates = remedied, fewer, divergences(pieces, remedied)
-    return Report(len(log), tokens, distinct, found, tree)
+        remedied = apply(current, worst.edits)
+        saved = remaining - _count(pieces, remedied)
+        if saved >= least:
+            alone = distinct - _count(pieces, apply(log, worst.edits)) if reported else saved
+            reported.append(_describe(pieces, log, worst, alone, saved))
+            current, remaining, candidates = remedied, remaining - saved, divergences(pieces, remedied)
+    return Report(len(log), tokens, distinct, reported, tree)
 
 
-def _grown(rows: Iterable[TokenArray]) -> RadixTree:
+def _build_tree(rows: Iterable[TokenArray]) -> RadixTree:
     tree = RadixTree(ExtentPool(1))
     for row in rows:
         tree.insert(row)
     return tree
 
 
-def _count(pieces: Pieces, prompts: Sequence[Prompt]) -> int:
-    """Distinct tokens of the prompts with what was moved behind all that is said in them."""
+def _count(pieces: Pieces, prompts: Sequence[EditedPrompt]) -> int:
+    """Number of distinct tokens of edited prompts."""
     return distinct_tokens(pieces.tokens_of(_whole(pieces, prompt)) for prompt in prompts)
 
 
-def _whole(pieces: Pieces, prompt: Prompt) -> list[int]:
+def _whole(pieces: Pieces, prompt: EditedPrompt) -> list[int]:
+    """Pieces of a prompt, with moved pieces before the template's tail."""
     end = prompt.row.size - pieces.tail(prompt.row)
     return [*prompt.row[:end].tolist(), *prompt.moved, *prompt.row[end:].tolist()]
 
 
-def _told(pieces: Pieces, log: Sequence[Prompt], found: Found, alone: int, saved: int) -> Divergence:
-    one, two = (log[edit.number].row for edit in found.examples)
-    first, second = (edit.first for edit in found.examples)
-    before = pieces.text_of(one[:first])
-    common = common_len(found.texts)
-    above = before + found.texts[0][:common] + max((_breaks(text[common:]) for text in found.texts), key=len)
-    here, there = _varying(found)
+def _describe(
+    pieces: Pieces, log: Sequence[EditedPrompt], group: DivergenceGroup, alone: int, saved: int
+) -> Divergence:
+    here_row, there_row = (log[edit.number].row for edit in group.examples)
+    first, second = (edit.first for edit in group.examples)
+    before = pieces.text_of(here_row[:first])
+    common = common_len(group.texts)
+    above = before + group.texts[0][:common] + max((_breaks(text[common:]) for text in group.texts), key=len)
+    here, there = _varying(group)
     return Divergence(
-        kind=found.kind,
-        remedy=_REMEDIES.get(found.kind, "moved to the end"),
+        kind=group.kind,
+        remedy=_REMEDIES.get(group.kind, "moved to the end"),
         line=1 + above.count("\n"),
-        position=_tokens(pieces, one[:first]) + _common(pieces, one[first:], two[second:]),
-        frame="" if found.kind in _REMEDIES else found.frame.strip()[:_SHOWN_CHARACTERS],
+        position=_tokens(pieces, here_row[:first]) + _common(pieces, here_row[first:], there_row[second:]),
+        frame="" if group.kind in _REMEDIES else group.frame.strip()[:_SHOWN_CHARACTERS],
         here=here[:_SHOWN_CHARACTERS],
         there=there[:_SHOWN_CHARACTERS],
-        prompts=len({edit.number for edit in found.edits}),
-        variants=found.variants,
-        blocked_tokens=found.blocked_tokens,
+        prompts=len({edit.number for edit in group.edits}),
+        variants=group.variants,
+        blocked_tokens=group.blocked_tokens,
         saved_alone=alone,
         saved_tokens=saved,
     )
 
 
 def _breaks(text: str) -> str:
-    """The white space that `text` begins with."""
+    """Leading white space of `text`."""
     return text[: len(text) - len(text.lstrip())]
 
 
-def _varying(found: Found) -> tuple[str, str]:
-    """What differs between the two texts of the example."""
-    one, two = found.texts
-    if found.kind in _REMEDIES:
-        offset = max(0, common_len(found.texts) - 20)
-        return one[offset:], two[offset:]
-    differs = difference(found.texts)
-    return differs.varying(one).strip(), differs.varying(two).strip()
+def _varying(group: DivergenceGroup) -> tuple[str, str]:
+    """The parts in which the second example texts differ."""
+    first, second = group.texts
+    if group.kind in _REMEDIES:
+        offset = max(0, common_len(group.texts) - 20)
+        return first[offset:], second[offset:]
+    differs = difference(group.texts)
+    return differs.varying(first).strip(), differs.varying(second).strip()
 
 
 def _tokens(pieces: Pieces, row: Row) -> int:
     return sum(pieces.tokens[piece].size for piece in row)
 
 
-def _common(pieces: Pieces, one: Row, two: Row) -> int:
-    return common_prefix_len(pieces.tokens_of(one), pieces.tokens_of(two))
+def _common(pieces: Pieces, first: Row, second: Row) -> int:
+    return common_prefix_len(pieces.tokens_of(first), pieces.tokens_of(second))

@@ -1,4 +1,4 @@
-"""Where prompts part though they go on alike, what parts them, and the same prompts without that."""
+"""Places where prompts with equal continuations diverge, and edits that make them equal."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,27 +14,28 @@ from radixgen.explain.kinds import Difference, Kind, common_len, difference, in_
 from radixgen.explain.pieces import Pieces, Row
 
 _MIN_SHARE = 0.005
-"""Of all tokens, how much must stand behind a divergence twice before it is looked at."""
+"""Fraction of all tokens that must repeat after a divergence for it to be considered"""
 _MAX_PIECES = 8_000_000
-"""Pieces looked at in one search, below the branches with the most tokens."""
+"""Maximum number of pieces examined in one search, of the branches with the most tokens"""
 _MAX_ALIKE = 512
-"""Pieces that may differ in order or white space alone."""
+"""Maximum number of pieces that are compared without regard to order or white space"""
 _SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt as it stands after some edits: the ids of its pieces, for each where it was in the log's prompt, and
-    what was moved behind it.
-    """
+class EditedPrompt:
+    """Logged prompt after some edits."""
 
     row: Row
+    """Ids of its pieces"""
     origin: Row
+    """Index of each piece in the logged prompt"""
     moved: tuple[int, ...] = ()
+    """Ids of pieces that were moved to its end"""
 
 
 class Edit(NamedTuple):
-    """Put `pieces` in the place of `[first, stop)` of the log's prompt `number`, and `moved` behind its end."""
+    """Replace pieces `[first, stop)` of logged prompt `number` by `pieces`, and append `moved` to the prompt."""
 
     number: int
     first: int
@@ -44,34 +45,34 @@ class Edit(NamedTuple):
 
 
 @dataclass(slots=True)
-class Found:
-    """Divergences of one kind in one frame of text, as one: how to heal them, and an example."""
+class DivergenceGroup:
+    """All divergences of one kind with the same text around them: edits that remedy them, and an example."""
 
     kind: Kind
     frame: str
-    """What stands around the varying text."""
+    """Constant text around the varying text"""
     blocked_tokens: int = 0
-    """Tokens behind it that stand behind another of its branches too, once for each branch but the first"""
+    """Number of tokens after the divergence that repeat those of another branch"""
     variants: int = 0
     edits: list[Edit] = field(default_factory=list)
     examples: tuple[Edit, ...] = ()
-    """Two prompts that part here"""
+    """Edits of two prompts that diverge here"""
     texts: tuple[str, ...] = ()
-    """What they part in: the commonest, and another that parts from it early"""
+    """Varying texts of the examples: the most common, and another that differs early"""
 
 
 class _Branch(NamedTuple):
-    """Prompts `order[low:high]` are the same for `depth` pieces and then part."""
+    """Prompts `order[low:high]`, which have their first `depth` pieces in common, but not the next."""
 
     depth: int
     low: int
     high: int
     tokens: int
-    """Behind `depth`"""
+    """Number of tokens after `depth`"""
 
 
-def apply(prompts: Sequence[Prompt], edits: Sequence[Edit]) -> list[Prompt]:
-    """The prompts with the edits made."""
+def apply(prompts: Sequence[EditedPrompt], edits: Sequence[Edit]) -> list[EditedPrompt]:
+    """Apply edits to prompts."""
     edited = list(prompts)
     for edit in edits:
         prompt = edited[edit.number]
@@ -80,29 +81,33 @@ def apply(prompts: Sequence[Prompt], edits: Sequence[Edit]) -> list[Prompt]:
             continue
         row = [*prompt.row[:first], *edit.pieces, *prompt.row[stop:]]
         origin = [*prompt.origin[:first], *[edit.first] * len(edit.pieces), *prompt.origin[stop:]]
-        edited[edit.number] = Prompt(np.array(row, np.int32), np.array(origin, np.int32), prompt.moved + edit.moved)
+        edited[edit.number] = EditedPrompt(
+            np.array(row, np.int32), np.array(origin, np.int32), prompt.moved + edit.moved
+        )
     return edited
 
 
-def divergences(pieces: Pieces, prompts: Sequence[Prompt]) -> list[Found]:
-    """The divergences that block the most tokens, the worst first."""
-    search = _Search(pieces, prompts)
-    groups: dict[tuple[Kind, str], Found] = {}
+def divergences(pieces: Pieces, prompts: Sequence[EditedPrompt]) -> list[DivergenceGroup]:
+    """Find the divergences that block the most tokens, the worst first."""
+    search = _DivergenceSearch(pieces, prompts)
+    groups: dict[tuple[Kind, str], DivergenceGroup] = {}
     for branch in search.branches():
-        found = search.look_at(branch)
-        if found is None:
+        new = search.examine(branch)
+        if new is None:
             continue
-        whole = groups.setdefault((found.kind, found.frame), found)
-        if whole is not found:
-            whole.blocked_tokens += found.blocked_tokens
-            whole.variants += found.variants
-            edited = {edit.number: edit.stop for edit in whole.edits}
-            whole.edits += [edit for edit in found.edits if edit.first >= edited.get(edit.number, 0)]
-    return sorted(groups.values(), key=lambda one: -one.blocked_tokens)
+        group = groups.setdefault((new.kind, new.frame), new)
+        if group is not new:
+            group.blocked_tokens += new.blocked_tokens
+            group.variants += new.variants
+            edited = {edit.number: edit.stop for edit in group.edits}
+            group.edits += [edit for edit in new.edits if edit.first >= edited.get(edit.number, 0)]
+    return sorted(groups.values(), key=lambda group: -group.blocked_tokens)
 
 
-class _Search:
-    def __init__(self, pieces: Pieces, prompts: Sequence[Prompt]) -> None:
+class _DivergenceSearch:
+    """Search over sorted prompts for branches whose continuations repeat."""
+
+    def __init__(self, pieces: Pieces, prompts: Sequence[EditedPrompt]) -> None:
         self.pieces = pieces
         self.prompts = prompts
         self.lengths = pieces.lengths
@@ -112,36 +117,37 @@ class _Search:
         self.sizes = [int(self.lengths[row].sum()) for row in rows]
         self.least = max(1, int(_MIN_SHARE * sum(self.sizes)))
 
-    def row(self, place: int) -> Row:
-        return self.prompts[self.order[place]].row
+    def row(self, index: int) -> Row:
+        """Pieces of the prompt at an index of the sorted order."""
+        return self.prompts[self.order[index]].row
 
     def branches(self) -> Iterator[_Branch]:
-        """Those with enough tokens below, most first, as far as the work is bounded."""
+        """Branches with enough tokens, those with the most first, up to the limit on work."""
         total = np.concatenate([[0], np.cumsum([self.sizes[number] for number in self.order])])
         common = [common_prefix_len(self.row(n), self.row(n + 1)) for n in range(len(self.order) - 1)]
-        found = []
+        branches = []
         for depth, low, high in _intervals(common):
             above = int(self.lengths[self.row(low)[:depth]].sum())
             tokens = int(total[high] - total[low]) - (high - low) * above
             if tokens >= self.least:
-                found.append(_Branch(depth, low, high, tokens))
+                branches.append(_Branch(depth, low, high, tokens))
         work = 0
-        for branch in sorted(found, key=lambda one: -one.tokens):
-            work += sum(self.row(place).size - branch.depth for place in range(branch.low, branch.high))
+        for branch in sorted(branches, key=lambda branch: -branch.tokens):
+            work += sum(self.row(index).size - branch.depth for index in range(branch.low, branch.high))
             yield branch
             if work > _MAX_PIECES:
                 return
 
-    def look_at(self, branch: _Branch) -> Found | None:
-        """What parts the prompts of a branch, where enough tokens behind it would be the same."""
+    def examine(self, branch: _Branch) -> DivergenceGroup | None:
+        """Divergence of a branch's prompts, if enough tokens after it repeat."""
         depth = branch.depth
         numbers = self.order[branch.low : branch.high]
         rests = [self.prompts[number].row[depth:] for number in numbers]
         heads = np.array([rest[0] if rest.size else -1 for rest in rests])
         children = np.cumsum(np.concatenate([[0], heads[1:] != heads[:-1]]))
         held, times = self._held(rests, children)
-        said = ~np.isin(held, list(self.pieces.template))
-        held, times = held[said], times[said]
+        content = ~np.isin(held, list(self.pieces.template))
+        held, times = held[content], times[content]
         blocked = int((self.lengths[held] * (times - 1)).sum())
         if blocked < self.least:
             return None
@@ -151,63 +157,63 @@ class _Search:
         if sizes is None:
             sizes = [_first(common[rest]) for rest in rests]
         regions = [tuple(rest[:size].tolist()) for rest, size in zip(rests, sizes, strict=True)]
-        found = self._healed(numbers, depth, regions)
-        if found is not None:
-            found.blocked_tokens = blocked
-        return found
+        group = self._remedy(numbers, depth, regions)
+        if group is not None:
+            group.blocked_tokens = blocked
+        return group
 
     def _held(self, rests: list[Row], children: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The pieces of `rests`, and behind how many of the children each stands."""
+        """Distinct pieces of `rests`, and the number of children that contain each."""
         width = len(self.pieces.texts)
         owners = np.repeat(children, [rest.size for rest in rests])
         pairs = np.unique(owners * width + np.concatenate(rests))
         return np.unique(pairs % width, return_counts=True)
 
-    def _healed(self, numbers: list[int], depth: int, regions: list[tuple[int, ...]]) -> Found | None:
-        """How to make the regions of these prompts, from the piece at `depth` on, the same."""
+    def _remedy(self, numbers: list[int], depth: int, regions: list[tuple[int, ...]]) -> DivergenceGroup | None:
+        """Edits that make the regions of these prompts, from piece `depth` on, equal."""
         texts = {region: self.pieces.text_of(region) for region in set(regions)}
         counts = Counter(texts[region] for region in regions)
         if len(counts) < 2:
             return None
-        healing = heal(counts)
-        put, moved = (self._ids_of(healing.texts, part) for part in (0, 1))
-        found = Found(healing.kind, healing.frame)
+        remedy = find_remedy(counts)
+        kept, moved = (self._ids_of(remedy.texts, part) for part in (0, 1))
+        group = DivergenceGroup(remedy.kind, remedy.frame)
         first_of: dict[str, Edit] = {}
         for number, region in zip(numbers, regions, strict=True):
-            text, place = texts[region], _place(self.prompts[number].origin, depth)
-            if text not in healing.texts:
+            text, first = texts[region], _original_index(self.prompts[number].origin, depth)
+            if text not in remedy.texts:
                 continue
-            stop = _place(self.prompts[number].origin, depth + len(region))
-            edit = Edit(number, place, stop, put[text], moved[text])
+            stop = _original_index(self.prompts[number].origin, depth + len(region))
+            edit = Edit(number, first, stop, kept[text], moved[text])
             first_of.setdefault(text, edit)
-            found.edits.append(edit)
-        found.variants = len(first_of)
-        one, *others = (text for text, _ in counts.most_common() if text in first_of)
-        found.texts = one, min(others[:_SAMPLES], key=lambda other: common_len((one, other)))
-        found.examples = tuple(first_of[text] for text in found.texts)
-        return found
+            group.edits.append(edit)
+        group.variants = len(first_of)
+        commonest, *others = (text for text, _ in counts.most_common() if text in first_of)
+        group.texts = commonest, min(others[:_SAMPLES], key=lambda other: common_len((commonest, other)))
+        group.examples = tuple(first_of[text] for text in group.texts)
+        return group
 
     def _ids_of(self, texts: dict[str, tuple[str, str]], part: int) -> dict[str, tuple[int, ...]]:
-        """For each text the piece that its healed part is; none where that is empty."""
+        """For each text the piece of its kept (0) or moved (1) part; no piece if that is empty."""
         filled = [text for text, parts in texts.items() if parts[part]]
         ids = self.pieces.add(texts[text][part] for text in filled)
         return dict.fromkeys(texts, ()) | {text: (piece,) for text, piece in zip(filled, ids, strict=True)}
 
 
-class Healing(NamedTuple):
-    """What differs between texts, what they have in common, and for each what stays in its place and what goes to
-    the prompt's end.
-    """
+class Remedy(NamedTuple):
+    """A way to make texts equal."""
 
     kind: Kind
     frame: str
+    """What the texts have in common"""
     texts: dict[str, tuple[str, str]]
+    """For each text the part that stays in place, and the part that moves to the end of the prompt"""
 
 
-def heal(counts: Counter[str]) -> Healing:
-    """How to make texts the same that occur so often, at least two of them."""
+def find_remedy(counts: Counter[str]) -> Remedy:
+    """Find a way to make at least two texts equal. counts: the number of occurrences of each."""
     if (same := _same_but(counts, without_spaces)) is not None:
-        return Healing("white space", without_spaces(next(iter(same))), same)
+        return Remedy("white space", without_spaces(next(iter(same))), same)
     texts = list(counts)
     offset = common_len(texts)
     window = slice(max(0, offset - 64), offset + 192)
@@ -220,19 +226,20 @@ def heal(counts: Counter[str]) -> Healing:
         if differs.kind != "text":
             return _moved(differs, texts)
     if (same := _same_but(counts, in_order)) is not None:
-        return Healing("order", in_order(next(iter(same))), same)
+        return Remedy("order", in_order(next(iter(same))), same)
     return _moved(difference(texts), texts)
 
 
-def _moved(found: Difference, texts: list[str]) -> Healing:
-    covered = {text: found.varying(text).strip() for text in texts if found.covers(text)}
-    frame = found.head + found.tail
-    healed = {text: (frame, varying and f"\n{varying}") for text, varying in covered.items()}
-    return Healing(found.kind, f"{found.head}…{found.tail}", healed)
+def _moved(differs: Difference, texts: list[str]) -> Remedy:
+    """Remedy that moves the varying part of each text to the end of the prompt."""
+    covered = {text: differs.varying(text).strip() for text in texts if differs.covers(text)}
+    frame = differs.head + differs.tail
+    parts = {text: (frame, varying and f"\n{varying}") for text, varying in covered.items()}
+    return Remedy(differs.kind, f"{differs.head}…{differs.tail}", parts)
 
 
 def _same_but(counts: Counter[str], form: Callable[[str], str]) -> dict[str, tuple[str, str]] | None:
-    """For each text the commonest that has the same form; None where forms differ nearly as much as texts."""
+    """For each text the most common one with the same form; None if there are nearly as many forms as texts."""
     common = [text for text, _ in counts.most_common()]
     sample = common[:_SAMPLES]
     if 2 * len({form(text) for text in sample}) > len(sample):
@@ -242,18 +249,18 @@ def _same_but(counts: Counter[str], form: Callable[[str], str]) -> dict[str, tup
 
 
 def _respaced(pieces: Pieces, rests: list[Row], children: NDArray[np.int64]) -> list[int] | None:
-    """How many pieces of each of `rests` are the same but for white space; None where most branches differ in more."""
+    """Number of pieces of each of `rests` that differ only in white space; None if most branches differ in more."""
     heads = [rests[int(np.searchsorted(children, child))] for child in _largest(children)[:_SAMPLES]]
     same = _spaceless(pieces, heads[0])[0]
     cuts = Counter(end for head in heads for end in _same_ends(pieces, head, same))
-    end = max(cuts, key=lambda one: (cuts[one], -one), default=0)
+    end = max(cuts, key=lambda cut: (cuts[cut], -cut), default=0)
     if not end or cuts[end] < 2 or 2 * cuts[end] < len(heads):
         return None
     return [_same_ends(pieces, rest, same[:end]).get(end, 0) for rest in rests]
 
 
 def _same_ends(pieces: Pieces, row: Row, same: str) -> dict[int, int]:
-    """Lengths of `same`, at which a piece of `row` ends that has begun with it but for white space, and which piece."""
+    """Lengths of prefixes of `same` that equal the first pieces of `row` without white space, with their number."""
     text, ends = _spaceless(pieces, row)
     length = common_len((text, same))
     return {end: size for size, end in enumerate(ends, 1) if 0 < end <= length}
@@ -265,16 +272,16 @@ def _spaceless(pieces: Pieces, row: Row) -> tuple[str, list[int]]:
 
 
 def _reordered(pieces: Pieces, rests: list[Row], children: NDArray[np.int64]) -> list[int] | None:
-    """How many pieces of each of `rests` are the same in another order; None where no two branches have the same."""
+    """Number of pieces of each of `rests` that differ only in order; None if there are none."""
     heads = [rests[int(np.searchsorted(children, child))] for child in _largest(children)[:_SAMPLES]]
     size = max((_balanced(pieces, heads[0], head) for head in heads[1:]), default=0)
     return [min(size, rest.size) for rest in rests] if size > 1 else None
 
 
-def _balanced(pieces: Pieces, one: Row, two: Row) -> int:
-    """The number of first pieces, at least 1, that are the same in both, each as often, commas aside; 0 for none."""
+def _balanced(pieces: Pieces, first: Row, second: Row) -> int:
+    """Smallest number of first pieces that are the same in both rows, apart from order and commas; 0 if none."""
     balance: Counter[str] = Counter()
-    for size, pair in enumerate(zip(one[:_MAX_ALIKE], two[:_MAX_ALIKE], strict=False), 1):
+    for size, pair in enumerate(zip(first[:_MAX_ALIKE], second[:_MAX_ALIKE], strict=False), 1):
         for piece, step in zip(pair, (1, -1), strict=True):
             key = pieces.texts[piece].strip().rstrip(",")
             balance[key] += step
@@ -286,32 +293,33 @@ def _balanced(pieces: Pieces, one: Row, two: Row) -> int:
 
 
 def _largest(children: NDArray[np.int64]) -> list[int]:
-    """The children, those of the most prompts first."""
-    found: list[int] = np.argsort(-np.bincount(children), kind="stable").tolist()
-    return found
+    """Children sorted by their number of prompts, the largest first."""
+    order: list[int] = np.argsort(-np.bincount(children), kind="stable").tolist()
+    return order
 
 
 def _first(true: NDArray[np.bool_]) -> int:
-    """The place of the first that is true; behind the last where none is."""
+    """Index of the first true element; the size if there is none."""
     return int(true.argmax()) if true.any() else true.size
 
 
-def _place(origin: Row, depth: int) -> int:
-    """Where in the log's prompt the piece at `depth` was."""
+def _original_index(origin: Row, depth: int) -> int:
+    """Index in the logged prompt of the piece that is now at `depth`."""
     if depth < origin.size:
         return int(origin[depth])
     return int(origin[-1]) + 1 if origin.size else 0
 
 
 def _intervals(common: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Of sorted rows with these common prefixes, each `depth` and `[low, high)` at which rows part, as a walk over
-    the array finds them that keeps the open ones on a stack.
+    """Each depth and interval `[low, high)` at which sorted rows diverge, by a walk with a stack.
+
+    common: lengths of the common prefixes of neighbouring rows.
     """
     open_: list[tuple[int, int]] = []
-    for place, depth in enumerate([*common, -1]):
-        low = place
+    for index, depth in enumerate([*common, -1]):
+        low = index
         while open_ and open_[-1][0] > depth:
             deeper, low = open_.pop()
-            yield deeper, low, place + 1
+            yield deeper, low, index + 1
         if not open_ or open_[-1][0] < depth:
             open_.append((depth, low))

@@ -1,4 +1,4 @@
-"""What differs between two texts that were meant to be the same: a timestamp, an id, a number, order, white space."""
+"""Kinds of differences between similar texts: timestamps, ids, numbers, order, white space."""
 
 import re
 from collections.abc import Collection
@@ -27,43 +27,45 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Difference(NamedTuple):
-    """What `kind` of piece varies between texts that all begin with `head` and end with `tail`."""
+    """Difference of one kind between texts that all start with `head` and end with `tail`."""
 
     kind: Kind
     head: str
     tail: str
 
     def covers(self, text: str) -> bool:
+        """Whether `text` has this head and tail."""
         long = len(text) >= len(self.head) + len(self.tail)
         return long and text.startswith(self.head) and text.endswith(self.tail)
 
     def varying(self, text: str) -> str:
+        """Part of `text` between head and tail."""
         return text[len(self.head) : len(text) - len(self.tail)]
 
 
 def common_len(texts: Collection[str]) -> int:
-    """How many leading characters all of `texts` have in common."""
+    """Number of leading characters that all texts have in common."""
     first, last = min(texts), max(texts)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
 
 
 def without_spaces(text: str) -> str:
-    """The same for texts that differ in white space alone."""
+    """`text` without white space."""
     return _SPACE.sub("", text)
 
 
 def in_order(text: str) -> str:
-    """The words of a text, sorted; commas don't count, because the last of a list has none."""
+    """Sorted words of `text` without commas, since the last item of a list has none."""
     return " ".join(sorted(word for word in _WORD.findall(text) if word != ","))
 
 
 def masked(text: str) -> str:
-    """`text` with a word in the place of everything that could be a timestamp, an id or a number."""
-    return _VARYING.sub(lambda found: f"<{found.lastgroup}>", text)
+    """`text` with placeholders for timestamps, ids and numbers."""
+    return _VARYING.sub(lambda match: f"<{match.lastgroup}>", text)
 
 
 def difference(texts: Collection[str]) -> Difference:
-    """What varies between `texts`, at least two: the first varying piece and all up to the last, whole words."""
+    """Difference between at least two texts: from the first to the last varying character, extended to whole words."""
     first = min(texts)
     head = common_len(texts)
     tail = common_len([text[head:][::-1] for text in texts])
@@ -73,7 +75,7 @@ def difference(texts: Collection[str]) -> Difference:
         names = {span.lastgroup for span in spans}
         start = min(span.start() for span in spans)
         tail = min(tail, *(len(text) - span.end() for text, span in zip(texts, spans, strict=True)))
-        name = next((one for one in ("timestamp", "id", "number") if one in names), "text")
+        name = next((kind for kind in ("timestamp", "id", "number") if kind in names), "text")
         return Difference(cast("Kind", name), first[:start], first[len(first) - tail :])
     head = _word_start(first, head)
     tail = _word_start(first[::-1], tail)
@@ -81,9 +83,9 @@ def difference(texts: Collection[str]) -> Difference:
 
 
 def _around(text: str, offset: int) -> re.Match[str] | None:
-    """The timestamp, id or number that holds the character at `offset`, or ends there."""
-    found = takewhile(lambda one: one.start() <= offset, _VARYING.finditer(text, max(0, offset - _REACH)))
-    return next((one for one in found if offset <= one.end()), None)
+    """Match of a timestamp, id or number that contains the character at `offset`, or ends there."""
+    matches = takewhile(lambda match: match.start() <= offset, _VARYING.finditer(text, max(0, offset - _REACH)))
+    return next((match for match in matches if offset <= match.end()), None)
 
 
 def _word_start(text: str, offset: int) -> int:

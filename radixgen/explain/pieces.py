@@ -1,4 +1,4 @@
-"""A log of prompts as sequences of pieces: lines, each kept, tokenized and compared once."""
+"""Prompts as sequences of pieces: lines, each of which is stored, tokenized and compared once."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = NDArray[np.int32]
-"""A prompt as the ids of its pieces."""
+"""A prompt as ids of its pieces, `[pieces]`, int32"""
 
 BLANK = "\ufffc"
-"""Stands for a message's content."""
+"""Placeholder for the content of a message"""
 _LONG_PIECE = 160
-"""Characters beyond which a line of prose is cut at the ends of its sentences."""
+"""Maximum length of a line of prose, in characters; longer ones are cut into sentences"""
 _SAMPLES = 32
 _PROBE = "".join(
     left + gap + right
@@ -27,34 +27,34 @@ _PROBE = "".join(
         ("word", "end.", "7", ")", "é"), (" ", "\n", "\n\n", " \n", "\n  ", "\n\t", "  "), ("word", "7", "-", "(", "é")
     )
 )
-"""Every sort of place where a text may be cut."""
+"""Text with every kind of place where prompts may be cut"""
 _WORD = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])(?= \S)")
 
 
-class Written(NamedTuple):
-    """A prompt's text. `special`: whether the tokenizer adds its special tokens, as it does to all but chats."""
+class PromptText(NamedTuple):
+    """Prompt as text. `special`: whether the tokenizer adds special tokens, as it does except for chats."""
 
     text: str
     special: bool = True
 
 
-Prompt = Written | Sequence[int]
+LoggedPrompt = PromptText | Sequence[int]
 
 
 class Pieces:
-    """Pieces by id, with text and tokens, and the prompts of a log cut into them.
+    """Table of distinct pieces, each with text and tokens, and methods that cut prompts into them.
 
-    A tokenizer that treats what stands before and after a line break (or a blank) apart answers each distinct line
-    (or word) once. That is tried on a text with every sort of break and on samples of the log; where a token differs,
-    prompts are tokenized whole and their tokens are cut after line breaks.
+    If the tokenizer never joins text across line breaks (or spaces), each distinct line (or word) is tokenized once.
+    That is checked on a text with every kind of break and on samples of the prompts. If a token differs, prompts are
+    tokenized as a whole, and their tokens are cut after line breaks.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.texts: list[str] = []
         self.tokens: list[TokenArray] = []
         self.template: set[int] = set()
-        """Pieces that a chat template writes around whatever is said"""
+        """Pieces that a chat template writes around contents"""
         self._tokenizer = tokenizer
         self._ids: dict[str | bytes, int] = {}
         self._words: dict[str, list[int]] = {}
@@ -63,30 +63,36 @@ class Pieces:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each piece."""
+        """Number of tokens of each piece, `[pieces]`."""
         return np.fromiter((tokens.size for tokens in self.tokens), np.int64, len(self.tokens))
 
-    def rows(self, prompts: Sequence[Prompt]) -> list[Row]:
-        """Each prompt as the ids of its pieces."""
+    def rows(self, prompts: Sequence[LoggedPrompt]) -> list[Row]:
+        """Cut prompts into pieces."""
         rows: dict[int, Row] = {}
         for special in (False, True):
             texts = {
-                n: one.text for n, one in enumerate(prompts) if isinstance(one, Written) and one.special == special
+                n: prompt.text
+                for n, prompt in enumerate(prompts)
+                if isinstance(prompt, PromptText) and prompt.special == special
             }
-            rows |= zip(texts, self._written(list(texts.values()), special), strict=True)
-        rows |= {n: self._cut_ids(as_tokens(one)) for n, one in enumerate(prompts) if not isinstance(one, Written)}
+            rows |= zip(texts, self._rows_of_texts(list(texts.values()), special), strict=True)
+        rows |= {
+            n: self._cut_ids(as_tokens(prompt))
+            for n, prompt in enumerate(prompts)
+            if not isinstance(prompt, PromptText)
+        }
         return [rows[n] for n in range(len(prompts))]
 
     def add_templates(self, rows: Iterable[Row]) -> None:
-        """Take the pieces of these prompts, in which `BLANK` stands for all that is said, for the template's."""
+        """Register the pieces of these prompts, except those with `BLANK`, as written by the chat template."""
         self.template.update(piece for row in rows for piece in row.tolist() if BLANK not in self.texts[piece])
 
     def tail(self, row: Row) -> int:
-        """How many pieces at the end of a prompt are the template's."""
+        """Number of pieces at the end of a prompt that the template writes."""
         return next((n for n, piece in enumerate(row[::-1].tolist()) if piece not in self.template), row.size)
 
     def add(self, texts: Iterable[str]) -> list[int]:
-        """The ids of texts that stand by themselves."""
+        """Add texts as pieces. Returns their ids."""
         wanted = list(texts)
         new = [text for text in dict.fromkeys(wanted) if text not in self._ids]
         for text, tokens in zip(new, self._encode(new), strict=True):
@@ -94,14 +100,16 @@ class Pieces:
         return [self._ids[text] for text in wanted]
 
     def tokens_of(self, row: Sequence[int] | Row) -> TokenArray:
+        """Tokens of a sequence of pieces."""
         return np.concatenate([self.tokens[piece] for piece in row]) if len(row) else np.empty(0, np.int32)
 
     def text_of(self, row: Sequence[int] | Row) -> str:
+        """Text of a sequence of pieces."""
         return "".join([self.texts[piece] for piece in row])
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _written(self, texts: list[str], special: bool) -> list[Row]:
+    def _rows_of_texts(self, texts: list[str], special: bool) -> list[Row]:
         step = max(1, len(texts) // _SAMPLES)
         samples = [_PROBE, *texts[::step][:_SAMPLES]]
         whole = self._encode(samples, special)
@@ -114,8 +122,8 @@ class Pieces:
     def _around(
         self, samples: list[str], whole: list[TokenArray], cut: Callable[[str], list[str]], by_words: bool
     ) -> tuple[TokenArray, TokenArray] | None:
-        """The special tokens before and after every prompt; None where a sample's pieces are not its tokens."""
-        found: set[tuple[bytes, bytes]] = set()
+        """Special tokens before and after every prompt; None if tokenizing a sample by pieces gives other tokens."""
+        pairs: set[tuple[bytes, bytes]] = set()
         for text, tokens in zip(samples, whole, strict=True):
             pieces = self._cut(text, cut)
             encoded = self._encode_words(pieces) if by_words else self._encode(pieces)
@@ -124,10 +132,10 @@ class Pieces:
             head = next((n for n in heads if np.array_equal(tokens[n : n + inner.size], inner)), None)
             if head is None:
                 return None
-            found.add((tokens[:head].tobytes(), tokens[head + inner.size :].tobytes()))
-        if len(found) > 1:
+            pairs.add((tokens[:head].tobytes(), tokens[head + inner.size :].tobytes()))
+        if len(pairs) > 1:
             return None
-        before, after = found.pop()
+        before, after = pairs.pop()
         return np.frombuffer(before, np.int32), np.frombuffer(after, np.int32)
 
     def _cut_texts(
@@ -137,30 +145,30 @@ class Pieces:
         by_words: bool,
         around: tuple[TokenArray, TokenArray],
     ) -> list[Row]:
-        before, after = ([self._intern(one.tobytes(), "", one)] if one.size else [] for one in around)
+        before, after = ([self._intern(tokens.tobytes(), "", tokens)] if tokens.size else [] for tokens in around)
         pieces = [self._cut(text, cut) for text in texts]
         new = [text for text in dict.fromkeys(chain.from_iterable(pieces)) if text not in self._ids]
         for text, tokens in zip(new, self._encode_words(new) if by_words else self._encode(new), strict=True):
             self._intern(text, text, tokens)
         ids = self._ids
-        return [np.array([*before, *(ids[text] for text in one), *after], np.int32) for one in pieces]
+        return [np.array([*before, *(ids[text] for text in parts), *after], np.int32) for parts in pieces]
 
     def _cut(self, text: str, cut: Callable[[str], list[str]]) -> list[str]:
-        """Lines, and of long ones in prose the sentences, each with the blank before it."""
+        """Cut a text into lines, and long lines of prose into sentences, each with the space before it."""
         lines = cut(text)
         if max(map(len, lines), default=0) <= _LONG_PIECE:
             return lines
         known = self._sentences
-        found: list[str] = []
+        pieces: list[str] = []
         for line in lines:
             if len(line) > _LONG_PIECE and line not in known:
                 prose = not line.lstrip().startswith(("{", "[", '"'))
                 known[line] = _SENTENCE_END.split(line) if prose else [line]
-            found += known[line] if len(line) > _LONG_PIECE else [line]
-        return found
+            pieces += known[line] if len(line) > _LONG_PIECE else [line]
+        return pieces
 
     def _cut_ids(self, tokens: TokenArray) -> Row:
-        """Tokens cut after each one whose text ends a line."""
+        """Cut tokens after each one whose text contains a line break."""
         for token in set(tokens.tolist()) - self._breaks.keys():
             self._breaks[token] = "\n" in str(self._tokenizer.decode([token]))
         ends = np.flatnonzero([self._breaks[token] for token in tokens.tolist()]) + 1
@@ -183,29 +191,29 @@ class Pieces:
         new = [word for word in dict.fromkeys(chain.from_iterable(words)) if word not in self._words]
         self._words.update(zip(new, (tokens.tolist() for tokens in self._encode(new)), strict=True))
         known = self._words.__getitem__
-        return [np.array(list(chain.from_iterable(map(known, one))), np.int32) for one in words]
+        return [np.array(list(chain.from_iterable(map(known, parts))), np.int32) for parts in words]
 
     def _encode(self, texts: list[str], special: bool = False) -> list[TokenArray]:
         if not texts:
             return []
         options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-        return [np.array(one, np.int32) for one in self._tokenizer(texts, **options)["input_ids"]]
+        return [np.array(ids, np.int32) for ids in self._tokenizer(texts, **options)["input_ids"]]
 
 
 def distinct_tokens(rows: Iterable[TokenArray]) -> int:
-    """Tokens in the radix tree of these prompts: in lexicographic order each adds what the one before it lacks."""
+    """Number of tokens in the radix tree of these prompts, by the common prefixes of sorted neighbours."""
     ordered = sorted(row.astype(">i4").tobytes() for row in rows)
     arrays = [np.frombuffer(row, ">i4") for row in ordered]
-    shared = sum(common_prefix_len(one, two) for one, two in zip(arrays, arrays[1:], strict=False))
+    shared = sum(common_prefix_len(first, second) for first, second in zip(arrays, arrays[1:], strict=False))
     return sum(array.size for array in arrays) - shared
 
 
 def _before_breaks(text: str) -> list[str]:
-    """Lines, each with the line breaks before it; cut only between a character that is seen and white space."""
+    """Lines, each with the line breaks before it; cuts are only between a visible character and white space."""
     lines = text.split("\n")
-    seen = all(lines) and list(map(str.rstrip, lines)) == lines
+    visible = all(lines) and list(map(str.rstrip, lines)) == lines
     lines[1:] = [f"\n{line}" for line in lines[1:]]
-    if seen:
+    if visible:
         return lines
     pieces: list[str] = []
     for piece in lines:

@@ -1,4 +1,4 @@
-"""A report in the terminal."""
+"""Report in the terminal."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,16 +12,16 @@ from radixgen.tree_view import Decode, picture, snapshot
 _MARKS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "␍"})
 
 
-def shown(report: Report, decode: Decode) -> Iterator[RenderableType]:
-    """The parts of the report, from the summary to what can be saved. `decode` turns tokens into text."""
+def render_report(report: Report, decode: Decode) -> Iterator[RenderableType]:
+    """Parts of the report: the tree, a summary, and the divergences. `decode` converts tokens to text."""
     yield picture(snapshot(report.tree, decode), children=4, depth=3)
     yield Text.assemble(
         f"{report.prompts:,} prompts of {report.tokens:,} tokens, {report.distinct_tokens:,} distinct: sharing saves ",
         (f"{report.saving:.1%}", "bold green"),
-        " at the best",
+        " at best",
     )
     if not report.divergences:
-        yield Text("no divergence costs much: what comes after it differs too", style="dim")
+        yield Text("no divergence costs much: prompts differ after it, too", style="dim")
         return
     yield _table(report.divergences, report.tokens)
     yield Text.assemble(
@@ -30,34 +30,41 @@ def shown(report: Report, decode: Decode) -> Iterator[RenderableType]:
 
 
 def _table(divergences: Sequence[Divergence], tokens: int) -> Table:
-    table = Table(title="What parts prompts that go on alike", title_justify="left", title_style="bold")
-    table.caption, table.caption_justify = "lines and tokens of prompts as rendered, chat template and all", "left"
+    table = Table(title="Divergences of prompts with equal continuations", title_justify="left", title_style="bold")
+    table.caption, table.caption_justify = (
+        "lines and tokens are those of rendered prompts, including the chat template",
+        "left",
+    )
     for name in ("", "differs", "where", "in"):
         table.add_column(name)
     for name in ("prompts", "would save"):
         table.add_column(name, justify="right")
-    for number, one in enumerate(divergences, 1):
-        texts = Text.assemble(_marked(one.frame, one.kind), "\n", _pair(one)) if one.frame else _pair(one)
-        saved = f"{one.saved_tokens / tokens:.1%}"
+    for number, divergence in enumerate(divergences, 1):
+        texts = (
+            Text.assemble(_marked(divergence.frame, divergence.kind), "\n", _pair(divergence))
+            if divergence.frame
+            else _pair(divergence)
+        )
+        saved = f"{divergence.saved_tokens / tokens:.1%}"
         if number > 1:
-            saved += f"\nalone {one.saved_alone / tokens:.1%}"
+            saved += f"\nalone {divergence.saved_alone / tokens:.1%}"
         table.add_row(
             str(number),
-            Text.assemble((one.kind, "bold"), f"\n{one.remedy}"),
-            f"line {one.line}\ntoken {one.position}",
+            Text.assemble((divergence.kind, "bold"), f"\n{divergence.remedy}"),
+            f"line {divergence.line}\ntoken {divergence.position}",
             texts,
-            f"{one.prompts:,}\n{one.variants:,} variants",
+            f"{divergence.prompts:,}\n{divergence.variants:,} variants",
             saved,
         )
     return table
 
 
-def _pair(one: Divergence) -> Text:
-    here, there = _marked(one.here, one.kind), _marked(one.there, one.kind)
+def _pair(divergence: Divergence) -> Text:
+    here, there = _marked(divergence.here, divergence.kind), _marked(divergence.there, divergence.kind)
     return Text.assemble((here, "yellow"), (" / ", "dim"), (there, "cyan"))
 
 
 def _marked(text: str, kind: str) -> str:
-    """One line; where white space is what differs, each blank is seen."""
+    """`text` in one line, with visible white space if that is what differs."""
     marked = text.translate(_MARKS)
     return marked.replace(" ", "·") if kind == "white space" else marked

@@ -1,6 +1,7 @@
-"""Serving in a cluster: a worker that vLLM's front ends can drive, and a client that drives workers.
+"""Serving: the HTTP server (`http`), the live page (`live`), and workers over ZeroMQ with their front end.
 
-`wire` the messages → `endpoint` where they may come from → `service` what they do to an engine → `stepper` its thread
-→ `link` one front end's sockets → `worker` all of it. `client` is the other end. `kv_events` tells routers what is
-cached; `dynamo` is the same engine under Dynamo's runtime.
+`wire` defines vLLM's messages and `endpoint` opens sockets. A worker is made of `service` (what messages do to an
+engine), `stepper` (the engine's thread), `link` (the sockets of one front end) and `worker` (the I/O loop). A front end
+is made of `front` (sockets), `balancer` (choice of a worker) and `client` (the API). `kv_events` publishes KV cache
+events; `dynamo` runs the engine under NVIDIA Dynamo.
 """

@@ -1,4 +1,4 @@
-"""What a worker counts."""
+"""Counters of a worker."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,37 +6,37 @@ from typing import Any
 
 @dataclass(slots=True)
 class PeerCounters:
-    """Of one front end, since the worker began. Messages unless the name says otherwise."""
+    """Counters of one front end since the worker started. Fields count messages unless noted otherwise."""
 
     received: int = 0
     adds: int = 0
     aborts: int = 0
     calls: int = 0
     ignored: int = 0
-    """Of a known type that has no meaning here."""
+    """Messages of a known type that has no effect here."""
     malformed: int = 0
-    """Undecodable, truncated, or in too many frames; dropped."""
+    """Dropped messages: undecodable, truncated, or in too many frames."""
     unknown: int = 0
-    """Of no known type; dropped."""
+    """Dropped messages of an unknown type."""
     duplicates: int = 0
-    """Requests under the id of a live one; dropped."""
+    """Dropped requests whose id is that of a live request."""
     refused: int = 0
-    """Requests that ended with `error` before they began."""
+    """Requests rejected with `error` before they started."""
     unread: int = 0
-    """Requests of which no more than the id could be read, and that ended with `error` likewise."""
+    """Requests rejected with `error` because only their id could be decoded."""
     turned_away: int = 0
-    """Requests that came while the worker drained, and ended with `abort`."""
+    """Requests aborted because they came while the worker drained."""
     accepted: int = 0
-    """Requests that the engine took, forks among them."""
+    """Requests that the engine accepted, including forks."""
     forks: int = 0
     finished: dict[str, int] = field(default_factory=dict)
-    """Accepted requests by how they ended."""
+    """Finished requests by finish reason."""
     overflows: int = 0
     """Outbox overflows."""
     overflow_aborted: int = 0
-    """Requests that were aborted by an overflow."""
+    """Requests aborted by an outbox overflow."""
     lost: int = 0
-    """How often it went away with its connection."""
+    """Lost connections."""
     sent: int = 0
 
     @property
@@ -44,7 +44,11 @@ class PeerCounters:
         return self.malformed + self.unknown
 
     def check(self, live: int, *, settled: bool = False) -> None:
-        """Assert that they add up, where `live` of its requests have not ended. `settled`: no message is under way."""
+        """Assert that the counters add up.
+
+        live: number of requests that have not finished.
+        settled: whether no message is in flight.
+        """
         read = self.adds + self.aborts + self.calls + self.ignored + self.dropped
         done = self.accepted - self.forks + self.refused + self.turned_away + self.duplicates
         assert read <= self.received and done <= self.adds, self
@@ -54,12 +58,12 @@ class PeerCounters:
 
 @dataclass(slots=True)
 class Counters:
-    """Of one worker."""
+    """Counters of one worker."""
 
     peers: dict[str, PeerCounters] = field(default_factory=dict)
-    """By the front end's address"""
+    """Counters of each front end, by its address"""
     stalls: int = 0
-    """How often there was work, and nothing was done for too long."""
+    """Times that the engine made no progress for longer than the stall timeout, although it had work."""
     handshakes: int = 0
     bad_handshakes: int = 0
 

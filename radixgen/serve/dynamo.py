@@ -1,7 +1,8 @@
-"""The engine as a worker of NVIDIA Dynamo: `radixgen worker --backend dynamo`, with `radixgen[dynamo]`.
+"""Worker backend for NVIDIA Dynamo: `radixgen worker --backend dynamo`; requires `radixgen[dynamo]`.
 
-Dynamo's worker owns discovery, the request plane, signals and the grace period; its frontend owns text: templates,
-tokens, stop strings. Here are token ids in and out, cache events for its router, and what is open when it stops.
+Dynamo's worker handles discovery, the request plane, signals and the grace period. Dynamo's frontend handles text: chat
+templates, tokenization, stop strings. This module takes and returns token ids, publishes KV cache events for Dynamo's
+router, and drains open requests on shutdown.
 """
 
 import argparse
@@ -23,14 +24,16 @@ from radixgen.core.settings import wait_without_spinning
 from radixgen.engine import Engine
 from radixgen.model import smollm2
 from radixgen.model.sampling_defaults import sampling_defaults
-from radixgen.serve.dynamo_requests import Chunk, Usage, check_adapter, chunks, sampling_params
+from radixgen.serve.dynamo_requests import Chunk, UsageCounter, check_adapter, chunks, sampling_params
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_SECONDS = 0.5
-_DRAIN_HELP = """seconds, after Dynamo's grace of 5, that open requests have to end in; 35 after a signal Dynamo kills
-what has not ended (DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS, DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT)"""
+_DRAIN_HELP = "seconds that open requests have to finish, after Dynamo's grace period"
+"""Dynamo drains after 5 s (`DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS`) and kills the process 35 s after the signal
+(`DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT`).
+"""
 
 
 class DynamoEngine(LLMEngine):  # type: ignore[misc]
@@ -43,16 +46,16 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         self._snapshots: asyncio.Task[None] | None = None
         self._publisher: Any = None
         self._room = 0
-        """Tokens that a prompt and its output may have"""
+        """Maximum length of a prompt plus its output, in tokens"""
         self._defaults: dict[str, Any] = {}
-        """Fields of `SamplingParams` for requests that do not set them"""
+        """Default fields of `SamplingParams`"""
         self._open: dict[str, set[str]] = {}
-        """Our names of the requests under each of Dynamo's, which clients may choose"""
+        """Engine request ids for each of Dynamo's request ids, which clients may choose and reuse"""
         self._serial = count(1)
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> tuple[Self, Any]:
-        """The engine, not yet loaded, and what Dynamo's worker has to know."""
+        """Create an engine that is not loaded yet, and the `WorkerConfig` for Dynamo."""
         options = _parser().parse_args(argv)
         options.served_model_name = options.served_model_name or options.model
         if options.model == smollm2.NAME:
@@ -71,7 +74,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         return cls(options), config
 
     async def start(self, worker_id: int) -> Any:
-        """Load the model. What Dynamo registers of it."""
+        """Load the model. Returns the `EngineConfig` that Dynamo registers."""
         del worker_id
         options = self._options
         self._defaults = await asyncio.to_thread(sampling_defaults, options.model, options.generation_config)
@@ -110,7 +113,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         )
 
     async def generate(self, request: dict[str, Any], context: Any) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one request. Raises Dynamo's `InvalidArgument` and `EngineShutdown`."""
+        """Yield the chunks of one request. Raises Dynamo's `InvalidArgument` and `EngineShutdown`."""
         engine, name = self._engine, context.id()
         if engine is None:
             raise EngineShutdown("the engine is closed")
@@ -120,7 +123,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             check_adapter(request, (self._options.served_model_name, self._options.model))
             prompt = request["token_ids"]
             params = sampling_params(request, self._room - len(prompt), self._defaults)
-            usage = Usage(len(prompt))
+            usage = UsageCounter(len(prompt))
             async with aclosing(engine.generate(prompt, params, request_id=own)) as outputs:
                 async for output in outputs:
                     for chunk in chunks(output, usage, self._text_of):
@@ -135,14 +138,15 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
                 del self._open[name]
 
     async def abort(self, context: Any) -> None:
-        """End what goes by this name; its last chunk then says `cancelled`."""
+        """Abort the requests with this id; their last chunk has the finish reason `cancelled`."""
         for own in list(self._open.get(context.id(), ())):
             if self._engine is not None:
                 await self._engine.abort(own)
 
     async def cleanup(self) -> None:
-        """Let open requests end, for as long as `--drain-timeout` says, and close. May be called twice, and after a
-        start that failed.
+        """Wait up to `--drain-timeout` seconds for open requests to finish, then close the engine.
+
+        May be called twice, and after a failed `start`.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._options.drain_timeout):
@@ -161,15 +165,15 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
     # -- for the router and for metrics -------------------------------------------------------------------
 
     async def kv_event_sources(self) -> list[Any]:
-        """Where the worker subscribes to the cache events that it forwards."""
+        """Sources of KV cache events that Dynamo's worker subscribes to."""
         return [ZmqSource(endpoint=self._events.endpoint)] if self._events is not None else []
 
     def component_metrics_dp_ranks(self) -> list[int]:
-        """One rank is measured."""
+        """Data-parallel ranks that publish metrics: one."""
         return [0]
 
     def attach_snapshot_publisher(self, publisher: Any) -> None:
-        """Have it told how full the pool is, and what share of prompts was cached. Comes in a thread of Dynamo's."""
+        """Set the publisher of KV cache usage and hit rate. Called from a thread of Dynamo's."""
         self._publisher = publisher
 
     async def _tell_snapshots(self, engine: AsyncEngine) -> None:
@@ -181,7 +185,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         except EngineClosed:
             return
         except Exception:
-            logger.exception("Dynamo is told no more how full the pool is")
+            logger.exception("KV cache usage is no longer published to Dynamo")
 
     def _snapshot(self, stats: Stats) -> Any:
         size = self._options.block_size
@@ -195,27 +199,29 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve until Dynamo's worker stops."""
+    """Run until Dynamo's worker stops."""
     wait_without_spinning()
     run(DynamoEngine, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("radixgen worker --backend dynamo", description=__doc__)
-    parser.add_argument("--model", default=smollm2.NAME, help="smollm2, a directory or a hub id")
-    parser.add_argument("--served-model-name", help="by default that of the model")
-    parser.add_argument("--load-format", default="auto", help="auto: read the checkpoint; dummy: random weights")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="processes, and GPUs, to shard it over")
-    parser.add_argument("--kv-tokens", type=int, help="slots of the KV pool")
-    parser.add_argument("--max-model-len", type=int, help="maximum prompt plus output, in tokens")
+    parser.add_argument("--model", default=smollm2.NAME, help="model: smollm2, a directory or a hub id")
+    parser.add_argument("--served-model-name", help="model name in the API; default: --model")
+    parser.add_argument("--load-format", default="auto", help="weights: auto (read the checkpoint) or dummy (random)")
+    parser.add_argument("--dtype", default="auto", help="data type: auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="device: auto, cpu or cuda")
     parser.add_argument(
-        "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum sequences that run at the same time"
+        "--tensor-parallel-size", type=int, default=1, help="number of processes to shard the model over"
     )
-    parser.add_argument("--max-num-batched-tokens", type=int, help="maximum tokens of one step")
-    parser.add_argument("--enforce-eager", action="store_true", help="neither compile the model nor replay CUDA graphs")
-    warm_up = "compile and capture before requests come; by default on a GPU"
+    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache, in tokens")
+    parser.add_argument("--max-model-len", type=int, help="maximum length of prompt plus output, in tokens")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum number of running sequences"
+    )
+    parser.add_argument("--max-num-batched-tokens", type=int, help="maximum number of tokens per step")
+    parser.add_argument("--enforce-eager", action="store_true", help="disable model compilation and CUDA graphs")
+    warm_up = "compile and capture before accepting requests; default: on a GPU"
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, help=warm_up)
     parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
     parser.add_argument(
@@ -223,8 +229,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="sampling defaults: auto (the model's), vllm (none) or a path",
     )
-    parser.add_argument("--block-size", type=int, default=16, help="of the router's blocks, in tokens")
-    parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help="cache events; port * is a free one")
+    parser.add_argument("--block-size", type=int, default=16, help="block size of KV cache events, in tokens")
+    endpoint = "address to publish KV cache events on; port * picks a free port"
+    parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help=endpoint)
     parser.add_argument("--drain-timeout", type=float, default=25.0, help=_DRAIN_HELP)
     parser.add_argument("--namespace", default="dynamo")
     parser.add_argument("--component", default="backend")

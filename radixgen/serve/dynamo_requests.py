@@ -1,4 +1,4 @@
-"""Dynamo's requests as ours, and our outputs as its chunks: dictionaries in, dictionaries out."""
+"""Conversion of Dynamo's requests to `SamplingParams`, and of outputs to Dynamo's chunks."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -26,18 +26,20 @@ _REASONS = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 
 def sampling_params(request: Mapping[str, Any], room: int, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
-    """What a request asks for, with `defaults` for what it does not set; `max_tokens` is at most `room` and that of
-    `defaults`.
+    """Convert a request of Dynamo's. Raises `InvalidRequest`.
 
-    Stop strings are the frontend's to find: it ends the request then. Raises `InvalidRequest`.
+    room: maximum number of output tokens.
+    defaults: for fields that the request does not set; its `max_tokens` is a limit.
+
+    Stop strings are ignored: Dynamo's frontend finds them and ends the request.
     """
-    options, stops = _part(request, "sampling_options"), _part(request, "stop_conditions")
-    told = _part(request, "output_options")
+    options, stops = _section(request, "sampling_options"), _section(request, "stop_conditions")
+    output_options = _section(request, "output_options")
     for field in _UNSERVED:
         if options.get(field):
-            raise InvalidRequest(field, options[field], "is not served here")
-    if told.get("prompt_logprobs") is not None:
-        raise InvalidRequest("prompt_logprobs", told["prompt_logprobs"], "is not served here")
+            raise InvalidRequest(field, options[field], "is not supported")
+    if output_options.get("prompt_logprobs") is not None:
+        raise InvalidRequest("prompt_logprobs", output_options["prompt_logprobs"], "is not supported")
     chosen = {**(defaults or {})}
     room = min(room, chosen.pop("max_tokens", room))
     chosen |= {field: options[field] for field in _SAMPLING if options.get(field) is not None}
@@ -46,62 +48,62 @@ def sampling_params(request: Mapping[str, Any], room: int, defaults: Mapping[str
     guided = options.get("guided_decoding")
     if isinstance(guided, Mapping):
         chosen |= {ours: guided[field] for field, ours in _GRAMMARS.items() if guided.get(field) is not None}
-    asked = stops.get("max_tokens")
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        room = min(asked, room) if asked > 0 else asked
-    hidden = [*(stops.get("stop_token_ids") or ()), *(stops.get("stop_token_ids_hidden") or ())]
+    max_tokens = stops.get("max_tokens")
+    if isinstance(max_tokens, int) and not isinstance(max_tokens, bool):
+        room = min(max_tokens, room) if max_tokens > 0 else max_tokens
+    stop_token_ids = [*(stops.get("stop_token_ids") or ()), *(stops.get("stop_token_ids_hidden") or ())]
     ignore_eos = bool(stops.get("ignore_eos"))
     return SamplingParams(
         **chosen,
         max_tokens=room,
         min_tokens=stops.get("min_tokens") or 0,
         ignore_eos=ignore_eos,
-        stop_token_ids=() if ignore_eos else tuple(dict.fromkeys(hidden)),
-        logprobs=told.get("logprobs"),
+        stop_token_ids=() if ignore_eos else tuple(dict.fromkeys(stop_token_ids)),
+        logprobs=output_options.get("logprobs"),
     )
 
 
 def check_adapter(request: Mapping[str, Any], served: Collection[str]) -> None:
-    """Raise `InvalidRequest` where a request names an adapter: as the model, or as front ends' routers do."""
+    """Raise `InvalidRequest` if a request names an adapter, as its model or in a routing field."""
     model = request.get("model")
     if model is not None and model not in served:
         raise InvalidRequest("model", model, f"must be {' or '.join(served)}; {ADAPTERS}")
-    for place in (request, *(request.get(name) for name in ("routing", "sampling_options", "extra_args", "nvext"))):
-        if isinstance(place, Mapping):
-            for field in sorted(ADAPTER_FIELDS.intersection(place)):
-                refuse_adapter(field, place[field])
+    for section in (request, *(request.get(name) for name in ("routing", "sampling_options", "extra_args", "nvext"))):
+        if isinstance(section, Mapping):
+            for field in sorted(ADAPTER_FIELDS.intersection(section)):
+                refuse_adapter(field, section[field])
 
 
-def chunks(output: RequestOutput, usage: "Usage", text_of: Callable[[int], str]) -> Iterator[Chunk]:
-    """What is new in an output, a chunk a sequence; with the last of the request, its usage."""
-    usage.count(output)
+def chunks(output: RequestOutput, usage: "UsageCounter", text_of: Callable[[int], str]) -> Iterator[Chunk]:
+    """Convert an output to one chunk per sequence; the last chunk of the request carries its usage."""
+    usage.add(output)
     last = len(output.outputs) - 1
-    for place, one in enumerate(output.outputs):
-        chunk: Chunk = {"token_ids": one.token_ids, "index": one.index}
-        if one.logprobs:
-            chunk |= _logprobs(one, text_of)
-        if one.finish_reason is not None:
-            chunk["finish_reason"] = _REASONS.get(one.finish_reason, f"error: {one.stop_reason}")
-        if output.finished and place == last:
-            chunk["completion_usage"] = usage.told()
+    for position, completion in enumerate(output.outputs):
+        chunk: Chunk = {"token_ids": completion.token_ids, "index": completion.index}
+        if completion.logprobs:
+            chunk |= _logprobs(completion, text_of)
+        if completion.finish_reason is not None:
+            chunk["finish_reason"] = _REASONS.get(completion.finish_reason, f"error: {completion.stop_reason}")
+        if output.finished and position == last:
+            chunk["completion_usage"] = usage.as_dict()
         yield chunk
 
 
-class Usage:
-    """The tokens of one request, as far as they were told."""
+class UsageCounter:
+    """Count of the tokens of one request, from its outputs so far."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
         self.completion_tokens = 0
 
-    def count(self, output: RequestOutput) -> None:
-        """Take over a delta."""
+    def add(self, output: RequestOutput) -> None:
+        """Count a delta."""
         self.cached_tokens = output.num_cached_tokens
-        self.completion_tokens += sum(len(one.token_ids) for one in output.outputs)
+        self.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
 
-    def told(self) -> Chunk:
-        """In OpenAI's words."""
+    def as_dict(self) -> Chunk:
+        """The usage in OpenAI's format."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -110,17 +112,17 @@ class Usage:
         }
 
 
-def _part(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = request.get(name)
-    if part is None:
+def _section(request: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = request.get(name)
+    if section is None:
         return {}
-    if not isinstance(part, Mapping):
-        raise InvalidRequest(name, part, "must be an object")
-    return part
+    if not isinstance(section, Mapping):
+        raise InvalidRequest(name, section, "must be an object")
+    return section
 
 
 def _bias(bias: object) -> dict[int, Any]:
-    """JSON has text for keys."""
+    """A logit bias by token id; JSON has strings for keys."""
     if not isinstance(bias, Mapping):
         raise InvalidRequest("logit_bias", bias, "must be an object")
     try:
@@ -129,14 +131,14 @@ def _bias(bias: object) -> dict[int, Any]:
         raise InvalidRequest("logit_bias", bias, "must have token ids for keys") from error
 
 
-def _logprobs(one: CompletionOutput, text_of: Callable[[int], str]) -> Chunk:
-    """Each token's natural-log probability; of each place the likeliest, the token itself first."""
-    assert one.logprobs is not None
+def _logprobs(completion: CompletionOutput, text_of: Callable[[int], str]) -> Chunk:
+    """The natural-log probability of each token, and the likeliest tokens at its position after the token itself."""
+    assert completion.logprobs is not None
     top = [
         [
             {"rank": rank, "token_id": token, "token": text_of(token), "logprob": value}
-            for rank, (token, value) in enumerate(found.items(), 1)
+            for rank, (token, value) in enumerate(position.items(), 1)
         ]
-        for found in one.logprobs
+        for position in completion.logprobs
     ]
-    return {"log_probs": [next(iter(found.values())) for found in one.logprobs], "top_logprobs": top}
+    return {"log_probs": [next(iter(position.values())) for position in completion.logprobs], "top_logprobs": top}

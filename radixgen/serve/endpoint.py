@@ -1,4 +1,4 @@
-"""Where sockets may be bound and dialled, and what every socket is bounded by."""
+"""ZeroMQ sockets: which addresses they may use, their keys, and their limits."""
 
 import ipaddress
 import logging
@@ -20,34 +20,34 @@ logger = logging.getLogger(__name__)
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Interest = tuple[zmq.Socket[bytes] | int, int]
-"""A socket or a descriptor, and what is waited for."""
+"""A socket or file descriptor, and the events to poll it for"""
 
 OLDEST_LIBZMQ = (4, 3, 4)
 HEARTBEAT_SECONDS = 1.0
 LINGER_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
-"""For the first connection of a socket"""
+"""Time limit for the first connection of a socket"""
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _MESSAGES = 1_024
-"""That wait on either side of a socket that carries small ones."""
+"""High-water mark of sockets for small messages"""
 _PAYLOADS = 64
-"""That wait where each may be a prompt of `max_frame_bytes`."""
+"""High-water mark of sockets for messages of up to `max_frame_bytes`"""
 _PORT = re.compile(r".*:(\d+|\*)")
-"""`*` is any that is free, where an address is bound."""
+"""A port; binding to `*` picks a free port."""
 _SMG_PORTS = 20_000, 10_000
-"""SMG's handshakes: the first port, and how many."""
+"""Ports of SMG's handshakes: the first one, and how many"""
 
 
 class InsecureEndpoint(RadixgenError):
-    """An address that others could reach, without keys."""
+    """An address that untrusted peers could reach, without keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Keys for TCP, as `zmq.auth.create_certificates` writes them.
+    """CURVE keys for TCP, as written by `zmq.auth.create_certificates`.
 
-    own: file with the own public and secret key.
-    peers: what is trusted. Where this side dials, the file of the front end's public key; where it binds, a folder with
+    own: file with this side's public and secret key.
+    peers: trusted public keys. For a worker, the file with the front end's public key; for a front end, the folder with
         the workers' public keys.
     """
 
@@ -55,7 +55,7 @@ class Curve:
     peers: Path
 
     def dial(self, socket: "zmq.Socket[bytes]") -> None:
-        """Set up a socket that connects. Raises `InvalidRequest`."""
+        """Set the keys of a socket that connects. Raises `InvalidRequest`."""
         socket.curve_publickey, socket.curve_secretkey = self.keys()
         try:
             socket.curve_serverkey = zmq.auth.load_certificate(self.peers)[0]
@@ -63,12 +63,12 @@ class Curve:
             raise InvalidRequest("curve_server", self.peers, f"holds no public key: {error}") from error
 
     def bind(self, socket: "zmq.Socket[bytes]") -> None:
-        """Set up a socket that binds; who may connect, an authenticator decides. Raises `InvalidRequest`."""
+        """Set the keys of a socket that binds; an authenticator decides who may connect. Raises `InvalidRequest`."""
         socket.curve_publickey, socket.curve_secretkey = self.keys()
         socket.curve_server = True
 
     def keys(self) -> tuple[bytes, bytes]:
-        """The own public and secret key. Raises `InvalidRequest`."""
+        """Read this side's public and secret key. Raises `InvalidRequest`."""
         try:
             public, secret = zmq.auth.load_certificate(self.own)
         except (OSError, ValueError) as error:
@@ -79,17 +79,19 @@ class Curve:
 
 
 def check_library() -> None:
-    """Raise `RadixgenError` where libzmq is older than its last known hole."""
+    """Raise `RadixgenError` if libzmq has known vulnerabilities."""
     if zmq.zmq_version_info() < OLDEST_LIBZMQ:
         oldest = ".".join(map(str, OLDEST_LIBZMQ))
         raise RadixgenError(f"libzmq {zmq.zmq_version()} has known vulnerabilities: {oldest} or newer is needed")
 
 
 def check_endpoint(address: str, *, curve: Curve | None = None, insecure_tcp: bool = False) -> None:
-    """Check that only trusted peers can connect to `address`: ipc in a folder that nobody else may enter, or TCP on
-    loopback; other TCP with keys, or, with a warning, where `insecure_tcp` allows it.
+    """Check that only trusted peers can connect to `address`.
 
-    Raises `InvalidRequest`, and `InsecureEndpoint`.
+    Accepted are ipc in a folder that only this user may enter, TCP on loopback, TCP with CURVE keys and, with a
+    warning, any TCP address if `insecure_tcp`.
+
+    Raises `InvalidRequest`, `InsecureEndpoint`.
     """
     parts = _split(address)
     if parts.scheme == "tcp" and not _PORT.fullmatch(parts.netloc):
@@ -99,12 +101,13 @@ def check_endpoint(address: str, *, curve: Curve | None = None, insecure_tcp: bo
     elif curve is None and not _is_loopback(parts.hostname or ""):
         if not insecure_tcp:
             raise InsecureEndpoint(f"{address} is neither ipc nor loopback: give CURVE keys, or allow insecure TCP")
-        logger.warning("%s: anyone who reaches it can read and send everything", address)
+        logger.warning("%s: unencrypted, and anyone who can reach it can connect", address)
 
 
 def smg_handshake(worker_url: str) -> str:
-    """The handshake address that SMG derives from the URL of a worker, `ipc://…`: a port on loopback, by FNV-1a of the
-    path. Raises `InvalidRequest`.
+    """Handshake address that SMG derives from a worker's URL, `ipc://…`: a loopback port, by an FNV-1a hash.
+
+    Raises `InvalidRequest`.
     """
     if not worker_url.startswith("ipc://"):
         raise InvalidRequest("worker_url", worker_url, "must be ipc://PATH")
@@ -125,10 +128,11 @@ def open_socket(
     heartbeat: float = 0.0,
     once: bool = False,
 ) -> "zmq.Socket[bytes]":
-    """A socket with every bound set, neither bound nor connected. `payloads`: its messages may be large.
+    """Create a socket with all its limits set, neither bound nor connected.
 
-    heartbeat: seconds between pings, after five of which without an answer a connection is given up; 0 sends none.
-    once: it does not connect again where its connection is lost.
+    payloads: whether its messages may be large.
+    heartbeat: seconds between pings; the connection is closed after five pings without an answer. 0 disables pings.
+    once: whether a lost connection is not restored.
     """
     socket = context.socket(kind)
     marks = _PAYLOADS if payloads else _MESSAGES
@@ -148,8 +152,8 @@ def open_socket(
     return socket
 
 
-class Watched:
-    """A socket with one connection, whose end is the end: what was under way then may be lost."""
+class MonitoredSocket:
+    """Socket for a single connection, with a monitor that notices when the connection is lost."""
 
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
         self.socket = socket
@@ -159,14 +163,14 @@ class Watched:
         self._due = time.monotonic() + PATIENCE_SECONDS
 
     def watch(self) -> None:
-        """Take note of what has happened to the connection."""
+        """Read the monitor's events."""
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)["event"]
             self._broken = self._broken or (self.connected and event == zmq.EVENT_DISCONNECTED)
             self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
 
     def lost(self, now: float) -> bool:
-        """Whether the connection has ended, or has never come."""
+        """Whether the connection was lost, or was not established in time."""
         return self._broken or (not self.connected and now > self._due)
 
     def close(self, linger: float = 0.0) -> None:
@@ -176,8 +180,8 @@ class Watched:
 
 
 def ready(watched: Sequence[Interest], milliseconds: int) -> set[object]:
-    """Sockets and descriptors at which something has happened; waits for the first."""
-    return {one for one, _ in zmq.zmq_poll(list(watched), milliseconds)}
+    """Poll, and return the sockets and file descriptors with an event."""
+    return {socket for socket, _ in zmq.zmq_poll(list(watched), milliseconds)}
 
 
 def _split(address: str) -> SplitResult:
@@ -190,10 +194,10 @@ def _split(address: str) -> SplitResult:
 
 def _check_folder(address: str, path: Path) -> None:
     try:
-        found = path.parent.stat()
+        status = path.parent.stat()
     except OSError as error:
         raise InvalidRequest("address", address, f"its folder cannot be read: {error}") from error
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise InsecureEndpoint(f"{address}: {path.parent} must belong to this user alone (chmod 700)")
 
 

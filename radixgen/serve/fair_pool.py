@@ -1,4 +1,4 @@
-"""`FairPool`: a few threads for work that takes long, shared out evenly among those who give it."""
+"""`FairPool`: a thread pool that serves its callers in turn."""
 
 import threading
 import time
@@ -10,32 +10,33 @@ from typing import Any, TypeVar
 from radixgen.core import EngineClosed, QueueFull
 
 T = TypeVar("T")
-Job = tuple["Future[Any]", Callable[[], Any]]
+Task = tuple["Future[Any]", Callable[[], Any]]
 
 
 class FairPool:
-    """Callers take turns, whatever they have waiting. One caller never has the last thread, so that another's work
-    begins at once; of a single thread they take turns. May be used from any thread.
+    """Thread pool in which callers take turns, however much work each has queued. Thread-safe.
 
-    A caller may part its work further, by `share`: its shares take turns within its own.
+    No caller occupies all threads (unless there is only one), so that another caller's work starts at once. A caller
+    may divide its work into shares, which take turns as well.
     """
 
     def __init__(self, threads: int, name: str, *, most_waiting: int) -> None:
-        """most_waiting: jobs of one caller that have not begun. The threads are daemons: none holds up the process."""
+        """most_waiting: maximum number of queued tasks per caller. The threads are daemons."""
         self._threads = threads
         self._name = name
         self._most_waiting = most_waiting
-        self._waiting: OrderedDict[Hashable, OrderedDict[Hashable, deque[Job]]] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, OrderedDict[Hashable, deque[Task]]] = OrderedDict()
         self._running: dict[Hashable, int] = {}
         self._started = 0
         self._moved = time.monotonic()
-        """When work last began or ended, or came where none waited"""
+        """Time of the last progress: a task started or ended, or came to an empty queue"""
         self._closed = False
         self._changed = threading.Condition()
 
     def submit(self, caller: Hashable, work: Callable[[], T], *, share: Hashable = None) -> "Future[T]":
-        """Have `work` run. A future that is cancelled before it begins is dropped. Raises `QueueFull`, and
-        `EngineClosed` after `close`.
+        """Queue `work`; cancelling its future before it starts removes it from the queue.
+
+        Raises `QueueFull`, and `EngineClosed` after `close`.
         """
         future: Future[T] = Future()
         with self._changed:
@@ -46,9 +47,7 @@ class FairPool:
             shares = self._waiting.setdefault(caller, OrderedDict())
             waiting = sum(map(len, shares.values()))
             if waiting >= self._most_waiting:
-                raise QueueFull(
-                    f"waiting ({self._name})", waiting + 1, f"at most {self._most_waiting} of one caller wait"
-                )
+                raise QueueFull(f"waiting ({self._name})", waiting + 1, f"at most {self._most_waiting} per caller")
             shares.setdefault(share, deque()).append((future, work))
             self._start_thread()
             self._changed.notify()
@@ -56,12 +55,12 @@ class FairPool:
         return future
 
     def stalled(self, seconds: float) -> bool:
-        """Whether work waits, and none has begun or ended for so long."""
+        """Whether tasks wait, and none has started or ended for so many seconds."""
         with self._changed:
             return bool(self._waiting) and time.monotonic() - self._moved > seconds
 
     def close(self) -> None:
-        """What has not begun ends with `EngineClosed`. What runs goes on, and nobody waits for it."""
+        """Fail queued tasks with `EngineClosed`, without waiting for running tasks."""
         with self._changed:
             self._closed = True
             waiting = [job for shares in self._waiting.values() for jobs in shares.values() for job in jobs]
@@ -88,8 +87,8 @@ class FairPool:
                 self._done(caller)
             del taken, future, work
 
-    def _take(self) -> tuple[Hashable, Job] | None:
-        """The next job; None at the end."""
+    def _take(self) -> tuple[Hashable, Task] | None:
+        """Wait for the next task. Returns None when the pool is closed."""
         with self._changed:
             while (caller := self._next_caller()) is None:
                 if self._closed:
@@ -107,7 +106,7 @@ class FairPool:
             return caller, job
 
     def _next_caller(self) -> Hashable | None:
-        """Of those that may have a thread more, the one whose turn was longest ago."""
+        """The caller whose turn it is, among those that may occupy another thread."""
         most = max(self._threads - 1, 1)
         return next((caller for caller in self._waiting if self._running.get(caller, 0) < most), None)
 
@@ -120,7 +119,7 @@ class FairPool:
             self._changed.notify()
 
     def _forget(self, caller: Hashable, share: Hashable, future: "Future[Any]") -> None:
-        """Nobody waits for it any more."""
+        """Remove a cancelled task from the queue."""
         with self._changed:
             shares = self._waiting.get(caller, OrderedDict())
             jobs = deque(job for job in shares.get(share, ()) if job[0] is not future)

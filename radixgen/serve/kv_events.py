@@ -1,19 +1,19 @@
-"""Cache events over ZeroMQ, in the form that vLLM publishes and SGLang, Dynamo and llm-d consume.
+"""KV cache events over ZeroMQ, in vLLM's format, which SGLang, Dynamo and llm-d consume too.
 
     PUB     [topic, sequence (8 bytes, big-endian), payload]
     ROUTER  [b"", start (8 bytes)]  ->  [b"", topic, sequence, payload] …, [b"", b"", -1, b""]
     payload [time, [event, …], rank]  as MessagePack
 
 An event is `BlockStored`, `BlockRemoved` or `AllBlocksCleared`: a map with its name under `type`, or the same values as
-an array. A batch holds what happened in one interval, in order, and sequences count batches from 0.
+an array. A batch holds the events of one interval in order; the sequence number counts batches from 0.
 
-Who misses batches sees a gap in the sequence and asks for a replay from there. Where `start` is in the buffer no more,
-or lies beyond the last batch (a worker that began anew counts from 0 again; -1 asks on purpose), the replay is a single
-batch with the last sequence: `AllBlocksCleared`, then everything that is held. Who joins late asks for 0, or for -1.
-What comes twice does no harm: the last event of a block says whether it is held.
+A subscriber that misses batches sees a gap in the sequence numbers and requests a replay from there. If batch `start`
+is no longer buffered, or lies beyond the last batch (after a restart of the worker; -1 requests it explicitly), the
+replay is a snapshot: a single batch with the last sequence number that holds `AllBlocksCleared`, then all cached
+blocks. A late subscriber requests 0 or -1. Repeated events do no harm: the last event of a block decides.
 
-The engine's thread only appends to a bounded queue. A thread of its own sends, keeps what it sent for replays, and
-keeps what is held for those who come too late for one.
+The engine's thread only appends to a bounded queue. The publisher's thread sends batches, buffers them for replays, and
+tracks all cached blocks for snapshots.
 """
 
 import logging
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEDIUM = "GPU"
-"""Where blocks lie, in vLLM's words: in the memory that attention reads."""
+"""vLLM's name for the memory that attention reads"""
 
 _INTERVAL_MS = 10
 _MAX_BATCH_BLOCKS = 4_096
@@ -52,32 +52,32 @@ _EVERYWHERE = {"*", "0.0.0.0", "[::]", "::"}
 
 
 class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What to publish and where; the names, where vLLM has one, are those of its `--kv-events-config`."""
+    """What to publish and where. Field names are those of vLLM's `--kv-events-config` where it has them."""
 
     enable_kv_cache_events: bool = True
     publisher: Literal["zmq", "null"] = "zmq"
     endpoint: str = "tcp://127.0.0.1:5557"
-    """`ipc://…`, a loopback address or `tcp://*:port` is bound, another host connected to; port `*` is a free one."""
+    """`ipc://…`, loopback and `tcp://*:port` are bound, other hosts connected to; port `*` picks a free port"""
     replay_endpoint: str | None = None
     topic: str = ""
     block_size: int = 16
     encoding: Literal["map", "array"] = "map"
     rank: int = 0
-    """Of this engine among the data-parallel ones of one worker"""
+    """Data-parallel rank of this engine"""
     buffer_steps: int = 10_000
-    """Batches kept for replays at the most"""
+    """Maximum number of batches that are buffered for replays"""
     buffer_bytes: int = 1 << 26
-    """Their payloads' bytes at the most"""
+    """Maximum number of bytes that are buffered for replays"""
     hwm: int = 10_000
-    """Batches on their way to one subscriber at the most; one that lags further behind misses some"""
+    """Maximum number of unsent batches per subscriber; a subscriber that lags further behind misses some"""
     max_queue_size: int = 100_000
-    """Blocks on their way from the engine to the sender; there is always room for the whole pool twice"""
+    """Maximum number of blocks in the queue from the engine to the publisher, but at least twice the pool"""
     allow_insecure_tcp: bool = False
-    """Let token ids leave the machine as clear text, to whoever connects."""
+    """Allow unencrypted TCP beyond loopback, by which anyone can read token ids"""
 
     @classmethod
     def parse(cls, text: str) -> "KVEventsConfig":
-        """From JSON. Raises `InvalidRequest`."""
+        """Parse JSON. Raises `InvalidRequest`."""
         try:
             return msgspec.json.decode(text.encode("utf-8", "surrogatepass"), type=cls)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -88,7 +88,7 @@ class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return self.enable_kv_cache_events and self.publisher != "null"
 
     def check(self) -> None:
-        """Raise `InvalidRequest` for what cannot be meant, or must be allowed first."""
+        """Raise `InvalidRequest` for a field out of its range, or an endpoint that requires `allow_insecure_tcp`."""
         check_integer("block_size", self.block_size, 1, 1 << 16)
         check_integer("rank", self.rank, 0, 1 << 16)
         for field in ("buffer_steps", "hwm", "max_queue_size"):
@@ -106,27 +106,27 @@ class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 @dataclass(frozen=True, slots=True)
 class KVEventsStats:
-    """What was published and what was not."""
+    """Counters of a publisher."""
 
     batches: int
     events: int
     blocks: int
-    """Held, as far as was published"""
+    """Blocks that are cached according to the batches sent so far"""
     dropped_events: int
-    """Never sent. The sender did not keep up, and everything held was told anew; or it failed, and replays do that"""
+    """Events that were not sent; after a queue overflow all cached blocks are published again"""
     lags: int
-    """Times that a subscriber fell too far behind; it then misses batches until it reads again, and sees a gap"""
+    """Times that a subscriber lagged too far behind, and missed batches"""
     replays: int
     snapshots: int
-    """Replays that began with everything held"""
+    """Replays that were snapshots"""
     cut_replays: int
-    """Replays whose reader went away or did not read"""
+    """Replays that were cut off because the subscriber left or did not read"""
     bad_requests: int
-    """Replay requests that were none"""
+    """Malformed replay requests"""
 
 
 class KVEvents:
-    """Publishes which blocks an engine's cache holds, from now until `close`.
+    """Publishes the KV cache events of an engine until `close`.
 
     ```python
     engine = Engine("smollm2")
@@ -136,9 +136,7 @@ class KVEvents:
     """
 
     def __init__(self, engine: "Engine | AsyncEngine", config: KVEventsConfig | None = None) -> None:
-        """Begins with `AllBlocksCleared` and what is cached already. Raises `InvalidRequest`, also where an endpoint is
-        taken.
-        """
+        """Start with `AllBlocksCleared` and all cached blocks. Raises `InvalidRequest`, also for an address in use."""
         self.config = config or KVEventsConfig()
         self.config.check()
         self._engine = engine
@@ -153,24 +151,24 @@ class KVEvents:
 
     @property
     def bound_config(self) -> KVEventsConfig:
-        """The configuration, with the ports that were free."""
+        """The configuration, with actual ports in place of `*`."""
         return msgspec.structs.replace(self.config, endpoint=self.endpoint, replay_endpoint=self.replay_endpoint)
 
     @property
     def endpoint(self) -> str:
-        """Where subscribers connect, with its port."""
+        """Address for subscribers, with its actual port."""
         return self._publisher.endpoint
 
     @property
     def replay_endpoint(self) -> str | None:
-        """Where replays are asked for, with its port."""
+        """Address for replay requests, with its actual port."""
         return self._publisher.replay_endpoint
 
     def stats(self) -> KVEventsStats:
         return self._publisher.stats()
 
     def close(self) -> None:
-        """Publish what is on its way, and stop. May be called twice."""
+        """Publish the queued events, and stop. May be called twice."""
         self._engine.inspect(self._leave)
         self._publisher.close()
 
@@ -183,7 +181,7 @@ class KVEvents:
     def _listen(self, core: "EngineCore") -> None:
         tree = core.tree
         if tree.listener is not None:
-            logger.error("cache events are published already: this publisher has nothing to tell")
+            logger.error("the KV cache events of this engine are published already")
             raise InvalidRequest("engine", self._engine, "its cache events are published already")
         self._queue.limit = max(self._queue.limit, 2 * tree.pool.capacity // self.config.block_size)
         self._projection = BlockProjection(tree, self._queue.put, self.config.block_size)
@@ -194,19 +192,19 @@ class KVEvents:
 
 
 class _Queue:
-    """Events from the engine's thread to the sender's, `limit` blocks at the most. Neither thread ever waits."""
+    """Queue of at most `limit` blocks from the engine's thread to the publisher's. Neither thread ever waits."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.dropped = 0
         self._events: deque[BlockEvent] = deque()
-        # The engine's thread alone writes the first two, the sender's the third.
+        # Only the engine's thread writes the first two, only the publisher's thread the third.
         self._put = 0
         self._cut = 0
         self._taken = 0
 
     def put(self, event: BlockEvent) -> bool:
-        """False where there is no room: then all that waits is dropped too, and must be told anew."""
+        """Add an event. If the queue is full, clears it and returns False: then publish all cached blocks again."""
         if self._put - self._cut - self._taken < self.limit:
             self._put += _num_blocks(event)
             self._events.append(event)
@@ -217,11 +215,11 @@ class _Queue:
                 self._cut += _num_blocks(self._events.popleft())
                 dropped += 1
         self.dropped += dropped
-        logger.warning("%d cache events were dropped: the sender does not keep up; all is told anew", dropped)
+        logger.warning("dropped %d KV cache events: the publisher is too slow; publishing all blocks again", dropped)
         return False
 
     def take(self) -> list[BlockEvent]:
-        """The oldest events, of so many blocks as make a batch."""
+        """Remove the oldest events, up to the size of a batch."""
         events: list[BlockEvent] = []
         blocks = 0
         with suppress(IndexError):
@@ -233,7 +231,7 @@ class _Queue:
 
 
 class _Block(NamedTuple):
-    """A block that is held."""
+    """A cached block."""
 
     parent: int | None
     tokens: TokenArray
@@ -241,14 +239,14 @@ class _Block(NamedTuple):
 
 
 class _Publisher:
-    """The sockets, and the thread that owns them from its start on."""
+    """Sockets, and the thread that uses them once it has started."""
 
     def __init__(self, config: KVEventsConfig, queue: _Queue) -> None:
         self._config = config
         self._queue = queue
         self._topic = config.topic.encode("utf-8", "replace")
         self._held: dict[int, _Block] = {}
-        """As the batches sent so far say; each block after the one before it."""
+        """Cached blocks according to the batches sent so far; each follows its parent"""
         self._sent: deque[tuple[int, bytes]] = deque()
         self._sent_bytes = 0
         self._snapshot: tuple[int, bytes] | None = None
@@ -273,7 +271,7 @@ class _Publisher:
             self._context.destroy(linger=0)
             raise
         if config.allow_insecure_tcp:
-            logger.warning("cache events, which tell all prompts, leave as clear text from %s", self.endpoint)
+            logger.warning("KV cache events, which contain all prompts, are sent unencrypted from %s", self.endpoint)
         self._thread = threading.Thread(target=self._run, name="radixgen-kv-events", daemon=True)
         self._thread.start()
 
@@ -307,18 +305,18 @@ class _Publisher:
                 try:
                     self._answer(self._replay)
                 except Exception:
-                    logger.exception("a replay of cache events failed")
+                    logger.exception("a replay of KV cache events failed")
         self._context.destroy(linger=_LINGER_MS)
 
     def _wait(self) -> None:
-        """For a request, at the most for an interval."""
+        """Wait for a replay request, up to one interval."""
         if self._replay is not None:
             self._replay.poll(_INTERVAL_MS)
         else:
             self._closing.wait(_INTERVAL_MS / 1_000)
 
     def _publish(self, events: list[BlockEvent]) -> None:
-        """One batch. If it fails its sequence is missing, and replays begin with everything held."""
+        """Send one batch. If that fails, its sequence number is skipped, and replays start with a snapshot."""
         try:
             for event in events:
                 self._apply(event)
@@ -326,7 +324,7 @@ class _Publisher:
             self._send([self._topic, self._batches.to_bytes(8, "big"), payload])
             self._keep(payload)
         except Exception:
-            logger.exception("%d cache events could not be sent", len(events))
+            logger.exception("could not send %d KV cache events", len(events))
             self._failed += len(events)
             self._sent.clear()
             self._sent_bytes = 0
@@ -334,42 +332,42 @@ class _Publisher:
         self._events += len(events)
 
     def _keep(self, payload: bytes) -> None:
-        """For replays."""
+        """Buffer a payload for replays."""
         self._sent.append((self._batches, payload))
         self._sent_bytes += len(payload)
         while len(self._sent) > self._config.buffer_steps or self._sent_bytes > self._config.buffer_bytes:
             self._sent_bytes -= len(self._sent.popleft()[1])
 
     def _apply(self, event: BlockEvent) -> None:
-        """What is held after an event."""
+        """Update the cached blocks."""
         if isinstance(event, BlocksReset):
             self._held.clear()
         elif isinstance(event, BlocksDropped):
-            for one in event.hashes:
-                self._held.pop(one, None)
+            for block in event.hashes:
+                self._held.pop(block, None)
         else:
             parent, size = event.parent, self._config.block_size
-            for index, one in enumerate(event.hashes):
-                self._held[one] = _Block(parent, event.tokens[index * size : (index + 1) * size], event.namespace)
-                parent = one
+            for index, block in enumerate(event.hashes):
+                self._held[block] = _Block(parent, event.tokens[index * size : (index + 1) * size], event.namespace)
+                parent = block
 
     def _send(self, frames: list[bytes]) -> None:
-        """Send to all but those too far behind. ZeroMQ tells when one falls behind, not what it misses from then on."""
+        """Send to all subscribers that keep up. ZeroMQ reports when one falls behind, but not what it misses then."""
         try:
             self._pub.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             self._lags += 1
-            logger.warning("a subscriber of cache events fell behind and misses some from %d on", self._batches)
+            logger.warning("a subscriber of KV cache events lags, and misses batches from %d on", self._batches)
             self._pub.set(zmq.XPUB_NODROP, 0)
             self._pub.send_multipart(frames, zmq.NOBLOCK)
             self._pub.set(zmq.XPUB_NODROP, 1)
 
     def _answer(self, replay: "zmq.Socket[bytes]") -> None:
-        """One request for a replay."""
+        """Receive and answer one replay request."""
         frames = replay.recv_multipart(zmq.NOBLOCK)
         if len(frames) != 3 or frames[1] or len(frames[2]) != 8:
             self._bad_requests += 1
-            logger.warning("%d requests for a replay of cache events were none", self._bad_requests)
+            logger.warning("malformed replay request, %d so far", self._bad_requests)
             return
         peer, start = frames[0], int.from_bytes(frames[2], "big")
         self._replays += 1
@@ -379,28 +377,28 @@ class _Publisher:
             replay.send_multipart([peer, b"", b"", _END, b""], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             self._cut_replays += 1
-            logger.warning("a replay of cache events was cut: %s", error)
+            logger.warning("a replay of KV cache events was cut off: %s", error)
 
     def _from(self, start: int) -> Iterable[tuple[int, bytes]]:
-        """The batches from `start` on, or everything held where they are not known."""
+        """Batches from `start` on, or a snapshot if they are not buffered."""
         if start == self._batches or (self._sent and self._sent[0][0] <= start < self._batches):
-            return [one for one in self._sent if one[0] >= start]
+            return [batch for batch in self._sent if batch[0] >= start]
         if not self._batches:
             return []
         self._snapshots += 1
         if self._snapshot is None or self._snapshot[0] != self._batches - 1:
-            held = [BlocksAdded([one], *block) for one, block in self._held.items()]
+            held = [BlocksAdded([block_hash], *block) for block_hash, block in self._held.items()]
             self._snapshot = self._batches - 1, self._encode(_joined([BlocksReset(), *held]))
         return [self._snapshot]
 
     def _encode(self, events: Iterable[BlockEvent]) -> bytes:
         fields = [_fields(event, self._config.block_size) for event in events]
-        form: list[Any] = fields if self._config.encoding == "map" else [[*one.values()] for one in fields]
+        form: list[Any] = fields if self._config.encoding == "map" else [[*event.values()] for event in fields]
         return msgspec.msgpack.encode([time.time(), form, self._config.rank])
 
 
 def _fields(event: BlockEvent, block_size: int) -> dict[str, Any]:
-    """An event on the wire: the fields of vLLM's, in their order, without what is at its default at the end."""
+    """Fields of a vLLM event, in vLLM's order, without trailing fields that have default values."""
     if isinstance(event, BlocksReset):
         return {"type": "AllBlocksCleared"}
     if isinstance(event, BlocksDropped):
@@ -415,14 +413,14 @@ def _fields(event: BlockEvent, block_size: int) -> dict[str, Any]:
         "medium": MEDIUM,
         "lora_name": None,
     }
-    if event.namespace and event.parent is None:  # as vLLM does with a salt: in the first block, which all others chain
+    if event.namespace and event.parent is None:  # as vLLM: the salt is in the first block only
         own = event.namespace.encode("utf-8", "replace").decode()
         fields["extra_keys"] = [[own]] + [None] * (len(event.hashes) - 1)
     return fields
 
 
 def _joined(events: Iterable[BlockEvent]) -> Iterator[BlockEvent]:
-    """The same with neighbours made one: blocks that continue each other, and blocks that go."""
+    """Merge neighbouring events: stored blocks that continue each other, and removed blocks."""
     group: list[Any] = []
     for event in events:
         if group and not _continues(group[-1], event):
@@ -443,19 +441,19 @@ def _join(group: list[Any]) -> BlockEvent:
     first: BlockEvent = group[0]
     if len(group) == 1 or isinstance(first, BlocksReset):
         return first
-    hashes = [one for event in group for one in event.hashes]
+    hashes = [block for event in group for block in event.hashes]
     if isinstance(first, BlocksDropped):
         return BlocksDropped(hashes)
     return first._replace(hashes=hashes, tokens=np.concatenate([event.tokens for event in group]))
 
 
 def _num_blocks(event: BlockEvent) -> int:
-    """What an event weighs."""
+    """Size of an event in the queue, in blocks."""
     return 1 if isinstance(event, BlocksReset) else len(event.hashes)
 
 
 def _host(endpoint: str) -> str | None:
-    """Of a TCP endpoint; None of another kind."""
+    """Host of a TCP endpoint; None for other endpoints."""
     return endpoint.removeprefix("tcp://").rpartition(":")[0] if endpoint.startswith("tcp://") else None
 
 
@@ -464,11 +462,15 @@ def _check_endpoint(field: str, endpoint: str, allow_insecure_tcp: bool) -> None
     if host is None and not endpoint.startswith("ipc://"):
         raise InvalidRequest(field, endpoint, "must begin with tcp:// or ipc://")
     if host is not None and host not in _LOOPBACK and not allow_insecure_tcp:
-        raise InvalidRequest(field, endpoint, "tells all prompts in clear text: loopback, ipc, or allow_insecure_tcp")
+        raise InvalidRequest(
+            field,
+            endpoint,
+            "must be ipc or loopback: events contain all prompts unencrypted; else set allow_insecure_tcp",
+        )
 
 
 def _open(socket: "zmq.Socket[bytes]", field: str, endpoint: str) -> str:
-    """Bind or connect. Returns where, with its port."""
+    """Bind or connect a socket. Returns its address with the actual port."""
     host = _host(endpoint)
     try:
         if host is None or host in _LOOPBACK | _EVERYWHERE:

@@ -1,4 +1,4 @@
-"""The other end of `KVEvents`: follows which blocks workers hold, through gaps, replays and late beginnings."""
+"""Subscriber of `KVEvents`: follows which blocks workers have cached, by replays where it missed events."""
 
 import logging
 import os
@@ -21,34 +21,34 @@ logger = logging.getLogger(__name__)
 _POLL_MS = 100
 _BURST = 64
 _QUIET_SECONDS = 1.0
-"""Without a batch, after which a replay is asked for: the last batches may be what was missed."""
+"""Seconds without a batch until a replay is requested: the last batches may have been lost"""
 _PATIENCE_SECONDS = 30.0
-"""For the next message of a replay"""
+"""Time limit for the next message of a replay"""
 _WAITING_BATCHES = 1_000
 _END = -1
 _EVERYTHING = -1
 _BATCH_BLOCKS = 1 << 14
 _BLOCK_BYTES = 2_048
-"""Of a block in an event besides its tokens, at the most: names of fields, hashes, a namespace"""
+"""Maximum size of a block in an event without its tokens: field names, hashes, namespace"""
 
 
-class BlocksStored(Struct, tag="BlockStored"):
-    """Of what the event says, what tells which blocks: their tokens are passed over unread."""
-
-    block_hashes: list[int]
-
-
-class BlocksRemoved(Struct, tag="BlockRemoved"):
-    """Blocks that are held no more."""
+class BlockStored(Struct, tag="BlockStored"):
+    """Blocks that were cached. Other fields of the event, such as token ids, are skipped."""
 
     block_hashes: list[int]
 
 
-class AllCleared(Struct, tag="AllBlocksCleared"):
-    """No block is held."""
+class BlockRemoved(Struct, tag="BlockRemoved"):
+    """Blocks that are no longer cached."""
+
+    block_hashes: list[int]
 
 
-Event = BlocksStored | BlocksRemoved | AllCleared
+class AllBlocksCleared(Struct, tag="AllBlocksCleared"):
+    """No block is cached any more."""
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared
 Apply = Callable[[Hashable, Sequence[Event]], None]
 
 
@@ -58,16 +58,16 @@ class _Batch(Struct, array_like=True):
 
 
 class KVSubscriber:
-    """Follows the cache events of any number of workers, in a thread of its own.
+    """Follows the KV cache events of any number of workers, in its own thread.
 
-    Begins with everything that a worker holds, and asks for what it misses. What comes twice is told twice: the last
-    event of a block says whether it is held.
+    It starts with a snapshot of a worker's blocks and requests replays of missed batches. Events may repeat: the last
+    event of a block decides whether it is cached.
     """
 
     def __init__(self, apply: Apply) -> None:
-        """apply: is called with a worker and the events of one batch, in their order, from the thread."""
+        """apply: called from the thread with a worker and the events of one batch, in order."""
         self.batches = 0
-        """Batches that were told"""
+        """Number of batches that were applied"""
         self._apply = apply
         self._context: Context = zmq.Context()
         self._feeds: dict[Hashable, _Feed] = {}
@@ -78,13 +78,14 @@ class KVSubscriber:
         self._thread.start()
 
     def follow(self, worker: Hashable, config: KVEventsConfig, kv_tokens: int) -> None:
-        """Follow `worker`, whose pool has so many tokens. Raises `InvalidRequest` and `InsecureEndpoint` where its
-        events can't be had, or should not be trusted.
+        """Follow a worker. Raises `InvalidRequest`, `InsecureEndpoint`.
+
+        kv_tokens: size of the worker's KV cache, in tokens.
         """
         if config.replay_endpoint is None:
-            raise InvalidRequest("replay_endpoint", None, "must be given for cache events to be followed")
+            raise InvalidRequest("replay_endpoint", None, "is required to follow cache events")
         if config.encoding != "map":
-            raise InvalidRequest("encoding", config.encoding, "must be map for cache events to be followed")
+            raise InvalidRequest("encoding", config.encoding, "must be map to follow cache events")
         for endpoint in (config.endpoint, config.replay_endpoint):
             check_endpoint(endpoint)
 
@@ -94,7 +95,7 @@ class KVSubscriber:
         self._post(follow)
 
     def leave(self, worker: Hashable) -> None:
-        """Follow it no longer. A batch that is being told may still come."""
+        """Stop following a worker. A batch that is being applied is finished."""
 
         def leave() -> None:
             if (feed := self._feeds.pop(worker, None)) is not None:
@@ -103,7 +104,7 @@ class KVSubscriber:
         self._post(leave)
 
     def close(self) -> None:
-        """May be called twice."""
+        """Stop the thread. May be called twice."""
         self._closing = True
         self._wake()
         self._thread.join()
@@ -113,27 +114,27 @@ class KVSubscriber:
         self._wake()
 
     def _wake(self) -> None:
-        with suppress(OSError):  # it is closed
+        with suppress(OSError):  # closed
             os.eventfd_write(self._wake_fd, 1)
 
     # -- in the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closing:
-            watched: list[Interest] = [(self._wake_fd, zmq.POLLIN)]
-            watched += [(socket, zmq.POLLIN) for feed in self._feeds.values() for socket in feed.sockets]
-            if self._wake_fd in ready(watched, _POLL_MS):
+            interests: list[Interest] = [(self._wake_fd, zmq.POLLIN)]
+            interests += [(socket, zmq.POLLIN) for feed in self._feeds.values() for socket in feed.sockets]
+            if self._wake_fd in ready(interests, _POLL_MS):
                 os.eventfd_read(self._wake_fd)
             while self._jobs:
                 self._jobs.popleft()()
             for worker, feed in list(self._feeds.items()):
-                self._hear(worker, feed)
+                self._receive(worker, feed)
         self._context.destroy(linger=0)
         wake_fd, self._wake_fd = self._wake_fd, -1
         os.close(wake_fd)
 
-    def _hear(self, worker: Hashable, feed: "_Feed") -> None:
-        """Tell what has come of one worker. One that tells nonsense counts as holding nothing, and is not followed."""
+    def _receive(self, worker: Hashable, feed: "_Feed") -> None:
+        """Apply the batches of a worker. After a malformed one, its blocks count as removed, and it is not followed."""
         try:
             for _ in range(_BURST):
                 events = feed.receive()
@@ -144,14 +145,14 @@ class KVSubscriber:
                     self.batches += 1
             feed.attend(time.monotonic())
         except (RadixgenError, msgspec.MsgspecError, zmq.ZMQError, ValueError) as error:
-            logger.error("cache events of worker %s can't be read, and are not followed: %s", worker, error)
+            logger.error("malformed KV cache events of worker %s, no longer followed: %s", worker, error)
             del self._feeds[worker]
             feed.close()
-            self._apply(worker, [AllCleared()])
+            self._apply(worker, [AllBlocksCleared()])
 
 
 class _Feed:
-    """One worker's batches in their order. While a replay is under way, what is new waits in its socket."""
+    """Batches of one worker in order. During a replay, new batches wait in their socket."""
 
     def __init__(self, context: Context, config: KVEventsConfig, kv_tokens: int) -> None:
         blocks = kv_tokens // config.block_size + _BATCH_BLOCKS
@@ -169,11 +170,11 @@ class _Feed:
 
     @property
     def sockets(self) -> "list[zmq.Socket[bytes]]":
-        """Where something is waited for."""
+        """Sockets to poll."""
         return [self._replay] if self._replaying else [self._new]
 
     def receive(self) -> list[Event] | None:
-        """The events of the next message, none where it brings nothing new; None where no message has come."""
+        """Events of the next message, empty if it has no new ones. None if there is no message."""
         try:
             frames = self.sockets[0].recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
@@ -183,7 +184,7 @@ class _Feed:
         return self._read_replay(sequence, payload) if self._replaying else self._read_new(sequence, payload)
 
     def attend(self, now: float) -> None:
-        """Ask for what may have been missed; again, by a new connection, where the answer has stopped."""
+        """Request a replay after a quiet period; restart a replay that has stopped, with a new connection."""
         if self._replaying and now - self._heard > _PATIENCE_SECONDS:
             self._replay.close()
             self._replay = self._connect(zmq.DEALER, self._replay_endpoint)
@@ -205,14 +206,14 @@ class _Feed:
         return self._decoder.decode(payload).events
 
     def _read_replay(self, sequence: bytes, payload: bytes) -> list[Event]:
-        """A batch of a replay: the next one, or, after `AllBlocksCleared`, everything that is held."""
+        """Decode a batch of a replay: the next batch, or a snapshot."""
         number = int.from_bytes(sequence, "big", signed=True)
         if number == _END:
             self._replaying = False
             return []
         events = self._decoder.decode(payload).events
-        if number != self._next and not (events and isinstance(events[0], AllCleared)):
-            raise InvalidRequest("sequence", number, f"must be {self._next}, or of everything that is held")
+        if number != self._next and not (events and isinstance(events[0], AllBlocksCleared)):
+            raise InvalidRequest("sequence", number, f"must be {self._next}, or that of a snapshot")
         self._next = number + 1
         return events
 

@@ -1,4 +1,4 @@
-"""A worker as a process: what `radixgen worker` does."""
+"""Run a worker process: the body of `radixgen worker`."""
 
 import os
 import threading
@@ -30,13 +30,13 @@ def serve(
     stall_timeout: float = 60.0,
     parent_fd: int | None = None,
 ) -> bool:
-    """Serve front ends until a signal comes. Whether every request was told its end.
+    """Serve front ends until SIGINT or SIGTERM. Returns whether every request received its last output.
 
-    load: makes the engine, once everything else was found to be right.
-    smg: the URL of this worker in SMG; it says where that shakes hands.
-    kv_events_config: JSON, see `KVEventsConfig`.
-    parent_fd: a pipe; this process ends at once when its other end is closed.
-    The rest is as `Worker` takes it.
+    load: creates the engine; called after all other arguments were checked.
+    smg: URL of this worker in SMG, from which the handshake address is derived.
+    kv_events_config: JSON of a `KVEventsConfig`.
+    parent_fd: file descriptor of a pipe; this process exits at once when the other end is closed.
+    Other arguments are those of `Worker`.
 
     Raises `InvalidRequest`, `InsecureEndpoint`.
     """
@@ -44,7 +44,7 @@ def serve(
         end = partial(os._exit, 1)
         threading.Thread(target=await_hangup, args=([parent_fd], end), name="radixgen-parent", daemon=True).start()
     if bool(curve_secret) != bool(curve_server):
-        raise InvalidRequest("curve_secret", curve_secret, "goes with --curve-server")
+        raise InvalidRequest("curve_secret", curve_secret, "requires --curve-server")
     keys = Curve(curve_secret, curve_server) if curve_secret and curve_server else None
     addresses = [*handshakes, *([smg_handshake(smg)] if smg else ())]
     check_worker(addresses, engine_index, drain_timeout, stall_timeout)

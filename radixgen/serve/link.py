@@ -1,4 +1,4 @@
-"""A worker's connection to one process of a front end: its requests in, a bounded queue of messages out."""
+"""Connection of a worker to one process of a front end: requests in, a bounded outbox of messages out."""
 
 import logging
 import time
@@ -10,30 +10,29 @@ import zmq
 
 from radixgen.core import Limits
 from radixgen.serve import wire
-from radixgen.serve.endpoint import Context, Curve, Watched, open_socket
+from radixgen.serve.endpoint import Context, Curve, MonitoredSocket, open_socket
 from radixgen.serve.service import Message, Peer
 
 logger = logging.getLogger(__name__)
 
 
-OVERFLOW = "the front end does not read: what waited for it was dropped"
+OVERFLOW = "outbox overflow: the front end reads too slowly, unsent messages were dropped"
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """A message that could not be sent yet."""
+    """Message that could not be sent yet."""
 
     data: bytes
     kept: list[Message]
-    """Ends and replies, which can't be left out."""
+    """Last outputs of requests, and replies: they survive an overflow."""
 
 
 class Link:
-    """Sockets to one input and one output address. Belongs to the thread that polls.
+    """Sockets to the input and output address of one front-end process. Used by the I/O thread only.
 
-    More than `Limits.max_outbox_bytes` may not wait to be sent. What then waits is reduced to the end of each request
-    (`abort`, for it has lost tokens) and the failure of each call, and until all of that was taken nothing is read of
-    this front end.
+    The outbox holds at most `Limits.max_outbox_bytes`. When it overflows, it is reduced to a last output per request
+    (`abort`, since tokens were lost) and a failure per call; until those are sent, nothing is read from this front end.
     """
 
     def __init__(
@@ -47,19 +46,19 @@ class Link:
         curve: Curve | None = None,
         heartbeat: float = 0.0,
     ) -> None:
-        """addresses: the front end's input and output."""
+        """addresses: input and output address of the front end."""
         self.peer = peer
         self.output_address = addresses[1]
         self.overflowed = False
-        """Whether more waited than may, and not all of what is left was taken."""
+        """Whether the outbox overflowed, and its rest is not sent yet"""
         self._engine_index = engine_index
         self._limits = limits
         self._outbox: deque[_Waiting] = deque()
         self._outbox_bytes = 0
         self._open: set[str] = set()
-        """Requests of which something was told, and not the end"""
+        """Requests with an output, but without their last output"""
         self._cut: set[str] = set()
-        """Those of them of which something was dropped"""
+        """Open requests of which outputs were dropped"""
         sockets = []
         for address, kind in zip(addresses, (zmq.DEALER, zmq.PUSH), strict=True):
             identity = engine_index.to_bytes(2, "little") if kind == zmq.DEALER else None
@@ -69,29 +68,30 @@ class Link:
             )
             if curve is not None and address.startswith("tcp:"):
                 curve.dial(socket)
-            sockets.append(Watched(socket))
+            sockets.append(MonitoredSocket(socket))
             socket.connect(address)
         self.input, self.output = sockets
 
     @property
     def waiting(self) -> int:
-        """Bytes that could not be sent yet."""
+        """Bytes in the outbox."""
         return self._outbox_bytes
 
     def lost(self, now: float) -> bool:
-        """Whether the front end is gone."""
+        """Whether a connection to the front end was lost."""
         return self.input.lost(now) or self.output.lost(now)
 
     def watch(self) -> None:
+        """Read the connection events of both sockets."""
         self.input.watch()
         self.output.watch()
 
     def greet(self, ready: wire.Ready) -> None:
-        """The first message on an input."""
+        """Send the first message on the input socket."""
         self.input.socket.send(wire.encode(ready), zmq.DONTWAIT)
 
     def receive(self) -> list[bytes] | None:
-        """The frames of a message, or None where none has come."""
+        """Frames of the next message, or None if there is none."""
         try:
             frames = self.input.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
@@ -100,8 +100,8 @@ class Link:
         return frames
 
     def tell(self, messages: Sequence[Message], load: wire.Load | None = None) -> bool:
-        """Send, or keep for later. False where that was too much: the front end's requests are to be aborted."""
-        outputs = [one for one in messages if isinstance(one, wire.Output)]
+        """Send messages, or queue them. Returns False if the outbox overflows: then abort the front end's requests."""
+        outputs = [message for message in messages if isinstance(message, wire.Output)]
         if self._cut:
             outputs = self._abridge(outputs)
         if outputs:
@@ -116,7 +116,7 @@ class Link:
         return False
 
     def flush(self) -> None:
-        """Send of what waits as much as is taken."""
+        """Send as much of the outbox as the socket accepts."""
         while self._outbox:
             try:
                 self.output.socket.send(self._outbox[0].data, zmq.DONTWAIT)
@@ -127,12 +127,12 @@ class Link:
         self.overflowed = bool(self._cut)
 
     def farewell(self) -> None:
-        """The engine is no more."""
+        """Notify the front end that the engine is dead."""
         self.flush()
         try:
             self.output.socket.send(wire.DEAD, zmq.DONTWAIT)
         except zmq.Again:
-            logger.warning("%s was not told the engine's end: it does not read", self.peer.name)
+            logger.warning("%s does not read, and was not notified that the engine is dead", self.peer.name)
 
     def close(self, linger: float = 0.0) -> None:
         self.input.close()
@@ -141,46 +141,46 @@ class Link:
     # -- inside -------------------------------------------------------------------------------------------
 
     def _enqueue(self, outputs: list[wire.Output], load: wire.Load | None = None) -> None:
-        for one in outputs:
-            (self._open.discard if one.finished else self._open.add)(one.request_id)
-        message = wire.Outputs(self._engine_index, outputs, load, time.monotonic())
-        self._wait(message, [one for one in outputs if one.finished])
+        for output in outputs:
+            (self._open.discard if output.finished else self._open.add)(output.request_id)
+        message = wire.EngineCoreOutputs(self._engine_index, outputs, load, time.monotonic())
+        self._wait(message, [output for output in outputs if output.finished])
 
     def _enqueue_reply(self, reply: wire.Reply) -> None:
-        self._wait(wire.Outputs(self._engine_index, [], None, time.monotonic(), reply), [reply])
+        self._wait(wire.EngineCoreOutputs(self._engine_index, [], None, time.monotonic(), reply), [reply])
 
-    def _wait(self, message: wire.Outputs, kept: "list[wire.Output] | list[wire.Reply]") -> None:
+    def _wait(self, message: wire.EngineCoreOutputs, kept: "list[wire.Output] | list[wire.Reply]") -> None:
         data = wire.encode(message)
         self._outbox.append(_Waiting(data, [*kept]))
         self._outbox_bytes += len(data)
 
     def _overflow(self) -> None:
-        logger.error("%s does not read: its requests are aborted", self.peer.name)
+        logger.error("%s does not read, its outbox overflows: its requests are aborted", self.peer.name)
         self.overflowed = True
         self.peer.counters.overflows += 1
-        kept = [one for waiting in self._outbox for one in waiting.kept]
+        kept = [message for waiting in self._outbox for message in waiting.kept]
         self._outbox.clear()
         self._outbox_bytes = 0
         self._cut |= self._open
-        ended = [_cut_short(one) for one in kept if isinstance(one, wire.Output)]
-        if ended:
-            self._enqueue(ended)
-        for one in kept:
-            if isinstance(one, wire.Reply):
-                self._enqueue_reply(wire.Reply(one.call_id, OVERFLOW))
+        aborts = [_abort_output(message) for message in kept if isinstance(message, wire.Output)]
+        if aborts:
+            self._enqueue(aborts)
+        for message in kept:
+            if isinstance(message, wire.Reply):
+                self._enqueue_reply(wire.Reply(message.call_id, OVERFLOW))
 
     def _abridge(self, outputs: list[wire.Output]) -> list[wire.Output]:
-        """Of requests that have lost something, their ends alone."""
-        told = []
-        for one in outputs:
-            if one.request_id not in self._cut:
-                told.append(one)
-            elif one.finished:
-                self._cut.discard(one.request_id)
-                told.append(_cut_short(one))
-        return told
+        """Reduce the outputs of requests that lost tokens to their last output."""
+        abridged = []
+        for output in outputs:
+            if output.request_id not in self._cut:
+                abridged.append(output)
+            elif output.finished:
+                self._cut.discard(output.request_id)
+                abridged.append(_abort_output(output))
+        return abridged
 
 
-def _cut_short(output: wire.Output) -> wire.Output:
-    """An end without what came before it: where tokens were lost it is no `stop`."""
+def _abort_output(output: wire.Output) -> wire.Output:
+    """Last output of a request that lost tokens: `abort`, whatever its finish reason was."""
     return wire.Output(output.request_id, [], finish_reason=wire.FINISH.index("abort"), stop_reason=OVERFLOW)

@@ -1,7 +1,7 @@
-"""Replicas of one model: workers in processes of their own, a GPU each, that `serve --data-parallel-size` starts.
+"""Replicas of a model: worker processes that `serve --data-parallel-size` starts, each with its own GPUs.
 
-Each is `radixgen worker` for the front end of this process. It holds one end of a pipe and ends when the other one is
-closed, so that none outlives this process, however that ends.
+Each is a `radixgen worker` that connects to the front end in this process. It holds one end of a pipe and exits when
+the other end is closed, so that no replica outlives this process.
 """
 
 import json
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 MAX_REPLICAS = 256
 _STOP_SECONDS = 30.0
-"""For a replica to end, when it is asked to"""
+"""Time limit for a replica to exit after SIGTERM"""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOptions:
-    """How many replicas of a model there are, and how each is made.
+    """Number of replicas, and the options of each.
 
-    count: of replicas.
-    ranks: processes that each shards its model over, with a GPU each if there are any.
+    count: number of replicas.
+    ranks: processes to shard each replica's model over, with one GPU each if there are any.
     device: `auto`, `cuda` or `cpu`.
-    worker: further options of `radixgen worker`, as on its command line.
+    worker: further command-line arguments of `radixgen worker`.
     """
 
     count: int
@@ -44,7 +44,7 @@ class ReplicaOptions:
     worker: Sequence[str] = field(default=())
 
     def environments(self) -> list[dict[str, str]]:
-        """Of each replica, which sees its own GPUs alone. Raises `InvalidRequest`."""
+        """Environment variables of each replica, which sees only its own GPUs. Raises `InvalidRequest`."""
         check_integer("data_parallel_size", self.count, 1, MAX_REPLICAS)
         check_integer("tensor_parallel_size", self.ranks, 1, 1 << 16)
         chosen = resolve_device(self.device)
@@ -61,7 +61,7 @@ class ReplicaOptions:
         return [replica_environment(names, processes) for names in own]
 
     def command(self, handshake: str, index: int) -> list[str]:
-        """What starts one, to dial `handshake`; it publishes its cache events in the same folder."""
+        """Command line of replica `index`, which connects to `handshake` and publishes KV cache events next to it."""
         folder = str(Path(handshake.removeprefix("ipc://")).parent)
         events = {
             "endpoint": f"ipc://{folder}/events-{index}",
@@ -75,7 +75,7 @@ class ReplicaOptions:
 
 
 class Replicas:
-    """Processes that end with this one, watched until then. One that dies is not started again."""
+    """Replica processes, which end with this process. One that dies is not restarted."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class Replicas:
         environments: Sequence[Mapping[str, str]],
         on_death: Callable[[str], None],
     ) -> None:
-        """Start them; each command gets `--parent-fd FD` at its end.
+        """Start the processes; `--parent-fd FD` is appended to each command.
 
-        on_death: is told, from a thread, of each that ends before `close`: which one, and how.
+        on_death: called from a thread, with a description, for each process that ends before `close`.
         """
         self.processes: list[subprocess.Popen[bytes]] = []
         self._on_death = on_death
@@ -104,7 +104,7 @@ class Replicas:
             threading.Thread(target=self._watch, args=(index,), name=name, daemon=True).start()
 
     def close(self) -> None:
-        """End them, and wait until they have. May be called twice."""
+        """Stop the processes and wait for them. May be called twice."""
         self._closing = True
         for process in self.processes:
             process.terminate()
@@ -112,7 +112,7 @@ class Replicas:
             try:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                logger.error("replica %d does not end, and is killed", index)
+                logger.error("replica %d does not exit and is killed", index)
                 process.kill()
                 process.wait()
         if self._pipe >= 0:
@@ -120,7 +120,7 @@ class Replicas:
             self._pipe = -1
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], pipe: int) -> None:
-        """In a session of its own, for a terminal's signals are for this process, which decides when they end."""
+        """Start a process in its own session, so that signals of the terminal reach only this process."""
         self.processes.append(
             subprocess.Popen(
                 command,

@@ -1,19 +1,19 @@
-"""Which replica a request goes to: where its longest prefix is, unless that replica is too busy.
+"""Choose the replica for a request: the one with its longest prefix, unless that is too busy.
 
     cost(replica) = load + prefix_weight * missing tokens + margin * missing tokens / prompt tokens
 
-The least cost is chosen. *Load* is what a replica's live requests still have to compute, in tokens: blocks of their
-prompts that are not cached there (blocks that several share count once), and the output expected of each. *Missing* is
-what the replica would compute anew of this prompt: all behind the longest prefix that is cached there or belongs to a
-live request. At equal cost the longest prefix wins, then the replica that holds the fewest blocks.
+The replica with the lowest cost is chosen. *Load* is what a replica's live requests still have to compute, in tokens:
+blocks of their prompts that are not cached there (shared blocks count once), plus their expected output. *Missing
+tokens* are those of this prompt that the replica would have to compute: all after the longest prefix that is cached
+there or belongs to a live request. At equal cost the longest prefix wins, then the replica with the fewest blocks.
 
-So a replica keeps the requests whose prefix it has until it is busier than another by `prefix_weight` tokens for each
-token that the prefix saves, and `margin` tokens more where the prefix is the whole prompt. The weight is above 1
-because computing a prefix anew delays all that wait behind it, and takes the room of other prefixes; `bench.cluster`
-measures what weights do. The margin is for short prompts, which are worth keeping together only a little.
+So a replica keeps the requests whose prefix it has until it is busier than another by `prefix_weight` tokens per saved
+token, plus `margin` tokens if the prefix is the whole prompt. The weight is above 1 because recomputing a prefix delays
+all requests behind it and takes room from other prefixes; `bench.cluster` measures the effect of weights. The margin
+keeps short prompts together.
 
-A request's own blocks are live from `sent` on. Sixteen samples of one prompt, sent as sixteen requests before any is
-computed, go to one replica while the output expected of them stays within margin and weight.
+The blocks of a request are live from `sent` on: sixteen samples of one prompt, sent as sixteen requests before any is
+computed, go to one replica as long as their expected output stays within margin and weight.
 
 Other routers weigh the same quantities. NVIDIA Dynamo's KV router takes the least weighted sum of blocks to compute and
 blocks in use (docs.nvidia.com/dynamo, Router Design: Cost Function). The cache-aware policy of SGLang and SMG takes the
@@ -31,9 +31,9 @@ from radixgen.core import DuplicateRequest, EngineDead, InvalidRequest, check_in
 PREFIX_WEIGHT = 8
 """Tokens of load that outweigh one token of prefix"""
 MARGIN = 8_192
-"""Tokens: one full step of a large GPU"""
+"""Tokens; one full step of a large GPU"""
 OUTPUT_TOKENS = 256
-"""Expected of a request whose caller does not say"""
+"""Expected output tokens of a request without `max_tokens`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,14 @@ class _Request:
 class _Replica:
     cached: set[int] = field(default_factory=set)
     live: Counter[int] = field(default_factory=Counter)
-    """How many live requests have each block in their prompts."""
+    """Number of live requests with each block in their prompts"""
     to_compute: int = 0
-    """Blocks that are live and not cached."""
+    """Number of blocks that are live but not cached"""
     output_tokens: int = 0
     requests: set[Hashable] = field(default_factory=set)
 
     def match(self, hashes: Sequence[int], least: int = 0) -> int:
-        """How many leading blocks are cached or live; 0 if fewer than `least`, which takes one look to see.
-
-        The parent of such a block is one too, so bisection finds where they end.
-        """
+        """Number of leading blocks that are cached or live, by bisection; 0 if fewer than `least`."""
         cached, live, total = self.cached, self.live, len(hashes)
 
         def lacks(block: int) -> bool:
@@ -71,11 +68,11 @@ class _Replica:
 
 
 class Router:
-    """Chooses among replicas by what they cache and how busy they are. Does no I/O, has no clock, is not thread-safe.
+    """Chooses replicas by their cached blocks and their load. Does no I/O, has no clock, is not thread-safe.
 
-    Feed it each replica's cache events (`stored`, `removed`, `cleared`), each request (`sent`, `ended`), and replicas
-    that come and go (`joined`, `died`). Blocks are named as in cache events: chained hashes of full blocks of
-    `block_size` tokens, `radixgen.cache.hash_blocks(tokens, block_size, namespace)`.
+    Report to it the KV cache events of each replica (`stored`, `removed`, `cleared`), each request (`sent`, `ended`),
+    and replicas that come and go (`joined`, `died`). Blocks are identified as in KV cache events: by chained hashes of
+    full blocks of `block_size` tokens, `radixgen.cache.hash_blocks(tokens, block_size, namespace)`.
 
     ```python
     router = Router(range(2))
@@ -85,8 +82,8 @@ class Router:
     router.ended("request-1")
     ```
 
-    Memory: an entry for each cached block, `max_blocks` a replica at the most, and for each block of a live prompt. How
-    many requests are live is the caller's to bound.
+    Memory: an entry for each cached block, at most `max_blocks` per replica, and for each block of a live request. The
+    caller bounds the number of live requests.
     """
 
     def __init__(
@@ -98,9 +95,12 @@ class Router:
         margin: int = MARGIN,
         max_blocks: int = 1 << 22,
     ) -> None:
-        """`replicas`: numbers of those that are there already. `prefix_weight` and `margin` (tokens) say how much
-        busier than another the replica with the longest prefix may be. `max_blocks`: of a replica that tells of more,
-        the rest is not counted as cached.
+        """
+        replicas: numbers of the initial replicas.
+        block_size: tokens per block.
+        prefix_weight: tokens of load that outweigh one token of prefix.
+        margin: additional load, in tokens, that outweighs a prefix as long as the prompt.
+        max_blocks: maximum number of cached blocks per replica; further ones are ignored.
 
         Raises `InvalidRequest`.
         """
@@ -119,20 +119,20 @@ class Router:
 
     @property
     def replicas(self) -> tuple[int, ...]:
-        """Those that are there."""
+        """Numbers of the current replicas."""
         return tuple(self._replicas)
 
     # -- replicas -----------------------------------------------------------------------------------------
 
     def joined(self, replica: int) -> None:
-        """A replica is there, with nothing cached and no request. Raises `InvalidRequest` if it was there already."""
+        """Add a replica with an empty cache and no request. Raises `InvalidRequest` if it is there already."""
         check_integer("replica", replica, 0, 1 << 31)
         if replica in self._replicas:
             raise InvalidRequest("replica", replica, "has joined already")
         self._replicas[replica] = _Replica()
 
     def died(self, replica: int) -> list[Hashable]:
-        """A replica is gone. Returns its live requests, which are forgotten; nothing if it was not there."""
+        """Remove a replica. Returns its live requests, which are forgotten; empty for an unknown replica."""
         gone = self._replicas.pop(replica, None)
         if gone is None:
             return []
@@ -153,7 +153,7 @@ class Router:
                 state.to_compute -= block in state.live
 
     def removed(self, replica: int, hashes: Iterable[int]) -> None:
-        """Blocks are cached no more, each before its parent. Those that are not cached are ignored."""
+        """Remove cached blocks, each before its parent. Unknown blocks are ignored."""
         state = self._replicas.get(replica)
         if state is None:
             return
@@ -163,7 +163,7 @@ class Router:
                 state.to_compute += block in state.live
 
     def cleared(self, replica: int) -> None:
-        """No block is cached."""
+        """Remove all cached blocks of a replica."""
         state = self._replicas.get(replica)
         if state is not None:
             state.cached.clear()
@@ -172,19 +172,19 @@ class Router:
     # -- requests -----------------------------------------------------------------------------------------
 
     def choose(self, hashes: Sequence[int]) -> int:
-        """The replica for a prompt of these blocks. Changes nothing.
+        """Replica for a prompt with these blocks. Changes no state.
 
-        Raises `EngineDead` if no replica is there.
+        Raises `EngineDead` if there is no replica.
         """
         if not self._replicas:
-            raise EngineDead("no replica is there")
+            raise EngineDead("there is no replica")
         total = len(hashes)
-        scale = max(total, 1)  # costs times this are integers, so that equal ones are
+        scale = max(total, 1)  # makes costs integers, so that ties are exact
         weight = self.prefix_weight * self.block_size * scale + self.margin
         best, lowest = -1, (0, 0, 0)
         for replica, state in self._replicas.items():
             load = self._load(state) * scale
-            least = total - (lowest[0] - load) // weight if best >= 0 else 0  # what it takes to cost no more
+            least = total - (lowest[0] - load) // weight if best >= 0 else 0  # match needed for the lowest cost
             match = state.match(hashes, max(least, 0))
             key = load + weight * (total - match), -match, len(state.cached) + state.to_compute
             if best < 0 or key < lowest:
@@ -194,10 +194,11 @@ class Router:
     def sent(
         self, request: Hashable, replica: int, hashes: Sequence[int], *, output_tokens: int = OUTPUT_TOKENS
     ) -> None:
-        """A request with a prompt of these blocks was sent, and is expected to generate `output_tokens`, of all its
-        samples together.
+        """Count a request with these blocks as live on a replica.
 
-        Raises `DuplicateRequest` for an id that is live; `InvalidRequest` for a replica that is not there.
+        output_tokens: expected output tokens, of all its sequences together.
+
+        Raises `DuplicateRequest` for a live id, `InvalidRequest` for an unknown replica.
         """
         check_integer("output_tokens", output_tokens, 0, 1 << 40)
         if request in self._requests:
@@ -212,14 +213,14 @@ class Router:
         state.output_tokens += output_tokens
 
     def ended(self, request: Hashable) -> None:
-        """A request has ended, however it did. Ids that are not live are ignored: their replica may have died."""
-        one = self._requests.pop(request, None)
-        if one is None:
+        """Stop counting a request, however it ended. Unknown ids are ignored: their replica may have died."""
+        live = self._requests.pop(request, None)
+        if live is None:
             return
-        state = self._replicas[one.replica]
+        state = self._replicas[live.replica]
         state.requests.remove(request)
-        state.output_tokens -= one.output_tokens
-        for block in one.hashes:
+        state.output_tokens -= live.output_tokens
+        for block in live.hashes:
             requests = state.live[block]
             if requests > 1:
                 state.live[block] = requests - 1
@@ -227,14 +228,14 @@ class Router:
                 state.live.pop(block)
                 state.to_compute -= block not in state.cached
 
-    # -- what is known, for metrics ---------------------------------------------------------------------------
+    # -- metrics ----------------------------------------------------------------------------------------------
 
     def load(self, replica: int) -> int:
-        """Tokens that a replica's live requests have to compute. Raises `InvalidRequest` if it is not there."""
+        """Load of a replica, in tokens. Raises `InvalidRequest` for an unknown replica."""
         return self._load(self._state(replica))
 
     def match(self, replica: int, hashes: Sequence[int]) -> int:
-        """How many leading blocks a replica has, cached or live. Raises `InvalidRequest` if it is not there."""
+        """Number of leading blocks that are cached or live on a replica. Raises `InvalidRequest` if it is unknown."""
         return self._state(replica).match(hashes)
 
     def _state(self, replica: int) -> _Replica:

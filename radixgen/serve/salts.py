@@ -1,11 +1,11 @@
-"""How a cache salt becomes a namespace, for a worker and for a front end that knows its key."""
+"""Derive namespaces from cache salts; workers and front ends with the same key derive the same ones."""
 
 import hashlib
 import hmac
 
 
 def salted_namespace(salt: str, key: bytes) -> str:
-    """The namespace of requests with this salt: a hash by a secret key. Without a salt, that of all that have none."""
+    """Namespace of requests with this cache salt: a hash keyed by `key`; empty without a salt."""
     if not salt:
         return ""
     text = salt.encode()

@@ -1,5 +1,6 @@
-"""A process that outlives a worker, and tells front ends of an end that the worker could not: `kill -9`, a crash of the
-interpreter, memory that ran out. Over ipc the wire has no other sign of it.
+"""Process that notifies front ends if the worker dies without doing so itself: `kill -9`, a crash, out of memory.
+
+Over ipc, vLLM's protocol has no other sign of it.
 """
 
 import json
@@ -26,7 +27,7 @@ _PATIENCE_SECONDS = 5.0
 
 
 class Sentinel:
-    """Speaks up when this process is gone, unless it was closed. It reads a pipe that only this process holds."""
+    """Notifies front ends if this process dies, unless closed before. It reads a pipe that only this process holds."""
 
     def __init__(self, curve: Curve | None = None) -> None:
         keys = [] if curve is None else [str(curve.own), str(curve.peers)]
@@ -42,16 +43,16 @@ class Sentinel:
         self.close()
 
     def watch(self, addresses: Sequence[str]) -> None:
-        """The outputs of front ends that are to be told; those of before are not any more."""
+        """Set the output addresses of the front ends to notify, in place of those before."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(addresses).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            logger.error("front ends would not be told if this worker were killed: %s", error)
+            logger.error("front ends will not be notified if this worker is killed: %s", error)
 
     def close(self) -> None:
-        """The worker ends by itself, and has told so."""
+        """Stop without notifying anyone."""
         assert self._process.stdin is not None
         self.watch([])
         with suppress(OSError):
@@ -64,7 +65,7 @@ class Sentinel:
 
 
 def tell_end(addresses: Sequence[str], curve: Curve | None = None) -> None:
-    """Tell the front ends at these outputs that their engine is dead."""
+    """Notify the front ends at these output addresses that their engine is dead."""
     with zmq.Context() as context:
         for address in addresses:
             socket = open_socket(context, zmq.PUSH, Limits())
@@ -76,8 +77,8 @@ def tell_end(addresses: Sequence[str], curve: Curve | None = None) -> None:
 
 
 def main(keys: Sequence[str]) -> None:
-    """Until the pipe ends: the last of its lines names whom to tell."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a group's signals are for the worker
+    """Read lists of addresses from stdin until it is closed, then notify those of the last line."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # signals to the process group are meant for the worker
         signal.signal(number, signal.SIG_IGN)
     addresses: list[str] = []
     for line in sys.stdin:

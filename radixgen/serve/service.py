@@ -24,7 +24,7 @@ from radixgen.core import (
 )
 from radixgen.engine import Engine
 from radixgen.output_processor import scores_of
-from radixgen.serve import wire
+from radixgen.serve import wire, wire_params
 from radixgen.serve.counters import PeerCounters
 from radixgen.serve.salts import salted_namespace
 from radixgen.serve.utility import PENDING, UTILITIES
@@ -133,11 +133,11 @@ class Service:
     def _add(self, peer: Peer, request: wire.Add) -> None:
         engine, limits = self.engine, self.engine.limits
         engine.inputs.check_name("request_id", request.request_id)
-        wire.check_served(request)
+        wire_params.check_served(request)
         sampling = request.sampling_params
         assert sampling is not None and request.prompt_token_ids is not None
         tokens = engine.tokenize(_as_array(request.prompt_token_ids, self.max_len))
-        params = wire.to_params(sampling, self.max_len - tokens.size, limits)
+        params = wire_params.to_params(sampling, self.max_len - tokens.size, limits)
         namespace = self.namespace(request.cache_salt, peer.salt_key)
         ticket = Ticket(peer, request.request_id, self._new_id(), params, sampling.eos_token_id)
 

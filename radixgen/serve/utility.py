@@ -1,4 +1,4 @@
-"""What front ends may call besides sending requests: vLLM's utilities that have a meaning here, and radixgen's own."""
+"""Utilities that front ends can call: those of vLLM's that apply here, and radixgen's own."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,33 +18,33 @@ Arguments = TypeVar("Arguments", bound=Struct)
 Utility = Callable[["Service", "Peer", wire.Call], Any]
 
 PENDING: Final = object()
-"""The result of a call that is answered later."""
+"""Result of a call that is answered later"""
 MAX_NODES = 10_000
-"""Nodes of one snapshot of the tree."""
+"""Maximum number of nodes in a snapshot of the tree"""
 _PREVIEW = 8
 
 
-class Nothing(Struct, array_like=True):
-    """No arguments; what is given is not looked at."""
+class NoArguments(Struct, array_like=True):
+    """No arguments; any that are given are ignored."""
 
 
-class Fork(Struct, array_like=True):
-    """A live request, and the names that its forks are to have."""
+class ForkArguments(Struct, array_like=True):
+    """A live request, and the ids of its forks."""
 
     request_id: str
     names: list[str]
 
 
-class Score(Struct, array_like=True):
-    """A prompt and what may follow it, as token ids."""
+class ScoreArguments(Struct, array_like=True):
+    """A prompt and its continuations, as token ids."""
 
     prompt_token_ids: list[int]
     continuations: list[list[int]]
     cache_salt: str | None = None
 
 
-class Pin(Struct, array_like=True):
-    """What `Engine.pin` takes. Higher priorities are kept longer."""
+class PinArguments(Struct, array_like=True):
+    """Arguments of `Engine.pin`."""
 
     prompt_token_ids: list[int]
     cache_salt: str | None = None
@@ -53,20 +53,20 @@ class Pin(Struct, array_like=True):
     replaces: int | None = None
 
 
-class Unpin(Struct, array_like=True):
-    """A pin."""
+class UnpinArguments(Struct, array_like=True):
+    """The pin to release."""
 
     pin: int
 
 
-class Tree(Struct, array_like=True):
-    """How many nodes at the most, from the roots down."""
+class TreeArguments(Struct, array_like=True):
+    """Maximum number of nodes to return, from the roots down."""
 
     nodes: int = 1_000
 
 
 def _taking(kind: type[Arguments], run: Callable[["Service", "Peer", wire.Call, Arguments], Any]) -> Utility:
-    """A utility whose arguments are of this type."""
+    """Utility that decodes its arguments as `kind`."""
 
     def utility(service: "Service", peer: "Peer", call: wire.Call) -> Any:
         try:
@@ -78,27 +78,27 @@ def _taking(kind: type[Arguments], run: Callable[["Service", "Peer", wire.Call, 
     return utility
 
 
-def _fork(service: "Service", peer: "Peer", call: wire.Call, asked: Fork) -> None:
-    service.fork(peer, asked.request_id, asked.names)
+def _fork(service: "Service", peer: "Peer", call: wire.Call, arguments: ForkArguments) -> None:
+    service.fork(peer, arguments.request_id, arguments.names)
 
 
-def _score(service: "Service", peer: "Peer", call: wire.Call, asked: Score) -> Any:
-    service.score(peer, call.call_id, asked.prompt_token_ids, asked.continuations, asked.cache_salt)
+def _score(service: "Service", peer: "Peer", call: wire.Call, arguments: ScoreArguments) -> Any:
+    service.score(peer, call.call_id, arguments.prompt_token_ids, arguments.continuations, arguments.cache_salt)
     return PENDING
 
 
-def _pin(service: "Service", peer: "Peer", call: wire.Call, asked: Pin) -> int | None:
-    """A peer's pins are its own: they go with it."""
-    if asked.replaces is not None and asked.replaces not in peer.pins:
-        raise InvalidRequest("replaces", asked.replaces, "is no pin of this front end")
+def _pin(service: "Service", peer: "Peer", call: wire.Call, arguments: PinArguments) -> int | None:
+    """Pin a prefix for a front end; the pin is released when the front end is gone."""
+    if arguments.replaces is not None and arguments.replaces not in peer.pins:
+        raise InvalidRequest("replaces", arguments.replaces, "must be a pin of this front end")
     pin = service.engine.pin(
-        asked.prompt_token_ids,
-        namespace=service.namespace(asked.cache_salt, peer.salt_key),
-        priority=asked.priority,
-        ttl=asked.ttl,
-        replaces=asked.replaces,
+        arguments.prompt_token_ids,
+        namespace=service.namespace(arguments.cache_salt, peer.salt_key),
+        priority=arguments.priority,
+        ttl=arguments.ttl,
+        replaces=arguments.replaces,
     )
-    peer.pins.discard(asked.replaces or 0)
+    peer.pins.discard(arguments.replaces or 0)
     if pin is not None:
         peer.pins.add(pin)
     if len(peer.pins) > 2 * service.engine.limits.max_pins:
@@ -106,56 +106,57 @@ def _pin(service: "Service", peer: "Peer", call: wire.Call, asked: Pin) -> int |
     return pin
 
 
-def _unpin(service: "Service", peer: "Peer", call: wire.Call, asked: Unpin) -> bool:
-    if asked.pin not in peer.pins:
+def _unpin(service: "Service", peer: "Peer", call: wire.Call, arguments: UnpinArguments) -> bool:
+    if arguments.pin not in peer.pins:
         return False
-    peer.pins.discard(asked.pin)
-    return service.engine.unpin(asked.pin)
+    peer.pins.discard(arguments.pin)
+    return service.engine.unpin(arguments.pin)
 
 
-def _stats(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> dict[str, Any]:
+def _stats(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> dict[str, Any]:
     return {"engine": asdict(service.engine.stats()), "live": service.num_live, "own": asdict(peer.counters)}
 
 
-def _tree(service: "Service", peer: "Peer", call: wire.Call, asked: Tree) -> list[list[Any]]:
-    """The tree from its roots down, each node as `[parent, first tokens, known, computed, locks]`, where `parent` is a
-    place in the list, or -1.
+def _tree(service: "Service", peer: "Peer", call: wire.Call, arguments: TreeArguments) -> list[list[Any]]:
+    """Nodes of the tree from the roots down, each as `[parent, first tokens, known, computed, locks]`.
+
+    `parent` is an index of the list, or -1 for a root.
     """
-    check_integer("nodes", asked.nodes, 1, MAX_NODES)
+    check_integer("nodes", arguments.nodes, 1, MAX_NODES)
     todo: deque[tuple[Node, int]] = deque((root, -1) for root in service.engine.inspect(lambda core: core.tree).roots())
-    found: list[list[Any]] = []
-    while todo and len(found) < asked.nodes:
+    rows: list[list[Any]] = []
+    while todo and len(rows) < arguments.nodes:
         node, parent = todo.popleft()
-        todo.extend((child, len(found)) for child in node.children.values())
-        found.append([parent, node.tokens[:_PREVIEW].tolist(), node.known, node.computed, node.lock_count])
-    return found
+        todo.extend((child, len(rows)) for child in node.children.values())
+        rows.append([parent, node.tokens[:_PREVIEW].tolist(), node.known, node.computed, node.lock_count])
+    return rows
 
 
-def _explain(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> str:
+def _explain(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> str:
     return service.engine.explain()
 
 
-def _reset(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> bool:
+def _reset(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> bool:
     service.engine.reset_prefix_cache()
     return True
 
 
-def _check(service: "Service", peer: "Peer", call: wire.Call, _: Nothing) -> bool:
+def _check(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> bool:
     service.check()
     return True
 
 
 UTILITIES: Mapping[str, Utility] = {
-    "fork": _taking(Fork, _fork),
-    "score": _taking(Score, _score),
-    "pin": _taking(Pin, _pin),
-    "unpin": _taking(Unpin, _unpin),
-    "stats": _taking(Nothing, _stats),
-    "tree": _taking(Tree, _tree),
-    "explain": _taking(Nothing, _explain),
-    "check": _taking(Nothing, _check),
-    "reset_prefix_cache": _taking(Nothing, _reset),
-    "get_supported_tasks": _taking(Nothing, lambda *_: ["generate"]),
-    "is_sleeping": _taking(Nothing, lambda *_: False),
+    "fork": _taking(ForkArguments, _fork),
+    "score": _taking(ScoreArguments, _score),
+    "pin": _taking(PinArguments, _pin),
+    "unpin": _taking(UnpinArguments, _unpin),
+    "stats": _taking(NoArguments, _stats),
+    "tree": _taking(TreeArguments, _tree),
+    "explain": _taking(NoArguments, _explain),
+    "check": _taking(NoArguments, _check),
+    "reset_prefix_cache": _taking(NoArguments, _reset),
+    "get_supported_tasks": _taking(NoArguments, lambda *_: ["generate"]),
+    "is_sleeping": _taking(NoArguments, lambda *_: False),
 }
-"""Those that the engine's thread answers; `is_healthy` and `counters` are the worker's."""
+"""Utilities that run in the engine's thread; the worker's I/O thread answers `is_healthy` and `counters`"""

@@ -22,7 +22,7 @@ from radixgen.serve.endpoint import (
     Context,
     Curve,
     Interest,
-    Watched,
+    MonitoredSocket,
     check_endpoint,
     check_library,
     open_socket,
@@ -346,7 +346,7 @@ class _Session:
     def __init__(self, worker: Worker, address: str) -> None:
         self.address = address
         self._worker = worker
-        self._socket: Watched | None = None
+        self._socket: MonitoredSocket | None = None
         self._links: list[Link] = []
         self._redial_at = 0.0
 
@@ -363,7 +363,7 @@ class _Session:
         socket = open_socket(worker.context, zmq.DEALER, worker.limits, identity=identity)
         if worker.curve is not None and self.address.startswith("tcp:"):
             worker.curve.dial(socket)
-        self._socket = Watched(socket)
+        self._socket = MonitoredSocket(socket)
         try:
             socket.connect(self.address)
         except zmq.ZMQError as error:
@@ -389,7 +389,7 @@ class _Session:
             self._socket.close()
             self._socket = None
 
-    def _shake(self, socket: Watched, now: float) -> None:
+    def _shake(self, socket: MonitoredSocket, now: float) -> None:
         socket.watch()
         try:
             frames = socket.socket.recv_multipart(zmq.DONTWAIT)

@@ -1,13 +1,13 @@
-"""Trees of thoughts: search over what a model proposes and judges, and the pick of many answers.
+"""Tree-of-thoughts search, best-of-n sampling and voting, and beam search.
 
-`strategies` says in which order a tree grows, `asks` what the model is asked, `search` and `sample` do it, `result` is
-what comes of it and goes to JSON, `draw` shows it, and `server` is all that is needed of an engine.
+`strategies` defines the order in which a tree grows, `questions` those to the model, `search` and `sample` run them,
+`result` is the outcome and its JSON format, `draw` draws it, and `backend` is the interface to engines.
 """
 
-from radixgen.thoughts.asks import Choose, Evaluate, Propose
 from radixgen.thoughts.beam import beam, beam_async
-from radixgen.thoughts.budget import Budget, Ended
+from radixgen.thoughts.budget import Budget, EndReason
 from radixgen.thoughts.draw import picture, svg
+from radixgen.thoughts.questions import Choose, Evaluate, Propose
 from radixgen.thoughts.result import Result
 from radixgen.thoughts.sample import Sample, Samples, sample, sample_async
 from radixgen.thoughts.search import search, search_async
@@ -21,7 +21,7 @@ __all__ = [
     "Choose",
     "Cost",
     "DepthFirst",
-    "Ended",
+    "EndReason",
     "Evaluate",
     "MonteCarlo",
     "Propose",

@@ -1,4 +1,4 @@
-"""`beam`: the likeliest continuations of a prompt, by beam search on the tree."""
+"""`beam`: the likeliest completions of a prompt, by beam search on the radix tree."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,15 @@ if TYPE_CHECKING:
 
 
 def beam(engine: "Engine", prompt: "Prompt", width: int, **options: Any) -> list[CompletionOutput]:
-    """`width` hypotheses, best first; the options are those of `BeamSearchParams`. Raises `InvalidRequest`."""
+    """Beam search that returns `width` completions, the best first. Raises `InvalidRequest`.
+
+    options: those of `BeamSearchParams`.
+    """
     (output,) = engine.beam_search(prompt, BeamSearchParams(beam_width=width, **options))
     return output.outputs
 
 
 async def beam_async(engine: "AsyncEngine", prompt: "Prompt", width: int, **options: Any) -> list[CompletionOutput]:
-    """As `beam`, for coroutines."""
+    """`beam` for coroutines."""
     (output,) = await engine.beam_search(prompt, BeamSearchParams(beam_width=width, **options))
     return output.outputs

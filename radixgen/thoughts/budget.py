@@ -1,25 +1,25 @@
-"""How much a search may use."""
+"""Budget of a search, and the reasons why a search ends."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from radixgen.core import InvalidRequest, Limits, check_integer
 
-Ended = Literal["complete", "solved", "thoughts", "tokens", "seconds", "stopped", "cancelled"]
-"""Why a search ended: its strategy was done, enough solutions were found, a part of the budget was spent, `stop` said
-so, or it was cancelled (or goes on).
+EndReason = Literal["complete", "solved", "thoughts", "tokens", "seconds", "stopped", "cancelled"]
+"""Reason why a search ended: the strategy was complete, enough solutions were found, a part of the budget was used up,
+`stop` returned True, or the search was cancelled (or is still running).
 """
-ENDED: tuple[Ended, ...] = ("complete", "solved", "thoughts", "tokens", "seconds", "stopped", "cancelled")
+END_REASONS: tuple[EndReason, ...] = ("complete", "solved", "thoughts", "tokens", "seconds", "stopped", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bounds on a whole search, resumed parts included. None of them is exceeded.
+    """Limits of a search, including its resumed parts. They are never exceeded.
 
-    thoughts: nodes of the tree, the root among them; the children of a thought come all or not at all.
-    tokens: generated tokens. A request that could go beyond is not sent.
-    seconds: requests still running then are cancelled.
-    solutions: thoughts that pass `goal`, after which the search ends.
+    thoughts: maximum number of thoughts, including the root. A thought gets all of its children or none.
+    tokens: maximum number of generated tokens. Requests that could exceed it are not sent.
+    seconds: maximum duration. Requests that are still running are cancelled.
+    solutions: number of thoughts that pass `goal` after which the search ends.
     """
 
     thoughts: int = 10_000
@@ -28,7 +28,7 @@ class Budget:
     solutions: int = 1
 
     def __post_init__(self) -> None:
-        """Raises `InvalidRequest`."""
+        """Check the limits. Raises `InvalidRequest`."""
         check_integer("thoughts", self.thoughts, 1, Limits().max_thoughts)
         check_integer("solutions", self.solutions, 1, Limits().max_thoughts)
         if self.tokens is not None:

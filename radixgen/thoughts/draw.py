@@ -1,4 +1,4 @@
-"""A tree of thoughts as a picture: in the terminal, and as an SVG that stands alone. All text is escaped."""
+"""Drawing of a tree of thoughts, in the terminal and as SVG. All text is escaped."""
 
 from html import escape
 
@@ -10,13 +10,13 @@ from radixgen.thoughts.thought import Thought
 
 _SHOWN_CHARS = 60
 _WIDTH, _GAP, _HEIGHT, _ROW = 250, 40, 34, 44
-"""Pixels: of a box, between two columns, of a box, from one row to the next"""
+"""Pixels: width of a box, gap between columns, height of a box, distance of rows"""
 _COLORS = {"solved": "#2da44e", "dead end": "#cf222e", "pruned": "#8c959f", "expanded": "#0969da", "open": "#57606a"}
 _STYLES = {"solved": "bold green", "dead end": "red", "pruned": "bright_black", "expanded": "bold", "open": ""}
 
 
 def picture(result: Result) -> Tree:
-    """A rich tree; each line a thought: its score, what became of it, and its text."""
+    """Rich tree with a line per thought: its score, its state and its text."""
     drawing = Tree(_label(result.root))
     branches = {result.root: drawing}
     for thought in result.thoughts[1:]:
@@ -26,13 +26,15 @@ def picture(result: Result) -> Tree:
 
 
 def svg(result: Result) -> str:
-    """Columns are depths; a box is a thought, its color what became of it. Hovering shows the whole text."""
+    """SVG with a box per thought, in a column per depth; colors are states, and hovering shows the whole text."""
     rows = _rows(result)
-    places = {thought: (_GAP + thought.depth * (_WIDTH + _GAP), _GAP / 2 + row * _ROW) for thought, row in rows.items()}
-    width = max(x for x, _ in places.values()) + _WIDTH + _GAP
-    height = max(y for _, y in places.values()) + _ROW + _GAP / 2
-    lines = [_line(places[thought.parent], places[thought]) for thought in places if thought.parent is not None]
-    boxes = [_box(thought, *place) for thought, place in places.items()]
+    corners = {
+        thought: (_GAP + thought.depth * (_WIDTH + _GAP), _GAP / 2 + row * _ROW) for thought, row in rows.items()
+    }
+    width = max(x for x, _ in corners.values()) + _WIDTH + _GAP
+    height = max(y for _, y in corners.values()) + _ROW + _GAP / 2
+    lines = [_line(corners[thought.parent], corners[thought]) for thought in corners if thought.parent is not None]
+    boxes = [_box(thought, *corner) for thought, corner in corners.items()]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
@@ -46,7 +48,7 @@ def svg(result: Result) -> str:
 
 
 def _rows(result: Result) -> dict[Thought, float]:
-    """The row of each thought: leaves one below the other, a parent in the middle of its children."""
+    """Row of each thought: leaves in order, parents at the middle of their children."""
     order: list[Thought] = []
     todo = [result.root]
     while todo:
@@ -84,7 +86,7 @@ def _label(thought: Thought) -> Text:
 
 
 def _facts(thought: Thought) -> str:
-    """Score, state, and the counts that are not 0."""
+    """Score, state, and counts that are not 0."""
     facts = [] if thought.score is None else [f"{thought.score:.3g}"]
     facts.append(_state(thought))
     facts += [f"{count} {name}" for name, count in (("visits", thought.visits), ("merged", thought.merged)) if count]
@@ -100,7 +102,7 @@ def _state(thought: Thought) -> str:
 
 
 def _short(text: str, most: int = _SHOWN_CHARS) -> str:
-    """One line; the end of a long one, where a problem stands after its examples."""
+    """`text` in one line, cut at its beginning if it is long: problems often follow examples."""
     text = _printable(" ⏎ ".join(text.split("\n")).strip())
     return text if len(text) <= most else "…" + text[-most + 1 :]
 
@@ -110,5 +112,5 @@ def _escaped(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without what XML does not know and a terminal obeys."""
+    """`text` without control characters, which XML rejects and terminals interpret."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

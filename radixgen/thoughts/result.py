@@ -1,4 +1,4 @@
-"""What a search has found, and its form on disk: JSON, read back with every field checked."""
+"""Result of a search, and its JSON format, which is validated when it is read."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits, check_integer
-from radixgen.thoughts.budget import ENDED, Ended
+from radixgen.thoughts.budget import END_REASONS, EndReason
 from radixgen.thoughts.thought import Cost, Thought
 
 _VERSION = 1
@@ -23,43 +23,46 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "merged": (int,),
     "error": (str, type(None)),
 }
-"""The fields of a thought that are kept as they are"""
+"""Fields of a thought that are stored unchanged, with their types"""
 
 
 @dataclass(eq=False, slots=True)
 class Result:
-    """A tree of thoughts, as it stands.
+    """Tree of thoughts of a finished or running search.
 
-    thoughts: in the order in which they came; the first is the root.
-    cost: of all that was asked, for thoughts that are in the tree or not. computed_rows: rows that went through the
-    model meanwhile, those of other requests among them.
+    thoughts: in the order in which they were added; the first is the root.
+    ended: why the search ended.
+    cost: cost of all requests, also for thoughts that are not in the tree.
+    computed_rows: rows that the model computed during the search, including those of other requests.
+    seconds: duration of the search.
     """
 
     thoughts: list[Thought]
     seed: int
-    ended: Ended = "cancelled"
+    ended: EndReason = "cancelled"
     cost: Cost = field(default=Cost())
     computed_rows: int = 0
     seconds: float = 0.0
 
     @property
     def root(self) -> Thought:
+        """First thought: the problem."""
         return self.thoughts[0]
 
     @property
     def solutions(self) -> list[Thought]:
-        """The thoughts that passed `goal`, in the order in which they came."""
+        """Thoughts that passed `goal`, in the order in which they were added."""
         return [thought for thought in self.thoughts if thought.solved]
 
     @property
     def expansions(self) -> int:
-        """Thoughts whose steps were proposed."""
+        """Number of expanded thoughts."""
         return sum(thought.expanded for thought in self.thoughts)
 
     @property
     def best(self) -> Thought:
-        """The best solution; without one, of the thoughts that have a score the best of the deepest, for a score is
-        compared within its level alone; without scores, the deepest. Of equals, the one that came first.
+        """The best solution. Without solutions, the best of the deepest thoughts with a score, since scores are only
+        comparable within a level; without scores, the deepest thought. Ties go to the earliest thought.
         """
 
         def merit(thought: Thought) -> tuple[bool, bool, int, float, int]:
@@ -70,7 +73,7 @@ class Result:
         return max(self.thoughts, key=merit)
 
     def to_json(self) -> str:
-        """Everything, in one line. A search goes on from it: `search(..., resume=Result.from_json(text))`."""
+        """Encode as one line of JSON, from which a search can resume: `search(..., resume=Result.from_json(text))`."""
         record = {
             "version": _VERSION,
             "seed": self.seed,
@@ -84,7 +87,7 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
-        """Raises `InvalidRequest`."""
+        """Decode the output of `to_json`. Raises `InvalidRequest`."""
         try:
             record = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
@@ -94,11 +97,11 @@ class Result:
         records = _field(record, "thoughts", list)
         check_integer("len(thoughts)", len(records), 1, Limits().max_thoughts)
         ended = _field(record, "ended", str)
-        if ended not in ENDED:
-            raise InvalidRequest("ended", ended, f"must be one of {', '.join(ENDED)}")
+        if ended not in END_REASONS:
+            raise InvalidRequest("ended", ended, f"must be one of {', '.join(END_REASONS)}")
         thoughts: list[Thought] = []
-        for one in records:
-            thoughts.append(_thought(one, thoughts))
+        for entry in records:
+            thoughts.append(_thought(entry, thoughts))
         return cls(
             thoughts,
             _field(record, "seed", int),
@@ -116,16 +119,16 @@ def _record(thought: Thought) -> dict[str, Any]:
 
 
 def _thought(record: object, before: list[Thought]) -> Thought:
-    """The next thought of a tree; its parent is among those `before`."""
+    """Decode the next thought of a tree; its parent is among those `before`."""
     if not isinstance(record, dict):
         raise InvalidRequest("thought", record, "must be an object")
     values = {name: _field(record, name, *kinds) for name, kinds in _KINDS.items()}
     if values["token_ids"] is not None and not all(type(token) is int for token in values["token_ids"]):
         raise InvalidRequest("token_ids", values["token_ids"], "must be integers")
-    place = _field(record, "parent", int, type(None))
-    if (place is None) == bool(before) or (place is not None and not 0 <= place < len(before)):
-        raise InvalidRequest("parent", place, f"must be a thought before number {len(before)}, and null for the first")
-    parent = None if place is None else before[place]
+    index = _field(record, "parent", int, type(None))
+    if (index is None) == bool(before) or (index is not None and not 0 <= index < len(before)):
+        raise InvalidRequest("parent", index, f"must be a thought before number {len(before)}, and null for the first")
+    parent = None if index is None else before[index]
     thought = Thought(values.pop("text"), values.pop("state"), parent, len(before), cost=_cost(record))
     for name, value in values.items():
         setattr(thought, name, value)
@@ -135,11 +138,11 @@ def _thought(record: object, before: list[Thought]) -> Thought:
 
 
 def _cost(record: dict[str, Any]) -> Cost:
-    found = _field(record, "cost", dict)
-    names = [one.name for one in fields(Cost)]
+    cost = _field(record, "cost", dict)
+    names = [field.name for field in fields(Cost)]
     for name in names:
-        check_integer(name, found.get(name), 0, 2**63 - 1)
-    return Cost(*(found[name] for name in names))
+        check_integer(name, cost.get(name), 0, 2**63 - 1)
+    return Cost(*(cost[name] for name in names))
 
 
 def _field(record: dict[str, Any], name: str, *kinds: type) -> Any:

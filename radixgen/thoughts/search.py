@@ -1,4 +1,4 @@
-"""`search`: a tree of thoughts, grown by a strategy, each of whose bursts goes to the engine as one."""
+"""`search`: tree-of-thoughts search, in which a strategy chooses bursts of thoughts to expand."""
 
 import asyncio
 import time
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from radixgen.core import InvalidRequest, PromptTooLong, RadixgenError, RequestFailed, check_integer
-from radixgen.thoughts.asks import (
-    Asking,
+from radixgen.thoughts.backend import SearchBackend, call, cancel_all, serving
+from radixgen.thoughts.budget import Budget, EndReason
+from radixgen.thoughts.questions import (
     Choose,
     Evaluate,
     Evaluator,
+    ModelCalls,
     Propose,
     Proposer,
     check_evaluator,
@@ -21,9 +23,7 @@ from radixgen.thoughts.asks import (
     score_of,
     steps_after,
 )
-from radixgen.thoughts.budget import Budget, Ended
 from radixgen.thoughts.result import Result
-from radixgen.thoughts.server import Server, called, drop, serving
 from radixgen.thoughts.strategies import BreadthFirst, Strategy
 from radixgen.thoughts.thought import Cost, Step, Thought
 
@@ -55,22 +55,23 @@ def search(
     stop: Stop | None = None,
     resume: Result | None = None,
 ) -> Result:
-    """Grow a tree of thoughts from `root`, the problem: text, token ids as of `Engine.chat_tokens`, or a `Step`
-    that tells its state too.
+    """Search a tree of thoughts. Raises `InvalidRequest`, and `RequestFailed` if the root's request fails.
 
-    propose, evaluate: what to ask the model about a thought (`Propose`; `Evaluate`, `Choose`), or functions of the
-        thought. One that returns an awaitable never stalls the engine; another runs between two steps.
-    strategy: `BreadthFirst` (the default), `DepthFirst`, `BestFirst`, `MonteCarlo`, or a `Strategy` of your own.
-    goal: whether a thought is a solution; one that is, is not expanded.
-    seed: fixes the draws of every request, with the path to the thought that it asks about.
-    progress: called with the result so far whenever an answer has come and whenever the tree has grown.
-    stop: asked as often; once it says True, the search ends with what it has.
-    resume: go on from a result, which is extended: what it knows is not asked again.
+    root: the problem, as text, token ids (of `Engine.chat_tokens`), or a `Step` with a state.
+    propose, evaluate: questions to the model about a thought (`Propose`; `Evaluate`, `Choose`), or functions of the
+        thought. Functions that return an awaitable do not block the engine; others run between two steps.
+    strategy: `BreadthFirst` (the default), `DepthFirst`, `BestFirst`, `MonteCarlo`, or your own `Strategy`.
+    goal: function that returns whether a thought is a solution; solutions are not expanded.
+    budget: limits of the search.
+    seed: seed of all requests, together with the path to their thought.
+    namespace: namespace of all requests.
+    progress: called with the result so far after each answer and each change of the tree.
+    stop: called as often; once it returns True, the search ends.
+    resume: result to continue, which is modified; known answers are not requested again.
 
-    All proposals of a burst go to the engine at once, and so do the evaluations of what they proposed. A state that
-    was reached before is not added again. A thought whose request fails, or grew too long, is a dead end with an
-    `error`; an exception of a function given here ends the search. However it ends, Ctrl-C included, no request of it
-    is left, and it pins nothing. Raises `InvalidRequest`, and `RequestFailed` where the root's request fails.
+    All proposals of a burst are submitted at once, and then all evaluations of what they proposed. A thought with a
+    known state is not added again. A thought whose request fails or exceeds the context is a dead end, with an `error`.
+    Exceptions of the functions end the search. When the search ends, also by Ctrl-C, all its requests are aborted.
     """
     return run_alone(
         search_async(
@@ -91,7 +92,7 @@ def search(
 
 
 async def search_async(
-    engine: "AsyncEngine | Engine | Server",
+    engine: "AsyncEngine | Engine | SearchBackend",
     root: "Root",
     *,
     propose: Propose | Proposer,
@@ -105,8 +106,9 @@ async def search_async(
     stop: Stop | None = None,
     resume: Result | None = None,
 ) -> Result:
-    """As `search`, for coroutines: on an `AsyncEngine`; on an `Engine` of this thread, which is then stepped between
-    whatever else the event loop does; or on a `Server` of your own. A task that is cancelled leaves nothing behind.
+    """`search` for coroutines, on an `AsyncEngine`, an `Engine` of this thread, or your own `SearchBackend`.
+
+    An `Engine` is stepped by a task of the event loop. Cancelling the search aborts its requests.
     """
     check_integer("seed", seed, 0, 2**64 - 1)
     if not isinstance(propose, Propose):
@@ -121,29 +123,29 @@ async def search_async(
     for name, function in (("goal", goal), ("progress", progress), ("stop", stop)):
         if function is not None:
             _check_callable(name, function, "a callable")
-    async with serving(engine, namespace) as server:
-        result = resume or Result([await root_of(root, server)], seed)
+    async with serving(engine, namespace) as backend:
+        result = resume or Result([await root_of(root, backend)], seed)
         if resume is not None:
-            await _check_resumed(resume, root, seed, server)
-        searching = _Search(server, result, propose, evaluate, goal, budget or Budget(), progress, stop)
+            await _check_resumed(resume, root, seed, backend)
+        searching = _Search(backend, result, propose, evaluate, goal, budget or Budget(), progress, stop)
         await searching.run(strategy or BreadthFirst())
     return result
 
 
 def run_alone(job: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, in an event loop of its own. Ctrl-C cancels it between two of its steps."""
+    """Run a coroutine in a new event loop. Ctrl-C cancels it between two steps."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         pass
     else:
         job.close()
-        raise RadixgenError("an event loop runs in this thread already: await the function's `_async` twin")
+        raise RadixgenError("this thread already runs an event loop: await the `_async` variant of the function")
     return asyncio.run(job)
 
 
-async def root_of(root: "Root", server: Server, field: str = "root") -> Thought:
-    """The thought that a tree begins with. Raises `InvalidRequest`."""
+async def root_of(root: "Root", backend: SearchBackend, field: str = "root") -> Thought:
+    """Create the root of a tree. Raises `InvalidRequest`."""
     if isinstance(root, str):
         root = Step(root)
     if not isinstance(root, Step):
@@ -151,7 +153,7 @@ async def root_of(root: "Root", server: Server, field: str = "root") -> Thought:
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
             limit = "must be text, token ids (of messages: `engine.chat_tokens(messages)`) or a Step"
             raise InvalidRequest(field, root, limit)
-        root = Step(await server.decode(ids.tolist()), token_ids=tuple(ids.tolist()))
+        root = Step(await backend.decode(ids.tolist()), token_ids=tuple(ids.tolist()))
     token_ids = None if root.token_ids is None else list(root.token_ids)
     return Thought(root.text, root.state or "", id=0, token_ids=token_ids)
 
@@ -161,27 +163,27 @@ def _check_callable(field: str, value: object, kinds: str) -> None:
         raise InvalidRequest(field, value, f"must be {kinds}")
 
 
-async def _check_resumed(result: Result, root: "Root", seed: int, server: Server) -> None:
-    wanted = await root_of(root, server)
-    for field, found, given in (("root", result.root.text, wanted.text), ("seed", result.seed, seed)):
-        if found != given:
-            raise InvalidRequest(field, given, f"the search that is resumed has {found!r:.80}")
+async def _check_resumed(result: Result, root: "Root", seed: int, backend: SearchBackend) -> None:
+    wanted = await root_of(root, backend)
+    for field, resumed, given in (("root", result.root.text, wanted.text), ("seed", result.seed, seed)):
+        if resumed != given:
+            raise InvalidRequest(field, given, f"must be that of the resumed search, {resumed!r:.80}")
 
 
-class _Ended(Exception):
-    """Unwinds a search that is over."""
+class _EndSearch(Exception):
+    """Ends a search for a reason."""
 
-    def __init__(self, reason: Ended) -> None:
+    def __init__(self, reason: EndReason) -> None:
         super().__init__(reason)
-        self.reason: Ended = reason
+        self.reason: EndReason = reason
 
 
 class _Search:
-    """Grows a result. Every change of it is made here, in the order of the thoughts, however answers arrive."""
+    """Runs a search. Changes the result in the order of its thoughts, in whatever order answers arrive."""
 
     def __init__(
         self,
-        server: Server,
+        backend: SearchBackend,
         result: Result,
         propose: Propose | Proposer,
         evaluate: Evaluate | Choose | Evaluator,
@@ -190,7 +192,7 @@ class _Search:
         progress: Progress | None,
         stop: Stop | None,
     ) -> None:
-        self._server = server
+        self._backend = backend
         self._result = result
         self._propose = propose
         self._evaluate = evaluate
@@ -203,79 +205,83 @@ class _Search:
         self._began = time.monotonic() - result.seconds
 
     async def run(self, strategy: Strategy) -> None:
+        """Run until the strategy is complete or the search ends otherwise."""
         result = self._result
         result.ended = "cancelled"
-        before = await self._server.computed_rows() - result.computed_rows
+        before = await self._backend.computed_rows() - result.computed_rows
         for thought in result.thoughts:
             thought.visits, thought.total, thought.pruned = 0, 0.0, False
         try:
             await self._follow(strategy)
             result.ended = "complete"
-        except _Ended as end:
+        except _EndSearch as end:
             result.ended = end.reason
         finally:
             result.seconds = time.monotonic() - self._began
-        result.computed_rows = await self._server.computed_rows() - before
+        result.computed_rows = await self._backend.computed_rows() - before
 
     async def _follow(self, strategy: Strategy) -> None:
-        self._tell()
+        self._report()
         for burst in strategy.plan(self._result.root):
             await self._expand([thought for thought in burst if not thought.expanded])
             if self._solved >= self._budget.solutions:
-                raise _Ended("solved")
+                raise _EndSearch("solved")
             children = [child for thought in burst for child in thought.children]
             await self._judge([child for child in children if child.score is None and child.error is None])
 
     async def _expand(self, thoughts: list[Thought]) -> None:
-        """Give them children; where the budget ends, the first of them."""
+        """Expand as many thoughts as the budget allows."""
         if thoughts and len(self._result.thoughts) >= self._budget.thoughts:
-            raise _Ended("thoughts")
-        asked = self._affordable(thoughts, self._propose)
-        for thought, grown in zip(asked, await self._burst([self._proposed(one) for one in asked]), strict=False):
-            self._grow(thought, grown)
-        self._tell()
-        if len(asked) < len(thoughts):
-            raise _Ended("tokens")
+            raise _EndSearch("thoughts")
+        affordable = self._affordable(thoughts, self._propose)
+        proposals = await self._burst([self._get_children(thought) for thought in affordable])
+        for thought, proposal in zip(affordable, proposals, strict=False):
+            self._grow(thought, proposal)
+        self._report()
+        if len(affordable) < len(thoughts):
+            raise _EndSearch("tokens")
 
     async def _judge(self, thoughts: list[Thought]) -> None:
-        """Give them scores."""
-        asked = self._affordable(thoughts, self._evaluate)
-        for thought, judged in zip(asked, await self._burst([self._scored(one) for one in asked]), strict=False):
-            thought.score, thought.error, cost = judged
+        """Score as many thoughts as the budget allows."""
+        affordable = self._affordable(thoughts, self._evaluate)
+        scores = await self._burst([self._get_score(thought) for thought in affordable])
+        for thought, (score, error, cost) in zip(affordable, scores, strict=False):
+            thought.score, thought.error = score, error
             thought.cost += cost
-        self._tell()
-        if len(asked) < len(thoughts):
-            raise _Ended("tokens")
+        self._report()
+        if len(affordable) < len(thoughts):
+            raise _EndSearch("tokens")
 
-    async def _proposed(self, thought: Thought) -> tuple[list[Thought], str | None, Cost]:
-        """What may follow `thought`, none of it in the tree yet; or why there is nothing."""
-        asking = self._asking(thought, "propose")
+    async def _get_children(self, thought: Thought) -> tuple[list[Thought], str | None, Cost]:
+        """Request proposals. Returns new thoughts, not in the tree yet; an error; and the cost."""
+        calls = self._calls(thought, "propose")
         try:
-            steps = await steps_after(self._propose, thought, asking)
+            steps = await steps_after(self._propose, thought, calls)
         except (PromptTooLong, RequestFailed) as error:
             if thought.parent is None:
                 raise
-            return [], str(error), asking.cost
+            return [], str(error), calls.cost
         children = [thought.follow(step) for step in steps]
         if self._goal is not None:
             for child in children:
-                child.solved = bool(await called(self._goal, child))
-        return children, None, asking.cost
+                child.solved = bool(await call(self._goal, child))
+        return children, None, calls.cost
 
-    async def _scored(self, thought: Thought) -> tuple[float | None, str | None, Cost]:
-        asking = self._asking(thought, "evaluate")
+    async def _get_score(self, thought: Thought) -> tuple[float | None, str | None, Cost]:
+        """Request a score. Returns it, an error, and the cost."""
+        calls = self._calls(thought, "evaluate")
         try:
-            return await score_of(self._evaluate, thought, asking), None, asking.cost
+            return await score_of(self._evaluate, thought, calls), None, calls.cost
         except (PromptTooLong, RequestFailed) as error:
-            return None, str(error), asking.cost
+            return None, str(error), calls.cost
 
-    def _grow(self, thought: Thought, grown: tuple[list[Thought], str | None, Cost]) -> None:
-        """Take children into the tree, all or none; those known already are counted only."""
-        children, thought.error, cost = grown
+    def _grow(self, thought: Thought, proposal: tuple[list[Thought], str | None, Cost]) -> None:
+        """Add children to the tree, all or none; those with known states are only counted."""
+        children, thought.error, cost = proposal
         new = {child.state: child for child in reversed(children) if child.state not in self._known}
         tree = self._result.thoughts
         if len(tree) + len(new) > self._budget.thoughts:
-            raise _Ended("thoughts")
+            raise _EndSearch("thoughts")
         for child in children:
             if new.get(child.state) is child:
                 child.id = len(tree)
@@ -288,8 +294,9 @@ class _Search:
         thought.cost += cost
 
     async def _burst(self, jobs: Sequence[Coroutine[Any, Any, T]]) -> Iterator[T]:
-        """Run all at once, until all have ended, one has failed, or the time is up; then none is left running. Their
-        results in order, up to the first that has none.
+        """Run jobs concurrently until all have ended, one has failed, or the time is up; then cancel the rest.
+
+        Yields results in order, up to the first job without a result.
         """
         tasks = [asyncio.create_task(job) for job in jobs]
         try:
@@ -297,11 +304,11 @@ class _Search:
                 left = self._seconds_left()
                 await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
         finally:
-            await drop(tasks)
+            await cancel_all(tasks)
         return self._settled(tasks)
 
     def _settled(self, tasks: "Sequence[asyncio.Task[T]]") -> Iterator[T]:
-        """Raises what the first that failed has raised, or `_Ended`."""
+        """Yield results in order. Raises the first exception of a task, or `_EndSearch` if a task was cancelled."""
         for task in tasks:
             if not task.cancelled():
                 yield task.result()
@@ -309,10 +316,10 @@ class _Search:
             for other in tasks:
                 if not other.cancelled():
                     other.result()
-            raise _Ended("seconds" if self._seconds_left() == 0 else "cancelled")
+            raise _EndSearch("seconds" if self._seconds_left() == 0 else "cancelled")
 
     def _affordable(self, thoughts: list[Thought], what: object) -> list[Thought]:
-        """Those whose requests can't exceed the budget of tokens."""
+        """The first thoughts, as many as the token budget allows."""
         tokens, each = self._budget.tokens, most_tokens(what)
         if tokens is None or not each:
             return thoughts
@@ -323,18 +330,19 @@ class _Search:
             return None
         return max(self._budget.seconds - (time.monotonic() - self._began), 0.0)
 
-    def _asking(self, thought: Thought, purpose: str) -> Asking:
-        return Asking(self._server, derive_seed(self._result.seed, thought, purpose), self._answered)
+    def _calls(self, thought: Thought, purpose: str) -> ModelCalls:
+        return ModelCalls(self._backend, derive_seed(self._result.seed, thought, purpose), self._answered)
 
     def _answered(self, cost: Cost) -> None:
         self._result.cost += cost
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
+        """Report progress. Raises `_EndSearch` if the search is to stop."""
         self._result.seconds = time.monotonic() - self._began
         if self._progress is not None:
             self._progress(self._result)
         if self._stop is not None and self._stop():
-            raise _Ended("stopped")
+            raise _EndSearch("stopped")
         if self._seconds_left() == 0:
-            raise _Ended("seconds")
+            raise _EndSearch("seconds")

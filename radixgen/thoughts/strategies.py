@@ -1,8 +1,8 @@
-"""In which order a tree of thoughts grows.
+"""Search strategies: the order in which a tree of thoughts grows.
 
-A strategy is a value with one method. `plan(root)` is a generator: each list of thoughts that it yields is expanded as
-one burst, and when it goes on, they have children, and the children scores. It decides by these alone, so that a search
-that is resumed replays it over the thoughts that are known.
+A strategy has one method, `plan(root)`. It is a generator of bursts: each list of thoughts that it yields is expanded,
+and when it is resumed, the thoughts have children and the children have scores. It must depend on nothing else, so that
+a resumed search can replay it over the known thoughts.
 """
 
 import math
@@ -19,22 +19,22 @@ _MOST = 2**31 - 1
 
 
 class Strategy(Protocol):
-    """Anything with a `plan`; thoughts that it yields must be open and not yet expanded by it."""
+    """Strategy of a search. The thoughts that it yields must be open, and not yielded before."""
 
     def plan(self, root: Thought) -> Plan:
-        """Bursts of thoughts to expand."""
+        """Yield bursts of thoughts to expand."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreadthFirst:
-    """Level by level; of each level the `breadth` best go on (Tree of Thoughts, arXiv 2305.10601, algorithm 1)."""
+    """Level by level, the `breadth` best thoughts of each (Tree of Thoughts, arXiv 2305.10601, algorithm 1)."""
 
     breadth: int = 5
     depth: int = 3
 
     def __post_init__(self) -> None:
-        """Raises `InvalidRequest`."""
+        """Check the fields. Raises `InvalidRequest`."""
         _check(breadth=self.breadth, depth=self.depth)
 
     def plan(self, root: Thought) -> Plan:
@@ -50,15 +50,16 @@ class BreadthFirst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthFirst:
-    """The best child first, down to `depth`, then back to the next best; a child goes on only where its score is
-    above `threshold` (Tree of Thoughts, arXiv 2305.10601, algorithm 2).
+    """The best child first, down to `depth`, then the next best; children need a score above `threshold`.
+
+    Tree of Thoughts, arXiv 2305.10601, algorithm 2.
     """
 
     depth: int = 3
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises `InvalidRequest`."""
+        """Check the fields. Raises `InvalidRequest`."""
         _check(depth=self.depth)
 
     def plan(self, root: Thought) -> Plan:
@@ -75,13 +76,13 @@ class DepthFirst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BestFirst:
-    """The `width` best thoughts seen so far, wherever they are, above `depth`."""
+    """The `width` best thoughts so far, at any depth less than `depth`."""
 
     depth: int = 3
     width: int = 1
 
     def __post_init__(self) -> None:
-        """Raises `InvalidRequest`."""
+        """Check the fields. Raises `InvalidRequest`."""
         _check(depth=self.depth, width=self.width)
 
     def plan(self, root: Thought) -> Plan:
@@ -98,11 +99,11 @@ class BestFirst:
 class MonteCarlo:
     """Monte Carlo tree search with UCT (Kocsis and Szepesvári, 2006).
 
-    A thought's evaluation stands for a simulation from it: one visit to it and to all above it, with its score as the
-    reward. Each of `iterations` walks from the root to a thought that is not expanded, by the greatest
-    `mean + exploration * sqrt(ln(visits of the parent) / visits)`, means scaled to [0, 1] by the least and the greatest
-    score seen. What can't be expanded any more is not walked to again. `width` walks share a burst; each counts as
-    a visit without reward until it is answered, so that they part.
+    The score of a thought takes the place of a simulation: it counts as a visit, with the score as reward, to the
+    thought and all its ancestors. Each of `iterations` walks goes from the root to a thought that is not expanded, by
+    the greatest `mean + exploration * sqrt(ln(visits of the parent) / visits)`, with means scaled to [0, 1] by the
+    lowest and highest score so far. Fully explored subtrees are skipped. `width` walks share a burst; until its result
+    is known, each counts as a visit without reward (virtual loss), so that walks diverge.
     """
 
     depth: int = 3
@@ -111,7 +112,7 @@ class MonteCarlo:
     width: int = 1
 
     def __post_init__(self) -> None:
-        """Raises `InvalidRequest`."""
+        """Check the fields. Raises `InvalidRequest`."""
         _check(depth=self.depth, iterations=self.iterations, width=self.width)
         if not 0 <= self.exploration < math.inf:
             raise InvalidRequest("exploration", self.exploration, "must be a number from 0")
@@ -132,7 +133,7 @@ class MonteCarlo:
     def _walks(
         self, root: Thought, grown: set[Thought], closed: set[Thought], scale: "_Scale", most: int
     ) -> list[Thought]:
-        """Up to `most` thoughts to expand, each of them once. `grown`: those expanded before."""
+        """Choose up to `most` different thoughts to expand. `grown`: thoughts that were expanded before."""
         taken, leaves = set(closed), list[Thought]()
         while len(leaves) < most and root not in taken:
             leaf = root
@@ -160,7 +161,7 @@ class MonteCarlo:
 
 @dataclass(slots=True)
 class _Scale:
-    """Maps scores to [0, 1] by those seen."""
+    """Scales scores to [0, 1] by the lowest and highest so far."""
 
     low: float = field(default=math.inf)
     high: float = field(default=-math.inf)
@@ -190,7 +191,7 @@ def _count(thought: Thought, visits: int, reward: float = 0.0) -> None:
 
 
 def _close(thought: Thought, closed: set[Thought]) -> None:
-    """Close it, and each parent whose children are all closed."""
+    """Close a thought, and each ancestor whose children are all closed."""
     for each in thought.lineage():
         if each is not thought and not all(child in closed for child in each.children):
             return

@@ -1,4 +1,4 @@
-"""The nouns of a search: thoughts, the steps between them, and what they cost."""
+"""Data types of a search: thoughts, the steps between them, and their cost."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -8,39 +8,37 @@ from radixgen.core import RequestOutput
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What was asked of the engine. Tokens unless the name says otherwise."""
+    """Cost of requests: numbers of requests and of tokens."""
 
     requests: int = 0
     prompt_tokens: int = 0
-    """Submitted, each request's prompt once."""
+    """Prompt tokens of all requests"""
     cached_tokens: int = 0
-    """Of those, tokens whose KV was already computed when the request was admitted."""
+    """Prompt tokens whose KV was cached when the request was admitted"""
     generated_tokens: int = 0
 
     @property
     def computed_tokens(self) -> int:
-        """Prompt tokens that were not cached. At the most: what requests of one burst have in common is computed
-        once, and counted for each.
-        """
+        """Upper bound on computed prompt tokens: those that requests of one burst share count for each."""
         return self.prompt_tokens - self.cached_tokens
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(Cost)))
+        return Cost(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Cost)))
 
 
 def cost_of(output: RequestOutput) -> Cost:
-    """What one finished request cost."""
-    generated = sum(len(one.token_ids) for one in output.outputs)
+    """Cost of a finished request."""
+    generated = sum(len(sequence.token_ids) for sequence in output.outputs)
     return Cost(1, output.num_prompt_tokens, output.num_cached_tokens, generated)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One proposal: what a thought adds to its parent.
+    """Proposed step from a thought to a new one.
 
-    text: one line, as a rule; the path of a thought holds its steps line by line.
-    state: what is left to solve. Steps to equal states are merged; without one, only equal paths are.
-    token_ids: the step as the model generated it, where that is what follows the parent's path.
+    text: usually one line; the path of a thought contains its steps line by line.
+    state: state of the problem after the step. Thoughts with equal states are merged; without states, equal paths.
+    token_ids: tokens of the step as generated, if it continues the parent's path.
     """
 
     text: str
@@ -50,20 +48,23 @@ class Step:
 
 @dataclass(eq=False, slots=True)
 class Thought:
-    """One node of a tree of thoughts. `text` is what it adds to its parent; the root's is the problem.
+    """Node of a tree of thoughts.
 
-    score: None until it is evaluated. visits, total: evaluations at or below it, and the sum of their scores, where
-    Monte Carlo tree search counts them. merged: proposals of its children that said what was known already.
-    error: why its request failed; it is then a dead end. cost: of proposing its children and of evaluating it.
+    text: text of the step from its parent; the root's text is the problem.
+    score: None until it is evaluated.
+    visits, total: in Monte Carlo tree search, number of evaluations at or below it, and the sum of their scores.
+    merged: number of proposed children that were known already.
+    error: why its request failed, which makes it a dead end.
+    cost: cost of proposing its children and of evaluating it.
     """
 
     text: str
     state: str
     parent: "Thought | None" = field(default=None, repr=False)
     id: int = -1
-    """Its place in the order in which thoughts came; -1 before it is part of a tree"""
+    """Index in the order in which thoughts were added; -1 before it is part of a tree"""
     token_ids: list[int] | None = field(default=None, repr=False)
-    """The tokens that it adds to its parent's path; None until they are needed"""
+    """Tokens that it adds to its parent's path; None until they are needed"""
     children: "list[Thought]" = field(default_factory=list, repr=False)
     depth: int = field(init=False)
     expanded: bool = False
@@ -81,11 +82,11 @@ class Thought:
 
     @property
     def open(self) -> bool:
-        """Whether a search may go on from here."""
+        """Whether it may be expanded."""
         return not self.solved and self.error is None
 
     def lineage(self) -> "Iterator[Thought]":
-        """The thought, its parent, and so on up to the root."""
+        """Yield the thought and its ancestors, up to the root."""
         thought: Thought | None = self
         while thought is not None:
             yield thought
@@ -93,22 +94,22 @@ class Thought:
 
     @property
     def problem(self) -> str:
-        """The root's text."""
+        """Text of the root."""
         return list(self.lineage())[-1].text
 
     @property
     def steps(self) -> list[str]:
-        """The texts on the way here, the root's left out."""
+        """Texts of the steps from the root to this thought."""
         return [thought.text for thought in self.lineage() if thought.parent is not None][::-1]
 
     def follow(self, step: Step) -> "Thought":
-        """The thought that `step` leads to; not yet among the children."""
+        """Create the thought after `step`, without adding it to the children."""
         state = f"{self.state}\n{step.text}".lstrip("\n") if step.state is None else step.state
         token_ids = None if step.token_ids is None else list(step.token_ids)
         return Thought(step.text, state, self, token_ids=token_ids)
 
 
 def ranked(thoughts: list[Thought]) -> list[Thought]:
-    """Those that a search may go on from, the best first; of equals, the one that came first."""
+    """Open thoughts with a score, the best first; ties are in the order in which they were added."""
     scored = [(thought.score, thought) for thought in thoughts if thought.open and thought.score is not None]
     return [thought for _, thought in sorted(scored, key=lambda pair: (-pair[0], pair[1].id))]

@@ -1,4 +1,4 @@
-"""A request's id, in and out, and a line of log when it is over."""
+"""Access log, and the `X-Request-Id` header of requests and responses."""
 
 import logging
 import re
@@ -18,8 +18,9 @@ _LONGEST_PATH = 200
 
 
 class AccessLog:
-    """Around an application. An id that came as `X-Request-Id`, of at most 128 printable characters, is kept: it is
-    told and logged, and names nothing inside.
+    """ASGI middleware that logs each request, and returns its `X-Request-Id`.
+
+    A client's id of at most 128 printable characters is kept. It appears in the response and in logs only.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -35,7 +36,7 @@ class AccessLog:
         state["request_id"] = request_id
         status, begin = 0, time.monotonic()
 
-        async def told(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -44,7 +45,7 @@ class AccessLog:
 
         self._metrics.open_requests += 1
         try:
-            await self._app(scope, receive, told)
+            await self._app(scope, receive, send_with_id)
         finally:
             self._metrics.open_requests -= 1
             ended = state.get("ended", "")

@@ -1,4 +1,4 @@
-"""How much is taken at the same time, of everybody and of each API key. What is beyond is refused at once."""
+"""Limits on concurrent work, in total and per API key. Requests beyond them are rejected at once."""
 
 import math
 import time
@@ -16,10 +16,13 @@ _LONGEST_WAIT = 60
 
 
 class Admission:
-    """Counts sequences, running and waiting ones alike, from when a request was read to its end."""
+    """Limit on open sequences, running or waiting, counted from when a request was read until it ends."""
 
     def __init__(self, max_open: int, max_open_per_key: int | None = None) -> None:
-        """max_open_per_key: sequences of one tenant; by default `max_open`."""
+        """
+        max_open: maximum number of open sequences.
+        max_open_per_key: maximum number of open sequences per tenant; default: `max_open`.
+        """
         check_integer("max_open", max_open, 1, 1 << 20)
         self.max_open = max_open
         self.max_open_per_key = max_open if max_open_per_key is None else min(max_open_per_key, max_open)
@@ -27,29 +30,33 @@ class Admission:
         self._open_by_tenant: dict[str, int] = {}
         self._recent: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=_RECENT))
 
-    def enter(self, tenant: str = "", begin: float | None = None) -> "Ticket":
-        """Count a request, which arrived at `begin`, as one sequence until it is known how many it has. Raises
-        `QueueFull`.
+    def enter(self, tenant: str = "", begin: float | None = None) -> "AdmissionTicket":
+        """Count a request as one sequence, until `AdmissionTicket.keep`. Raises `QueueFull`.
+
+        begin: monotonic time when the request arrived; default: now.
         """
         self.take(1, tenant)
-        return Ticket(self, tenant, time.monotonic() if begin is None else begin)
+        return AdmissionTicket(self, tenant, time.monotonic() if begin is None else begin)
 
     def check(self, sequences: int, tenant: str = "") -> None:
-        """Raise `QueueFull` where so many more could not be taken now."""
+        """Raise `QueueFull` if so many more sequences exceed a limit."""
         if self.open + sequences > self.max_open:
-            raise QueueFull("open", self.open + sequences, f"at most {self.max_open} run and wait")
+            raise QueueFull("open", self.open + sequences, f"at most {self.max_open} sequences run and wait")
         of_tenant = self._open_by_tenant.get(tenant, 0) + sequences
         if of_tenant > self.max_open_per_key:
-            raise QueueFull("open", of_tenant, f"at most {self.max_open_per_key} run and wait of one API key")
+            raise QueueFull("open", of_tenant, f"at most {self.max_open_per_key} sequences run and wait per API key")
 
     def take(self, sequences: int, tenant: str = "") -> None:
-        """Count so many more. Raises `QueueFull`."""
+        """Count so many more sequences. Raises `QueueFull`."""
         self.check(sequences, tenant)
         self.open += sequences
         self._open_by_tenant[tenant] = self._open_by_tenant.get(tenant, 0) + sequences
 
     def leave(self, sequences: int, tenant: str = "", seconds: float | None = None) -> None:
-        """So many are over; a request that was served took so many seconds."""
+        """Stop counting so many sequences.
+
+        seconds: duration of their request, if it was served.
+        """
         self.open -= sequences
         self._open_by_tenant[tenant] -= sequences
         assert self.open >= 0 and self._open_by_tenant[tenant] >= 0
@@ -59,16 +66,17 @@ class Admission:
             self._recent[tenant].append(seconds)
 
     def retry_after(self, tenant: str = "") -> int:
-        """Seconds after which a place may be free: what a request with this key has taken lately, from 1 to 60. Those
-        with others would tell what these have asked.
+        """Value of the `Retry-After` header: mean duration of the tenant's recent requests, from 1 to 60 seconds.
+
+        Requests of other tenants are not considered: their durations are private.
         """
         recent = self._recent.get(tenant)
         mean = sum(recent) / len(recent) if recent else 0.0
         return min(max(math.ceil(mean), 1), _LONGEST_WAIT)
 
 
-class Ticket:
-    """The sequences that one request counts for. As a context it is given back at the end, unless it was kept."""
+class AdmissionTicket:
+    """Sequences that a request counts for. As a context manager, it is released at the end unless it was kept."""
 
     def __init__(self, admission: Admission, tenant: str, begin: float) -> None:
         self._admission = admission
@@ -83,8 +91,9 @@ class Ticket:
         return time.monotonic() - self.begin
 
     def keep(self, sequences: int) -> None:
-        """The request has so many, and they are counted until `leave`. Raises `InvalidRequest` where these are too many
-        at any time, `QueueFull` where they are now.
+        """Count the actual number of sequences, until `leave`.
+
+        Raises `InvalidRequest` if they exceed the limit of a key, `QueueFull` if they exceed what is free now.
         """
         if sequences > self._admission.max_open_per_key:
             limit = f"at most {self._admission.max_open_per_key} sequences are served at a time"
@@ -94,7 +103,7 @@ class Ticket:
         self._kept = True
 
     def leave(self) -> None:
-        """May be called twice."""
+        """Stop counting the sequences. May be called twice."""
         seconds = self.age if self._kept else None
         if self._held:
             self._admission.leave(self._held, self._tenant, seconds)
@@ -111,10 +120,14 @@ class Ticket:
 
 
 class Quota:
-    """An amount that requests hold, bounded for each key and for all."""
+    """Limit on an amount that requests hold, in total and per API key."""
 
     def __init__(self, field: str, unit: str, *, most: int | None = None, most_of_key: int | None = None) -> None:
-        """most_of_key: whoever holds nothing may take more at once."""
+        """
+        field, unit: names of the amount in error messages.
+        most: limit on the total.
+        most_of_key: limit per key; a key that holds nothing may exceed it once.
+        """
         self.total = 0
         self._field = field
         self._unit = unit
@@ -123,10 +136,10 @@ class Quota:
         self._of_key: Counter[str] = Counter()
 
     def take(self, amount: int, key: str) -> None:
-        """Hold so much more. Raises `QueueFull`."""
+        """Add to the amount of a key. Raises `QueueFull`."""
         held = self._of_key[key]
         if self._most_of_key is not None and held and held + amount > self._most_of_key:
-            limit = f"at most {self._most_of_key} {self._unit} of one API key"
+            limit = f"at most {self._most_of_key} {self._unit} per API key"
             raise QueueFull(self._field, held + amount, limit)
         if self._most is not None and self.total + amount > self._most:
             raise QueueFull(self._field, self.total + amount, f"at most {self._most} {self._unit}")
@@ -135,7 +148,7 @@ class Quota:
 
     @contextmanager
     def held_by(self, key: str) -> Iterator[Callable[[int], None]]:
-        """What is taken by the function that this gives is held until the end."""
+        """Context manager that yields a function to take amounts, which are released at the end."""
         taken = 0
 
         def take(amount: int) -> None:
@@ -149,7 +162,7 @@ class Quota:
             self.leave(taken, key)
 
     def leave(self, amount: int, key: str) -> None:
-        """So much is held no more."""
+        """Subtract from the amount of a key."""
         self.total -= amount
         self._of_key[key] -= amount
         assert self._of_key[key] >= 0

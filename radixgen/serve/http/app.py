@@ -1,4 +1,4 @@
-"""The application: an engine behind OpenAI's routes."""
+"""FastAPI application that serves an engine over OpenAI's API."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
 from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Gate, Keys, check_routes
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.chat import chat_routes
 from radixgen.serve.http.completions import completion_routes
 from radixgen.serve.http.context import Context
@@ -41,21 +41,22 @@ Routes = Callable[[Gate], APIRouter]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """How an application serves.
+    """Options of the application.
 
-    names: of the model, all that callers may ask for; by default the engine's name for it.
-    api_keys, operator_keys: as `auth.Keys`; without any, everybody is served.
-    max_open: sequences that run and wait at the same time, and requests that tokenize; what is beyond is refused
-        with 429.
-    max_concurrency_per_key: of these, those of one API key; by default half where there are several keys.
-    request_timeout: seconds that a request may take from its arrival, waiting included; None: as long as it takes.
-    send_timeout: seconds after which a client that takes nothing counts as gone.
-    stall_timeout: seconds without progress after which `/health` fails.
-    ignore_unknown_fields: fields that are not served are ignored, with a warning in the answer, and not refused.
-    metrics_compat: `"vllm"` adds vLLM's names to `/metrics`.
+    names: names of the model in the API; default: the engine's name.
+    api_keys, operator_keys: keys for `auth.Keys`; without any, no authentication is required.
+    max_open: maximum number of running and waiting sequences, and of requests that tokenize; further requests are
+        rejected with 429.
+    max_concurrency_per_key: maximum per API key; default: half of `max_open` if there are several keys.
+    request_timeout: seconds until a request is aborted, from its arrival; None: no limit.
+    send_timeout: seconds until a client that reads nothing counts as disconnected.
+    stall_timeout: seconds without progress until `/health` fails.
+    metrics_compat: `"vllm"` adds vLLM's metric names to `/metrics`.
+    ignore_unknown_fields: ignore unsupported fields, with a warning in the response, instead of rejecting them.
     origins: allowed origins (CORS) and hosts.
-    root_path: path prefix of a proxy, which may strip it or not.
-    sampling_defaults: fields of `SamplingParams` for requests that do not set them; `max_tokens` is a limit for all.
+    root_path: path prefix that a proxy adds, whether it strips it or not.
+    sampling_defaults: default fields of `SamplingParams`; its `max_tokens` is a limit for all requests.
+    warm_up: run every kind of step before the server is ready.
     """
 
     names: Sequence[str] = ()
@@ -74,7 +75,7 @@ class ServeOptions:
     warm_up: bool = False
 
     def check(self) -> None:
-        """Raise `InvalidRequest` for the first that is out of its range."""
+        """Raise `InvalidRequest` for the first option that is out of its range."""
         check_integer("max_open", self.max_open, 1, 1 << 20)
         if self.max_concurrency_per_key is not None:
             check_integer("max_concurrency_per_key", self.max_concurrency_per_key, 1, 1 << 20)
@@ -92,12 +93,12 @@ class ServeOptions:
             raise InvalidRequest("served_model_name", self.names, "must not be empty")
 
 
-def create_app(engine: Backend, options: ServeOptions | None = None, *more: Routes) -> FastAPI:
-    """The application over `engine`, which it closes in the end. `more`: makers of further routes, each of which
-    declares its access by a dependency of the gate.
+def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more: Routes) -> FastAPI:
+    """Create the application of `engine`, which it closes on shutdown. Raises `InvalidRequest`.
 
-    What must end for open requests to end, because it goes on for ever by itself, is called from
-    `app.state.before_drain`. Raises `InvalidRequest`.
+    more: functions that create further routes; each route declares its access by a dependency of the gate.
+
+    Functions in `app.state.before_drain` are called before open requests are drained, to end endless responses.
     """
     options = options or ServeOptions()
     options.check()
@@ -108,14 +109,14 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         app.openapi()
-        watching = [asyncio.create_task(one) for one in (health.watch(), context.stats.watch())]
+        tasks = [asyncio.create_task(coroutine) for coroutine in (health.watch(), context.stats.watch())]
         try:
             yield
         finally:
             health.draining = True
-            for task in watching:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             context.renderer.close()
             context.intake.close()
             await engine.close()
@@ -140,7 +141,7 @@ def create_app(engine: Backend, options: ServeOptions | None = None, *more: Rout
     return app
 
 
-def _context(engine: Backend, options: ServeOptions) -> Context:
+def _context(engine: EngineBackend, options: ServeOptions) -> Context:
     keys = Keys(options.api_keys, options.operator_keys)
     names = tuple(options.names) or (engine.model_name,)
     per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
@@ -148,7 +149,7 @@ def _context(engine: Backend, options: ServeOptions) -> Context:
     limits = engine.inputs.limits
     bodies = Quota(
         "reading_bytes",
-        "bytes of bodies are read at a time",
+        "bytes of bodies are being read",
         most=limits.max_reading_bytes,
         most_of_key=max(limits.max_reading_bytes // 2, limits.max_body_bytes) if keys.several else None,
     )
@@ -174,7 +175,7 @@ def _context(engine: Backend, options: ServeOptions) -> Context:
 
 
 class _Boundary:
-    """Refuses origins and hosts that are not allowed; an unexpected exception ends its own request alone."""
+    """ASGI middleware that rejects origins and hosts that are not allowed, and turns exceptions into responses."""
 
     def __init__(self, app: ASGIApp, *, options: ServeOptions, keys_needed: bool, handlers: ErrorHandlers) -> None:
         self._app = app
@@ -187,19 +188,19 @@ class _Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["root_path"] = self._root_path  # routes are found behind it, where the path has it
-        request, begun = Request(scope, receive), False
+        scope["root_path"] = self._root_path  # Starlette strips it if the path has it
+        request, started = Request(scope, receive), False
 
-        async def told(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
         try:
             self._origins.check_request(request, keys_needed=self._keys_needed)
-            await self._app(scope, receive, told)
+            await self._app(scope, receive, send_and_note)
         except Exception as error:
-            if begun:
+            if started:
                 raise
             refusal = await self._handlers.handle(request, error)
             await refusal(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Who asks: keys compared in constant time, what each route needs, and which callers share prefixes."""
+"""Authentication by API keys, access control of routes, and namespaces of callers."""
 
 import hashlib
 import hmac
@@ -14,13 +14,13 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 
 from radixgen.core import InvalidRequest, Limits, check_text
-from radixgen.serve.http.errors import Refused
+from radixgen.serve.http.errors import HTTPError
 
 _LONGEST_KEY = 512
 
 
 class Access(Enum):
-    """What a route needs: nothing, a caller's key, or an operator's."""
+    """Access that a route requires: none, a caller's key, or an operator's key."""
 
     OPEN = "open"
     CALLER = "caller"
@@ -29,7 +29,7 @@ class Access(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who authenticated. `tenant` is empty where no key is asked for."""
+    """Authenticated caller. `tenant` is empty if no key is required."""
 
     tenant: str
     operator: bool = False
@@ -37,10 +37,10 @@ class Caller:
 
 
 class Keys:
-    """API keys. Only digests are kept, and every key is looked at whatever is presented.
+    """API keys, stored as digests and compared in constant time.
 
-    Operators' routes show and change what belongs to all callers. They take an operator's key, which is good for
-    everything; without any they take the only caller's key, and where several callers have one, nobody's.
+    Operator routes show and change what concerns all callers. They require an operator's key, which opens all other
+    routes too. If no operator's key exists, a single caller's key opens them; with several callers, no key does.
     """
 
     def __init__(self, callers: Sequence[str] = (), operators: Sequence[str] = ()) -> None:
@@ -54,16 +54,18 @@ class Keys:
 
     @property
     def several(self) -> bool:
-        """Whether there is more than one."""
+        """Whether there is more than one key."""
         return len(self._callers) + len(self._operators) > 1
 
     @property
     def needed(self) -> bool:
+        """Whether callers need a key."""
         return bool(self._callers or self._operators)
 
     def check(self, access: Access, authorization: str, api_key: str = "") -> Caller:
-        """Who sent these headers, `Authorization: Bearer KEY` or else `X-API-Key: KEY`. Raises `Refused`: 401 without a
-        key that is known, 403 where it is not good for this.
+        """Authenticate by the headers `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+
+        Raises `HTTPError`: 401 without a valid key, 403 if the key does not grant this access.
         """
         if access is Access.OPEN or not self.needed:
             return Caller("")
@@ -72,7 +74,7 @@ class Keys:
         presented = self._digest(bearer or api_key)
         caller, operator = _among(presented, self._callers), _among(presented, self._operators)
         if not caller and not operator:
-            raise Refused(
+            raise HTTPError(
                 401,
                 "no valid API key: send Authorization: Bearer KEY, or X-API-Key: KEY",
                 type="authentication_error",
@@ -81,12 +83,13 @@ class Keys:
             )
         alone = not self._operators and len(self._callers) == 1
         if access is Access.OPERATOR and not operator and not alone:
-            raise Refused(403, "needs an operator's key", type="permission_error", code="operator_only")
+            raise HTTPError(403, "requires an operator's key", type="permission_error", code="operator_only")
         return Caller(presented.hex(), operator)
 
     def namespace(self, caller: Caller, cache_salt: str | None, limits: Limits) -> str:
-        """Where requests of `caller` with this salt share prefixes: a keyed hash, so that nobody can name another's.
-        Empty where there is neither key nor salt. Raises `InvalidRequest`.
+        """Namespace of requests of `caller` with this cache salt: a keyed hash, which others can't guess.
+
+        It is empty without key and salt. Raises `InvalidRequest`.
         """
         salt = cache_salt or ""
         if len(salt) > limits.max_salt_len:
@@ -105,15 +108,15 @@ class Keys:
 
 
 def _among(presented: bytes, known: Sequence[bytes]) -> bool:
-    """No early end: the time tells nothing."""
-    found = False
-    for one in known:
-        found |= hmac.compare_digest(presented, one)
-    return found
+    """Whether a digest is among the known ones, in constant time."""
+    match = False
+    for digest in known:
+        match |= hmac.compare_digest(presented, digest)
+    return match
 
 
 class Gate:
-    """Dependencies by which routes declare what they need: `dependencies=[gate.caller]`."""
+    """FastAPI dependencies by which routes declare the access that they require: `dependencies=[gate.caller]`."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -122,10 +125,10 @@ class Gate:
         self.operator = self._needs(Access.OPERATOR)
 
     def is_operator(self, request: Request) -> bool:
-        """Whether operators' routes are open to this request."""
+        """Whether this request may use operator routes."""
         try:
             self._check(Access.OPERATOR, request)
-        except Refused:
+        except HTTPError:
             return False
         return True
 
@@ -137,7 +140,7 @@ class Gate:
         check = self._check
 
         class Needs:
-            """Called for each request before its route."""
+            """Authenticates each request before its route."""
 
             declared = access
 
@@ -148,22 +151,24 @@ class Gate:
 
 
 def access_of(route: APIRoute) -> Access:
-    """What a route declares. Asserts that it declares one thing."""
-    declared = [found for one in route.dependencies if (found := getattr(one.dependency, "declared", None))]
+    """Access that a route declares. Asserts that it declares exactly one."""
+    dependencies = [depends.dependency for depends in route.dependencies]
+    declared = [access for dependency in dependencies if (access := getattr(dependency, "declared", None))]
     assert len(declared) == 1, f"{route.path} declares {len(declared)} kinds of access, not one"
-    access: Access = declared[0]
+    (access,) = declared
+    assert isinstance(access, Access)
     return access
 
 
 def check_routes(router: APIRouter) -> None:
-    """Assert that every route of `router` declares what it needs."""
+    """Assert that every route of `router` declares its access."""
     for route in router.routes:
         assert isinstance(route, APIRoute), f"{route} declares no access"
         access_of(route)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nothing but this machine reaches this name or address."""
+    """Whether a name or address is reachable from this machine only."""
     if host.rstrip(".").lower() == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""What the server needs of an engine; `AsyncEngine` has it."""
+"""Interface of the engines that the HTTP server can serve, such as `AsyncEngine`."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -9,44 +9,47 @@ from radixgen.input_processor import InputProcessor
 from radixgen.request_loop import Progress
 
 
-class Outputs(Protocol):
-    """What is new of one request, as it comes, text and all; the last one has `finished=True`."""
+class RequestStream(Protocol):
+    """Outputs of one request with their text, as they come; the last one has `finished=True`."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
     async def aclose(self) -> None:
-        """Abort the request if it has not ended. May be called twice."""
+        """Abort the request unless it has finished. May be called twice."""
 
 
-class Backend(Protocol):
-    """Serves one model. Its errors are radixgen's."""
+class EngineBackend(Protocol):
+    """Engine or engines that serve one model. Raises radixgen's errors."""
 
     @property
     def inputs(self) -> InputProcessor:
-        """Tokenizer and bounds. Used from several threads."""
+        """Tokenizer and limits. Used from several threads."""
 
     @property
-    def model_name(self) -> str: ...
+    def model_name(self) -> str:
+        """Name of the model."""
 
     @property
     def progress(self) -> tuple[int, bool]:
-        """How often it did something, and whether there is work. Waits for nothing."""
+        """A counter of progress, and whether there is work. Does not block."""
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more requests."""
+        """Whether new requests are rejected."""
 
     async def open(
         self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
-    ) -> Outputs:
+    ) -> RequestStream:
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
 
     async def warm_up(self, progress: Progress | None = None) -> None:
-        """Do all that makes first requests slow. `progress(done, total)` is called now and then."""
+        """Compile and capture what would slow down first requests. Calls `progress(done, total)` as it goes."""
 
-    async def stats(self) -> Stats: ...
+    async def stats(self) -> Stats:
+        """Statistics of the engine."""
 
     async def reset_prefix_cache(self) -> int:
-        """Tokens dropped."""
+        """Drop the cached prefixes that nothing locks. Returns the number of dropped tokens."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Abort open requests and release all resources."""

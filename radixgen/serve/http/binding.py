@@ -1,4 +1,4 @@
-"""Where and how the server listens."""
+"""Addresses, TLS and timeouts of the server."""
 
 import os
 import socket
@@ -17,21 +17,21 @@ from radixgen.serve.http.auth import is_loopback
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _LONGEST_SOCKET_PATH = 107
-"""Bytes, on Linux"""
+"""Maximum length of a Unix socket's path on Linux, in bytes"""
 _SSL_FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """Where and how the server listens, and how it shuts down.
+    """Where the server listens, and how it shuts down.
 
-    uds: path of a Unix socket to listen on, in place of `host` and `port`.
-    timeout_keep_alive: seconds after which an idle connection is closed.
-    shutdown_delay: seconds after SIGTERM in which requests are still accepted, with `/ready` at 503.
-    drain_timeout: seconds after that in which open requests may still end; then they fail with `EngineClosed`.
-    ssl_keyfile, ssl_certfile, ssl_ca_certs: PEM files; with a certificate the server speaks HTTPS.
-    ssl_cert_reqs: whether clients must have a certificate: `ssl.CERT_NONE` (0), `CERT_OPTIONAL`, `CERT_REQUIRED`.
-    ssl_ciphers: OpenSSL's list of cipher suites, for TLS 1.2.
+    uds: path of a Unix socket to listen on instead of `host` and `port`.
+    timeout_keep_alive: seconds until an idle connection is closed.
+    shutdown_delay: seconds to accept requests after SIGTERM, with `/ready` at 503.
+    drain_timeout: seconds that open requests have to finish after that; then they fail with `EngineClosed`.
+    ssl_keyfile, ssl_certfile, ssl_ca_certs: PEM files; with a certificate, the server uses HTTPS.
+    ssl_cert_reqs: client certificates: `ssl.CERT_NONE` (0), `CERT_OPTIONAL` (1) or `CERT_REQUIRED` (2).
+    ssl_ciphers: cipher suites for TLS 1.2, in OpenSSL's format.
     """
 
     host: str = "127.0.0.1"
@@ -49,7 +49,7 @@ class Binding:
     access_log: bool = True
 
     def check(self, keys: Sequence[str]) -> None:
-        """Raise `InvalidRequest` for what cannot be, and for an address that others reach where there is no key."""
+        """Raise `InvalidRequest` for an invalid field, and for an address beyond loopback without API keys."""
         if self.log_level not in LOG_LEVELS:
             raise InvalidRequest("log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
         for field in ("timeout_keep_alive", "shutdown_delay", "drain_timeout"):
@@ -60,12 +60,12 @@ class Binding:
         elif not 0 <= self.port < 1 << 16:
             raise InvalidRequest("port", self.port, "must be from 0 to 65535")
         elif not keys and not is_loopback(self.host):
-            raise InvalidRequest("host", self.host, "others reach it, so there must be an API key: --api-key")
+            raise InvalidRequest("host", self.host, "is reachable by others and requires an API key: --api-key")
         self._check_tls()
 
     @property
     def tls(self) -> dict[str, Any]:
-        """Uvicorn's options."""
+        """TLS options of uvicorn."""
         return {
             "ssl_keyfile": self.ssl_keyfile,
             "ssl_certfile": self.ssl_certfile,
@@ -84,10 +84,10 @@ class Binding:
         if self.ssl_certfile is None:
             for field, value in self.tls.items():
                 if value:
-                    raise InvalidRequest(field, value, "goes with ssl_certfile")
+                    raise InvalidRequest(field, value, "requires ssl_certfile")
             return
         if self.ssl_cert_reqs and self.ssl_ca_certs is None:
-            raise InvalidRequest("ssl_cert_reqs", self.ssl_cert_reqs, "goes with ssl_ca_certs, by which to check them")
+            raise InvalidRequest("ssl_cert_reqs", self.ssl_cert_reqs, "requires ssl_ca_certs")
         try:
             create_ssl_context(
                 certfile=self.ssl_certfile,
@@ -98,20 +98,20 @@ class Binding:
                 ca_certs=self.ssl_ca_certs,
                 ciphers=self.ssl_ciphers,
             )
-        except OSError as error:  # ssl.SSLError is one
-            raise InvalidRequest("ssl_certfile", self.ssl_certfile, f"TLS cannot be set up with it: {error}") from error
+        except OSError as error:  # also ssl.SSLError
+            raise InvalidRequest("ssl_certfile", self.ssl_certfile, f"TLS cannot be set up: {error}") from error
 
 
 def _check_socket_path(path: str) -> None:
     if not 0 < len(os.fsencode(path)) <= _LONGEST_SOCKET_PATH:
         raise InvalidRequest("uds", path, f"must be a path of 1 to {_LONGEST_SOCKET_PATH} bytes")
-    place = Path(path)
-    if not place.parent.is_dir():
-        raise InvalidRequest("uds", path, "must be in a folder that exists")
-    if not place.exists():
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise InvalidRequest("uds", path, "must be in an existing folder")
+    if not file.exists():
         return
-    if not stat.S_ISSOCK(place.stat().st_mode):
-        raise InvalidRequest("uds", path, "there is a file that is no socket")
-    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):  # nobody listens at one that was left behind
+    if not stat.S_ISSOCK(file.stat().st_mode):
+        raise InvalidRequest("uds", path, "exists and is not a socket")
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):  # connecting to a stale socket fails
         probe.connect(path)
-        raise InvalidRequest("uds", path, "another process listens there")
+        raise InvalidRequest("uds", path, "is in use by another process")

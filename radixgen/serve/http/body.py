@@ -1,4 +1,4 @@
-"""Request bodies: read within bounds, decoded as types, and what is wrong with them said by field."""
+"""Request bodies: read within limits, decoded as types, with errors that name the field."""
 
 import asyncio
 import json
@@ -11,67 +11,71 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from radixgen.core import InvalidRequest, Limits, check_text, check_texts
-from radixgen.serve.http.errors import ClientGone, Refused
+from radixgen.serve.http.errors import ClientGone, HTTPError
 from radixgen.serve.http.unserved import drop_unserved
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 _READ_SECONDS = 30.0
-"""In which a body must have come."""
+"""Time limit for receiving a body"""
 SMALL_BODY_BYTES = 1 << 16
-"""Up to so many, a body is quickly decoded and what it holds quickly tokenized."""
+"""Maximum size of bodies that are decoded in the event loop and tokenized in the short pool"""
 _MOST_UNKNOWN = 64
-"""Unknown fields inside of others that are dropped"""
-_PLACE = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
+"""Maximum number of unknown nested fields that are dropped"""
+_LOCATION = re.compile(r" - at (?:`\w+` in )?`\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 
 
 async def read_bytes(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
-    """The body of a JSON request; `take` is told the bytes of each part. Raises `Refused`, `ClientGone`, and what
-    `take` raises.
+    """Read the body of a JSON request. Raises `HTTPError`, `ClientGone`, and whatever `take` raises.
+
+    take: called with the number of bytes of each part.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise Refused(
+        raise HTTPError(
             415, f"content-type={media_type}: must be application/json", field="content-type", value=media_type
         )
     return await _read_all(request, limits.max_body_bytes, take)
 
 
 def decode(data: bytes, kind: type[T], ignore: Callable[[str], None] | None = None) -> T:
-    """Strictly: no text for numbers. Fields that are not served may hold what changes nothing; `ignore`, where given,
-    gets the names of all others. Raises `InvalidRequest`.
+    """Decode a body as `kind`, without conversion between types. Raises `InvalidRequest`.
+
+    Unsupported fields with neutral values are dropped.
+
+    ignore: if given, called with the names of all other unsupported fields, which are dropped too.
     """
     try:
         return msgspec.json.decode(data, type=kind)
-    except Exception as error:  # UnicodeDecodeError and RecursionError are none of msgspec's
+    except Exception as error:  # besides msgspec's errors: UnicodeDecodeError, RecursionError
         if not _UNKNOWN.search(str(error)):
-            raise _named(str(error), data, kind) from None
+            raise _invalid_body(str(error), data, kind) from None
     return _decode_known(data, kind, ignore)
 
 
 def _decode_known(data: bytes, kind: type[T], ignore: Callable[[str], None] | None) -> T:
-    """A body that has unknown fields, without those that may be left out."""
+    """Decode a body with unknown fields, without those that may be dropped."""
     try:
         body = msgspec.json.decode(data)
-    except Exception as error:  # behind the unknown field
-        raise _named(str(error), data, kind) from None
+    except Exception as error:  # after the unknown field
+        raise _invalid_body(str(error), data, kind) from None
     drop_unserved(body, kind.__struct_fields__, "", ignore)
     for _ in range(_MOST_UNKNOWN):
         try:
             return msgspec.convert(body, kind, str_keys=True)
         except Exception as error:
             message = str(error)
-        unknown, place = _UNKNOWN.search(message), _PLACE.search(message)
-        if not unknown or not place:
+        unknown, location = _UNKNOWN.search(message), _LOCATION.search(message)
+        if not unknown or not location:
             break
-        holder = _at(place[1], body)
+        holder = _at(location[1], body)
         others = tuple(name for name in holder if name != unknown[1])
-        drop_unserved(holder, others, place[1], ignore)
+        drop_unserved(holder, others, location[1], ignore)
         if unknown[1] in holder:
             break
-    raise _named(message, data, kind)
+    raise _invalid_body(message, data, kind)
 
 
 async def _read_all(request: Request, most: int, take: Callable[[int], None]) -> bytes:
@@ -88,36 +92,36 @@ async def _read_all(request: Request, most: int, take: Callable[[int], None]) ->
                 take(len(part))
                 parts.append(part)
     except TimeoutError:
-        raise Refused(408, f"the body did not come within {_READ_SECONDS:g} seconds") from None
+        raise HTTPError(408, f"the body was not received within {_READ_SECONDS:g} seconds") from None
     except ClientDisconnect:
-        raise ClientGone("before its request was read") from None
+        raise ClientGone("the client disconnected before its request was read") from None
     return b"".join(parts)
 
 
-def _too_large(size: int, most: int) -> Refused:
+def _too_large(size: int, most: int) -> HTTPError:
     limit = f"at most {most} bytes"
-    return Refused(413, f"len(body)={size}: {limit}", field="len(body)", value=size, limit=limit)
+    return HTTPError(413, f"len(body)={size}: {limit}", field="len(body)", value=size, limit=limit)
 
 
-def _named(message: str, data: bytes, kind: type[msgspec.Struct]) -> InvalidRequest:
-    """What msgspec says as a field, its value and a limit."""
-    place = _PLACE.search(message)
-    path, says = (place[1], message[: place.start()]) if place else ("", message)
+def _invalid_body(message: str, data: bytes, kind: type[msgspec.Struct]) -> InvalidRequest:
+    """Convert an error message of msgspec to an error with field, value and limit."""
+    location = _LOCATION.search(message)
+    path, says = (location[1], message[: location.start()]) if location else ("", message)
     if missing := _MISSING.search(says):
         return InvalidRequest(f"{path}.{missing[1]}".strip("."), None, "is required")
     if unknown := _UNKNOWN.search(says):
         near = "" if path else get_close_matches(unknown[1], kind.__struct_fields__, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return InvalidRequest(f"{path}.{unknown[1]}".strip("."), "…", f"is no field that is known here{hint}")
-    if place:
+        return InvalidRequest(f"{path}.{unknown[1]}".strip("."), "…", f"is not a known field{hint}")
+    if location:
         return InvalidRequest(path or "body", _value_at(path, data), says[0].lower() + says[1:])
-    if half := _half_of_a_pair(data):
-        return half
+    if error := _lone_surrogate(data):
+        return error
     return InvalidRequest("body", data[:80].decode("utf-8", "replace"), f"must be a JSON object: {says}")
 
 
-def _half_of_a_pair(data: bytes) -> InvalidRequest | None:
-    """Which field holds half of a surrogate pair, of which msgspec says nothing that a caller would understand."""
+def _lone_surrogate(data: bytes) -> InvalidRequest | None:
+    """Error for the field that holds a lone surrogate, for which msgspec's message names no field."""
     try:
         body = json.loads(data)
         for name, value in body.items() if isinstance(body, dict) else ():
@@ -131,7 +135,7 @@ def _half_of_a_pair(data: bytes) -> InvalidRequest | None:
 
 
 def _value_at(path: str, data: bytes) -> Any:
-    """What the body holds there, where that is easily told."""
+    """Value at msgspec's `path`, or `…` if the body is large."""
     if len(data) > SMALL_BODY_BYTES or "[...]" in path:
         return "…"
     try:
@@ -141,7 +145,7 @@ def _value_at(path: str, data: bytes) -> Any:
 
 
 def _at(path: str, body: Any) -> Any:
-    """What is at msgspec's `path` of `body`."""
+    """Value at msgspec's `path` of `body`."""
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
         body = body[int(index)] if index else body[name]
     return body

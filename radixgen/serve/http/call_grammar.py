@@ -1,5 +1,6 @@
-"""Grammars for tool calls. Each schema is a `%json` of its own in a Lark grammar, so that `$ref`, `$defs` and
-`definitions` in it mean what they mean where it stands alone.
+"""Grammars for tool calls.
+
+Each schema is a separate `%json` in a Lark grammar, so that `$ref`, `$defs` and `definitions` resolve within it.
 """
 
 import json
@@ -7,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from radixgen.core import InvalidRequest
-from radixgen.serve.http.call_readers import CLOSE_TAG, OPEN_TAG
 from radixgen.serve.http.protocol import FunctionDefinition
+from radixgen.serve.http.tool_parsers import CLOSE_TAG, OPEN_TAG
 from radixgen.structured import WHITE_SPACE
 
 
 def call_grammar(functions: Sequence[FunctionDefinition]) -> str:
-    """One call to one of `functions`, as JSON."""
+    """Grammar of one call to one of `functions`, as JSON."""
     return "\n".join(["start: call", *_call_rules(functions)])
 
 
 def answer_or_calls_grammar(schema: str, functions: Sequence[FunctionDefinition], *, parallel: bool) -> str:
-    """JSON of `schema`, or calls to `functions` in Hermes's tags; no more than one where not `parallel`."""
+    """Grammar of JSON that follows `schema`, or calls to `functions` in Hermes's tags; one call unless `parallel`."""
     return "\n".join(
         [
             "start: answer | tagged" + (' ("\\n"? tagged)*' if parallel else ""),
@@ -30,13 +31,13 @@ def answer_or_calls_grammar(schema: str, functions: Sequence[FunctionDefinition]
 
 
 def parameters_of(function: FunctionDefinition) -> dict[str, Any]:
-    """The schema of its arguments."""
+    """JSON schema of a function's arguments."""
     return function.parameters or {"type": "object"}
 
 
 def _call_rules(functions: Sequence[FunctionDefinition]) -> list[str]:
     if not functions:
-        raise InvalidRequest("tools", [], "must hold at least one tool that may be called")
+        raise InvalidRequest("tools", [], "must hold at least one tool")
     names = " | ".join(f"call_{index}" for index in range(len(functions)))
     rules = [f"call: {names}"]
     for index, function in enumerate(functions):
@@ -47,12 +48,12 @@ def _call_rules(functions: Sequence[FunctionDefinition]) -> list[str]:
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
-    """`schema` with bounded white space, unless it says by itself what there may be."""
+    """`%json` rule of `schema`, with bounded white space unless the schema sets its own options."""
     own = schema.get("x-guidance")
     options = {"whitespace_pattern": WHITE_SPACE} if own is None else own
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def _text(text: str) -> str:
-    """A literal of Lark, which has JSON's escapes."""
+    """Lark literal, which has JSON's escapes."""
     return json.dumps(text)

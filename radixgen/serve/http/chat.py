@@ -17,10 +17,9 @@ from radixgen.chat_template import ChatTemplate, as_messages
 from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
 from radixgen.messages import Roles, template_message, template_messages
 from radixgen.serve.http.auth import Caller, Gate
-from radixgen.serve.http.call_readers import Piece, Reader
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.fields import names_of, sent_as
-from radixgen.serve.http.generation import Asked, Generation
+from radixgen.serve.http.generation import Generation, GenerationRequest
 from radixgen.serve.http.logprobs import chat_logprobs
 from radixgen.serve.http.openapi import described
 from radixgen.serve.http.protocol import (
@@ -28,56 +27,57 @@ from radixgen.serve.http.protocol import (
     ChatChoice,
     ChatChunk,
     ChatLogprobs,
+    ChatMessage,
     ChatRequest,
     ChatResponse,
     ChunkChoice,
     Delta,
-    Message,
     Reason,
     TokenizeRequest,
     ToolCall,
     Usage,
 )
 from radixgen.serve.http.schemas import enforceable_format
-from radixgen.serve.http.sessions import Key, Turn
+from radixgen.serve.http.sessions import SessionKey, SessionTurn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
-from radixgen.serve.http.tools import Warn, constrain, reader_of, template_tools
+from radixgen.serve.http.tool_parsers import Piece, ToolCallParser
+from radixgen.serve.http.tools import Warn, constrain, parser_for, template_tools
 from radixgen.serve.http.warnings import warner
 
 
 @dataclass(frozen=True, slots=True)
 class _Chat:
-    """A chat that was asked for, and the session's turn where it has one."""
+    """A checked request, and its turn if it belongs to a session."""
 
-    asked: Asked
-    turn: Turn | None
+    request: GenerationRequest
+    turn: SessionTurn | None
 
 
 def chat_routes(context: Context, gate: Gate) -> APIRouter:
-    """Chats."""
+    """Route of chat completions."""
     router = APIRouter()
 
     @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
     async def chat(request: Request) -> Response:
-        """Answer a chat."""
+        """Generate the answer of a chat."""
         ticket, body = await context.intake.receive(request, ChatRequest, context.admission)
         with ticket, sent_as(names_of(body)):
             context.check_model(body.model)
             prepare = partial(_prepare, context, request.state.caller, body, warner(request))
             chat = await context.intake.run(request, prepare)
-            grammar = await context.intake.compile(request, chat.asked.params)
-            generation = await Generation.start(context, chat.asked, ticket, grammar)
-        answer = _Answer(context, body, generation, chat.turn)
+            grammar = await context.intake.compile(request, chat.request.params)
+            generation = await Generation.start(context, chat.request, ticket, grammar)
+        responder = _ChatResponder(context, body, generation, chat.turn)
         if body.stream:
-            return EventStream(answer.events(), generation.aclose, send_timeout=context.send_timeout)
+            return EventStream(responder.events(), generation.aclose, send_timeout=context.send_timeout)
         async with generation:
-            return json_response(await while_connected(request.receive, answer.whole()))
+            return json_response(await while_connected(request.receive, responder.whole()))
 
     return router
 
 
 def prepared_messages(context: Context, body: ChatRequest | TokenizeRequest) -> tuple[Mapping[str, Any], ...]:
-    """The messages as the model's chat template takes them. Raises `InvalidRequest`."""
+    """Messages in the form that chat templates expect. Raises `InvalidRequest`."""
     messages = as_messages("messages", body.messages, context.limits)
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
@@ -85,14 +85,14 @@ def prepared_messages(context: Context, body: ChatRequest | TokenizeRequest) -> 
 
 
 def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTemplate:
-    """The model's chat template, with what the request gives it. Raises `InvalidRequest`."""
+    """Chat template with the tools and variables of a request. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
     inputs, options = context.engine.inputs, body.chat_template_kwargs
     return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, "chat_template_kwargs")
 
 
 def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
-    """Raises `InvalidRequest` for whatever is wrong with `body`, but for its grammar."""
+    """Check a request, all but its grammar, and render its chat. Raises `InvalidRequest`."""
     _check_served(body)
     inputs = context.engine.inputs
     namespace = context.namespace(caller, body.cache_salt)
@@ -102,16 +102,18 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
         ids = list(template.tokenize(template.render(messages)))
     else:
         inputs.check_name("session_id", body.session_id)
-        key = Key(caller.tenant, namespace, body.session_id)
+        key = SessionKey(caller.tenant, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    most = context.answer_tokens(asked, tokens.size, logprobs)
-    params = inputs.for_chat(_params(context, body, most, warn))
+    requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    max_tokens = context.answer_tokens(requested, tokens.size, logprobs)
+    params = inputs.for_chat(_params(context, body, max_tokens, warn))
     inputs.check(tokens, params, compiles=False)
-    return _Chat(Asked([tokens], params, caller.tenant, namespace, context.priority(caller, body.priority)), turn)
+    return _Chat(
+        GenerationRequest([tokens], params, caller.tenant, namespace, context.priority(caller, body.priority)), turn
+    )
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
@@ -123,29 +125,29 @@ def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) ->
 
 def _check_served(body: ChatRequest) -> None:
     body.check()
-    reader_of(body)
+    parser_for(body)
     if body.top_logprobs and not body.logprobs:
-        raise InvalidRequest("top_logprobs", body.top_logprobs, "is for logprobs=true")
-    if any(one != "text" for one in body.modalities or []):
+        raise InvalidRequest("top_logprobs", body.top_logprobs, "requires logprobs=true")
+    if any(modality != "text" for modality in body.modalities or []):
         raise InvalidRequest("modalities", body.modalities, 'must be ["text"]')
     if body.session_id is not None and (body.n or 1) != 1:
-        raise InvalidRequest("n", body.n, "a turn of a session has one answer")
+        raise InvalidRequest("n", body.n, "must be 1 with session_id")
 
 
-class _Choice:
-    """One choice, read as it comes."""
+class _ChoiceState:
+    """State of one choice, parsed as it comes."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, parser: ToolCallParser) -> None:
+        self.parser = parser
         self.calls: list[ToolCall] = []
         self._deltas: list[CompletionOutput] = []
         self._content: list[str] = []
 
     def push(self, new: CompletionOutput) -> Piece:
-        """What is new of the message."""
-        piece = self.reader.push(new.text)
+        """Parse a delta. Returns the new content and calls."""
+        piece = self.parser.push(new.text)
         if new.finish_reason is not None:
-            rest = self.reader.finish(cut=new.finish_reason == "length")
+            rest = self.parser.finish(cut=new.finish_reason == "length")
             piece = Piece(piece.content + rest.content, piece.calls + rest.calls)
         self._content.append(piece.content)
         for call in piece.calls:
@@ -155,15 +157,17 @@ class _Choice:
 
     @property
     def output(self) -> CompletionOutput | None:
-        """All that came."""
+        """All deltas merged; None before the first."""
         return joined(self._deltas) if self._deltas else None
 
     @property
     def reason(self) -> Reason | None:
+        """Finish reason, as the client sees it."""
         reason = self._deltas[-1].finish_reason if self._deltas else None
-        return "tool_calls" if reason == "stop" and self.reader.calls else reason
+        return "tool_calls" if reason == "stop" and self.parser.calls else reason
 
     def message(self) -> AnswerMessage:
+        """The whole message."""
         content = "".join(self._content)
         if not self.calls:
             return AnswerMessage(content=content)
@@ -178,15 +182,15 @@ class _Choice:
             self.calls.append(ToolCall(id=call.id, type=call.type, function=function))
 
 
-class _Answer:
-    """The choices of one request, as they come."""
+class _ChatResponder:
+    """Response to a request, streamed or whole."""
 
-    def __init__(self, context: Context, body: ChatRequest, generation: Generation, turn: Turn | None) -> None:
+    def __init__(self, context: Context, body: ChatRequest, generation: Generation, turn: SessionTurn | None) -> None:
         self._context = context
         self._body = body
         self._generation = generation
         self._turn = turn
-        self._choices = [_Choice(reader_of(body)) for _ in range(generation.asked.params.n)]
+        self._choices = [_ChoiceState(parser_for(body)) for _ in range(generation.request.params.n)]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid4().hex}",
             "created": int(time.time()),
@@ -194,15 +198,16 @@ class _Answer:
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of a streamed response."""
         chunk = partial(ChatChunk, **self._head)
         roles = [
             ChunkChoice(index=index, delta=Delta(role="assistant", content="")) for index in range(len(self._choices))
         ]
         yield event(chunk(choices=roles, prompt_token_ids=self._prompt_ids(), usage=self._usage_so_far()))
         async for _, output in self._generation.outputs():
-            new = [self._chunk(one) for one in output.outputs]
-            ended = [self._end(one) for one in output.outputs if one.finish_reason is not None]
-            for choices in ([one for one in new if one is not None], ended):
+            new = [self._chunk(delta) for delta in output.outputs]
+            ends = [self._end(delta) for delta in output.outputs if delta.finish_reason is not None]
+            for choices in ([choice for choice in new if choice is not None], ends):
                 if choices:
                     yield event(chunk(choices=choices, usage=self._usage_so_far()))
         await self._end_turn()
@@ -213,19 +218,20 @@ class _Answer:
         return self._generation.usage() if self._body.counts_usage_on else UNSET
 
     async def whole(self) -> ChatResponse:
+        """The response, once all choices have finished."""
         async for _, output in self._generation.outputs():
-            for one in output.outputs:
-                self._choices[one.index].push(one)
+            for delta in output.outputs:
+                self._choices[delta.index].push(delta)
         await self._end_turn()
         return ChatResponse(
             **self._head,
-            choices=[self._whole_choice(index, one) for index, one in enumerate(self._choices)],
+            choices=[self._whole_choice(index, choice) for index, choice in enumerate(self._choices)],
             usage=self._generation.usage(),
             prompt_token_ids=self._prompt_ids(),
         )
 
     def _chunk(self, output: CompletionOutput) -> ChunkChoice | None:
-        """What is new of a choice, if anything."""
+        """Chunk for a delta of a choice; None if it has nothing to report."""
         piece = self._choices[output.index].push(output)
         logprobs, ids = self._logprobs(output), self._body.return_token_ids and output.token_ids
         if not (piece.content or piece.calls or logprobs or ids):
@@ -238,11 +244,11 @@ class _Answer:
         )
 
     def _end(self, output: CompletionOutput) -> ChunkChoice:
-        """How a choice ended: in a chunk of its own, by which clients know that a call is whole."""
+        """Chunk with the finish reason, sent separately: it tells clients that a tool call is complete."""
         reason = self._choices[output.index].reason
         return ChunkChoice(index=output.index, delta=Delta(), finish_reason=reason, stop_reason=output.stop_reason)
 
-    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
+    def _whole_choice(self, index: int, choice: _ChoiceState) -> ChatChoice:
         output = choice.output
         assert output is not None
         return ChatChoice(
@@ -261,14 +267,14 @@ class _Answer:
         return chat_logprobs(output, self._body.top_logprobs or 0, texts, special=special)
 
     def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
-        return self._generation.asked.prompts[0].tolist() if self._body.return_token_ids else UNSET
+        return self._generation.request.prompts[0].tolist() if self._body.return_token_ids else UNSET
 
     async def _end_turn(self) -> None:
-        """The session, where there is one, keeps the answer."""
+        """Save the answer in the session, if there is one."""
         (choice, *_), turn = self._choices, self._turn
         output = choice.output
         if turn is not None and output is not None:
-            message: Message = template_message(msgspec.to_builtins(choice.message()), Roles(None))
-            params = self._generation.asked.params
+            message: ChatMessage = template_message(msgspec.to_builtins(choice.message()), Roles(None))
+            params = self._generation.request.params
             end = partial(self._context.sessions.end, turn, output, message, params)
             await self._context.intake.finish(turn.key.tenant, end)

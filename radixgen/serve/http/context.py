@@ -1,4 +1,4 @@
-"""What the routes share: the engine, its bounds, and who may what."""
+"""State that the routes share: the engine, its limits, and access control."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 from radixgen.core import InvalidRequest, Limits
 from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Caller, Keys
-from radixgen.serve.http.backend import Backend
-from radixgen.serve.http.errors import Refused
+from radixgen.serve.http.backend import EngineBackend
+from radixgen.serve.http.errors import HTTPError
 from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
@@ -19,12 +19,15 @@ from radixgen.serve.http.templates import TemplateRenderer
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One server's parts. `names`: of the model, the first is told; `created`: seconds of the epoch; `tokenizing`
-    counts requests of `/tokenize` and `/detokenize`, apart from requests that generate; `sampling_defaults`:
-    fields of `SamplingParams` for requests that do not set them.
+    """Components of one server.
+
+    names: names of the model; responses contain the first.
+    created: start time, in seconds since the epoch.
+    tokenizing: limit on requests to `/tokenize` and `/detokenize`.
+    sampling_defaults: default fields of `SamplingParams`.
     """
 
-    engine: Backend
+    engine: EngineBackend
     names: tuple[str, ...]
     created: int
     keys: Keys
@@ -47,40 +50,42 @@ class Context:
 
     @property
     def room(self) -> int:
-        """Tokens that a prompt and its answer have together: the last one needs no slot."""
+        """Maximum length of a prompt plus its answer, in tokens; the last token needs no slot."""
         inputs = self.engine.inputs
         return min(inputs.max_model_len, inputs.kv_tokens + 1)
 
     def check_model(self, name: str | None) -> None:
-        """That it is served here. Raises `Refused`."""
+        """Raise `HTTPError` unless the model is served here."""
         if name is not None and name not in self.names:
             limit = f"must be one of {', '.join(self.names)}"
-            raise Refused(
+            raise HTTPError(
                 404, f"model={name!r}: {limit}", field="model", value=name, limit=limit, code="model_not_found"
             )
 
     def namespace(self, caller: Caller, cache_salt: str | None) -> str:
-        """Where a caller's requests share. Raises `InvalidRequest`."""
+        """Namespace of a caller's requests with this cache salt. Raises `InvalidRequest`."""
         return self.keys.namespace(caller, cache_salt, self.limits)
 
-    def answer_tokens(self, asked: int | None, prompt: int, logprobs: int = 0) -> int:
-        """`max_tokens` of a request: what the prompt leaves where `asked` is None, else no more than the pool holds;
-        never more than `sampling_defaults` say. The context cuts each answer by itself.
+    def answer_tokens(self, requested: int | None, prompt_len: int, logprobs: int = 0) -> int:
+        """`max_tokens` for the engine, at most that of `sampling_defaults`.
 
-        logprobs: log-probabilities of one position, in all choices; by default there are so few tokens that
-            `Limits.max_logprob_values` holds.
+        requested: `max_tokens` of the request, limited to what the pool holds. If None, all that the prompt leaves, but
+            no more than `Limits.max_logprob_values` allows.
+        prompt_len: tokens of the prompt.
+        logprobs: number of log-probabilities per position, of all choices together.
         """
         limit = int(self.sampling_defaults.get("max_tokens", self.room))
-        if asked is None:
+        if requested is None:
             most = self.limits.max_logprob_values // logprobs if logprobs else self.room
-            return max(min(self.room - prompt, most, limit), 1)
-        return min(asked, limit, max(self.engine.inputs.kv_tokens + 1 - prompt, 1))
+            return max(min(self.room - prompt_len, most, limit), 1)
+        return min(requested, limit, max(self.engine.inputs.kv_tokens + 1 - prompt_len, 1))
 
-    def priority(self, caller: Caller, asked: int | None) -> int:
-        """As vLLM's: the lower goes first. Of several keys only an operator's goes ahead of others. Raises
-        `InvalidRequest`.
+    def priority(self, caller: Caller, requested: int | None) -> int:
+        """Priority for the engine, from a request's, where as in vLLM lower values go first.
+
+        If there are several keys, only operators may use negative values. Raises `InvalidRequest`.
         """
         lowest = 0 if self.keys.several and not caller.operator else -(2**31) + 1
-        if asked is not None and not lowest <= asked < 2**31:
-            raise InvalidRequest("priority", asked, f"must be from {lowest} to {2**31 - 1}")
-        return -(asked or 0)
+        if requested is not None and not lowest <= requested < 2**31:
+            raise InvalidRequest("priority", requested, f"must be from {lowest} to {2**31 - 1}")
+        return -(requested or 0)

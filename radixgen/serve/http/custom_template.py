@@ -1,4 +1,4 @@
-"""A chat template that the operator gives, in place of the model's own: `--chat-template`."""
+"""Chat template that replaces the model's own: `--chat-template`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +29,9 @@ def tokenizer_with_template(model: str, given: str) -> "PreTrainedTokenizerBase"
 
 
 def read_template(given: str) -> str:
-    r"""The template in the file `given`; where there is no such file, `given` itself in one line, with `\n` for a new
-    line. Raises `InvalidRequest`.
+    r"""Read a template from the file `given`; without such a file, `given` is the template, with `\n` for newlines.
+
+    Raises `InvalidRequest`.
     """
     template = _read(given)
     if len(template) > _MOST_CHARS:
@@ -44,7 +45,7 @@ def _read(given: str) -> str:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         if not {"{", "}", "\n"} & {*given}:
-            raise InvalidRequest("chat_template", given, f"must be a file, or a Jinja template: {error}") from None
+            raise InvalidRequest("chat_template", given, f"must be a file or a Jinja template: {error}") from None
     for escape, character in _ESCAPES.items():
         given = given.replace(escape, character)
     return given

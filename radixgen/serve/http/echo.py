@@ -1,4 +1,4 @@
-"""What `echo` asks for: the prompt before each of its choices."""
+"""`echo` of completions: the prompt in front of each choice."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from radixgen.serve.http.protocol import CompletionChoice, CompletionLogprobs
 
 @dataclass(slots=True)
 class Echo:
-    """One prompt, and its log-probabilities once they are there."""
+    """Text and tokens of a prompt, and its log-probabilities once they are computed."""
 
     text: str
     tokens: list[int]
     logprobs: CompletionLogprobs | None = None
 
     def read(self, logprobs: Sequence[Mapping[int, float] | None], texts: TokenTexts) -> None:
-        """Take the engine's. It may take a while."""
+        """Convert the engine's log-probabilities of the prompt; slow for long prompts."""
         self.logprobs = completion_logprobs(self.tokens, logprobs, texts, 0)
 
     def begin(self, choice: CompletionChoice) -> None:
-        """Put the prompt before what is first told of a choice."""
+        """Prepend the prompt to the first delta of a choice."""
         choice.text = self.text + choice.text
         if self.logprobs is not None:
             choice.logprobs = join(join(None, self.logprobs), choice.logprobs)

@@ -1,4 +1,4 @@
-"""Refusals in OpenAI's shape, each with the field, its value and the limit: `{"error": {message, type, param, …}}`."""
+"""Error responses in OpenAI's format, with field, value and limit: `{"error": {message, type, param, …}}`."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -16,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class ErrorBody(msgspec.Struct, kw_only=True):
-    """What is wrong. `param`: the field; `value`: what it held, in at most 80 characters; `limit`: what it may hold."""
+    """Description of an error.
+
+    param: name of the field.
+    value: value of the field, in at most 80 characters.
+    limit: what the value must be.
+    """
 
     message: str
     type: str
@@ -27,13 +32,13 @@ class ErrorBody(msgspec.Struct, kw_only=True):
 
 
 class ErrorResponse(msgspec.Struct):
-    """The body of every refusal."""
+    """Body of every error response."""
 
     error: ErrorBody
 
 
-class Refused(RadixgenError):
-    """A request that HTTP itself refuses: no key, no such model, too large."""
+class HTTPError(RadixgenError):
+    """Request that the HTTP layer rejects, such as one without a key or with a body that is too large."""
 
     def __init__(
         self,
@@ -61,12 +66,12 @@ class Refused(RadixgenError):
 
 
 class ClientGone(RadixgenError):
-    """Whoever asked has closed the connection."""
+    """The client closed the connection."""
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status that says what `error` is."""
-    if isinstance(error, Refused):
+    """HTTP status of an error."""
+    if isinstance(error, HTTPError):
         return error.status
     if isinstance(error, InvalidRequest):
         return 400
@@ -78,17 +83,17 @@ def status_of(error: BaseException) -> int:
 
 
 def body_of(error: BaseException) -> ErrorBody:
-    """What a caller is told of `error`: everything where it is the caller's to mend, nothing of our insides."""
-    if isinstance(error, Refused):
+    """Body of an error: details of a caller's error, but none of internal errors."""
+    if isinstance(error, HTTPError):
         return error.body
     if isinstance(error, InvalidRequest | LimitReached):
-        refused = isinstance(error, InvalidRequest)
+        invalid = isinstance(error, InvalidRequest)
         too_long = isinstance(error, PromptTooLong)
         return ErrorBody(
             message=str(error),
-            type="invalid_request_error" if refused else "rate_limit_error",
+            type="invalid_request_error" if invalid else "rate_limit_error",
             param=error.field,
-            code="context_length_exceeded" if too_long else None if refused else "overloaded",
+            code="context_length_exceeded" if too_long else None if invalid else "overloaded",
             value=short_repr(error.value),
             limit=error.limit,
         )
@@ -96,45 +101,45 @@ def body_of(error: BaseException) -> ErrorBody:
         return ErrorBody(message="the client closed the connection", type="client_error")
     if isinstance(error, EngineClosed):
         return ErrorBody(message="the engine is closed", type="server_error", code="engine_closed")
-    return ErrorBody(message="internal error; the log has it by the request id", type="server_error")
+    return ErrorBody(message="internal error; the server's log has details under the request id", type="server_error")
 
 
 def encode(error: BaseException) -> bytes:
-    """The body of a response, or of an event, that tells of `error`."""
+    """Encode an error as the body of a response or of a server-sent event."""
     return msgspec.json.encode(ErrorResponse(body_of(error)))
 
 
-def failed(what: object) -> Refused:
-    """A sequence that ended with `error`, and what the engine said of it."""
-    return Refused(500, f"generation failed: {short_repr(what)}", type="server_error", code="generation_failed")
+def generation_failed(reason: object) -> HTTPError:
+    """Error for a sequence with the finish reason `error`."""
+    return HTTPError(500, f"generation failed: {short_repr(reason)}", type="server_error", code="generation_failed")
 
 
 class ErrorHandlers:
-    """Exceptions of routes as responses. `retry_after(tenant)`: seconds after which to try again where all is taken."""
+    """Converts exceptions of routes to responses."""
 
     def __init__(self, retry_after: Callable[[str], int]) -> None:
+        """retry_after: returns the `Retry-After` seconds for a tenant."""
         self._retry_after = retry_after
 
     async def handle(self, request: Request, error: Exception) -> Response:
+        """Convert an exception, and log it if it is internal."""
         if isinstance(error, RequestValidationError):
             error = _invalid(error)
         if isinstance(error, HTTPException):
             kept = dict(error.headers or {})  # such as Allow
-            error = Refused(error.status_code, str(error.detail), field="path", value=request.url.path, headers=kept)
+            error = HTTPError(error.status_code, str(error.detail), field="path", value=request.url.path, headers=kept)
         status, headers = status_of(error), dict(getattr(error, "headers", None) or {})
         if status == 429:
             caller = getattr(request.state, "caller", None)
             headers.setdefault("retry-after", str(self._retry_after("" if caller is None else caller.tenant)))
-        if status == 500 and not isinstance(error, Refused):
+        if status == 500 and not isinstance(error, HTTPError):
             request_id = getattr(request.state, "request_id", "?")
             logger.error("request %s failed", request_id, exc_info=error)
         return Response(encode(error), status, headers, media_type="application/json")
 
 
-def _invalid(error: RequestValidationError) -> Refused:
-    """What FastAPI found wrong with a path or a query."""
-    found = error.errors()[0]
-    field, limit = ".".join(map(str, found["loc"])), str(found["msg"])
-    return Refused(
-        400, f"{field}={short_repr(found['input'])}: {limit}", field=field, value=found["input"], limit=limit
-    )
+def _invalid(error: RequestValidationError) -> HTTPError:
+    """Convert FastAPI's error for a path or query parameter."""
+    first = error.errors()[0]
+    field, value, limit = ".".join(map(str, first["loc"])), first["input"], str(first["msg"])
+    return HTTPError(400, f"{field}={short_repr(value)}: {limit}", field=field, value=value, limit=limit)

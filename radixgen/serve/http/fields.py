@@ -1,4 +1,4 @@
-"""Names of what a caller sent, where the engine knows it by others."""
+"""Names of request fields in error messages, where the engine uses different ones."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _STRUCTURED = {
 
 @contextmanager
 def sent_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors from inside call a field as `names` does: `a` in `a`, `len(a)`, `a[0]` and `a + b`."""
+    """Context manager that renames fields of errors, also within `len(a)`, `a[0]` and `a + b`."""
     try:
         yield
     except InvalidRequest as error:
@@ -27,7 +27,7 @@ def sent_as(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _words(field: str) -> Iterator[str]:
-    """Its names, and what stands between them."""
+    """Split a field into names and the characters between them."""
     word = ""
     for character in field:
         if character.isidentifier() or (word and character.isalnum()):
@@ -40,7 +40,7 @@ def _words(field: str) -> Iterator[str]:
 
 
 def names_of(body: ChatRequest | CompletionRequest) -> dict[str, str]:
-    """What `body` calls the fields that the engine reports."""
+    """Names of a request's fields, by the engine's names."""
     names = dict(_STRUCTURED)
     if isinstance(body, ChatRequest):
         names |= {"prompt": "messages", "logprobs": "top_logprobs", "template_options": "chat_template_kwargs"}

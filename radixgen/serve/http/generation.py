@@ -1,4 +1,4 @@
-"""An accepted HTTP request: its prompts' outputs as they come, counted, timed, and aborted when it is left."""
+"""Generation for an accepted HTTP request: its outputs are merged, counted and timed, and aborted when it is closed."""
 
 import asyncio
 import time
@@ -11,20 +11,20 @@ from typing import Any, Self
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, Grammar, GrammarFailed, RequestOutput, SamplingParams
-from radixgen.serve.http.admission import Ticket
-from radixgen.serve.http.backend import Outputs
+from radixgen.serve.http.admission import AdmissionTicket
+from radixgen.serve.http.backend import RequestStream
 from radixgen.serve.http.context import Context
-from radixgen.serve.http.errors import Refused, failed
+from radixgen.serve.http.errors import HTTPError, generation_failed
 from radixgen.serve.http.metrics import Meter
 from radixgen.serve.http.protocol import PromptTokensDetails, Usage
 
 _LEAST_SECONDS = 1e-3
-"""What a request has left whose time was over before it could be queued: it ends like any that took too long."""
+"""Timeout of a request that has exceeded its time limit before it is queued"""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is to be generated. Checked, but for its grammar."""
+class GenerationRequest:
+    """Prompts and parameters of a request, checked except for its grammar."""
 
     prompts: list[TokenArray]
     params: SamplingParams
@@ -34,58 +34,63 @@ class Asked:
 
 
 class Generation:
-    """Yields `(index of the prompt, output)` of all prompts as they come. Leave it by `aclose`, or as a context."""
+    """Open requests of all prompts of an HTTP request. Close it with `aclose`, or use it as a context manager."""
 
     @classmethod
-    async def start(cls, context: Context, asked: Asked, ticket: Ticket, grammar: Grammar | None) -> "Generation":
-        """Queue all prompts, or none; then it keeps the ticket. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`.
+    async def start(
+        cls, context: Context, request: GenerationRequest, ticket: AdmissionTicket, grammar: Grammar | None
+    ) -> "Generation":
+        """Queue all prompts, or none. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`.
 
-        grammar: what was compiled for `asked`, held until the engine has it.
+        ticket: kept until the generation is closed.
+        grammar: compiled grammar of the request, referenced until the engine has taken it.
         """
-        ticket.keep(len(asked.prompts) * asked.params.n)
+        ticket.keep(len(request.prompts) * request.params.n)
         timeout = None if context.request_timeout is None else max(context.request_timeout - ticket.age, _LEAST_SECONDS)
         open_one = partial(
             context.engine.open,
-            params=asked.params,
-            priority=asked.priority,
-            namespace=asked.namespace,
+            params=request.params,
+            priority=request.priority,
+            namespace=request.namespace,
             timeout=timeout,
         )
-        tokens = sum(prompt.size for prompt in asked.prompts)
-        context.waiting.take(tokens, asked.tenant)
+        tokens = sum(prompt.size for prompt in request.prompts)
+        context.waiting.take(tokens, request.tenant)
         try:
-            opened = await _all_or_none([open_one(prompt) for prompt in asked.prompts])
+            opened = await _all_or_none([open_one(prompt) for prompt in request.prompts])
         except BaseException:
-            context.waiting.leave(tokens, asked.tenant)
+            context.waiting.leave(tokens, request.tenant)
             raise
-        return cls(context, asked, opened, ticket)
+        return cls(context, request, opened, ticket)
 
-    def __init__(self, context: Context, asked: Asked, opened: Sequence[Outputs], ticket: Ticket) -> None:
+    def __init__(
+        self, context: Context, request: GenerationRequest, opened: Sequence[RequestStream], ticket: AdmissionTicket
+    ) -> None:
         meters = [Meter(context.metrics, ticket.begin) for _ in opened]
-        self.asked = asked
+        self.request = request
         self._waiting = context.waiting
         self._silent = set(range(len(opened)))
-        """Prompts of which nothing has come"""
+        """Prompts without an output so far"""
         self.cached_tokens = [0] * len(opened)
         self._opened = opened
         self._ticket = ticket
         self._meters = meters
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Raises `Refused` where a sequence fails, `EngineClosed` where the engine does."""
+        """Yield `(index of the prompt, output)`. Raises `HTTPError` if a sequence fails, and `EngineClosed`."""
         async with aclosing(merge(self._opened)) as merged:
             async for prompt, output in merged:
-                self._begun(prompt)
+                self._mark_started(prompt)
                 self._meters[prompt].see(output, time.monotonic())
                 self.cached_tokens[prompt] = output.num_cached_tokens
-                for one in output.outputs:
-                    if one.finish_reason == "error":
-                        raise _failure(one)
+                for completion in output.outputs:
+                    if completion.finish_reason == "error":
+                        raise _failure(completion)
                 yield prompt, output
 
     def usage(self) -> Usage:
-        """Of what came until now."""
-        prompt_tokens = sum(prompt.size for prompt in self.asked.prompts)
+        """Usage so far."""
+        prompt_tokens = sum(prompt.size for prompt in self.request.prompts)
         completion_tokens = sum(meter.tokens for meter in self._meters)
         return Usage(
             prompt_tokens=prompt_tokens,
@@ -95,17 +100,18 @@ class Generation:
         )
 
     async def aclose(self) -> None:
-        """Abort what has not ended. May be called twice."""
+        """Abort requests that have not finished. May be called twice."""
         self._ticket.leave()
         for prompt in [*self._silent]:
-            self._begun(prompt)
-        for one in self._opened:
-            await one.aclose()
+            self._mark_started(prompt)
+        for stream in self._opened:
+            await stream.aclose()
 
-    def _begun(self, prompt: int) -> None:
+    def _mark_started(self, prompt: int) -> None:
+        """Stop counting a prompt's tokens as waiting."""
         if prompt in self._silent:
             self._silent.discard(prompt)
-            self._waiting.leave(self.asked.prompts[prompt].size, self.asked.tenant)
+            self._waiting.leave(self.request.prompts[prompt].size, self.request.tenant)
 
     async def __aenter__(self) -> Self:
         return self
@@ -116,9 +122,9 @@ class Generation:
         await self.aclose()
 
 
-async def _all_or_none(opening: Sequence[Coroutine[Any, Any, Outputs]]) -> list[Outputs]:
-    """What all of them open, at the same time; where one raises, the others are closed."""
-    tasks = [asyncio.create_task(one) for one in opening]
+async def _all_or_none(opening: Sequence[Coroutine[Any, Any, RequestStream]]) -> list[RequestStream]:
+    """Open all streams concurrently; if one raises, close the others."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in opening]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -130,15 +136,15 @@ async def _all_or_none(opening: Sequence[Coroutine[Any, Any, Outputs]]) -> list[
         raise
 
 
-async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """The outputs of all as they come. A slow reader holds back those who write, and the engine then merges deltas."""
+async def merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    """Yield `(index of the stream, output)` of all streams as they come. For slow readers the engine merges deltas."""
     if len(streams) == 1:
         async for output in streams[0]:
             yield 0, output
         return
     queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(len(streams))
 
-    async def pump(index: int, stream: Outputs) -> None:
+    async def pump(index: int, stream: RequestStream) -> None:
         try:
             async for output in stream:
                 await queue.put((index, output))
@@ -149,11 +155,11 @@ async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, Request
 
     tasks = [asyncio.create_task(pump(*pair)) for pair in enumerate(streams)]
     try:
-        going = len(tasks)
-        while going:
+        running = len(tasks)
+        while running:
             index, item = await queue.get()
             if item is None:
-                going -= 1
+                running -= 1
             elif isinstance(item, Exception):
                 raise item
             else:
@@ -165,9 +171,9 @@ async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, Request
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _failure(output: CompletionOutput) -> Refused:
-    """Where no token fits a grammar, that is the caller's to mend."""
+def _failure(output: CompletionOutput) -> HTTPError:
+    """Error for a sequence that failed: 400 if its grammar allowed no token, else 500."""
     reason = str(output.stop_reason)
     if reason.startswith(GrammarFailed.__name__):
-        return Refused(400, f"the grammar could not be followed: {reason}", code="grammar_failed")
-    return failed(reason)
+        return HTTPError(400, f"the grammar could not be followed: {reason}", code="grammar_failed")
+    return generation_failed(reason)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 from radixgen.core import RadixgenError, RequestFailed, SamplingParams
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.warm_up import announce_warm_up
 
 logger = logging.getLogger(__name__)
@@ -15,17 +15,21 @@ _WARM_UP = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 
 
 class Health:
-    """Watches an engine. `stalled`: there has been work, and nothing done, for `stall_seconds`."""
+    """Health of an engine: warm, stalled, draining."""
 
     def __init__(
         self,
-        engine: Backend,
+        engine: EngineBackend,
         stall_seconds: float,
         intake_stalled: Callable[[float], bool],
         *,
         warm_up: bool = False,
     ) -> None:
-        """intake_stalled: `Intake.stalled`. warm_up: whether the engine runs every kind of step, before it is ready."""
+        """
+        stall_seconds: seconds without progress, in spite of work, until the engine counts as stalled.
+        intake_stalled: `Intake.stalled`.
+        warm_up: whether the engine runs every kind of step before it is ready.
+        """
         self.warm = False
         self._whole_warm_up = warm_up
         self._warming = ""
@@ -39,31 +43,32 @@ class Health:
 
     @property
     def stalled(self) -> bool:
+        """Whether the engine has work, and made no progress for `stall_seconds`."""
         return self._steps >= 0 and asyncio.get_running_loop().time() - self._moved > self._stall_seconds
 
     def look(self) -> None:
-        """See how far the engine is."""
+        """Check whether the engine has made progress."""
         steps, busy = self._engine.progress
         if steps != self._steps or not busy:
             self._steps, self._moved = steps, asyncio.get_running_loop().time()
 
     def fault(self) -> str | None:
-        """Why the engine serves nobody, if it is so."""
+        """Why the engine is unhealthy; None if it is healthy."""
         if self._engine.closed:
             return "the engine is closed"
         self.look()
         if self._intake_stalled(self._stall_seconds):
             return "requests wait for threads that make no progress"
-        return "there is work and no progress" if self.stalled else None
+        return "the engine has work but makes no progress" if self.stalled else None
 
     def unready(self) -> str | None:
-        """Why no requests should be sent here now."""
+        """Why the server should get no requests; None if it is ready."""
         if self.draining:
-            return "the server is going down"
+            return "the server is shutting down"
         return self.fault() or (None if self.warm else f"the model is warming up{self._warming}")
 
     async def watch(self) -> None:
-        """Warm the engine up, then look at it until cancelled."""
+        """Warm the engine up, then check its progress until cancelled."""
         try:
             if self._whole_warm_up:
                 await self._engine.warm_up(self._note)
@@ -76,19 +81,19 @@ class Health:
             await asyncio.sleep(_WATCH_SECONDS)
 
     def _note(self, done: int, total: int) -> None:
-        """Note how many kinds of steps are warm, for `/ready` and the log."""
+        """Report the progress of warming up, in `/ready` and the log."""
         self._warming = f": {done} of {total}"
         self._announce(done, total)
 
     async def _warm_up(self) -> None:
-        """One short request, of which nothing stays: what is compiled or captured at first is there afterwards."""
+        """Run a short request, so that compilation and capture happen before real ones; drop it from the cache."""
         tokens = self._engine.inputs.tokenize([0])
         outputs = await self._engine.open(tokens, _WARM_UP, priority=0, namespace="warm-up", timeout=None)
         try:
             async for output in outputs:
-                for one in output.outputs:
-                    if one.finish_reason == "error":
-                        raise RequestFailed(str(one.stop_reason))
+                for completion in output.outputs:
+                    if completion.finish_reason == "error":
+                        raise RequestFailed(str(completion.stop_reason))
         finally:
             await outputs.aclose()
         await self._engine.reset_prefix_cache()

@@ -1,4 +1,4 @@
-"""Models, tokens, health, metrics: the routes that generate nothing."""
+"""Routes that do not generate: models, tokenization, health, metrics."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from radixgen.serve.http.openapi import described
 from radixgen.serve.http.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
-    Model,
+    ModelCard,
     ModelList,
     TokenizeRequest,
     TokenizeResponse,
@@ -32,38 +32,38 @@ from radixgen.version import VERSION
 
 
 def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
-    """All but the description."""
+    """All of these routes except `/openapi.json`."""
     router = APIRouter()
 
     @router.get("/health", dependencies=[gate.open], openapi_extra=described(None))
     async def healthy() -> Response:
-        """200 while the engine gets on, or has nothing to do."""
+        """200 while the engine makes progress or is idle, else 503."""
         return _state(health.fault())
 
     @router.get("/ready", dependencies=[gate.open], openapi_extra=described(None))
     async def ready() -> Response:
-        """200 once the model is warm, until the server goes down."""
+        """200 from when the model is warm until the server shuts down, else 503."""
         return _state(health.unready())
 
     @router.get("/version", dependencies=[gate.open], openapi_extra=described(None))
     async def version() -> Response:
-        """Of radixgen."""
+        """Version of radixgen."""
         return JSONResponse({"version": VERSION})
 
     @router.get("/metrics", dependencies=[gate.open], openapi_extra=described(None))
     async def metrics(request: Request) -> Response:
-        """For Prometheus: all metrics for operators, the load for others."""
+        """Prometheus metrics: all for operators, the load for others."""
         text = context.metrics.expose(await context.stats.get(), everything=gate.is_operator(request))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models", dependencies=[gate.caller], openapi_extra=described(None, ModelList))
     async def models() -> Response:
-        """The model that is served, under each of its names."""
+        """The model, under each of its names."""
         return json_response(ModelList(data=[_model(context, name) for name in context.names]))
 
-    @router.get("/v1/models/{name:path}", dependencies=[gate.caller], openapi_extra=described(None, Model))
+    @router.get("/v1/models/{name:path}", dependencies=[gate.caller], openapi_extra=described(None, ModelCard))
     async def model(name: str) -> Response:
-        """One of these; all of them where the path ends with a slash."""
+        """The model under one name; all names if the path ends with a slash."""
         if not name:
             return await models()
         context.check_model(name)
@@ -71,7 +71,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
-        """Text, or a chat, as token ids."""
+        """Convert text or a chat to token ids."""
         ticket, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
         with ticket:
             context.check_model(body.model)
@@ -81,7 +81,7 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
         "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)
     )
     async def detokenize(request: Request) -> Response:
-        """Token ids as text, special tokens included."""
+        """Convert token ids to text, including special tokens."""
         ticket, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
         with ticket:
             context.check_model(body.model)
@@ -89,19 +89,19 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
 
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
-        """What is served, and within which bounds."""
+        """Model, limits and statistics."""
         return JSONResponse(_server_info(context, await context.stats.get()))
 
     @router.post("/reset_prefix_cache", dependencies=[gate.operator], openapi_extra=described(None))
     async def reset_prefix_cache() -> Response:
-        """Forget what no live request and no pin holds."""
+        """Drop the cached prefixes that no live request and no pin locks."""
         return JSONResponse({"tokens_dropped": await context.engine.reset_prefix_cache()})
 
     return router
 
 
 def description_route(app: FastAPI, gate: Gate) -> APIRouter:
-    """`/openapi.json` of `app`."""
+    """Route of `/openapi.json`."""
     router = APIRouter()
 
     @router.get("/openapi.json", dependencies=[gate.open], include_in_schema=False)
@@ -115,9 +115,11 @@ def _state(fault: str | None) -> Response:
     return JSONResponse({"status": fault or "ok"}, 503 if fault else 200)
 
 
-def _model(context: Context, name: str) -> Model:
+def _model(context: Context, name: str) -> ModelCard:
     inputs = context.engine.inputs
-    return Model(id=name, created=context.created, root=context.engine.model_name, max_model_len=inputs.max_model_len)
+    return ModelCard(
+        id=name, created=context.created, root=context.engine.model_name, max_model_len=inputs.max_model_len
+    )
 
 
 def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
 
 def _tokenize(context: Context, body: TokenizeRequest, warn: Callable[[str], None]) -> TokenizeResponse:
     if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("prompt", body.prompt, "give either prompt or messages")
+        raise InvalidRequest("prompt", body.prompt, "exactly one of prompt and messages is required")
     inputs = context.engine.inputs
     if body.prompt is not None:
         tokens = inputs.tokenize(body.prompt, special=body.add_special_tokens is not False, warn=warn).tolist()
@@ -155,7 +157,7 @@ def _tokenize(context: Context, body: TokenizeRequest, warn: Callable[[str], Non
 def _detokenize(context: Context, body: DetokenizeRequest) -> DetokenizeResponse:
     inputs = context.engine.inputs
     if len(body.tokens) > inputs.max_model_len:
-        raise PromptTooLong("len(tokens)", len(body.tokens), f"at most {inputs.max_model_len}, as the context")
+        raise PromptTooLong("len(tokens)", len(body.tokens), f"must be at most {inputs.max_model_len}")
     tokens = inputs.tokenize(body.tokens, "tokens").tolist()
     if inputs.tokenizer is None:
         raise InvalidRequest("tokens", "…", "the model has no tokenizer")

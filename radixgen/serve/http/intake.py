@@ -1,4 +1,4 @@
-"""What is done to a request before it is queued: read, decode, tokenize, compile. Tenants take turns."""
+"""Preparation of requests before they are queued: read, decode, tokenize, compile. Tenants take turns."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from radixgen.core import Grammar, SamplingParams
 from radixgen.input_processor import InputProcessor
 from radixgen.serve.fair_pool import FairPool
-from radixgen.serve.http.admission import Admission, Quota, Ticket
+from radixgen.serve.http.admission import Admission, AdmissionTicket, Quota
 from radixgen.serve.http.body import SMALL_BODY_BYTES, decode, read_bytes
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.http.warnings import warner
@@ -27,17 +27,19 @@ _COMPILERS = 2
 
 
 class Intake:
-    """Prepares requests in threads: long bodies, short ones and grammars have threads of their own. Bodies that are
-    still being read count apart from admitted requests: slow senders take no capacity from those who generate.
+    """Prepares requests in three thread pools: for long bodies, short bodies and grammars.
+
+    Requests whose body is still being read are counted separately, so that slow senders take no capacity from others.
     """
 
     def __init__(
         self, inputs: InputProcessor, admission: Admission, bodies: Quota, *, ignore_unknown: bool = False
     ) -> None:
         """
-        admission: its bounds hold for the number of bodies being read too.
-        bodies: the bytes of these.
-        ignore_unknown: ignore fields that are not served, with a warning for each.
+        inputs: tokenizer and limits.
+        admission: its limits apply to the number of bodies being read, too.
+        bodies: limit on the bytes of bodies being read.
+        ignore_unknown: whether to ignore unsupported fields, with a warning for each.
         """
         max_open = admission.max_open
         self.reading = Admission(max_open, admission.max_open_per_key)
@@ -48,9 +50,11 @@ class Intake:
         self._long = FairPool(_LONG_THREADS, "radixgen-long", most_waiting=max_open)
         self._compilers = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=inputs.limits.max_compiling)
 
-    async def receive(self, request: Request, kind: type[Body], admission: Admission) -> tuple[Ticket, Body]:
-        """Read and decode the body, then admit the request. Raises `QueueFull`, before the body is read where nothing
-        could be admitted now, `InvalidRequest` with the first field that is wrong, `Refused`, `ClientGone`.
+    async def receive(self, request: Request, kind: type[Body], admission: Admission) -> tuple[AdmissionTicket, Body]:
+        """Read and decode the body, then admit the request.
+
+        Raises `QueueFull` (before the body is read, if nothing can be admitted), `InvalidRequest`, `HTTPError`,
+        `ClientGone`.
         """
         begin, tenant = time.monotonic(), request.state.caller.tenant
         admission.check(1, tenant)
@@ -62,15 +66,17 @@ class Intake:
         return admission.enter(tenant, begin), body
 
     async def run(self, request: Request, work: Callable[[], T]) -> T:
-        """What `work` returns, in a thread; dropped where the client goes before it begins. Raises `QueueFull`,
-        `ClientGone`, `EngineClosed`, and what `work` raises.
+        """Run `work` in a thread and return its result; it is dropped if the client disconnects before it starts.
+
+        Raises `QueueFull`, `ClientGone`, `EngineClosed`, and whatever `work` raises.
         """
         pool = self._short if request.state.body_size <= SMALL_BODY_BYTES else self._long
         return await _result(request, pool.submit(request.state.caller.tenant, work))
 
     async def compile(self, request: Request, params: SamplingParams) -> Grammar | None:
-        """The grammar that `params`, which were checked, ask for. Whoever holds it keeps it from being compiled again.
-        Raises `InvalidRequest`, and what `run` raises.
+        """Compile the grammar of checked `params`, if any. Hold on to it until the request is queued: it is cached.
+
+        Raises `InvalidRequest`, and the errors of `run`.
         """
         if not params.structured:
             return None
@@ -78,17 +84,18 @@ class Intake:
         return await _result(request, self._compilers.submit(request.state.caller.tenant, work))
 
     async def finish(self, tenant: str, work: Callable[[], T]) -> T:
-        """What `work`, of a request of `tenant` that is being answered, returns, in a thread. Raises `QueueFull`,
-        `EngineClosed`, and what `work` raises.
+        """Run `work` for a request that is being answered, in a thread, and return its result.
+
+        Raises `QueueFull`, `EngineClosed`, and whatever `work` raises.
         """
         return await asyncio.wrap_future(self._long.submit(tenant, work))
 
     def stalled(self, seconds: float) -> bool:
-        """Whether requests wait for a thread, and no work has begun or ended for so long."""
+        """Whether requests wait for a thread, and no work has started or ended for so many seconds."""
         return any(pool.stalled(seconds) for pool in self._pools)
 
     def close(self) -> None:
-        """What waits ends with `EngineClosed`."""
+        """Fail waiting work with `EngineClosed`."""
         for pool in self._pools:
             pool.close()
 

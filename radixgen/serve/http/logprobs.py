@@ -1,4 +1,4 @@
-"""The engine's log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in OpenAI's two formats: of chats and of completions."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -12,22 +12,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOWEST = -9999.0
-"""JSON has no infinity; OpenAI says this."""
-_KEPT = 1 << 16
+"""OpenAI's value for negative infinity, which JSON does not have"""
+_CACHE_SIZE = 1 << 16
 
 
 class TokenTexts:
-    """Text of single tokens, the special ones too, where half a character is U+FFFD; and their bytes."""
+    """Text and bytes of single tokens, including special ones. Text of incomplete characters is U+FFFD."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
-        self.text = lru_cache(_KEPT)(self._text)
+        self.text = lru_cache(_CACHE_SIZE)(self._text)
 
     def bytes(self, token: int, *, special: bool = False) -> list[int] | None:
-        """What the token adds to a text in UTF-8, one that shows special tokens where `special`; None without a
-        tokenizer.
-        """
+        """UTF-8 bytes that a token adds to a text; None without a tokenizer. `special`: whether special tokens show."""
         if self._vocabulary is None:
             return None
         return [] if not special and token in self._vocabulary.special else list(self._vocabulary.bytes_of(token))
@@ -37,13 +35,16 @@ class TokenTexts:
 
 
 def chat_logprobs(output: CompletionOutput, count: int, texts: TokenTexts, *, special: bool = False) -> ChatLogprobs:
-    """Of the tokens of `output`, each with the `count` likeliest; `special`: its text shows special tokens."""
+    """Log-probabilities of an output's tokens, each with the `count` likeliest at its position.
+
+    special: whether the text of the output shows special tokens.
+    """
     content = []
-    for found in output.logprobs or []:
-        own = next(iter(found))
-        told = {t: (texts.text(t), _finite(found[t]), texts.bytes(t, special=special)) for t in found}
-        top = [TopLogprob(*told[token]) for token in likeliest(found, count)]
-        content.append(TokenLogprob(*told[own], top))
+    for position in output.logprobs or []:
+        own = next(iter(position))
+        entries = {t: (texts.text(t), _finite(position[t]), texts.bytes(t, special=special)) for t in position}
+        top = [TopLogprob(*entries[token]) for token in likeliest(position, count)]
+        content.append(TokenLogprob(*entries[own], top))
     return ChatLogprobs(content)
 
 
@@ -53,22 +54,23 @@ def completion_logprobs(
     texts: TokenTexts,
     offset: int,
 ) -> CompletionLogprobs:
-    """Of tokens, each with those that were told beside it, or None where it had no probability. `text_offset` counts
-    the characters of the tokens' own texts, from `offset` on.
+    """Log-probabilities of tokens, with the likeliest at each position; None for tokens without a probability.
+
+    offset: text offset of the first token, in characters.
     """
-    told = CompletionLogprobs()
-    for token, found in zip(tokens, logprobs, strict=True):
+    result = CompletionLogprobs()
+    for token, position in zip(tokens, logprobs, strict=True):
         text = texts.text(token)
-        told.tokens.append(text)
-        told.token_logprobs.append(None if found is None else _finite(found[token]))
-        told.top_logprobs.append(None if found is None else _top(found, texts))
-        told.text_offset.append(offset)
+        result.tokens.append(text)
+        result.token_logprobs.append(None if position is None else _finite(position[token]))
+        result.top_logprobs.append(None if position is None else _top(position, texts))
+        result.text_offset.append(offset)
         offset += len(text)
-    return told
+    return result
 
 
 def join(first: CompletionLogprobs | None, second: CompletionLogprobs | None) -> CompletionLogprobs | None:
-    """Those of one text after those of another, added to `first` where there is one. `second` is left as it is."""
+    """Append the log-probabilities of one text to those of another. Modifies and returns `first`, if not None."""
     if second is None:
         return first
     first = first or CompletionLogprobs()
@@ -77,22 +79,20 @@ def join(first: CompletionLogprobs | None, second: CompletionLogprobs | None) ->
     return first
 
 
-def end_of(told: CompletionLogprobs) -> int:
-    """The offset behind the last token."""
-    return told.text_offset[-1] + len(told.tokens[-1]) if told.tokens else 0
+def end_of(logprobs: CompletionLogprobs) -> int:
+    """Text offset after the last token."""
+    return logprobs.text_offset[-1] + len(logprobs.tokens[-1]) if logprobs.tokens else 0
 
 
-def _top(found: Mapping[int, float], texts: TokenTexts) -> dict[str, float]:
-    """The likeliest, and the token's own. Several tokens may have one text: the likeliest stands for it, so it is
-    written last.
-    """
-    top = {texts.text(token): _finite(found[token]) for token in reversed(likeliest(found, len(found)))}
+def _top(position: Mapping[int, float], texts: TokenTexts) -> dict[str, float]:
+    """Log-probability of each text, in descending order; of tokens with the same text, the likeliest counts."""
+    top = {texts.text(token): _finite(position[token]) for token in reversed(likeliest(position, len(position)))}
     return dict(reversed(top.items()))
 
 
-def likeliest(found: Mapping[int, float], count: int) -> list[int]:
-    """The `count` likeliest tokens, likeliest first."""
-    return sorted(found, key=lambda token: -found[token])[:count]
+def likeliest(position: Mapping[int, float], count: int) -> list[int]:
+    """The `count` likeliest tokens of a position, in descending order."""
+    return sorted(position, key=lambda token: -position[token])[:count]
 
 
 def _finite(value: float) -> float:

@@ -1,4 +1,4 @@
-"""`/metrics`: the usual figures under `radixgen:`, what sharing saves, and on request vLLM's names for the same."""
+"""`/metrics`: Prometheus metrics under `radixgen:` and, if requested, under vLLM's names."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ _TOKENS = tuple(float(2**exponent) for exponent in range(21))
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts by upper bound. All of it is read and written by the event loop."""
+    """Histogram of observed values. Used by the event loop only."""
 
     bounds: Sequence[float]
     counts: list[int] = field(init=False)
@@ -29,22 +29,24 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float, times: int = 1) -> None:
+        """Count a value."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        found, count = [], 0
-        for bound, own in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            count += own
-            found.append((bound, float(count)))
-        return found
+        """Cumulative counts by upper bound, as Prometheus expects."""
+        buckets, total = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return buckets
 
 
 class Metrics(Collector):
-    """What the server saw of its requests, and the engine's own `Stats` as of the last time they were had."""
+    """Metrics of the server's requests, and the engine's latest `Stats`."""
 
     def __init__(self, model: str, compat: str | None = None) -> None:
-        """compat: of `COMPAT`, whose names are added."""
+        """compat: an element of `COMPAT`, whose metric names are added."""
         self.first_token = Histogram(_LONG)
         self.inter_token = Histogram(_SHORT)
         self.end_to_end = Histogram(_LONG)
@@ -53,7 +55,7 @@ class Metrics(Collector):
         self.generation_tokens = Histogram(_TOKENS)
         self.finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self.refused: dict[int, int] = {}
-        """Responses by status, from 400 up"""
+        """Number of error responses by status"""
         self.open_requests = 0
         self.stats: Stats | None = None
         self._model = model
@@ -65,16 +67,16 @@ class Metrics(Collector):
         self._load.register(_Load(self.collect_load))
 
     def expose(self, stats: Stats | None, *, everything: bool) -> bytes:
-        """The text that Prometheus reads.
+        """Metrics in Prometheus's text format.
 
-        stats: the engine's; None where there are none yet.
-        everything: else the load alone, as counts of cached tokens and latencies would tell one caller what others ask.
+        stats: those of the engine; None if there are none yet.
+        everything: whether to include more than the load. Other metrics could reveal other callers' requests.
         """
         self.stats = stats
         return generate_latest(self._registry if everything else self._load)
 
     def collect_load(self) -> Iterator[Metric]:
-        """The load, which callers may read."""
+        """Metrics that every caller may read."""
         yield GaugeMetricFamily(_OWN + "http_open_requests", "Requests being answered", self.open_requests)
         if self.stats is not None:
             yield from _load_of(self.stats, _OWN, {})
@@ -94,57 +96,57 @@ class Metrics(Collector):
 
     def _of_requests(self, prefix: str, labels: dict[str, str]) -> Iterator[Metric]:
         for name, says, histogram in (
-            ("time_to_first_token_seconds", "From a request to its first token", self.first_token),
-            ("inter_token_latency_seconds", "Between two tokens of one request", self.inter_token),
-            ("e2e_request_latency_seconds", "From a request to its end", self.end_to_end),
-            ("request_queue_time_seconds", "From a request to its admission", self.queued),
-            ("request_prompt_tokens", "Tokens of a prompt", self.prompt_tokens),
-            ("request_generation_tokens", "Tokens of all choices of a prompt", self.generation_tokens),
+            ("time_to_first_token_seconds", "Time to the first token", self.first_token),
+            ("inter_token_latency_seconds", "Time between two tokens of one request", self.inter_token),
+            ("e2e_request_latency_seconds", "Time to the end of a request", self.end_to_end),
+            ("request_queue_time_seconds", "Time to the admission of a request", self.queued),
+            ("request_prompt_tokens", "Prompt tokens per prompt", self.prompt_tokens),
+            ("request_generation_tokens", "Output tokens per prompt, of all choices", self.generation_tokens),
         ):
             family = HistogramMetricFamily(prefix + name, says, labels=list(labels))
             family.add_metric(list(labels.values()), histogram.buckets(), sum_value=histogram.total)
             yield family
-        ended = CounterMetricFamily(
-            prefix + "request_success", "Sequences that ended", labels=[*labels, "finished_reason"]
+        finished = CounterMetricFamily(
+            prefix + "request_success", "Finished sequences", labels=[*labels, "finished_reason"]
         )
         for reason, count in self.finished.items():
-            ended.add_metric([*labels.values(), reason], count)
-        yield ended
+            finished.add_metric([*labels.values(), reason], count)
+        yield finished
         if prefix == _OWN:
-            refused = CounterMetricFamily(prefix + "http_errors", "Responses by status", labels=["status"])
+            errors = CounterMetricFamily(prefix + "http_errors", "Error responses by status", labels=["status"])
             for status, count in sorted(self.refused.items()):
-                refused.add_metric([str(status)], count)
-            yield refused
+                errors.add_metric([str(status)], count)
+            yield errors
 
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
-    """The engine's own figures. Counters begin with the engine."""
+    """Metrics of the engine. Counters start at zero with the engine."""
     for name, says, value in (
-        ("waiting_tokens", "Prompt tokens of the requests that wait", stats.num_waiting_tokens),
-        ("kv_cache_usage_perc", "Slots that can't be evicted, of all, from 0 to 1", _usage(stats)),
+        ("waiting_tokens", "Prompt tokens of waiting requests", stats.num_waiting_tokens),
+        ("kv_cache_usage_perc", "Fraction of slots that can't be evicted, from 0 to 1", _usage(stats)),
         ("kv_tokens", "Slots of the KV pool", stats.kv_tokens_total),
-        ("kv_tokens_used", "Slots that hold computed KV", stats.kv_tokens_used),
-        ("kv_tokens_cached", "Of those, slots that could be evicted", stats.kv_tokens_cached),
+        ("kv_tokens_used", "Slots with computed KV", stats.kv_tokens_used),
+        ("kv_tokens_cached", "Slots with computed KV that could be evicted", stats.kv_tokens_cached),
         ("kv_tokens_pinned", "Slots on the paths of pins", stats.kv_tokens_pinned),
         ("pins", "Pinned prefixes", stats.num_pins),
         ("tree_nodes", "Nodes of the radix tree", stats.num_nodes),
-        ("shared_tokens", "Tokens that all who run hold, less those that are stored for them", stats.shared_tokens),
+        ("shared_tokens", "Slots saved by sharing among running sequences", stats.shared_tokens),
     ):
         yield GaugeMetricFamily(_OWN + name, says, value)
     for name, says, count in (
         ("steps", "Steps", stats.steps),
         ("prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens),
-        ("cached_prompt_tokens", "Of those, tokens that were cached", stats.cached_prompt_tokens),
+        ("cached_prompt_tokens", "Cached prompt tokens of admitted requests", stats.cached_prompt_tokens),
         ("computed_prompt_tokens", "Rows computed for prompts", stats.computed_prompt_tokens),
-        ("generation_tokens", "Tokens generated", stats.generated_tokens),
-        ("computed_rows", "Rows that went through the model", stats.computed_rows),
-        ("wasted_rows", "Rows computed ahead that nobody needed", stats.wasted_rows),
-        ("saved_prompt_rows", "Prompt tokens that were not computed, as they were shared or cached", stats.rows_saved),
-        ("kv_bytes_read", "KV bytes that attention read", stats.kv_bytes_read),
-        ("kv_bytes_unshared", "KV bytes that it would have read of unshared paths", stats.kv_bytes_unshared),
-        ("kv_bytes_saved", "The difference of the two", stats.kv_bytes_saved),
-        ("evicted_tokens", "Tokens evicted", stats.evicted_tokens),
-        ("num_preemptions", "Sequences put back into the queue", stats.preemptions),
+        ("generation_tokens", "Output tokens", stats.generated_tokens),
+        ("computed_rows", "Rows computed by the model", stats.computed_rows),
+        ("wasted_rows", "Rows computed ahead but not used", stats.wasted_rows),
+        ("saved_prompt_rows", "Prompt tokens not computed because they were shared or cached", stats.rows_saved),
+        ("kv_bytes_read", "KV bytes read by attention", stats.kv_bytes_read),
+        ("kv_bytes_unshared", "KV bytes that attention would have read without sharing", stats.kv_bytes_unshared),
+        ("kv_bytes_saved", "KV bytes not read because of sharing", stats.kv_bytes_saved),
+        ("evicted_tokens", "Evicted tokens", stats.evicted_tokens),
+        ("num_preemptions", "Preempted sequences", stats.preemptions),
         ("failed_captures", "CUDA graphs that could not be captured", stats.failed_captures),
     ):
         yield CounterMetricFamily(_OWN + name, says, count)
@@ -155,7 +157,7 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
 
 
 def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
-    """What vLLM's dashboards ask for."""
+    """Metrics that vLLM's dashboards use."""
     names, values = list(labels), list(labels.values())
     usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "As vLLM's", labels=names)
     usage.add_metric(values, _usage(stats))
@@ -173,7 +175,7 @@ def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
 
 
 class _Load(Collector):
-    """The metrics that callers may read."""
+    """Collector of the metrics that every caller may read."""
 
     def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
         self._collect = collect
@@ -184,8 +186,8 @@ class _Load(Collector):
 
 def _load_of(stats: Stats, prefix: str, labels: dict[str, str]) -> Iterator[Metric]:
     for name, says, value in (
-        ("num_requests_running", "Sequences that run", stats.num_running),
-        ("num_requests_waiting", "Sequences that wait", stats.num_waiting),
+        ("num_requests_running", "Running sequences", stats.num_running),
+        ("num_requests_waiting", "Waiting sequences", stats.num_waiting),
     ):
         gauge = GaugeMetricFamily(prefix + name, says, labels=list(labels))
         gauge.add_metric(list(labels.values()), value)
@@ -197,7 +199,7 @@ def _usage(stats: Stats) -> float:
 
 
 class Meter:
-    """Times one prompt's outputs, from `begin`, on the monotonic clock."""
+    """Measures the latencies of one prompt's outputs, from `begin` in monotonic time."""
 
     def __init__(self, metrics: Metrics, begin: float) -> None:
         self.begin = begin
@@ -206,20 +208,20 @@ class Meter:
         self._last: float | None = None
 
     def see(self, output: RequestOutput, now: float) -> None:
-        """What came at `now`. Several tokens that came at once came evenly since the last."""
-        count = sum(len(one.token_ids) for one in output.outputs)
+        """Count an output that came at `now`. Several tokens in one output count as evenly spaced."""
+        count = sum(len(delta.token_ids) for delta in output.outputs)
         metrics = self._metrics
         if count and self._last is None:
             metrics.first_token.observe(now - self.begin)
             self._last = now
         elif count and self._last is not None:
-            most = max(len(one.token_ids) for one in output.outputs)
+            most = max(len(delta.token_ids) for delta in output.outputs)
             metrics.inter_token.observe((now - self._last) / most, most)
             self._last = now
         self.tokens += count
-        for one in output.outputs:
-            if one.finish_reason is not None:
-                metrics.finished[one.finish_reason] += 1
+        for delta in output.outputs:
+            if delta.finish_reason is not None:
+                metrics.finished[delta.finish_reason] += 1
         if output.finished:
             metrics.queued.observe(output.queue_seconds)
             metrics.end_to_end.observe(now - self.begin)

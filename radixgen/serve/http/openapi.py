@@ -1,4 +1,4 @@
-"""The application's own description: bodies are checked by msgspec, so their schemas are its too."""
+"""OpenAPI description of the routes, with msgspec's schemas of request and response bodies."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _TYPES: tuple[type[Struct], ...] = (
     protocol.CompletionResponse,
     protocol.DetokenizeRequest,
     protocol.DetokenizeResponse,
-    protocol.Model,
+    protocol.ModelCard,
     protocol.ModelList,
     protocol.TokenizeRequest,
     protocol.TokenizeResponse,
@@ -26,14 +26,14 @@ _TYPES: tuple[type[Struct], ...] = (
 )
 
 
-def described(asks: type[Struct] | None, answers: type[Struct] | None = None) -> dict[str, Any]:
-    """What OpenAPI says of a route with this body and this answer."""
-    found: dict[str, Any] = {"responses": {"default": {"description": "Refused", "content": _json(ErrorResponse)}}}
-    if answers is not None:
-        found["responses"]["200"] = {"description": "Served", "content": _json(answers)}
-    if asks is not None:
-        found["requestBody"] = {"required": True, "content": _json(asks)}
-    return found
+def described(body: type[Struct] | None, response: type[Struct] | None = None) -> dict[str, Any]:
+    """OpenAPI description of a route with these types of body and response."""
+    operation: dict[str, Any] = {"responses": {"default": {"description": "Error", "content": _json(ErrorResponse)}}}
+    if response is not None:
+        operation["responses"]["200"] = {"description": "OK", "content": _json(response)}
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": _json(body)}
+    return operation
 
 
 def _json(kind: type[Struct]) -> dict[str, Any]:
@@ -41,16 +41,16 @@ def _json(kind: type[Struct]) -> dict[str, Any]:
 
 
 def describe(app: FastAPI, root_path: str) -> None:
-    """Have `app.openapi()` know the types that routes refer to, and what is in front of their paths."""
+    """Make `app.openapi()` include the types of bodies and responses, and the path prefix of a proxy."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             servers = [{"url": root_path}] if root_path else None
-            found = get_openapi(title="radixgen", version=VERSION, routes=app.routes, servers=servers)
-            components = found.setdefault("components", {})
+            description = get_openapi(title="radixgen", version=VERSION, routes=app.routes, servers=servers)
+            components = description.setdefault("components", {})
             components["schemas"] = {**components.get("schemas", {}), **protocol.schemas(*_TYPES)}
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            app.openapi_schema = found
+            app.openapi_schema = description
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

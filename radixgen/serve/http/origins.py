@@ -1,4 +1,4 @@
-"""Cross-origin requests (CORS) and `Host` headers: which are served."""
+"""Checks of cross-origin requests (CORS) and of `Host` headers."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from radixgen.core import InvalidRequest
 from radixgen.serve.http.auth import is_loopback
-from radixgen.serve.http.errors import Refused
+from radixgen.serve.http.errors import HTTPError
 
 _JSON_LIST = re.compile(r'\[\s*["\]]')
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[1-9][0-9]{0,4})?")
@@ -23,12 +23,12 @@ _EXPOSED_HEADERS = ("Retry-After", "Warning", "X-Request-Id")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OriginPolicy:
-    """Which origins and hosts are allowed.
+    """Allowed origins and hosts.
 
-    allowed_origins: pages that may read answers (CORS), as `scheme://host[:port]`; `"*"` is any page.
-    allowed_methods, allowed_headers, allow_credentials: of requests from these pages.
-    allowed_hosts: names of the server in `Host`, besides those of this machine; `"*.example.com"` is every name below
-        it, `"*"` any. Without any, every name is good where callers have keys.
+    allowed_origins: origins that may read responses (CORS), as `scheme://host[:port]`; `"*"` allows any.
+    allowed_methods, allowed_headers, allow_credentials: what cross-origin requests may contain.
+    allowed_hosts: accepted `Host` headers besides names of this machine; `"*.example.com"` matches subdomains, `"*"`
+        any name. Without allowed hosts, any name is accepted if callers need keys.
     """
 
     allowed_origins: Sequence[str] = ()
@@ -38,12 +38,12 @@ class OriginPolicy:
     allowed_hosts: Sequence[str] = ()
 
     def check(self) -> None:
-        """Raise `InvalidRequest` for an origin that no browser sends, or a host that is no name."""
+        """Raise `InvalidRequest` for an invalid origin or host."""
         for origin in self.allowed_origins:
             if origin in ("*", "null"):
                 continue
             if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
-                limit = "must be * or scheme://host[:port] as browsers send it: in lower case, without a default port"
+                limit = "must be * or scheme://host[:port] in lower case, without a default port"
                 raise InvalidRequest("allowed_origins", origin, limit)
         for host in self.allowed_hosts:
             if not _HOST.fullmatch(host) or host.strip("[]") != _name(host):
@@ -51,7 +51,7 @@ class OriginPolicy:
 
     @property
     def cors(self) -> dict[str, Any]:
-        """Arguments of Starlette's `CORSMiddleware`."""
+        """Arguments for Starlette's `CORSMiddleware`."""
         return {
             "allow_origins": list(self.allowed_origins),
             "allow_methods": list(self.allowed_methods),
@@ -61,50 +61,50 @@ class OriginPolicy:
         }
 
     def check_request(self, request: Request, *, keys_needed: bool) -> None:
-        """Raise `Refused` for a host that is not allowed.
+        """Raise `HTTPError` for a host or origin that is not allowed.
 
-        Without keys, pages of other sites must not use the server through the browser of who runs it: `Host` must be
+        Without keys, other sites must not reach the server through the browser of a local user: then `Host` must be
         allowed or name this machine, and `Origin` must be allowed or be this server.
         """
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if (self.allowed_hosts or not keys_needed) and not self._knows(host):
-            limit = "Host must be among --allowed-hosts, or name this machine"
-            raise Refused(403, limit, type="permission_error", field="host", value=host, limit=limit)
+            limit = "Host must be among --allowed-hosts or name this machine"
+            raise HTTPError(403, limit, type="permission_error", field="host", value=host, limit=limit)
         if keys_needed or origin is None or not {origin, "*"}.isdisjoint(self.allowed_origins):
             return
         if _split(origin).netloc != host:
-            limit = "Origin must be among --allowed-origins, or be this server"
-            raise Refused(403, limit, type="permission_error", field="origin", value=origin, limit=limit)
+            limit = "Origin must be among --allowed-origins or be this server"
+            raise HTTPError(403, limit, type="permission_error", field="origin", value=origin, limit=limit)
 
     def _knows(self, host: str) -> bool:
         name = _name(host)
-        return is_loopback(name) or any(fnmatchcase(name, one.strip("[]")) for one in self.allowed_hosts)
+        return is_loopback(name) or any(fnmatchcase(name, pattern.strip("[]")) for pattern in self.allowed_hosts)
 
 
 def parse_list(field: str, values: Sequence[str] | None) -> list[str]:
-    """The values of a repeated option, each of which may be a JSON list, as vLLM's. Raises `InvalidRequest`."""
-    found: list[str] = []
+    """Values of a repeated option; each may also be a JSON list, as in vLLM. Raises `InvalidRequest`."""
+    parsed: list[str] = []
     for value in values or ():
         if not _JSON_LIST.match(value):
-            found.append(value)
+            parsed.append(value)
             continue
         try:
-            many = json.loads(value)
+            items = json.loads(value)
         except ValueError:
-            many = None
-        if not isinstance(many, list) or not all(isinstance(one, str) for one in many):
+            items = None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise InvalidRequest(field, value, "must be text, or a JSON list of texts")
-        found += many
-    return found
+        parsed += items
+    return parsed
 
 
 def _name(host: str) -> str:
-    """The name or address in a `Host` header, in lower case, without port; empty where there is none."""
+    """Name or address in a `Host` header, in lower case without port; empty if there is none."""
     return (_split(f"//{host}").hostname or "").rstrip(".")
 
 
 def _split(address: str) -> SplitResult:
-    """`urlsplit`, with empty parts for what is no address."""
+    """`urlsplit`, with empty parts for an invalid address."""
     try:
         return urlsplit(address)
     except ValueError:

@@ -1,7 +1,6 @@
-"""What HTTP requests and responses hold, as types. Names are OpenAI's; extensions have vLLM's.
+"""Bodies of HTTP requests and responses. Field names are OpenAI's; those of extensions are vLLM's.
 
-What a request may hold and this server does nothing with is listed in `Ignored`; any other field is refused by name.
-docs/http.md says what each does.
+Fields in `IgnoredFields` have no effect; other unknown fields are rejected. docs/http.md documents each field.
 """
 
 from collections.abc import Mapping
@@ -12,10 +11,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from radixgen.core import FinishReason, InvalidRequest, SamplingParams
 
-Message = Annotated[
+ChatMessage = Annotated[
     dict[str, Any],
     Meta(
-        description="Goes to the chat template: role, content (text, or a list of text parts), tool_calls, …",
+        description="Message for the chat template: role, content (text, or a list of text parts), tool_calls, …",
         extra_json_schema={
             "properties": {"role": {"type": "string"}, "content": {"type": ["string", "array", "null"]}},
             "required": ["role"],
@@ -25,7 +24,7 @@ Message = Annotated[
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """`include_usage`: a last chunk with the usage of the whole request and no choices."""
+    """`include_usage`: end the stream with a chunk that has the request's usage and no choices."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -33,7 +32,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 
 class StructuredOutputs(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """At most one grammar: a JSON schema, a regular expression, some texts, or a Lark grammar."""
+    """Grammar of a request: a JSON schema, a regular expression, a list of texts, or a Lark grammar."""
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
@@ -43,7 +42,7 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class FunctionDefinition(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A function that the model may call; `parameters` is a JSON schema, enforced whole where `strict`."""
+    """Function that the model may call. `strict`: enforce its JSON schema, `parameters`, as a whole."""
 
     name: str
     description: str | None = None
@@ -52,27 +51,27 @@ class FunctionDefinition(Struct, forbid_unknown_fields=True, omit_defaults=True)
 
 
 class Tool(Struct, forbid_unknown_fields=True):
-    """A function, as OpenAI wraps it."""
+    """Tool in OpenAI's format: a function."""
 
     function: FunctionDefinition
     type: Literal["function"] = "function"
 
 
 class FunctionName(Struct, forbid_unknown_fields=True):
-    """The name of one of the tools."""
+    """Name of one of the tools."""
 
     name: str
 
 
 class NamedTool(Struct, forbid_unknown_fields=True):
-    """The one function that must be called."""
+    """`tool_choice` of a function that must be called."""
 
     function: FunctionName
     type: Literal["function"] = "function"
 
 
-class Ignored(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Fields of OpenAI's that change nothing here."""
+class IgnoredFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields of OpenAI's API that have no effect here."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -84,8 +83,8 @@ class Ignored(Struct, kw_only=True, forbid_unknown_fields=True):
     prediction: dict[str, Any] | None = None
 
 
-class Sampled(Ignored, kw_only=True):
-    """What chats and completions have in common."""
+class SamplingFields(IgnoredFields, kw_only=True):
+    """Fields that chats and completions share."""
 
     model: str | None = None
     n: int | None = None
@@ -114,24 +113,24 @@ class Sampled(Ignored, kw_only=True):
     skip_special_tokens: bool | None = None
 
     def check(self) -> None:
-        """Raises `InvalidRequest` for options of a stream that is none."""
+        """Raise `InvalidRequest` for `stream_options` without `stream=true`."""
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options", "…", "is for stream=true")
+            raise InvalidRequest("stream_options", "…", "requires stream=true")
 
     @property
     def counts_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """Whether the stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def counts_usage_on(self) -> bool:
-        """Whether each chunk before has the usage up to it."""
+        """Whether each chunk has the usage so far."""
         return self.counts_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def params(
         self, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any] | None = None
     ) -> SamplingParams:
-        """As the engine takes them, `defaults` for what is null; `validate` says what is out of its range."""
+        """Sampling parameters for the engine, not validated. `defaults`: values of fields that are null."""
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         seed = None if self.seed in (None, -1) else self.seed % 2**64
         return SamplingParams(
@@ -142,15 +141,15 @@ class Sampled(Ignored, kw_only=True):
         )
 
     def _grammar(self) -> dict[str, Any]:
-        asked = self.structured_outputs
-        if asked is None:
+        structured = self.structured_outputs
+        if structured is None:
             return {}
-        found: dict[str, Any] = {}
-        if asked.json_object:
-            found["json_schema"] = {"type": "object"}
-        if asked.json is not None:
-            found["json_schema"] = asked.json
-        return found | {"regex": asked.regex, "choice": asked.choice, "grammar": asked.grammar}
+        fields: dict[str, Any] = {}
+        if structured.json_object:
+            fields["json_schema"] = {"type": "object"}
+        if structured.json is not None:
+            fields["json_schema"] = structured.json
+        return fields | {"regex": structured.regex, "choice": structured.choice, "grammar": structured.grammar}
 
 
 _SAME = (
@@ -171,10 +170,10 @@ _SAME = (
     "skip_special_tokens",
     "response_format",
 )
-"""Fields that are those of `SamplingParams`."""
+"""Fields with the same name in `SamplingParams`"""
 
 
-class CompletionRequest(Sampled, kw_only=True):
+class CompletionRequest(SamplingFields, kw_only=True):
     """`POST /v1/completions`. `prompt`: text, token ids, or a list of either."""
 
     prompt: str | list[str | int | list[int]]
@@ -185,10 +184,10 @@ class CompletionRequest(Sampled, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-class ChatRequest(Sampled, kw_only=True):
+class ChatRequest(SamplingFields, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message]
+    messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -203,11 +202,11 @@ class ChatRequest(Sampled, kw_only=True):
 
 
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """`POST /tokenize`: of a text, or of a chat as it would be asked."""
+    """`POST /tokenize`, with a text or a chat."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: list[ChatMessage] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -225,13 +224,13 @@ class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class PromptTokensDetails(Struct):
-    """`cached_tokens`: those whose KV was already there."""
+    """`cached_tokens`: number of prompt tokens whose KV was cached."""
 
     cached_tokens: int = 0
 
 
 class Usage(Struct, kw_only=True):
-    """Tokens of all prompts, each once, and of all choices."""
+    """Number of tokens of all prompts and of all choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -243,7 +242,7 @@ Reason = FinishReason | Literal["tool_calls"]
 
 
 class CompletionLogprobs(Struct):
-    """Of each token; `text_offset` is its place in the choice's text."""
+    """Log-probabilities of each token. `text_offset`: index of its first character in the choice's text."""
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
@@ -252,7 +251,7 @@ class CompletionLogprobs(Struct):
 
 
 class CompletionChoice(Struct, kw_only=True):
-    """One continuation of one prompt, or what is new of it. The choices of prompt `i` are `i * n` and those after."""
+    """Completion of a prompt, or a delta of it. Choices of prompt `i` have the indices `i * n` to `i * n + n - 1`."""
 
     index: int
     text: str
@@ -264,7 +263,7 @@ class CompletionChoice(Struct, kw_only=True):
 
 
 class CompletionResponse(Struct, kw_only=True):
-    """Whole, or a chunk of a stream."""
+    """Response to a completion request, or a chunk of its stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -275,7 +274,7 @@ class CompletionResponse(Struct, kw_only=True):
 
 
 class TopLogprob(Struct):
-    """One of the likeliest tokens; `bytes` is what it adds to the content's UTF-8, parts of characters too."""
+    """One of the likeliest tokens. `bytes`: the UTF-8 bytes that it adds to the content."""
 
     token: str
     logprob: float
@@ -283,7 +282,7 @@ class TopLogprob(Struct):
 
 
 class TokenLogprob(Struct):
-    """Of one token, with the likeliest at its place."""
+    """Log-probability of a token, with the likeliest tokens at its position."""
 
     token: str
     logprob: float
@@ -292,21 +291,21 @@ class TokenLogprob(Struct):
 
 
 class ChatLogprobs(Struct):
-    """Of each token of a message."""
+    """Log-probabilities of each token of a message."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class FunctionCall(Struct):
-    """`arguments`: JSON, or a part of it."""
+    """Function and arguments of a call. `arguments`: JSON, or a part of it in a stream."""
 
     name: str | UnsetType
     arguments: str
 
 
 class ToolCall(Struct, kw_only=True):
-    """A call, or what is new of it: then `id`, `type` and the name come first."""
+    """Tool call, or a delta of it; its first delta has `id`, `type` and the name."""
 
     index: int | UnsetType = UNSET
     id: str | UnsetType = UNSET
@@ -315,7 +314,7 @@ class ToolCall(Struct, kw_only=True):
 
 
 class AnswerMessage(Struct, kw_only=True):
-    """What the model said."""
+    """Message of the assistant."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
@@ -324,7 +323,7 @@ class AnswerMessage(Struct, kw_only=True):
 
 
 class Delta(Struct, kw_only=True):
-    """What is new of a message."""
+    """New part of a message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -332,7 +331,7 @@ class Delta(Struct, kw_only=True):
 
 
 class ChatChoice(Struct, kw_only=True):
-    """One answer."""
+    """Answer to a chat."""
 
     index: int
     message: AnswerMessage
@@ -343,7 +342,7 @@ class ChatChoice(Struct, kw_only=True):
 
 
 class ChunkChoice(Struct, kw_only=True):
-    """What is new of one answer."""
+    """New part of an answer to a chat."""
 
     index: int
     delta: Delta
@@ -354,7 +353,7 @@ class ChunkChoice(Struct, kw_only=True):
 
 
 class ChatResponse(Struct, kw_only=True):
-    """All answers."""
+    """Response to a chat request."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -367,7 +366,7 @@ class ChatResponse(Struct, kw_only=True):
 
 
 class ChatChunk(Struct, kw_only=True):
-    """What is new of some answers."""
+    """Chunk of a streamed response to a chat request."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -378,8 +377,8 @@ class ChatChunk(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Model(Struct, kw_only=True):
-    """What is served."""
+class ModelCard(Struct, kw_only=True):
+    """Description of a model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -390,14 +389,14 @@ class Model(Struct, kw_only=True):
 
 
 class ModelList(Struct, kw_only=True):
-    """All that is served."""
+    """Response of `/v1/models`."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ModelCard]
 
 
 class TokenizeResponse(Struct, kw_only=True):
-    """`token_strs` where it was asked for."""
+    """Token ids of a text or chat. `token_strs`: text of each token, if requested."""
 
     count: int
     max_model_len: int
@@ -406,12 +405,12 @@ class TokenizeResponse(Struct, kw_only=True):
 
 
 class DetokenizeResponse(Struct):
-    """The text."""
+    """Text of the token ids."""
 
     prompt: str
 
 
 def schemas(*types: type[Struct]) -> Mapping[str, Any]:
-    """OpenAPI's components of these and of all that they hold."""
+    """OpenAPI schemas of these types and of all types that they contain."""
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return components

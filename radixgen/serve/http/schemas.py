@@ -1,4 +1,4 @@
-"""JSON schemas that OpenAI accepts and no grammar can hold: what they say beyond a grammar is left out."""
+"""Removal of the JSON schema keywords that a grammar can't enforce."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,48 +22,53 @@ UNENFORCED = frozenset(
         "uniqueItems",
     }
 )
-"""Keywords that only narrow what a schema allows"""
+"""Keywords that only restrict a schema further"""
 _MAPS = frozenset({"$defs", "definitions", "patternProperties", "properties"})
-"""Keywords whose values hold schemas by names of their own"""
+"""Keywords whose values map names to schemas"""
 _DATA = frozenset({"const", "default", "enum", "examples", "x-guidance"})
-"""Keywords whose values are no schemas"""
+"""Keywords whose values are not schemas"""
 
 
 def enforceable(schema: Any) -> tuple[Any, set[str]]:
-    """A copy of `schema` without what no grammar can hold, and the keywords left out."""
+    """Copy of `schema` without keywords that a grammar can't enforce, and the set of these keywords."""
     left_out: set[str] = set()
     return _kept(schema, left_out), left_out
 
 
-def enforceable_format(asked: Mapping[str, Any] | None, warn: Callable[[str], None]) -> Mapping[str, Any] | None:
-    """A `response_format` without what no grammar can hold of its schema; with `strict` it stays as it is. `warn` gets
-    what was left out. Raises `InvalidRequest`.
+def enforceable_format(
+    response_format: Mapping[str, Any] | None, warn: Callable[[str], None]
+) -> Mapping[str, Any] | None:
+    """`response_format` without schema keywords that a grammar can't enforce; unchanged if it is `strict`.
+
+    warn: called with a warning that names the removed keywords.
+
+    Raises `InvalidRequest`.
     """
-    described = None if asked is None else asked.get("json_schema")
-    if asked is None or not isinstance(described, Mapping) or described.get("strict"):
-        return asked
+    described = None if response_format is None else response_format.get("json_schema")
+    if response_format is None or not isinstance(described, Mapping) or described.get("strict"):
+        return response_format
     try:
         schema, left_out = enforceable(described.get("schema"))
     except RecursionError:
         raise InvalidRequest("response_format", "…", "is nested too deeply") from None
     if not left_out:
-        return asked
+        return response_format
     warn(f"not enforced in response_format: {', '.join(sorted(left_out))}")
-    return {**asked, "json_schema": {**described, "schema": schema}}
+    return {**response_format, "json_schema": {**described, "schema": schema}}
 
 
 def _kept(schema: Any, left_out: set[str]) -> Any:
     if isinstance(schema, list):
-        return [_kept(one, left_out) for one in schema]
+        return [_kept(item, left_out) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    found = {}
+    kept = {}
     for key, value in schema.items():
         if key in UNENFORCED:
-            if value is not False:  # `"uniqueItems": false` says nothing
+            if value is not False:  # `"uniqueItems": false` has no effect
                 left_out.add(key)
         elif key in _MAPS and isinstance(value, Mapping):
-            found[key] = {name: _kept(one, left_out) for name, one in value.items()}
+            kept[key] = {name: _kept(item, left_out) for name, item in value.items()}
         else:
-            found[key] = value if key in _DATA else _kept(value, left_out)
-    return found
+            kept[key] = value if key in _DATA else _kept(value, left_out)
+    return kept

@@ -1,4 +1,4 @@
-"""How much memory a conversation holds."""
+"""Memory size of a conversation."""
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -13,20 +13,20 @@ _TOKEN_BYTES = getsizeof(1 << 16)
 
 
 def bytes_of(value: object) -> int:
-    """Of what JSON can hold."""
+    """Size of a JSON value, in bytes."""
     total, todo = 0, [value]
     while todo:
-        one = todo.pop()
-        total += getsizeof(one)
-        if isinstance(one, Mapping):
-            todo += [*one.keys(), *one.values()]
-        elif isinstance(one, list):
-            todo += one
+        item = todo.pop()
+        total += getsizeof(item)
+        if isinstance(item, Mapping):
+            todo += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            todo += item
     return total
 
 
 def new_bytes(before: State, after: State) -> int:
-    """Bytes of `after` that are not those of `before`, the state of the turn before it."""
+    """Size of the part of a state that the previous state does not share, in bytes."""
     messages = _new(before.messages, after.messages)
     exchanges = _new(before.exchanges, after.exchanges)
     lists = getsizeof(after.messages) + getsizeof(after.exchanges)
@@ -37,6 +37,6 @@ def _new(before: Sequence[T], after: Sequence[T]) -> list[T]:
     return [new for old, new in zip_longest(before, after) if new is not None and new is not old]
 
 
-def _bytes_of_exchange(one: Exchange) -> int:
-    ids = sum(getsizeof(ids) + _TOKEN_BYTES * len(ids) for ids in (one.prompt_ids, one.answer_ids))
-    return getsizeof(one.prompt) + getsizeof(one.answer) + ids
+def _bytes_of_exchange(exchange: Exchange) -> int:
+    ids = sum(getsizeof(ids) + _TOKEN_BYTES * len(ids) for ids in (exchange.prompt_ids, exchange.answer_ids))
+    return getsizeof(exchange.prompt) + getsizeof(exchange.answer) + ids

@@ -1,4 +1,4 @@
-"""Conversations that the server keeps, so that what a model generated stays, token by token, when it is sent again."""
+"""Sessions: conversations kept by the server, so that resent answers keep the tokens that the model generated."""
 
 import time
 from collections import Counter, OrderedDict
@@ -15,8 +15,8 @@ from radixgen.serve.http.session_sizes import bytes_of, new_bytes
 _KEEP_SECONDS = 3600.0
 
 
-class Key(NamedTuple):
-    """Whose a session is, and the id that the caller chose for it in a namespace."""
+class SessionKey(NamedTuple):
+    """Identity of a session: tenant, namespace, and the id that the caller chose."""
 
     tenant: str
     namespace: str
@@ -24,49 +24,51 @@ class Key(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Session:
-    """A history, and its answers as they were told: with tool calls taken out of their text."""
+class _SessionState:
+    """A history, and its answers as the client received them: with tool calls extracted from their text."""
 
     history: ChatHistory
-    told: dict[int, Message] = field(default_factory=dict)
-    """By their place among the history's messages"""
+    answers: dict[int, Message] = field(default_factory=dict)
+    """Answers by their index among the history's messages"""
     sizes: list[int] = field(default_factory=list)
-    """Bytes that are held up to the end of each of the history's turns"""
+    """Size of the history up to each of its turns, in bytes"""
     used: float = 0.0
 
     @property
     def num_bytes(self) -> int:
+        """Size in memory."""
         return self.sizes[-1]
 
     def knows(self, turn: int, messages: tuple[Message, ...]) -> bool:
-        """Whether `messages` begin with those up to the end of a turn."""
+        """Whether `messages` start with those up to the end of a turn."""
         held = self.history.turns[turn].messages
         if len(held) > len(messages):
             return False
-        own = (self.told.get(place, message) for place, message in enumerate(held))
-        return all(_same(one, other) for one, other in zip(own, messages, strict=False))
+        own = (self.answers.get(index, message) for index, message in enumerate(held))
+        return all(_same(known, sent) for known, sent in zip(own, messages, strict=False))
 
 
 @dataclass(slots=True)
-class Turn:
-    """A turn of a session under way: its draft, and the history that it goes on from."""
+class SessionTurn:
+    """A turn of a session in progress: its draft, and the history that it extends."""
 
-    key: Key
+    key: SessionKey
     draft: Draft
-    session: _Session
+    session: _SessionState
 
 
 class Sessions:
-    """At most `Limits.max_sessions` of them, in `max_session_bytes`: beyond, the tenant that has the most loses the one
-    that it used last longest ago. One that was not used for an hour is forgotten. May be used by several threads: a
-    turn works on copies, and which of two at the same time ends last is kept.
+    """LRU cache of sessions, bounded by `Limits.max_sessions` and `max_session_bytes`. Thread-safe.
+
+    If it is full, the tenant with the most loses its least recently used session. Sessions expire after an hour without
+    use. Turns work on copies: of two concurrent turns of a session, the one that ends last is kept.
     """
 
     def __init__(self, limits: Limits, eos_token_ids: frozenset[int]) -> None:
         self._most = limits.max_sessions
         self._most_bytes = limits.max_session_bytes
         self._eos_token_ids = eos_token_ids
-        self._sessions: OrderedDict[Key, _Session] = OrderedDict()
+        self._sessions: OrderedDict[SessionKey, _SessionState] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -74,12 +76,15 @@ class Sessions:
 
     @property
     def num_bytes(self) -> int:
-        """Of memory that they hold."""
+        """Size of all sessions in memory."""
         with self._lock:
-            return sum(one.num_bytes for one in self._sessions.values())
+            return sum(session.num_bytes for session in self._sessions.values())
 
-    def begin(self, key: Key, template: ChatTemplate, messages: tuple[Message, ...]) -> Turn:
-        """The turn that `messages`, the whole chat, ask for: it goes on from the latest turn that they begin with.
+    def begin(self, key: SessionKey, template: ChatTemplate, messages: tuple[Message, ...]) -> SessionTurn:
+        """Begin a turn for a chat; it extends the latest known turn that the chat starts with.
+
+        messages: the whole chat.
+
         Raises `InvalidRequest`.
         """
         held = self._sessions.get(key)
@@ -87,21 +92,26 @@ class Sessions:
             held = None
         fresh = held is None or not _same_template(held.history.template, template)
         if held is None or fresh:
-            held = _Session(ChatHistory(template), sizes=[bytes_of([template.tools, template.options])])
+            held = _SessionState(ChatHistory(template), sizes=[bytes_of([template.tools, template.options])])
         history = held.history.fork()
-        session = _Session(history, dict(held.told))
+        session = _SessionState(history, dict(held.answers))
         turn = next(turn for turn in range(history.num_turns, -1, -1) if session.knows(turn, messages))
         history.rollback(turn)
         session.sizes = held.sizes[: len(history.turns)]
-        return Turn(key, history.draft(messages[len(history.state.messages) :]), session)
+        return SessionTurn(key, history.draft(messages[len(history.state.messages) :]), session)
 
-    def end(self, turn: Turn, output: CompletionOutput, told: Message, params: SamplingParams) -> None:
-        """Keep the answer: `output` as `params` asked for it, `told` as the caller was told of it."""
+    def end(self, turn: SessionTurn, output: CompletionOutput, answer: Message, params: SamplingParams) -> None:
+        """Save the answer of a turn.
+
+        output: what the engine generated with `params`.
+        answer: the message that the client received.
+        """
         if output.finish_reason == "error" or not output.token_ids:
             return
         session, now = turn.session, time.monotonic()
-        session.told = {place: one for place, one in session.told.items() if place < len(turn.draft.messages)}
-        session.told[len(turn.draft.messages)] = told
+        index = len(turn.draft.messages)
+        session.answers = {earlier: known for earlier, known in session.answers.items() if earlier < index}
+        session.answers[index] = answer
         before = session.history.turns[-1]
         session.history.answer(
             turn.draft,
@@ -110,7 +120,7 @@ class Sessions:
             include_stop=params.include_stop_str_in_output,
             show_special=not params.skip_special_tokens,
         )
-        session.sizes.append(session.num_bytes + new_bytes(before, session.history.state) + bytes_of(told))
+        session.sizes.append(session.num_bytes + new_bytes(before, session.history.state) + bytes_of(answer))
         del session.sizes[: -len(session.history.turns)]
         session.used = now
         with self._lock:
@@ -119,35 +129,35 @@ class Sessions:
             self._forget(now)
 
     def _forget(self, now: float) -> None:
-        """What is too old, and what is too much."""
+        """Remove expired sessions, and sessions beyond the limits."""
         while next(iter(self._sessions.values())).used < now - _KEEP_SECONDS:
             self._sessions.popitem(last=False)
         while len(self._sessions) > self._most:
             self._forget_one(lambda _: 1)
-        while sum(one.num_bytes for one in self._sessions.values()) > self._most_bytes:
-            self._forget_one(lambda one: one.num_bytes)
+        while sum(session.num_bytes for session in self._sessions.values()) > self._most_bytes:
+            self._forget_one(lambda session: session.num_bytes)
 
-    def _forget_one(self, weigh: Callable[[_Session], int]) -> None:
-        """The oldest of the tenant that has the most."""
+    def _forget_one(self, weigh: Callable[[_SessionState], int]) -> None:
+        """Remove the oldest session of the tenant with the most."""
         weights: Counter[str] = Counter()
-        for key, one in self._sessions.items():
-            weights[key.tenant] += weigh(one)
+        for key, session in self._sessions.items():
+            weights[key.tenant] += weigh(session)
         ((largest, _),) = weights.most_common(1)
         del self._sessions[next(key for key in self._sessions if key.tenant == largest)]
 
 
-def _same_template(one: ChatTemplate, other: ChatTemplate) -> bool:
-    return one.tools == other.tools and one.options == other.options
+def _same_template(first: ChatTemplate, second: ChatTemplate) -> bool:
+    return first.tools == second.tools and first.options == second.options
 
 
-def _same(one: Message, other: Message) -> bool:
-    return _said(one) == _said(other)
+def _same(first: Message, second: Message) -> bool:
+    return _identity(first) == _identity(second)
 
 
-def _said(message: Message) -> tuple[Any, ...]:
-    """What makes two messages the same one: not the ids of calls, nor fields that are null."""
-    calls = message.get("tool_calls") or []
-    return message.get("role"), message.get("content") or "", [_call(one) for one in calls], message.get("tool_call_id")
+def _identity(message: Message) -> tuple[Any, ...]:
+    """Parts by which messages are compared: not the ids of calls, nor fields that are null."""
+    calls = [_call(call) for call in message.get("tool_calls") or []]
+    return message.get("role"), message.get("content") or "", calls, message.get("tool_call_id")
 
 
 def _call(call: Mapping[str, Any]) -> Any:

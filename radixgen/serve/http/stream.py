@@ -1,4 +1,4 @@
-"""Answers over a connection that may be slow or die: server-sent events, and work that ends when its client does."""
+"""Responses to clients that may be slow or disconnect: server-sent events, and cancellation of work."""
 
 import asyncio
 import logging
@@ -21,19 +21,19 @@ _ENCODER = msgspec.json.Encoder()
 
 
 def json_response(body: msgspec.Struct) -> Response:
-    """The whole answer."""
+    """JSON response."""
     return Response(_ENCODER.encode(body), media_type="application/json")
 
 
 def event(body: msgspec.Struct) -> bytes:
-    """One server-sent event."""
+    """Server-sent event."""
     return b"data: " + _ENCODER.encode(body) + b"\n\n"
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns. It is cancelled when the client closes the connection; then `ClientGone` is raised.
+    """Await `work`; if the client disconnects, cancel it and raise `ClientGone`.
 
-    The request's body must have been read.
+    The body of the request must have been read.
     """
     task, gone = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
     try:
@@ -53,9 +53,9 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, with `[DONE]` at their end. What `events` raises becomes the last event but that.
+    """Response of server-sent events that ends with `[DONE]`. An exception of `events` is sent as an error event.
 
-    A client that takes nothing for `send_timeout` seconds counts as gone. However it ends, `close` is called.
+    A client that reads nothing for `send_timeout` seconds counts as disconnected. `close` is called in any case.
     """
 
     media_type = "text/event-stream"

@@ -1,7 +1,7 @@
-"""A process that renders chat templates, each render in a fork of its own that the kernel ends where it takes too much.
+"""Process that renders chat templates, each in a fork of its own with limits on processor time and memory.
 
-Templates are programs: a loop that writes nothing, or one multiplication, can take any time and any memory, and no
-thread can be ended. What it needs is imported once; a fork takes about a millisecond.
+Templates are programs: a loop or a single multiplication can take unlimited time and memory, and threads can't be
+killed. Imports happen once; a fork takes about a millisecond.
 """
 
 import json
@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS = 2
-"""Of one render"""
+"""Limit of one render"""
 MEMORY_BYTES = 1 << 29
-"""Of one render, above what the process has before it"""
+"""Limit of one render, in addition to the memory of the process"""
 _LENGTH_BYTES = 8
 _NICE = 5
 
 
 def main(descriptor: int) -> None:
-    """Render for every socket that comes over this one, until that is closed. Templates on stdin, a JSON list, are
-    compiled before.
+    """Render for each socket that is received over the socket `descriptor`, until that is closed.
+
+    Templates from stdin, a JSON list, are compiled first.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for template in json.load(sys.stdin):
-        with suppress(Exception):  # a render says what is wrong with it
+        with suppress(Exception):  # rendering reports the error
             render_jinja_template(conversations=[], chat_template=template)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a group's signals are for the server
+    for number in (signal.SIGINT, signal.SIGTERM):  # signals to the process group are meant for the server
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
@@ -40,21 +41,21 @@ def main(descriptor: int) -> None:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:
             return
-        with suppress(OSError):  # too many processes: the server reads an end
+        with suppress(OSError):  # too many processes: the server reads the end of the stream
             if os.fork() == 0:
                 _serve_one(control, descriptors[0])
         os.close(descriptors[0])
 
 
 def send(stream: BufferedRWPair, value: object) -> None:
-    """Write `value` as JSON behind its length. Raises OSError."""
+    """Write `value` as JSON, preceded by its length. Raises OSError."""
     data = json.dumps(value).encode()
     stream.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
     stream.flush()
 
 
 def receive(stream: BufferedRWPair) -> Any:
-    """What `send` wrote. Raises OSError, and EOFError where less came."""
+    """Read a value that `send` wrote. Raises OSError, and EOFError if it is incomplete."""
     length = int.from_bytes(stream.read(_LENGTH_BYTES), "big")
     data = stream.read(length)
     if not length or len(data) < length:
@@ -63,7 +64,7 @@ def receive(stream: BufferedRWPair) -> Any:
 
 
 def _serve_one(control: socket.socket, descriptor: int) -> None:
-    """In the fork; it never returns."""
+    """Render one template in the fork. Never returns."""
     status = 1
     try:
         control.close()
@@ -82,7 +83,7 @@ def _serve_one(control: socket.socket, descriptor: int) -> None:
 def _render(
     template: str, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any], most_chars: int
 ) -> dict[str, Any]:
-    """`{"text": …}`, or `{"error": …}` in the template's words, or `{"length": …}` of a text that is too long."""
+    """Result of a render: `{"text": …}`, `{"error": …}`, or `{"length": …}` of a text that is too long."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

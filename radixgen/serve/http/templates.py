@@ -1,4 +1,4 @@
-"""Chat templates rendered within bounds of time, memory and length, in processes apart (`template_process`)."""
+"""Rendering of chat templates in a separate process (`template_process`), limited in time, memory and length."""
 
 import json
 import logging
@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WALL_SECONDS = 60.0
-"""That an answer may take on a machine that is busy otherwise; renders are bounded by the processor time they take"""
+"""Timeout for a busy machine; renders are limited by their processor time"""
 
 
 class TemplateRenderer:
-    """Renders chat templates for callers that nobody trusts. May be used by several threads.
+    """Renders chat templates with input of untrusted callers. Thread-safe.
 
-    A tokenizer with an `apply_chat_template` of its own, which is no Jinja template, renders in this process.
+    A tokenizer that overrides `apply_chat_template`, without a Jinja template, renders in this process.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", most_chars: int) -> None:
-        """tokenizer: whose templates are rendered. most_chars: of one render."""
+        """
+        tokenizer: its templates are compiled in advance.
+        most_chars: maximum length of a rendered text, in characters.
+        """
         template = None if tokenizer is None else tokenizer.chat_template
         self._templates = [*template.values()] if isinstance(template, dict) else [template] if template else []
         self._most_chars = most_chars
@@ -42,7 +45,7 @@ class TemplateRenderer:
         self._closed = False
 
     def start(self) -> None:
-        """Have the process begin, which takes about a second, where there is anything to render."""
+        """Start the process, which takes about a second, if there are templates."""
         if self._templates:
             with self._lock:
                 self._ensure_process()
@@ -57,8 +60,9 @@ class TemplateRenderer:
         tokenize: bool = False,
         **variables: Any,
     ) -> str:
-        """As `through_template`. Raises `InvalidRequest` for whatever the template raises and where it takes too much,
-        `EngineClosed` after `close`.
+        """Render as `through_template`.
+
+        Raises `InvalidRequest` if the template raises an error or exceeds a limit, `EngineClosed` after `close`.
         """
         assert not tokenize
         if not _is_jinja(tokenizer):
@@ -68,7 +72,9 @@ class TemplateRenderer:
             answer = self._ask(
                 {
                     "template": tokenizer.get_chat_template(tools=tools),
-                    "messages": [{name: value for name, value in one.items() if value is not None} for one in messages],
+                    "messages": [
+                        {name: value for name, value in message.items() if value is not None} for message in messages
+                    ],
                     "tools": tools,
                     "variables": tokenizer.special_tokens_map | variables,
                     "most_chars": self._most_chars,
@@ -100,24 +106,24 @@ class TemplateRenderer:
         return answer
 
     def _hand_over(self, connection: socket.socket) -> None:
-        """Give the process the other end, which this one closes."""
+        """Send a socket to the process, and close it here."""
         with self._lock:
             control = self._ensure_process()
-            with suppress(OSError):  # then nobody answers
+            with suppress(OSError):  # the reader notices
                 socket.send_fds(control, [b"r"], [connection.fileno()])
         connection.close()
 
     def _unanswered(self) -> Exception:
         if self._closed:
             return EngineClosed("the server is closed")
-        limit = f"the chat template takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB for them"
+        limit = f"the chat template takes more than {CPU_SECONDS} s or {MEMORY_BYTES >> 20} MiB to render them"
         return InvalidRequest("messages", "…", limit)
 
     def _ensure_process(self) -> socket.socket:
         if self._closed:
             raise EngineClosed("the server is closed")
         if self._process is not None and self._process.poll() is not None:
-            logger.warning("the process that renders chat templates has ended; another begins")
+            logger.warning("the process that renders chat templates has died; starting another")
             self._stop()
         if self._process is None or self._control is None:
             self._control, theirs = socket.socketpair()
@@ -127,7 +133,7 @@ class TemplateRenderer:
                     command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True
                 )
             assert self._process.stdin is not None
-            with suppress(OSError), self._process.stdin as stream:  # where it has ended already, nobody answers
+            with suppress(OSError), self._process.stdin as stream:  # it has died already; the reader notices
                 stream.write(json.dumps(self._templates).encode())
         return self._control
 

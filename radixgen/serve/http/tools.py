@@ -1,4 +1,4 @@
-"""What `tools`, `tool_choice`, `parallel_tool_calls` and `response_format` come to together."""
+"""Parser and grammar of a request with `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,37 +9,46 @@ import msgspec
 from radixgen.core import InvalidRequest, Limits, SamplingParams
 from radixgen.core.grammar import format_source
 from radixgen.serve.http.call_grammar import answer_or_calls_grammar, call_grammar, parameters_of
-from radixgen.serve.http.call_readers import HermesReader, NamedReader, PlainReader, Reader, RequiredReader
 from radixgen.serve.http.protocol import ChatRequest, FunctionDefinition, NamedTool, Tool
 from radixgen.serve.http.schemas import enforceable
+from radixgen.serve.http.tool_parsers import (
+    HermesParser,
+    NamedCallParser,
+    PlainTextParser,
+    RequiredCallParser,
+    ToolCallParser,
+)
 
 Warn = Callable[[str], None]
 
 
-def reader_of(asked: ChatRequest) -> Reader:
-    """How the text of a choice is read. Raises `InvalidRequest`."""
-    choice = asked.tool_choice or ("auto" if asked.tools else "none")
-    if choice != "none" and not asked.tools:
-        raise InvalidRequest("tool_choice", choice, "is for a request with tools")
-    names = [tool.function.name for tool in asked.tools or []]
+def parser_for(body: ChatRequest) -> ToolCallParser:
+    """Create the parser of a choice's text. Raises `InvalidRequest`."""
+    choice = body.tool_choice or ("auto" if body.tools else "none")
+    if choice != "none" and not body.tools:
+        raise InvalidRequest("tool_choice", choice, "requires tools")
+    names = [tool.function.name for tool in body.tools or []]
     if isinstance(choice, NamedTool):
-        return NamedReader(choice.function.name)
+        return NamedCallParser(choice.function.name)
     if choice == "required":
-        return RequiredReader(names)
-    return HermesReader(names, parallel=_parallel(asked)) if choice == "auto" else PlainReader()
+        return RequiredCallParser(names)
+    return HermesParser(names, parallel=_parallel(body)) if choice == "auto" else PlainTextParser()
 
 
-def constrain(params: SamplingParams, asked: ChatRequest, limits: Limits, warn: Warn) -> SamplingParams:
-    """`params` with the grammar that makes the text a call where one must be made, and leaves calls possible where
-    `response_format` binds the answer. `warn` gets what was left out of schemas. Raises `InvalidRequest`.
+def constrain(params: SamplingParams, body: ChatRequest, limits: Limits, warn: Warn) -> SamplingParams:
+    """Add the grammar of tool calls to `params`: for calls that are required, or allowed besides `response_format`.
+
+    warn: called with a warning that names removed schema keywords.
+
+    Raises `InvalidRequest`.
     """
-    choice, forced = asked.tool_choice, asked.tool_choice not in (None, "none", "auto")
+    choice, forced = body.tool_choice, body.tool_choice not in (None, "none", "auto")
     answer = None if params.response_format is None else format_source(params.response_format, limits)
-    if not forced and (answer is None or choice == "none" or not asked.tools):
+    if not forced and (answer is None or choice == "none" or not body.tools):
         return params
-    if asked.structured_outputs is not None and replace(params, response_format=None).structured:
-        raise InvalidRequest("structured_outputs", "…", "a request has one grammar, and its tools need another")
-    functions = [_enforceable(tool.function, warn) for tool in asked.tools or []]
+    if body.structured_outputs is not None and replace(params, response_format=None).structured:
+        raise InvalidRequest("structured_outputs", "…", "cannot be combined with tool calls that need a grammar")
+    functions = [_enforceable(tool.function, warn) for tool in body.tools or []]
     params = replace(params, response_format=None)
     try:
         if isinstance(choice, NamedTool):
@@ -47,13 +56,13 @@ def constrain(params: SamplingParams, asked: ChatRequest, limits: Limits, warn: 
         if forced:
             return replace(params, grammar=call_grammar(functions))
         assert answer is not None
-        return replace(params, grammar=answer_or_calls_grammar(answer.text, functions, parallel=_parallel(asked)))
+        return replace(params, grammar=answer_or_calls_grammar(answer.text, functions, parallel=_parallel(body)))
     except RecursionError:
         raise InvalidRequest("tools", "…", "are nested too deeply") from None
 
 
-def _parallel(asked: ChatRequest) -> bool:
-    return asked.parallel_tool_calls is not False
+def _parallel(body: ChatRequest) -> bool:
+    return body.parallel_tool_calls is not False
 
 
 def _named(functions: Sequence[FunctionDefinition], name: str) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def _named(functions: Sequence[FunctionDefinition], name: str) -> dict[str, Any]
 
 
 def _enforceable(function: FunctionDefinition, warn: Warn) -> FunctionDefinition:
-    """A function without what no grammar can hold of its parameters; with `strict` they stay as they are."""
+    """`function` without schema keywords that a grammar can't enforce; unchanged if it is `strict`."""
     if function.strict or function.parameters is None:
         return function
     try:
@@ -77,7 +86,7 @@ def _enforceable(function: FunctionDefinition, warn: Warn) -> FunctionDefinition
 
 
 def template_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    """Tools as chat templates take them."""
+    """Tools in the form that chat templates expect."""
     if not tools:
         return None
     return [{"type": "function", "function": _definition(tool)} for tool in tools]
@@ -85,5 +94,5 @@ def template_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
 
 def _definition(tool: Tool) -> dict[str, Any]:
     function = tool.function
-    found = {"name": function.name, "description": function.description, "parameters": function.parameters}
-    return {name: value for name, value in found.items() if value is not None}
+    fields = {"name": function.name, "description": function.description, "parameters": function.parameters}
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Figures of several workers as one, through their restarts."""
+"""Total statistics of several workers, also across their restarts."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -7,46 +7,44 @@ from typing import Any
 from radixgen.core import Stats
 
 Figures = Mapping[str, Any]
-"""A worker's `Stats`, by name"""
+"""Fields of a worker's `Stats`, by name"""
 
 
 class Totals:
-    """Sums of what workers tell. Gauges are of those that are there; counters never fall, whoever goes or begins
-    anew.
-    """
+    """Sums of workers' statistics. Gauges are those of the current workers; counters never decrease."""
 
     def __init__(self) -> None:
         self._last: dict[int, Figures] = {}
         self._ended: list[Figures] = []
-        """Counters of processes whose index another process has taken, added up"""
+        """Sum of the counters of workers that were replaced by another one with the same index"""
 
-    def add(self, told: Mapping[int, Figures]) -> Stats:
-        """told: the workers that are there, by index."""
-        for index, now in told.items():
+    def add(self, current: Mapping[int, Figures]) -> Stats:
+        """Update with the statistics of the current workers, by index. Returns the totals."""
+        for index, now in current.items():
             before = self._last.get(index)
             if before is not None and any(now[name] < before[name] for name in _COUNTERS):
                 self._ended = [_sum([*self._ended, before])]
-        self._last |= told
-        counted = _sum([*self._last.values(), *self._ended])
-        there = _sum(list(told.values()))
-        return Stats(**{name: there[name] if _is_gauge(name) else value for name, value in counted.items()})
+        self._last |= current
+        counters = _sum([*self._last.values(), *self._ended])
+        gauges = _sum(list(current.values()))
+        return Stats(**{name: gauges[name] if _is_gauge(name) else value for name, value in counters.items()})
 
 
 def _is_gauge(name: str) -> bool:
     return name.startswith(("kv_tokens_", "num_")) or name == "shared_tokens"
 
 
-_COUNTERS = [one.name for one in fields(Stats) if not _is_gauge(one.name) and one.name != "sharing_ended"]
-"""Numbers that fall where another process has begun anew"""
+_COUNTERS = [stat.name for stat in fields(Stats) if not _is_gauge(stat.name) and stat.name != "sharing_ended"]
+"""Numbers that decrease only if another process has taken the worker's place"""
 
 
 def _sum(parts: list[Figures]) -> Figures:
     total: dict[str, Any] = {}
-    for one in fields(Stats):
-        values = [part[one.name] for part in parts]
-        if one.name == "sharing_ended":
+    for stat in fields(Stats):
+        values = [part[stat.name] for part in parts]
+        if stat.name == "sharing_ended":
             reasons = {reason for value in values for reason in value}
-            total[one.name] = {reason: sum(value.get(reason, 0) for value in values) for reason in sorted(reasons)}
+            total[stat.name] = {reason: sum(value.get(reason, 0) for value in values) for reason in sorted(reasons)}
         else:
-            total[one.name] = sum(values)
+            total[stat.name] = sum(values)
     return total

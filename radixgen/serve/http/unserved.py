@@ -1,4 +1,4 @@
-"""Fields that are not served: taken where they hold a value that changes nothing, as clients send them by default."""
+"""Unsupported request fields, which are accepted with neutral values, as clients send them by default."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,28 +80,34 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "whitespace_pattern": (),
 }
-"""Fields of OpenAI's and vLLM's, each with the values besides null that change nothing"""
+"""Unsupported fields of OpenAI and vLLM, each with its neutral values besides null"""
 
 
 def is_known(name: str) -> bool:
-    """Whether OpenAI or vLLM define such a field."""
+    """Whether OpenAI or vLLM define the field."""
     return name in _NEUTRAL
 
 
 def is_neutral(name: str, value: object) -> bool:
-    """Whether OpenAI or vLLM define such a field, and `value` asks for nothing."""
+    """Whether OpenAI or vLLM define the field, and `value` has no effect."""
     known = _NEUTRAL.get(name)
     if known is None:
         return False
-    return value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
+    if value is None:
+        return True
+    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in known)
 
 
 def drop_unserved(
     holder: dict[str, Any], served: tuple[str, ...], path: str, ignore: Callable[[str], None] | None
 ) -> None:
-    """Take out of `holder`, which is at `path` of a body, what is not `served` and changes nothing. Where `ignore` is
-    given, it gets the names of all others, which are taken out too. Raises `InvalidRequest` for a field that names an
-    adapter, and for one that OpenAI or vLLM define and that asks for what is not served.
+    """Remove unsupported fields with neutral values from an object of a body.
+
+    holder: the object, at `path` of the body.
+    served: names of the supported fields.
+    ignore: if given, called with the names of all other unsupported fields, which are removed too.
+
+    Raises `InvalidRequest` for a field that names an adapter, and for a field that OpenAI or vLLM define.
     """
     for name in [name for name in holder if name not in served]:
         field = f"{path}.{name}".strip(".")
@@ -113,7 +119,7 @@ def drop_unserved(
             if ignore is not None:
                 ignore(field)
             elif is_known(name):
-                raise InvalidRequest(field, holder[name], f"is not served: leave it out{_hint(name)}")
+                raise InvalidRequest(field, holder[name], f"is not supported: leave it out{_hint(name)}")
             else:
                 continue
         del holder[name]

@@ -1,4 +1,4 @@
-"""What was left out of a request that was served all the same, in the header `Warning`."""
+"""`Warning` headers of responses, for parts of a request that were ignored."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,33 +11,33 @@ _LONGEST = 200
 
 
 def warner(request: Request) -> Callable[[str], None]:
-    """Adds a warning to the answer of `request`, whose head must not have been sent. May be called from any thread."""
-    found: list[str] = request.scope["state"].setdefault("warnings", [])
-    return partial(_add, found)
+    """Function that adds a warning to the response of `request`, before its headers are sent. Thread-safe."""
+    warnings: list[str] = request.scope["state"].setdefault("warnings", [])
+    return partial(_add, warnings)
 
 
-def _add(found: list[str], text: str) -> None:
-    if len(found) < _MOST and text not in found:
-        found.append(text)
+def _add(warnings: list[str], text: str) -> None:
+    if len(warnings) < _MOST and text not in warnings:
+        warnings.append(text)
 
 
 class Warnings:
-    """Around an application: a header `Warning: 299 radixgen "…"` for each warning."""
+    """ASGI middleware that adds a header `Warning: 299 radixgen "…"` for each warning."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def warned(message: Message) -> None:
+        async def send_with_warnings(message: Message) -> None:
             if message["type"] == "http.response.start":
                 texts = scope.get("state", {}).get("warnings", ())
                 message["headers"] = [*message["headers"], *((b"warning", _value(text)) for text in texts)]
             await send(message)
 
-        await self._app(scope, receive, warned)
+        await self._app(scope, receive, send_with_warnings)
 
 
 def _value(text: str) -> bytes:
-    """One warning, in printable ASCII, with nothing that ends its quotes."""
+    """Header value of a warning, in printable ASCII without quotes."""
     plain = ascii(text)[1:-1][:_LONGEST].replace("\\", "/").replace('"', "'")
     return f'299 radixgen "{plain}"'.encode()

@@ -1,1 +1,1 @@
-"""The live page: the tree as it lives, in a browser. `routes.tree_routes` needs `radixgen[serve]`."""
+"""Live page: the radix tree in a browser, updated as it changes. Requires `radixgen[serve]`."""

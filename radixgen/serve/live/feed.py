@@ -1,4 +1,4 @@
-"""`Feed`: one reading of the tree at a time, for all who watch; nothing is read while nobody does."""
+"""`Feed`: reads the tree periodically for all viewers, and only while there are viewers."""
 
 import asyncio
 import logging
@@ -10,28 +10,28 @@ from functools import partial
 
 from radixgen.async_engine import AsyncEngine
 from radixgen.core import EngineClosed, LimitReached, Limits
-from radixgen.serve.live.frames import EMPTY, Frame, Reader, figures
+from radixgen.serve.live.frames import EMPTY, Frame, TreeReader, figures
 from radixgen.serve.live.texts import MAX_TOKENS, Decode, Texts, plain, text_of
 
 logger = logging.getLogger(__name__)
 
 INTERVAL = 0.125
-"""Seconds from one frame to the next; longer where a step takes longer"""
+"""Minimum number of seconds between frames"""
 _SHARE = 0.02
-"""Of its time that the engine gives to readings, at the most"""
+"""Maximum fraction of the engine's time that is spent reading the tree"""
 _HEARTBEAT = 1.0
-"""Seconds after which there is a frame even if it tells nothing new"""
+"""Maximum number of seconds between frames, even if nothing changed"""
 _KEPT = 16
-"""Differences that are kept for those who are slow; who is slower yet gets a whole frame"""
+"""Number of differences that are kept for slow viewers; slower ones get a whole frame"""
 _MAX_NAME = 64
-"""Characters of a namespace"""
+"""Maximum length of a displayed namespace, in characters"""
 
 
 class Feed:
-    """Frames of an engine's tree, as JSON, to any number of viewers of one event loop up to `limits.max_viewers`.
+    """Frames of an engine's tree, as JSON, for up to `limits.max_viewers` viewers of one event loop.
 
-    A viewer pulls: it gets the differences that it lacks, or a whole frame where they are no longer kept. So a slow one
-    holds up nobody and takes no memory.
+    Viewers pull: each gets the differences that it lacks, or a whole frame if those are no longer kept. A slow viewer
+    delays no other and takes no memory.
     """
 
     def __init__(
@@ -56,12 +56,14 @@ class Feed:
 
     @property
     def num_viewers(self) -> int:
+        """Number of current viewers."""
         return self._viewers
 
     @contextmanager
     def seat(self) -> Iterator[AsyncGenerator[bytes, None]]:
-        """Watch: a whole frame comes, and then differences, until the feed or the engine is closed. Raises
-        `LimitReached` where as many watch as may.
+        """Add a viewer; yields a whole frame, then differences, until the feed or the engine is closed.
+
+        Raises `LimitReached` if there are too many viewers.
         """
         if self._viewers >= self.limits.max_viewers:
             limit = f"at most {self.limits.max_viewers} watch at the same time"
@@ -77,7 +79,7 @@ class Feed:
                 self._stop()
 
     def close(self) -> None:
-        """End every viewer's stream, for good. To be called in the viewers' event loop."""
+        """End the streams of all viewers. Call it in their event loop."""
         self._closed = True
         self._stop()
         self._wake()
@@ -95,7 +97,7 @@ class Feed:
                 await self._news.wait()
 
     def _clear(self) -> None:
-        self._reader = Reader(self.limits)
+        self._reader = TreeReader(self.limits)
         self._texts = Texts(self.limits)
         self._table = EMPTY
         self._namespaces: dict[int, str] = {}
@@ -114,11 +116,11 @@ class Feed:
         self._news = asyncio.Event()
 
     def _since(self, seen: int) -> list[tuple[int, bytes]]:
-        """What brings a viewer from frame `seen` to the last one; frame 0 is nothing."""
+        """Messages that bring a viewer from frame `seen`, or from none (0), to the last frame."""
         if self._last is None or seen == self._seq:
             return []
         if seen and self._differences and self._differences[0][0] <= seen + 1:
-            return [one for one in self._differences if one[0] > seen]
+            return [difference for difference in self._differences if difference[0] > seen]
         if self._whole is None:
             rows, texts, numbers = self._table.rows(), self._texts.whole(), self._last.figures
             whole = Frame(self._seq, self._last.time, True, rows, [], texts, self._namespaces, numbers)
@@ -140,7 +142,7 @@ class Feed:
         self._wake()
 
     async def _tick(self, decode: Decode) -> None:
-        """Read once, and make a frame of what is new."""
+        """Read the tree, and publish a frame of its changes."""
         wanted = self._texts.wanted()
         read_tree = partial(self._reader.read, wanted=wanted, max_tokens=MAX_TOKENS)
         reading = await asyncio.wrap_future(self._engine.inspect(read_tree))

@@ -1,7 +1,7 @@
-"""What the live page is told of the tree: rows of integers, whole at first and then as differences.
+"""Frames of the live page: the tree as rows of integers, whole at first and then as differences.
 
-A `Reader` reads in the engine's thread, between two steps: a few arrays of the tree's columns, and nodes themselves
-only where they are new, were split or are not computed to their end. What it read becomes rows outside that thread.
+A `TreeReader` reads in the engine's thread, between two steps: arrays of the tree's columns, and node objects only if
+they are new, were split, or are not fully computed. Rows are made outside of that thread.
 """
 
 import time
@@ -19,14 +19,18 @@ from radixgen.core import Limits, Stats
 from radixgen.engine_core import EngineCore
 
 _LARGEST_ARRAYS = 8
-"""A tree that had room for so many times the nodes that are drawn is walked, not read as arrays."""
+"""A tree with arrays larger than so many times the drawn nodes is walked instead of read as arrays."""
 
 
 class Row(NamedTuple):
-    """A node. `parent` is -1 for a root, whose `known` is 0. Of its siblings, one of lower `serial` stands above.
+    """A node.
 
-    `start` is the position of its first token; `known` and `computed` count its tokens. `cursors` and `pins` count
-    those that stand on it; those below it are not among them. `hidden` counts its children that have no row.
+    parent: id of the parent; -1 for a root, which has no tokens.
+    serial: siblings are drawn in this order.
+    start: position of its first token.
+    known, computed: numbers of tokens in these states.
+    cursors, pins: numbers of cursors and pins on this node, not below it.
+    hidden: number of children without a row.
     """
 
     id: int
@@ -41,7 +45,7 @@ class Row(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What a node's text is, or with `append` goes on with. It may end before the node does."""
+    """Text of a node, or with `append` a continuation of it. It may be cut off before the end of the node."""
 
     id: int
     append: bool
@@ -49,52 +53,53 @@ class Text(NamedTuple):
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """The tree at one moment: all of it (`whole`), or what differs from the frame numbered one less."""
+    """The tree at one moment: all of it (`whole`), or the difference from the previous frame."""
 
     seq: int
     time: float
-    """Seconds on a clock that never goes back"""
+    """Monotonic time, in seconds"""
     whole: bool
     rows: list[Row]
     """New or changed"""
     gone: list[int]
     texts: list[Text]
     namespaces: dict[int, str]
-    """Of roots that are new, by id"""
+    """Namespaces of new roots, by id"""
     figures: dict[str, Any]
-    """`Stats` by name, what sharing saved, and how many nodes there are in all"""
+    """Fields of `Stats`, savings by sharing, and the number of nodes"""
 
     def encode(self) -> bytes:
-        """As JSON, without a line break."""
+        """Encode as JSON, without line breaks."""
         return msgspec.json.encode(self)
 
 
-class Captured(NamedTuple):
-    """Tokens of a node as they were read."""
+class NodeTokens(NamedTuple):
+    """First tokens of a node."""
 
     id: int
     complete: bool
-    """Whether these are all of its tokens"""
+    """Whether these are all tokens of the node"""
     tokens: TokenArray
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows `[nodes, fields of Row]`, by ascending `ids`."""
+    """Rows as an array, `[nodes, fields of Row]`, sorted by `ids`."""
 
     ids: NDArray[np.int64]
     values: NDArray[np.int64]
 
     def rows(self) -> list[Row]:
+        """All rows."""
         return list(map(Row._make, self.values.tolist()))
 
     def known(self, ids: Sequence[int]) -> list[int]:
-        """Known tokens of some of its nodes."""
-        found: list[int] = self.values[np.searchsorted(self.ids, ids), Row._fields.index("known")].tolist()
-        return found
+        """Numbers of known tokens of some nodes."""
+        known: list[int] = self.values[np.searchsorted(self.ids, ids), Row._fields.index("known")].tolist()
+        return known
 
     def since(self, before: "Table") -> tuple[list[Row], list[int]]:
-        """The rows that are new or differ, and the ids that are here no more."""
+        """Rows that are new or changed since `before`, and ids of nodes that are gone."""
         at = before._find(self.ids)
         same = at >= 0
         same[same] = (self.values[same] == before.values[at[same]]).all(axis=1)
@@ -102,38 +107,39 @@ class Table:
         return list(map(Row._make, self.values[~same].tolist())), gone
 
     def _find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The place of each id, -1 where it has none."""
+        """Index of each id, or -1."""
         if not self.ids.size:
             return np.full(ids.size, -1)
-        places = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
-        return np.where(self.ids[places] == ids, places, -1)
+        indices = np.minimum(np.searchsorted(self.ids, ids), self.ids.size - 1)
+        return np.where(self.ids[indices] == ids, indices, -1)
 
 
 EMPTY = Table(np.zeros(0, np.int64), np.zeros((0, len(Row._fields)), np.int64))
 
 
 @dataclass(slots=True)
-class Reading:
-    """What was read of the tree, not yet as rows. Columns are `[nodes]`, in the order of `ids`, which ascend."""
+class TreeReading:
+    """Contents of the tree before conversion to rows. Columns are `[nodes]`, in the ascending order of `ids`."""
 
     ids: NDArray[np.int64]
     columns: dict[str, NDArray[np.int64]]
-    """Of `Row`, by name; `hidden` only where not all nodes are drawn"""
+    """Columns of `Row`, by name; `hidden` only if not all nodes are drawn"""
     lacking: dict[int, int]
-    """Known tokens, where that is more than are scheduled"""
+    """Numbers of known tokens of nodes that have unscheduled tokens, by id"""
     cursors: list[int]
-    """For each running sequence, the node that it is drawn on"""
+    """Node on which each running sequence is drawn"""
     pins: list[int]
-    captured: list[Captured]
+    """Node on which each pin is drawn"""
+    captured: list[NodeTokens]
     stats: Stats
     num_nodes: int
     fresh: list[int] = field(default_factory=list)
-    """Ids that were not drawn before, or whose tokens may be others now"""
+    """Ids of nodes that were not drawn before, or whose tokens may have changed"""
     namespaces: dict[int, str] = field(default_factory=dict)
-    """Of fresh roots"""
+    """Namespaces of fresh roots, by id"""
 
     def table(self) -> Table:
-        """A row a node."""
+        """Convert to one row per node."""
         table = np.zeros((self.ids.size, len(Row._fields)), np.int64)
         table[:, 0] = self.ids
         for name, column in self.columns.items():
@@ -150,22 +156,26 @@ class Reading:
         return np.searchsorted(self.ids, np.fromiter(ids, np.int64))
 
 
-class Reader:
-    """Reads an engine's tree again and again, and knows what is fresh since the last time. At most
-    `limits.max_shown_nodes` nodes are drawn: what is live first, then of each node the newest children.
+class TreeReader:
+    """Reads an engine's tree repeatedly, and determines which nodes are fresh.
+
+    At most `limits.max_shown_nodes` nodes are drawn: live nodes first, then the newest children of each node.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.seconds = 0.0
-        """Of the processor, for the last reading"""
+        """Processor time of the last reading"""
         self._version = -1
         self._cuts = 0
         self._drawn = np.zeros(0, np.bool_)
         self._serials = np.zeros(0, np.int64)
 
-    def read(self, core: EngineCore, wanted: Sequence[int] = (), max_tokens: int = 0) -> Reading:
-        """In the engine's thread. Of the nodes `wanted` the first `max_tokens` tokens are captured."""
+    def read(self, core: EngineCore, wanted: Sequence[int] = (), max_tokens: int = 0) -> TreeReading:
+        """Read the tree; call it in the engine's thread.
+
+        wanted: ids of nodes whose first `max_tokens` tokens are copied, too.
+        """
         begin = time.thread_time()
         tree, columns = core.tree, core.tree.columns
         cursors, pins = held_nodes(core)
@@ -178,7 +188,7 @@ class Reader:
         self._fit(columns.parent.size)
         changed = (columns.changed[ids] > self._version) | (columns.cut[ids] > self._cuts)
         fresh = ids[changed | ~self._drawn[ids]].tolist()
-        nodes = [tree.node(one) for one in fresh]
+        nodes = [tree.node(node_id) for node_id in fresh]
         self._serials[fresh] = [node.serial for node in nodes]
         self._version, self._cuts = tree.version, tree.num_cuts
         self._drawn[:] = False
@@ -193,13 +203,13 @@ class Reader:
         }
         if hidden is not None:
             read["hidden"] = hidden
-        reading = Reading(
+        reading = TreeReading(
             ids=ids,
             columns=read,
             lacking=_lacking(cursors, self._drawn),
             cursors=on,
             pins=pinned,
-            captured=[_capture(tree.node(one), max_tokens) for one in wanted if self._drawn[one]],
+            captured=[_capture(tree.node(node_id), max_tokens) for node_id in wanted if self._drawn[node_id]],
             stats=core.stats(),
             num_nodes=tree.num_nodes,
             fresh=fresh,
@@ -222,48 +232,50 @@ def held_nodes(core: EngineCore) -> tuple[list[Node], list[Node]]:
 
 
 def figures(stats: Stats, num_nodes: int) -> dict[str, Any]:
-    """What the page shows in numbers."""
+    """Numbers that the page shows."""
     saved = {"rows_saved": stats.rows_saved, "kv_bytes_saved": stats.kv_bytes_saved}
     return {**asdict(stats), **saved, "num_nodes": num_nodes}
 
 
-def _capture(node: Node, most: int) -> Captured:
-    return Captured(node.id, node.known <= most, node.tokens[:most])
+def _capture(node: Node, most: int) -> NodeTokens:
+    return NodeTokens(node.id, node.known <= most, node.tokens[:most])
 
 
 def _lacking(cursors: Sequence[Node], drawn: NDArray[np.bool_]) -> dict[int, int]:
-    """The known tokens of nodes that have more than are scheduled; all such lie at or above a cursor."""
-    found: dict[int, int] = {}
+    """Numbers of known tokens of drawn nodes with unscheduled tokens; all of these are at or above a cursor."""
+    lacking: dict[int, int] = {}
     for cursor in cursors:
         node: Node | None = cursor
-        while node is not None and node.scheduled < node.known and node.id not in found:
-            found[node.id] = node.known
+        while node is not None and node.scheduled < node.known and node.id not in lacking:
+            lacking[node.id] = node.known
             node = node.parent
-    return {node_id: known for node_id, known in found.items() if drawn[node_id]}
+    return {node_id: known for node_id, known in lacking.items() if drawn[node_id]}
 
 
 def _choose(
     tree: RadixTree, cursors: Sequence[Node], pins: Sequence[Node], most: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int], list[int]]:
-    """At most `most` nodes: their ids, how many of each one's children are not among them, and where each cursor and
-    pin stands, which may be on an ancestor. A node is chosen only with its parent.
+    """Choose at most `most` nodes, each with its parent.
+
+    Returns their ids, the number of hidden children of each, and the chosen node of each cursor and of each pin, which
+    may be an ancestor of the actual one.
     """
     is_chosen = bytearray(tree.columns.parent.size)
     chosen: list[Node] = []
 
     def stand(node: Node) -> int:
-        """Choose the path to `node`, as far as there is room; where it ends, or -1."""
+        """Choose the path to `node` as far as there is room. Returns the id of its last node, or -1."""
         missing = []
         above: Node | None = node
         while above is not None and not is_chosen[above.id]:
             missing.append(above)
             above = above.parent
-        place = above.id if above is not None else -1
-        for one in missing[::-1][: most - len(chosen)]:
-            is_chosen[one.id] = 1
-            chosen.append(one)
-            place = one.id
-        return place
+        last = above.id if above is not None else -1
+        for child in missing[::-1][: most - len(chosen)]:
+            is_chosen[child.id] = 1
+            chosen.append(child)
+            last = child.id
+        return last
 
     on, pinned = [stand(node) for node in cursors], [stand(node) for node in pins]
     for name in islice(reversed(tree.namespaces), most):
@@ -285,4 +297,4 @@ def _choose(
     parents = tree.columns.parent[ids].astype(np.int64)
     drawn = np.bincount(np.searchsorted(ids, parents[parents >= 0]), minlength=ids.size)
     hidden = np.array([len(node.children) for node in chosen], np.int64)[order] - drawn
-    return ids, hidden, [place for place in on if place >= 0], [place for place in pinned if place >= 0]
+    return ids, hidden, [node_id for node_id in on if node_id >= 0], [node_id for node_id in pinned if node_id >= 0]

@@ -1,8 +1,7 @@
-"""The live page's routes: `/tree` and what it asks for.
+"""Routes of the live page: `/tree`, its files, and its data.
 
-The page itself and its files hold nothing secret. `/tree/events` and `/tree/node/{node_id}` tell the text of
-requests: they are for who runs the engine, and `guard` is what a server lets such a one in by. Where the page is
-refused it asks for an API key, and sends it as a bearer token.
+The page and its files are public. `/tree/events` and `/tree/node/{node_id}` reveal the text of requests and should be
+protected by `guard`. If they are denied, the page asks for an API key and sends it as a bearer token.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from radixgen.async_engine import AsyncEngine
 from radixgen.core import LimitReached, Limits, RadixgenError
 from radixgen.engine_core import EngineCore
-from radixgen.serve.http.errors import ClientGone, Refused, encode, status_of
+from radixgen.serve.http.errors import ClientGone, HTTPError, encode, status_of
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.texts import plain
@@ -37,9 +36,9 @@ HEADERS = {
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _PAGE = "tree.html"
 _SEND_SECONDS = 30.0
-"""How long a viewer may take to take a frame"""
+"""Time limit for a viewer to receive a frame"""
 _HEAD_TOKENS, _TAIL_TOKENS = 1_024, 256
-"""Of a node's text that is asked for"""
+"""Numbers of tokens at the beginning and end of a node whose text is returned"""
 
 
 def tree_routes(
@@ -50,11 +49,11 @@ def tree_routes(
     door: Sequence[Any] = (),
     guard: Sequence[Any] = (),
 ) -> APIRouter:
-    """The routes of the live page of `engine`.
+    """Create the routes of the live page of `engine`.
 
-    feed: one to be closed before the server waits for its connections to end; by default a new one.
+    feed: feed that the caller closes before the server drains; default: a new one.
     door: dependencies (`Depends(…)`) of the page and its files.
-    guard: those of the routes that tell of requests.
+    guard: dependencies of the routes that reveal the text of requests.
     """
     router = APIRouter(include_in_schema=False)
     served = feed or Feed(engine, limits)
@@ -67,28 +66,29 @@ def tree_routes(
     @router.get("/tree/static/{name}", dependencies=list(door))
     async def static_file(name: str) -> Response:
         file = static.get(name)
-        return file.response() if file else _missing("name", name[:80], "is no file of the live page")
+        return file.response() if file else _missing("name", name[:80], "is not a file of the live page")
 
     @router.get("/tree/events", dependencies=list(guard))
     async def events() -> Response:
-        return EventStream(served)
+        return FrameStream(served)
 
     @router.get("/tree/node/{node_id}", dependencies=list(guard))
     async def node(node_id: Annotated[int, Path(ge=0, lt=1 << 53)]) -> Response:
-        found = await asyncio.wrap_future(engine.inspect(partial(_node, node_id=node_id)))
-        if found is None:
-            return _missing("node_id", node_id, "names no node of the tree")
-        head, tail = found.pop("head"), found.pop("tail")
-        found["text"] = plain(await engine.decode(head))
-        found["tail"] = plain(await engine.decode(tail)) if tail else ""
-        return Response(msgspec.json.encode(found), 200, HEADERS | {"Cache-Control": "no-store"}, "application/json")
+        details = await asyncio.wrap_future(engine.inspect(partial(_node_details, node_id=node_id)))
+        if details is None:
+            return _missing("node_id", node_id, "is not a node of the tree")
+        head, tail = details.pop("head"), details.pop("tail")
+        details["text"] = plain(await engine.decode(head))
+        details["tail"] = plain(await engine.decode(tail)) if tail else ""
+        return Response(msgspec.json.encode(details), 200, HEADERS | {"Cache-Control": "no-store"}, "application/json")
 
     return router
 
 
-class EventStream(Response):
-    """Frames as server-sent events. It ends with an event `end` where the engine or the feed is closed; a viewer that
-    takes none for 30 seconds, or hangs up, is let go.
+class FrameStream(Response):
+    """Response of frames as server-sent events, which ends with the event `end` when the engine or the feed is closed.
+
+    A viewer that reads nothing for 30 seconds is disconnected.
     """
 
     media_type = "text/event-stream"
@@ -118,8 +118,8 @@ async def _send_some(send: Send, body: bytes, *, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _node(core: EngineCore, node_id: int) -> dict[str, Any] | None:
-    """What is told of a node on request; its tokens still to be decoded. In the engine's thread."""
+def _node_details(core: EngineCore, node_id: int) -> dict[str, Any] | None:
+    """Details of a node, with its tokens not decoded yet; None for an unknown id. Call it in the engine's thread."""
     node = core.tree.find(node_id)
     if node is None:
         return None
@@ -138,7 +138,7 @@ def _node(core: EngineCore, node_id: int) -> dict[str, Any] | None:
 
 
 class StaticFile(NamedTuple):
-    """A file of the page, as it is in the package."""
+    """File of the page."""
 
     body: bytes
     media_type: str
@@ -148,16 +148,18 @@ class StaticFile(NamedTuple):
 
 
 def _static_files() -> dict[str, StaticFile]:
-    found = list((files(__package__) / "static").iterdir())
-    return {one.name: StaticFile(one.read_bytes(), _MEDIA_TYPES[one.name[one.name.rfind(".") :]]) for one in found}
+    folder = (files(__package__) / "static").iterdir()
+    return {
+        file.name: StaticFile(file.read_bytes(), _MEDIA_TYPES[file.name[file.name.rfind(".") :]]) for file in folder
+    }
 
 
 def _refusal(error: RadixgenError) -> Response:
-    """In OpenAI's shape."""
+    """Error response in OpenAI's format."""
     status = status_of(error)
     headers = HEADERS | ({"Retry-After": "5"} if status == 429 else {})
     return Response(encode(error), status, headers, "application/json")
 
 
 def _missing(field: str, value: object, limit: str) -> Response:
-    return _refusal(Refused(404, f"{field}={value}: {limit}", field=field, value=value, limit=limit))
+    return _refusal(HTTPError(404, f"{field}={value}: {limit}", field=field, value=value, limit=limit))

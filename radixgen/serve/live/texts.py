@@ -1,39 +1,42 @@
-"""The text of drawn nodes: made a little at a time, kept while they are drawn, bounded in all."""
+"""Text of drawn nodes: decoded a few nodes at a time, cached while they are drawn, bounded in total."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from radixgen.core import Limits
-from radixgen.serve.live.frames import Captured, Text
+from radixgen.serve.live.frames import NodeTokens, Text
 
 logger = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[int]], str]
 
 MAX_TOKENS = 2_048
-"""Of one node, that are turned into text"""
+"""Maximum number of tokens of a node that are decoded"""
 _MAX_CHARS = 8_192
-"""Of one node"""
+"""Maximum length of a node's text, in characters"""
 _TICK_TOKENS = 4_096
 _TICK_NODES = 256
-"""Turned into text at a time, at the most"""
+"""Maximum numbers of tokens and nodes that are decoded at a time"""
 
 
 class Texts:
-    """Half of the characters that there may be are shared out evenly; the other half goes to those who come first."""
+    """Texts of nodes. Half of the allowed characters is divided evenly among nodes, the rest goes to the first."""
 
     def __init__(self, limits: Limits) -> None:
         self._base = limits.max_shown_chars // (2 * limits.max_shown_nodes)
         self._left = limits.max_shown_chars // 2
         self._texts: dict[int, str] = {}
         self._cut: set[int] = set()
-        """Nodes whose text ends before they do, so that it does not grow with them"""
+        """Nodes whose text is cut off, so that it does not grow any more"""
         self._due: dict[int, int] = {}
-        """Nodes whose text is to be made, with how many tokens that takes"""
+        """Nodes to decode, with their numbers of tokens"""
 
     def update(self, fresh: Iterable[tuple[int, int]], grown: Iterable[tuple[int, int]], gone: Iterable[int]) -> None:
-        """Take note of nodes that are new or were split, of such that changed otherwise, both with how many tokens they
-        have, and of such that went.
+        """Update the set of nodes to decode.
+
+        fresh: nodes that are new or were split, with their numbers of tokens.
+        grown: nodes that changed otherwise, with their numbers of tokens.
+        gone: nodes that are no longer drawn.
         """
         for node_id in gone:
             self._due.pop(node_id, None)
@@ -48,37 +51,37 @@ class Texts:
                 self._due[node_id] = min(known, MAX_TOKENS)
 
     def wanted(self) -> list[int]:
-        """The nodes whose tokens are to be captured next; the longest due come first."""
-        found: list[int] = []
+        """Nodes to decode next, oldest first."""
+        wanted: list[int] = []
         tokens = 0
         for node_id, known in self._due.items():
             tokens += known
-            if found and (tokens > _TICK_TOKENS or len(found) == _TICK_NODES):
+            if wanted and (tokens > _TICK_TOKENS or len(wanted) == _TICK_NODES):
                 break
-            found.append(node_id)
-        return found
+            wanted.append(node_id)
+        return wanted
 
-    def learn(self, read: Iterable[tuple[Captured, str]]) -> list[Text]:
-        """Take over what tokens were as text; what of it is news."""
-        news = []
-        for one, whole in read:
-            self._due.pop(one.id, None)
-            before = self._texts.get(one.id, "")
+    def learn(self, read: Iterable[tuple[NodeTokens, str]]) -> list[Text]:
+        """Store decoded texts. Returns those that changed."""
+        changed = []
+        for node, whole in read:
+            self._due.pop(node.id, None)
+            before = self._texts.get(node.id, "")
             text = whole[: self._room(before)]
-            if not one.complete or len(text) < len(whole):
-                self._cut.add(one.id)
+            if not node.complete or len(text) < len(whole):
+                self._cut.add(node.id)
             if text != before:
-                self._set(one.id, text)
+                self._set(node.id, text)
                 append = bool(before) and text.startswith(before)
-                news.append(Text(one.id, append, text[len(before) :] if append else text))
-        return news
+                changed.append(Text(node.id, append, text[len(before) :] if append else text))
+        return changed
 
     def whole(self) -> list[Text]:
-        """All that is known."""
+        """All texts."""
         return [Text(node_id, False, text) for node_id, text in self._texts.items()]
 
     def _room(self, text: str) -> int:
-        """Characters that a node may have which has `text`."""
+        """Maximum length of the text of a node that currently has `text`, in characters."""
         return min(_MAX_CHARS, self._base + self._left + max(0, len(text) - self._base))
 
     def _set(self, node_id: int, text: str) -> None:
@@ -88,14 +91,14 @@ class Texts:
 
 
 def plain(text: str) -> str:
-    """`text` as every JSON reader takes it: without halves of surrogate pairs."""
+    """`text` without lone surrogates, which JSON parsers reject."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def text_of(captured: Captured, decode: Decode) -> str:
-    """The text of what was captured; none where the tokenizer fails."""
+def text_of(captured: NodeTokens, decode: Decode) -> str:
+    """Decode the tokens of a node; empty if the tokenizer fails."""
     try:
         return plain(decode(captured.tokens.tolist()))
     except Exception:
-        logger.exception("the text of node %d could not be made", captured.id)
+        logger.exception("could not decode the text of node %d", captured.id)
         return ""

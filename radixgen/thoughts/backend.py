@@ -1,4 +1,4 @@
-"""What a search needs of an engine, as coroutines; by an engine that the caller holds, or by a thread's."""
+"""Interface of the engines that a search can use, with implementations for `Engine` and `AsyncEngine`."""
 
 import asyncio
 import inspect
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _FULL_SECONDS = 0.01
-"""How long to wait before a full queue is tried again."""
+"""Time to wait before a full queue is tried again"""
 
 
 @runtime_checkable
-class Server(Protocol):
-    """Answers requests. One that is cancelled leaves nothing behind. A full queue is waited for."""
+class SearchBackend(Protocol):
+    """Engine that serves requests. Cancelled requests are aborted; if the queue is full, requests wait."""
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The model's own end tokens."""
+        """End tokens of the model."""
         ...
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Raises `InvalidRequest`."""
+        """Tokenize text. `special`: whether to add special tokens. Raises `InvalidRequest`."""
         ...
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> RequestOutput:
-        """The finished request. Raises `InvalidRequest`."""
+        """Generate, and return the whole output. Raises `InvalidRequest`."""
         ...
 
     async def score(self, prompt: Sequence[int], continuation: Sequence[int]) -> RequestOutput:
-        """The finished request, for `scores_of`. Raises `InvalidRequest`."""
+        """Score a continuation, and return the output for `scores_of`. Raises `InvalidRequest`."""
         ...
 
     async def computed_rows(self) -> int:
-        """Rows that went through the model since the engine began."""
+        """Number of rows that the model has computed since the engine started."""
         ...
 
     async def decode(self, token_ids: Sequence[int]) -> str:
@@ -50,27 +50,27 @@ class Server(Protocol):
 
 
 @asynccontextmanager
-async def serving(engine: "Engine | AsyncEngine | Server", namespace: str) -> AsyncIterator[Server]:
-    """A server over either engine; another is taken as it is. Raises `InvalidRequest`."""
+async def serving(engine: "Engine | AsyncEngine | SearchBackend", namespace: str) -> AsyncIterator[SearchBackend]:
+    """Context manager that wraps an engine; a `SearchBackend` is used as it is. Raises `InvalidRequest`."""
     from radixgen.async_engine import AsyncEngine
     from radixgen.engine import Engine
 
     if isinstance(engine, AsyncEngine):
-        yield ThreadedServer(engine, namespace)
+        yield ThreadedBackend(engine, namespace)
     elif isinstance(engine, Engine):
-        server = SteppedServer(engine, namespace)
+        backend = SteppedBackend(engine, namespace)
         try:
-            yield server
+            yield backend
         finally:
-            await server.close()
-    elif isinstance(engine, Server):
+            await backend.close()
+    elif isinstance(engine, SearchBackend):
         yield engine
     else:
         raise InvalidRequest("engine", engine, "must be an Engine or an AsyncEngine")
 
 
-class ThreadedServer:
-    """An `AsyncEngine`, whose own thread steps."""
+class ThreadedBackend:
+    """`SearchBackend` on an `AsyncEngine`, which steps in its own thread."""
 
     def __init__(self, engine: "AsyncEngine", namespace: str) -> None:
         self._engine = engine
@@ -110,9 +110,10 @@ class ThreadedServer:
             return [output async for output in outputs][-1]
 
 
-class SteppedServer:
-    """An `Engine` that belongs to this thread. It is stepped while anything of it is unfinished, and between two steps
-    everything else in the event loop goes on. What other callers' requests produce meanwhile is kept for them.
+class SteppedBackend:
+    """`SearchBackend` on an `Engine` of this thread.
+
+    A task of the event loop steps it while it has unfinished requests. Outputs of other callers' requests are kept.
     """
 
     def __init__(self, engine: "Engine", namespace: str) -> None:
@@ -144,9 +145,9 @@ class SteppedServer:
         return self._engine.decode(token_ids)
 
     async def close(self) -> None:
-        """Stop stepping. Nobody may wait any more."""
+        """Stop stepping. No request may be open."""
         assert not self._waiting
-        await drop([self._stepping])
+        await cancel_all([self._stepping])
 
     async def _finish(self, submit: Callable[[], str]) -> RequestOutput:
         request_id = await self._submit(submit)
@@ -170,7 +171,7 @@ class SteppedServer:
                 await asyncio.sleep(0)
 
     async def _step(self) -> None:
-        """Step and hand out, until nothing is unfinished; where the engine fails, everyone who waits is told."""
+        """Step and deliver outputs until all requests have finished. If the engine fails, all of them fail."""
         try:
             while self._waiting or self._engine.num_unfinished_requests:
                 for output in self._engine._loop.receive(self._waiting):
@@ -190,31 +191,31 @@ class SteppedServer:
             future.set_result(result)
 
 
-def completed(output: RequestOutput) -> RequestOutput:
-    """`output`, of which every sequence ended by itself. Raises `RequestFailed`."""
-    for one in output.outputs:
-        if one.finish_reason in ("abort", "error"):
-            raise RequestFailed(f"request {output.request_id} failed: {one.stop_reason}")
+def check_completed(output: RequestOutput) -> RequestOutput:
+    """Return `output`. Raises `RequestFailed` if a sequence was aborted or failed."""
+    for sequence in output.outputs:
+        if sequence.finish_reason in ("abort", "error"):
+            raise RequestFailed(f"request {output.request_id} failed: {sequence.stop_reason}")
     return output
 
 
-async def called(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function or of a coroutine function."""
+async def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function or a coroutine function."""
     result = function(*arguments)
     return await result if inspect.isawaitable(result) else result
 
 
-async def together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; where one fails, the others are cancelled before its error goes on."""
+async def gather_all(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines concurrently and return their results. If one fails, cancel the others and raise its error."""
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
     finally:
-        await drop(tasks)
+        await cancel_all(tasks)
 
 
-async def drop(tasks: "Sequence[asyncio.Task[T]]") -> None:
-    """Cancel what still runs, and wait until it has ended."""
+async def cancel_all(tasks: "Sequence[asyncio.Task[T]]") -> None:
+    """Cancel tasks and wait for them."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

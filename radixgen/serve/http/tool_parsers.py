@@ -1,6 +1,7 @@
-"""Tool calls in what a model writes: Hermes's `<tool_call>{"name": …, "arguments": …}</tool_call>`, or by grammar.
+"""Parsers of tool calls in generated text.
 
-Arguments are passed on as they come. A name that was not offered makes no call.
+Models write Hermes's format, `<tool_call>{"name": …, "arguments": …}</tool_call>`, or follow a grammar.
+Arguments are streamed as they come. Calls of unknown functions are not tool calls.
 """
 
 import json
@@ -16,33 +17,34 @@ from radixgen.serve.http.protocol import FunctionCall, ToolCall
 
 OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-"""A call up to its arguments, where these are an object"""
+"""A call up to its arguments, which must be an object"""
 _BRACKET = re.compile(r'["{}\[\]\\]')
 
 
 @dataclass(slots=True)
 class Piece:
-    """What some new text comes to. Of a call that is sent in parts, only the first has a name."""
+    """Content and tool calls of some new text. If a call comes in parts, only the first part has a name."""
 
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
 
 
-class Reader(Protocol):
-    """Reads the streamed text of one choice."""
+class ToolCallParser(Protocol):
+    """Parser of the streamed text of one choice."""
 
     @property
     def calls(self) -> bool:
-        """Whether there was a call that ends the choice with `tool_calls`."""
+        """Whether the choice's finish reason becomes `tool_calls`."""
 
-    def push(self, text: str) -> Piece: ...
+    def push(self, text: str) -> Piece:
+        """Parse new text."""
 
     def finish(self, *, cut: bool = False) -> Piece:
-        """What was held back, at the end of the text; `cut` where `max_tokens` ended it."""
+        """Parse text that was held back, at the end. `cut`: whether `max_tokens` ended the text."""
 
 
-class PlainReader:
-    """All is content."""
+class PlainTextParser:
+    """Parser for requests without tools: all text is content."""
 
     calls = False
 
@@ -53,9 +55,11 @@ class PlainReader:
         return Piece()
 
 
-class HermesReader:
-    """Content, and between tags calls. What is no call to one of `names` stays content, tags and all; the beginning of
-    a call that was cut before its arguments is dropped. Where not `parallel`, so is every call after the first.
+class HermesParser:
+    """Parser of content and of calls between Hermes's tags.
+
+    Text between tags that is not a call to one of `names` is content, tags included. A call that is cut off before its
+    arguments is dropped. Unless `parallel`, so is every call after the first.
     """
 
     def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
@@ -66,7 +70,7 @@ class HermesReader:
         self._arguments: _Object | None = None
         self._count = 0
         self._blank: str | None = None
-        """White space since the last call, where there was nothing else"""
+        """White space since the last call, if there was nothing else"""
 
     @property
     def calls(self) -> bool:
@@ -80,7 +84,7 @@ class HermesReader:
         return piece
 
     def finish(self, *, cut: bool = False) -> Piece:
-        """The closing tag may be missing: some models end instead."""
+        """Parse the rest; the closing tag may be missing, as some models stop before it."""
         piece, held = Piece(), self._held
         self._held = ""
         if self._arguments is not None:
@@ -92,7 +96,7 @@ class HermesReader:
         return piece
 
     def _advance(self, piece: Piece) -> bool:
-        """Take what is certain of the text that is held. Whether there may be more."""
+        """Parse the unambiguous part of the held text. Returns whether there may be more."""
         if self._arguments is not None:
             return self._pass_on(self._arguments, piece)
         return self._read_inside(piece) if self._inside else self._read_outside(piece)
@@ -121,13 +125,13 @@ class HermesReader:
         return bool(tag)
 
     def _pass_on(self, arguments: "_Object", piece: Piece) -> bool:
-        """Arguments as they come; behind them all up to a tag is layout."""
+        """Stream the arguments; text between them and the next tag is dropped."""
         part, self._held = arguments.take(self._held)
         if part and self._wanted:
             piece.calls.append(_more(self._count - 1, part))
         if not arguments.ended:
             return False
-        ends = {tag: place for tag in (OPEN_TAG, CLOSE_TAG) if (place := self._held.find(tag)) >= 0}
+        ends = {tag: index for tag in (OPEN_TAG, CLOSE_TAG) if (index := self._held.find(tag)) >= 0}
         if not ends:
             kept = max(_overlap(self._held, OPEN_TAG), _overlap(self._held, CLOSE_TAG))
             self._held = self._held[len(self._held) - kept :]
@@ -139,7 +143,7 @@ class HermesReader:
 
     @property
     def _wanted(self) -> bool:
-        """Whether the call that was begun last is sent."""
+        """Whether the latest call is reported."""
         return self._parallel or self._count == 1
 
     def _begin(self, call: ToolCall, piece: Piece) -> None:
@@ -149,7 +153,7 @@ class HermesReader:
             piece.calls.append(call)
 
     def _say(self, text: str, piece: Piece) -> None:
-        """White space between calls, and after the last, is layout."""
+        """Add content, but no white space between calls or after the last call."""
         if self._blank is None:
             piece.content += text
             return
@@ -166,8 +170,8 @@ class HermesReader:
             self._begin(call, piece)
 
 
-class RequiredReader:
-    """The whole text is one call, as JSON, to one of `names`. None of it is content, cut or not."""
+class RequiredCallParser:
+    """Parser of text that is one call to one of `names`, as JSON. None of it is content, even if it is cut off."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.calls = False
@@ -188,7 +192,7 @@ class RequiredReader:
         return Piece(calls=[call_of(0, name, ""), *first.calls])
 
     def finish(self, *, cut: bool = False) -> Piece:
-        """Arguments that are no object come at the end."""
+        """Parse a call whose arguments are not an object."""
         call = None if self.calls else as_call(self._held, 0, self._names)
         self.calls = self.calls or call is not None
         return Piece(calls=[call] if call else [])
@@ -198,8 +202,8 @@ class RequiredReader:
         return Piece(calls=[_more(0, part)] if part else [])
 
 
-class NamedReader:
-    """The whole text is the arguments of the function that was named."""
+class NamedCallParser:
+    """Parser of text that is the arguments of a named function."""
 
     calls = False
 
@@ -218,17 +222,17 @@ class NamedReader:
 
 
 class _Object:
-    """The end of a JSON object in text that comes in pieces."""
+    """Finds the end of a JSON object in streamed text."""
 
     def __init__(self) -> None:
         self.ended = False
         self._depth = 0
         self._in_string = False
         self._escaped = -1
-        """Place of a character behind a backslash, from the beginning of the next text"""
+        """Index of an escaped character, relative to the next text"""
 
     def take(self, text: str) -> tuple[str, str]:
-        """What of `text` belongs to the object, and the rest."""
+        """Split `text` into the part that belongs to the object, and the rest."""
         if self.ended:
             return "", text
         for mark in _BRACKET.finditer(text):
@@ -239,9 +243,9 @@ class _Object:
         self._escaped -= len(text)
         return text, ""
 
-    def _ends(self, mark: str, place: int) -> bool:
+    def _ends(self, mark: str, index: int) -> bool:
         if mark == "\\":
-            self._escaped = place + 1
+            self._escaped = index + 1
         elif mark == '"':
             self._in_string = not self._in_string
         elif not self._in_string:
@@ -251,21 +255,21 @@ class _Object:
 
 
 def as_call(text: str, index: int, names: Collection[str]) -> ToolCall | None:
-    """A call to one of `names` as models write it; None where it is none."""
+    """Parse a call to one of `names`; None if `text` is not such a call."""
     try:
-        found = json.loads(text)
+        call = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str) or found["name"] not in names:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call["name"] not in names:
         return None
-    arguments = found.get("arguments", found.get("parameters", {}))
+    arguments = call.get("arguments", call.get("parameters", {}))
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return call_of(index, found["name"], _encodable(arguments))
+    return call_of(index, call["name"], _encodable(arguments))
 
 
 def call_of(index: int, name: str, arguments: str) -> ToolCall:
-    """The first part of a call, or all of it."""
+    """Create a tool call, or its first part, with a new id."""
     function = FunctionCall(_encodable(name), arguments)
     return ToolCall(index=index, id=f"call_{uuid4().hex[:24]}", type="function", function=function)
 
@@ -275,7 +279,7 @@ def _more(index: int, arguments: str) -> ToolCall:
 
 
 def _name(head: re.Match[str] | None, names: Collection[str]) -> str | None:
-    """The name in a call's head, if it was offered."""
+    """Function name in the head of a call, if it is among `names`."""
     if head is None:
         return None
     try:
@@ -286,7 +290,7 @@ def _name(head: re.Match[str] | None, names: Collection[str]) -> str | None:
 
 
 def _may_be_call(text: str, names: Collection[str]) -> bool:
-    """Whether `text`, which is no whole call, may be the beginning of one."""
+    """Whether `text` may be the beginning of a call, but not a whole one."""
     head = _HEAD.match(text)
     return as_call(text, 0, names) is None and (head is None or _name(head, names) is not None) and _opens(text)
 
@@ -296,10 +300,10 @@ def _opens(text: str) -> bool:
 
 
 def _encodable(text: str) -> str:
-    """`text` without halves of surrogate pairs, which JSON can write and UTF-8 can't."""
+    """`text` without lone surrogates, which JSON can contain but UTF-8 can't."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _overlap(text: str, tag: str) -> int:
-    """How many of the last characters of `text` may be the beginning of `tag`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `tag`."""
     return next((count for count in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-count:])), 0)

@@ -1,4 +1,4 @@
-"""`serve`: the application behind uvicorn, until it is told to stop."""
+"""HTTP server: the application and its live page, run by uvicorn."""
 
 import asyncio
 import fcntl
@@ -21,7 +21,7 @@ from fastapi import APIRouter, FastAPI
 from radixgen.async_engine import AsyncEngine
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Gate
-from radixgen.serve.http.backend import Backend
+from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.binding import Binding
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.routes import tree_routes
@@ -30,23 +30,24 @@ logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 4_096
 _LAST_WORDS_SECONDS = 1.0
-"""That clients have to take the end of what did not end in time."""
+"""Time that clients have to read the end of responses that were cut off"""
 _TICK_SECONDS = 0.05
 _SWITCH_SECONDS = 0.001
-"""How long the engine's thread may keep the interpreter from the event loop's, where both want it."""
+"""Switch interval of the interpreter: how long the engine's thread may delay the event loop"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Idle:
-    """A connection on which nothing is asked, or nothing is taken of what it holds for its client (bytes)."""
+    """A connection without a request, and the bytes that its client has not read."""
 
     since: float
     held: int
 
 
 def _held(connection: Any) -> int | None:
-    """Bytes that a connection without a request holds for its client, the kernel's among them; None while it has a
-    request, and where it is gone: TLS lets go of its socket before it says so.
+    """Unread bytes of a connection without a request, including those in the kernel; None with a request.
+
+    Also None if the connection is closed: with TLS, its socket is gone first.
     """
     transport, cycle = connection.transport, connection.cycle
     if transport is None or (cycle is not None and not cycle.response_complete and not transport.is_closing()):
@@ -59,8 +60,8 @@ def _held(connection: Any) -> int | None:
     return int(transport.get_write_buffer_size()) + int.from_bytes(unsent, sys.byteorder)
 
 
-class Server(uvicorn.Server):
-    """Going down, it takes no more connections, lets open requests end, and ends what has not ended in time."""
+class HTTPServer(uvicorn.Server):
+    """Uvicorn server that drains on shutdown: open requests may finish within a time limit, then they are cut off."""
 
     def __init__(self, app: FastAPI, binding: Binding) -> None:
         config = uvicorn.Config(
@@ -90,9 +91,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _drop_idle(self, now: float) -> None:
-        """Uvicorn waits for ever for the first request, for the rest of a request's head, and for a client that does
-        not take the end of its answer.
-        """
+        """Close idle connections for which uvicorn has no timeout: no request, half a header, or an unread response."""
         idle = {}
         for connection in list(self.server_state.connections):
             held = _held(connection)
@@ -122,27 +121,27 @@ class Server(uvicorn.Server):
             deadline.cancel()
 
     async def _serve_on(self, seconds: float) -> None:
-        """Take requests for so long, or until the next signal."""
+        """Accept requests for so many seconds, or until the next signal."""
         end = time.monotonic() + seconds
         while len(self._signals) == 1 and time.monotonic() < end:
             self._drop_idle(time.monotonic())
             await asyncio.sleep(_TICK_SECONDS)
 
     async def _end_in_time(self) -> None:
-        """Whoever still waits is told that the engine is closed, as its request's one end."""
+        """After the drain timeout, close the engine, which fails open requests, then all connections."""
         await asyncio.sleep(self._drain_timeout)
         logger.warning("open requests did not end within %g seconds", self._drain_timeout)
         self._app.state.context.renderer.close()
         self._app.state.context.intake.close()
         await self._app.state.context.engine.close()
         await asyncio.sleep(_LAST_WORDS_SECONDS)
-        for connection in list(self.server_state.connections):  # of clients that take nothing
+        for connection in list(self.server_state.connections):  # of clients that do not read
             if (transport := getattr(connection, "transport", None)) is not None:
                 transport.abort()
 
 
 def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastAPI:
-    """The application of `engine` with its live page. Raises `InvalidRequest`."""
+    """Create the application of `engine`, with the live page. Raises `InvalidRequest`."""
     feed = Feed(engine, engine.inputs.limits)
 
     def page(gate: Gate) -> APIRouter:
@@ -153,7 +152,7 @@ def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastA
     return app
 
 
-def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
+def serve(engine: EngineBackend, options: ServeOptions, binding: Binding) -> None:
     """Serve until SIGINT or SIGTERM. Raises `InvalidRequest`."""
     binding.check([*options.api_keys, *options.operator_keys])
     app = whole_app(engine, options) if isinstance(engine, AsyncEngine) else create_app(engine, options)
@@ -161,20 +160,20 @@ def serve(engine: Backend, options: ServeOptions, binding: Binding) -> None:
     logging.config.dictConfig(_log_config(binding))
     if options.sampling_defaults:
         defaults = ", ".join(f"{name}={value}" for name, value in options.sampling_defaults.items())
-        logger.info("default sampling parameters, of generation_config: %s", defaults)
+        logger.info("default sampling parameters from generation_config: %s", defaults)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    # uvicorn drains on the first signal, and raises it again when that is done.
+    # uvicorn drains on the first signal, then raises it again.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with suppress(KeyboardInterrupt):
-            Server(app, binding).run()
+            HTTPServer(app, binding).run()
     finally:
         if binding.uds is not None:
             Path(binding.uds).unlink(missing_ok=True)
 
 
 def _log_config(binding: Binding) -> dict[str, Any]:
-    """Everything to stderr, a line each, access logs on request."""
+    """Logging to stderr, one line per record, with access logs if requested."""
     level = binding.log_level.upper()
     return {
         "version": 1,

@@ -1,0 +1,74 @@
+"""Options that several commands share, and checks of options that exclude each other."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from radixgen.core import InvalidRequest, Limits
+from radixgen.model import smollm2
+
+DEFAULT_MODEL = smollm2.NAME
+DEFAULT_LIMITS = Limits()
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Model: smollm2, a directory, a .gguf file or a hub id.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this total probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 means all.")]
+Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
+LoadFormat = Annotated[str, typer.Option(help="Weights: auto (read the checkpoint) or dummy (random).")]
+Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
+GenerationConfig = Annotated[str, typer.Option(help="Sampling defaults: auto (the model's), vllm (none) or a path.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel-size", "--tp", help="Number of processes to shard the model over.")
+]
+DataParallel = Annotated[
+    int, typer.Option("--data-parallel-size", "-dp", help="Number of replicas behind one address.")
+]
+MaxModelLen = Annotated[int | None, typer.Option(help="Maximum length of prompt plus output, in tokens.")]
+MaxNumSeqs = Annotated[int, typer.Option(help="Maximum number of running sequences.")]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(help="Maximum number of tokens per step.", show_default="2048; 8192 on a GPU of 32 GiB or more"),
+]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="Disable model compilation and CUDA graphs.")]
+WarmUp = Annotated[
+    bool | None,
+    typer.Option(
+        "--warm-up/--no-warm-up", help="Compile and capture before accepting requests.", show_default="on a GPU"
+    ),
+]
+EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
+KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Size of the KV cache, in tokens.")]
+DrainTimeout = Annotated[
+    float,
+    typer.Option(
+        "--shutdown-timeout", "--drain-timeout", help="Seconds that open requests have to finish after SIGTERM."
+    ),
+]
+PromptFile = Annotated[
+    Path | None, typer.Argument(exists=True, dir_okay=False, help="Prompts, one per line; default: standard input.")
+]
+
+
+def to_flags(options: dict[str, Any]) -> list[str]:
+    """Options as command-line arguments, without those that are None or False."""
+    flags = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def reject_options(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Raise `InvalidRequest` for the first of these options that is on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequest(name, context.params[name], reason)

@@ -1,0 +1,227 @@
+"""`radixgen serve`."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from radixgen.cli.errors import report_errors, require_extra
+from radixgen.cli.options import (
+    DEFAULT_LIMITS,
+    DEFAULT_MODEL,
+    DataParallel,
+    Device,
+    DrainTimeout,
+    Dtype,
+    EnforceEager,
+    EngineSeed,
+    GenerationConfig,
+    KVTokens,
+    LoadFormat,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Model,
+    TensorParallel,
+    WarmUp,
+    reject_options,
+    to_flags,
+)
+from radixgen.core import Limits
+from radixgen.progress import announce_loading, waiting
+
+_ENGINE_OPTIONS = [
+    "load_format",
+    "dtype",
+    "device",
+    "tp",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "kv_tokens",
+    "enforce_eager",
+    "warm_up",
+    "seed",
+]
+"""Options of an engine in this process, rejected with --zmq"""
+
+
+def serve(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Model to serve; same as --model.")] = None,
+    model: Model = DEFAULT_MODEL,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback, --api-key is required.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free port.")] = 8000,
+    load_format: LoadFormat = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tp: TensorParallel = 1,
+    data_parallel_size: DataParallel = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_tokens: KVTokens = None,
+    enforce_eager: EnforceEager = False,
+    warm_up: WarmUp = None,
+    seed: EngineSeed = 0,
+    generation_config: GenerationConfig = "auto",
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Model name in the API; may be repeated.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="API key for clients; may be repeated. Also RADIXGEN_API_KEY.")
+    ] = None,
+    operator_key: Annotated[
+        list[str] | None,
+        typer.Option(help="API key for administrative routes; may be repeated."),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum number of waiting sequences; further requests get status 429.")
+    ] = 1024,
+    max_concurrency_per_key: Annotated[
+        int | None, typer.Option(help="Maximum number of sequences per API key; half of all if there are several.")
+    ] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds until a request is aborted.")] = None,
+    stall_timeout: Annotated[float, typer.Option(help="Seconds without progress until /health fails.")] = 60,
+    timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
+    shutdown_delay: Annotated[
+        float, typer.Option(help="Seconds to accept requests after SIGTERM, with /ready at 503.")
+    ] = 1,
+    drain_timeout: DrainTimeout = 30,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="Allowed CORS origin; may be repeated; * allows any.")
+    ] = None,
+    allowed_methods: Annotated[
+        list[str] | None, typer.Option(help="Allowed CORS method; may be repeated; default: all.")
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None, typer.Option(help="Allowed CORS request header; may be repeated; default: all.")
+    ] = None,
+    allow_credentials: Annotated[
+        bool, typer.Option("--allow-credentials", help="Allow credentials in CORS requests.")
+    ] = False,
+    allowed_hosts: Annotated[
+        list[str] | None, typer.Option(help="Accepted Host header; may be repeated; *.example.com matches subdomains.")
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="Path prefix that a proxy adds to every route.")] = "",
+    uds: Annotated[str | None, typer.Option(help="Unix socket to listen on instead of --host and --port.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="PEM file with the private key for HTTPS.")] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="PEM file with the certificate for HTTPS.")] = None,
+    ssl_ca_certs: Annotated[str | None, typer.Option(help="PEM file with CA certificates to verify clients.")] = None,
+    ssl_cert_reqs: Annotated[int, typer.Option(help="Client certificates: 0 none, 1 optional, 2 required.")] = 0,
+    ssl_ciphers: Annotated[str | None, typer.Option(help="Cipher suites for TLS 1.2, in OpenSSL's format.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Chat template that replaces the model's: a file, or text in one line.")
+    ] = None,
+    ignore_unknown_fields: Annotated[
+        bool, typer.Option("--ignore-unknown-fields", help="Ignore unsupported request fields, with a warning.")
+    ] = False,
+    metrics_compat: Annotated[str | None, typer.Option(help="vllm: add vLLM's metric names to /metrics.")] = None,
+    access_log: Annotated[bool, typer.Option(help="Log one line per request.")] = True,
+    log_level: Annotated[str, typer.Option(help="Log level: debug, info, warning or error.")] = "info",
+    zmq: Annotated[str | None, typer.Option(help="Use workers that connect to this ipc:// or tcp:// address.")] = None,
+    workers: Annotated[int, typer.Option(help="Number of workers to wait for, with --zmq.")] = 1,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API."""
+    from radixgen.core.settings import api_keys
+
+    with report_errors():
+        if zmq is not None:
+            reject_options(context, _ENGINE_OPTIONS, "is an option of workers: pass it to `radixgen worker`")
+            reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
+        else:
+            reject_options(context, ["workers"], "requires --zmq")
+        require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+        from radixgen.async_engine import AsyncEngine
+        from radixgen.engine import Engine
+        from radixgen.model.sampling_defaults import sampling_defaults
+        from radixgen.serve import server
+        from radixgen.serve.http.app import ServeOptions
+        from radixgen.serve.http.backend import EngineBackend
+        from radixgen.serve.http.binding import Binding
+        from radixgen.serve.http.custom_template import tokenizer_with_template
+        from radixgen.serve.http.origins import OriginPolicy, parse_list
+        from radixgen.serve.http.workers import connect, start
+        from radixgen.serve.replicas import ReplicaOptions
+
+        limits = Limits(max_num_seqs=max_num_seqs)
+        options = ServeOptions(
+            names=served_model_name or [name or model],
+            api_keys=[*(api_key or []), *api_keys()],
+            operator_keys=operator_key or [],
+            max_open=limits.max_num_seqs * data_parallel_size + max_queue,
+            max_concurrency_per_key=max_concurrency_per_key,
+            request_timeout=request_timeout,
+            stall_timeout=stall_timeout,
+            metrics_compat=metrics_compat,
+            ignore_unknown_fields=ignore_unknown_fields,
+            root_path=root_path,
+            origins=OriginPolicy(
+                allowed_origins=parse_list("allowed_origins", allowed_origins),
+                allowed_methods=parse_list("allowed_methods", allowed_methods) or ["*"],
+                allowed_headers=parse_list("allowed_headers", allowed_headers) or ["*"],
+                allow_credentials=allow_credentials,
+                allowed_hosts=parse_list("allowed_hosts", allowed_hosts),
+            ),
+        )
+        binding = Binding(
+            host=host,
+            port=port,
+            uds=uds,
+            timeout_keep_alive=timeout_keep_alive,
+            shutdown_delay=shutdown_delay,
+            drain_timeout=drain_timeout,
+            ssl_keyfile=ssl_keyfile,
+            ssl_certfile=ssl_certfile,
+            ssl_ca_certs=ssl_ca_certs,
+            ssl_cert_reqs=ssl_cert_reqs,
+            ssl_ciphers=ssl_ciphers,
+            log_level=log_level,
+            access_log=access_log,
+        )
+        replicas = None
+        if data_parallel_size != 1:
+            sizes = {
+                "model": name or model,
+                "dtype": dtype,
+                "max_model_len": max_model_len,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "kv_tokens": kv_tokens,
+                "enforce_eager": enforce_eager,
+                "warm_up": warm_up,
+                "no_warm_up": warm_up is False,
+                "seed": seed,
+            }
+            replicas = ReplicaOptions(data_parallel_size, tp, device, to_flags(sizes))
+            replicas.environments()
+        options.check()
+        binding.check([*options.api_keys, *options.operator_keys])
+        with waiting(Console(stderr=True)) as say:
+            announce_loading(say, name or model)
+            options = replace(options, sampling_defaults=sampling_defaults(name or model, generation_config))
+            tokenizer = None if chat_template is None else tokenizer_with_template(name or model, chat_template)
+            backend: EngineBackend
+            if zmq is not None:
+                backend = connect(zmq, model=name or model, tokenizer=tokenizer, workers=workers, limits=limits)
+            elif replicas is not None:
+                backend = start(replicas, model=name or model, tokenizer=tokenizer, limits=limits)
+            else:
+                engine = Engine(
+                    name or model,
+                    warm_up=False,
+                    tokenizer=tokenizer,
+                    load_format=load_format,
+                    dtype=dtype,
+                    device=device,
+                    tensor_parallel_size=tp,
+                    max_model_len=max_model_len,
+                    max_step_tokens=max_num_batched_tokens,
+                    kv_tokens=kv_tokens,
+                    enforce_eager=enforce_eager,
+                    seed=seed,
+                    limits=limits,
+                )
+                options = replace(options, warm_up=engine.runs_on_gpu if warm_up is None else warm_up)
+                backend = AsyncEngine(engine)
+        server.serve(backend, options, binding)

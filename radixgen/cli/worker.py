@@ -1,0 +1,158 @@
+"""`radixgen worker`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from radixgen.cli.errors import report_errors
+from radixgen.cli.options import (
+    DEFAULT_LIMITS,
+    DEFAULT_MODEL,
+    Device,
+    DrainTimeout,
+    Dtype,
+    EnforceEager,
+    EngineSeed,
+    KVTokens,
+    LoadFormat,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Model,
+    TensorParallel,
+    WarmUp,
+    to_flags,
+)
+from radixgen.core import InvalidRequest, Limits
+from radixgen.progress import announce_loading, waiting
+
+if TYPE_CHECKING:
+    from radixgen.engine import Engine
+
+
+def worker(
+    context: typer.Context,
+    model: Model = DEFAULT_MODEL,
+    backend: Annotated[
+        str, typer.Option(help="Protocol: zmq (vLLM's) or dynamo (NVIDIA Dynamo, with its own options).")
+    ] = "zmq",
+    handshake: Annotated[
+        list[str] | None, typer.Option(help="Address of a front end, ipc:// or tcp://; may be repeated.")
+    ] = None,
+    smg: Annotated[str | None, typer.Option(help="Address of this worker in SMG's --worker-urls, ipc://.")] = None,
+    engine_index: Annotated[int, typer.Option(help="Index of this worker, unique per front end.")] = 0,
+    load_format: LoadFormat = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tp: TensorParallel = 1,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_tokens: KVTokens = None,
+    enforce_eager: EnforceEager = False,
+    warm_up: WarmUp = None,
+    seed: EngineSeed = 0,
+    kv_events_config: Annotated[
+        str | None, typer.Option(help="Publish KV cache events; JSON as vLLM's; requires zmq.")
+    ] = None,
+    curve_secret: Annotated[
+        Path | None, typer.Option(exists=True, help="File with this worker's CURVE keys, for TCP.")
+    ] = None,
+    curve_server: Annotated[
+        Path | None, typer.Option(exists=True, help="File with the front end's public CURVE key.")
+    ] = None,
+    allow_insecure_tcp: Annotated[bool, typer.Option(help="Allow unencrypted TCP without authentication.")] = False,
+    drain_timeout: DrainTimeout = 25.0,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Seconds without progress until the worker is unhealthy.")
+    ] = 60.0,
+    parent_fd: Annotated[
+        int | None, typer.Option(hidden=True, help="File descriptor of a pipe; the worker stops when it is closed.")
+    ] = None,
+) -> None:
+    """Run a worker for SMG, NVIDIA Dynamo or radixgen.Client.
+
+    SIGTERM drains it; a second SIGTERM stops it at once.
+    """
+    sizes = {
+        "load_format": load_format,
+        "dtype": dtype,
+        "device": device,
+        "tensor_parallel_size": tp,
+        "max_model_len": max_model_len,
+        "kv_tokens": kv_tokens,
+        "enforce_eager": enforce_eager,
+        "seed": seed,
+    }
+    step_sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    with report_errors():
+        if backend == "dynamo":
+            zmq_only = {
+                "handshake": handshake,
+                "smg": smg,
+                "engine_index": engine_index,
+                "kv_events_config": kv_events_config,
+                "curve_secret": curve_secret,
+                "curve_server": curve_server,
+                "allow_insecure_tcp": allow_insecure_tcp,
+            }
+            for field, value in zmq_only.items():
+                if value:
+                    raise InvalidRequest(field, value, "requires --backend zmq")
+            warm = {"warm_up": warm_up, "no_warm_up": warm_up is False}
+            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes | step_sizes | warm, context.args)
+            return
+        if backend != "zmq":
+            raise InvalidRequest("backend", backend, "must be zmq or dynamo")
+        if context.args:
+            raise typer.BadParameter(f"No such option or argument: {context.args[0]}")
+        import logging
+
+        from radixgen.serve.launch import serve
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+        def load() -> "Engine":
+            from radixgen.engine import Engine
+            from radixgen.warm_up import announce_warm_up
+
+            limits = Limits(max_num_seqs=max_num_seqs)
+            interactive = None if parent_fd is None else False  # replicas share one terminal: no spinners
+            with waiting(Console(stderr=True, force_terminal=interactive)) as say:
+                announce_loading(say, model)
+                engine = Engine(
+                    model,
+                    max_step_tokens=max_num_batched_tokens,
+                    limits=limits,
+                    warm_up=False,
+                    **sizes,  # type: ignore[arg-type]
+                )
+                if engine.runs_on_gpu if warm_up is None else warm_up:
+                    engine.warm_up(announce_warm_up(say))
+                return engine
+
+        drained = serve(
+            load,
+            handshake or (),
+            smg=smg,
+            engine_index=engine_index,
+            kv_events_config=kv_events_config,
+            curve_secret=curve_secret,
+            curve_server=curve_server,
+            insecure_tcp=allow_insecure_tcp,
+            drain_timeout=drain_timeout,
+            stall_timeout=stall_timeout,
+            parent_fd=parent_fd,
+        )
+    raise typer.Exit(0 if drained else 1)
+
+
+def _serve_dynamo(options: dict[str, Any], extra_arguments: list[str]) -> None:
+    """Run Dynamo's own worker until it ends. extra_arguments: options that Dynamo defines."""
+    try:
+        from radixgen.serve.dynamo import main
+    except ModuleNotFoundError as error:
+        raise InvalidRequest("backend", "dynamo", "requires pip install 'radixgen[dynamo]'") from error
+    main([*to_flags(options), *extra_arguments])
