@@ -76,12 +76,13 @@ def highlights() -> list[str]:
     for name in SHOWN:
         seconds = [one[name]["seconds"] for one in (theirs, ours)]
         lines.append(f"| {words[name]} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[0] / seconds[1]:.2f}× |")
+    engines = [f"{name} {one['about']['version']}" for name, one in (("radixgen", ours), ("vLLM", theirs))]
+    steps = [f"{one['about']['step_tokens']:,}" for one in (ours, theirs)]
     return [
         *lines,
         "",
-        f"A Llama of 8B shape in bfloat16 on one {found['device']}: radixgen {ours['about']['version']} and vLLM "
-        f"{theirs['about']['version']}, both with steps of up to {_only_step_tokens(ours, theirs):,} tokens, torch "
-        f"{found['torch']}, {found['date']}.",
+        f"A Llama of 8B shape in bfloat16 on one {found['device']}: {' and '.join(engines)}, in steps of up to "
+        f"{' and '.join(dict.fromkeys(steps))} tokens, torch {found['torch']}, {found['date']}.",
         "",
         *_against_transformers(),
     ]
@@ -100,12 +101,6 @@ def in_words(scale: Scale) -> dict[str, str]:
     }
 
 
-def _only_step_tokens(*engines: dict[str, Any]) -> int:
-    """The step size that all engines ran with. Raises `ValueError` where they differ."""
-    (tokens,) = {one["about"]["step_tokens"] for one in engines}
-    return int(tokens)
-
-
 def _against_transformers() -> list[str]:
     """SmolLM2 on a CPU: seconds of radixgen and of transformers' `generate`, the faster of the ways it was called."""
     lines = ["| workload | transformers | radixgen | speedup |", "| --- | --- | --- | --- |"]
@@ -117,52 +112,57 @@ def _against_transformers() -> list[str]:
         lines.append(f"| {words.format(**found)} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.2f}× |")
         dates.append(found["date"])
         versions.append(f"transformers {found['transformers']}, torch {found['torch']}, {found['processor']}")
-    (version,) = set(versions)
-    return [*lines, "", f"SmolLM2-135M in float32: {version}, {min(dates)} to {max(dates)}."]
+    about = "; ".join(dict.fromkeys(versions))
+    return [*lines, "", f"SmolLM2-135M in float32: {about}, {min(dates)} to {max(dates)}."]
 
 
 def parallel() -> str:
     """What docs/cluster.md shows of `bench.parallel`: sums over GPUs, and a model over several beside one."""
     found: dict[str, Any] = json.loads((RESULTS / "parallel.json").read_text(encoding="utf-8"))
-    reduces = found["reduce"]["us"]
+    ranks, reduces, exact = found["ranks"], found["reduce"]["us"], found.get("exact")
     lines = ["| all-reduce, bfloat16 | our kernel | NCCL | speedup |", "| --- | --- | --- | --- |"]
     for size in (size for size in reduces if not size.endswith(" by nccl")):
         ours, theirs = reduces[size], reduces[f"{size} by nccl"]
         lines.append(f"| {size.replace('x', '×')} | {ours:.1f} µs | {theirs:.1f} µs | {theirs / ours:.2f}× |")
     lines += [
         "",
-        "| workload | one GPU | two GPUs | speedup | two GPUs, a step | limit of that step |",
+        f"| workload | 1 GPU | {ranks} GPUs | speedup | a step on {ranks} GPUs | limit of that step |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     words = {
-        "latency": "8B shape, one request",
-        "prefix": "8B shape, 256 requests on one prefix",
-        "prefill": "8B shape, prompts that share nothing",
-        "wide": "70B shape, 64 requests that share nothing",
+        ("many", "latency"): "8B shape, one request",
+        ("many", "prefix"): "8B shape, 256 requests on one prefix",
+        ("many", "prefill"): "8B shape, prompts that share nothing",
+        ("large", "wide"): "70B shape, 64 requests that share nothing",
     }
-    for part, name in (("many", "latency"), ("many", "prefix"), ("many", "prefill"), ("large", "wide")):
-        lines.append(f"| {words[name]} | {' | '.join(_over_gpus(found, part, name))} |")
-    lines += [
-        "",
-        f"`python -m bench.parallel --ranks {found['ranks']}` on {found['ranks']} × {found['device']}, torch "
-        f"{found['torch']}, {found['date']}, commit {found['commit']}; weights are random, in bfloat16. The limit of a "
-        "step is reading weights and keys once, divided by the ranks, and two all-reduces a layer as measured above.",
-    ]
-    return "\n".join(lines)
+    lines += [f"| {what} | {' | '.join(_over_gpus(found, *key))} |" for key, what in words.items() if key[0] in found]
+    compared = "Its part `exact`, which compares tokens with those of one process, was not run."
+    if exact:
+        count = exact["equal"] + len(exact["different"])
+        compared = f"{exact['equal']} of {count} answers of tiny models were equal to those of one process."
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`python -m bench.parallel --ranks {ranks}` on {ranks} × {found['device']}, torch {found['torch']}, "
+            f"{found['date']}, commit {found['commit']}; weights are random, in bfloat16. The limit of a step is "
+            "reading weights and keys once, divided by the ranks, and two all-reduces per layer as measured above. "
+            f"{compared}",
+        ]
+    )
 
 
 def _over_gpus(found: dict[str, Any], part: str, name: str) -> list[str]:
     """Cells of one workload: seconds on one GPU and on all, their ratio, milliseconds of a step and their limit."""
     figures = found[part]
-    ours, one = figures["workloads"][name], found["one"]["workloads"].get(name)
+    ours, one = figures["workloads"][name], found.get("one", {}).get("workloads", {}).get(name)
     cells = [f"{one['seconds']:.2f} s" if one else "–", f"{ours['seconds']:.2f} s"]
     cells.append(f"{one['seconds'] / ours['seconds']:.2f}×" if one else "–")
     if "limit_ms" not in ours:
         return [*cells, "–", "–"]
     reduce = found["reduce"]["us"][f"{ours['rows']} x {figures['hidden']}"]
     limit = ours["limit_ms"] + 2 * figures["layers"] * reduce / 1e3
-    step = ours["ms_a_step"]
-    return [*cells, f"{step:.2f} ms ({step / limit:.2f}× the limit)", f"{limit:.2f} ms"]
+    return [*cells, f"{ours['ms_a_step']:.2f} ms ({ours['ms_a_step'] / limit:.2f}× the limit)", f"{limit:.2f} ms"]
 
 
 def misses() -> list[str]:
@@ -180,7 +180,7 @@ def misses() -> list[str]:
 def _counted_as_missed(text: str, missed: Iterable[str]) -> bool:
     """Whether a bound of results that name only its key, as those of `bench.loads`, is among the missed ones."""
     keys = [key.split(": ") for key in missed if ": " in key]
-    return any(text.startswith(tree) and text[len(tree) :].split()[0] == figure for tree, figure in keys)
+    return any(text.startswith(tree) and text[len(tree) :].split(maxsplit=1)[0] == figure for tree, figure in keys)
 
 
 def _compared(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Code blocks of README and docs/ run as they stand, links lead somewhere, and commands have the options they are given.
+"""Code blocks of README and docs/ run as they stand, links lead somewhere, and commands have the options given.
 
 A Python block after `<!-- not run: REASON -->` is only compiled. Blocks for a server at port 8000 get one with SmolLM2.
 """
@@ -153,6 +153,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             goal = (page.parent / path).resolve() if path else page
             assert goal.is_file(), f"{target} leads nowhere"
             assert not anchor or anchor in anchors(goal), f"{target} names no heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Of a module's name in the text, which is relative to the repository or to the package."""
+    for name in re.findall(r"`([\w./]+/\w+\.(?:py|md|json|txt|toml))`", page.read_text(encoding="utf-8")):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "radixgen")), f"{name} does not exist"
 
 
 def test_every_page_is_in_the_site() -> None:
