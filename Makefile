@@ -8,10 +8,14 @@ TEST_EXTRAS ?=
 EXTRAS := dev$(if $(TEST_EXTRAS),$(comma)$(TEST_EXTRAS))
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: demo test test-all test-lowest check bench-check links clean
+.PHONY: demo docs test test-all test-lowest check bench-check links clean
 
 demo: $(VENV)/.demo
 	$(BIN)/radixgen demo
+
+# The documentation as a site, in site/. Fails where a link or an anchor leads nowhere.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: check
 	$(PYTEST)
@@ -54,6 +58,10 @@ $(VENV)/.demo: pyproject.toml | links $(BIN)/pip
 	$(BIN)/pip install --editable .
 	touch $@
 
+$(VENV)/.docs: pyproject.toml | links $(BIN)/pip
+	$(BIN)/pip install --editable '.[docs]'
+	touch $@
+
 $(VENV)/.$(EXTRAS): pyproject.toml | links $(BIN)/pip
 	$(BIN)/pip install --editable '.[$(EXTRAS)]'
 	touch $@
@@ -63,4 +71,4 @@ $(LOWEST)/.tests: pyproject.toml tests/lowest.txt | links $(LOWEST)/bin/pip
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist site *.egg-info

@@ -1,5 +1,5 @@
-"""Writes out what was measured: five rows and the demo's output into README.md, all tables into docs/benchmarks.md, but
-for those on routing, which are in docs/cluster.md.
+"""Writes what was measured into README.md (the demo, five workloads beside vLLM, three beside transformers), into
+docs/benchmarks.md (all tables, and every miss) and into docs/cluster.md (routing, several GPUs).
 
 `python -m bench.readme [--demo]`
 
@@ -21,7 +21,7 @@ from bench.attention import OWN
 from bench.compare import table
 from bench.plots import cold
 from bench.report import RESULTS
-from bench.workloads import FULL, describe
+from bench.workloads import FULL, Scale, describe
 from radixgen.demo import run, summary
 from radixgen.model import smollm2
 
@@ -38,6 +38,13 @@ TABLE = (
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
 SHOWN = ("latency", "agents", "parallel", "prefix", "unshared")
 """The workloads of `bench.compare` that README.md shows"""
+TRANSFORMERS = {
+    "prefix": "{questions} questions on one document",
+    "thoughts": "a tree of thoughts, {sequences} sequences",
+    "agents": "{agents} agents, {turns} turns each",
+    "unrelated": "{prompts} prompts that share nothing",
+}
+"""Benchmarks against transformers' `generate`, and what each runs, with fields of its results"""
 ENGINES = {"W2": "W2, prefix of", "W3": "W3, two levels"}
 CONTENDERS = {
     "auto": "radixgen", "unshared": "the same tree, read path by path", "private": "private copies, as many as fit",
@@ -54,13 +61,126 @@ def main() -> None:
     shown = (RESULTS / "demo.txt").read_text(encoding="utf-8").rstrip()
     text = _replace(text, "demo", f"```console\n{shown}\n```")
     README.write_text(_replace(text, "results", "\n".join(highlights())), encoding="utf-8")
-    BENCHMARKS.write_text(_replace(BENCHMARKS.read_text(encoding="utf-8"), "results", tables()), encoding="utf-8")
-    CLUSTER.write_text(_replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing()), encoding="utf-8")
+    text = _replace(BENCHMARKS.read_text(encoding="utf-8"), "results", tables())
+    BENCHMARKS.write_text(_replace(text, "misses", "\n".join(misses())), encoding="utf-8")
+    text = _replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing())
+    CLUSTER.write_text(_replace(text, "parallel", parallel()), encoding="utf-8")
 
 
 def highlights() -> list[str]:
-    """Some of the workloads on whole engines, for README.md."""
-    return _compared(SHOWN)
+    """For README.md: some of the workloads beside vLLM, and what was measured against transformers."""
+    found: dict[str, Any] = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))
+    ours, theirs = found["engines"]["radixgen"], found["engines"]["vllm"]
+    words = in_words(FULL)
+    lines = ["| workload | vLLM | radixgen | speedup |", "| --- | --- | --- | --- |"]
+    for name in SHOWN:
+        seconds = [one[name]["seconds"] for one in (theirs, ours)]
+        lines.append(f"| {words[name]} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[0] / seconds[1]:.2f}× |")
+    engines = [f"{name} {one['about']['version']}" for name, one in (("radixgen", ours), ("vLLM", theirs))]
+    steps = [f"{one['about']['step_tokens']:,}" for one in (ours, theirs)]
+    return [
+        *lines,
+        "",
+        f"A Llama of 8B shape in bfloat16 on one {found['device']}: {' and '.join(engines)}, in steps of up to "
+        f"{' and '.join(dict.fromkeys(steps))} tokens, torch {found['torch']}, {found['date']}.",
+        "",
+        *_against_transformers(),
+    ]
+
+
+def in_words(scale: Scale) -> dict[str, str]:
+    """The workloads that README.md shows, for readers who have not seen their numbers before."""
+    return {
+        "latency": f"1 request: {scale.latency_prompt:,} prompt tokens, {scale.new} new",
+        "agents": f"{scale.agents} agents, {scale.turns} turns each, one system prompt of {scale.system:,} tokens",
+        "parallel": f"{scale.problems} prompts of {scale.root + scale.question:,} tokens, {scale.candidates} samples "
+        f"of {scale.candidate} tokens each",
+        "prefix": f"{scale.requests} requests on one cached prefix of {scale.prefix:,} tokens, {scale.new} new each",
+        "unshared": f"{scale.unshared} requests that share nothing: {scale.latency_prompt:,} prompt tokens, "
+        f"{scale.new} new each",
+    }
+
+
+def _against_transformers() -> list[str]:
+    """SmolLM2 on a CPU: seconds of radixgen and of transformers' `generate`, the faster of the ways it was called."""
+    lines = ["| workload | transformers | radixgen | speedup |", "| --- | --- | --- | --- |"]
+    dates, versions = list[str](), list[str]()
+    for name, words in TRANSFORMERS.items():
+        found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        ours = found["seconds_radixgen" if "seconds_radixgen" in found else "seconds_shared"]
+        theirs = min(seconds for key, seconds in found.items() if key.startswith("seconds_generate"))
+        lines.append(f"| {words.format(**found)} | {theirs:.1f} s | {ours:.1f} s | {theirs / ours:.2f}× |")
+        dates.append(found["date"])
+        versions.append(f"transformers {found['transformers']}, torch {found['torch']}, {found['processor']}")
+    about = "; ".join(dict.fromkeys(versions))
+    return [*lines, "", f"SmolLM2-135M in float32: {about}, {min(dates)} to {max(dates)}."]
+
+
+def parallel() -> str:
+    """What docs/cluster.md shows of `bench.parallel`: sums over GPUs, and a model over several beside one."""
+    found: dict[str, Any] = json.loads((RESULTS / "parallel.json").read_text(encoding="utf-8"))
+    ranks, reduces, exact = found["ranks"], found["reduce"]["us"], found.get("exact")
+    lines = ["| all-reduce, bfloat16 | our kernel | NCCL | speedup |", "| --- | --- | --- | --- |"]
+    for size in (size for size in reduces if not size.endswith(" by nccl")):
+        ours, theirs = reduces[size], reduces[f"{size} by nccl"]
+        lines.append(f"| {size.replace('x', '×')} | {ours:.1f} µs | {theirs:.1f} µs | {theirs / ours:.2f}× |")
+    lines += [
+        "",
+        f"| workload | 1 GPU | {ranks} GPUs | speedup | a step on {ranks} GPUs | limit of that step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    words = {
+        ("many", "latency"): "8B shape, one request",
+        ("many", "prefix"): "8B shape, 256 requests on one prefix",
+        ("many", "prefill"): "8B shape, prompts that share nothing",
+        ("large", "wide"): "70B shape, 64 requests that share nothing",
+    }
+    lines += [f"| {what} | {' | '.join(_over_gpus(found, *key))} |" for key, what in words.items() if key[0] in found]
+    compared = "Its part `exact`, which compares tokens with those of one process, was not run."
+    if exact:
+        count = exact["equal"] + len(exact["different"])
+        compared = f"{exact['equal']} of {count} answers of tiny models were equal to those of one process."
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`python -m bench.parallel --ranks {ranks}` on {ranks} × {found['device']}, torch {found['torch']}, "
+            f"{found['date']}, commit {found['commit']}; weights are random, in bfloat16. The limit of a step is "
+            "reading weights and keys once, divided by the ranks, and two all-reduces per layer as measured above. "
+            f"{compared}",
+        ]
+    )
+
+
+def _over_gpus(found: dict[str, Any], part: str, name: str) -> list[str]:
+    """Cells of one workload: seconds on one GPU and on all, their ratio, milliseconds of a step and their limit."""
+    figures = found[part]
+    ours, one = figures["workloads"][name], found.get("one", {}).get("workloads", {}).get(name)
+    cells = [f"{one['seconds']:.2f} s" if one else "–", f"{ours['seconds']:.2f} s"]
+    cells.append(f"{one['seconds'] / ours['seconds']:.2f}×" if one else "–")
+    if "limit_ms" not in ours:
+        return [*cells, "–", "–"]
+    reduce = found["reduce"]["us"][f"{ours['rows']} x {figures['hidden']}"]
+    limit = ours["limit_ms"] + 2 * figures["layers"] * reduce / 1e3
+    return [*cells, f"{ours['ms_a_step']:.2f} ms ({ours['ms_a_step'] / limit:.2f}× the limit)", f"{limit:.2f} ms"]
+
+
+def misses() -> list[str]:
+    """Every bound that was missed, in any results, for docs/benchmarks.md."""
+    lines = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
+    for path in sorted(RESULTS.glob("*.json")):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        name, where = path.stem.split("_")[0], found.get("device", found["processor"])
+        for text, bound in found["bounds"]:
+            if bound.endswith(": missed") or _counted_as_missed(text, found["missed"]):
+                lines.append(f"| `bench.{name}`, {where} | {' '.join(text.split())} | {bound.split(':')[0]} |")
+    return lines
+
+
+def _counted_as_missed(text: str, missed: Iterable[str]) -> bool:
+    """Whether a bound of results that name only its key, as those of `bench.loads`, is among the missed ones."""
+    keys = [key.split(": ") for key in missed if ": " in key]
+    return any(text.startswith(tree) and text[len(tree) :].split(maxsplit=1)[0] == figure for tree, figure in keys)
 
 
 def _compared(names: Iterable[str]) -> list[str]:

@@ -66,7 +66,15 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
 def test_the_pages_show_the_results_that_are_kept() -> None:
     assert "\n".join(readme.highlights()) in readme.README.read_text(encoding="utf-8")
     assert readme.tables() in readme.BENCHMARKS.read_text(encoding="utf-8")
-    assert readme.routing() in readme.CLUSTER.read_text(encoding="utf-8")
+    assert "\n".join(readme.misses()) in readme.BENCHMARKS.read_text(encoding="utf-8")
+    for table in (readme.routing(), readme.parallel()):
+        assert table in readme.CLUSTER.read_text(encoding="utf-8")
+
+
+def test_no_missed_bound_is_left_out() -> None:
+    missed = sum(len(json.loads(path.read_text())["missed"]) for path in readme.RESULTS.glob("*.json"))
+    header = 2
+    assert len(readme.misses()) - header == missed > 0
 
 
 def test_startup(capsys) -> None:

@@ -114,7 +114,9 @@ def test_no_link_is_needed(origin: str, built: tuple[Path, Path], tmp_path: Path
     wheel, sdist = build(root, tmp_path / "dist")
     assert files_of(wheel) == files_of(built[0])
     tested = {path for path in sources("tests", "bench", "docs", "examples") if "results" not in path.parts}
-    tested |= {Path(name) for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "Makefile")}
+    tested |= {
+        Path(name) for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "Makefile", "mkdocs.yml")
+    }
     again = unpack(sdist, tmp_path / "again")
     assert all((again / path).is_file() for path in tested)
 
