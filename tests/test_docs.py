@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from radixgen import Engine
 from radixgen.cli import app
+from radixgen.model import prepare
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
