@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from bench.baseline import Generate, layer_operations, matrix_rate
 from bench.report import Report, benchmark_options
 from radixgen import AsyncConversation, AsyncEngine, Engine, RequestOutput, SamplingParams
-from radixgen.chat_history import num_common
+from radixgen.chat.history import num_common
 from radixgen.model import smollm2
 from radixgen.model.quiet import quiet_transformers
 

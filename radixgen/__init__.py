@@ -28,24 +28,24 @@ from radixgen.core import (
 from radixgen.version import VERSION
 
 if TYPE_CHECKING:
-    from radixgen.async_conversation import AsyncConversation
-    from radixgen.async_engine import AsyncEngine
     from radixgen.attention import TreeAttention
-    from radixgen.chat_history import HistoryBreak
-    from radixgen.conversation import Conversation
-    from radixgen.engine import Engine
+    from radixgen.chat.async_conversation import AsyncConversation
+    from radixgen.chat.conversation import Conversation
+    from radixgen.chat.history import HistoryBreak
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.engine import Engine
     from radixgen.serve.client import AsyncClient, Client
 
 __version__ = VERSION
 
 _LAZY = {
     "AsyncClient": "radixgen.serve.client",
-    "AsyncConversation": "radixgen.async_conversation",
-    "AsyncEngine": "radixgen.async_engine",
+    "AsyncConversation": "radixgen.chat.async_conversation",
+    "AsyncEngine": "radixgen.engine.async_engine",
     "Client": "radixgen.serve.client",
-    "Conversation": "radixgen.conversation",
-    "Engine": "radixgen.engine",
-    "HistoryBreak": "radixgen.chat_history",
+    "Conversation": "radixgen.chat.conversation",
+    "Engine": "radixgen.engine.engine",
+    "HistoryBreak": "radixgen.chat.history",
     "TreeAttention": "radixgen.attention",
 }
 

@@ -74,10 +74,10 @@ def _label(view: NodeView) -> Text:
 def _preview(node: Node, decode: Decode) -> str:
     tokens = node.tokens.tolist()
     if len(tokens) <= 2 * _PREVIEW_TOKENS:
-        return _one_line(decode(tokens))
+        return _single_line(decode(tokens))
     head, tail = decode(tokens[:_PREVIEW_TOKENS]), decode(tokens[-_PREVIEW_TOKENS:])
-    return f"{_one_line(head)} … {_one_line(tail)}"
+    return f"{_single_line(head)} … {_single_line(tail)}"
 
 
-def _one_line(text: str) -> str:
+def _single_line(text: str) -> str:
     return text.replace("\n", "⏎")

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence as Seq
 
-from radixgen.beam_search import Beam
 from radixgen.core import SamplingState
+from radixgen.sampling.beam_search import Beam
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from radixgen.beam_search import BeamSearch, Choices
 from radixgen.cache import FollowedMatch, Lock, TokenArray
 from radixgen.core import FinishReason, PromptTokens, SamplingParams, SamplingState, SharingEnd
+from radixgen.sampling.beam_search import BeamSearch, Choices
 
 
 @dataclass(eq=False, slots=True)

@@ -35,10 +35,10 @@ from radixgen import (
     SamplingParams,
     UnknownRequest,
 )
-from radixgen.beam_search import BeamSearch, Hypothesis
 from radixgen.cache import BlockProjection, Lock, Node
 from radixgen.core import SamplingState
-from radixgen.sampling import fork_seed, likeliest, sample
+from radixgen.sampling.beam_search import BeamSearch, Hypothesis
+from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
 VOCAB, CONTEXT = 3, 40
 LIMITS = Limits(max_waiting=24, max_waiting_tokens=400, max_num_seqs=12, max_pins=4, max_overtaken=6)
@@ -376,7 +376,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(times=st.integers(1, 3))
     def fail_steps(self, times: int) -> None:
         """The model raises: a request for which it does so twice, the second time alone, ends; all others go on."""
-        log = logging.getLogger("radixgen.engine_core")
+        log = logging.getLogger("radixgen.engine.core")
         log.disabled = True
         for _ in range(times):
             self.model.fail_next = RuntimeError("planted")

@@ -51,5 +51,5 @@ def no_collections_at_start() -> Iterator[None]:
     """Each `EngineThread` begins with a collection of all of torch and transformers: half a second a test."""
     with pytest.MonkeyPatch.context() as patch:
         quick = SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze)
-        patch.setattr("radixgen.engine_thread.gc", quick)
+        patch.setattr("radixgen.engine.thread.gc", quick)
         yield

@@ -85,7 +85,7 @@ SEARCHING = (pytest_stage("tests/test_beam_search.py", "-k", "not architectures 
 STORING = (pytest_stage("tests/test_model.py"),)
 
 SUITES: dict[str, tuple[Stage, ...]] = {
-    "radixgen/beam_search.py": SEARCHING,
+    "radixgen/sampling/beam_search.py": SEARCHING,
     "radixgen/cache/boundary.py": CACHING,
     "radixgen/cache/columns.py": CACHING,
     "radixgen/cache/eviction.py": CACHING,
@@ -319,7 +319,7 @@ MEMORY = 4 << 30
 def preload() -> None:
     """Import all that the tests import but the repository's own: a fork starts where they begin."""
     own = {"radixgen", *(path.stem for path in TESTS.glob("*.py"))}
-    probe = "import sys, churn, radixgen.engine; print(*sys.modules)"
+    probe = "import sys, churn, radixgen.engine.engine; print(*sys.modules)"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
     for name in subprocess.check_output([sys.executable, "-c", probe], env=environment, text=True).split():
         if name.partition(".")[0] not in own:

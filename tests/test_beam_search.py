@@ -17,7 +17,7 @@ from oracle import StampModel
 from texts import tokenizer
 from transformers import AutoModelForCausalLM
 
-import radixgen.engine_core as core_module
+import radixgen.engine.core as core_module
 from radixgen import (
     AsyncEngine,
     BeamSearchParams,
@@ -29,8 +29,8 @@ from radixgen import (
     RequestOutput,
     SamplingParams,
 )
-from radixgen.beam_search import BeamSearch, Choices
 from radixgen.model import smollm2
+from radixgen.sampling.beam_search import BeamSearch, Choices
 from radixgen.thoughts import beam, beam_async
 
 WIDTHS = [1, 2, 4, 8]
@@ -269,7 +269,7 @@ def test_searches_and_requests_do_not_disturb_each_other(
     }
     with serve(vocab=6) as engine:
         want = [told(engine.generate(prompt, ways[kind])[0].outputs) for prompt, kind in asks]
-    logging.getLogger("radixgen.engine_core").disabled = True
+    logging.getLogger("radixgen.engine.core").disabled = True
     with serve(vocab=6, kv_tokens=slots, max_step_tokens=budget, limits=limits) as engine:
         names = [engine.submit(prompt, ways[kind], output_kind="final") for prompt, kind in asks]
         ended: dict[str, RequestOutput] = {}
@@ -286,7 +286,7 @@ def test_searches_and_requests_do_not_disturb_each_other(
             assert steps < 2_000, "stuck"
         engine._core.tree.reset()
         assert engine._core.tree.pool.free == engine._core.tree.pool.capacity
-    logging.getLogger("radixgen.engine_core").disabled = False
+    logging.getLogger("radixgen.engine.core").disabled = False
     assert ended.keys() == set(names)
     for name, expected, (_, kind) in zip(names, want, asks, strict=True):
         outputs = ended[name].outputs

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from radixgen import InvalidRequest, Limits, PromptTooLong
-from radixgen.chat_history import ChatHistory, Draft, HistoryMode
-from radixgen.chat_template import ChatTemplate, as_messages
+from radixgen.chat.history import ChatHistory, Draft, HistoryMode
 from radixgen.core import CompletionOutput
+from radixgen.text.chat_template import ChatTemplate, as_messages
 
 TOOL = {
     "type": "function",

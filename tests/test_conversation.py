@@ -312,7 +312,7 @@ def scripted(tokenizer: Any, text: str) -> SamplingParams:
 def test_a_break_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """The model says `</think>`, which the template leaves out of earlier turns."""
     told: list[HistoryBreak] = []
-    with thinking_engine() as engine, caplog.at_level(logging.INFO, "radixgen.dialogue"):
+    with thinking_engine() as engine, caplog.at_level(logging.INFO, "radixgen.chat.dialogue"):
         params = scripted(engine.tokenizer, "</think>")
         talk = engine.conversation(params=params, on_break=told.append)
         kept = talk.say("hi").prompt_token_ids

@@ -14,7 +14,7 @@ from radixgen.core import SamplingState
 from radixgen.kernels import work
 from radixgen.model import graphs, packed
 from radixgen.model.graphs import CudaCapture, _Graph
-from radixgen.sampling import distribution, sample, uniform
+from radixgen.sampling.sampler import distribution, sample, uniform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

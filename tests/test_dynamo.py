@@ -13,7 +13,7 @@ from consumer import blocks_of
 from oracle import StampModel
 from typer.testing import CliRunner
 
-import radixgen.engine as engine_module
+import radixgen.engine.engine as engine_module
 from radixgen import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
 from radixgen.cli import app
 from radixgen.core import PromptTokens

@@ -9,7 +9,7 @@ import pytest
 from oracle import StampModel
 
 from radixgen import Engine, EngineClosed, EngineDead, RequestOutput, SamplingParams
-from radixgen.engine_thread import EngineThread
+from radixgen.engine.thread import EngineThread
 
 SECONDS = 30.0
 

@@ -14,7 +14,7 @@ from oracle import StampModel
 from torch import nn
 
 from radixgen import Engine, Limits, QueueFull, SamplingParams
-from radixgen.sampling import fork_seed
+from radixgen.sampling.sampler import fork_seed
 
 FORKS = 8
 VOCAB = 6

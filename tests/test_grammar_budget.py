@@ -9,8 +9,8 @@ import pytest
 from test_structured import asking, run, serve
 
 from radixgen import Engine
-from radixgen.grammar_budget import LEAST_SECONDS, MOST_ALONE, MOST_DEBT, GrammarBudget
-from radixgen.structured import MatcherState
+from radixgen.sampling.grammar_budget import LEAST_SECONDS, MOST_ALONE, MOST_DEBT, GrammarBudget
+from radixgen.sampling.structured import MatcherState
 
 
 @dataclass(eq=False)

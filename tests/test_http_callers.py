@@ -12,7 +12,6 @@ from served import HI, Served, in_process, limited, tiny
 from starlette.requests import Request
 
 from radixgen import InvalidRequest, Limits, PromptTooLong, SamplingParams, Stats
-from radixgen.chat_template import ChatTemplate
 from radixgen.core import CompletionOutput, EngineClosed
 from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.app import ServeOptions, create_app
@@ -22,6 +21,7 @@ from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.session_sizes import bytes_of
 from radixgen.serve.http.sessions import SessionKey, Sessions
+from radixgen.text.chat_template import ChatTemplate
 
 SECONDS = 30.0
 KEYS = ["one", "two"]

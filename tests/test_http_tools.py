@@ -8,6 +8,7 @@ from msgspec import UNSET
 from texts import tokenizer
 
 from radixgen import InvalidRequest, Limits, SamplingParams
+from radixgen.sampling.structured import Grammars
 from radixgen.serve.http.protocol import (
     ChatRequest,
     FunctionDefinition,
@@ -24,7 +25,6 @@ from radixgen.serve.http.tool_parsers import (
     ToolCallParser,
 )
 from radixgen.serve.http.tools import constrain, parser_for
-from radixgen.structured import Grammars
 
 TOKENIZER = tokenizer()
 GRAMMARS = Grammars(TOKENIZER, families.VOCAB, Limits())

@@ -14,7 +14,7 @@ from oracle import StampModel, expected_logits
 from sizes import size
 
 from radixgen import AsyncEngine, Engine, EngineClosed, EngineDead, Limits, RequestOutput, SamplingParams
-from radixgen.engine_core import EngineCore
+from radixgen.engine.core import EngineCore
 
 VOCAB, CONTEXT = 3, 60
 

@@ -9,8 +9,8 @@ import pytest
 from texts import tokenizer
 
 from radixgen import Limits, SamplingParams
-from radixgen.json_numbers import MAX_DIGITS, NumberBounds, NumberState
-from radixgen.structured import Grammars
+from radixgen.sampling.json_numbers import MAX_DIGITS, NumberBounds, NumberState
+from radixgen.sampling.structured import Grammars
 
 TOKENIZER = tokenizer()
 GRAMMARS = Grammars(TOKENIZER, families.VOCAB, Limits())

@@ -14,7 +14,7 @@ from oracle import StampModel
 
 from radixgen import AsyncEngine, Engine, LimitReached, Limits, SamplingParams
 from radixgen.cache import Node
-from radixgen.engine_core import EngineCore
+from radixgen.engine.core import EngineCore
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.frames import NodeTokens, Row, TreeReader, held_nodes
 from radixgen.serve.live.texts import Texts, text_of

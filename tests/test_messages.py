@@ -8,7 +8,7 @@ import templates
 from texts import tokenizer
 
 from radixgen import Engine, InvalidRequest, SamplingParams
-from radixgen.messages import Roles, template_message, template_messages
+from radixgen.text.messages import Roles, template_message, template_messages
 
 PLAIN = Roles("{{ m.role }}: {{ m.content }}")
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"x": 1}'}}

@@ -7,9 +7,9 @@ import texts
 
 from radixgen import SamplingParams
 from radixgen.core import OutputKind, SamplingState
-from radixgen.output_processor import OutputProcessor
+from radixgen.engine.output_processor import OutputProcessor
 from radixgen.scheduler.sequence import Request, Sequence
-from radixgen.vocabulary import Vocabulary
+from radixgen.text.vocabulary import Vocabulary
 
 TOKENIZER = texts.tokenizer()
 

@@ -13,16 +13,16 @@ from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 from sizes import size
 
-import radixgen.batch_draws as draws_module
 import radixgen.cache.boundary as boundary_module
 import radixgen.cache.slots as slots_module
+import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import EngineDead, Plan
-from radixgen.engine_core import EngineCore
-from radixgen.output_processor import OutputProcessor
-from radixgen.run_ahead import RunAhead
+from radixgen.engine.core import EngineCore
+from radixgen.engine.output_processor import OutputProcessor
+from radixgen.engine.run_ahead import RunAhead
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue

@@ -23,10 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from radixgen import SamplingParams, sampling
+from radixgen import SamplingParams
 from radixgen.core import SamplingState
 from radixgen.kernels.torch_sampling import weights
-from radixgen.sampling import (
+from radixgen.sampling import sampler as sampling
+from radixgen.sampling.sampler import (
     SamplerOutput,
     distribution,
     fork_seed,
@@ -455,7 +456,7 @@ def test_no_order_of_summing_moves_a_draw() -> None:
 
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
 def test_the_ends_of_the_range_stay_inside(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radixgen.sampling.uniform", lambda states: np.full(len(states), number))
+    monkeypatch.setattr("radixgen.sampling.sampler.uniform", lambda states: np.full(len(states), number))
     logits = torch.cat([random_logits(4), torch.zeros(1, VOCAB)])
     logits[:, :2] = logits[:, -2:] = -INF
     states = [state(params) for params in (ALONE[0], ALONE[5], ALONE[9], COMBINED[0], ALONE[0])]

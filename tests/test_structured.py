@@ -23,8 +23,8 @@ from texts import tokenizer
 from radixgen import AsyncEngine, CompletionOutput, Engine, InvalidRequest, Limits, SamplingParams
 from radixgen.core import AllowedTokens, GrammarFailed, SamplingState
 from radixgen.model import smollm2
-from radixgen.sampling import fork_seed, sample, shape
-from radixgen.structured import CompiledGrammar, Grammars, MatcherState
+from radixgen.sampling.sampler import fork_seed, sample, shape
+from radixgen.sampling.structured import CompiledGrammar, Grammars, MatcherState
 
 TOKENIZER = tokenizer()
 VOCAB, END = families.VOCAB, families.VOCAB - 1

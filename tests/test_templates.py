@@ -11,12 +11,12 @@ import templates
 from transformers import PreTrainedTokenizerBase
 
 from radixgen import EngineClosed, InvalidRequest
-from radixgen.chat_template import ChatTemplate
 from radixgen.core import PromptTooLong
-from radixgen.input_processor import through_template
+from radixgen.engine.input_processor import through_template
 from radixgen.serve.http import template_process
 from radixgen.serve.http.templates import TemplateRenderer
-from radixgen.template_variables import template_variables
+from radixgen.text.chat_template import ChatTemplate
+from radixgen.text.template_variables import template_variables
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": []}]
 QWEN3 = templates.tokenizer(templates.FAMILIES["qwen3"])

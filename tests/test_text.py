@@ -32,7 +32,7 @@ from radixgen import (
 )
 from radixgen.explain import PromptText, explain
 from radixgen.model.loader import load_tokenizer
-from radixgen.sampling import DrawableTokens, draw
+from radixgen.sampling.sampler import DrawableTokens, draw
 from radixgen.serve import wire, wire_params
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.service import Service

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from radixgen.serve.http.logprobs import TokenTexts
-from radixgen.vocabulary import Vocabulary
+from radixgen.text.vocabulary import Vocabulary
 
 TEXT = "ab 日本 👩‍👧 ñ\n<x> ok"
 

@@ -19,9 +19,9 @@ from serving import VOCAB, greedy, serving
 from test_cli import call
 
 from radixgen import Engine, InvalidRequest, Limits
+from radixgen.sampling.structured import Grammars
 from radixgen.serve.endpoint import Curve, InsecureEndpoint, check_endpoint, smg_handshake
 from radixgen.serve.worker import Worker
-from radixgen.structured import Grammars
 
 
 def test_a_front_end_is_served() -> None:

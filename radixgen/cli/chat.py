@@ -37,7 +37,7 @@ def chat(
     kv_tokens: KVTokens = None,
 ) -> None:
     """Chat with a model in the terminal; earlier turns are reused from the KV cache."""
-    from radixgen.engine import Engine
+    from radixgen.engine.engine import Engine
 
     console = Console()
     with report_errors():

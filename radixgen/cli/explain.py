@@ -26,9 +26,9 @@ def explain(
     their end, or, where prompts differ only in white space or order, made equal. Line numbers are those of the
     rendered prompt, so the chat template's own lines count.
     """
+    from radixgen.engine.input_processor import chat_text
     from radixgen.explain import BLANK, PromptText, explain
     from radixgen.explain.show import render_report
-    from radixgen.input_processor import chat_text
     from radixgen.model.loader import load_tokenizer
 
     with report_errors():

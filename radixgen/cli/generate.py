@@ -58,7 +58,7 @@ def generate(
     """
     from rich.progress import Progress
 
-    from radixgen.engine import Engine
+    from radixgen.engine.engine import Engine
 
     with report_errors():
         params = SamplingParams(

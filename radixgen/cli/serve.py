@@ -132,8 +132,8 @@ def serve(
         else:
             reject_options(context, ["workers"], "requires --zmq")
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
-        from radixgen.async_engine import AsyncEngine
-        from radixgen.engine import Engine
+        from radixgen.engine.async_engine import AsyncEngine
+        from radixgen.engine.engine import Engine
         from radixgen.model.sampling_defaults import sampling_defaults
         from radixgen.serve import server
         from radixgen.serve.http.app import ServeOptions

@@ -18,7 +18,7 @@ def tree(
     "messages" (and optionally "tools").
     """
     from radixgen.cache import ExtentPool, RadixTree
-    from radixgen.input_processor import chat_tokens
+    from radixgen.engine.input_processor import chat_tokens
     from radixgen.model.loader import load_tokenizer
     from radixgen.tree_view import picture, snapshot
 

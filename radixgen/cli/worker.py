@@ -29,7 +29,7 @@ from radixgen.core import InvalidRequest, Limits
 from radixgen.progress import announce_loading, waiting
 
 if TYPE_CHECKING:
-    from radixgen.engine import Engine
+    from radixgen.engine.engine import Engine
 
 
 def worker(
@@ -115,8 +115,8 @@ def worker(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
         def load() -> "Engine":
-            from radixgen.engine import Engine
-            from radixgen.warm_up import announce_warm_up
+            from radixgen.engine.engine import Engine
+            from radixgen.engine.warm_up import announce_warm_up
 
             limits = Limits(max_num_seqs=max_num_seqs)
             interactive = None if parent_fd is None else False  # replicas share one terminal: no spinners

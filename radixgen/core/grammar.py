@@ -1,6 +1,6 @@
 """Grammars for structured output: sources in request parameters, and the interface that the sampler uses.
 
-`radixgen.structured` implements the interface.
+`radixgen.sampling.structured` implements the interface.
 """
 
 import json

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from radixgen.core import RequestOutput, SamplingParams, Stats
-from radixgen.engine import Engine
+from radixgen.engine.engine import Engine
 from radixgen.progress import Say, announce_loading, waiting
 from radixgen.tree_view import NodeView, picture, snapshot
 

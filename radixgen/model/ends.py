@@ -5,7 +5,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 from radixgen.core import UnsupportedModel
-from radixgen.vocabulary import Vocabulary
+from radixgen.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,10 +18,10 @@ from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
 from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
-from radixgen.async_engine import AsyncEngine
 from radixgen.core import EngineClosed, InvalidRequest, Limits, Stats
 from radixgen.core.settings import wait_without_spinning
-from radixgen.engine import Engine
+from radixgen.engine.async_engine import AsyncEngine
+from radixgen.engine.engine import Engine
 from radixgen.model import smollm2
 from radixgen.model.sampling_defaults import sampling_defaults
 from radixgen.serve.dynamo_requests import Chunk, UsageCounter, check_adapter, chunks, sampling_params

@@ -34,9 +34,9 @@ from radixgen.core import InvalidRequest
 from radixgen.core.errors import check_integer
 
 if TYPE_CHECKING:
-    from radixgen.async_engine import AsyncEngine
-    from radixgen.engine import Engine
-    from radixgen.engine_core import EngineCore
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.core import EngineCore
+    from radixgen.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 

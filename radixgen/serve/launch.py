@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from radixgen.core import InvalidRequest
-from radixgen.engine import Engine
+from radixgen.engine.engine import Engine
 from radixgen.model.ranks import await_hangup
 from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
 from radixgen.serve.kv_events import KVEvents, KVEventsConfig

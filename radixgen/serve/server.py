@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
-from radixgen.async_engine import AsyncEngine
+from radixgen.engine.async_engine import AsyncEngine
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Gate
 from radixgen.serve.http.backend import EngineBackend

@@ -22,8 +22,8 @@ from radixgen.core import (
     check_integer,
     check_text,
 )
-from radixgen.engine import Engine
-from radixgen.output_processor import scores_of
+from radixgen.engine.engine import Engine
+from radixgen.engine.output_processor import scores_of
 from radixgen.serve import wire, wire_params
 from radixgen.serve.counters import PeerCounters
 from radixgen.serve.salts import salted_namespace

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from functools import partial
 
 from radixgen.core import EngineClosed, EngineDead, Grammar, RequestOutput, SamplingParams
-from radixgen.engine import Engine
-from radixgen.engine_thread import EngineThread
+from radixgen.engine.engine import Engine
+from radixgen.engine.thread import EngineThread
 from radixgen.serve import wire
 from radixgen.serve.fair_pool import FairPool
 from radixgen.serve.service import Message, Peer, Service

@@ -14,7 +14,7 @@ import zmq
 from msgspec import Raw
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
-from radixgen.engine import Engine
+from radixgen.engine.engine import Engine
 from radixgen.serve import wire
 from radixgen.serve.counters import Counters, PeerCounters
 from radixgen.serve.endpoint import (

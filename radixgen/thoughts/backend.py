@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from radixgen.core import InvalidRequest, QueueFull, RequestFailed, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from radixgen.async_engine import AsyncEngine
-    from radixgen.engine import Engine
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.engine import Engine
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ class SearchBackend(Protocol):
 @asynccontextmanager
 async def serving(engine: "Engine | AsyncEngine | SearchBackend", namespace: str) -> AsyncIterator[SearchBackend]:
     """Context manager that wraps an engine; a `SearchBackend` is used as it is. Raises `InvalidRequest`."""
-    from radixgen.async_engine import AsyncEngine
-    from radixgen.engine import Engine
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.engine import Engine
 
     if isinstance(engine, AsyncEngine):
         yield ThreadedBackend(engine, namespace)
@@ -94,7 +94,7 @@ class ThreadedBackend:
     async def score(self, prompt: Sequence[int], continuation: Sequence[int]) -> RequestOutput:
         while True:
             try:
-                return await self._engine.score_one(prompt, continuation, namespace=self._namespace)
+                return await self._engine.score_continuation(prompt, continuation, namespace=self._namespace)
             except QueueFull:
                 await asyncio.sleep(_FULL_SECONDS)
 

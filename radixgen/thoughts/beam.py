@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from radixgen.core import BeamSearchParams, CompletionOutput
 
 if TYPE_CHECKING:
-    from radixgen.async_engine import AsyncEngine
-    from radixgen.engine import Engine
-    from radixgen.input_processor import Prompt
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.engine import Engine
+    from radixgen.engine.input_processor import Prompt
 
 
 def beam(engine: "Engine", prompt: "Prompt", width: int, **options: Any) -> list[CompletionOutput]:

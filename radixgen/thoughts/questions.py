@@ -183,7 +183,7 @@ class ModelCalls:
 
     async def log_probabilities(self, prompt: Sequence[int], answers: Sequence[str]) -> list[float]:
         """Natural-log probability of each answer after `prompt`, computed in one burst. Raises `RequestFailed`."""
-        from radixgen.output_processor import scores_of
+        from radixgen.engine.output_processor import scores_of
 
         each = [await self.backend.tokenize(answer, special=False) for answer in answers]
         outputs = await gather_all([self.backend.score(prompt, answer) for answer in each])

@@ -11,8 +11,8 @@ from radixgen.thoughts.search import root_of, run_alone
 from radixgen.thoughts.thought import Cost, Step, Thought
 
 if TYPE_CHECKING:
-    from radixgen.async_engine import AsyncEngine
-    from radixgen.engine import Engine
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.engine import Engine
     from radixgen.thoughts.search import Root
 
 Vote = Callable[[str], str | Awaitable[str | None] | None]

@@ -28,9 +28,9 @@ from radixgen.thoughts.strategies import BreadthFirst, Strategy
 from radixgen.thoughts.thought import Cost, Step, Thought
 
 if TYPE_CHECKING:
-    from radixgen.async_engine import AsyncEngine
-    from radixgen.engine import Engine
-    from radixgen.input_processor import Prompt
+    from radixgen.engine.async_engine import AsyncEngine
+    from radixgen.engine.engine import Engine
+    from radixgen.engine.input_processor import Prompt
 
     Root = Prompt | Step
 

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from radixgen.cache import TokenArray
 from radixgen.core import RequestOutput, SamplingParams, Stats
-from radixgen.input_processor import InputProcessor
-from radixgen.request_loop import Progress
+from radixgen.engine.input_processor import InputProcessor
+from radixgen.engine.request_loop import Progress
 
 
 class RequestStream(Protocol):

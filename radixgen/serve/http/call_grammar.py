@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from radixgen.core import InvalidRequest
+from radixgen.sampling.structured import WHITE_SPACE
 from radixgen.serve.http.protocol import FunctionDefinition
 from radixgen.serve.http.tool_parsers import CLOSE_TAG, OPEN_TAG
-from radixgen.structured import WHITE_SPACE
 
 
 def call_grammar(functions: Sequence[FunctionDefinition]) -> str:

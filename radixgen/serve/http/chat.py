@@ -13,9 +13,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from radixgen.chat_template import ChatTemplate, as_messages
 from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
-from radixgen.messages import Roles, template_message, template_messages
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.fields import names_of, sent_as
@@ -43,6 +41,8 @@ from radixgen.serve.http.stream import EventStream, event, json_response, while_
 from radixgen.serve.http.tool_parsers import Piece, ToolCallParser
 from radixgen.serve.http.tools import Warn, constrain, parser_for, template_tools
 from radixgen.serve.http.warnings import warner
+from radixgen.text.chat_template import ChatTemplate, as_messages
+from radixgen.text.messages import Roles, template_message, template_messages
 
 
 @dataclass(frozen=True, slots=True)

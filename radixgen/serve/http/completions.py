@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput
-from radixgen.input_processor import Prompt
+from radixgen.engine.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.echo import Echo

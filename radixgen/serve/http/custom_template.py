@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radixgen.core import InvalidRequest
-from radixgen.template_variables import check_template
+from radixgen.text.template_variables import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Callable
 
 from radixgen.core import RadixgenError, RequestFailed, SamplingParams
+from radixgen.engine.warm_up import announce_warm_up
 from radixgen.serve.http.backend import EngineBackend
-from radixgen.warm_up import announce_warm_up
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 
 from radixgen.core import Grammar, SamplingParams
-from radixgen.input_processor import InputProcessor
+from radixgen.engine.input_processor import InputProcessor
 from radixgen.serve.fair_pool import FairPool
 from radixgen.serve.http.admission import Admission, AdmissionTicket, Quota
 from radixgen.serve.http.body import SMALL_BODY_BYTES, decode, read_bytes

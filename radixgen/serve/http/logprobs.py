@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from radixgen.core import CompletionOutput
 from radixgen.serve.http.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from radixgen.vocabulary import Vocabulary
+from radixgen.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

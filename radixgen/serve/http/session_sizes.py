@@ -5,7 +5,7 @@ from itertools import zip_longest
 from sys import getsizeof
 from typing import TypeVar
 
-from radixgen.chat_history import Exchange, State
+from radixgen.chat.history import Exchange, State
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
 
-from radixgen.chat_history import ChatHistory, Draft
-from radixgen.chat_template import ChatTemplate, Message
+from radixgen.chat.history import ChatHistory, Draft
 from radixgen.core import CompletionOutput, Limits, SamplingParams
 from radixgen.serve.http.session_sizes import bytes_of, new_bytes
+from radixgen.text.chat_template import ChatTemplate, Message
 
 _KEEP_SECONDS = 3600.0
 
@@ -133,11 +133,11 @@ class Sessions:
         while next(iter(self._sessions.values())).used < now - _KEEP_SECONDS:
             self._sessions.popitem(last=False)
         while len(self._sessions) > self._most:
-            self._forget_one(lambda _: 1)
+            self._forget_oldest(lambda _: 1)
         while sum(session.num_bytes for session in self._sessions.values()) > self._most_bytes:
-            self._forget_one(lambda session: session.num_bytes)
+            self._forget_oldest(lambda session: session.num_bytes)
 
-    def _forget_one(self, weigh: Callable[[_SessionState], int]) -> None:
+    def _forget_oldest(self, weigh: Callable[[_SessionState], int]) -> None:
         """Remove the oldest session of the tenant with the most."""
         weights: Counter[str] = Counter()
         for key, session in self._sessions.items():

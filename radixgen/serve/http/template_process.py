@@ -43,7 +43,7 @@ def main(descriptor: int) -> None:
             return
         with suppress(OSError):  # too many processes: the server reads the end of the stream
             if os.fork() == 0:
-                _serve_one(control, descriptors[0])
+                _serve_request(control, descriptors[0])
         os.close(descriptors[0])
 
 
@@ -63,7 +63,7 @@ def receive(stream: BufferedRWPair) -> Any:
     return json.loads(data)
 
 
-def _serve_one(control: socket.socket, descriptor: int) -> None:
+def _serve_request(control: socket.socket, descriptor: int) -> None:
     """Render one template in the fork. Never returns."""
     status = 1
     try:

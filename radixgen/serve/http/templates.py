@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from radixgen.core import EngineClosed, InvalidRequest, PromptTooLong
-from radixgen.input_processor import through_template
+from radixgen.engine.input_processor import through_template
 from radixgen.serve.http.template_process import CPU_SECONDS, MEMORY_BYTES, receive, send
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from radixgen.core import (
     Stats,
     end_token,
 )
-from radixgen.input_processor import InputProcessor
-from radixgen.output_processor import OutputProcessor
-from radixgen.request_loop import Progress
+from radixgen.engine.input_processor import InputProcessor
+from radixgen.engine.output_processor import OutputProcessor
+from radixgen.engine.request_loop import Progress
 from radixgen.scheduler.sequence import Request, Sequence
 from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge

@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from radixgen.async_engine import AsyncEngine
 from radixgen.core import EngineClosed, LimitReached, Limits
+from radixgen.engine.async_engine import AsyncEngine
 from radixgen.serve.live.frames import EMPTY, Frame, TreeReader, figures
 from radixgen.serve.live.texts import MAX_TOKENS, Decode, Texts, plain, text_of
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from radixgen.cache import Node, RadixTree, TokenArray
 from radixgen.core import Limits, Stats
-from radixgen.engine_core import EngineCore
+from radixgen.engine.core import EngineCore
 
 _LARGEST_ARRAYS = 8
 """A tree with arrays larger than so many times the drawn nodes is walked instead of read as arrays."""

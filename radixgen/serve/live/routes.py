@@ -16,9 +16,9 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from radixgen.async_engine import AsyncEngine
 from radixgen.core import LimitReached, Limits, RadixgenError
-from radixgen.engine_core import EngineCore
+from radixgen.engine.async_engine import AsyncEngine
+from radixgen.engine.core import EngineCore
 from radixgen.serve.http.errors import ClientGone, HTTPError, encode, status_of
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.live.feed import Feed

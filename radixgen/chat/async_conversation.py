@@ -7,18 +7,18 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from radixgen.chat.dialogue import (
+    AsyncConversationEngine,
+    Dialogue,
+    Turn,
+    TurnMessages,
+)
 from radixgen.core import (
     EngineClosed,
     LimitReached,
     RequestOutput,
     SamplingParams,
     check_integer,
-)
-from radixgen.dialogue import (
-    AsyncConversationEngine,
-    Dialogue,
-    Turn,
-    TurnMessages,
 )
 
 logger = logging.getLogger(__name__)

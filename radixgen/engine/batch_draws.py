@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
-from radixgen.sampling import DrawableTokens, PendingTokens, SamplerOutput, draw, report, sample
+from radixgen.sampling.sampler import DrawableTokens, PendingTokens, SamplerOutput, draw, report, sample
 from radixgen.scheduler.sequence import Sequence
 
 logger = logging.getLogger(__name__)

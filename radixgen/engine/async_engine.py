@@ -11,9 +11,9 @@ from uuid import uuid4
 
 import numpy as np
 
-from radixgen.async_conversation import AsyncConversation
-from radixgen.async_outputs import AsyncOutputs, OutputQueue
 from radixgen.cache import TokenArray
+from radixgen.chat.async_conversation import AsyncConversation
+from radixgen.chat.dialogue import Options
 from radixgen.core import (
     BeamSearchParams,
     EngineClosed,
@@ -25,14 +25,14 @@ from radixgen.core import (
     UnknownRequest,
 )
 from radixgen.core.adapters import refuses_adapters
-from radixgen.dialogue import Options
-from radixgen.engine import PRELOADING, Engine
-from radixgen.engine_core import EngineCore
-from radixgen.engine_thread import EngineThread
-from radixgen.input_processor import InputProcessor, Params, Prompt, as_prompts
-from radixgen.output_processor import scores_of
-from radixgen.request_loop import Progress
-from radixgen.request_options import PinOptions, RequestOptions
+from radixgen.engine.async_outputs import AsyncOutputs, OutputQueue
+from radixgen.engine.core import EngineCore
+from radixgen.engine.engine import PRELOADING, Engine
+from radixgen.engine.input_processor import InputProcessor, Params, Prompt, as_prompts
+from radixgen.engine.output_processor import scores_of
+from radixgen.engine.request_loop import Progress
+from radixgen.engine.request_options import PinOptions, RequestOptions
+from radixgen.engine.thread import EngineThread
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class AsyncEngine:
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
         """As `Engine.score`; other requests go on meanwhile."""
         tokens = await self.tokenize(prompt)
-        scoring = [self.score_one(tokens, rest, namespace=namespace) for rest in as_prompts(continuations)]
+        scoring = [self.score_continuation(tokens, rest, namespace=namespace) for rest in as_prompts(continuations)]
         return [scores_of(output) for output in await _gather(scoring)]
 
     @refuses_adapters
@@ -119,7 +119,7 @@ class AsyncEngine:
 
         return await _gather(search(prompt) for prompt in as_prompts(prompts))
 
-    async def score_one(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
+    async def score_continuation(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
         """The whole output of scoring one continuation, of which `scores_of` reads the log-probabilities."""
         name, tokens = self._new_id(), await self.tokenize(prompt)
         rest = await asyncio.to_thread(self._engine.inputs.tokenize_continuation, continuation)

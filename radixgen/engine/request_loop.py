@@ -6,8 +6,8 @@ from collections.abc import Sequence as Seq
 from itertools import chain
 
 from radixgen.core import EngineClosed, OutputKind, QueueFull, RadixgenError, RequestOutput, UnknownRequest
-from radixgen.engine_core import EngineCore
-from radixgen.output_processor import OutputProcessor
+from radixgen.engine.core import EngineCore
+from radixgen.engine.output_processor import OutputProcessor
 from radixgen.scheduler.sequence import Request, Sequence
 
 Progress = Callable[[int, int], None]

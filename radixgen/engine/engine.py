@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from radixgen.cache import TokenArray
-from radixgen.conversation import Conversation
+from radixgen.chat.conversation import Conversation
+from radixgen.chat.dialogue import Options
 from radixgen.core import (
     BeamSearchParams,
     DuplicateRequest,
@@ -24,9 +25,21 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
-from radixgen.dialogue import Options
-from radixgen.engine_core import EngineCore
-from radixgen.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, as_prompts, chat_tokens
+from radixgen.engine.core import EngineCore
+from radixgen.engine.input_processor import (
+    InputProcessor,
+    Messages,
+    Params,
+    Prompt,
+    Tools,
+    as_params,
+    as_prompts,
+    chat_tokens,
+)
+from radixgen.engine.output_processor import OutputProcessor, scores_of
+from radixgen.engine.request_loop import OutputStream, Progress, RequestLoop
+from radixgen.engine.request_options import CoreOptions, PinOptions, RequestOptions
+from radixgen.engine.warm_up import run_warm_up, warm_up_steps
 from radixgen.model.base import Model
 from radixgen.model.prepare import (
     allocate_kv,
@@ -37,11 +50,7 @@ from radixgen.model.prepare import (
     prepare_model,
     runs_on_gpu,
 )
-from radixgen.output_processor import OutputProcessor, scores_of
-from radixgen.request_loop import OutputStream, Progress, RequestLoop
-from radixgen.request_options import CoreOptions, PinOptions, RequestOptions
 from radixgen.scheduler.planner import PlanMode
-from radixgen.warm_up import run_warm_up, warm_up_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -226,7 +235,7 @@ class Engine:
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
-        `radixgen.dialogue.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
+        `radixgen.chat.dialogue.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
         """
         self._loop.begin_call()
         return Conversation(self, system, **options)

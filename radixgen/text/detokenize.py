@@ -7,7 +7,7 @@ from copy import copy
 from operator import itemgetter
 from typing import TYPE_CHECKING, Protocol, Self
 
-from radixgen.vocabulary import Vocabulary
+from radixgen.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from itertools import chain
 from operator import eq
 from typing import Any, Literal
 
-from radixgen.chat_template import ChatTemplate, Message
 from radixgen.core import CompletionOutput, InvalidRequest, check_integer, end_token
+from radixgen.text.chat_template import ChatTemplate, Message
 
 HistoryMode = Literal["template", "exact"]
 HISTORY_MODES = ("template", "exact")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from radixgen.core import EngineDead
 from radixgen.model.base import Model, SupportsWarmUp
-from radixgen.sampling import DrawableTokens, warm_up_sampling
+from radixgen.sampling.sampler import DrawableTokens, warm_up_sampling
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from typing import Any, Generic, Literal, Protocol, Self, TypedDict, TypeVar, Un
 
 import numpy as np
 
-from radixgen import saved_history
-from radixgen.chat_history import ChatHistory, Draft, HistoryBreak, HistoryMode, num_common
-from radixgen.chat_template import ChatTemplate, Message, Tool, as_messages
+from radixgen.chat import saved_history
+from radixgen.chat.history import ChatHistory, Draft, HistoryBreak, HistoryMode, num_common
 from radixgen.core import (
     ContextOverflow,
     InvalidRequest,
@@ -21,8 +20,9 @@ from radixgen.core import (
     SamplingParams,
     check_integer,
 )
-from radixgen.input_processor import InputProcessor
-from radixgen.request_options import PinOptions, RequestOptions
+from radixgen.engine.input_processor import InputProcessor
+from radixgen.engine.request_options import PinOptions, RequestOptions
+from radixgen.text.chat_template import ChatTemplate, Message, Tool, as_messages
 
 TurnMessages = str | Message | Seq[Message] | None
 """Messages that a turn adds: a user's text, a message, a list of messages, or None"""

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.beam_search import Choices
 from radixgen.core import SamplingParams, SamplingState
 from radixgen.kernels import torch_sampling
 from radixgen.kernels.torch_sampling import probabilities
 from radixgen.kernels.upload import upload
+from radixgen.sampling.beam_search import Choices
 
 DrawTokens = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], NDArray[np.float64]], Tensor]
 """As `radixgen.kernels.torch_sampling.draw_tokens`."""

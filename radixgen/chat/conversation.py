@@ -6,19 +6,19 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from radixgen.chat.dialogue import (
+    ConversationEngine,
+    Dialogue,
+    Turn,
+    TurnMessages,
+    TurnOutputs,
+)
 from radixgen.core import (
     EngineClosed,
     LimitReached,
     RequestOutput,
     SamplingParams,
     check_integer,
-)
-from radixgen.dialogue import (
-    ConversationEngine,
-    Dialogue,
-    Turn,
-    TurnMessages,
-    TurnOutputs,
 )
 
 logger = logging.getLogger(__name__)

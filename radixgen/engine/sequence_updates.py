@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from radixgen.beam_search import BeamSearch
 from radixgen.core import FinishReason, SamplingState
-from radixgen.sampling import fork_seed
+from radixgen.sampling.beam_search import BeamSearch
+from radixgen.sampling.sampler import fork_seed
 from radixgen.scheduler.sequence import Request, Sequence
 
 

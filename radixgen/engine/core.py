@@ -10,8 +10,6 @@ from typing import Unpack
 import numpy as np
 from torch import Tensor
 
-from radixgen.batch_draws import BatchDraws
-from radixgen.beam_search import Beam, BeamSearch
 from radixgen.cache import ExtentPool, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
@@ -26,12 +24,15 @@ from radixgen.core import (
     StateGuard,
     Stats,
 )
-from radixgen.engine_check import check_engine
-from radixgen.grammar_budget import GrammarBudget
+from radixgen.engine.batch_draws import BatchDraws
+from radixgen.engine.check import check_engine
+from radixgen.engine.request_options import CoreOptions
+from radixgen.engine.run_ahead import RunAhead, StepLogits
+from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence, private_namespace
 from radixgen.model.base import Model, SupportsStepConfirmation
-from radixgen.request_options import CoreOptions
-from radixgen.run_ahead import RunAhead, StepLogits
-from radixgen.sampling import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
+from radixgen.sampling.beam_search import Beam, BeamSearch
+from radixgen.sampling.grammar_budget import GrammarBudget
+from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
@@ -39,7 +40,6 @@ from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
-from radixgen.sequence_updates import append_token, conclude_search, fork_sequence, private_namespace
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from radixgen.kernels.upload import upload
 from radixgen.model.base import Model, SupportsRunAhead
-from radixgen.sampling import PendingTokens
+from radixgen.sampling.sampler import PendingTokens
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.scheduler import Scheduler
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence as Seq
 from operator import is_
 from typing import Any, cast
 
-from radixgen.chat_history import ChatHistory, Exchange, HistoryMode, State, num_common
-from radixgen.chat_template import ChatTemplate, Message, as_messages
+from radixgen.chat.history import ChatHistory, Exchange, HistoryMode, State, num_common
 from radixgen.core import InvalidRequest, Limits, check_integer, check_texts
+from radixgen.text.chat_template import ChatTemplate, Message, as_messages
 
 VERSION = 1
 _FIELDS = {

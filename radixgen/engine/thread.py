@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from radixgen.core import EngineClosed, EngineDead, RequestOutput
-from radixgen.engine import Engine
+from radixgen.engine.engine import Engine
 
 T = TypeVar("T")
 Command = Callable[[], Any]

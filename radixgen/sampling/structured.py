@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from radixgen.core import AllowedTokens, GrammarFailed, GrammarKind, InvalidRequest, Limits, SamplingParams
-from radixgen.json_numbers import NumberBounds, NumberState
+from radixgen.sampling.json_numbers import NumberBounds, NumberState
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer

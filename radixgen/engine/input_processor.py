@@ -24,11 +24,11 @@ from radixgen.core import (
     check_text,
     check_texts,
 )
-from radixgen.messages import Roles, template_messages
 from radixgen.model.ends import chat_end_tokens
-from radixgen.sampling import DrawableTokens
-from radixgen.structured import Grammars
-from radixgen.vocabulary import Vocabulary
+from radixgen.sampling.sampler import DrawableTokens
+from radixgen.sampling.structured import Grammars
+from radixgen.text.messages import Roles, template_messages
+from radixgen.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
 from radixgen.core import InvalidRequest, Limits, PromptTooLong
-from radixgen.input_processor import through_template
-from radixgen.template_variables import check_options
+from radixgen.engine.input_processor import through_template
+from radixgen.text.template_variables import check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
