@@ -20,7 +20,7 @@ LAYERS = [
     {"attention", "model", "sampling.sampler", "sampling.structured", "text.detokenize"},
     {
         "engine.batch_draws", "engine.check", "engine.request_options", "engine.run_ahead", "engine.sequence_updates",
-        "engine.warm_up", "sampling.grammar_budget",
+        "engine.throughput", "engine.warm_up", "sampling.grammar_budget",
     },
     {"engine.core"},
     {"engine.input_processor", "engine.output_processor", "text.template_variables"},

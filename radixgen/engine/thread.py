@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from radixgen.core import EngineClosed, EngineDead, RequestOutput
 from radixgen.engine.engine import Engine
+from radixgen.engine.throughput import ThroughputLog
 
 T = TypeVar("T")
 Command = Callable[[], Any]
@@ -44,6 +45,7 @@ class EngineThread:
         """Whether nothing is left to do of which the thread knows"""
         self._progress_time = time.monotonic()
         """When something was last done, or there was nothing to do"""
+        self._throughput = ThroughputLog(engine.stats)
         self._deliver = deliver
         self._finish = finish
         self._commands: queue.SimpleQueue[tuple[Command, Future[Any] | None] | None] = queue.SimpleQueue()
@@ -123,6 +125,8 @@ class EngineThread:
         """Run what was posted; with `wait`, sleep until there is something. False where the thread was stopped."""
         busy = self.engine.has_unfinished
         self.idle = not busy
+        if self.idle:
+            self._throughput.pause()
         try:
             command = self._commands.get(block=wait, timeout=_STUCK_SECONDS if busy else None)
             while command is not None:
@@ -142,6 +146,7 @@ class EngineThread:
         moved = bool(outputs) or self.engine.num_steps > steps or not self.engine.has_unfinished
         if moved:
             self._progress_time = time.monotonic()
+            self._throughput.step()
         return moved
 
 
