@@ -21,7 +21,7 @@ import numpy as np
 from bench.null import NullModel
 from bench.report import Memory, Report, benchmark_options, measure_memory
 from radixgen import Engine, Limits, SamplingParams
-from radixgen.cache import TokenArray, follow, tree
+from radixgen.cache import TokenArray, follow
 
 VOCAB, OWN = 1000, 16
 PARAMS = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -50,7 +50,7 @@ def timed(owner: Any, name: str) -> list[float]:
 
 def count_comparisons(run: Callable[[], object]) -> int:
     """Comparisons of two runs of tokens while `run` runs."""
-    plain, count = tree.common_prefix_len, 0
+    plain, count = follow.common_prefix_len, 0
 
     def counted(a: TokenArray, b: TokenArray) -> int:
         nonlocal count
@@ -58,10 +58,10 @@ def count_comparisons(run: Callable[[], object]) -> int:
         return plain(a, b)
 
     try:
-        tree.common_prefix_len = follow.common_prefix_len = counted
+        follow.common_prefix_len = counted
         run()
     finally:
-        tree.common_prefix_len = follow.common_prefix_len = plain
+        follow.common_prefix_len = plain
     return count
 
 

@@ -54,8 +54,9 @@ class Steps:
     """Clocks an engine's steps, and calls back before one of them and after `count` more."""
 
     def __init__(self, engine: Any) -> None:
-        self._step = engine._step
-        engine._step = self._clocked
+        loop = engine._loop
+        self._step = loop._step
+        loop._step = self._clocked
         self.seconds: list[float] = []
         self._window = (0, 0)
         self._begin: Callable[[], object] = lambda: None
