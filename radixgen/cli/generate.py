@@ -43,7 +43,8 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     json_schema: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="File with a JSON schema that the output must match.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File with a JSON schema that the output must match."),
     ] = None,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the output must match.")] = None,
     choice: Annotated[

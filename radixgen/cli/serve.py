@@ -87,7 +87,9 @@ def serve(
         ),
     ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Abort requests after this many seconds.")] = None,
-    stall_timeout: Annotated[float, typer.Option(help="Report unhealthy after this many seconds without progress.")] = 60,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Report unhealthy after this many seconds without progress.")
+    ] = 60,
     timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
     shutdown_delay: Annotated[
         float,
