@@ -58,7 +58,7 @@ class AllReduce:
     def __call__(self, data: Tensor, parts: Tensor | None = None) -> None:
         """Write the sum over all ranks into contiguous `data`, with the same bits on each rank.
 
-        The summands are `data`, or float32 `parts` `[n, *data.shape]`, which are added up and rounded first. Floats are
+        Each rank contributes `data`; with `parts` (float32 `[n, *data.shape]`), their rounded sum instead. Floats are
         added in float32.
         """
         count, number = data.numel(), 1 if parts is None else parts.shape[0]

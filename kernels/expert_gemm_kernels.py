@@ -2,8 +2,8 @@
 weights.
 
 A program computes one expert and one block of outputs. It finds the expert's pairs in the list of selections itself,
-which is short, so that no launch has to sort them. The kernel computes `y.T`, so that few rows are the narrow side of
-Hopper's instruction and the weights its wide side, which it reads from shared memory as they arrive.
+which is short, so that no launch has to sort them. The kernel computes `y.T`: the few rows become the narrow (N)
+operand of the MMA and the weights the wide (M) one, read directly from shared memory.
 """
 
 import triton

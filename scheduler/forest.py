@@ -45,8 +45,8 @@ def active_forest(
     """Return the nodes on the paths of `node_ids`, renumbered with parents first; each row's new node number; all node
     ids.
 
-    A node has its scheduled keys and those up to its rows, at `row_positions`. Keys beyond the scheduled ones are in
-    its reserved slots, or in those of its only child directly after its own.
+    A node's keys are its scheduled ones plus those up to the last position of its rows (`row_positions`). The extra
+    ones are in its reserve, or in the adjacent slots of its only child.
     """
     columns = tree.columns
     ids, rows = _climb(node_ids, columns.parent, columns.place)
@@ -62,7 +62,7 @@ def active_forest(
 def _climb(node_ids: Int32Array, parent: Int32Array, place: Int64Array) -> tuple[Int64Array, Int32Array]:
     """Return the nodes at or above `node_ids`, parents first, and the index of each of `node_ids` among them.
 
-    Leaves the indices in `place`, which is -1 elsewhere.
+    On return, `place[id]` is the index of each active node and -1 otherwise.
     """
     ids = np.empty(2 * node_ids.size + 64, np.int64)
     count = 0

@@ -191,8 +191,8 @@ def partition(
     partial: per row, over all of its heads; most_pending: maximum number of consecutive folded nodes.
 
     Returns `best [n, most_pending + 1]`, inf for impossible states; `cuts`, the same shape: 1 if the node is cut;
-    `runs [n, most_pending + 1, 2]`: with that many nodes pending below the parent, the place after the run that begins
-    with this node's subtree (0) or with this node's own rows (1); -1 for no run.
+    `runs[node, pending, kind]` `[n, most_pending + 1, 2]`: end index of the run that starts at the node's subtree
+    (kind 0) or at its own rows (kind 1), given `pending` folded ancestors; -1 if none.
     """
     count = walk.shape[0]
     best = np.full((count, most_pending + 1), np.inf)
@@ -321,8 +321,8 @@ def _sequence(
 ) -> float:
     """Return the minimum cost of `node`'s own rows (unless j is 0, for a node that is cut) and of its children.
 
-    `j` nodes with `pending` keys, `short` of them in short extents, are pending above the children; `column` is their
-    column in `best` and `runs`. Writes the ends of runs.
+    `j` is the number of folded ancestors. `pending` is their total number of keys, `short` the part in short extents,
+    `column` their index in `best` and `runs`. Writes the ends of runs.
     """
     count = 0
     rows[0] = keys[0] = 0

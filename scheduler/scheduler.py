@@ -377,8 +377,8 @@ class Scheduler:
         return short <= 0
 
     def _missing_slots(self, wanted: int, match: Match | None) -> int:
-        """Return the slots missing for `wanted` tokens of which `match` is known, in addition to all unscheduled
-        tokens.
+        """Return how many slots are lacking to store `wanted` tokens, given that `match` is already in the tree and all
+        unscheduled tokens still need slots.
         """
         tree = self.tree
         known, locked = (match.length, match.evictable) if match else (0, 0)

@@ -1,13 +1,21 @@
 """KV cache: the radix tree, the pool of slots, and the tensors behind the slots.
 
     tree      tokens -> nodes -> extents: match, insert, split, advance, lock, evict
-    node      a run of tokens and its slots; slots: how nodes get and return them; boundary: tokens moved to a parent
-    columns   the planner's view of all nodes; listener: interface for observers
-    eviction  order of eviction, by a policy; check: the tree's invariants; stamps: the prefix in each slot
+    node      a run of tokens and its slots
+    slots     how nodes get and return slots
+    boundary  moving tokens from a node to its parent
+    columns   the planner's view of all nodes
+    listener  interface for observers
+    eviction  order of eviction
+    policy    eviction policies
+    check     the tree's invariants
+    stamps    the prefix in each slot, for debugging
     pool      extents of slots: allocate, grow, release behind a fence
     blocks    computed tokens as fixed-size blocks, for routers in front of several engines
     follow    matches kept up to date while the tree changes
-    ghosts    recently evicted continuations; sharing: why a prompt was not shared to its end
+    ghosts    recently evicted continuations
+    sharing   why a prompt was not shared to its end
+    tokens    arrays of token ids
     storage   slots -> K and V of every layer
 
 Tree and pool hold integers and NumPy arrays only, and know neither models nor devices.

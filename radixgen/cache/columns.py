@@ -60,7 +60,7 @@ class Columns:
             self.extents[place : place + len(node.extents)] = node.extents
 
     def write_extents(self, nodes: Sequence[Node]) -> None:
-        """As `write`, for nodes whose extents grew or gained more after them and that are otherwise unchanged."""
+        """Update the rows of nodes after their last extent grew or extents were added, with nothing else changed."""
         rows = [node.id for node in nodes]
         self.reserved[rows] = [node.reserved for node in nodes]
         self.num_extents[rows] = [len(node.extents) for node in nodes]
@@ -72,7 +72,7 @@ class Columns:
                 self.extents[place : place + count] = node.extents
 
     def pass_up(self, node: Node, child: Node) -> None:
-        """As `write` for both nodes, after one token moved from the child's first extent to the node's last."""
+        """Update both rows after one token moved from the start of `child` to the end of `node`."""
         row, below, slot = node.id, child.id, child.extents[0].start
         self.scheduled[row] = node.scheduled
         self.following[row] = child.extents[0].length

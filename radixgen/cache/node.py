@@ -95,7 +95,9 @@ class Node:
 
     @property
     def epoch_end(self) -> End:
-        """Identifier of the node's end: while it stays the same, so do all tokens up to there."""
+        """Identifies the prefix that ends with this node. An unchanged value means that no token of the prefix has
+        changed.
+        """
         return self.namespace if self.parent is None else self.epoch, self.end
 
     @property

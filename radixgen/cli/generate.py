@@ -29,7 +29,9 @@ from radixgen.progress import announce_loading, waiting
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; default: --file or standard input.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts to complete. Read from --file or stdin if omitted.")
+    ] = None,
     model: Model = DEFAULT_MODEL,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", exists=True, dir_okay=False, help="Prompts, one per line.")
@@ -41,10 +43,13 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     json_schema: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="File with a JSON schema for the output.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File with a JSON schema that the output must match."),
     ] = None,
-    regex: Annotated[str | None, typer.Option(help="Regular expression for the output.")] = None,
-    choice: Annotated[list[str] | None, typer.Option(help="Allowed output; may be repeated.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the output must match.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="Restrict the output to one of these strings. Can be given multiple times.")
+    ] = None,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -15,7 +15,7 @@ DEFAULT_LIMITS = Limits()
 Model = Annotated[str, typer.Option("--model", "-m", help="Model: smollm2, a directory, a .gguf file or a hub id.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this total probability.")]
+TopP = Annotated[float, typer.Option(help="Cumulative probability of the top tokens to consider.")]
 TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 means all.")]
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 LoadFormat = Annotated[str, typer.Option(help="Weights: auto (read the checkpoint) or dummy (random).")]
@@ -28,7 +28,10 @@ TensorParallel = Annotated[
 DataParallel = Annotated[
     int, typer.Option("--data-parallel-size", "-dp", help="Number of replicas behind one address.")
 ]
-MaxModelLen = Annotated[int | None, typer.Option(help="Maximum length of prompt plus output, in tokens.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Maximum length of prompt plus output, in tokens.", show_default="the model's maximum"),
+]
 MaxNumSeqs = Annotated[int, typer.Option(help="Maximum number of running sequences.")]
 MaxNumBatchedTokens = Annotated[
     int | None,
@@ -42,15 +45,16 @@ WarmUp = Annotated[
     ),
 ]
 EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
-KVTokens = Annotated[int | None, typer.Option("--kv-tokens", help="Size of the KV cache, in tokens.")]
+KVTokens = Annotated[
+    int | None,
+    typer.Option("--kv-tokens", help="Size of the KV cache, in tokens.", show_default="as many as fit in memory"),
+]
 DrainTimeout = Annotated[
     float,
-    typer.Option(
-        "--shutdown-timeout", "--drain-timeout", help="Seconds that open requests have to finish after SIGTERM."
-    ),
+    typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds to wait for open requests after SIGTERM."),
 ]
 PromptFile = Annotated[
-    Path | None, typer.Argument(exists=True, dir_okay=False, help="Prompts, one per line; default: standard input.")
+    Path | None, typer.Argument(exists=True, dir_okay=False, help="Prompts, one per line. Read from stdin if omitted.")
 ]
 
 

@@ -67,41 +67,51 @@ def serve(
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
     generation_config: GenerationConfig = "auto",
-    served_model_name: Annotated[list[str] | None, typer.Option(help="Model name in the API; may be repeated.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Model name in the API. Can be given multiple times.")
+    ] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(help="API key for clients; may be repeated. Also RADIXGEN_API_KEY.")
+        list[str] | None, typer.Option(help="API key for clients. Can be given multiple times. Also RADIXGEN_API_KEY.")
     ] = None,
     operator_key: Annotated[
         list[str] | None,
-        typer.Option(help="API key for administrative routes; may be repeated."),
+        typer.Option(help="API key for administrative routes. Can be given multiple times."),
     ] = None,
     max_queue: Annotated[
         int, typer.Option(help="Maximum number of waiting sequences; further requests get status 429.")
     ] = 1024,
     max_concurrency_per_key: Annotated[
-        int | None, typer.Option(help="Maximum number of sequences per API key; half of all if there are several.")
+        int | None,
+        typer.Option(
+            help="Maximum number of sequences per API key.", show_default="half of all if there are several keys"
+        ),
     ] = None,
-    request_timeout: Annotated[float | None, typer.Option(help="Seconds until a request is aborted.")] = None,
-    stall_timeout: Annotated[float, typer.Option(help="Seconds without progress until /health fails.")] = 60,
+    request_timeout: Annotated[float | None, typer.Option(help="Abort requests after this many seconds.")] = None,
+    stall_timeout: Annotated[
+        float, typer.Option(help="Report unhealthy after this many seconds without progress.")
+    ] = 60,
     timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
     shutdown_delay: Annotated[
-        float, typer.Option(help="Seconds to accept requests after SIGTERM, with /ready at 503.")
+        float,
+        typer.Option(help="Seconds to keep accepting requests after SIGTERM while /ready returns 503."),
     ] = 1,
     drain_timeout: DrainTimeout = 30,
     allowed_origins: Annotated[
-        list[str] | None, typer.Option(help="Allowed CORS origin; may be repeated; * allows any.")
+        list[str] | None, typer.Option(help="Allowed CORS origin; * allows any. Can be given multiple times.")
     ] = None,
     allowed_methods: Annotated[
-        list[str] | None, typer.Option(help="Allowed CORS method; may be repeated; default: all.")
+        list[str] | None, typer.Option(help="Allowed CORS method. Can be given multiple times.", show_default="all")
     ] = None,
     allowed_headers: Annotated[
-        list[str] | None, typer.Option(help="Allowed CORS request header; may be repeated; default: all.")
+        list[str] | None,
+        typer.Option(help="Allowed CORS request header. Can be given multiple times.", show_default="all"),
     ] = None,
     allow_credentials: Annotated[
         bool, typer.Option("--allow-credentials", help="Allow credentials in CORS requests.")
     ] = False,
     allowed_hosts: Annotated[
-        list[str] | None, typer.Option(help="Accepted Host header; may be repeated; *.example.com matches subdomains.")
+        list[str] | None,
+        typer.Option(help="Allowed host; *.example.com matches subdomains. Can be given multiple times."),
     ] = None,
     root_path: Annotated[str, typer.Option(help="Path prefix that a proxy adds to every route.")] = "",
     uds: Annotated[str | None, typer.Option(help="Unix socket to listen on instead of --host and --port.")] = None,
@@ -120,7 +130,7 @@ def serve(
     access_log: Annotated[bool, typer.Option(help="Log one line per request.")] = True,
     log_level: Annotated[str, typer.Option(help="Log level: debug, info, warning or error.")] = "info",
     zmq: Annotated[str | None, typer.Option(help="Use workers that connect to this ipc:// or tcp:// address.")] = None,
-    workers: Annotated[int, typer.Option(help="Number of workers to wait for, with --zmq.")] = 1,
+    workers: Annotated[int, typer.Option(help="Number of workers to wait for. Requires --zmq.")] = 1,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
     from radixgen.core.settings import api_keys

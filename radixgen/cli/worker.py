@@ -39,7 +39,7 @@ def worker(
         str, typer.Option(help="Protocol: zmq (vLLM's) or dynamo (NVIDIA Dynamo, with its own options).")
     ] = "zmq",
     handshake: Annotated[
-        list[str] | None, typer.Option(help="Address of a front end, ipc:// or tcp://; may be repeated.")
+        list[str] | None, typer.Option(help="Address of a front end, ipc:// or tcp://. Can be given multiple times.")
     ] = None,
     smg: Annotated[str | None, typer.Option(help="Address of this worker in SMG's --worker-urls, ipc://.")] = None,
     engine_index: Annotated[int, typer.Option(help="Index of this worker, unique per front end.")] = 0,
@@ -55,7 +55,8 @@ def worker(
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
     kv_events_config: Annotated[
-        str | None, typer.Option(help="Publish KV cache events; JSON as vLLM's; requires zmq.")
+        str | None,
+        typer.Option(help="KV cache event configuration as JSON, in vLLM's format. Requires --backend zmq."),
     ] = None,
     curve_secret: Annotated[
         Path | None, typer.Option(exists=True, help="File with this worker's CURVE keys, for TCP.")
@@ -66,7 +67,7 @@ def worker(
     allow_insecure_tcp: Annotated[bool, typer.Option(help="Allow unencrypted TCP without authentication.")] = False,
     drain_timeout: DrainTimeout = 25.0,
     stall_timeout: Annotated[
-        float, typer.Option(help="Seconds without progress until the worker is unhealthy.")
+        float, typer.Option(help="Report unhealthy after this many seconds without progress.")
     ] = 60.0,
     parent_fd: Annotated[
         int | None, typer.Option(hidden=True, help="File descriptor of a pipe; the worker stops when it is closed.")

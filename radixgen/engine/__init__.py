@@ -1,12 +1,18 @@
 """The engine: requests in, outputs out, one step at a time.
 
 engine            `Engine`: submit, step, generate, stream, score, fork, pin
-async_engine      `AsyncEngine`: the same for coroutines; async_outputs: its streams
+async_engine      `AsyncEngine`: the same for coroutines
+async_outputs     the output streams of `AsyncEngine`
 thread            the thread that steps an engine, for `AsyncEngine` and for workers
 core              one step: schedule, run, commit, draw, advance; token ids in and out
-request_loop      requests from submission to their last output; request_options: what each may set
-input_processor   prompts and parameters, checked; output_processor: text, stop strings, outputs
-batch_draws       the tokens of a step; sequence_updates: what they do to a sequence
-run_ahead         the next step, begun before the tokens of the last one are known
-warm_up           every kind of step once; check: the invariants between core, scheduler and tree
+request_loop      requests from submission to their last output
+request_options   keyword options of requests and pins
+input_processor   tokenization of prompts, and checks of parameters
+output_processor  text, stop strings, outputs
+batch_draws       drawing the tokens of a step
+sequence_updates  changes of a sequence: a new token, a fork, the end of a beam search
+run_ahead         beginning the next step before the tokens of the last one are known
+warm_up           running every kind of step once
+throughput        a log line about throughput
+check             the invariants between core, scheduler and tree
 """

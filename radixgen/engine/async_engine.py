@@ -1,4 +1,4 @@
-"""`AsyncEngine`: one thread steps the engine; coroutines submit to it and receive from it."""
+"""`AsyncEngine`: one thread steps the engine; coroutines submit requests and receive outputs."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
@@ -38,8 +38,9 @@ T = TypeVar("T")
 
 
 class AsyncEngine:
-    """Serves an `Engine` to the coroutines of any number of event loops. It owns the engine and closes it. What the
-    process holds when it begins is left out of garbage collections until it ends (`gc.freeze`).
+    """Serves an `Engine` to coroutines of any number of event loops. Owns the engine and closes it.
+
+    Objects that exist when it starts are excluded from garbage collection until it ends (`gc.freeze`).
 
     ```python
     async with AsyncEngine(Engine("smollm2")) as engine:
@@ -47,14 +48,14 @@ class AsyncEngine:
             print(delta.outputs[0].text, end="")
     ```
 
-    Back-pressure: a request beyond the engine's `Limits` is refused at once with `QueueFull`; what a slow reader
-    has not taken is merged into one output, so that it holds no more memory than its answer.
+    Back-pressure: requests beyond the engine's `Limits` are rejected at once with `QueueFull`. Outputs that a slow
+    reader has not taken are merged into one, so they need no more memory than the whole answer.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._queues: dict[str, OutputQueue] = {}
-        """The outputs of each open request; used in the engine's thread alone"""
+        """Queue of each open request; used in the engine's thread only"""
         self._thread = EngineThread(engine, self._deliver, self._finish)
         self._thread.start()
 
@@ -69,11 +70,10 @@ class AsyncEngine:
         cumulative: bool = False,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield what is new since the last output (or, `cumulative`, everything so far), the last one with
-        `finished=True`. Leaving the generator early aborts the request.
+        """Yield what is new since the last output, or with `cumulative` everything so far.
 
-        The options are those of `Engine.submit`, and so are the errors. Raises `EngineDead` where the engine
-        fails as a whole.
+        The last output has `finished=True`. Leaving the generator early aborts the request. Takes the options of
+        `Engine.submit` and raises its errors, and `EngineDead` if the engine fails.
         """
         outputs = await self.open(prompt, params, cumulative=cumulative, **options)
         async with aclosing(outputs):
@@ -89,7 +89,7 @@ class AsyncEngine:
         cumulative: bool = False,
         **options: Unpack[RequestOptions],
     ) -> AsyncOutputs:
-        """As `generate`, but the request is queued, or refused, before anything is received."""
+        """As `generate`, but return the stream once the request is queued. Raises the errors of `Engine.submit`."""
         request_id = options["request_id"] = options.get("request_id") or self._new_id()
         if isinstance(prompt, np.ndarray) and not (isinstance(params, SamplingParams) and params.structured):
             tokens = self._engine.tokenize(prompt)  # quick, and requests are queued in the order of their calls
@@ -101,15 +101,15 @@ class AsyncEngine:
 
     @refuses_adapters
     async def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
-        """As `Engine.score`; other requests go on meanwhile."""
+        """As `Engine.score`; other requests continue meanwhile."""
         tokens = await self.tokenize(prompt)
         scoring = [self.score_continuation(tokens, rest, namespace=namespace) for rest in as_prompts(continuations)]
         return [scores_of(output) for output in await _gather(scoring)]
 
     @refuses_adapters
     async def beam_search(self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
-        """As `Engine.beam_search`; other requests go on meanwhile. `generate` takes `BeamSearchParams` too, and gives
-        one output.
+        """As `Engine.beam_search`; other requests continue meanwhile. `generate` accepts `BeamSearchParams` too, and
+        yields one output.
         """
         if not isinstance(params, BeamSearchParams):
             raise InvalidRequest("params", params, "must be BeamSearchParams")
@@ -120,7 +120,7 @@ class AsyncEngine:
         return await _gather(search(prompt) for prompt in as_prompts(prompts))
 
     async def score_continuation(self, prompt: Prompt, continuation: Prompt, *, namespace: str = "") -> RequestOutput:
-        """The whole output of scoring one continuation, of which `scores_of` reads the log-probabilities."""
+        """Score one continuation. Returns the whole output; `scores_of` reads the log-probabilities."""
         name, tokens = self._new_id(), await self.tokenize(prompt)
         rest = await asyncio.to_thread(self._engine.inputs.tokenize_continuation, continuation)
         submit = partial(self._engine.submit_score, tokens, rest, request_id=name, namespace=namespace)
@@ -135,8 +135,8 @@ class AsyncEngine:
         return await asyncio.to_thread(self._engine.decode, token_ids)
 
     async def fork(self, request_id: str, n: int = 1) -> list[AsyncOutputs]:
-        """As `Engine.fork`: the outputs of each fork, of which the first has all that was generated before. Forks
-        run whether or not they are read, until they are dropped.
+        """As `Engine.fork`, but return the stream of each fork. Its first output has all that was generated before.
+        Forks run even if nobody reads them, until their streams are dropped.
         """
         loop = asyncio.get_running_loop()
 
@@ -154,7 +154,7 @@ class AsyncEngine:
         return [self._outputs(name, queue) for name, queue in queues.items()]
 
     async def abort(self, request_id: str) -> bool:
-        """End a request with `abort`. False where it has ended already or never was."""
+        """End a request with `abort`. Returns False if it has already ended or never existed."""
         return await self._call(partial(self._cancel, request_id))
 
     async def pin(self, prompt: Prompt, *, replaces: int | None = None, **options: Unpack[PinOptions]) -> int | None:
@@ -165,7 +165,9 @@ class AsyncEngine:
 
     @refuses_adapters
     async def preload(self, prompts: Prompt | Seq[Prompt], **options: Unpack[PinOptions]) -> list[int | None]:
-        """As `Engine.preload`; other requests go on meanwhile. Where they take the last pins, none of these stays."""
+        """As `Engine.preload`; other requests continue meanwhile. If no pins are left, all pins made by this call are
+        released.
+        """
         each = as_prompts(prompts)
         self.inputs.check_seconds("ttl", options.get("ttl"))
         namespace, priority = options.get("namespace", ""), options.get("priority", 0)
@@ -188,7 +190,7 @@ class AsyncEngine:
         return pins
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> AsyncConversation:
-        """As `Engine.conversation`; `AsyncConversation.load` brings a saved one back."""
+        """As `Engine.conversation`; `AsyncConversation.load` restores a saved one."""
         return AsyncConversation(self, system, **options)
 
     async def unpin(self, pin: int) -> bool:
@@ -198,14 +200,14 @@ class AsyncEngine:
     # -- the engine itself --------------------------------------------------------------------------------
 
     def inspect(self, function: Callable[[EngineCore], T]) -> "Future[T]":
-        """As `Engine.inspect`, in the engine's thread between two steps, which wait for it. Returns at once; the future
-        raises `EngineClosed` where the engine was closed.
+        """As `Engine.inspect`, in the engine's thread between two steps. Returns at once; the future raises
+        `EngineClosed` if the engine was closed.
         """
         return self._thread.call(partial(self._engine.inspect, function))
 
     @property
     def inputs(self) -> InputProcessor:
-        """What tokenizes and checks requests."""
+        """Tokenizes and checks requests."""
         return self._engine.inputs
 
     @property
@@ -214,16 +216,16 @@ class AsyncEngine:
 
     @property
     def progress(self) -> tuple[int, bool]:
-        """Steps that ran or failed, and whether there is work; it waits for no step."""
+        """Number of steps that ran or failed, and whether there is work. Waits for no step."""
         return self._engine.num_steps, self._engine.has_unfinished
 
     @property
     def closed(self) -> bool:
-        """Whether the engine was closed or died, and takes no more requests."""
+        """Whether the engine was closed or is dead, and accepts no more requests."""
         return self._thread.end is not None
 
     async def warm_up(self, progress: Progress | None = None) -> None:
-        """As `Engine.warm_up`; requests are served meanwhile, between its steps."""
+        """As `Engine.warm_up`; requests are served between its steps."""
         steps = await self._call(self._engine.warm_up_steps)
         for done, step in enumerate(steps, 1):
             await self._call(step)
@@ -242,8 +244,8 @@ class AsyncEngine:
         return await self._call(self._engine.reset_prefix_cache)
 
     async def close(self) -> None:
-        """Stop the thread after the step that runs, and close the engine. Whoever still waits gets `EngineClosed`.
-        May be called twice.
+        """Stop the thread after the current step, and close the engine. Waiting callers get `EngineClosed`. May be
+        called twice.
         """
         self._thread.stop()
         await asyncio.to_thread(self._thread.join)
@@ -257,14 +259,14 @@ class AsyncEngine:
     # -- in the callers' threads --------------------------------------------------------------------------
 
     def _prepare(self, prompt: Prompt, params: Params | None) -> TokenArray:
-        """What takes time and needs no step to wait for it."""
+        """Tokenize the prompt and compile the grammar, in the caller's thread, so that no step waits for it."""
         tokens = self._engine.tokenize(prompt)
         if params is not None:
             self._engine.compile_grammar(params)
         return tokens
 
     async def _begin(self, request_id: str, submit: Callable[[], object], *, cumulative: bool) -> AsyncOutputs:
-        """Submit a request; where the caller is cancelled meanwhile, abort it."""
+        """Submit a request; abort it if the caller is cancelled meanwhile."""
         queue = OutputQueue(asyncio.get_running_loop(), cumulative)
 
         def begin() -> None:
@@ -278,8 +280,8 @@ class AsyncEngine:
         return AsyncOutputs(queue, partial(self._thread.post, partial(self._leave, request_id, queue)))
 
     async def _call(self, function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-        """The result of `function`, run in the engine's thread between two steps. Where the caller is cancelled
-        meanwhile it runs all the same, and `undo` after it, with its result.
+        """Run `function` in the engine's thread between two steps, and return its result. If the caller is cancelled
+        meanwhile, `function` still runs, then `undo` with its result.
         """
         future = self._thread.call(function)
         try:
@@ -307,7 +309,7 @@ class AsyncEngine:
             queue.put(end)
 
     def _leave(self, request_id: str, queue: OutputQueue) -> None:
-        """Abort a request whose outputs nobody reads any more."""
+        """Abort a request whose outputs are no longer read."""
         if self._queues.get(request_id) is queue:
             del self._queues[request_id]
             self._cancel(request_id)
@@ -327,7 +329,7 @@ class AsyncEngine:
 
 
 async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all; where one raises or the caller is cancelled, the others are too."""
+    """Return the results of all coroutines. If one raises or the caller is cancelled, cancel the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
@@ -337,6 +339,6 @@ async def _gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _last(outputs: AsyncOutputs) -> RequestOutput:
-    """The last output of a request, which is aborted where the caller is cancelled."""
+    """Return the last output of a request. If the caller is cancelled, abort the request."""
     async with aclosing(outputs):
         return [output async for output in outputs][-1]

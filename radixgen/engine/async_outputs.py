@@ -1,4 +1,4 @@
-"""Outputs of one request on their way from the engine's thread to a coroutine."""
+"""Streams of outputs from the engine's thread to coroutines."""
 
 import asyncio
 import threading
@@ -9,8 +9,8 @@ from radixgen.core import EngineClosed, RequestOutput, merge_outputs
 
 
 class AsyncOutputs(AsyncIterator[RequestOutput]):
-    """Streams the outputs of one request. `aclose` aborts the request if it is still running; so does dropping the
-    last reference to this object.
+    """Stream of the outputs of one request. `aclose`, or dropping the last reference, aborts the request if it is
+    still running.
     """
 
     def __init__(self, queue: "OutputQueue", leave: Callable[[], object]) -> None:
@@ -26,7 +26,7 @@ class AsyncOutputs(AsyncIterator[RequestOutput]):
         return output
 
     async def aclose(self) -> None:
-        """May be called twice."""
+        """Close the stream. May be called twice."""
         self._close()
 
     def __del__(self) -> None:
@@ -39,14 +39,14 @@ class AsyncOutputs(AsyncIterator[RequestOutput]):
 
 
 class OutputQueue:
-    """Outputs on their way from the engine's thread to one coroutine, merged while nobody takes them."""
+    """Queue of outputs from the engine's thread to one coroutine. Outputs that wait are merged."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, cumulative: bool) -> None:
         self.cumulative = cumulative
         self._loop = loop
         self._lock = threading.Lock()
         self._pending: list[RequestOutput] = []
-        """Deltas, each with more tokens than the next: merging costs O(log tokens) a token"""
+        """Deltas, each with more tokens than the next, so that merging costs O(log tokens) per token"""
         self._end: EngineClosed | None = None
         self._ready = asyncio.Event()
 
@@ -66,7 +66,7 @@ class OutputQueue:
                 self._loop.call_soon_threadsafe(self._ready.set)
 
     async def get(self) -> RequestOutput:
-        """The next output. Raises the `EngineClosed` that ended the stream, again and again."""
+        """Wait for the next output. Once the engine is closed, every call raises its `EngineClosed`."""
         await self._ready.wait()
         with self._lock:
             if not self._pending:

@@ -1,4 +1,4 @@
-"""`BatchDraws`: a token for each sequence of a step, at once; where that fails, one by one."""
+"""`BatchDraws`: draws a token for each sequence of a step, all at once, or one by one if that fails."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchDraws:
-    """The draws of a step, on their way from the device. One that raises costs only its own sequence its token."""
+    """The draws of a step, while they run on the device. If a draw fails, only its own sequence gets no token."""
 
     def __init__(
         self,
@@ -25,8 +25,8 @@ class BatchDraws:
     ) -> None:
         """
         logits: `[n, vocab]` float32.
-        rows: of the logits, for each sequence.
-        faults: why sequences must end and draw nothing, by their places.
+        rows: logits row of each sequence.
+        faults: error by index, for sequences that must end without a draw.
         """
         self._logits = logits
         self._sequences = sequences
@@ -43,11 +43,11 @@ class BatchDraws:
 
     @property
     def all(self) -> PendingTokens | None:
-        """The tokens on the device, where every sequence has a draw and none failed."""
+        """The tokens on the device; None unless every sequence has a draw and none failed."""
         return None if self._faults else self._draws
 
     def wait(self) -> SamplerOutput:
-        """A token for each sequence, -1 where it has none."""
+        """Wait for the draws. Returns a token for each sequence, -1 if it has none."""
         if self._draws is None:
             return self._draw_each()
         drawn = report(self._logits, self._rows, self._states, self._draws.wait())

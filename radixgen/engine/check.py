@@ -1,4 +1,4 @@
-"""Assert what must hold of an engine's scheduler, tree and requests between two steps."""
+"""Invariants of an engine's scheduler, tree and requests between two steps."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,8 @@ from radixgen.scheduler.sequence import Request, Sequence
 
 
 def check_engine(scheduler: Scheduler, requests: Mapping[str, Request], limits: Limits) -> None:
-    """Assert every invariant: slots have one owner, references are those of the live cursors and pins, counts
-    add up, bounds hold, and each request is in one legal state (I1 to I12).
+    """Assert every invariant (I1 to I12): slots have one owner, locks belong to live cursors and pins, counts add up,
+    limits hold, and each request is in exactly one valid state.
     """
     scheduler.tree.check()
     _check_locks(scheduler)

@@ -1,4 +1,4 @@
-"""`EngineCore`: token ids in, token ids out, step by step."""
+"""`EngineCore`: the engine's step, from token ids to token ids."""
 
 import heapq
 import logging
@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Requests, scheduler, tree and model. Its requests were checked by the caller.
+    """Runs the steps of checked requests: scheduler, tree and model.
 
-    No text, no I/O: time comes in with each call, in seconds of any monotonic clock.
+    It handles no text and does no I/O. The caller gives the time, in seconds of any monotonic clock.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class EngineCore:
         self.limits = limits
         self.seed = seed
         self.guard = StateGuard()
-        """The caller's to enter, around each call that changes something"""
+        """To be entered by the caller around each call that changes something"""
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
         self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
@@ -100,10 +100,10 @@ class EngineCore:
         grammar: Grammar | None = None,
         **options: Unpack[CoreOptions],
     ) -> Request:
-        """Make a request for `add`, with `n` sequences, all in `grammar`, or the first beam of a search.
+        """Make a request for `add`, with `n` sequences constrained by `grammar`, or with the first beam of a search.
 
-        With `score_from` it gets, instead of new tokens, the log-probability of each prompt token after that position;
-        the last token then needs no KV and does not enter the tree. Raises `QueueFull`.
+        With `score_from`, the request generates nothing; it gets the log-probability of each prompt token after that
+        position. The last token then needs no KV and does not enter the tree. Raises `QueueFull`.
         """
         self.require_room(1, prompt.size)
         self._serial += 1
@@ -137,13 +137,13 @@ class EngineCore:
         return request
 
     def add(self, request: Request) -> None:
-        """Queue a request that was made just now."""
+        """Queue a new request."""
         self._register(request)
         self.scheduler.add(request)
 
     def fork(self, request: Request) -> Request:
-        """Copy a live request at the token that it has reached: no KV is copied and none computed. From here on its
-        draws are its own, derived from the request's seed and the number of the fork. The caller has required room.
+        """Copy a live request at its current token. No KV is copied or computed. The copy's draws derive from the
+        request's seed and the number of the fork. The caller must call `require_room` first.
         """
         self._serial += 1
         request.num_forks += 1
@@ -169,7 +169,7 @@ class EngineCore:
         return fork
 
     def require_room(self, requests: int, tokens: int) -> None:
-        """Raise `QueueFull` where the queue cannot take so many more requests or prompt tokens."""
+        """Raise `QueueFull` if the queue has no room for this many more requests or prompt tokens."""
         waiting, limits = self.scheduler.waiting, self.limits
         if len(waiting) + requests > limits.max_waiting:
             raise QueueFull("waiting", len(waiting) + requests, f"at most {limits.max_waiting} requests wait")
@@ -178,12 +178,12 @@ class EngineCore:
             raise QueueFull("waiting_tokens", waiting.num_tokens + tokens, limit)
 
     def end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        """End a live sequence. Its tokens stay cached."""
+        """End a live sequence. Its computed tokens stay cached."""
         sequence.finish(reason, stop_reason)
         self.scheduler.drop(sequence)
 
     def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
-        """End what is still live of a request; the next step returns it."""
+        """End the live sequences of a request; the next step returns them."""
         if request.search is not None and not request.finished:
             request.search.close(reason)
             self._conclude(request, request.search, stop_reason)
@@ -194,30 +194,30 @@ class EngineCore:
                 self._ended.append(sequence)
 
     def forget(self, request: Request) -> None:
-        """A finished request was reported: its id is free again."""
+        """Remove a finished request that was reported, so that its id is free again."""
         assert request.finished and self.requests[request.id] is request
         del self.requests[request.id]
 
     @property
     def num_attempts(self) -> int:
-        """Steps that ran or failed."""
+        """Number of steps that ran or failed."""
         return self._attempts
 
     # -- pins ---------------------------------------------------------------------------------------------
 
     def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
-        """Keep what is cached of `tokens`; None where nothing of it is. Raises `LimitReached`."""
+        """Pin the cached prefix of `tokens`. Returns None if nothing is cached. Raises `LimitReached`."""
         self.require_pins(1)
         return self.scheduler.pins.add(tokens, namespace, priority, expires)
 
     def require_pins(self, count: int) -> None:
-        """Raise `LimitReached` where there may not be so many pins more."""
+        """Raise `LimitReached` if this many more pins exceed the limit."""
         pins = len(self.scheduler.pins) + count
         if pins > self.limits.max_pins:
             raise LimitReached("pins", pins, f"at most {self.limits.max_pins} prefixes are pinned")
 
     def unpin(self, pin_id: int) -> bool:
-        """False where the pin is gone already."""
+        """Release a pin. Returns False if it is already gone."""
         if pin_id not in self.scheduler.pins:
             return False
         self.scheduler.pins.release(pin_id)
@@ -225,18 +225,19 @@ class EngineCore:
 
     @property
     def pins(self) -> frozenset[int]:
-        """Those that hold."""
+        """Ids of the current pins."""
         return frozenset(pin.id for pin in self.scheduler.pins)
 
     # -- one step -----------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Sequence]:
-        """Run one step. Returns the sequences that gained a token, or ended since the step before; one may be there
-        twice.
+        """Run one step.
 
-        Where the model raises, the step is undone. The requests that had a part in it then run alone, one step
-        each, and one for which it raises again ends with `error`. A failed assertion of our own, `EngineDead`, and an
-        interrupt go on to the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
+        Return the sequences that got a token in this step or ended since the last. The list may contain duplicates.
+
+        If the model raises an exception, the step is undone and each of its requests is tried alone, in a step of its
+        own. A request that fails again ends with `error`. `AssertionError`, `EngineDead` and interrupts are raised to
+        the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
         """
         batch = self._schedule(now)
         logits = self._run(batch) if batch is not None else None
@@ -254,7 +255,7 @@ class EngineCore:
         return self.take_ended() + batch.drawing
 
     def _schedule(self, now: float) -> Batch | None:
-        """The next step: of all requests, or while there are suspects, of the first of them that can run."""
+        """Schedule the next step: of all requests, or of the first suspect that can run, if there are any."""
         self.grammars.begin_step()
         self._expire(now)
         self.scheduler.now = now
@@ -270,7 +271,7 @@ class EngineCore:
         return batch
 
     def _run(self, batch: Batch) -> StepLogits | None:
-        """The logits of the step; None where the model raised, and the step was undone."""
+        """Return the logits of the step, or None if the model failed and the step was undone."""
         self._attempts += 1
         try:
             return self.ahead.claim(batch) or self._run_model(batch)
@@ -290,7 +291,7 @@ class EngineCore:
         return StepLogits(logits, step.drawing, step.branching, step.reading)
 
     def _suspect(self, batch: Batch, error: Exception) -> None:
-        """The model raised: each request of the step is tried alone, and one that was alone is to blame."""
+        """Handle a failed step: try each of its requests alone, or end the request if it was alone."""
         requests = self.scheduler.requests_of(batch)
         logger.error("a step of %d requests failed", len(requests), exc_info=error)
         if self._suspects:
@@ -299,7 +300,7 @@ class EngineCore:
             self._suspects = requests
 
     def _commit(self, batch: Batch, logits: StepLogits) -> None:
-        """What was scheduled is computed, and cached from now on."""
+        """Mark what was scheduled as computed; it is cached from now on."""
         self.scheduler.commit(batch)
         del self._suspects[:1]
         self._steps += 1
@@ -307,7 +308,7 @@ class EngineCore:
         self._logit_rows += logits.values.shape[0]
 
     def _score(self, batch: Batch, logits: StepLogits) -> None:
-        """Log-probabilities of prompt tokens; a request that wants nothing else ends with the last of them."""
+        """Score prompt tokens, and end requests that want nothing else once all are scored."""
         at = 0
         for request, rows in batch.reads:
             index = logits.reading[at : at + len(rows)]
@@ -322,7 +323,7 @@ class EngineCore:
                 self.abort(request, "length")
 
     def _score_rows(self, request: Request, logits: Tensor) -> None:
-        """Score the next targets of a prompt by logits `[targets, vocab]`."""
+        """Score the next targets of a prompt, given their logits `[targets, vocab]`."""
         assert request.targets is not None
         stop = request.next_read + logits.shape[0]
         top = [request.params.prompt_logprobs or 0] * logits.shape[0]
@@ -330,7 +331,7 @@ class EngineCore:
         request.next_read = stop
 
     def _branch(self, batch: Batch, logits: StepLogits) -> None:
-        """Beam searches go on by a generation."""
+        """Advance beam searches by one token per beam."""
         rows: dict[Request, dict[Sequence, int]] = {}
         for sequence, row in zip(batch.branching, logits.branching, strict=True):
             rows.setdefault(sequence.request, {})[sequence] = row
@@ -359,8 +360,8 @@ class EngineCore:
     def _choose(
         self, request: Request, search: BeamSearch, logits: Tensor, rows: dict[Sequence, int]
     ) -> list[Beam] | None:
-        """The next generation; None until all beams of this one have their logits, as those do whose `rows` these are.
-        Raises `FloatingPointError`.
+        """Store the choices of the beams in `rows`, given their logits rows. Returns the next beams, or None until all
+        current ones have choices. Raises `FloatingPointError` if logits are not finite.
         """
         likely = likeliest(logits, list(rows.values()), search.num_choices, self._drawable)
         for sequence, choices in zip(rows, likely, strict=True):
@@ -371,24 +372,24 @@ class EngineCore:
         return search.select(ready) if len(ready) == len(request.sequences) else None
 
     def _conclude(self, request: Request, search: BeamSearch, stop_reason: str | None = None) -> None:
-        """A search is over: its hypotheses take the place of its beams."""
+        """End a search: replace its beams by its hypotheses."""
         for beam in request.sequences:
             self.scheduler.drop(beam)
         conclude_search(request, search, stop_reason)
         self._ended += request.sequences
 
     def _draw(self, batch: Batch, logits: StepLogits) -> BatchDraws:
-        """Begin to draw tokens. Sequences whose grammars took too long, or raise, draw none."""
+        """Begin to draw tokens, except for sequences whose grammar took too long or failed."""
         faults = self.grammars.compute_masks(batch.drawing, alone=self._alone)
         return BatchDraws(logits.values, logits.drawing, batch.drawing, self._drawable, faults)
 
     def _begin_next(self, batch: Batch, draws: BatchDraws) -> None:
-        """Have the device begin the next step, while the tokens are on their way to the host."""
+        """Let the device begin the next step before the tokens have reached the host."""
         if draws.all is not None and not self._suspects:
             self.ahead.begin(batch, draws.all)
 
     def _advance(self, batch: Batch, drawn: SamplerOutput) -> None:
-        """Give sequences their tokens, end those that are done, move the others' cursors."""
+        """Append the tokens to their sequences, end those that are done, and move the other cursors."""
         going: list[tuple[Sequence, int]] = []
         for index, (sequence, token) in enumerate(zip(batch.drawing, drawn.tokens, strict=True)):
             if sequence.finish_reason is not None:
@@ -415,12 +416,12 @@ class EngineCore:
         self.scheduler.advance(going)
 
     def take_ended(self) -> list[Sequence]:
-        """The sequences that ended outside a step since the last one, each once."""
+        """Return and clear the list of sequences that ended other than by a draw."""
         ended, self._ended = self._ended, []
         return ended
 
     def _expire(self, now: float) -> None:
-        """End the requests whose deadline has passed, and the pins that have expired."""
+        """Abort requests past their deadline, and release expired pins."""
         self.scheduler.pins.expire(now)
         while self._deadlines and self._deadlines[0][0] <= now:
             self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
@@ -460,11 +461,11 @@ class EngineCore:
         )
 
     def check(self) -> None:
-        """Assert every invariant, between two steps."""
+        """Assert every invariant. Call it between two steps."""
         check_engine(self.scheduler, self.requests, self.limits)
 
     def close(self) -> None:
-        """Release the model; live requests end without a report."""
+        """Release the model. Live requests end without an output."""
         self.requests.clear()
         self.model.release()
 
@@ -472,7 +473,7 @@ class EngineCore:
 
     @property
     def _alone(self) -> bool:
-        """Whether there is a single request, which takes time from no other."""
+        """Whether there is only one request, so that it can delay no other."""
         return len(self.requests) == 1
 
     def _register(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""`Engine`: requests in, text and tokens out, one radix tree in between."""
+"""`Engine`: serves requests to one model, with one radix tree as its KV cache."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -60,11 +60,11 @@ T = TypeVar("T")
 _OUTPUT_KINDS = ("cumulative", "delta", "final")
 _SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
-"""The token is drawn and forgotten: it never enters the tree."""
+"""Parameters that add nothing but the prompt to the tree: the one token drawn never enters it."""
 
 
 class Engine:
-    """Serves one model. Not thread-safe: one thread submits and steps.
+    """Serves one model. Not thread-safe: use it from one thread.
 
     ```python
     with Engine("smollm2") as engine:
@@ -98,37 +98,36 @@ class Engine:
         debug: bool = False,
     ) -> None:
         """
-        model: `"smollm2"`, a directory, a `.gguf` file, a hub id, a transformers model (borrowed until `close`), or
-        anything that has the methods of `radixgen.model.base.Model`.
-        tokenizer: of a model given as an object, or in place of the one that a name brings; a model without one serves
-            token ids.
-        load_format: `"auto"` reads a checkpoint; `"dummy"` makes random weights, the same each time, of a model given
-            by name, of which only the config has to be there: to try speed and memory.
-        dtype: `"auto"` keeps the checkpoint's; else `float32`, `bfloat16` or `float16`.
-        tensor_parallel_size: processes that a model given by name is sharded over, this one and those that it starts,
-            with a GPU each where the machine has any.
-        attention: `"auto"` or a backend of `radixgen.kernels.BACKENDS`.
-        plan: `"auto"`; `"unshared"` reads the same tree one path a row.
-        share: False gives every sequence a tree of its own, so that nothing is stored or computed in common.
-        kv_tokens: slots of the KV pool; by default what 85 % of the memory holds that a GPU has free when the largest
-            step has run, or 25 % of the machine's, and fewer where that can't be had.
-        max_step_tokens: rows of one step at the most; longer prompts are computed in chunks. By default 2,048, and
-            8,192 on a GPU with 32 GiB or more.
-        max_model_len: longest prompt plus output, in tokens; by default the model's own maximum.
-        enforce_eager: never replay decoding steps from CUDA graphs, nor compile by default.
-        torch_compile: let PyTorch fuse the model's blocks; what it makes is kept in the cache directory, and the very
-            first steps take a minute. By default on GPUs. Where it fails, there is a warning, and the model runs as
-            it is.
-        async_scheduling: let the device begin a step while the host still reads the tokens of the one before, where
-            steps are captured. The tokens are the same.
-        warm_up: run every kind of step once, as `Engine.warm_up` does, before the constructor returns. By default on
-            GPUs.
-        seed: where a request has no seed of its own, this and its place in the order of submission give one.
-        clock: seconds, never going back; deadlines and pins are held against it.
-        debug: stamp every slot with a hash of its prefix, so that `check()` proves what each reader finds there,
-            and check before every step that its plan names no free slot.
+        model: `"smollm2"`, a directory, a `.gguf` file, a hub id, a transformers model (in use until `close`), or any
+            object with the methods of `radixgen.model.base.Model`.
+        tokenizer: tokenizer for a model object, or an override. Without a tokenizer only token ids are accepted.
+        load_format: `"auto"` reads a checkpoint. `"dummy"` uses reproducible random weights and needs only the config;
+            for testing speed and memory.
+        dtype: `"auto"` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        tensor_parallel_size: number of processes to shard a model given by name over, including this one; one GPU per
+            process if the machine has any.
+        attention: `"auto"` or a backend of `radixgen.kernels.backend.BACKENDS`.
+        plan: how steps read shared prefixes. `"auto"` minimizes the predicted time, `"unshared"` reads each row's path
+            separately, `"prefix"` shares only the first node of each path, `"naive"` shares every node.
+        share: False gives every sequence a separate tree, so that nothing is stored or computed together.
+        kv_tokens: slots of the KV pool. Default: as many as fit in 85 % of the GPU memory left free after the largest
+            step, or in 25 % of RAM on a CPU; fewer if that allocation fails.
+        max_step_tokens: maximum rows per step; longer prompts are computed in chunks. Default: 2,048, or 8,192 on a GPU
+            with 32 GiB or more.
+        max_model_len: maximum length of prompt plus output, in tokens. Default: the model's maximum.
+        enforce_eager: use no CUDA graphs, and by default no `torch.compile`.
+        torch_compile: fuse the model's blocks with `torch.compile`. Default: on GPUs. Results are kept in the cache
+            directory; without them, the first steps take about a minute. If compiling fails, a warning is logged and
+            the model runs uncompiled.
+        async_scheduling: let the device begin a captured step while the host still reads the tokens of the last one.
+            The tokens are the same either way.
+        warm_up: call `Engine.warm_up` before the constructor returns. Default: on GPUs.
+        seed: base seed. A request without a seed derives one from this and its submission number.
+        clock: monotonic time in seconds, for deadlines and the lifetime of pins.
+        debug: stamp every slot with a hash of its prefix, so that `check()` can prove that each reader finds the right
+            content, and check before every step that its plan uses no free slot.
 
-        Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`; `EngineDead` where a process can't be started.
+        Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`, and `EngineDead` if a process cannot be started.
         """
         self.limits = limits or Limits()
         sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
@@ -188,11 +187,11 @@ class Engine:
         *,
         progress: Progress | None = None,
     ) -> list[RequestOutput]:
-        """Serve one prompt (a string or token ids) or many as one burst; outputs in the order of the prompts.
+        """Serve one prompt (text or token ids) or many at once. Returns the outputs in the order of the prompts.
 
-        `progress(done, total)` is called after every step with the number of finished requests. All prompts
-        are checked before any is admitted; what the waiting queue cannot take at once follows as it empties.
-        Raises `InvalidRequest`.
+        `progress(done, total)` is called after every step with the number of finished requests. All prompts are
+        checked before any is queued. If the waiting queue is full, the rest is queued as it empties. Raises
+        `InvalidRequest`.
         """
         self._loop.begin_call()
         batch = as_prompts(prompts)
@@ -207,12 +206,12 @@ class Engine:
     def beam_search(
         self, prompts: Prompt | Seq[Prompt], params: BeamSearchParams, *, progress: Progress | None = None
     ) -> list[RequestOutput]:
-        """Search the likeliest continuations of one prompt, or of many as one burst; outputs in the order of the
-        prompts, each with its hypotheses, best first, as `outputs`.
+        """Search for the likeliest continuations of one prompt, or of many at once.
 
-        Beams are cursors: one that goes on moves nothing, one that goes on in several ways copies no KV, and a step
-        computes one row a beam. `submit`, `stream` and `generate` take `BeamSearchParams` too; of a search there
-        is only the last output. Raises `InvalidRequest`.
+        Returns an output per prompt, in order; its `outputs` are the hypotheses, best first. Each beam is a cursor in
+        the tree. Extending or branching a beam copies no KV, and each step computes one row per beam. `submit`,
+        `stream` and `generate` accept `BeamSearchParams` too. A beam search returns only its final output. Raises
+        `InvalidRequest`.
         """
         self._loop.begin_call()
         if not isinstance(params, BeamSearchParams):
@@ -221,11 +220,11 @@ class Engine:
 
     @refuses_adapters
     def chat(self, messages: Messages | Seq[Messages], params: Params | None = None) -> list[RequestOutput]:
-        """Serve one conversation, or many as one burst, through the model's chat template.
+        """Serve one conversation, or many at once, through the model's chat template.
 
         A message is `{"role": …, "content": …}`; content is text, None, or a list of parts
-        `{"type": "text", "text": …}`. An answer also ends at the tokenizer's end token and at the one by which the
-        template ends a turn. Raises `InvalidRequest`.
+        `{"type": "text", "text": …}`. An answer also ends at the tokenizer's end token and at the token that ends a
+        turn in the template. Raises `InvalidRequest`.
         """
         self._loop.begin_call()
         many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
@@ -234,21 +233,25 @@ class Engine:
         return self.generate([self.chat_tokens(conversation) for conversation in conversations], each)
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
-        """A conversation that begins with `system`: each turn computes its new tokens alone. The options are those of
-        `radixgen.chat.dialogue.Dialogue`; `Conversation.load` brings a saved one back. Raises `InvalidRequest`.
+        """Start a conversation with the system message `system`. Each turn computes only its new tokens.
+
+        Takes the options of `radixgen.chat.dialogue.Dialogue`. `Conversation.load` restores a saved conversation.
+        Raises `InvalidRequest`.
         """
         self._loop.begin_call()
         return Conversation(self, system, **options)
 
     def chat_tokens(self, messages: Messages, tools: Tools = None) -> list[int]:
-        """The conversation as token ids, ending where the model's answer begins; `tools`, JSON schemas of functions, go
-        to the chat template. `engine.inputs.for_chat(params)` ends the answer as `chat` does. Raises `InvalidRequest`.
+        """Return the conversation as token ids, up to where the model's answer begins.
+
+        `tools` are JSON schemas of functions, for the chat template. With `engine.inputs.for_chat(params)`, the answer
+        ends as in `chat`. Raises `InvalidRequest`.
         """
         return chat_tokens(self.tokenizer, messages, tools)
 
     def tokenize(self, prompt: Prompt, *, special: bool = True) -> TokenArray:
-        """`prompt` as checked token ids, int32; text with the tokenizer's special tokens where `special`. May be called
-        from another thread. Raises `InvalidRequest`.
+        """Return `prompt` as checked token ids, int32. With `special`, text gets the tokenizer's special tokens. May be
+        called from another thread. Raises `InvalidRequest`.
         """
         return self._inputs.tokenize(prompt, special=special)
 
@@ -260,12 +263,12 @@ class Engine:
 
     @refuses_adapters
     def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
-        """Natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
+        """Return the natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
         distribution.
 
-        One burst: what continuations have in common, the prompt first of all, is computed once. A text
-        continuation is tokenized by itself, without special tokens; give token ids where that matters. Raises
-        `InvalidRequest`, and `RequestFailed` where a continuation could not be scored.
+        All continuations are scored at once; what they share, such as the prompt, is computed once. A text
+        continuation is tokenized separately, without special tokens; pass token ids if that matters. Raises
+        `InvalidRequest`, and `RequestFailed` if a continuation could not be scored.
         """
         self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
@@ -276,7 +279,7 @@ class Engine:
         return [scores_of(output) for output in self._loop.serve(submits)]
 
     def decode(self, token_ids: Seq[int]) -> str:
-        """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
+        """Return the text of `token_ids`, including special tokens, or the ids as text if there is no tokenizer."""
         return self._inputs.decode(token_ids)
 
     @refuses_adapters
@@ -288,10 +291,10 @@ class Engine:
         cumulative: bool = False,
         **options: Unpack[RequestOptions],
     ) -> OutputStream:
-        """Serve one prompt and yield what each step adds (or, `cumulative`, everything so far).
+        """Serve one prompt and yield what each step adds, or with `cumulative` everything so far.
 
-        Other requests go on meanwhile. `close` cancels the request at once; one whose iterator is dropped is cancelled
-        when the engine is called next. The options, and the errors, are those of `submit`.
+        Other requests continue meanwhile. `close` cancels the request at once; if the iterator is dropped, the next
+        call of the engine cancels it. Takes the options of `submit` and raises its errors.
         """
         kind: OutputKind = "cumulative" if cumulative else "delta"
         request_id = self.submit(prompt, params, output_kind=kind, **options)
@@ -313,14 +316,14 @@ class Engine:
     ) -> str:
         """Queue a request and return its id.
 
-        priority: higher goes first.
+        priority: requests with a higher priority are admitted first.
         namespace: requests of different namespaces share nothing.
-        timeout: seconds from now; a request that has not ended by then ends with `abort` and the stop reason
-            `"deadline"`, and keeps what it has generated.
-        output_kind: whether outputs hold everything so far or what is new, or whether there is only the last; of a beam
-            search there is only the last.
+        timeout: seconds from now. A request that is still open then ends with `abort` and the stop reason `"deadline"`,
+            and keeps what it has generated.
+        output_kind: `"cumulative"` outputs hold everything so far, `"delta"` outputs what is new, and `"final"` gives
+            only the last output. A beam search always gives only the last.
 
-        Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
+        Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """
         self._loop.begin_call()
         params = params if params is not None else SamplingParams()
@@ -346,9 +349,9 @@ class Engine:
     def submit_score(
         self, prompt: Prompt, continuation: Prompt, *, request_id: str | None = None, namespace: str = ""
     ) -> str:
-        """Queue one continuation to be scored, and return the request's id; `scores_of` reads its only output.
+        """Queue one continuation for scoring, and return the request's id. `scores_of` reads its only output.
 
-        Raises `InvalidRequest` or a child of it, or `QueueFull`; then nothing is queued.
+        Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """
         self._loop.begin_call()
         tokens, rest = self._inputs.tokenize(prompt), self._inputs.tokenize_continuation(continuation)
@@ -364,11 +367,11 @@ class Engine:
         )
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Returns an output for every request that gained tokens or ended.
+        """Run one step. Returns an output for every request that got tokens or ended.
 
-        Where the model raises, the step is undone and its requests are tried again, each alone; one for which it
-        raises again ends with `error`. Whatever else a step raises, an interrupt too, is the end of the engine: all
-        later calls but `close` raise `EngineDead`. An interrupt while the model runs leaves the step undone.
+        If the model raises an exception, the step is undone and its requests are tried again, each alone. A request
+        that fails again ends with `error`. After any other exception or interrupt in a step, the engine is dead: all
+        later calls except `close` raise `EngineDead`. An interrupt while the model runs only undoes the step.
         """
         return self._loop.step()
 
@@ -378,10 +381,11 @@ class Engine:
         self._loop.cancel(self._loop.live(request_id))
 
     def fork(self, request_id: str, n: int = 1) -> list[str]:
-        """`n` more requests that go on from where this one stands, each with draws of its own; their ids.
+        """Create `n` requests that continue from this request's current token with different draws, and return their
+        ids.
 
-        No KV is copied and nothing is computed. Their first output has what the request had generated before;
-        greedy ones generate what it does. Raises `UnknownRequest`, `InvalidRequest` (for a beam search too),
+        No KV is copied or computed. The first output of a fork has all that the request has generated before. Greedy
+        forks generate the same as the request. Raises `UnknownRequest`, `InvalidRequest` (also for a beam search) and
         `QueueFull`.
         """
         self._loop.begin_call()
@@ -401,10 +405,11 @@ class Engine:
         ttl: float | None = None,
         replaces: int | None = None,
     ) -> int | None:
-        """Keep what is cached of `prompt` although no request may hold it; None where nothing of it is cached.
+        """Keep the cached prefix of `prompt` even when no request uses it. Returns the pin's id, or None if nothing is
+        cached.
 
-        A pin lasts until `unpin`, for `ttl` seconds, or until a request needs its memory and nothing else can give
-        way: the lowest priority first. The pin that it `replaces` is released at the same moment. Raises
+        A pin lasts until `unpin`, for `ttl` seconds, or until memory is needed and nothing else can be freed. Pins with
+        the lowest priority are released first. The pin `replaces` is released in the same call. Raises
         `InvalidRequest`, `LimitReached`.
         """
         self._loop.begin_call()
@@ -417,14 +422,14 @@ class Engine:
             return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:
-        """Release a pin. False where it is gone already."""
+        """Release a pin. Returns False if it is already gone."""
         self._loop.begin_call()
         with self._guard:
             return isinstance(pin, int) and self._core.unpin(pin)
 
     @property
     def pins(self) -> frozenset[int]:
-        """The pins that hold."""
+        """Ids of the current pins."""
         return self._core.pins
 
     @refuses_adapters
@@ -433,11 +438,11 @@ class Engine:
         prompts: Prompt | Seq[Prompt],
         **options: Unpack[PinOptions],
     ) -> list[int | None]:
-        """Compute prompts (system prompts, documents) that requests will begin with, as one burst, and pin them; the
-        pins in the order of the prompts, None where memory was too short for any of it.
+        """Compute prompts that later requests begin with, such as system prompts or documents, and pin them.
 
-        Nothing stays but the prompts' own KV. Raises `InvalidRequest`, and `LimitReached` where there may not be so
-        many pins; then nothing is pinned.
+        Returns the pins in the order of the prompts; a pin is None if memory was too short to keep any of the prompt.
+        Only the prompts' KV stays. Raises `InvalidRequest`, and `LimitReached` if there would be too many pins; then
+        nothing is pinned.
         """
         self._loop.begin_call()
         tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
@@ -451,51 +456,51 @@ class Engine:
 
     @property
     def runs_on_gpu(self) -> bool:
-        """Whether its model runs on GPUs, where the first step of each kind is slow."""
+        """Whether the model runs on GPUs. There the first step of each kind is slow."""
         return runs_on_gpu(self._model)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Run every kind of step once: all sizes of CUDA graphs, the largest step and small ones, and each way of
-        drawing tokens, so that no request waits for something to be compiled or captured.
+        """Run every kind of step once, so that no request waits for compilation or graph capture: all sizes of CUDA
+        graphs, the largest step and small ones, and each way of drawing tokens.
 
-        Nothing of it stays: tree, KV, statistics and seeds are as before. `progress(done, total)` is called after each.
-        A kind that fails, for want of memory perhaps, is logged as a warning; where the model is sharded over several
-        processes, that raises `EngineDead`. Does nothing for a model that is not transformers'.
+        Tree, KV, statistics and seeds stay as they were. `progress(done, total)` is called after each step. A step that
+        fails, for example for lack of memory, is logged as a warning; if the model is sharded over several processes,
+        it raises `EngineDead`. Does nothing for models that are not transformers'.
         """
         run_warm_up(self.warm_up_steps(), progress)
 
     def warm_up_steps(self) -> list[Callable[[], None]]:
-        """What `warm_up` calls, one after the other. Other calls may come between them."""
+        """Return the calls that `warm_up` makes in this order. The engine may be used between them."""
         self._loop.begin_call()
         steps = warm_up_steps(self._model, self._inputs.drawable, self.max_step_tokens, self.limits.max_num_seqs)
         return [partial(self._loop.run_apart, step) for step in steps]
 
     @property
     def num_steps(self) -> int:
-        """Steps that ran or failed."""
+        """Number of steps that ran or failed."""
         return self._core.num_attempts
 
     @property
     def num_unfinished_requests(self) -> int:
-        """Requests whose last output was not made yet."""
+        """Number of requests without their last output."""
         return len(self._core.requests)
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a step would run something or report something, be it that the engine is dead."""
+        """True if `step` has work or output left. Also true if the engine is dead, so that `step` raises."""
         return self._loop.has_unfinished
 
     # -- the engine itself --------------------------------------------------------------------------------
 
     def inspect(self, function: Callable[[EngineCore], T]) -> T:
-        """The result of `function`, given the live core: its tree, scheduler, planner and counters. It may read
-        everything, may listen to the tree, and changes nothing else.
+        """Call `function` with the live core (tree, scheduler, planner, counters) and return its result. It may read
+        everything and may add listeners to the tree, but must change nothing else.
         """
         return function(self._core)
 
     @property
     def inputs(self) -> InputProcessor:
-        """What tokenizes and checks requests. May be used from another thread."""
+        """Tokenizes and checks requests. May be used from another thread."""
         return self._inputs
 
     @property
@@ -504,12 +509,12 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        """Of the weights; of the logits where the model is not transformers'."""
+        """Data type of the weights, or of the logits if the model is not transformers'."""
         return dtype_of(self._model)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The model's own end tokens; `inputs.chat_eos_token_ids` has those of chats."""
+        """The model's own end tokens. For those of chats, see `inputs.chat_eos_token_ids`."""
         return self._model.eos_token_ids
 
     @property
@@ -517,12 +522,12 @@ class Engine:
         return self._core.scheduler.max_step_tokens
 
     def knows(self, request_id: str) -> bool:
-        """Whether there is a request of this id whose last output was not made yet."""
+        """Whether there is a request with this id whose last output was not made yet."""
         return request_id in self._core.requests
 
     def explain(self) -> str:
-        """The last step's plan, in bytes of KV over all layers. An output's `sharing_ended` says why its prompt was not
-        shared.
+        """Describe the last step's plan, in bytes of KV over all layers. For why a prompt was not shared, see
+        `sharing_ended` of its output.
         """
         last = self._core.planner.last
         return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
@@ -532,21 +537,21 @@ class Engine:
         return self._core.stats()
 
     def check(self) -> None:
-        """Assert every invariant: slots have one owner, references are those of the live cursors and pins, counts
-        add up, bounds hold.
+        """Assert every invariant: slots have one owner, locks belong to live cursors and pins, counts add up, limits
+        hold.
         """
         self._guard.require()
         self._core.check()
         self._loop.check()
 
     def reset_prefix_cache(self) -> int:
-        """Drop everything cached that no live request and no pin holds. Returns the tokens dropped."""
+        """Evict everything that no live request and no pin locks. Returns the number of tokens."""
         self._loop.begin_call()
         with self._guard:
             return self._core.tree.reset()
 
     def close(self) -> None:
-        """Release the model and the KV pool; live requests end without a report. May be called twice."""
+        """Release the model and the KV pool. Live requests end without an output. May be called twice."""
         if not self._loop.closed:
             try:
                 self._loop.close()
@@ -562,13 +567,13 @@ class Engine:
     # -- inside -------------------------------------------------------------------------------------------
 
     def _submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
-        """Queue a request that was checked; `options` are those of `EngineCore.make`."""
+        """Queue a checked request. Takes the options of `EngineCore.make`."""
         grammar = self._inputs.grammar(params)
         request = self._core.make(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
         return self._loop.submit(request, kind)
 
     def _check_pin(self, namespace: str = "", priority: int = 0, ttl: float | None = None) -> float:
-        """When a pin of these expires. Releases those that have expired."""
+        """Check the options of a pin and return its time of expiry. Releases expired pins."""
         self._inputs.check_name("namespace", namespace)
         check_integer("priority", priority, -(2**31), 2**31 - 1)
         lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()

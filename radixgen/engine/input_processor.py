@@ -1,4 +1,4 @@
-"""From what a caller gives to what the engine's core takes: token ids that were checked, or a named error."""
+"""`InputProcessor`: tokenizes prompts, and checks prompts and parameters."""
 
 import logging
 import struct
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class InputProcessor:
-    """Tokenizes and checks against one engine's bounds. Every method raises `InvalidRequest` or a child of it."""
+    """Tokenizes and checks requests against one engine's limits. Raises `InvalidRequest` and its subclasses."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class InputProcessor:
 
     @cached_property
     def max_text_chars(self) -> int:
-        """Of `Limits.max_prompt_chars`, those that the context could hold if each token were the longest; text that the
-        tokenizer drops counts too.
+        """Maximum prompt length in characters: `max_prompt_chars`, or less if even the longest tokens could not fit
+        more into the context. Text that the tokenizer drops counts too.
         """
         if self.tokenizer is None:
             return self.limits.max_prompt_chars
@@ -78,20 +78,20 @@ class InputProcessor:
 
     @cached_property
     def chat_eos_token_ids(self) -> frozenset[int]:
-        """What ends an answer in a chat: the model's own end tokens, the tokenizer's, and its chat template's."""
+        """Tokens that end an answer in a chat: the end tokens of the model, the tokenizer and its chat template."""
         own = chat_end_tokens(self.tokenizer) if self.tokenizer is not None else frozenset()
         return self.eos_token_ids | {token for token in own if token < self.vocab_size}
 
     @cached_property
     def drawable(self) -> DrawableTokens | None:
-        """The tokens that may be drawn, where those are not all."""
+        """Tokens the sampler may pick; None if there is no restriction."""
         if self.vocabulary is None:
             return None
         unknown = np.setdiff1d(self.vocabulary.unknown(self.vocab_size), list(self.eos_token_ids))
         return DrawableTokens(unknown, self.vocab_size) if 0 < unknown.size < self.vocab_size else None
 
     def for_chat(self, params: P) -> P:
-        """`params` of an answer to a chat, which ends at the tokens of `chat_eos_token_ids`."""
+        """Return `params` for a chat, so that the answer also ends at `chat_eos_token_ids`."""
         if not isinstance(params, Params):
             raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
         more = sorted(self.chat_eos_token_ids - self.eos_token_ids)
@@ -100,8 +100,8 @@ class InputProcessor:
     def tokenize(
         self, prompt: Prompt, field: str = "prompt", *, special: bool = True, warn: Warn | None = None
     ) -> TokenArray:
-        """`prompt` as token ids, int32; text with the tokenizer's special tokens where `special`. Two BOS tokens at
-        the start are logged once, and `warn` is called each time.
+        """Return `prompt` as token ids, int32. With `special`, text gets the tokenizer's special tokens. If two BOS
+        tokens are at the start, log it once, and call `warn` each time.
         """
         tokens = self._tokenize(prompt, field, special)
         if tokens.size > 1 and tokens[0] == tokens[1]:
@@ -119,24 +119,24 @@ class InputProcessor:
         return _token_ids(self.tokenizer(prompt, add_special_tokens=special)["input_ids"], self.vocab_size, field)
 
     def check_text(self, text: str, field: str) -> None:
-        """Check that the context could hold text of this length, before it is tokenized."""
+        """Check that text of this length could fit into the context, before it is tokenized."""
         most = self.max_text_chars
         if len(text) > most:
             why = f": the context holds {self.max_model_len} tokens" if most < self.limits.max_prompt_chars else ""
             raise PromptTooLong(f"len({field})", len(text), f"at most {most} characters{why}")
 
     def tokenize_continuation(self, text: Prompt) -> TokenArray:
-        """What follows a prompt: no special tokens."""
+        """Tokenize text that follows a prompt, without special tokens."""
         return self.tokenize(text, "continuations", special=False)
 
     def decode(self, token_ids: Seq[int]) -> str:
-        """Text of `token_ids`, special tokens included; the ids themselves where there is no tokenizer."""
+        """Return the text of `token_ids`, including special tokens, or the ids as text if there is no tokenizer."""
         if self.tokenizer is None:
             return " ".join(map(str, token_ids))
         return str(self.tokenizer.decode(token_ids))
 
     def check_params(self, params: Params, *, compiles: bool = True) -> None:
-        """Check that they are valid for at least some prompt; a grammar is compiled where `compiles`."""
+        """Check parameters independently of a prompt. With `compiles`, also compile their grammar."""
         if not isinstance(params, Params):
             raise InvalidRequest("params", params, "must be SamplingParams or BeamSearchParams")
         params.validate(self.limits, self.vocab_size)
@@ -149,7 +149,7 @@ class InputProcessor:
             self.grammar(params)
 
     def check(self, prompt: TokenArray, params: Params, *, compiles: bool = True) -> None:
-        """Check that the request could run alone in this engine; a grammar is compiled where `compiles`."""
+        """Check that the request could run alone in this engine. With `compiles`, also compile its grammar."""
         self.check_params(params, compiles=compiles)
         if prompt.size == 0:
             raise InvalidRequest("prompt", [], "must hold at least one token")
@@ -160,8 +160,9 @@ class InputProcessor:
         self.check_logprobs([prompt], params)
 
     def check_logprobs(self, prompts: Seq[TokenArray], params: Params, *, echoes: int = 1) -> None:
-        """Check that the prompts of one request do not need too many log-probabilities in total. Those of each prompt
-        are returned `echoes` times.
+        """Check that one request does not need too many log-probabilities, over all its prompts.
+
+        The log-probabilities of each prompt are returned `echoes` times.
         """
         if isinstance(params, BeamSearchParams):
             return
@@ -177,11 +178,11 @@ class InputProcessor:
                 raise InvalidRequest(field, tokens * (1 + beside), limit)
 
     def grammar(self, params: Params) -> Grammar | None:
-        """The grammar of `params`, which were checked; compiled by the first call. May be called from any thread."""
+        """Return the grammar of checked `params`, compiling it if needed. May be called from any thread."""
         return self._grammars.find(params) if isinstance(params, SamplingParams) else None
 
     def check_score(self, prompt: TokenArray, continuation: TokenArray) -> None:
-        """That `continuation` could be scored after `prompt`."""
+        """Check that `continuation` can be scored after `prompt`. Raises `InvalidRequest`."""
         for field, tokens in (("prompt", prompt), ("continuations", continuation)):
             if tokens.size == 0:
                 raise InvalidRequest(field, [], "must hold at least one token")
@@ -192,14 +193,14 @@ class InputProcessor:
         self._check_slots("len(prompt) + len(continuation)", length)
 
     def check_name(self, field: str, text: object) -> None:
-        """A request id or a namespace. A NUL in one would name the private root of a sequence that shares nothing."""
+        """Check a request id or a namespace. A NUL is reserved for the private namespaces of unshared sequences."""
         limit = self.limits.max_request_id_len
         if not isinstance(text, str) or len(text) > limit or "\0" in text:
             raise InvalidRequest(field, text, f"must be text of at most {limit} characters, none of them NUL")
         check_text(field, text)
 
     def check_seconds(self, field: str, seconds: object) -> float:
-        """A span of time above 0; infinite where None."""
+        """Validate a positive duration in seconds. None means infinity."""
         if seconds is None:
             return float("inf")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= sys.float_info.max:
@@ -207,7 +208,7 @@ class InputProcessor:
         return float(seconds)
 
     def _check_bos(self, first: int, field: str, warn: Warn | None) -> None:
-        """`first` is there twice, at the beginning of a prompt."""
+        """Warn if `first`, the first two tokens of a prompt, is the BOS token."""
         if first != getattr(self.tokenizer, "bos_token_id", None):
             return
         token = getattr(self.tokenizer, "bos_token", first)
@@ -219,26 +220,26 @@ class InputProcessor:
             logger.warning("%s; further prompts like it are not mentioned", text)
 
     def _measure(self, prompt: object, field: str) -> None:
-        """Before any token is looked at."""
+        """Check the length of a prompt of token ids before any token is read."""
         if isinstance(prompt, Seq) and len(prompt) > self.max_model_len:
             raise PromptTooLong(f"len({field})", len(prompt), f"the context holds {self.max_model_len} tokens")
 
     def _check_slots(self, field: str, tokens: int) -> None:
-        """The last token of a sequence needs no slot."""
+        """Check that the pool has enough slots for a sequence; its last token needs none."""
         needed = min(tokens, self.max_model_len) - 1
         if needed > self.kv_tokens:
             raise PromptTooLong(field, tokens, f"needs {needed} of the pool's {self.kv_tokens} slots")
 
 
 def chat_tokens(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> list[int]:
-    """The conversation as token ids, ending where the model's answer begins. Raises `InvalidRequest`."""
+    """Return the conversation as token ids, up to where the model's answer begins. Raises `InvalidRequest`."""
     check_texts("tools", tools)
     ids: list[int] = through_template(tokenizer, _prepared(tokenizer, messages), tools=tools, tokenize=True)
     return ids
 
 
 def chat_text(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, tools: Tools = None) -> str:
-    """The text whose tokens `chat_tokens` gives. Raises `InvalidRequest`."""
+    """Return the conversation as text, as `chat_tokens` does as token ids. Raises `InvalidRequest`."""
     check_texts("tools", tools)
     return str(through_template(tokenizer, _prepared(tokenizer, messages), tools=tools, tokenize=False))
 
@@ -248,7 +249,7 @@ def _prepared(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages) -
 
 
 def through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Messages, /, **options: Any) -> Any:
-    """What the tokenizer's chat template makes of a conversation. Raises `InvalidRequest`."""
+    """Render a conversation with the tokenizer's chat template. Raises `InvalidRequest`."""
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequest("messages", "…", "the model has no chat template")
     options = {"return_dict": False} | options
@@ -260,7 +261,7 @@ def through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Mess
 
 
 def as_prompts(prompts: Prompt | Seq[Prompt], field: str = "prompts") -> list[Prompt]:
-    """A string, token ids, or a list of either."""
+    """Return a list of prompts, given text, token ids, or a list of either. Raises `InvalidRequest`."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Seq | np.ndarray) or (isinstance(prompts, np.ndarray) and not prompts.ndim):
@@ -274,7 +275,7 @@ def as_prompts(prompts: Prompt | Seq[Prompt], field: str = "prompts") -> list[Pr
 
 
 def as_params(params: Params | Seq[Params] | None, count: int) -> list[Params]:
-    """One for each of `count` prompts."""
+    """Return parameters for each of `count` prompts. Raises `InvalidRequest`."""
     if params is None or isinstance(params, Params):
         return [params or SamplingParams()] * count
     if not isinstance(params, Seq):
@@ -285,7 +286,7 @@ def as_params(params: Params | Seq[Params] | None, count: int) -> list[Params]:
 
 
 def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int, field: str) -> TokenArray:
-    """A prompt as int32 token ids, each checked; those of a tokenizer too, which may know more than the model."""
+    """Return a prompt as checked int32 token ids. A tokenizer may have tokens that the model lacks."""
     if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu":
         ids = prompt
     elif not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray | memoryview):
@@ -299,7 +300,7 @@ def _token_ids(prompt: Seq[int] | TokenArray, vocab_size: int, field: str) -> To
 
 
 def _integers(prompt: Seq[int], field: str) -> NDArray[Any]:
-    """Int32, or objects where int32 does not hold them or not all are plain integers."""
+    """Return a prompt as an array: int32, or objects if a value does not fit or is not a plain integer."""
     plain = _plain_integers(prompt)
     if plain is not None:
         return plain
@@ -310,10 +311,10 @@ def _integers(prompt: Seq[int], field: str) -> NDArray[Any]:
 
 
 def _plain_integers(prompt: Seq[int]) -> NDArray[np.int32] | None:
-    """The prompt as int32, or None unless all of it are integers that fit.
+    """Return the prompt as int32, or None if not all items are integers that fit.
 
-    Two loops in C, far faster than `np.array`. If the sum is an integer, every item is an integer or a boolean;
-    booleans can only be 0 or 1, so only those places are looked at one by one.
+    This takes two loops in C and is far faster than `np.array`. If the sum is an integer, every item is an integer or
+    a boolean. Booleans equal 0 or 1, so only items with these values are checked one by one.
     """
     try:
         with np.errstate(over="ignore"):
@@ -327,7 +328,7 @@ def _plain_integers(prompt: Seq[int]) -> NDArray[np.int32] | None:
 
 
 def _all_below(ids: NDArray[Any], bound: int) -> bool:
-    """Whether all are from 0 to below `bound`. Read once where they are int32: a negative one is above as uint32."""
+    """Whether all ids are at least 0 and below `bound`. One pass for int32: as uint32, negative ids are too large."""
     if ids.dtype == np.int32:
         return bool(ids.view(np.uint32).max() < bound)
     return bool(ids.min() >= 0 and ids.max() < bound)

@@ -1,4 +1,4 @@
-"""From tokens to what callers get: text, stop strings, and outputs as each request wants them."""
+"""`OutputProcessor`: turns tokens into text, finds stop strings, and makes the outputs of requests."""
 
 import logging
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from radixgen.text.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 _PROMPT_TAIL = 16
-"""Prompt tokens after which the text of an answer is decoded"""
+"""Number of last prompt tokens that serve as context for decoding an answer"""
 
 
 class ProcessedOutputs(NamedTuple):
-    """Outputs for callers, and the sequences to be aborted: they ended at a stop string, or their text failed."""
+    """Outputs for callers, and sequences to abort because of a stop string or a decoding error."""
 
     outputs: list[RequestOutput]
     to_abort: list[Sequence]
@@ -25,21 +25,21 @@ class ProcessedOutputs(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _SequenceState:
-    """How much of a sequence was decoded, and how much was output."""
+    """How much of a sequence was decoded and output."""
 
     detokenizer: Detokenizer | None = None
     num_decoded: int = 0
-    """Tokens that became text"""
+    """Number of decoded tokens"""
     num_tokens: int = 0
-    """Tokens in outputs so far"""
+    """Number of tokens in outputs so far"""
     num_chars: int = 0
-    """Characters in outputs so far"""
+    """Number of characters in outputs so far"""
     num_summed: int = 0
-    """Tokens whose log-probabilities are in `logprob`"""
+    """Number of tokens summed in `logprob`"""
     logprob: float = 0.0
 
     def add_up(self, sequence: Sequence) -> float:
-        """The log-probability of the whole output."""
+        """Return the log-probability of the whole output."""
         new = zip(sequence.logprobs[self.num_summed :], sequence.output[self.num_summed :], strict=True)
         self.logprob = sum((logprobs[token] for logprobs, token in new), self.logprob)
         self.num_summed = len(sequence.output)
@@ -55,10 +55,11 @@ class _RequestState:
 
 
 class OutputProcessor:
-    """Follows requests from their submission to their last output. Of all that it is given it changes only how a
-    sequence ended; whoever runs the sequences takes those to abort out of the batch.
+    """Makes the outputs of requests, from submission to the last output.
 
-    An exception here ends the request that it belongs to, with `error`, and no other.
+    It changes nothing in its arguments except a sequence's finish reason and the tokens after a stop string, which it
+    drops. The caller must remove the sequences in `to_abort` from the batch. An exception ends only the request that
+    it belongs to, with `error`.
     """
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
@@ -66,8 +67,9 @@ class OutputProcessor:
         self._requests: dict[Request, _RequestState] = {}
 
     def follow(self, request: Request, kind: OutputKind) -> str | None:
-        """Follow a new request; of a beam search there is an output only in the end. Returns why its text can't be
-        decoded, where it is so: then it is to be aborted.
+        """Follow a new request. A beam search gets only a final output.
+
+        Return an error message if its text cannot be decoded; the caller must then abort the request.
         """
         if request.search is not None:
             kind = "final"
@@ -77,7 +79,7 @@ class OutputProcessor:
         return faults[0] if faults else None
 
     def follow_fork(self, origin: Request, fork: Request) -> None:
-        """Follow a fork. The first output of each of its sequences has all that `origin` has generated."""
+        """Follow a fork. The first output of each sequence has all that `origin` has generated."""
         before = self._requests[origin]
         self._requests[fork] = state = _RequestState(before.kind)
         for parent, sequence in zip(origin.sequences, fork.sequences, strict=True):
@@ -85,7 +87,7 @@ class OutputProcessor:
             state.sequences[sequence] = _SequenceState(own.detokenizer and own.detokenizer.fork(), own.num_decoded)
 
     def process(self, touched: Iterable[Sequence]) -> ProcessedOutputs:
-        """Outputs of the requests whose sequences gained tokens or ended. Finished requests are forgotten."""
+        """Make the outputs of requests whose sequences got tokens or ended. Stop following finished requests."""
         groups: dict[Request, dict[Sequence, None]] = {}
         outputs: list[RequestOutput] = []
         to_abort: list[Sequence] = []
@@ -104,7 +106,7 @@ class OutputProcessor:
         return ProcessedOutputs(outputs, to_abort)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Assert that these are the requests that are followed."""
+        """Assert that exactly these requests are followed."""
         assert self._requests.keys() == set(requests)
         for request, state in self._requests.items():
             assert request.search is not None or state.sequences.keys() == set(request.sequences)
@@ -112,7 +114,7 @@ class OutputProcessor:
     # -- inside -------------------------------------------------------------------------------------------
 
     def _begin(self, state: _RequestState, sequence: Sequence) -> str | None:
-        """Make a detokenizer. Returns why there is none: a tokenizer need not know each token of the model."""
+        """Make a detokenizer. Returns an error message if that fails: a tokenizer may lack tokens of the model."""
         state.sequences[sequence] = own = _SequenceState()
         if self._vocabulary is None:
             return None
@@ -132,7 +134,7 @@ class OutputProcessor:
         return None
 
     def _decode(self, sequence: Sequence, to_abort: list[Sequence]) -> None:
-        """Turn new tokens into text; a stop string ends the sequence."""
+        """Turn new tokens into text, and end the sequence at a stop string."""
         state = self._requests[sequence.request]
         if sequence not in state.sequences and (fault := self._begin(state, sequence)):
             _end(sequence, "error", fault, to_abort)
@@ -171,8 +173,9 @@ class OutputProcessor:
 
 
 def _push(sequence: Sequence, state: _SequenceState, detokenizer: Detokenizer) -> str | None:
-    """The stop string that the new tokens complete; tokens after it are dropped. The text of a token that ended the
-    sequence is left out, as that of a stop string.
+    """Decode new tokens. Returns the stop string that they complete, if any, and drops the tokens after it.
+
+    A token that ended the sequence is left out of the text, like a stop string.
     """
     params, output = sequence.request.params, sequence.output
     count = len(output)
@@ -189,7 +192,7 @@ def _push(sequence: Sequence, state: _SequenceState, detokenizer: Detokenizer) -
 
 
 def _end(sequence: Sequence, reason: FinishReason, stop_reason: str, to_abort: list[Sequence]) -> None:
-    """End a sequence, or correct how it ended."""
+    """End a sequence, or correct its finish reason."""
     if sequence.finish_reason is None:
         sequence.finish(reason, stop_reason)
         to_abort.append(sequence)
@@ -221,7 +224,7 @@ def _completion(sequence: Sequence, state: _SequenceState, delta: bool) -> Compl
 
 
 def _prompt_logprobs(request: Request, state: _RequestState) -> list[dict[int, float] | None] | None:
-    """None until complete; of deltas only one has them."""
+    """Return the prompt's log-probabilities, or None until complete. Only one delta has them."""
     if request.params.prompt_logprobs is None or request.reading:
         return None
     if state.kind == "delta" and state.has_prompt_logprobs:
@@ -231,7 +234,7 @@ def _prompt_logprobs(request: Request, state: _RequestState) -> list[dict[int, f
 
 
 def _failure(request: Request, error: Exception, to_abort: list[Sequence]) -> RequestOutput:
-    """The last output of a request of which no other can be made."""
+    """Make the last output of a request whose output failed."""
     logger.error("request %s: its output could not be made", request.id, exc_info=error)
     for sequence in request.sequences:
         _end(sequence, "error", repr(error), to_abort)
@@ -240,8 +243,8 @@ def _failure(request: Request, error: Exception, to_abort: list[Sequence]) -> Re
 
 
 def scores_of(output: RequestOutput) -> list[float]:
-    """The result of `Engine.submit_score`, from the request's only output: a natural-log probability for each token of
-    the continuation. Raises `RequestFailed`.
+    """Return the natural-log probability of each token of the continuation, from the only output of a request made by
+    `Engine.submit_score`. Raises `RequestFailed`.
     """
     if output.prompt_logprobs is None:
         raise RequestFailed(f"request {output.request_id} was not scored: {output.outputs[0].stop_reason}")

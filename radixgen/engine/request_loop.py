@@ -1,4 +1,4 @@
-"""`RequestLoop`: steps an engine's core for several callers on one thread, and keeps for each what belongs to it."""
+"""`RequestLoop`: steps an engine's core for several callers on one thread, and keeps each caller's outputs."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -14,7 +14,7 @@ Progress = Callable[[int, int], None]
 
 
 class RequestLoop:
-    """An engine's requests from their submission to their last output. Every change is made under the core's guard."""
+    """Runs requests from submission to their last output. Makes every change under the core's guard."""
 
     def __init__(self, core: EngineCore, outputs: OutputProcessor, clock: Callable[[], float]) -> None:
         self.closed = False
@@ -23,7 +23,7 @@ class RequestLoop:
         self._guard = core.guard
         self._clock = clock
         self._undelivered: dict[str, list[RequestOutput]] = {}
-        """Of each request the outputs that one caller's step brought to another"""
+        """Outputs by request id, produced by another caller's step and not yet taken."""
         self._dropped: deque[str] = deque()
         """Requests whose streams were dropped. The garbage collector drops some in the middle of a step."""
 
@@ -37,18 +37,18 @@ class RequestLoop:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a step would run something or report something, be it that the engine is dead."""
+        """True if `step` has work or output left. Also true if the engine is dead, so that `step` raises."""
         return bool(self._core.requests or self._undelivered) or (self._guard.broken and not self.closed)
 
     def live(self, request_id: str) -> Request:
-        """The request of this id. Raises `UnknownRequest` where it has ended or never was."""
+        """Return the live request with this id. Raises `UnknownRequest` if it has ended or never existed."""
         request = self._core.requests.get(request_id) if isinstance(request_id, str) else None
         if request is None or request.finished:
             raise UnknownRequest("request_id", request_id, "names no live request")
         return request
 
     def submit(self, request: Request, kind: OutputKind) -> str:
-        """Queue a request that was made just now, and return its id."""
+        """Queue a new request, and return its id."""
         with self._guard:
             self._core.add(request)
             fault = self.outputs.follow(request, kind)
@@ -57,7 +57,7 @@ class RequestLoop:
             return request.id
 
     def fork(self, request: Request, n: int) -> list[str]:
-        """The ids of `n` copies of a live request, for which there is room."""
+        """Make `n` copies of a live request, and return their ids. The caller must call `require_room` first."""
         forks = []
         with self._guard:
             for _ in range(n):
@@ -67,12 +67,12 @@ class RequestLoop:
             return forks
 
     def cancel(self, request: Request) -> None:
-        """End a live request; the next step has its last output."""
+        """End a live request. The next step returns its last output."""
         with self._guard:
             self._core.abort(request)
 
     def step(self) -> list[RequestOutput]:
-        """Outputs that nobody has taken yet, then those of one more step."""
+        """Run one step. Returns outputs that were not taken yet, then those of the step."""
         self.begin_call()
         with self._guard:
             new = self._step()
@@ -80,8 +80,9 @@ class RequestLoop:
             return [*chain.from_iterable(kept.values()), *new]
 
     def serve(self, submits: Seq[Callable[[], str]], progress: Progress | None = None) -> list[RequestOutput]:
-        """Call `submits`, each of which queues a request, as the queue takes them, and step until all have ended.
-        Returns the last outputs, in the same order.
+        """Queue a request with each of `submits`, as the queue has room, and step until all have ended.
+
+        Returns the last output of each, in the same order.
         """
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
@@ -100,9 +101,9 @@ class RequestLoop:
         return [done[request_id] for request_id in ids]
 
     def receive(self, request_ids: Collection[str]) -> list[RequestOutput]:
-        """Outputs of these requests: what other callers' steps left of them, or else what one more step brings.
+        """Return outputs of these requests: those that other callers' steps produced, or else those of one more step.
 
-        A step must do something: otherwise a caller would wait for ever.
+        Raises `RadixgenError` if the step did nothing, since the caller would wait forever.
         """
         self.begin_call()
         with self._guard:
@@ -117,7 +118,7 @@ class RequestLoop:
         return outputs
 
     def abandon(self, request_ids: Collection[str]) -> None:
-        """Cancel requests that nobody waits for any more, and drop their outputs."""
+        """Cancel requests that no caller waits for any more, and drop their outputs."""
         if self.closed or self._guard.broken:
             return
         with self._guard:
@@ -129,22 +130,22 @@ class RequestLoop:
                 self._undelivered.pop(request_id, None)
 
     def drop(self, request_id: str) -> None:
-        """Abandon a request when the next call begins. A finalizer may call this."""
+        """Abandon a request when the next call begins. May be called by a finalizer."""
         self._dropped.append(request_id)
 
     def run_apart(self, function: Callable[[], None]) -> None:
-        """Run what uses the model, between two steps."""
+        """Run a function that uses the model, between two steps."""
         self.begin_call()
         with self._guard:
             self._core.ahead.drop()
             function()
 
     def check(self) -> None:
-        """Assert that the requests of the core are those whose outputs are followed."""
+        """Assert that the output processor follows exactly the requests of the core."""
         self.outputs.check(self._core.requests.values())
 
     def close(self) -> None:
-        """Abandon all requests, and take no more calls."""
+        """Abandon all requests, and accept no more calls."""
         try:
             self.abandon(list(self._core.requests))
         finally:
@@ -155,7 +156,7 @@ class RequestLoop:
         return self._process(self._core.step(self._clock()))
 
     def _process(self, touched: Seq[Sequence]) -> list[RequestOutput]:
-        """Outputs of sequences that gained tokens or ended. What they end leaves the core."""
+        """Return the outputs of sequences that got tokens or ended. Finished requests are removed from the core."""
         outputs, to_abort = self.outputs.process(touched)
         for sequence in to_abort:
             self._core.scheduler.drop(sequence)
@@ -170,7 +171,7 @@ class RequestLoop:
 
 
 class OutputStream(Iterator[RequestOutput]):
-    """One request's outputs, as they come; each `next` steps the engine if need be."""
+    """Iterator over one request's outputs. Each `next` steps the engine if needed."""
 
     def __init__(self, loop: RequestLoop, request_id: str) -> None:
         self.request_id = request_id

@@ -1,10 +1,10 @@
-"""Options of requests and pins, as `Engine` and `AsyncEngine` take them by keyword."""
+"""Keyword options of requests and pins, for `Engine` and `AsyncEngine`."""
 
 from typing import TypedDict
 
 
 class RequestOptions(TypedDict, total=False):
-    """Options of `Engine.submit`, which describes and checks them."""
+    """Options of a request. `Engine.submit` describes and checks them."""
 
     request_id: str | None
     priority: int
@@ -13,7 +13,7 @@ class RequestOptions(TypedDict, total=False):
 
 
 class CoreOptions(TypedDict, total=False):
-    """Options of a request that were checked, with the fields of `Request` that they become."""
+    """Checked options of a request, named as the fields of `Request`."""
 
     priority: int
     namespace: str
@@ -22,7 +22,7 @@ class CoreOptions(TypedDict, total=False):
 
 
 class PinOptions(TypedDict, total=False):
-    """Options of `Engine.pin`, which describes and checks them."""
+    """Options of a pin. `Engine.pin` describes and checks them."""
 
     namespace: str
     priority: int

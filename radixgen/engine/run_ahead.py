@@ -1,10 +1,10 @@
-"""The next step, begun before the tokens of this one are known.
+"""`RunAhead`: begins the next step before the host knows the tokens of this one.
 
-While every sequence decodes alone on its leaf, all of the next step but its tokens is known: the device can begin it
-with tokens that only it knows, and the host plans and keeps its books meanwhile. Nothing is decided early: the
-scheduler makes the next batch from the tokens when it has them, and what was computed is used where the batch holds no
-row that was not expected, in node, token, position and slot. Otherwise the step is run as if nothing had been begun;
-what that wrote lies in slots that the leaves hold in reserve, and whoever gets them later writes them first.
+While every sequence decodes alone on its leaf, everything about the next step except its tokens is known. The device
+begins it with tokens that the host has not read yet, while the host updates its state. The scheduler still makes the
+real batch from the tokens once it has them. The result is used only if every row of the real batch was predicted with
+the same node, token, position and slot. Otherwise the step is run normally. The KV that the discarded step wrote is in
+reserved slots, which are written again before anything reads them.
 """
 
 import logging
@@ -24,31 +24,31 @@ logger = logging.getLogger(__name__)
 
 
 class StepLogits(NamedTuple):
-    """The logits of a step and who reads them."""
+    """The logits of a step, and the rows that each kind of reader uses."""
 
     values: Tensor
     """`[n, vocab]` float32"""
     drawing: list[int]
-    """The row of the logits for each of `Batch.drawing`."""
+    """Row of the logits for each of `Batch.drawing`."""
     branching: list[int]
     """The same for `Batch.branching`."""
     reading: list[int]
-    """The same for all rows of `Batch.reads`, one after the other."""
+    """The same for the rows of `Batch.reads`, concatenated."""
 
 
 class _PendingStep(NamedTuple):
-    """A step that was begun ahead of its tokens."""
+    """A step that was begun before its tokens were known."""
 
     logits: Tensor
-    """One row for each of the batch's, in its order"""
+    """One row per row of the batch, in its order"""
     batch: Batch
     draws: PendingTokens
     order: list[int]
-    """For each row of the batch, which of the draws gave its token"""
+    """For each row of the batch, the index of its token in `draws`"""
 
 
 class RunAhead:
-    """Begins steps of `model`, where it can, and hands out their results."""
+    """Begins steps ahead if `model` supports it, and returns their results."""
 
     def __init__(self, model: Model, scheduler: Scheduler, *, enabled: bool = True) -> None:
         self.wasted_rows = 0
@@ -58,11 +58,11 @@ class RunAhead:
 
     @property
     def pending(self) -> int:
-        """Rows of the step that is under way, in which nobody new can take part; 0 where none is."""
+        """Number of rows in the step begun ahead, which new requests cannot join; 0 if there is none."""
         return self._step.batch.num_rows if self._step else 0
 
     def begin(self, batch: Batch, draws: PendingTokens) -> None:
-        """Begin the step after `batch` with the tokens in `draws`, if the scheduler can tell who takes part in it."""
+        """Begin the step after `batch` with the tokens in `draws`, if the scheduler can predict its rows."""
         if self._model is None or not self._model.runs_ahead:
             return
         if any(sequence.request.params.logprobs is not None for sequence in batch.drawing):
@@ -84,7 +84,7 @@ class RunAhead:
             self._step = _PendingStep(logits, expected, draws, order)
 
     def claim(self, batch: Batch) -> StepLogits | None:
-        """The results for `batch`, if it was begun as it turned out to be."""
+        """Return the precomputed logits if `batch` matches the prediction, else None."""
         step, self._step = self._step, None
         if step is None:
             return None
@@ -95,13 +95,13 @@ class RunAhead:
         return StepLogits(step.logits, [rows[row] for row in batch.drawing_rows], [], [])
 
     def drop(self) -> None:
-        """Nobody will claim what was begun."""
+        """Discard the step begun ahead, if any."""
         self.wasted_rows += self.pending
         self._step = None
 
 
 def _indices(sequences: Seq[object], among: Seq[object]) -> list[int]:
-    """The index in `among` of each of `sequences`."""
+    """Return the index in `among` of each of `sequences`."""
     if sequences == among:
         return list(range(len(among)))
     index_of = {sequence: index for index, sequence in enumerate(among)}
@@ -109,14 +109,14 @@ def _indices(sequences: Seq[object], among: Seq[object]) -> list[int]:
 
 
 def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
-    """The tokens that `order` names, 0 where none was drawn."""
+    """Return `tokens[order]`, with 0 in place of missing tokens."""
     if order != list(range(tokens.numel())):
         tokens = tokens.index_select(0, upload(np.array(order), tokens.device))
     return tokens.clamp(min=0)
 
 
 def _rows_of(step: _PendingStep, batch: Batch) -> Seq[int] | None:
-    """The row of `step` that each row of `batch` is; None where one is none of them."""
+    """Return the row of `step` that matches each row of `batch`, or None if a row has no match."""
     if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
         return None
     drawn, expected = step.draws.wait(), step.batch

@@ -1,4 +1,4 @@
-"""How sequences change between two steps: a token more, a fork, hypotheses in the place of beams."""
+"""Changes of sequences between two steps: a new token, a fork, the end of a beam search."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from radixgen.scheduler.sequence import Request, Sequence
 
 
 def append_token(sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
-    """Give a sequence the token that was drawn for it. Returns why it ends, where that is the last one. Raises what
-    its grammar raises; then the token is not appended.
+    """Append a drawn token to its sequence. Returns the finish reason if the sequence ends. Raises the errors of its
+    grammar; then the token is not appended.
     """
     request, state, output = sequence.request, sequence.sampling, sequence.output
     grammar, params = state.grammar, request.params
@@ -31,7 +31,7 @@ def append_token(sequence: Sequence, token: int, logprobs: dict[int, float] | No
 
 
 def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
-    """A sequence of `fork`, the request's fork of that number, where `origin` stands, without a cursor."""
+    """Copy `origin` for `fork`, the request's fork of this number. The copy has no cursor."""
     state = origin.sampling
     own = SamplingState(
         state.params,
@@ -56,12 +56,12 @@ def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
 
 
 def private_namespace(request: Request, index: int) -> str:
-    """The namespace of a sequence that shares nothing."""
+    """Return the namespace of a sequence that shares nothing."""
     return f"{request.namespace}\0{request.serial}.{index}"
 
 
 def conclude_search(request: Request, search: BeamSearch, stop_reason: str | None) -> None:
-    """Put the hypotheses of a search that is over in the place of its beams, which have no cursors any more."""
+    """Replace the beams of a finished search by its hypotheses. The beams must have no cursors."""
     state = request.sequences[0].sampling
     for beam in list(request.sequences):
         request.remove_sequence(beam)

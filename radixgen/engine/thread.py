@@ -1,4 +1,4 @@
-"""`EngineThread`: the thread that steps an engine, and runs what others want of it between two steps."""
+"""`EngineThread`: the thread that steps an engine, and runs commands between two steps."""
 
 import gc
 import logging
@@ -18,14 +18,14 @@ Command = Callable[[], Any]
 logger = logging.getLogger(__name__)
 
 _STUCK_SECONDS = 0.01
-"""How long to wait for a command where requests are open and none can run"""
+"""How long to wait for a command if requests are open but none can run"""
 
 
 class EngineThread:
-    """Owns an engine: nothing else may call it once the thread has started. Closes it in the end.
+    """Owns and steps an engine, and closes it at the end. Nothing else may call the engine once the thread has started.
 
-    All methods may be called from any thread. What the process holds when the thread begins is left out of garbage
-    collections until it ends (`gc.freeze`).
+    All methods may be called from any thread. Objects that exist when the thread starts are excluded from garbage
+    collection until it ends (`gc.freeze`).
     """
 
     def __init__(
@@ -35,38 +35,39 @@ class EngineThread:
         finish: Callable[[EngineClosed], object],
     ) -> None:
         """
-        deliver: called after each step with its outputs, in the engine's thread. What it raises ends the engine.
-        finish: called there after the last step with `end`.
+        deliver: called in the engine's thread after each step, with its outputs. If it raises, the engine ends.
+        finish: called in the engine's thread after the last step, with `end`.
         """
         self.engine = engine
         self.end: EngineClosed | None = None
-        """Why no more commands are taken; an `EngineDead` where the engine failed"""
+        """Error for further commands, or None while they are accepted; `EngineDead` if the engine failed"""
         self.idle = True
-        """Whether nothing is left to do of which the thread knows"""
+        """Whether the thread has nothing to do"""
         self._progress_time = time.monotonic()
-        """When something was last done, or there was nothing to do"""
+        """Time of the last progress, or when the thread was last idle"""
         self._throughput = ThroughputLog(engine.stats)
         self._deliver = deliver
         self._finish = finish
         self._commands: queue.SimpleQueue[tuple[Command, Future[Any] | None] | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
-        """Held to write `end`, and where a command must not miss it"""
+        """Held while `end` is written, and while a command is queued that depends on it"""
         self._thread = threading.Thread(target=self._run, name="radixgen-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def post(self, command: Command) -> None:
-        """Have `command` run between two steps. What it raises ends the engine; after the end it is dropped.
+        """Run `command` between two steps. If it raises, the engine ends. After the end, commands are dropped.
 
-        Takes no lock, so that a finalizer may call it in whatever thread and holding whatever lock.
+        Takes no lock, so a finalizer may call this in any thread.
         """
         self._commands.put((command, None))
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """The result of `function`, run between two steps unless the future is cancelled before.
+        """Run `function` between two steps, unless the future is cancelled before. Returns a future of its result.
 
-        An exception is the caller's; a failed assertion ends the engine too. After the end the future raises `end`.
+        An exception goes to the future; a failed assertion also ends the engine. After the end, the future raises
+        `end`.
         """
         future: Future[T] = Future()
         with self._gate:
@@ -77,16 +78,16 @@ class EngineThread:
         return future
 
     def stop(self) -> None:
-        """End the thread after the step that runs and the commands that wait; `join` waits for it."""
+        """End the thread after the current step and the queued commands. Returns at once; see `join`."""
         self._commands.put(None)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Whether the thread has ended, within `timeout` seconds."""
+        """Wait up to `timeout` seconds for the thread to end. Returns whether it has."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def stalled(self, seconds: float) -> bool:
-        """Whether there has been something to do, and nothing was done, for so long."""
+        """Whether there was work but no progress for this many seconds."""
         return not self.idle and time.monotonic() - self._progress_time > seconds
 
     # -- in the thread ------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class EngineThread:
             stuck = not self.step()
 
     def run_commands(self, *, wait: bool) -> bool:
-        """Run what was posted; with `wait`, sleep until there is something. False where the thread was stopped."""
+        """Run queued commands; with `wait`, sleep until there is one. Returns False if the thread was stopped."""
         busy = self.engine.has_unfinished
         self.idle = not busy
         if self.idle:
@@ -139,7 +140,7 @@ class EngineThread:
         return False
 
     def step(self) -> bool:
-        """Run one step. False where requests are open and none could run."""
+        """Run one step. Returns False if requests are open but none could run."""
         steps = self.engine.num_steps
         outputs = self.engine.step()
         self._deliver(outputs)

@@ -1,4 +1,4 @@
-"""A log line about an engine's throughput, every few seconds while there is work."""
+"""`ThroughputLog`: logs an engine's throughput every few seconds while there is work."""
 
 import logging
 import time
@@ -10,21 +10,21 @@ logger = logging.getLogger(__name__)
 
 
 class ThroughputLog:
-    """Logs rates between two looks at an engine's counters."""
+    """Logs rates computed from an engine's counters."""
 
     def __init__(
         self, stats: Callable[[], Stats], seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Read the engine's counters by `stats`, at most once in `seconds`."""
+        """`stats` returns the engine's counters. A line is logged at most once in `seconds`."""
         self._stats, self._seconds, self._clock = stats, seconds, clock
         self._last: tuple[float, Stats] | None = None
 
     def pause(self) -> None:
-        """There is no work: the time until the next step is not counted."""
+        """Exclude the time until the next step, since there is no work."""
         self._last = None
 
     def step(self) -> None:
-        """A step has ended."""
+        """Log a line if it is time. Call this after each step."""
         now = self._clock()
         if self._last is None:
             self._last = now, self._stats()
@@ -37,7 +37,7 @@ class ThroughputLog:
 
 
 def describe(before: Stats, after: Stats, seconds: float) -> str:
-    """One line on what was done in `seconds` between two looks, and on what is left to do."""
+    """Describe in one line the throughput over `seconds`, and the current load."""
     prompt = after.prompt_tokens - before.prompt_tokens
     cached = after.cached_prompt_tokens - before.cached_prompt_tokens
     generated = after.generated_tokens - before.generated_tokens

@@ -29,7 +29,7 @@ def warm_up_steps(
 
 
 def run_warm_up(steps: Sequence[Callable[[], None]], progress: Callable[[int, int], None] | None) -> None:
-    """Make the calls of `warm_up_steps`, and `progress(done, total)` after each."""
+    """Make the calls of `warm_up_steps`, calling `progress(done, total)` after each."""
     began = time.monotonic()
     for done, step in enumerate(steps, 1):
         step()

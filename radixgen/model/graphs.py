@@ -338,7 +338,7 @@ class _Inputs:
         self._staging = Staging(every)
 
     def load(self, *columns: NDArray[np.integer]) -> None:
-        """Fill in the columns in this order, padded with 0, or -1 for slots."""
+        """Copy the columns into the static buffers. Padding is 0, or -1 for slots."""
         staged = self._staging.open()
         staged[:] = _PADDING
         for row, column in zip(staged, columns, strict=True):

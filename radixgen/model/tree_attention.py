@@ -19,8 +19,9 @@ class AttentionHandler(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        """Query `[1, q_heads, rows, head_dim]`, key and value `[1, kv_heads, rows, head_dim or v_head_dim]`. Returns a
-        new tensor, `[1, rows, q_heads, v_head_dim]` in the query's dtype.
+        """Query `[1, q_heads, rows, head_dim]`, key and value `[1, kv_heads, rows, head_dim or v_head_dim]`.
+
+        Returns a new tensor `[1, rows, q_heads, v_head_dim]` in the query's dtype.
         """
 
 
@@ -40,7 +41,7 @@ def handle_attention(answer: AttentionHandler) -> Iterator[None]:
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """As `AttentionHandler`, by the operator. Requires `register`."""
+    """Call the custom operator, with the arguments and the result of `AttentionHandler`. Requires `register`."""
     output: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
     return output
 

@@ -185,7 +185,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         await self._merged.aclose()
 
     def __del__(self) -> None:
-        """Its streams are dropped with it."""
+        """Count the request as ended. Its streams are dropped with it."""
         if not self._left:
             self._leave()
 
@@ -194,7 +194,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         self._workers.ended()
 
     async def _process(self, touched: list[Sequence]) -> RequestOutput:
-        """The output of what is new. A sequence that met a stop string has not ended yet at its worker."""
+        """Make the output of new tokens. Close the streams of sequences that end here, at a stop string or an error."""
         (output,), to_abort = self._processor.process(touched)
         for sequence in to_abort:
             await self._streams[sequence.index].aclose()
@@ -203,7 +203,7 @@ class _Answer(AsyncIterator[RequestOutput]):
         return output
 
     async def _finish(self, reason: FinishReason, stop_reason: str) -> RequestOutput:
-        """The last output of a request that ends here, and not at its worker."""
+        """Make the last output of a request that ends in this process instead of at its worker."""
         self._fault = None
         live = [sequence for sequence in self._request.sequences if sequence.finish_reason is None]
         for sequence in live:
@@ -212,7 +212,7 @@ class _Answer(AsyncIterator[RequestOutput]):
 
 
 def _mirror(params: SamplingParams, prompt: TokenArray, eos_token_ids: frozenset[int]) -> Request:
-    """A request as the worker has it, of which nothing has come yet."""
+    """Make a copy of the worker's request, before its first output."""
     request = Request("", 0, prompt, params, params.max_tokens, num_cached_tokens=prompt.size)
     ends = frozenset(params.stop_token_ids)
     if not params.ignore_eos:
