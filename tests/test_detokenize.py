@@ -14,8 +14,8 @@ from sizes import size
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from radixgen.detokenize import Detokenizer
 from radixgen.model.loader import load_tokenizer
-from radixgen.text.detokenize import Detokenizer
 from radixgen.text.vocabulary import Vocabulary
 
 HALF = "\ufffd"

@@ -17,7 +17,7 @@ LAYERS = [
     {"sampling.beam_search", "cache"},
     {"scheduler"},
     {"calibration", "sampling.json_numbers", "text.messages", "text.vocabulary"},
-    {"attention", "model", "sampling.sampler", "sampling.structured", "text.detokenize"},
+    {"attention", "model", "sampling.sampler", "sampling.structured", "detokenize"},
     {
         "engine.batch_draws", "engine.check", "engine.request_options", "engine.run_ahead", "engine.sequence_updates",
         "engine.throughput", "engine.warm_up", "sampling.grammar_budget",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from radixgen.core import CompletionOutput, FinishReason, OutputKind, RequestFailed, RequestOutput
+from radixgen.detokenize import Detokenizer
 from radixgen.scheduler.sequence import Request, Sequence
-from radixgen.text.detokenize import Detokenizer
 from radixgen.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
