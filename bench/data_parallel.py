@@ -3,13 +3,13 @@
     python -m bench.data_parallel [--replicas 2] [--agents 64] [--check] [--save]
 
 Agents resend a growing conversation with the same long system prompt, turn by turn, as in `bench.compare`; each goes on
-as soon as it is answered. One replica answers `--agents` of them, and as many again for each replica that there will
-be: one pool with all of them. Then `--replicas` do that, a GPU each. A Llama of 8B shape with random weights in
-bfloat16; token ids go through `AsyncClient`, whose routing is that of `radixgen serve --data-parallel-size`. All runs
-once untimed, so that what it needs is compiled and captured.
+as soon as it is answered. One replica serves `--agents` agents, then `--agents` times `--replicas`, as one large pool.
+Then `--replicas` replicas with a GPU each serve the larger number. A Llama of 8B shape with random weights in
+bfloat16; token ids go through `AsyncClient`, whose routing is that of `radixgen serve --data-parallel-size`. Each
+measurement first runs untimed, so that everything it needs is compiled and captured.
 
-The limit of the speed-up is the number of replicas: so many times the agents in the same time. Bounds for `--check`,
-where there are GPUs: 0.95 of it, and a hit rate at most a point below that of the one pool.
+The limit of the speed-up is the number of replicas. Bounds for `--check`, on GPUs: 0.95 of the limit, and a hit rate at
+most one point below that of the single large pool.
 
 Bias. One run a figure. Neither HTTP nor text is in it. The front end and its callers share a process, and without GPUs
 the replicas share the processor.
@@ -38,45 +38,43 @@ _START_SECONDS = 600.0
 
 @dataclass(slots=True)
 class Counts:
-    """Of one pass of all agents."""
+    """Duration and token counts of one run of all agents."""
 
     seconds: float = 0.0
-    answered: int = 0
-    """Tokens"""
-    asked: int = 0
-    """Prompt tokens"""
-    cached: int = 0
-    """Of these"""
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that were cached"""
 
     @property
     def throughput(self) -> float:
-        """Tokens a second."""
-        return self.answered / self.seconds
+        """Output tokens per second."""
+        return self.output_tokens / self.seconds
 
     @property
     def hit_rate(self) -> float:
-        """Of prompt tokens, those that were cached."""
-        return self.cached / self.asked
+        """Share of prompt tokens that were cached."""
+        return self.cached_tokens / self.prompt_tokens
 
 
 async def talk(client: AsyncClient, workloads: Workloads, agent: int, counts: Counts) -> None:
-    """One conversation, resent in every turn."""
+    """Run one conversation, which is resent in every turn."""
     scale = workloads.scale
     history: Tokens = workloads.tokens(0, scale.system)
     params = SamplingParams(temperature=0.0, max_tokens=scale.answer, ignore_eos=True)
     for turn in range(scale.turns):
         history += workloads.tokens(1 + turn * scale.agents + agent, scale.tool)
-        counts.asked += len(history)
+        counts.prompt_tokens += len(history)
         answer: Tokens = []
         async for output in client.generate(list(history), params):
             answer += output.outputs[0].token_ids
-        counts.cached += output.num_cached_tokens
-        counts.answered += len(answer)
+        counts.cached_tokens += output.num_cached_tokens
+        counts.output_tokens += len(answer)
         history += answer
 
 
-async def passes(client: AsyncClient, scale: Scale, vocab: int) -> Counts:
-    """All agents at once, from an empty cache: once untimed, with other tokens, then once more."""
+async def run_agents(client: AsyncClient, scale: Scale, vocab: int) -> Counts:
+    """Run all agents at once from an empty cache: first untimed with other tokens, then timed."""
     for seed in (1, 0):
         for worker in client.workers:
             await client.call("reset_prefix_cache", worker=worker)
@@ -88,16 +86,15 @@ async def passes(client: AsyncClient, scale: Scale, vocab: int) -> Counts:
 
 
 async def serve(count: int, options: Options, folder: str, scales: Sequence[Scale]) -> list[Counts]:
-    """What `count` replicas make of each."""
+    """Start `count` replicas and run the agents of each scale."""
     worker = ("--model", folder, "--load-format=dummy", f"--kv-tokens={options.kv_tokens}", "--no-warm-up")
     replicas = ReplicaOptions(count, worker=worker)
     async with AsyncClient(workers=count, timeout=_START_SECONDS) as client:
         commands = [replicas.command(client.address, index) for index in range(count)]
-        failed = client.fail
-        started = Replicas(commands, replicas.environments(), lambda what: failed(EngineDead(what)))
+        started = Replicas(commands, replicas.environments(), lambda reason: client.fail(EngineDead(reason)))
         try:
             await client.wait()
-            return [await passes(client, scale, options.shape.vocab) for scale in scales]
+            return [await run_agents(client, scale, options.shape.vocab) for scale in scales]
         finally:
             await asyncio.to_thread(started.close)
 

@@ -106,7 +106,7 @@ def add(tree: RadixTree, prompt: list[int], namespace: str = "") -> None:
     tree.unlock(lock)
 
 
-def told(tree: RadixTree, size: int = 4) -> list[BlockEvent]:
+def events_of(tree: RadixTree, size: int = 4) -> list[BlockEvent]:
     events: list[BlockEvent] = []
     BlockProjection(tree, lambda event: events.append(event) is None, size)
     return events
@@ -114,7 +114,7 @@ def told(tree: RadixTree, size: int = 4) -> list[BlockEvent]:
 
 def test_a_long_prompt_is_one_event_and_its_end_another() -> None:
     tree = RadixTree(ExtentPool(256))
-    events = told(tree)
+    events = events_of(tree)
     assert events == [BlocksReset()]
     add(tree, [*range(11)])
     stored = events[1]
@@ -132,7 +132,7 @@ def test_a_long_prompt_is_one_event_and_its_end_another() -> None:
 
 def test_a_split_tells_nothing_and_branches_inside_a_block_are_two() -> None:
     tree = tree_of([*range(8)])
-    events = told(tree)
+    events = events_of(tree)
     add(tree, [0, 1, 2, 3, 4, 5])
     assert len(events) == 2, "a split emits nothing"
     add(tree, [0, 1, 2, 3, 4, 5, 9, 9])
@@ -144,13 +144,13 @@ def test_a_split_tells_nothing_and_branches_inside_a_block_are_two() -> None:
 
 def test_hashes_are_stable_and_name_everything_before_the_block() -> None:
     """The literals are what other versions and other workers have for the same blocks."""
-    (_, stored) = told(tree_of([*range(8)]))
+    (_, stored) = events_of(tree_of([*range(8)]))
     assert isinstance(stored, BlocksAdded)
     assert stored.hashes == HASHES
     others = [
-        told(tree_of([*range(8)], namespace="tenant"))[1],
-        told(tree_of([1, *range(1, 8)]))[1],
-        told(tree_of([*range(8)]), size=2)[1],
+        events_of(tree_of([*range(8)], namespace="tenant"))[1],
+        events_of(tree_of([1, *range(1, 8)]))[1],
+        events_of(tree_of([*range(8)]), size=2)[1],
     ]
     for other in others:
         assert isinstance(other, BlocksAdded) and not {*other.hashes} & {*stored.hashes}
@@ -161,7 +161,7 @@ HASHES = [10764068877120707867, 5638208025446514785]
 
 def test_a_namespace_of_one_sequence_is_nobody_elses_business() -> None:
     tree = tree_of([*range(8)], namespace="\0007.0")
-    assert told(tree) == [BlocksReset()]
+    assert events_of(tree) == [BlocksReset()]
     tree.reset()
 
 

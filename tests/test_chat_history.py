@@ -282,7 +282,7 @@ def test_a_date_that_changes_at_midnight(monkeypatch: pytest.MonkeyPatch, mode: 
         changed = [i for i, (a, b) in enumerate(zip(kept, draft.token_ids, strict=False)) if a != b]
         assert changed == [found.position], "all but one token stays, generated ones among them"
     reply(talk, "the rain", "<|eot_id|>")
-    assert talk.draft((USER,)).history_break is None, "told once"
+    assert talk.draft((USER,)).history_break is None, "reported once"
 
 
 def test_a_date_that_is_fixed_never_breaks() -> None:

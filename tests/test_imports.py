@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -56,33 +57,34 @@ def layer(name: str) -> str:
     return nested if nested in RANK else parts[0]
 
 
-def imports(path: Path) -> list[str]:
-    """Absolute names of modules that a module imports, and of what it imports from them, except for type checkers."""
-    found, todo = [], [ast.parse(path.read_text(encoding="utf-8"))]
+def import_statements(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports at any depth of a module, except those for type checkers."""
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
         todo.extend(ast.iter_child_nodes(node))
-    return found
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute names of modules that a module imports, and of what it imports from them."""
+    names = imports_with_names(path)
+    for node in import_statements(path):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        else:
+            assert node.level == 0, f"{path}: a relative import"
+            names.append(str(node.module))
+    return names
 
 
 def imports_with_names(path: Path) -> list[str]:
-    """As `imports`, with what is imported from each module."""
-    found, todo = [], [ast.parse(path.read_text(encoding="utf-8"))]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if isinstance(node, ast.ImportFrom):
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-        todo.extend(ast.iter_child_nodes(node))
-    return found
+    """Absolute names of what a module imports from others."""
+    statements = [node for node in import_statements(path) if isinstance(node, ast.ImportFrom)]
+    return [f"{node.module}.{alias.name}" for node in statements for alias in node.names]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

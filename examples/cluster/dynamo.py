@@ -5,8 +5,8 @@
 
 Some conversations take turns. The router hears from each worker which blocks it holds, so that every later turn goes
 to the worker that holds the turns before it, which reports them as cached. Then a worker is killed in mid-stream: the
-client is told at once, and the other worker goes on. At last that one is asked to stop in mid-stream: it ends what it
-has begun. Exits with 1 where any of this does not hold.
+client gets an error at once, and the other worker keeps serving. Finally that one is asked to stop while it streams,
+and finishes its request. Exits with 1 if any of this does not hold.
 """
 
 import sys

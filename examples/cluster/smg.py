@@ -5,8 +5,8 @@
 
 SMG renders the chat template, finds the worker whose earlier prompts begin most alike, and turns tokens into text; a
 worker sees token ids. Some conversations take turns, and each stays with its worker. Then a worker is killed in
-mid-stream: its sentinel tells SMG, and SMG the client, and the other worker goes on. At last that one is asked to stop
-in mid-stream: it ends what it has begun. Exits with 1 where any of this does not hold.
+mid-stream: its sentinel tells SMG, and SMG the client, and the other worker keeps serving. Finally that one is
+asked to stop while it streams, and finishes its request. Exits with 1 if any of this does not hold.
 """
 
 import sys

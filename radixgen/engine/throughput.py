@@ -32,7 +32,7 @@ class ThroughputLog:
         begin, before = self._last
         if now - begin >= self._seconds:
             after = self._stats()
-            logger.info("%s", describe(before, after, now - begin))
+            logger.info(describe(before, after, now - begin))
             self._last = now, after
 
 

@@ -20,7 +20,7 @@ class Peers:
         self._memory: Tensor | None = None
         """Memory that the other ranks read while it exists; kept until it is replaced."""
         self._sum: AllReduce | None = None
-        self._met = False
+        self._connected = False
 
     def connect(self, device: torch.device) -> None:
         """Share memory between all ranks if all of their GPUs can read each other's; called on all ranks at the same
@@ -29,7 +29,7 @@ class Peers:
         Works once per process: PyTorch counts the exchanges of a process, and would wait forever for a rank with fewer.
         """
         self._memory, self._sum = None, None
-        first, self._met = not self._met, True
+        first, self._connected = not self._connected, True
         if not _all_true(first, device):
             return
         try:
@@ -43,29 +43,35 @@ class Peers:
 
     def supports(self, dtype: torch.dtype, size: int) -> bool:
         """Return whether a tensor of `size` bytes is reduced by our own kernel, in a few microseconds."""
-        return self._sum is not None and self._sum.supports(dtype, size)
+        return self._kernel(dtype, size) is not None
 
     def all_reduce(self, data: Tensor) -> None:
         """Sum `data` over all ranks, in place. It is contiguous and on this rank's device."""
-        if self._sum is not None and self._sum.supports(data.dtype, data.nbytes):
-            self._sum(data)
-        else:
+        kernel = self._kernel(data.dtype, data.nbytes)
+        if kernel is None:
             dist.all_reduce(data)
+        else:
+            kernel(data)
 
     def all_reduce_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the sum of `parts` `[n, ...]` over `n` and over all ranks, in `dtype`."""
-        if self._sum is not None and self.supports(dtype, parts[0].numel() * dtype.itemsize):
-            data = parts.new_empty(parts.shape[1:], dtype=dtype)
-            self._sum(data, parts)
-        else:
+        kernel = self._kernel(dtype, parts[0].numel() * dtype.itemsize)
+        if kernel is None:
             data = parts.sum(0).to(dtype)
             dist.all_reduce(data)
+        else:
+            data = parts.new_empty(parts.shape[1:], dtype=dtype)
+            kernel(data, parts)
         return data
 
     def stop_waiting(self) -> None:
         """Stop waiting for other ranks, whatever the device is running."""
         if self._sum is not None:
             self._sum.stop()
+
+    def _kernel(self, dtype: torch.dtype, size: int) -> "AllReduce | None":
+        """Return our own all-reduce if it takes a tensor of `size` bytes."""
+        return self._sum if self._sum is not None and self._sum.supports(dtype, size) else None
 
 
 PEERS = Peers()

@@ -135,7 +135,7 @@ def _check_served(body: ChatRequest) -> None:
 
 
 class _ChoiceState:
-    """State of one choice, parsed as it comes."""
+    """State of one choice, parsed incrementally."""
 
     def __init__(self, parser: ToolCallParser) -> None:
         self.parser = parser
