@@ -86,7 +86,7 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
     width = triton.next_power_of_2(8 * head_dim)
     summed = {"data": "*bf16", "parts": "*fp32", "count": "i32"}
     pool |= summed | dict.fromkeys(("rooms", "flags", "rounds"), "*i64")
-    ranks = {"RANK": 1, "SIZE": 2, "BLOCK": 2048, "ROOM": 8192, "PARTS": 4, "PDL": chip >= 90}
+    ranks = {"RANK": 1, "SIZE": 2, "BLOCK": 2048, "ROOM": 8192, "PARTS": 4, "LOOKS": 1 << 18, "PDL": chip >= 90}
     for kernel, fixed in (
         (triton_kernels.expand_keys, {"BLOCK": 128, "ROWS": 128}),
         (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width, "PDL": chip >= 90}),

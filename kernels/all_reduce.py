@@ -30,6 +30,8 @@ a step, though not by itself.
 """
 _LARGEST_OF_MANY = 1 << 20
 """Bytes of the largest tensor with more ranks, each of which reads it from all others."""
+_LOOKS = 1 << 18
+"""Looks at a peer's flag, a fraction of a second in all, before a program checks whether to stop waiting."""
 _FLAG = 8
 """Bytes of one rank's flag for one program."""
 
@@ -66,7 +68,7 @@ class AllReduce:
         all_reduce_kernel[(min(triton.cdiv(count, block), MAX_PROGRAMS),)](
             data, data if parts is None else parts, count, self._rooms, self._flags, self._rounds, self._stop,
             RANK=self._rank, SIZE=self._size, BLOCK=block, ROOM=_ROOM // data.element_size(), PARTS=number,
-            PDL=self._overlap, num_warps=4 if block <= 2048 else 8, **pdl(self._overlap),
+            LOOKS=_LOOKS, PDL=self._overlap, num_warps=4 if block <= 2048 else 8, **pdl(self._overlap),
         )  # fmt: skip
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ def all_reduce_kernel(
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
     PARTS: tl.constexpr,
+    LOOKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sum over all ranks into `data [count]` of each; every program handles a block at a time. A rank's summand is the
@@ -58,7 +59,7 @@ def all_reduce_kernel(
         met = start < count
         for peer in tl.static_range(SIZE):
             if peer != RANK:
-                met = met & (_await(own_flags + peer, number, stop) >= number)
+                met = met & (_await(own_flags + peer, number, stop, LOOKS) >= number)
         tl.debug_barrier()
         total = tl.zeros([BLOCK], wide)
         for peer in tl.static_range(SIZE):
@@ -73,16 +74,17 @@ def all_reduce_kernel(
 
 
 @triton.jit
-def _await(flag, number, stop):
+def _await(flag, number, stop, LOOKS: tl.constexpr):
     """Wait until a flag is at least `number` or `stop` is set, and return the flag. Earlier writes of the peer are then
     visible.
 
-    `stop` is in host memory, which is slow, so it is read rarely.
+    `stop` is in host memory. If all programs read it, that takes most of a millisecond, in which the peers wait, and
+    read it in turn. So it is read only after `LOOKS` looks at the flag, which take far longer than that.
     """
     seen, looks, stopped = tl.load(flag, volatile=True), 0, 0
     while (seen < number) & (stopped == 0):
         seen = tl.load(flag, volatile=True)
-        looks = (looks + 1) % 1024
+        looks = (looks + 1) % LOOKS
         if looks == 0:
             stopped = tl.load(stop, volatile=True)
     return tl.atomic_add(flag, 0, sem="acquire", scope="sys")

@@ -1,4 +1,4 @@
-"""The all-reduce of GPUs that read each other's memory: one process plays all ranks, in the interpreter."""
+"""The all-reduce of GPUs that read each other's memory: one process plays all ranks, on one device."""
 
 import pytest
 import torch
@@ -6,14 +6,16 @@ import torch
 from radixgen.kernels import all_reduce
 from radixgen.kernels.all_reduce import AllReduce, shared_bytes
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 class Ranks:
     """Memory of all ranks, and a kernel that is one of them. The others have always been there before."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self.memory = [torch.zeros(shared_bytes(size), dtype=torch.uint8) for _ in range(size)]
-        self.sum = AllReduce([one.data_ptr() for one in self.memory], rank, torch.device("cpu"))
+        self.memory = [torch.zeros(shared_bytes(size), dtype=torch.uint8, device=DEVICE) for _ in range(size)]
+        self.sum = AllReduce([one.data_ptr() for one in self.memory], rank, DEVICE)
         self.rounds = 0
 
     def flags(self, rank: int) -> torch.Tensor:
@@ -47,8 +49,8 @@ def test_each_rank_adds_up_all_in_their_order(rank: int, size: int, dtype: torch
     torch.manual_seed(0)
     ranks = Ranks(rank, size)
     for _ in range(3):
-        data = [(100 * torch.randn(count)).to(dtype) for _ in range(size)]
-        expected = sum((one.float() for one in data), torch.zeros(count)).to(dtype)
+        data = [(100 * torch.randn(count, device=DEVICE)).to(dtype) for _ in range(size)]
+        expected = sum((one.float() for one in data), torch.zeros(count, device=DEVICE)).to(dtype)
         ranks.lend(data, all_reduce._LEAST)
         own = data[rank].clone()
         assert ranks.sum.supports(dtype, own.nbytes)
@@ -63,8 +65,8 @@ def test_each_rank_adds_up_all_in_their_order(rank: int, size: int, dtype: torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_parts_are_added_up_and_rounded_before(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    ranks, parts = Ranks(1, 2), torch.randn(4, 3, 300)
-    other, found = torch.randn(3, 300).to(dtype), torch.empty(3, 300, dtype=dtype)
+    ranks, parts = Ranks(1, 2), torch.randn(4, 3, 300, device=DEVICE)
+    other, found = parts[0].flip(1).to(dtype), torch.empty(3, 300, dtype=dtype, device=DEVICE)
     ranks.lend([other, found], all_reduce._LEAST)
     ranks.sum(found, parts)
     own = (parts[0] + parts[1] + parts[2] + parts[3]).to(dtype)
@@ -76,21 +78,22 @@ def test_more_than_all_programs_sum_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(all_reduce, "MAX_PROGRAMS", 2)
     monkeypatch.setattr(all_reduce, "_BLOCK", 512)
     monkeypatch.setattr(all_reduce, "_ROOMS", 2 * 2 * all_reduce._ROOM)
-    ranks, data = Ranks(0, 2), [torch.arange(1_800.0), torch.arange(1_800.0) * 10]
+    own = torch.arange(1_800.0, device=DEVICE)
+    ranks, data = Ranks(0, 2), [own.clone(), own * 10]
     for number, pair in enumerate(data[1].split(1_024), 1):
         for program, part in enumerate(pair.split(512)):
             ranks.room(1, torch.float32, program, number)[: part.numel()] = part
     ranks.flags(0)[:, 1] = 2
-    own = data[0].clone()
     ranks.sum(own)
     assert torch.equal(own, data[0] + data[1])
     assert ranks.flags(1)[:, 0].tolist() == [2, 2]
 
 
 def test_nobody_waits_for_a_peer_once_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "_LOOKS", 64)
     ranks = Ranks(0, 2)
     ranks.sum.stop()
-    ranks.sum(torch.ones(5_000))
+    ranks.sum(torch.ones(5_000, device=DEVICE))
     assert ranks.flags(1)[0, 0] == 1
 
 

@@ -139,7 +139,7 @@ def test_a_block_with_collectives_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
 
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
     torch._dynamo.reset()
-    with silent(), Engine(build(), kv_tokens=64) as engine:
+    with silent(), Engine(build(), kv_tokens=64, device="cpu") as engine:
         expected = engine.generate([5, 6, 7], params)[0].outputs[0].token_ids
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=record))
         engine._model.model.compile_blocks()

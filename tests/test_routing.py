@@ -16,6 +16,7 @@ from radixgen.serve.routing import Router
 BLOCK = 2
 MARGIN = 5
 WEIGHT = 3
+OUTPUT = 2
 Tokens = tuple[int, ...]
 
 
@@ -42,7 +43,7 @@ class PlainRouter:
     def load(self, replica: int) -> int:
         here = [(tokens, output) for where, tokens, output in self.requests.values() if where == replica]
         live = {block for tokens, _ in here for block in prefixes(tokens)}
-        return BLOCK * len(live.difference(self.cached[replica])) + sum(output for _, output in here)
+        return BLOCK * len(live.difference(self.cached[replica])) + sum(OUTPUT * output for _, output in here)
 
     def match(self, replica: int, tokens: Tokens) -> int:
         live = [block for where, prompt, _ in self.requests.values() if where == replica for block in prefixes(prompt)]
@@ -71,7 +72,7 @@ class PlainRouter:
 @given(st.data())
 def test_router_equals_its_plain_twin(data: Any) -> None:
     plain = PlainRouter()
-    router = Router(block_size=BLOCK, prefix_weight=WEIGHT, margin=MARGIN)
+    router = Router(block_size=BLOCK, prefix_weight=WEIGHT, output_weight=OUTPUT, margin=MARGIN)
     prompts = st.lists(st.integers(0, 1), max_size=7).map(tuple)
     fresh = 0
     for _ in range(data.draw(st.integers(1, 15), "steps")):
@@ -140,7 +141,7 @@ def test_samples_of_one_prompt_go_together_before_any_is_computed() -> None:
 
 
 def test_the_margin_says_when_the_longest_prefix_is_given_up() -> None:
-    router = Router(range(2), block_size=16, prefix_weight=2, margin=1_000)
+    router = Router(range(2), block_size=16, prefix_weight=2, output_weight=1, margin=1_000)
     prompt = ids(0, 10)
     router.stored(1, prompt)
     router.sent("busy", 1, [], output_tokens=1_320)
@@ -162,6 +163,14 @@ def test_a_common_beginning_does_not_gather_everything() -> None:
     assert max(loads) - min(loads) <= 2 * 41 * 16
 
 
+def test_many_agents_with_one_system_prompt_are_spread() -> None:
+    router, system = Router(range(2)), ids(0, 188)
+    for agent in range(128):
+        prompt = system + ids(1_000 * (agent + 1), 12)
+        router.sent(agent, router.choose(prompt), prompt, output_tokens=100)
+    assert abs(router.load(0) - router.load(1)) < 2_000
+
+
 def test_an_idle_replica_with_less_in_its_cache_takes_what_is_new() -> None:
     router = Router(range(2))
     router.stored(0, ids(0, 10))
@@ -171,14 +180,14 @@ def test_an_idle_replica_with_less_in_its_cache_takes_what_is_new() -> None:
 
 
 def test_what_is_computed_is_no_load() -> None:
-    router = Router([3], block_size=16)
+    router = Router([3], block_size=16, output_weight=3)
     router.sent("a", 3, ids(0, 4), output_tokens=7)
     router.sent("b", 3, ids(0, 4), output_tokens=7)
-    assert router.load(3) == 4 * 16 + 14
+    assert router.load(3) == 4 * 16 + 42
     router.stored(3, ids(0, 3))
-    assert router.load(3) == 16 + 14
+    assert router.load(3) == 16 + 42
     router.removed(3, [2])
-    assert router.load(3) == 2 * 16 + 14
+    assert router.load(3) == 2 * 16 + 42
     router.ended("a")
     router.ended("b")
     router.ended("b")
@@ -213,6 +222,8 @@ def test_bad_input() -> None:
         Router(block_size=0)
     with pytest.raises(InvalidRequest, match="prefix_weight=0"):
         Router(prefix_weight=0)
+    with pytest.raises(InvalidRequest, match="output_weight=0"):
+        Router(output_weight=0)
     with pytest.raises(InvalidRequest, match="margin=-1"):
         Router(margin=-1)
     with pytest.raises(InvalidRequest, match="max_blocks=0"):

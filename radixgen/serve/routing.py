@@ -3,9 +3,10 @@
     cost(replica) = load + prefix_weight * missing tokens + margin * missing tokens / prompt tokens
 
 The replica with the lowest cost is chosen. *Load* is what a replica's live requests still have to compute, in tokens:
-blocks of their prompts that are not cached there (shared blocks count once), plus their expected output. *Missing
-tokens* are those of this prompt that the replica would have to compute: all after the longest prefix that is cached
-there or belongs to a live request. At equal cost the longest prefix wins, then the replica with the fewest blocks.
+blocks of their prompts that are not cached there (shared blocks count once), plus `output_weight` times their expected
+output, whose tokens take longer than those of a prompt. *Missing tokens* are those of this prompt that the replica
+would have to compute: all after the longest prefix that is cached there or belongs to a live request. At equal cost the
+longest prefix wins, then the replica with the fewest blocks.
 
 So a replica keeps the requests whose prefix it has until it is busier than another by `prefix_weight` tokens per saved
 token, plus `margin` tokens if the prefix is the whole prompt. The weight is above 1 because recomputing a prefix delays
@@ -30,8 +31,10 @@ from radixgen.core import DuplicateRequest, EngineDead, InvalidRequest, check_in
 
 PREFIX_WEIGHT = 8
 """Tokens of load that outweigh one token of prefix"""
-MARGIN = 8_192
-"""Tokens; one full step of a large GPU"""
+OUTPUT_WEIGHT = 4
+"""Tokens of a prompt that are computed in the time of one output token, with tens of sequences in a batch"""
+MARGIN = 16_384
+"""Tokens: sixteen samples of a prompt, each with the default output"""
 OUTPUT_TOKENS = 256
 """Expected output tokens of a request without `max_tokens`"""
 
@@ -92,6 +95,7 @@ class Router:
         *,
         block_size: int = 16,
         prefix_weight: int = PREFIX_WEIGHT,
+        output_weight: int = OUTPUT_WEIGHT,
         margin: int = MARGIN,
         max_blocks: int = 1 << 22,
     ) -> None:
@@ -99,6 +103,7 @@ class Router:
         replicas: numbers of the initial replicas.
         block_size: tokens per block.
         prefix_weight: tokens of load that outweigh one token of prefix.
+        output_weight: load, in tokens, of each expected output token.
         margin: additional load, in tokens, that outweighs a prefix as long as the prompt.
         max_blocks: maximum number of cached blocks per replica; further ones are ignored.
 
@@ -106,10 +111,12 @@ class Router:
         """
         check_integer("block_size", block_size, 1, 1 << 16)
         check_integer("prefix_weight", prefix_weight, 1, 1 << 20)
+        check_integer("output_weight", output_weight, 1, 1 << 20)
         check_integer("margin", margin, 0, 1 << 40)
         check_integer("max_blocks", max_blocks, 1, 1 << 40)
         self.block_size = block_size
         self.prefix_weight = prefix_weight
+        self.output_weight = output_weight
         self.margin = margin
         self.max_blocks = max_blocks
         self._replicas: dict[int, _Replica] = {}
@@ -244,4 +251,4 @@ class Router:
         return self._replicas[replica]
 
     def _load(self, state: _Replica) -> int:
-        return state.to_compute * self.block_size + state.output_tokens
+        return state.to_compute * self.block_size + self.output_weight * state.output_tokens
