@@ -1,6 +1,7 @@
 """One engine thread, many coroutines: streams, aborts, slow readers, failures, the end."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -244,6 +245,26 @@ def test_a_cancelled_task_leaves_nothing() -> None:
             await asyncio.sleep(0.001)
 
     run(test)
+
+
+def test_a_refusal_that_nobody_awaits_any_more_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> None:
+        raise QueueFull("waiting", 2, "at most 1 requests wait")
+
+    async def test(engine: AsyncEngine) -> None:
+        gate = threading.Event()
+        blocked = asyncio.create_task(engine._call(lambda: gate.wait(10)))
+        refused = asyncio.create_task(engine._call(refuse))
+        await asyncio.sleep(0.01)
+        refused.cancel()
+        await asyncio.gather(refused, return_exceptions=True)
+        gate.set()
+        assert await blocked
+        await engine.check()
+
+    run(test)
+    gc.collect()
+    assert not caplog.records
 
 
 def test_abort() -> None:

@@ -284,9 +284,11 @@ class AsyncEngine:
         meanwhile, `function` still runs, then `undo` with its result.
         """
         future = self._thread.call(function)
+        result = asyncio.wrap_future(future)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(result)
         except asyncio.CancelledError:
+            result.add_done_callback(asyncio.Future.exception)  # else asyncio logs that nobody looked at it
             if undo is not None:
                 self._thread.post(lambda: None if future.exception() else undo(future.result()))
             raise
