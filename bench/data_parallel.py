@@ -21,11 +21,14 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.contenders import Options, saved_config
 from bench.report import Report
@@ -47,6 +50,10 @@ class Counts:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     """Prompt tokens that were computed: neither cached nor computed for another request at that time"""
+    rows: int = 0
+    """Rows that went through the model, of all replicas"""
+    steps: int = 0
+    """Steps of all replicas"""
 
     @property
     def throughput(self) -> float:
@@ -84,32 +91,41 @@ async def run_once(client: AsyncClient, workloads: Workloads) -> Counts:
     """Run all agents at once from an empty cache."""
     for worker in client.workers:
         await client.call("reset_prefix_cache", worker=worker)
-    counts = Counts(computed_tokens=-await computed_tokens(client))
+    counts, before = Counts(), await engine_totals(client)
     begin = time.perf_counter()
     await asyncio.gather(*(talk(client, workloads, agent, counts) for agent in range(workloads.scale.agents)))
     counts.seconds = time.perf_counter() - begin
-    counts.computed_tokens += await computed_tokens(client)
+    counts.computed_tokens, counts.rows, counts.steps = await engine_totals(client) - before
     return counts
 
 
-async def computed_tokens(client: AsyncClient) -> int:
-    """Prompt tokens that all replicas have computed since they started."""
-    stats = [await client.call("stats", worker=worker) for worker in client.workers]
-    return sum(one["engine"]["computed_prompt_tokens"] for one in stats)
+async def engine_totals(client: AsyncClient) -> NDArray[np.int64]:
+    """Prompt tokens computed, rows computed and steps since the start, of all replicas together, `[3]`."""
+    stats = [(await client.call("stats", worker=worker))["engine"] for worker in client.workers]
+    return np.array(
+        [[one[name] for name in ("computed_prompt_tokens", "computed_rows", "steps")] for one in stats]
+    ).sum(0)
+
+
+@contextmanager
+def start_replicas(client: AsyncClient, count: int, folder: str, kv_tokens: int) -> Iterator[None]:
+    """Replicas of a model with random weights, as processes that connect to `client`."""
+    worker = ("--model", folder, "--load-format=dummy", f"--kv-tokens={kv_tokens}", "--no-warm-up")
+    options = ReplicaOptions(count, worker=worker)
+    commands = [options.command(client.address, index) for index in range(count)]
+    started = Replicas(commands, options.environments(), lambda reason: client.fail(EngineDead(reason)))
+    try:
+        yield
+    finally:
+        started.close()
 
 
 async def serve(count: int, options: Options, folder: str, scales: Sequence[Scale]) -> list[Counts]:
     """Start `count` replicas and run the agents of each scale."""
-    worker = ("--model", folder, "--load-format=dummy", f"--kv-tokens={options.kv_tokens}", "--no-warm-up")
-    replicas = ReplicaOptions(count, worker=worker)
     async with AsyncClient(workers=count, timeout=_START_SECONDS) as client:
-        commands = [replicas.command(client.address, index) for index in range(count)]
-        started = Replicas(commands, replicas.environments(), lambda reason: client.fail(EngineDead(reason)))
-        try:
+        with start_replicas(client, count, folder, options.kv_tokens):
             await client.wait()
             return [await run_agents(client, scale, options.shape.vocab) for scale in scales]
-        finally:
-            await asyncio.to_thread(started.close)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, scale, counts in (("1", few, one), ("1", many, pool), (str(chosen.replicas), many, several)):
         report.say(
             f"{name} × {scale.agents} agents: {counts.seconds:.2f} s, {counts.throughput:,.0f} tokens/s "
-            f"({counts.throughput / one.throughput:.2f}×), {counts.hit_rate:.1%} of prompts not computed"
+            f"({counts.throughput / one.throughput:.2f}×), {counts.hit_rate:.1%} of prompts not computed, "
+            f"{counts.steps:,} steps of {counts.rows / counts.steps:.0f} rows"
         )
         report.keep(**{f"{name} x {scale.agents}": {"throughput": counts.throughput, "hit_rate": counts.hit_rate}})
     speed_up, points = several.throughput / one.throughput, 100 * (several.hit_rate - pool.hit_rate)

@@ -2,7 +2,8 @@
 
     python -m bench.parallel [--ranks 2] [--parts reduce exact many one large] [--minutes 9] [--save]
 
-- `reduce`: microseconds of an all-reduce of what one layer sends, many to a CUDA graph, by our kernel and by NCCL.
+- `reduce`: microseconds of an all-reduce of what one layer sends, many to a CUDA graph, by NCCL, and by our kernel if
+  the data is not too large.
 - `exact`: tiny models in float32, saved and sharded, give the tokens of one process: greedy, sampled and of beams.
 - `many` and `one`: an 8B shape over all ranks and on one GPU: one request alone, 256 on a prefix, prompts that share
   nothing.
@@ -180,7 +181,8 @@ def _reduce(rank: int, ranks: int, store: str) -> Iterator[dict[str, Any]]:
     found = {}
     for rows, hidden in ((1, 4096), (64, 8192), (256, 4096), (8192, 4096)) if cuda else ((1, 64),):
         data = torch.zeros((rows, hidden), dtype=torch.bfloat16 if cuda else torch.float32, device=device)
-        found[f"{rows} x {hidden}"] = _reduce_us(data, PEERS.all_reduce)
+        if not cuda or PEERS.supports(data.dtype, data.nbytes):
+            found[f"{rows} x {hidden}"] = _reduce_us(data, PEERS.all_reduce)
         found[f"{rows} x {hidden} by {dist.get_backend()}"] = _reduce_us(data, dist.all_reduce)
         yield {"us": found}
     dist.destroy_process_group()

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import families
@@ -23,6 +23,7 @@ from bench import (
     calibrate,
     cluster,
     compare,
+    data_parallel,
     engine,
     explain,
     gpu,
@@ -48,7 +49,7 @@ from bench import (
 from bench.report import Memory, Report
 from bench.sessions import SHARED, read_agents, read_conversations
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
-from radixgen import Engine, Limits
+from radixgen import AsyncClient, Engine, Limits
 from radixgen.scheduler import planner
 from radixgen.serve.worker import Worker
 
@@ -185,6 +186,27 @@ def test_serve(capsys, tmp_path, monkeypatch) -> None:
     figures = last_line(capsys)
     assert figures["outputs_1"] > 0 and figures["ratio_3"] > 0
     assert len(figures["ttft_ms_3_zmq"]) == 2 and figures["rate_3_engine"] > 0
+
+
+def test_data_parallel(capsys, monkeypatch) -> None:
+    """With the replicas in threads."""
+
+    @contextmanager
+    def replicas(client: AsyncClient, count: int, folder: str, kv_tokens: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index in range(count):
+                replica = Engine(folder, load_format="dummy", kv_tokens=kv_tokens, debug=True)
+                served = Worker(replica, [client.address], engine_index=index, drain_timeout=0.1)
+                thread = threading.Thread(target=served.run)
+                thread.start()
+                stack.callback(thread.join)
+                stack.callback(served.drain)
+            yield
+
+    monkeypatch.setattr(data_parallel, "start_replicas", replicas)
+    assert data_parallel.main([]) == 0
+    figures = last_line(capsys)
+    assert figures["speed_up"] > 0 and figures["1 x 6"]["hit_rate"] > figures["1 x 3"]["hit_rate"] > 0.5
 
 
 def test_equal_ids_give_equal_tokens() -> None:
