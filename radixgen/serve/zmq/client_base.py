@@ -18,10 +18,10 @@ from radixgen.core import (
     check_integer,
     check_texts,
 )
-from radixgen.serve import wire, wire_params
-from radixgen.serve.balancer import Blocks
-from radixgen.serve.endpoint import Curve
-from radixgen.serve.front import FrontEnd, RemoteWorker
+from radixgen.serve.zmq import wire, wire_params
+from radixgen.serve.zmq.balancer import Blocks
+from radixgen.serve.zmq.endpoint import Curve
+from radixgen.serve.zmq.front import FrontEnd, RemoteWorker
 
 Tokens = Sequence[int]
 

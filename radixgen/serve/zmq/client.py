@@ -8,10 +8,10 @@ from typing import Any, Self, Unpack
 
 from radixgen.core import RadixgenError, RequestFailed, RequestOutput, SamplingParams, merge_outputs
 from radixgen.core.adapters import refuses_adapters
-from radixgen.serve import wire
-from radixgen.serve.client_base import BaseClient, ClientOptions, ClientRequest, Tokens, result_of
-from radixgen.serve.front import FrontEnd, RemoteWorker
-from radixgen.serve.inbox import CoroutineInbox, Courier, ThreadInbox
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.client_base import BaseClient, ClientOptions, ClientRequest, Tokens, result_of
+from radixgen.serve.zmq.front import FrontEnd, RemoteWorker
+from radixgen.serve.zmq.inbox import CoroutineInbox, Courier, ThreadInbox
 
 _WINDOW = 2_048
 """Maximum number of open requests of one `generate`"""
