@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from radixgen.chat.history import HistoryBreak
     from radixgen.engine.async_engine import AsyncEngine
     from radixgen.engine.engine import Engine
-    from radixgen.serve.client import AsyncClient, Client
+    from radixgen.serve.zmq.client import AsyncClient, Client
 
 __version__ = VERSION
 
 _LAZY = {
-    "AsyncClient": "radixgen.serve.client",
+    "AsyncClient": "radixgen.serve.zmq.client",
     "AsyncConversation": "radixgen.chat.async_conversation",
     "AsyncEngine": "radixgen.engine.async_engine",
-    "Client": "radixgen.serve.client",
+    "Client": "radixgen.serve.zmq.client",
     "Conversation": "radixgen.chat.conversation",
     "Engine": "radixgen.engine.engine",
     "HistoryBreak": "radixgen.chat.history",

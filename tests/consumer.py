@@ -6,7 +6,7 @@ import msgspec
 import zmq
 
 from radixgen.cache import BlockEvent, BlocksAdded, BlocksDropped, BlocksReset, RadixTree, as_tokens
-from radixgen.serve.kv_events import KVEvents
+from radixgen.serve.zmq.kv_events import KVEvents
 
 Block = tuple[str, tuple[int, ...]]
 """A block as the namespace and all tokens up to its end."""

@@ -16,10 +16,10 @@ import atheris
 from radixgen import Engine  # before, for Numba can't compile what is instrumented
 
 with atheris.instrument_imports():
-    from radixgen.serve import wire
-    from radixgen.serve.counters import PeerCounters
-    from radixgen.serve.service import Peer
-    from radixgen.serve.worker import Worker
+    from radixgen.serve.zmq import wire
+    from radixgen.serve.zmq.counters import PeerCounters
+    from radixgen.serve.zmq.service import Peer
+    from radixgen.serve.zmq.worker import Worker
 
 from mutate_frames import LIMITS, frames
 from oracle import StampModel

@@ -14,7 +14,7 @@ from fake_front import PATIENCE, FakeFront
 from oracle import StampModel, expected_logits
 
 from radixgen import Engine
-from radixgen.serve.worker import Worker
+from radixgen.serve.zmq.worker import Worker
 
 T = TypeVar("T")
 VOCAB = 8

@@ -7,8 +7,8 @@ from oracle import StampModel
 from serving import VOCAB
 
 from radixgen import Engine
-from radixgen.serve.sentinel import Sentinel
-from radixgen.serve.worker import Worker, run_until_signalled
+from radixgen.serve.zmq.sentinel import Sentinel
+from radixgen.serve.zmq.worker import Worker, run_until_signalled
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from radixgen import (
 )
 from radixgen.core.adapters import ADAPTER_FIELDS
 from radixgen.model.checkpoint import ADAPTER_FILES
-from radixgen.serve import wire, wire_params
-from radixgen.serve.dynamo_requests import check_adapter
+from radixgen.serve.dynamo.requests import check_adapter
+from radixgen.serve.zmq import wire, wire_params
 
 LORA = SimpleNamespace(lora_name="mine", lora_int_id=1, lora_path="/loras/mine")
 SHORT = SamplingParams(max_tokens=2)

@@ -51,7 +51,7 @@ from bench.sessions import SHARED, read_agents, read_conversations
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from radixgen import AsyncClient, Engine, Limits
 from radixgen.scheduler import planner
-from radixgen.serve.worker import Worker
+from radixgen.serve.zmq.worker import Worker
 
 
 @pytest.fixture(autouse=True)

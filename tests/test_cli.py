@@ -259,7 +259,7 @@ def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytes
             found.extend([engine.max_step_tokens, engine.limits.max_num_seqs, engine.max_model_len])
         return True
 
-    monkeypatch.setattr("radixgen.serve.launch.serve", serve)
+    monkeypatch.setattr("radixgen.serve.zmq.launch.serve", serve)
     sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
     result = call("worker", "--model", model, *sizes, "--enforce-eager", "--warm-up", "--seed", 3)
     assert result.exit_code == 0 and found == [33, 5, 44], result.output

@@ -30,9 +30,9 @@ from radixgen import (
     RequestFailed,
     SamplingParams,
 )
-from radixgen.serve.endpoint import Curve, InsecureEndpoint
-from radixgen.serve.utility import UTILITIES
-from radixgen.serve.worker import Worker
+from radixgen.serve.zmq.endpoint import Curve, InsecureEndpoint
+from radixgen.serve.zmq.utility import UTILITIES
+from radixgen.serve.zmq.worker import Worker
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -216,7 +216,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Until it is set, workers do not answer `get_supported_tasks`."""
     event = threading.Event()
     slow = {**UTILITIES, "get_supported_tasks": lambda *_: event.wait(60)}
-    monkeypatch.setattr("radixgen.serve.service.UTILITIES", slow)
+    monkeypatch.setattr("radixgen.serve.zmq.service.UTILITIES", slow)
     return event
 
 

@@ -17,7 +17,7 @@ import radixgen.engine.engine as engine_module
 from radixgen import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
 from radixgen.cli import app
 from radixgen.core import PromptTokens
-from radixgen.serve.dynamo_requests import UsageCounter, chunks, sampling_params
+from radixgen.serve.dynamo.requests import UsageCounter, chunks, sampling_params
 
 VOCAB = 50
 
@@ -36,7 +36,7 @@ class EngineShutdown(Fault):
 
 @pytest.fixture
 def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """`radixgen.serve.dynamo` on plain stand-ins, serving the stamp model."""
+    """`radixgen.serve.dynamo.engine` on plain stand-ins, serving the stamp model."""
     names = {
         "dynamo": {},
         "dynamo.common": {},
@@ -55,14 +55,14 @@ def dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         module = ModuleType(name)
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "radixgen.serve.dynamo", raising=False)
+    monkeypatch.delitem(sys.modules, "radixgen.serve.dynamo.engine", raising=False)
     plain = engine_module.Engine
     model = StampModel(VOCAB, 128)
-    module = import_module("radixgen.serve.dynamo")
+    module = import_module("radixgen.serve.dynamo.engine")
     monkeypatch.setattr(module, "Engine", lambda name, **options: plain(model, **options, debug=True))
     monkeypatch.setattr(module, "sampling_defaults", lambda *_: {})
     yield module
-    del sys.modules["radixgen.serve.dynamo"]
+    del sys.modules["radixgen.serve.dynamo.engine"]
 
 
 class Context:

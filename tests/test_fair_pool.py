@@ -11,8 +11,8 @@ from served import tiny
 from radixgen import SamplingParams
 from radixgen.core import EngineClosed, QueueFull
 from radixgen.serve.fair_pool import FairPool
-from radixgen.serve.service import Peer
-from radixgen.serve.stepper import Stepper
+from radixgen.serve.zmq.service import Peer
+from radixgen.serve.zmq.stepper import Stepper
 
 SECONDS = 30.0
 

@@ -18,7 +18,7 @@ from radixgen import AsyncClient, Engine, Stats
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.totals import Totals
 from radixgen.serve.http.workers import Workers
-from radixgen.serve.worker import Worker
+from radixgen.serve.zmq.worker import Worker
 
 GREEDY = {"model": "tiny", "prompt": "Some words that", "max_tokens": 24, "temperature": 0.0}
 Ask = Callable[[httpx.AsyncClient], Awaitable[Any]]

@@ -14,8 +14,8 @@ from oracle import StampModel
 
 from radixgen import AsyncEngine, Engine, InvalidRequest, SamplingParams
 from radixgen.cache import BlocksAdded, BlocksDropped, BlocksReset, as_tokens
-from radixgen.serve import kv_events
-from radixgen.serve.kv_events import KVEvents, KVEventsConfig
+from radixgen.serve.zmq import kv_events
+from radixgen.serve.zmq.kv_events import KVEvents, KVEventsConfig
 
 VOCAB = 3
 ANYWHERE = {"endpoint": "tcp://127.0.0.1:*", "replay_endpoint": "tcp://127.0.0.1:*", "block_size": 4}

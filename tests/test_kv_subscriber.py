@@ -13,9 +13,9 @@ import zmq
 from oracle import StampModel
 
 from radixgen import Engine, SamplingParams
-from radixgen.serve import kv_subscriber
-from radixgen.serve.kv_events import KVEvents, KVEventsConfig
-from radixgen.serve.kv_subscriber import AllBlocksCleared, BlockStored, Event, KVSubscriber
+from radixgen.serve.zmq import kv_subscriber
+from radixgen.serve.zmq.kv_events import KVEvents, KVEventsConfig
+from radixgen.serve.zmq.kv_subscriber import AllBlocksCleared, BlockStored, Event, KVSubscriber
 
 VOCAB = 3
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)

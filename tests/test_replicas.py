@@ -26,13 +26,13 @@ from typer.testing import CliRunner
 from radixgen import AsyncClient, Client, Engine, EngineDead, InvalidRequest, SamplingParams
 from radixgen.cli import app
 from radixgen.core.settings import replica_environment
-from radixgen.serve import wire
-from radixgen.serve.balancer import Balancer
 from radixgen.serve.http.workers import start
-from radixgen.serve.kv_events import KVEvents, KVEventsConfig
 from radixgen.serve.replicas import ReplicaOptions, Replicas
-from radixgen.serve.salts import salted_namespace
-from radixgen.serve.worker import Worker
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.balancer import Balancer
+from radixgen.serve.zmq.kv_events import KVEvents, KVEventsConfig
+from radixgen.serve.zmq.salts import salted_namespace
+from radixgen.serve.zmq.worker import Worker
 
 SHORT = SamplingParams(temperature=0.0, max_tokens=4)
 PREFIX = "Sixteen tokens are a block, and this text has a few of them: "
@@ -218,7 +218,7 @@ def test_a_replica_ends_when_the_server_is_killed(tmp_path: Path) -> None:
     """Which closes the pipe, and so does this test. The replica is still loading, and heeds no signal."""
     code = (
         "import signal, sys, time\n"
-        "from radixgen.serve.launch import serve\n"
+        "from radixgen.serve.zmq.launch import serve\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "serve(lambda: time.sleep(600), [f'ipc://{sys.argv[1]}/handshake'], parent_fd=int(sys.argv[3]))"
     )

@@ -33,9 +33,9 @@ from radixgen import (
 from radixgen.explain import PromptText, explain
 from radixgen.model.loader import load_tokenizer
 from radixgen.sampling.sampler import DrawableTokens, draw
-from radixgen.serve import wire, wire_params
 from radixgen.serve.http.auth import Caller, Keys
-from radixgen.serve.service import Service
+from radixgen.serve.zmq import wire, wire_params
+from radixgen.serve.zmq.service import Service
 
 HALF = "Hi \ud83d"
 FEW = SamplingParams(temperature=0.0, max_tokens=2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mutate_frames import frames, mutated
 
 from radixgen import InvalidRequest, Limits, SamplingParams
-from radixgen.serve import wire, wire_params
+from radixgen.serve.zmq import wire, wire_params
 
 LIMITS = Limits()
 SMG_ADD = (

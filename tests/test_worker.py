@@ -20,8 +20,8 @@ from test_cli import call
 
 from radixgen import Engine, InvalidRequest, Limits
 from radixgen.sampling.structured import Grammars
-from radixgen.serve.endpoint import Curve, InsecureEndpoint, check_endpoint, smg_handshake
-from radixgen.serve.worker import Worker
+from radixgen.serve.zmq.endpoint import Curve, InsecureEndpoint, check_endpoint, smg_handshake
+from radixgen.serve.zmq.worker import Worker
 
 
 def test_a_front_end_is_served() -> None:

@@ -111,7 +111,7 @@ def worker(
             raise typer.BadParameter(f"No such option or argument: {context.args[0]}")
         import logging
 
-        from radixgen.serve.launch import serve
+        from radixgen.serve.zmq.launch import serve
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
@@ -153,7 +153,7 @@ def worker(
 def _serve_dynamo(options: dict[str, Any], extra_arguments: list[str]) -> None:
     """Run Dynamo's own worker until it ends. extra_arguments: options that Dynamo defines."""
     try:
-        from radixgen.serve.dynamo import main
+        from radixgen.serve.dynamo.engine import main
     except ModuleNotFoundError as error:
         raise InvalidRequest("backend", "dynamo", "requires pip install 'radixgen[dynamo]'") from error
     main([*to_flags(options), *extra_arguments])

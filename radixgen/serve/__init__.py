@@ -1,7 +1,3 @@
-"""Serving: the HTTP server (`http`), the live page (`live`), and workers over ZeroMQ with their front end.
-
-`wire` defines vLLM's messages and `endpoint` opens sockets. A worker is made of `service` (what messages do to an
-engine), `stepper` (the engine's thread), `link` (the sockets of one front end) and `worker` (the I/O loop). A front end
-is made of `front` (sockets), `balancer` (choice of a worker) and `client` (the API). `kv_events` publishes KV cache
-events; `dynamo` runs the engine under NVIDIA Dynamo.
+"""Serving: the HTTP server (`http`), the live page (`live`), workers over ZeroMQ and their front ends (`zmq`), and
+the engine under NVIDIA Dynamo (`dynamo`).
 """

@@ -43,14 +43,14 @@ class AccessLog:
                 message["headers"] = [*message["headers"], (_HEADER, request_id.encode())]
             await send(message)
 
-        self._metrics.open_requests += 1
+        self._metrics.open_requests.inc()
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            self._metrics.open_requests -= 1
+            self._metrics.open_requests.dec()
             ended = state.get("ended", "")
             if status >= 400:
-                self._metrics.refused[status] = self._metrics.refused.get(status, 0) + 1
+                self._metrics.errors.labels(status).inc()
             elapsed = (time.monotonic() - begin) * 1e3
             path = ascii(scope["path"])[1:-1][:_LONGEST_PATH]
             logger.info("%s %s %s %s %.1f ms %s", request_id, scope["method"], path, status, elapsed, ended)

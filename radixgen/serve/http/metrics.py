@@ -1,70 +1,46 @@
 """`/metrics`: Prometheus metrics under `radixgen:` and, if requested, under vLLM's names."""
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from radixgen.core import FinishReason, RequestOutput, Stats
 
 COMPAT = ("vllm",)
-_OWN = "radixgen:"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 _TOKENS = tuple(float(2**exponent) for exponent in range(21))
 
 
-@dataclass(slots=True)
-class Histogram:
-    """Histogram of observed values. Used by the event loop only."""
-
-    bounds: Sequence[float]
-    counts: list[int] = field(init=False)
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = [0] * (len(self.bounds) + 1)
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.total += value * times
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus expects."""
-        buckets, total = [], 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        return buckets
-
-
-class Metrics(Collector):
-    """Metrics of the server's requests, and the engine's latest `Stats`."""
+class Metrics:
+    """Metrics of the server's requests. They have no prefix until they are exposed."""
 
     def __init__(self, model: str, compat: str | None = None) -> None:
         """compat: an element of `COMPAT`, whose metric names are added."""
-        self.first_token = Histogram(_LONG)
-        self.inter_token = Histogram(_SHORT)
-        self.end_to_end = Histogram(_LONG)
-        self.queued = Histogram(_LONG)
-        self.prompt_tokens = Histogram(_TOKENS)
-        self.generation_tokens = Histogram(_TOKENS)
-        self.finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        self.refused: dict[int, int] = {}
-        """Number of error responses by status"""
-        self.open_requests = 0
-        self.stats: Stats | None = None
         self._model = model
         self._compat = compat
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
-        self._load = CollectorRegistry()
-        self._load.register(_Load(self.collect_load))
+        self._process = ProcessCollector(registry=None)
+        self._requests = CollectorRegistry()
+        histogram = partial(Histogram, registry=self._requests)
+        seconds, tokens = partial(histogram, buckets=_LONG), partial(histogram, buckets=_TOKENS)
+        self.first_token = seconds("time_to_first_token_seconds", "Time to the first token")
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Time between two tokens of one request", buckets=_SHORT
+        )
+        self.end_to_end = seconds("e2e_request_latency_seconds", "Time to the end of a request")
+        self.queued = seconds("request_queue_time_seconds", "Time to the admission of a request")
+        self.prompt_tokens = tokens("request_prompt_tokens", "Prompt tokens per prompt")
+        self.generation_tokens = tokens("request_generation_tokens", "Output tokens per prompt, of all choices")
+        self.finished = Counter("request_success", "Finished sequences", ["finished_reason"], registry=self._requests)
+        for reason in get_args(FinishReason):
+            self.finished.labels(reason)
+        self.errors = Counter("http_errors", "Error responses by status", ["status"], registry=None)
+        self.open_requests = Gauge("http_open_requests", "Requests being answered", registry=None)
 
     def expose(self, stats: Stats | None, *, everything: bool) -> bytes:
         """Metrics in Prometheus's text format.
@@ -72,51 +48,50 @@ class Metrics(Collector):
         stats: those of the engine; None if there are none yet.
         everything: whether to include more than the load. Other metrics could reveal other callers' requests.
         """
-        self.stats = stats
-        return generate_latest(self._registry if everything else self._load)
+        return generate_latest(_Scrape(self._families(stats, everything)))
 
-    def collect_load(self) -> Iterator[Metric]:
-        """Metrics that every caller may read."""
-        yield GaugeMetricFamily(_OWN + "http_open_requests", "Requests being answered", self.open_requests)
-        if self.stats is not None:
-            yield from _load_of(self.stats, _OWN, {})
-            if self._compat:
-                yield from _load_of(self.stats, "vllm:", {"model_name": self._model})
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self.collect_load()
-        yield from self._of_requests(_OWN, {})
-        if self.stats is not None:
-            yield from _of_engine(self.stats)
+    def _families(self, stats: Stats | None, everything: bool) -> Iterator[Metric]:
+        shared: list[Metric] = []
+        own = [*self.open_requests.collect()]
+        vllm: list[Metric] = []
+        if stats is not None:
+            shared += _load(stats)
+        if everything:
+            yield from self._process.collect()
+            shared += self._requests.collect()
+            own += self.errors.collect()
+        if everything and stats is not None:
+            own += _of_engine(stats)
+            vllm += _vllm(stats)
+        yield from _named("radixgen:", {}, own + shared)
         if self._compat:
-            labels = {"model_name": self._model}
-            yield from self._of_requests("vllm:", labels)
-            if self.stats is not None:
-                yield from _vllm(self.stats, labels)
+            yield from _named("vllm:", {"model_name": self._model}, shared + vllm)
 
-    def _of_requests(self, prefix: str, labels: dict[str, str]) -> Iterator[Metric]:
-        for name, says, histogram in (
-            ("time_to_first_token_seconds", "Time to the first token", self.first_token),
-            ("inter_token_latency_seconds", "Time between two tokens of one request", self.inter_token),
-            ("e2e_request_latency_seconds", "Time to the end of a request", self.end_to_end),
-            ("request_queue_time_seconds", "Time to the admission of a request", self.queued),
-            ("request_prompt_tokens", "Prompt tokens per prompt", self.prompt_tokens),
-            ("request_generation_tokens", "Output tokens per prompt, of all choices", self.generation_tokens),
-        ):
-            family = HistogramMetricFamily(prefix + name, says, labels=list(labels))
-            family.add_metric(list(labels.values()), histogram.buckets(), sum_value=histogram.total)
-            yield family
-        finished = CounterMetricFamily(
-            prefix + "request_success", "Finished sequences", labels=[*labels, "finished_reason"]
-        )
-        for reason, count in self.finished.items():
-            finished.add_metric([*labels.values(), reason], count)
-        yield finished
-        if prefix == _OWN:
-            errors = CounterMetricFamily(prefix + "http_errors", "Error responses by status", labels=["status"])
-            for status, count in sorted(self.refused.items()):
-                errors.add_metric([str(status)], count)
-            yield errors
+
+@dataclass(frozen=True)
+class _Scrape(Collector):
+    """Metrics as `generate_latest` takes them."""
+
+    families: Iterable[Metric]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+def _named(prefix: str, labels: dict[str, str], families: Iterable[Metric]) -> Iterator[Metric]:
+    """Copies of metrics with a prefix and more labels, without the times at which they were created."""
+    for family in families:
+        named = Metric(prefix + family.name, family.documentation, family.type)
+        for sample in family.samples:
+            if sample.name != f"{family.name}_created":
+                named.add_sample(prefix + sample.name, labels | sample.labels, sample.value)
+        yield named
+
+
+def _load(stats: Stats) -> Iterator[Metric]:
+    """Metrics of the engine that every caller may read."""
+    yield GaugeMetricFamily("num_requests_running", "Running sequences", stats.num_running)
+    yield GaugeMetricFamily("num_requests_waiting", "Waiting sequences", stats.num_waiting)
 
 
 def _of_engine(stats: Stats) -> Iterator[Metric]:
@@ -132,7 +107,7 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("tree_nodes", "Nodes of the radix tree", stats.num_nodes),
         ("shared_tokens", "Slots saved by sharing among running sequences", stats.shared_tokens),
     ):
-        yield GaugeMetricFamily(_OWN + name, says, value)
+        yield GaugeMetricFamily(name, says, value)
     for name, says, count in (
         ("steps", "Steps", stats.steps),
         ("prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens),
@@ -149,19 +124,16 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("num_preemptions", "Preempted sequences", stats.preemptions),
         ("failed_captures", "CUDA graphs that could not be captured", stats.failed_captures),
     ):
-        yield CounterMetricFamily(_OWN + name, says, count)
-    ends = CounterMetricFamily(_OWN + "sharing_ended", "Prompts not shared to their end, by reason", labels=["reason"])
+        yield CounterMetricFamily(name, says, count)
+    ends = CounterMetricFamily("sharing_ended", "Prompts not shared to their end, by reason", labels=["reason"])
     for reason, count in stats.sharing_ended.items():
         ends.add_metric([reason], count)
     yield ends
 
 
-def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
+def _vllm(stats: Stats) -> Iterator[Metric]:
     """Metrics that vLLM's dashboards use."""
-    names, values = list(labels), list(labels.values())
-    usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "As vLLM's", labels=names)
-    usage.add_metric(values, _usage(stats))
-    yield usage
+    yield GaugeMetricFamily("kv_cache_usage_perc", "As vLLM's", _usage(stats))
     for name, count in (
         ("prompt_tokens", stats.prompt_tokens),
         ("generation_tokens", stats.generated_tokens),
@@ -169,29 +141,7 @@ def _vllm(stats: Stats, labels: dict[str, str]) -> Iterator[Metric]:
         ("prefix_cache_hits", stats.cached_prompt_tokens),
         ("num_preemptions", stats.preemptions),
     ):
-        counter = CounterMetricFamily("vllm:" + name, "As vLLM's", labels=names)
-        counter.add_metric(values, count)
-        yield counter
-
-
-class _Load(Collector):
-    """Collector of the metrics that every caller may read."""
-
-    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
-        self._collect = collect
-
-    def collect(self) -> Iterator[Metric]:
-        return self._collect()
-
-
-def _load_of(stats: Stats, prefix: str, labels: dict[str, str]) -> Iterator[Metric]:
-    for name, says, value in (
-        ("num_requests_running", "Running sequences", stats.num_running),
-        ("num_requests_waiting", "Waiting sequences", stats.num_waiting),
-    ):
-        gauge = GaugeMetricFamily(prefix + name, says, labels=list(labels))
-        gauge.add_metric(list(labels.values()), value)
-        yield gauge
+        yield CounterMetricFamily(name, "As vLLM's", count)
 
 
 def _usage(stats: Stats) -> float:
@@ -216,12 +166,13 @@ class Meter:
             self._last = now
         elif count and self._last is not None:
             most = max(len(delta.token_ids) for delta in output.outputs)
-            metrics.inter_token.observe((now - self._last) / most, most)
+            for _ in range(most):
+                metrics.inter_token.observe((now - self._last) / most)
             self._last = now
         self.tokens += count
         for delta in output.outputs:
             if delta.finish_reason is not None:
-                metrics.finished[delta.finish_reason] += 1
+                metrics.finished.labels(delta.finish_reason).inc()
         if output.finished:
             metrics.queued.observe(output.queue_seconds)
             metrics.end_to_end.observe(now - self.begin)

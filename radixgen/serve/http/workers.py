@@ -27,10 +27,10 @@ from radixgen.engine.input_processor import InputProcessor
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.request_loop import Progress
 from radixgen.scheduler.sequence import Request, Sequence
-from radixgen.serve.client import AsyncClient, AsyncStream
 from radixgen.serve.http.generation import merge
 from radixgen.serve.http.totals import Totals
 from radixgen.serve.replicas import ReplicaOptions, Replicas
+from radixgen.serve.zmq.client import AsyncClient, AsyncStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

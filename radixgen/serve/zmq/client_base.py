@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 from uuid import uuid4
 
 from radixgen.core import (
@@ -18,12 +18,23 @@ from radixgen.core import (
     check_integer,
     check_texts,
 )
-from radixgen.serve import wire, wire_params
-from radixgen.serve.balancer import Blocks
-from radixgen.serve.endpoint import Curve
-from radixgen.serve.front import FrontEnd, RemoteWorker
+from radixgen.serve.zmq import wire, wire_params
+from radixgen.serve.zmq.balancer import Blocks
+from radixgen.serve.zmq.endpoint import Curve
+from radixgen.serve.zmq.front import FrontEnd, RemoteWorker
 
 Tokens = Sequence[int]
+
+
+class ClientOptions(TypedDict, total=False):
+    """Options of a request that a client sends."""
+
+    cache_salt: str | None
+    """Only requests with the same salt share prefixes"""
+    priority: int
+    """Requests with a higher priority go first; 0 by default"""
+    worker: int | None
+    """Index of the worker; by default the router chooses one"""
 
 
 @dataclass(eq=False)
@@ -134,30 +145,30 @@ class BaseClient:
         self,
         prompt: Tokens,
         params: SamplingParams | None,
-        cache_salt: str | None,
-        priority: int,
-        index: int | None,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        worker: int | None = None,
         beside: ClientRequest | None = None,
     ) -> tuple[ClientRequest, wire.Add]:
         """Create a request and its message. Raises `InvalidRequest`, `EngineDead`.
 
-        index: that of the worker; by default the router chooses one.
-        beside: a request with the same prompt, whose worker is used.
+        beside: a request with the same prompt, whose worker is used. The other options are `ClientOptions`.
         """
         params = params if params is not None else SamplingParams()
         check_texts("cache_salt", cache_salt)
         if beside is None:
             tokens = [int(token) for token in prompt]
             blocks = self._front.blocks(tokens, cache_salt)
-            worker = self._front.choose(index, blocks)
+            remote = self._front.choose(worker, blocks)
         else:
-            tokens, blocks, worker = beside.prompt, beside.blocks, beside.worker
-        eos = worker.ready.eos_token_ids if worker.ready is not None else []
+            tokens, blocks, remote = beside.prompt, beside.blocks, beside.worker
+        eos = remote.ready.eos_token_ids if remote.ready is not None else []
         sampling = wire_params.from_params(params, eos)
         request_id = self._new_id()
         add = wire.Add(request_id, tokens, sampling_params=sampling, cache_salt=cache_salt, priority=-priority)
         unseen = frozenset([*eos, *params.end_token_ids]) - frozenset(params.stop_token_ids)
-        return ClientRequest(request_id, tokens, params, worker, blocks, unseen), add
+        return ClientRequest(request_id, tokens, params, remote, blocks, unseen), add
 
     def _make_forks(self, request: ClientRequest, n: int) -> list[ClientRequest]:
         check_integer("n", n, 1, self._front.limits.max_n)

@@ -24,8 +24,8 @@ from radixgen.engine.async_engine import AsyncEngine
 from radixgen.engine.engine import Engine
 from radixgen.model import smollm2
 from radixgen.model.sampling_defaults import sampling_defaults
-from radixgen.serve.dynamo_requests import Chunk, UsageCounter, check_adapter, chunks, sampling_params
-from radixgen.serve.kv_events import KVEvents, KVEventsConfig
+from radixgen.serve.dynamo.requests import Chunk, UsageCounter, check_adapter, chunks, sampling_params
+from radixgen.serve.zmq.kv_events import KVEvents, KVEventsConfig
 
 logger = logging.getLogger(__name__)
 

@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from radixgen.core import RadixgenError, RequestFailed, RequestOutput, SamplingParams, merge_outputs
 from radixgen.core.adapters import refuses_adapters
-from radixgen.serve import wire
-from radixgen.serve.client_base import BaseClient, ClientRequest, Tokens, result_of
-from radixgen.serve.front import FrontEnd, RemoteWorker
-from radixgen.serve.inbox import CoroutineInbox, Courier, ThreadInbox
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.client_base import BaseClient, ClientOptions, ClientRequest, Tokens, result_of
+from radixgen.serve.zmq.front import FrontEnd, RemoteWorker
+from radixgen.serve.zmq.inbox import CoroutineInbox, Courier, ThreadInbox
 
 _WINDOW = 2_048
 """Maximum number of open requests of one `generate`"""
@@ -38,24 +38,17 @@ class Client(BaseClient):
 
     @refuses_adapters
     def generate(
-        self,
-        prompts: Sequence[Tokens],
-        params: SamplingParams | None = None,
-        *,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        worker: int | None = None,
+        self, prompts: Sequence[Tokens], params: SamplingParams | None = None, **options: Unpack[ClientOptions]
     ) -> list[RequestOutput]:
         """Generate completions for a batch of prompts, given as token ids. Returns their outputs in order.
 
-        cache_salt: only requests with the same salt share prefixes.
-        priority: requests with a higher priority go first.
+        Takes the options of `ClientOptions`; so do `stream` and `AsyncClient`.
         """
         streams: list[Stream] = []
         outputs: list[RequestOutput] = []
         try:
             for prompt in prompts:
-                streams.append(self.stream(prompt, params, cache_salt=cache_salt, priority=priority, worker=worker))
+                streams.append(self.stream(prompt, params, **options))
                 if len(streams) - len(outputs) >= _WINDOW:
                     outputs.append(streams[len(outputs)].whole())
             while len(outputs) < len(streams):
@@ -67,17 +60,11 @@ class Client(BaseClient):
 
     @refuses_adapters
     def stream(
-        self,
-        prompt: Tokens,
-        params: SamplingParams | None = None,
-        *,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        worker: int | None = None,
+        self, prompt: Tokens, params: SamplingParams | None = None, **options: Unpack[ClientOptions]
     ) -> "Stream":
         """Generate for one prompt; iterate over its outputs. Closing the stream early aborts the request."""
         self._wait_once()
-        request, message = self._make_request(prompt, params, cache_salt, priority, worker)
+        request, message = self._make_request(prompt, params, **options)
         stream = Stream(self._front, request)
         self._front.add(request.worker, message, stream.inbox, request.blocks)
         return stream
@@ -215,16 +202,10 @@ class AsyncClient(BaseClient):
 
     @refuses_adapters
     async def generate(
-        self,
-        prompt: Tokens,
-        params: SamplingParams | None = None,
-        *,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        worker: int | None = None,
+        self, prompt: Tokens, params: SamplingParams | None = None, **options: Unpack[ClientOptions]
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs, the last one with `finished=True`. Closing the generator early aborts the request."""
-        outputs = await self.open(prompt, params, cache_salt=cache_salt, priority=priority, worker=worker)
+        outputs = await self.open(prompt, params, **options)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
@@ -235,10 +216,8 @@ class AsyncClient(BaseClient):
         prompt: Tokens,
         params: SamplingParams | None = None,
         *,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        worker: int | None = None,
         beside: "AsyncStream | None" = None,
+        **options: Unpack[ClientOptions],
     ) -> "AsyncStream":
         """Send a request, and return a stream of its outputs.
 
@@ -247,7 +226,7 @@ class AsyncClient(BaseClient):
         if not self._waited:
             await self.wait()
         sibling = None if beside is None else beside.request
-        request, message = self._make_request(prompt, params, cache_salt, priority, worker, sibling)
+        request, message = self._make_request(prompt, params, beside=sibling, **options)
         inbox = self._inbox()
         self._front.add(request.worker, message, inbox, request.blocks)
         return AsyncStream(self._front, request, inbox)

@@ -6,7 +6,7 @@ from collections import deque
 from contextlib import suppress
 
 from radixgen.core import RadixgenError, RequestFailed
-from radixgen.serve import wire
+from radixgen.serve.zmq import wire
 
 Item = wire.Output | wire.Reply | RadixgenError
 

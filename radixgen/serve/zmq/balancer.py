@@ -8,11 +8,11 @@ import numpy as np
 
 from radixgen.cache import hash_blocks
 from radixgen.core import InvalidRequest, RadixgenError
-from radixgen.serve import wire
-from radixgen.serve.kv_events import KVEventsConfig
-from radixgen.serve.kv_subscriber import AllBlocksCleared, BlockStored, Event, KVSubscriber
 from radixgen.serve.routing import OUTPUT_TOKENS, Router
-from radixgen.serve.salts import salted_namespace
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.kv_events import KVEventsConfig
+from radixgen.serve.zmq.kv_subscriber import AllBlocksCleared, BlockStored, Event, KVSubscriber
+from radixgen.serve.zmq.salts import salted_namespace
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from radixgen.core import (
 )
 from radixgen.engine.engine import Engine
 from radixgen.engine.output_processor import scores_of
-from radixgen.serve import wire, wire_params
-from radixgen.serve.counters import PeerCounters
-from radixgen.serve.salts import salted_namespace
-from radixgen.serve.utility import PENDING, UTILITIES
+from radixgen.serve.zmq import wire, wire_params
+from radixgen.serve.zmq.counters import PeerCounters
+from radixgen.serve.zmq.salts import salted_namespace
+from radixgen.serve.zmq.utility import PENDING, UTILITIES
 from radixgen.version import VERSION
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from msgspec import Raw
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.engine.engine import Engine
-from radixgen.serve import wire
-from radixgen.serve.counters import Counters, PeerCounters
-from radixgen.serve.endpoint import (
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.counters import Counters, PeerCounters
+from radixgen.serve.zmq.endpoint import (
     LINGER_SECONDS,
     Context,
     Curve,
@@ -28,11 +28,11 @@ from radixgen.serve.endpoint import (
     open_socket,
     ready,
 )
-from radixgen.serve.kv_events import KVEvents
-from radixgen.serve.link import OVERFLOW, Link
-from radixgen.serve.sentinel import Sentinel
-from radixgen.serve.service import Message, Peer
-from radixgen.serve.stepper import Stepper
+from radixgen.serve.zmq.kv_events import KVEvents
+from radixgen.serve.zmq.link import OVERFLOW, Link
+from radixgen.serve.zmq.sentinel import Sentinel
+from radixgen.serve.zmq.service import Message, Peer
+from radixgen.serve.zmq.stepper import Stepper
 
 logger = logging.getLogger(__name__)
 

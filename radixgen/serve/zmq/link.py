@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import zmq
 
 from radixgen.core import Limits
-from radixgen.serve import wire
-from radixgen.serve.endpoint import Context, Curve, MonitoredSocket, open_socket
-from radixgen.serve.service import Message, Peer
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.endpoint import Context, Curve, MonitoredSocket, open_socket
+from radixgen.serve.zmq.service import Message, Peer
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import Self
 import zmq
 
 from radixgen.core import Limits
-from radixgen.serve import wire
-from radixgen.serve.endpoint import Curve, open_socket
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.endpoint import Curve, open_socket
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Sentinel:
 
     def __init__(self, curve: Curve | None = None) -> None:
         keys = [] if curve is None else [str(curve.own), str(curve.peers)]
-        command = [sys.executable, "-m", "radixgen.serve.sentinel", *keys]
+        command = [sys.executable, "-m", "radixgen.serve.zmq.sentinel", *keys]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def __enter__(self) -> Self:

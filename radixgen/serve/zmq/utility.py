@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from msgspec import Struct
 
 from radixgen.core import InvalidRequest, check_integer
-from radixgen.serve import wire
+from radixgen.serve.zmq import wire
 
 if TYPE_CHECKING:
     from radixgen.cache import Node
-    from radixgen.serve.service import Peer, Service
+    from radixgen.serve.zmq.service import Peer, Service
 
 Arguments = TypeVar("Arguments", bound=Struct)
 Utility = Callable[["Service", "Peer", wire.Call], Any]

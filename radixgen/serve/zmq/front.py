@@ -19,9 +19,9 @@ from msgspec import Raw
 from zmq.auth.thread import ThreadAuthenticator
 
 from radixgen.core import EngineClosed, EngineDead, InvalidRequest, Limits, QueueFull, RadixgenError
-from radixgen.serve import wire
-from radixgen.serve.balancer import Balancer, Blocks
-from radixgen.serve.endpoint import (
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.balancer import Balancer, Blocks
+from radixgen.serve.zmq.endpoint import (
     HEARTBEAT_SECONDS,
     Context,
     Curve,

@@ -10,9 +10,9 @@ from functools import partial
 from radixgen.core import EngineClosed, EngineDead, Grammar, RequestOutput, SamplingParams
 from radixgen.engine.engine import Engine
 from radixgen.engine.thread import EngineThread
-from radixgen.serve import wire
 from radixgen.serve.fair_pool import FairPool
-from radixgen.serve.service import Message, Peer, Service
+from radixgen.serve.zmq import wire
+from radixgen.serve.zmq.service import Message, Peer, Service
 
 Job = Callable[[], None]
 

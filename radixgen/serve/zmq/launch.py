@@ -10,10 +10,10 @@ from pathlib import Path
 from radixgen.core import InvalidRequest
 from radixgen.engine.engine import Engine
 from radixgen.model.ranks import await_hangup
-from radixgen.serve.endpoint import Curve, check_endpoint, smg_handshake
-from radixgen.serve.kv_events import KVEvents, KVEventsConfig
-from radixgen.serve.sentinel import Sentinel
-from radixgen.serve.worker import Worker, check_worker, run_until_signalled
+from radixgen.serve.zmq.endpoint import Curve, check_endpoint, smg_handshake
+from radixgen.serve.zmq.kv_events import KVEvents, KVEventsConfig
+from radixgen.serve.zmq.sentinel import Sentinel
+from radixgen.serve.zmq.worker import Worker, check_worker, run_until_signalled
 
 
 def serve(

@@ -8,7 +8,7 @@ from msgspec import Raw
 from radixgen.core import InvalidRequest, Limits, SamplingParams, check_texts
 from radixgen.core.adapters import ADAPTERS
 from radixgen.core.grammar import format_source
-from radixgen.serve import wire
+from radixgen.serve.zmq import wire
 
 _UNSERVED = (
     "allowed_token_ids",

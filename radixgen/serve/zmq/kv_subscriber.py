@@ -13,8 +13,8 @@ import zmq
 from msgspec import Struct
 
 from radixgen.core import InvalidRequest, RadixgenError
-from radixgen.serve.endpoint import Context, Interest, check_endpoint, ready
-from radixgen.serve.kv_events import KVEventsConfig
+from radixgen.serve.zmq.endpoint import Context, Interest, check_endpoint, ready
+from radixgen.serve.zmq.kv_events import KVEventsConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The engine as a worker of NVIDIA Dynamo. Requires `radixgen[dynamo]`."""
