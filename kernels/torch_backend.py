@@ -27,7 +27,7 @@ FUSED = True
 LONG_RUN = {"cpu": 256, "cuda": 4096}
 """Average keys per segment from which a unit is read in place instead of gathered."""
 
-_CHUNK = 512
+_CHUNK = 2048
 """Quantized keys that are converted at a time, so that they stay in the processor's cache."""
 _FEW_ROWS = 64
 """Query-head rows up to which converting quantized keys takes longer than computing with them."""
