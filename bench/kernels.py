@@ -31,6 +31,7 @@ from radixgen.kernels.work import Launch, TileClass
 
 CHIPS = (80, 90)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+NAMES |= {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
 MASKS: dict[int, tuple[str, ...]] = {64: ("window", "sinks"), 128: ("window", "softcap"), 256: ("window", "softcap")}
 """Of models with such heads, like gpt-oss and gemma 2"""
@@ -39,7 +40,8 @@ ALIGNED = [["tt.divisibility", 16]]
 
 def configurations() -> Iterator[tuple[Geometry, Launch, int, int, tuple[str, ...]]]:
     """Every launch of the head shapes that models have, and each class of tiles in it, for both chips, without masks
-    and with those that models with such heads have, and one of a single KV head; bfloat16 stands for float16 too.
+    and with those that models with such heads have, some with keys in 8 bits, and one of a single KV head; bfloat16
+    stands for float16 too.
     """
     shapes = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
     tiles = [(4, 16, 1), (4, 64, 64), (1, 64, 64), (71, 128, 64)]
@@ -51,6 +53,11 @@ def configurations() -> Iterator[tuple[Geometry, Launch, int, int, tuple[str, ..
             launch = choose_launch(geometry, tile_rows, Chip(chip, 132), rows=rows, windowed="window" in masks)
             for kind in range(len(launch.classes)):
                 yield geometry, launch, kind, chip, masks
+    for kv_dtype, dim, (group, tile_rows, rows) in product((torch.int8, torch.float8_e4m3fn), (64, 128), tiles[:2]):
+        geometry = Geometry(8, group, dim, dim, torch.bfloat16, kv_dtype)
+        launch = choose_launch(geometry, tile_rows, Chip(90, 132), rows=rows)
+        for kind in range(len(launch.classes)):
+            yield geometry, launch, kind, 90, ()
     alone = Geometry(1, 16, 128, 128, torch.bfloat16)
     for chip in CHIPS:
         yield alone, choose_launch(alone, 16, Chip(chip, 132), rows=4), 0, chip, ()
@@ -71,7 +78,8 @@ def examine(
     }
     return {
         "kernel": "attend", "chip": chip, "head_dim": geometry.head_dim, "v_head_dim": geometry.v_head_dim,
-        "group": geometry.group, "masks": masks, "tiles": shape.rows, "warps": shape.num_warps,
+        "group": geometry.group, "kv_dtype": str(geometry.kv_dtype), "masks": masks, "tiles": shape.rows,
+        "warps": shape.num_warps,
         **_compiled(triton_kernels.attend, types, fixed, shape.num_warps, chip, shape.registers, disassemble),
     }  # fmt: skip
 
@@ -79,22 +87,29 @@ def examine(
 def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
     """The remaining kernels, for 32 query heads of 8 KV heads; merging in its narrowest and widest form."""
     pool = {"k": "*bf16", "v": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16", "slots": "*i64"}
-    floats = dict.fromkeys(("partial_out", "partial_lse", "lse", "sinks"), "*fp32")
-    strides = dict.fromkeys(("key_row", "key_head", "value_row", "value_head", "rows"), "i32")
+    floats = dict.fromkeys(("partial_out", "partial_lse", "lse", "sinks", "k_scales", "v_scales"), "*fp32")
+    strides = dict.fromkeys(("key_row", "key_head", "value_row", "value_head", "rows", "num_slots"), "i32")
     dims = {"HEAD_DIM": head_dim, "V_HEAD_DIM": head_dim}
     merging = {"Q_HEADS": 32, "V_HEAD_DIM": head_dim, "PADDED_V_DIM": triton.next_power_of_2(head_dim), "SINKS": True}
-    width = triton.next_power_of_2(8 * head_dim)
+    padded = triton.next_power_of_2(head_dim)
+    writing = {
+        "KV_HEADS": 8, **dims, "PADDED_HEADS": 8, "PADDED_DIM": padded, "PADDED_V_DIM": padded, "LARGEST": 127.0,
+        "PDL": chip >= 90,
+    }  # fmt: skip
     summed = {"data": "*bf16", "parts": "*fp32", "count": "i32"}
     pool |= summed | dict.fromkeys(("rooms", "flags", "rounds"), "*i64")
     ranks = {"RANK": 1, "SIZE": 2, "BLOCK": 2048, "ROOM": 8192, "PARTS": 4, "LOOKS": 1 << 18, "PDL": chip >= 90}
     for kernel, fixed in (
         (triton_kernels.expand_keys, {"BLOCK": 128, "ROWS": 128}),
-        (triton_kernels.write_kv, {"KV_HEADS": 8, **dims, "PADDED_K": width, "PADDED_V": width, "PDL": chip >= 90}),
+        (triton_kernels.write_kv, writing | {"QUANTIZED": False}),
+        (triton_kernels.write_kv, writing | {"QUANTIZED": True}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 16, "BLOCK_PARTIALS": 1, "PDL": chip >= 90}),
         (triton_kernels.merge, merging | {"BLOCK_HEADS": 1, "BLOCK_PARTIALS": 64, "PDL": chip >= 90}),
         (all_reduce_kernel, ranks),
     ):
         known = pool | floats | strides
+        if fixed.get("QUANTIZED"):
+            known |= {"k": "*i8", "v": "*i8"}
         if kernel is triton_kernels.merge:
             known["rows"] = "*i32"
         types = {name: known.get(name, "*i32") for name in kernel.arg_names if name not in fixed}
@@ -132,16 +147,18 @@ def _compiled(
 
 
 def _type(name: str, geometry: Geometry, shape: TileClass, bulk: bool) -> str:
-    dtype = NAMES[geometry.dtype]
+    dtype, kv_dtype = NAMES[geometry.dtype], NAMES[geometry.kv_dtype or geometry.dtype]
     if name in ("k_blocks", "v_blocks") and bulk:
-        return f"tensordesc<{dtype}[{shape.block_keys}, {geometry.padded[name == 'v_blocks']}]>"
-    if name in ("q", "k", "v", "k_blocks", "v_blocks", "out"):
+        return f"tensordesc<{kv_dtype}[{shape.block_keys}, {geometry.padded[name == 'v_blocks']}]>"
+    if name in ("k", "v", "k_blocks", "v_blocks"):
+        return f"*{kv_dtype}"
+    if name in ("q", "out"):
         return f"*{dtype}"
-    if name in ("scale", "softcap", "window"):
-        return "i32" if name == "window" else "fp32"
+    if name in ("scale", "softcap", "window", "num_slots"):
+        return "i32" if name in ("window", "num_slots") else "fp32"
     if name == "row_positions":
         return "*i64"
-    return "*fp32" if name in ("lse", "partial_out", "partial_lse", "sinks") else "*i32"
+    return "*fp32" if name in ("lse", "partial_out", "partial_lse", "sinks", "k_scales", "v_scales") else "*i32"
 
 
 def _dump(cubin: bytes, disassemble: bool) -> str:

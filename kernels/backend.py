@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from radixgen.kernels.quantized import KV
     from radixgen.kernels.workspace import Workspace
 
 BACKENDS = ("torch", "triton", "flash")
@@ -38,8 +39,8 @@ class Attention(Protocol):
     def __call__(
         self,
         q: "Tensor",
-        k: "Tensor",
-        v: "Tensor",
+        k: "KV",
+        v: "KV",
         scale: float,
         softcap: float | None = None,
         sinks: "Tensor | None" = None,
@@ -47,8 +48,9 @@ class Attention(Protocol):
         """Compute attention of all rows, in the plan's order.
 
         q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v `[slots, kv_heads, v_head_dim]` are the
-        whole pool, in any floating dtype. Scores are multiplied by `scale`, a positive number, then capped:
-        `softcap * tanh(score / softcap)`. `sinks [q_heads]`: one logit per head that takes weight and has no value.
+        whole pool, in any floating dtype, or quantized. Scores are multiplied by `scale`, a positive number, then
+        capped: `softcap * tanh(score / softcap)`. `sinks [q_heads]`: one logit per head that takes weight and has no
+        value.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]` (natural log, without sinks) in
         float32, or in float64 for float64 inputs. Sums are in float32 or better. A row that sees no key gives 0 and
@@ -77,8 +79,8 @@ class StaticAttention(Protocol):
     def __call__(
         self,
         q: "Tensor",
-        k: "Tensor",
-        v: "Tensor",
+        k: "KV",
+        v: "KV",
         scale: float,
         softcap: float | None = None,
         sinks: "Tensor | None" = None,
@@ -91,8 +93,10 @@ class KVWriter(Protocol):
     def __init__(self, slots: "NDArray[np.int64] | Tensor", device: "torch.device") -> None:
         """`slots` `[rows]`: distinct; -1 if a row's KV exists already."""
 
-    def __call__(self, key: "Tensor", value: "Tensor", k: "Tensor", v: "Tensor") -> None:
-        """Write key `[rows, kv_heads, head_dim]` to k `[slots, kv_heads, head_dim]`, and likewise value to v."""
+    def __call__(self, key: "Tensor", value: "Tensor", k: "KV", v: "KV") -> None:
+        """Write key `[rows, kv_heads, head_dim]` to k `[slots, kv_heads, head_dim]`, and likewise value to v; quantize
+        them if k and v are quantized.
+        """
 
 
 class AttentionBackend(NamedTuple):

@@ -29,6 +29,7 @@ from radixgen.core.plan import Int64Array
 from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
+from radixgen.kernels.quantized import KV, QuantizedKV
 from radixgen.kernels.sequences import Sequences, split
 
 TILE_ROWS = 128
@@ -79,12 +80,14 @@ class FlashPackage:
     head_multiple: int = 8
     """Required divisor of head sizes: others would be padded by copying the whole pool."""
 
-    def answers(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    def answers(self, q: Tensor, k: KV, v: KV) -> bool:
         """Return whether the package supports these tensors; shapes as in `radixgen.kernels.backend.Attention`."""
         dim = q.shape[2]
-        same = q.dtype == k.dtype == v.dtype and dim == v.shape[2]
+        if isinstance(k, QuantizedKV) or isinstance(v, QuantizedKV):
+            return False
         return (
-            same
+            q.dtype == k.dtype == v.dtype
+            and dim == v.shape[2]
             and q.dtype in self.dtypes
             and dim % self.head_multiple == 0
             and dim <= 256
@@ -326,7 +329,7 @@ class FlashKVWriter:
     def __init__(self, slots: NDArray[np.int64], device: torch.device) -> None:
         self._writer: KVWriter = backend("auto", device).kv_writer(slots, device)
 
-    def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
+    def __call__(self, key: Tensor, value: Tensor, k: KV, v: KV) -> None:
         """As `radixgen.kernels.backend.KVWriter`."""
         self._writer(key, value, k, v)
 
@@ -354,13 +357,14 @@ class FlashAttention:
         self._merge = merge_by_kernel if self._own.name == "triton" else merge_reference
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `radixgen.kernels.backend.Attention`. Tensors that the package does not support go to our own kernels."""
         if not self._calls or not self._package.answers(q, k, v):
             if self._fallback is None:
                 self._fallback = self._own.attention(self._whole, self._window, self._device)
             return self._fallback(q, k, v, scale, softcap, sinks)
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
         out = q.new_empty((self._tables.partials.numel(), q.shape[1], v.shape[2]))
         lse = torch.empty(out.shape[:2], dtype=_accumulated(q.dtype), device=q.device)
         done = 0

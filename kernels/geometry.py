@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from radixgen.kernels.quantized import KV, QuantizedKV
+
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
 LEAST_RUN = 128
@@ -14,7 +16,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Heads, head sizes, and the dtype of keys and values."""
+    """Heads, head sizes, and the dtypes of queries, keys and values."""
 
     kv_heads: int
     group: int
@@ -22,13 +24,23 @@ class Geometry:
     head_dim: int
     v_head_dim: int
     dtype: torch.dtype
+    """Of queries; of keys and values unless they are quantized."""
+    kv_dtype: torch.dtype | None = None
+    """8-bit dtype of quantized keys and values."""
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> "Geometry":
+    def of(cls, q: Tensor, k: KV, v: KV) -> "Geometry":
         """Return the geometry of q `[rows, q_heads, head_dim]`, k `[slots, kv_heads, head_dim]`, v
         `[slots, kv_heads, v_head_dim]`.
         """
-        return cls(k.shape[1], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], k.dtype)
+        kv_heads, quantized = k.shape[1], isinstance(k, QuantizedKV)
+        dtype, kv_dtype = (q.dtype, k.dtype) if quantized else (k.dtype, None)
+        return cls(kv_heads, q.shape[1] // kv_heads, k.shape[2], v.shape[2], dtype, kv_dtype)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of K and V of one token and head, without scales."""
+        return (self.head_dim + self.v_head_dim) * (self.kv_dtype or self.dtype).itemsize
 
     @property
     def padded(self) -> tuple[int, int]:

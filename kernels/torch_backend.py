@@ -18,6 +18,7 @@ from torch import Tensor
 
 from radixgen.core import Plan, Window, first_seen
 from radixgen.kernels.merge import apply_sinks, merge_partials
+from radixgen.kernels.quantized import KV, QuantizedKV, read
 
 _NEVER = np.iinfo(np.int32).max
 
@@ -25,6 +26,11 @@ FUSED = True
 
 LONG_RUN = {"cpu": 256, "cuda": 4096}
 """Average keys per segment from which a unit is read in place instead of gathered."""
+
+_CHUNK = 2048
+"""Quantized keys that are converted at a time, so that they stay in the processor's cache."""
+_FEW_ROWS = 64
+"""Query-head rows up to which converting quantized keys takes longer than computing with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,8 @@ class _PaddedUnits:
 class _Layer:
     """Inputs of one layer: k `[slots, kv_heads, head_dim]`, v `[slots, kv_heads, v_head_dim]`."""
 
-    k: Tensor
-    v: Tensor
+    k: KV
+    v: KV
     softcap: float | None
     fuse: bool
     """Whether PyTorch's fused kernel supports the layer."""
@@ -93,12 +99,15 @@ class TorchKVWriter:
         self._rows = torch.from_numpy(rows).to(device) if rows.size < slots.size else None
         self._slots = torch.from_numpy(slots[rows]).to(device)
 
-    def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
+    def __call__(self, key: Tensor, value: Tensor, k: KV, v: KV) -> None:
         """As `radixgen.kernels.backend.KVWriter`."""
         if self._rows is not None:
             key, value = key[self._rows], value[self._rows]
-        k.index_copy_(0, self._slots, key)
-        v.index_copy_(0, self._slots, value)
+        for pool, rows in ((k, key), (v, value)):
+            if isinstance(pool, QuantizedKV):
+                pool.write(self._slots, rows)
+            else:
+                pool.index_copy_(0, self._slots, rows)
 
 
 class TorchAttention:
@@ -124,7 +133,7 @@ class TorchAttention:
         self._order = None if in_order else self._merge_order(sizes)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `radixgen.kernels.backend.Attention`."""
         rows, q_heads, head_dim = q.shape
@@ -281,7 +290,8 @@ def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, ls
     """Compute one unit: packed `[kv_heads, rows * group, head_dim]` against its runs, in place in the pool."""
     rows, kv_heads, group, _ = out.shape
     q = packed[:, unit.first * group : unit.stop * group]
-    if layer.fuse and len(unit.runs) == 1 and not unit.runs[0].blind:
+    few = isinstance(layer.k, QuantizedKV) and q.shape[1] <= _FEW_ROWS
+    if layer.fuse and len(unit.runs) == 1 and not unit.runs[0].blind and not few:
         _attend_run(unit.runs[0], q, layer, out, lse)
         return
     keys = sum(run.length for run in unit.runs)
@@ -289,8 +299,7 @@ def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, ls
     column = 0
     for run in unit.runs:
         part = scores[:, :, column : column + run.length]
-        keys_of_run = layer.k[run.start : run.start + run.length].permute(1, 2, 0)
-        torch.matmul(q, keys_of_run.to(q.dtype), out=part)
+        _score_run(run, q, layer.k, part)
         if layer.softcap is not None:
             part.div_(layer.softcap).tanh_().mul_(layer.softcap)
         if run.hidden is not None:
@@ -300,9 +309,7 @@ def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, ls
     values: Tensor | None = None
     column = 0
     for run in unit.runs:
-        part = probabilities[:, :, column : column + run.length]
-        run_values = layer.v[run.start : run.start + run.length].transpose(0, 1).to(q.dtype)
-        product = torch.matmul(part, run_values)
+        product = _weigh_run(run, probabilities[:, :, column : column + run.length], layer.v)
         values = product if values is None else values.add_(product)
         column += run.length
     assert values is not None
@@ -311,11 +318,40 @@ def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, ls
     lse.copy_(unit_lse.view(kv_heads, rows, group).transpose(0, 1))
 
 
+def _score_run(run: _Run, q: Tensor, k: KV, scores: Tensor) -> None:
+    """Write scores `[kv_heads, rows, keys]` of q `[kv_heads, rows, head_dim]` and the keys of a run."""
+    stop = run.start + run.length
+    if not isinstance(k, QuantizedKV):
+        torch.matmul(q, k[run.start : stop].permute(1, 2, 0).to(q.dtype), out=scores)
+        return
+    for first in range(0, run.length, _CHUNK):
+        slots = slice(run.start + first, min(run.start + first + _CHUNK, stop))
+        part = scores[:, :, first : first + _CHUNK]
+        torch.matmul(q, k.data[slots].permute(1, 2, 0).to(q.dtype), out=part)
+        part.mul_(k.scales[:, None, slots])
+
+
+def _weigh_run(run: _Run, weights: Tensor, v: KV) -> Tensor:
+    """Return the sum `[kv_heads, rows, v_head_dim]` of a run's values by weights `[kv_heads, rows, keys]`, which may be
+    changed.
+    """
+    stop = run.start + run.length
+    if not isinstance(v, QuantizedKV):
+        return torch.matmul(weights, v[run.start : stop].transpose(0, 1).to(weights.dtype))
+    weights.mul_(v.scales[:, None, run.start : stop])
+    total = weights.new_zeros((*weights.shape[:2], v.shape[2]))
+    for first in range(0, run.length, _CHUNK):
+        slots = slice(run.start + first, min(run.start + first + _CHUNK, stop))
+        numbers = v.data[slots].transpose(0, 1).to(weights.dtype)
+        total.baddbmm_(weights[:, :, first : first + _CHUNK], numbers)
+    return total
+
+
 def _attend_run(run: _Run, q: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:
     """Compute one unit with one run by the fused kernel: q `[kv_heads, rows * group, head_dim]`."""
     rows, kv_heads, group, _ = out.shape
-    stop = run.start + run.length
-    key, value = (pool[run.start : stop].transpose(0, 1).to(q.dtype) for pool in (layer.k, layer.v))
+    slots = slice(run.start, run.start + run.length)
+    key, value = (read(pool, slots, q.dtype).transpose(0, 1) for pool in (layer.k, layer.v))
     hidden = None if run.hidden is None else run.hidden[None, None, :, None]
     values, run_lse = _fused(q[None], key[None], value[None], _bias(hidden, group, q))
     out.copy_(values.view(kv_heads, rows, group, -1).transpose(0, 1))
@@ -347,8 +383,8 @@ def _attend_padded(padded: _PaddedUnits, queries: Tensor, layer: _Layer, out: Te
     _, kv_heads, group, head_dim = queries.shape
     q = queries[padded.rows].transpose(1, 2).reshape(units, kv_heads, rows * group, head_dim)
     flat = padded.slots.view(-1)
-    key = layer.k.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, head_dim)
-    value = layer.v.index_select(0, flat).to(q.dtype).view(units, keys, kv_heads, -1)
+    key = read(layer.k, flat, q.dtype).view(units, keys, kv_heads, head_dim)
+    value = read(layer.v, flat, q.dtype).view(units, keys, kv_heads, -1)
     if padded.unseen is not None:
         key.masked_fill_(padded.unseen, 0.0)
         value.masked_fill_(padded.unseen, 0.0)

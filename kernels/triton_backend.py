@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
+from radixgen.kernels.quantized import KV, LARGEST, QuantizedKV
 from radixgen.kernels.upload import Staging, upload
 from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
 from radixgen.kernels.workspace import Workspace
@@ -52,7 +53,13 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
     """Return whether tiles of 128 rows have their own kernel on this chip, for layers without window or soft cap."""
     heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
     compiles = triton.knobs.runtime.interpret or gluon_support.supported()
-    return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and compiles
+    return (
+        chip.capability == 90
+        and heads
+        and geometry.kv_dtype is None
+        and geometry.dtype in (torch.float16, torch.bfloat16)
+        and compiles
+    )
 
 
 def choose_launch(
@@ -82,32 +89,34 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
     """Choose the launch of tiles of `size` rows.
 
     64 rows on 4 warps, two programs per multiprocessor, perform as well as 128 on 8. 16 rows take one warp on Hopper,
-    where eight programs hide each other's startup; two under a window's masks, which take more registers; four with one
-    or two rows, when there is nothing to hide behind. These masks leave no registers for a fifth stage in tiles of 64
-    or more, and tiles of 128 none to gather 32 keys at once.
+    where eight programs hide each other's startup; two under a window's masks and with quantized keys, which take more
+    registers; four with one or two rows, when there is nothing to hide behind. Nor do these leave registers for a fifth
+    stage in tiles of 64 or more, and tiles of 128 none to gather 32 keys at once.
     """
+    quantized = geometry.kv_dtype is not None
+    crowded = windowed or quantized
     if hopper:
         return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
     large, narrow, recent = max(geometry.padded) > 128, size <= 16, chip.capability >= 90
-    block_keys = 32 if narrow or large else 64
+    block_keys = 32 if narrow or large or quantized else 64
     if geometry.dtype == torch.float32:
         warps, programs = 4, 1
     elif narrow and recent and not large:
-        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (2, 4, 32) if windowed else (1, 8, 16)
+        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (2, 4, 32) if crowded else (1, 8, 16)
     elif narrow:
         warps, programs = (4, 2) if large else (2, 4)
     else:
         four = size == 64 and recent and not large
         warps, programs = (4, 2) if four else (8, 1)
-    gather_keys, most_stages = 16 if size > 64 else min(block_keys, 32), 4 if windowed and not narrow else 5
+    gather_keys, most_stages = 16 if size > 64 else min(block_keys, 32), 4 if crowded and not narrow else 5
     room = chip.shared_bytes // programs
-    block_bytes = sum(geometry.padded) * geometry.dtype.itemsize
+    block_bytes = sum(geometry.padded) * (geometry.kv_dtype or geometry.dtype).itemsize
     return TileClass(
         rows=size,
         programs=programs * chip.multiprocessors,
         block_keys=block_keys,
         num_warps=warps,
-        num_stages=max(1, min(3, room // (block_keys * block_bytes))),
+        num_stages=max(1, min(2 if quantized else 3, room // (block_keys * block_bytes))),
         gather_keys=gather_keys,
         gather_stages=max(1, min(most_stages, 1 + room // (gather_keys * block_bytes))),
         registers=255 if max(geometry.padded) <= 64 or (narrow and not recent) else None,
@@ -126,7 +135,8 @@ def constants(
         "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": padded_dim, "PADDED_V_DIM": padded_v_dim,
         "BLOCK_ROWS": shape.rows, "BLOCK_KEYS": shape.block_keys, "GATHER_KEYS": shape.gather_keys,
         "STAGES": shape.num_stages, "GATHER_STAGES": shape.gather_stages, "BULK": launch.least_run > 0,
-        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks, "KIND": kind,
+        "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks,
+        "QUANTIZED": geometry.kv_dtype is not None, "KIND": kind,
         "THREADS": 32 * shape.num_warps, "FIRST": first, "PDL": launch.overlap,
     }  # fmt: skip
 
@@ -145,16 +155,18 @@ class TritonKVWriter:
         self._slots = slots if isinstance(slots, Tensor) else upload(slots, device)
         self._overlap = overlaps(Chip.of(device))
 
-    def __call__(self, key: Tensor, value: Tensor, k: Tensor, v: Tensor) -> None:
+    def __call__(self, key: Tensor, value: Tensor, k: KV, v: KV) -> None:
         """As `radixgen.kernels.backend.KVWriter`."""
         key = key if key.stride(2) == 1 else key.contiguous()
         value = value if value.stride(2) == 1 else value.contiguous()
-        _, kv_heads, head_dim = k.shape
+        num_slots, kv_heads, head_dim = k.shape
         triton_kernels.write_kv[(self._slots.numel(),)](
-            key, value, self._slots, k, v, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            KV_HEADS=kv_heads, HEAD_DIM=head_dim, V_HEAD_DIM=v.shape[2],
-            PADDED_K=triton.next_power_of_2(kv_heads * head_dim),
-            PADDED_V=triton.next_power_of_2(kv_heads * v.shape[2]), PDL=self._overlap, **pdl(self._overlap),
+            key, value, self._slots, _data(k), _data(v), _scales(k), _scales(v), num_slots, key.stride(0),
+            key.stride(1), value.stride(0), value.stride(1), KV_HEADS=kv_heads, HEAD_DIM=head_dim,
+            V_HEAD_DIM=v.shape[2], PADDED_HEADS=triton.next_power_of_2(kv_heads),
+            PADDED_DIM=triton.next_power_of_2(head_dim), PADDED_V_DIM=triton.next_power_of_2(v.shape[2]),
+            QUANTIZED=isinstance(k, QuantizedKV), LARGEST=LARGEST.get(k.dtype, 0), PDL=self._overlap,
+            **pdl(self._overlap),
         )  # fmt: skip
 
 
@@ -221,7 +233,7 @@ class TritonAttention:
         self._torch: torch_backend.TorchAttention | None = None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `radixgen.kernels.backend.Attention`. Shapes that the kernels do not support go to PyTorch."""
         geometry = Geometry.of(q, k, v)
@@ -268,7 +280,7 @@ class TritonStaticAttention:
         return lay_out(plan, launch, group=geometry.group, kv_heads=geometry.kv_heads, slack=_slack(self._plan))
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `radixgen.kernels.backend.StaticAttention`."""
         geometry = Geometry.of(q, k, v)
@@ -298,9 +310,9 @@ def _empty_results(q: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:2], geometry.v_head_dim)), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def answers(geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def answers(geometry: Geometry, q: Tensor, k: KV, v: KV) -> bool:
     """Return whether the kernels support these tensors."""
-    return geometry.supported and q.dtype == k.dtype and k.is_contiguous() and v.is_contiguous()
+    return geometry.supported and q.dtype == geometry.dtype and k.is_contiguous() and v.is_contiguous()
 
 
 def _attend(
@@ -309,8 +321,8 @@ def _attend(
     out: Tensor,
     lse: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: KV,
+    v: KV,
     scale: float,
     window: Window | None,
     softcap: float | None,
@@ -319,20 +331,21 @@ def _attend(
     """Run all launches. `out` and `lse` are written for the rows of the plan, and for padding rows."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
+    k_data, v_data = _data(k), _data(v)
     for kind in tables.launched:
         shape = launch.classes[kind]
         if shape.hopper and not triton.knobs.runtime.interpret:  # Gluon has no interpreter
-            hopper_attention.attend(tables, shape, positions, out, lse, q, k, v, scale, sinks)
+            hopper_attention.attend(tables, shape, positions, out, lse, q, k_data, v_data, scale, sinks)
             continue
         options = constants(
             geometry, launch, kind, window=window is not None, chunked=isinstance(window, Chunk),
             softcap=softcap is not None, sinks=sinks is not None, first=kind == tables.launched[0],
         )  # fmt: skip
         triton_kernels.attend[(shape.programs,)](
-            q, k, v, *_blocks(k, v, launch, shape), out, lse, tables.partial_out, tables.partial_lse,
-            lse if sinks is None else sinks, positions, views["laid_out_positions"], views["bounds"],
-            tables.tickets, views["items"], views["runs"], *tables.keys, scale, 0.0 if softcap is None else softcap,
-            window.size if isinstance(window, Chunk) else window or 0,
+            q, k_data, v_data, _scales(k), _scales(v), k.shape[0], *_blocks(k_data, v_data, launch, shape), out, lse,
+            tables.partial_out, tables.partial_lse, lse if sinks is None else sinks, positions,
+            views["laid_out_positions"], views["bounds"], tables.tickets, views["items"], views["runs"], *tables.keys,
+            scale, 0.0 if softcap is None else softcap, window.size if isinstance(window, Chunk) else window or 0,
             **options, num_warps=shape.num_warps, maxnreg=shape.registers, **pdl(launch.overlap),
         )  # fmt: skip
     if not tables.most_merged:
@@ -345,6 +358,16 @@ def _attend(
         PADDED_V_DIM=geometry.padded[1], BLOCK_HEADS=heads, BLOCK_PARTIALS=tables.merge_block,
         SINKS=sinks is not None, PDL=launch.overlap, **pdl(launch.overlap),
     )  # fmt: skip
+
+
+def _data(pool: KV) -> Tensor:
+    """Return K or V without scales."""
+    return pool.data if isinstance(pool, QuantizedKV) else pool
+
+
+def _scales(pool: KV) -> Tensor:
+    """Return the scales of K or V; if there are none, a tensor that is not read."""
+    return pool.scales if isinstance(pool, QuantizedKV) else pool
 
 
 def _blocks(k: Tensor, v: Tensor, launch: Launch, shape: TileClass) -> tuple[object, object]:

@@ -58,9 +58,11 @@ def expand_keys(
 
 
 @triton.jit
-def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
+def _scores(q, k, key_scale, scale, softcap, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr):
     """Return float32 scores `[rows, keys]`, to be multiplied by `_unit` to get exponents of 2."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if QUANTIZED:
+        scores = scores * key_scale[None, :]
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), also where the exponential overflows
         scores = softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * LOG2_E * scale / softcap)) + 1.0)
@@ -76,15 +78,19 @@ def _unit(scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(scores, unit, v, top, total, out):
-    """Add one block to the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32."""
+def _accumulate(scores, unit, v, value_scale, top, total, out, DTYPE: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Add one block to the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32.
+    Values are multiplied in DTYPE.
+    """
     new_top = tl.maximum(top, tl.max(scores, 1) * unit)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp2(top - base)
     weights = tl.exp2(scores * unit - base[:, None])
     total = total * shrink + tl.sum(weights, 1)
     out = out * shrink[:, None]
-    out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
+    if QUANTIZED:
+        weights = weights * value_scale[None, :]
+    out = tl.dot(weights.to(DTYPE), v.to(DTYPE), out, input_precision="ieee")
     return new_top, total, out
 
 
@@ -95,6 +101,17 @@ def _gather(base, slot, listed, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEAD
     place = (slot.to(tl.int64) * KV_HEADS + head) * DIM
     inside = listed[:, None] & (dim < DIM)[None, :]
     return tl.load(base + place[:, None] + dim[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _scale_of(scales, slot, listed, num_slots, head, QUANTIZED: tl.constexpr):
+    """Load the scales `[keys]` of slots from `[KV_HEADS, num_slots]`; 0 for keys that are not `listed`. Without
+    QUANTIZED, return anything.
+    """
+    scale = slot
+    if QUANTIZED:
+        scale = tl.load(scales + head.to(tl.int64) * num_slots + slot, mask=listed, other=0.0)
+    return scale
 
 
 @triton.jit
@@ -110,18 +127,19 @@ def _store(values, row_lse, out, lse, place, real, DIM: tl.constexpr, PADDED: tl
 @triton.jit
 def _attend_tile(
     first_row, num_rows, run_begin, run_end, key_begin, key_end, partial, head,
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, runs, key_slots,
-    key_positions, key_rows, scale, softcap, window,
+    q, k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+    row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Compute one work item: a tile's rows, of one KV head, against all keys of its unit."""
     packed = tl.arange(0, BLOCK_ROWS)
     row = packed // GROUP
     real = row < num_rows
     q_head = head * GROUP + packed % GROUP
+    dtype: tl.constexpr = q.dtype.element_ty
     dim = tl.arange(0, PADDED_DIM)
     q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
     queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
@@ -139,10 +157,13 @@ def _attend_tile(
             start = tl.load(runs + 2 * run)
             stop = start + tl.load(runs + 2 * run + 1)
             for slot in tl.range(start, stop, BLOCK_KEYS, num_stages=STAGES):
+                slots = slot + tl.arange(0, BLOCK_KEYS)
                 key = k_blocks.load([slot, head * HEAD_DIM])
-                scores = _scores(queries, key, scale, softcap, SOFTCAP)
+                key_scale = _scale_of(k_scales, slots, slots < stop, num_slots, head, QUANTIZED)
+                scores = _scores(queries, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
                 value = v_blocks.load([slot, head * V_HEAD_DIM])
-                top, total, values = _accumulate(scores, unit, value, top, total, values)
+                value_scale = _scale_of(v_scales, slots, slots < stop, num_slots, head, QUANTIZED)
+                top, total, values = _accumulate(scores, unit, value, value_scale, top, total, values, dtype, QUANTIZED)
 
     for begin in tl.range(key_begin, key_end, GATHER_KEYS, num_stages=GATHER_STAGES):
         place = begin + tl.arange(0, GATHER_KEYS)
@@ -153,12 +174,13 @@ def _attend_tile(
         if WINDOW:
             position = tl.load(key_positions + place, mask=listed, other=0)
             seen = seen & (position[None, :] >= first_seen[:, None])
-        scores = _scores(
-            queries, _gather(k, slot, listed, HEAD_DIM, PADDED_DIM, KV_HEADS, head), scale, softcap, SOFTCAP
-        )
+        key = _gather(k, slot, listed, HEAD_DIM, PADDED_DIM, KV_HEADS, head)
+        key_scale = _scale_of(k_scales, slot, listed, num_slots, head, QUANTIZED)
+        scores = _scores(queries, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
         scores = tl.where(seen, scores, float("-inf"))
         value = _gather(v, slot, listed, V_HEAD_DIM, PADDED_V_DIM, KV_HEADS, head)
-        top, total, values = _accumulate(scores, unit, value, top, total, values)
+        value_scale = _scale_of(v_scales, slot, listed, num_slots, head, QUANTIZED)
+        top, total, values = _accumulate(scores, unit, value, value_scale, top, total, values, dtype, QUANTIZED)
 
     empty = total == 0.0
     values = values / tl.where(empty, 1.0, total)[:, None]
@@ -175,19 +197,20 @@ def _attend_tile(
 
 @triton.jit
 def attend(
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, laid_out_positions,
-    bounds, tickets, items, runs, key_slots, key_positions, key_rows, scale, softcap, window,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    q, k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+    row_positions, laid_out_positions, bounds, tickets, items, runs, key_slots, key_positions, key_rows, scale, softcap,
+    window, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     GATHER_KEYS: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, BULK: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, KIND: tl.constexpr,
-    THREADS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, QUANTIZED: tl.constexpr,
+    KIND: tl.constexpr, THREADS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute the work items (unit x KV head) of tile class KIND. Each program begins with one item, then takes the
     next free one, so that programs finish at about the same time whenever they begin.
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
-    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. For each step since the plan was
+    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. If QUANTIZED, k and v are 8-bit
+    numbers with scales `[KV_HEADS, num_slots]`. For each step since the plan was
     laid out, an item has one more key per growing row.
 
     The launches of one layer write different rows, so all but the FIRST begin while it is still running, and wait for
@@ -219,10 +242,10 @@ def attend(
         ) = _item(items, begin + tl.minimum(coming, tasks - 1), KV_HEADS)  # fmt: skip
         _attend_tile(
             first_row, num_rows, run_begin, run_end, key_begin, key_end + age * grows, partial,
-            (begin + task) % KV_HEADS, q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
-            row_positions, runs, key_slots, key_positions, key_rows, scale, softcap, window, KV_HEADS, GROUP, HEAD_DIM,
-            V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, BLOCK_ROWS, BLOCK_KEYS, GATHER_KEYS, STAGES, GATHER_STAGES, BULK,
-            WINDOW, CHUNKED, SOFTCAP, SINKS,
+            (begin + task) % KV_HEADS, q, k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks, out, lse,
+            partial_out, partial_lse, sinks, row_positions, runs, key_slots, key_positions, key_rows, scale, softcap,
+            window, KV_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, PADDED_DIM, PADDED_V_DIM, BLOCK_ROWS, BLOCK_KEYS,
+            GATHER_KEYS, STAGES, GATHER_STAGES, BULK, WINDOW, CHUNKED, SOFTCAP, SINKS, QUANTIZED,
         )  # fmt: skip
         task, grows = coming, next_grows
         first_row, num_rows, run_begin, run_end = next_first_row, next_num_rows, next_run_begin, next_run_end
@@ -334,11 +357,14 @@ def _partials(partial_out, partial_lse, place, inside, V_HEAD_DIM: tl.constexpr,
 
 @triton.jit
 def write_kv(
-    key, value, slots, k, v, key_row, key_head, value_row, value_head,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_K: tl.constexpr,
-    PADDED_V: tl.constexpr, PDL: tl.constexpr,
+    key, value, slots, k, v, k_scales, v_scales, num_slots, key_row, key_head, value_row, value_head,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, PADDED_HEADS: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr, QUANTIZED: tl.constexpr, LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value to slot `slots[i]` of k and v; -1 is skipped."""
+    """Write row `i` of key `[rows, KV_HEADS, HEAD_DIM]` and of value to slot `slots[i]` of k and v; -1 is skipped. If
+    QUANTIZED, write 8-bit numbers up to LARGEST, and scales `[KV_HEADS, num_slots]`.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         if tl.num_programs(0) <= 64:  # many programs would leave no room for those of the next launch
@@ -346,11 +372,31 @@ def write_kv(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     if slot >= 0:
-        place = tl.arange(0, PADDED_K)
-        inside = place < KV_HEADS * HEAD_DIM
-        source = key + row * key_row + (place // HEAD_DIM) * key_head + place % HEAD_DIM
-        tl.store(k + slot * (KV_HEADS * HEAD_DIM) + place, tl.load(source, mask=inside), mask=inside)
-        place = tl.arange(0, PADDED_V)
-        inside = place < KV_HEADS * V_HEAD_DIM
-        source = value + row * value_row + (place // V_HEAD_DIM) * value_head + place % V_HEAD_DIM
-        tl.store(v + slot * (KV_HEADS * V_HEAD_DIM) + place, tl.load(source, mask=inside), mask=inside)
+        _write_slot(
+            key + row * key_row, key_head, slot, k, k_scales, num_slots, KV_HEADS, HEAD_DIM, PADDED_HEADS, PADDED_DIM,
+            QUANTIZED, LARGEST,
+        )  # fmt: skip
+        _write_slot(
+            value + row * value_row, value_head, slot, v, v_scales, num_slots, KV_HEADS, V_HEAD_DIM, PADDED_HEADS,
+            PADDED_V_DIM, QUANTIZED, LARGEST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_slot(
+    source, head_stride, slot, pool, scales, num_slots, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    PADDED_HEADS: tl.constexpr, PADDED_DIM: tl.constexpr, QUANTIZED: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Write one token's `[KV_HEADS, DIM]` to a slot of a pool."""
+    head = tl.arange(0, PADDED_HEADS)
+    dim = tl.arange(0, PADDED_DIM)
+    inside = (head < KV_HEADS)[:, None] & (dim < DIM)[None, :]
+    numbers = tl.load(source + head[:, None] * head_stride + dim[None, :], mask=inside, other=0.0)
+    if QUANTIZED:
+        scale = tl.max(tl.abs(numbers.to(tl.float32)), 1) * (1.0 / LARGEST)
+        tl.store(scales + head.to(tl.int64) * num_slots + slot, scale, mask=head < KV_HEADS)
+        numbers = tl.div_rn(numbers.to(tl.float32), tl.where(scale == 0.0, 1.0, scale)[:, None])
+        if LARGEST == 127:
+            numbers = (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to an integer, half to even
+    place = slot * (KV_HEADS * DIM) + head[:, None] * DIM + dim[None, :]
+    tl.store(pool + place, numbers.to(pool.dtype.element_ty), mask=inside)

@@ -9,6 +9,7 @@ from torch import Tensor
 from radixgen.core import Chunk, InvalidRequest, Plan, Window
 from radixgen.core.plan import Int32Array
 from radixgen.kernels.backend import Attention, backend, check_backend
+from radixgen.kernels.quantized import KV
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
 
 
@@ -71,16 +72,16 @@ class TreeAttention:
     def __call__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: KV,
+        v: KV,
         scale: float | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute attention of all rows, in the order given.
 
         q `[rows, q_heads, head_dim]`; k `[slots, kv_heads, head_dim]`; v `[slots, kv_heads, v_head_dim]`; `q_heads` is
-        a multiple of `kv_heads`. `scale`: default `head_dim ** -0.5`. `sinks [q_heads]`: one logit per head that takes
-        weight and has no value.
+        a multiple of `kv_heads`. k and v may be quantized (`radixgen.kernels.quantized.QuantizedKV`). `scale`: default
+        `head_dim ** -0.5`. `sinks [q_heads]`: one logit per head that takes weight and has no value.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]`, float32 (float64 for float64
         inputs), natural log, without sinks. A row that sees no key gives 0 and -inf. Raises `InvalidRequest`.
@@ -99,9 +100,9 @@ class TreeAttention:
         back[order] = torch.arange(order.numel(), device=order.device)
         return out[back], lse[back]
 
-    def _check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check_shapes(self, q: Tensor, k: KV, v: KV) -> None:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.dim() != 3:
+            if len(tensor.shape) != 3:
                 raise InvalidRequest(f"{name}.shape", tuple(tensor.shape), "must have 3 dimensions")
         if q.shape[0] != self.plan.num_rows:
             raise InvalidRequest("q.shape[0]", q.shape[0], f"must be {self.plan.num_rows} rows")

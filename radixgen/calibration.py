@@ -45,7 +45,8 @@ class Calibration:
     def cost_models(self, geometry: Geometry, *, wide: bool = False) -> tuple[CostModel, ...]:
         """Return the cost models of layers of this shape, one for each class that a plan's widest tiles may have.
 
-        Costs of keys and partial results are scaled by their bytes. `wide`: whether tiles of 128 rows have their own
+        Costs of keys and partial results are scaled by their bytes. Quantized keys cost less to read for the first
+        time, but as much to compute with as others. `wide`: whether tiles of 128 rows have their own
         kernel for these layers.
         """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
@@ -57,7 +58,7 @@ class Calibration:
             CostModel(
                 tiles=tuple(_scaled(tile, width, fewer) for tile in tiles[:count]),
                 partial=self.partial * programs * geometry.v_head_dim / 128,
-                first_key=self.first_key * programs * width,
+                first_key=self.first_key * programs * geometry.key_bytes / _BYTES,
                 group=geometry.group,
                 kv_heads=geometry.kv_heads,
                 programs=programs,

@@ -28,6 +28,7 @@ from bench import (
     explain,
     gpu,
     http,
+    kv_dtype,
     live,
     loads,
     model,
@@ -207,6 +208,17 @@ def test_data_parallel(capsys, monkeypatch) -> None:
     assert data_parallel.main([]) == 0
     figures = last_line(capsys)
     assert figures["speed_up"] > 0 and figures["1 x 6"]["hit_rate"] > figures["1 x 3"]["hit_rate"] > 0.5
+
+
+def test_kv_dtype(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(
+        kv_dtype, "measure_model", lambda name: ({"text": 9.0 if name == "auto" else 9.09}, [[1, 2, 3], [4, 5, 6]])
+    )
+    assert kv_dtype.main(["--keys", "300"]) == 0
+    figures = last_line(capsys)
+    assert 0 < figures["error_int8"] < 0.01 and figures["cpu_int8"] > 0
+    assert figures["perplexity_int8_text"] == pytest.approx(0.01) and figures["greedy_int8"]["tokens"] == 3
+    assert "perplexity_int8_text" in figures["missed"]
 
 
 def test_equal_ids_give_equal_tokens() -> None:

@@ -194,6 +194,7 @@ def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
 ENGINE_OPTIONS = {
     "--load-format": "dummy",
     "--dtype": "bfloat16",
+    "--kv-cache-dtype": "int8",
     "--device": "cpu",
     "--tp": 2,
     "--tensor-parallel-size": 2,
@@ -218,7 +219,9 @@ def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> No
 
 
 def test_every_option_of_an_engine_is_known() -> None:
-    names = {"tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens"}
+    names = {
+        "tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens", "kv_dtype": "kv_cache_dtype",
+    }  # fmt: skip
     own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
     assert own & set(inspect.signature(serve.serve).parameters) == set(serve._ENGINE_OPTIONS)
 
@@ -235,8 +238,8 @@ def test_help_texts_are_short() -> None:
 
 
 SHARED_OPTIONS = {
-    "load_format", "dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_tokens",
-    "enforce_eager", "warm_up", "seed",
+    "load_format", "dtype", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+    "kv_tokens", "enforce_eager", "warm_up", "seed",
 }  # fmt: skip
 
 

@@ -44,9 +44,10 @@ def test_two_ranks_make_a_share_each(name: str, tmp_path: Path) -> None:
     folder = config_alone(name, tmp_path)
     config = families.build(name).config
     whole = dict(make_dummy(config, torch.float32, torch.device("cpu")).named_parameters())
-    with Engine(folder, load_format="dummy", kv_tokens=64, tensor_parallel_size=2) as engine:
+    with Engine(folder, load_format="dummy", kv_tokens=64, kv_dtype="int8", tensor_parallel_size=2) as engine:
         found = tokens(engine)
         assert tokens(engine) == found and all(len(one) == 6 for one in found)
+        assert {shape.dtype for shape in engine._model.runner.kv_shapes} == {torch.int8}
         shards = [local(one) for one in engine._model.runner.model.model.parameters()]
         assert sum(one.numel() for one in shards) < 0.6 * sum(one.numel() for one in whole.values())
 

@@ -20,6 +20,7 @@ TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens;
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 LoadFormat = Annotated[str, typer.Option(help="Weights: auto (read the checkpoint) or dummy (random).")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
+KVCacheDtype = Annotated[str, typer.Option(help="Data type of the KV cache: auto (the model's), int8 or fp8.")]
 GenerationConfig = Annotated[str, typer.Option(help="Sampling defaults: auto (the model's), vllm (none) or a path.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 TensorParallel = Annotated[

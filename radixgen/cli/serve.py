@@ -17,6 +17,7 @@ from radixgen.cli.options import (
     EnforceEager,
     EngineSeed,
     GenerationConfig,
+    KVCacheDtype,
     KVTokens,
     LoadFormat,
     MaxModelLen,
@@ -34,6 +35,7 @@ from radixgen.progress import announce_loading, waiting
 _ENGINE_OPTIONS = [
     "load_format",
     "dtype",
+    "kv_cache_dtype",
     "device",
     "tp",
     "max_model_len",
@@ -56,6 +58,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free port.")] = 8000,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
     data_parallel_size: DataParallel = 1,
@@ -193,7 +196,9 @@ def serve(
         if data_parallel_size != 1:
             sizes = {
                 "model": name or model,
+                "load_format": load_format,
                 "dtype": dtype,
+                "kv_cache_dtype": kv_cache_dtype,
                 "max_model_len": max_model_len,
                 "max_num_seqs": max_num_seqs,
                 "max_num_batched_tokens": max_num_batched_tokens,
@@ -223,6 +228,7 @@ def serve(
                     tokenizer=tokenizer,
                     load_format=load_format,
                     dtype=dtype,
+                    kv_dtype=kv_cache_dtype,
                     device=device,
                     tensor_parallel_size=tp,
                     max_model_len=max_model_len,

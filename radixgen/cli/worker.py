@@ -15,6 +15,7 @@ from radixgen.cli.options import (
     Dtype,
     EnforceEager,
     EngineSeed,
+    KVCacheDtype,
     KVTokens,
     LoadFormat,
     MaxModelLen,
@@ -45,6 +46,7 @@ def worker(
     engine_index: Annotated[int, typer.Option(help="Index of this worker, unique per front end.")] = 0,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     device: Device = "auto",
     tp: TensorParallel = 1,
     max_model_len: MaxModelLen = None,
@@ -80,6 +82,7 @@ def worker(
     sizes = {
         "load_format": load_format,
         "dtype": dtype,
+        "kv_dtype": kv_cache_dtype,
         "device": device,
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,

@@ -85,6 +85,7 @@ class RankJob:
     threads: int
     """PyTorch threads of each rank."""
     load_format: str = "auto"
+    kv_dtype: str = "auto"
     graphs: bool = False
     max_graph_rows: int = 0
     torch_compile: bool = False

@@ -201,6 +201,7 @@ def shard(
     max_model_len: int | None = None,
     max_step_tokens: int = 2048,
     load_format: str = "auto",
+    kv_dtype: str = "auto",
     graphs: bool = False,
     max_graph_rows: int = 0,
     torch_compile: bool | None = None,
@@ -208,8 +209,8 @@ def shard(
 ) -> tuple[ParallelModel, LoadedModel]:
     """Load `name` over `ranks` processes of this machine, including this one, with a GPU each if the machine has any.
 
-    `load_format` and `tokenizer` as for `load`, `graphs` and `max_graph_rows` as for `ModelRunner`. `torch_compile`
-    defaults to `graphs` on GPUs.
+    `load_format` and `tokenizer` as for `load`; `kv_dtype`, `graphs` and `max_graph_rows` as for `ModelRunner`.
+    `torch_compile` defaults to `graphs` on GPUs.
 
     Raises `InvalidRequest`, `ModelNotFound` or `UnsupportedModel`, and `EngineDead` if a process fails.
     """
@@ -227,6 +228,7 @@ def shard(
         max_step_tokens=max_step_tokens,
         threads=torch.get_num_threads(),
         load_format=load_format,
+        kv_dtype=kv_dtype,
         graphs=graphs,
         max_graph_rows=max_graph_rows,
         torch_compile=graphs and place == "cuda" if torch_compile is None else torch_compile,
@@ -286,6 +288,7 @@ def load_rank(
         tree_model,
         job.attention,
         loaded.eos_token_ids,
+        kv_dtype=job.kv_dtype,
         graphs=plain and job.graphs,
         max_graph_rows=job.max_graph_rows,
         agree=agree,

@@ -10,6 +10,7 @@ import torch
 from radixgen.cache.storage import kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
+from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.model.base import Model
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
@@ -33,6 +34,7 @@ def check_options(
     dtype: str | torch.dtype,
     device: str,
     attention: str,
+    kv_dtype: str,
     sizes: Mapping[str, int | None],
 ) -> None:
     """Raise `InvalidRequest` for an option of `Engine` that cannot be, before anything is loaded. Sizes are above 0, or
@@ -47,7 +49,21 @@ def check_options(
     resolve_dtype(dtype)
     if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
         raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
-    backend(attention, resolve_device(device))
+    place = resolve_device(device)
+    backend(attention, place)
+    check_kv_dtype(kv_dtype, model, place)
+
+
+def check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
+    """Raise `InvalidRequest` if the KV of a model can't have this dtype."""
+    if kv_dtype == "auto":
+        return
+    if kv_dtype not in KV_DTYPES:
+        raise InvalidRequest("kv_dtype", kv_dtype, f"must be auto, {' or '.join(KV_DTYPES)}")
+    if isinstance(model, Model):
+        raise InvalidRequest("kv_dtype", kv_dtype, "must be auto: the model object stores its own KV")
+    if kv_dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise InvalidRequest("kv_dtype", kv_dtype, "needs a GPU of compute capability 8.9 or later; int8 runs anywhere")
 
 
 def prepare_model(
@@ -59,6 +75,7 @@ def prepare_model(
     dtype: str | torch.dtype,
     device: str,
     attention: str,
+    kv_dtype: str,
     max_model_len: int | None,
     max_step_tokens: int,
     ranks: int,
@@ -82,6 +99,7 @@ def prepare_model(
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
             load_format=load_format,
+            kv_dtype=kv_dtype,
             graphs=graphs,
             max_graph_rows=max_graph_rows,
             torch_compile=torch_compile,
@@ -98,7 +116,14 @@ def prepare_model(
             tree_model.fuse_linears()
         if torch_compile or (torch_compile is None and cuda and graphs):
             tree_model.compile_blocks()
-        runner = ModelRunner(tree_model, attention, loaded.eos_token_ids, graphs=graphs, max_graph_rows=max_graph_rows)
+        runner = ModelRunner(
+            tree_model,
+            attention,
+            loaded.eos_token_ids,
+            kv_dtype=kv_dtype,
+            graphs=graphs,
+            max_graph_rows=max_graph_rows,
+        )
         return runner, loaded.tokenizer
     except BaseException:
         tree_model.release()

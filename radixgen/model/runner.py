@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
 from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter
 from radixgen.kernels.flash_backend import backend_with_flash
+from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.kernels.upload import upload
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
 from radixgen.model.layer_call import LayerCall
@@ -44,31 +46,37 @@ class ModelRunner:
         attention: str,
         eos_token_ids: frozenset[int],
         *,
+        kv_dtype: str = "auto",
         graphs: bool = True,
         max_graph_rows: int = MAX_GRAPH_ROWS,
         agree: Agree | None = None,
     ) -> None:
-        """`agree`: coordinates the ranks of a sharded model, which capture together."""
+        """`kv_dtype`: the model's own for `"auto"`, or one of `KV_DTYPES`. `agree`: coordinates the ranks of a sharded
+        model, which capture together.
+        """
         self.model = model
         self.name = model.name
         self.vocab_size = model.vocab_size
         self.max_model_len = model.max_model_len
         self.eos_token_ids = eos_token_ids
-        self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in model.layer_shapes)
+        quantized = KV_DTYPES.get(kv_dtype)
+        self.kv_shapes = [replace(shape, dtype=quantized or shape.dtype) for shape in model.layer_shapes]
+        self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in self.kv_shapes)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self.failed_captures = 0
         """Captures that failed. After each, some steps run eagerly."""
         self._window_bytes: Counter[Window | None] = Counter()
-        for window, shape in zip(model.windows, model.layer_shapes, strict=True):
+        for window, shape in zip(model.windows, self.kv_shapes, strict=True):
             self._window_bytes[window] += shape.bytes_per_token
-        flash = flash_cost(model.device, model.geometry) if model.geometry else None
+        geometry = model.geometry and replace(model.geometry, kv_dtype=quantized)
+        flash = flash_cost(model.device, geometry) if geometry and not quantized else None
         self._backend = backend_with_flash(attention, model.device, flash)
         self._agree = agree
         self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
         self.costs: tuple[CostModel, ...] = ()
-        if self._backend.name == "triton" and model.geometry is not None:
-            self.costs = cost_models(model.device, model.geometry)
+        if self._backend.name == "triton" and geometry is not None:
+            self.costs = cost_models(model.device, geometry)
         self.allocate(0)
 
     @property
@@ -78,9 +86,8 @@ class ModelRunner:
 
     def allocate(self, slots: int) -> None:
         self._slots = slots
-        self.storage = KVStorage(self.model.layer_shapes, slots, self.model.device)
-        for pool in (*self.storage.keys, *self.storage.values):
-            pool[:WARM_UP_SLOTS].zero_()  # warm-up steps read these slots before they are written
+        self.storage = KVStorage(self.kv_shapes, slots, self.model.device)
+        self.storage.zero(WARM_UP_SLOTS)  # warm-up steps read these slots before they are written
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
             self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows, self._agree)

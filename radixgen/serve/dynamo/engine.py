@@ -83,6 +83,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             options.model,
             load_format=options.load_format,
             dtype=options.dtype,
+            kv_dtype=options.kv_dtype,
             device=options.device,
             tensor_parallel_size=options.tensor_parallel_size,
             kv_tokens=options.kv_tokens,
@@ -210,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--served-model-name", help="model name in the API; default: --model")
     parser.add_argument("--load-format", default="auto", help="weights: auto (read the checkpoint) or dummy (random)")
     parser.add_argument("--dtype", default="auto", help="data type: auto, float32, bfloat16 or float16")
+    parser.add_argument("--kv-dtype", default="auto", help="data type of the KV cache: auto, int8 or fp8 (on GPUs)")
     parser.add_argument("--device", default="auto", help="device: auto, cpu or cuda")
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="number of processes to shard the model over"
