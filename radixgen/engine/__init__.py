@@ -14,5 +14,6 @@ sequence_updates  changes of a sequence: a new token, a fork, the end of a beam 
 run_ahead         beginning the next step before the tokens of the last one are known
 warm_up           running every kind of step once
 throughput        a log line about throughput
+profiler          a torch profiler trace of a few steps
 check             the invariants between core, scheduler and tree
 """

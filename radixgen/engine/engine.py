@@ -37,6 +37,7 @@ from radixgen.engine.input_processor import (
     chat_tokens,
 )
 from radixgen.engine.output_processor import OutputProcessor, scores_of
+from radixgen.engine.profiler import StepProfiler
 from radixgen.engine.request_loop import OutputStream, Progress, RequestLoop
 from radixgen.engine.request_options import CoreOptions, PinOptions, RequestOptions
 from radixgen.engine.warm_up import run_warm_up, warm_up_steps
@@ -474,6 +475,16 @@ class Engine:
         self._loop.begin_call()
         steps = warm_up_steps(self._model, self._inputs.drawable, self.max_step_tokens, self.limits.max_num_seqs)
         return [partial(self._loop.run_apart, step) for step in steps]
+
+    def profile(self, directory: str | Path, num_steps: int = 10) -> StepProfiler:
+        """Write a torch profiler trace of `num_steps` steps to `directory`, in Chrome's JSON format.
+
+        Recording begins after the next step that has work. If the profiler (a context manager) or the engine is closed
+        earlier, the trace has the steps until then. The profiler's `path` is set when the trace is written. Of a model
+        that is sharded over processes, only this process is recorded. Raises `InvalidRequest`.
+        """
+        self._loop.begin_call()
+        return self._loop.profile(StepProfiler(directory, num_steps))
 
     @property
     def num_steps(self) -> int:
