@@ -30,6 +30,8 @@ LAYERS = [
     {"chat.saved_history"},
     {"chat.dialogue"},
     {"chat.conversation", "chat.async_conversation", "engine.request_loop"},
+    {"engine.submitter"},
+    {"engine.pins"},
     {"engine.engine"},
     {"engine.async_outputs", "engine.thread"},
     {"engine.async_engine"},
