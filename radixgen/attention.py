@@ -10,7 +10,7 @@ from radixgen.core import Chunk, InvalidRequest, Plan, Window
 from radixgen.core.plan import Int32Array
 from radixgen.kernels.backend import Attention, backend, check_backend
 from radixgen.kernels.quantized import KV
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, plan
+from radixgen.scheduler.planner import CostModel, Forest, PlanMode, check_plan_mode, plan
 
 
 class TreeAttention:
@@ -54,8 +54,7 @@ class TreeAttention:
 
         Raises `InvalidRequest`.
         """
-        if mode not in PLAN_MODES:
-            raise InvalidRequest("mode", mode, f"must be one of {', '.join(PLAN_MODES)}")
+        check_plan_mode("mode", mode)
         if window is not None and (window.size if isinstance(window, Chunk) else window) < 1:
             raise InvalidRequest("window", window, "must be at least 1")
         forest = _forest(parents, extents)

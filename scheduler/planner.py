@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from radixgen.cache import RadixTree
-from radixgen.core import NodeSummary, Plan
+from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
 from radixgen.scheduler.balance import Balance, balance, coverage
 from radixgen.scheduler.cost import CostModel, TileCost
@@ -31,10 +31,26 @@ from radixgen.scheduler.tables import (
     W_ROWS,
 )
 
-__all__ = ["PLAN_MODES", "CostModel", "Forest", "PlanMode", "Planner", "TileCost", "active_forest", "plan"]
+__all__ = [
+    "PLAN_MODES",
+    "CostModel",
+    "Forest",
+    "PlanMode",
+    "Planner",
+    "TileCost",
+    "active_forest",
+    "check_plan_mode",
+    "plan",
+]
 
 PlanMode = Literal["auto", "unshared", "prefix", "naive"]
 PLAN_MODES: tuple[PlanMode, ...] = ("auto", "unshared", "prefix", "naive")
+
+
+def check_plan_mode(field: str, mode: str) -> None:
+    """Raise `InvalidRequest` unless `mode` is one of `PLAN_MODES`."""
+    if mode not in PLAN_MODES:
+        raise InvalidRequest(field, mode, f"must be one of {', '.join(PLAN_MODES)}")
 
 
 def plan(

@@ -11,7 +11,7 @@ import texts
 import typer
 from typer.testing import CliRunner, Result
 
-from radixgen import Engine
+from radixgen import Engine, SamplingParams
 from radixgen.cli import app, serve
 
 
@@ -159,6 +159,8 @@ def test_serve_refuses_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch
         (["--port", "70000"], "65535"),
         (["--api-key", "a b "], "printable ASCII"),
         (["--max-queue", "-2000"], "max_open"),
+        (["--profile", __file__], f"profile='{__file__}': must be a directory that can be written to"),
+        (["--profile", tmp_path, "--profile-steps", "0"], "profile_steps=0: must be from 1 to 1000"),
     ):
         result = call("serve", absent, *arguments)
         assert result.exit_code == 1 and says in result.stderr and result.stderr.count("\n") == 1
@@ -177,6 +179,26 @@ def test_serve_without_its_packages_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr("radixgen.cli.errors.find_spec", lambda name: None if name == "uvicorn" else name)
     result = call("serve", "absent")
     assert result.exit_code == 1 and "uvicorn not installed: pip install 'radixgen[serve]'" in result.stderr
+
+
+def test_generate_writes_a_profile(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    options = ("generate", "--model", model, "--kv-tokens", 64, "--max-tokens", 4, "--profile", folder, "abc")
+    result = call(*options)
+    (path,) = folder.iterdir()
+    assert len(lines(result)) == 1 and f"wrote the profile to {path}" in result.stderr
+    traced = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
+    assert [name for name in traced if name.startswith("step ")] == ["step 1", "step 2", "step 3"]
+    result = call(*options, "--profile-steps", 2)
+    assert len(lines(result)) == 1 and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("command", [["generate", "abc"], ["worker"], ["worker", "--backend", "dynamo"]], ids=str)
+def test_a_profile_that_cannot_be_written_is_refused(command: list[str], tmp_path: Path) -> None:
+    result = call(*command, "--model", tmp_path / "absent", "--profile", __file__)
+    assert result.exit_code == 1 and "must be a directory that can be written to" in result.stderr
+    result = call(*command, "--model", tmp_path / "absent", "--profile", tmp_path, "--profile-steps", 1001)
+    assert result.exit_code == 1 and "profile_steps=1001: must be from 1 to 1000" in result.stderr
 
 
 def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
@@ -204,6 +226,8 @@ ENGINE_OPTIONS = {
     "--enforce-eager": None,
     "--no-warm-up": None,
     "--seed": 0,
+    "--profile": "traces",
+    "--profile-steps": 10,
 }
 
 
@@ -223,6 +247,7 @@ def test_every_option_of_an_engine_is_known() -> None:
         "tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens", "kv_dtype": "kv_cache_dtype",
     }  # fmt: skip
     own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
+    own |= {"profile", "profile_steps"}  # those of `Engine.profile`
     assert own & set(inspect.signature(serve.serve).parameters) == set(serve._ENGINE_OPTIONS)
 
 
@@ -239,7 +264,7 @@ def test_help_texts_are_short() -> None:
 
 SHARED_OPTIONS = {
     "load_format", "dtype", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_tokens", "enforce_eager", "warm_up", "seed",
+    "kv_tokens", "enforce_eager", "warm_up", "seed", "profile", "profile_steps",
 }  # fmt: skip
 
 
@@ -254,16 +279,19 @@ def test_serve_and_worker_have_one_name_for_one_option() -> None:
         assert serve[name].opts == worker[name].opts, name
 
 
-def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[object] = []
 
     def serve(load: Callable[[], Engine], *_: object, **__: object) -> bool:
         with load() as engine:
             found.extend([engine.max_step_tokens, engine.limits.max_num_seqs, engine.max_model_len])
+            engine.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
         return True
 
     monkeypatch.setattr("radixgen.serve.zmq.launch.serve", serve)
     sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
-    result = call("worker", "--model", model, *sizes, "--enforce-eager", "--warm-up", "--seed", 3)
+    options = (*sizes, "--enforce-eager", "--warm-up", "--seed", 3, "--profile", tmp_path)
+    result = call("worker", "--model", model, *options)
     assert result.exit_code == 0 and found == [33, 5, 44], result.output
+    assert len(list(tmp_path.iterdir())) == 1
     assert "warming up: 1 of " in " ".join(result.stderr.split()), result.stderr

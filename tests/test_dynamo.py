@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -107,10 +108,11 @@ def test_what_is_registered(dynamo: ModuleType) -> None:
     asyncio.run(main())
 
 
-def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[list[str]] = []
     monkeypatch.setattr(dynamo, "main", found.append)
     flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", "64", "--seed", "3", "--tensor-parallel-size", "2"]
+    flags += ["--profile", str(tmp_path), "--profile-steps", "5"]
     command = ["worker", "--backend", "dynamo", "--model", "stamp", "--block-size", "4", "--enforce-eager", *flags]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -122,6 +124,7 @@ def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.Mon
         64,
     )
     assert options.enforce_eager and (options.seed, options.tensor_parallel_size) == (3, 2)
+    assert (options.profile, options.profile_steps) == (str(tmp_path), 5)
 
 
 def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: ModuleType) -> None:
@@ -148,6 +151,17 @@ def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: Mo
         await served.cleanup()
 
     asyncio.run(main())
+
+
+def test_steps_are_profiled(dynamo: ModuleType, tmp_path: Path) -> None:
+    async def main() -> None:
+        served = await started(dynamo, "--profile", str(tmp_path), "--profile-steps", "3")
+        assert [chunk async for chunk in served.generate(asked([1, 2]), Context("one"))]
+        await served.cleanup()
+
+    asyncio.run(main())
+    (path,) = tmp_path.iterdir()
+    assert '"step 3"' in path.read_text()
 
 
 def test_several_sequences_and_logprobs(dynamo: ModuleType) -> None:

@@ -1,6 +1,7 @@
 """`radixgen generate`."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ from radixgen.cli.options import (
     LoadFormat,
     MaxTokens,
     Model,
+    Profile,
+    ProfileSteps,
     Seed,
     Temperature,
     TensorParallel,
@@ -57,6 +60,8 @@ def generate(
     device: Device = "auto",
     tp: TensorParallel = 1,
     kv_tokens: KVTokens = None,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 10,
 ) -> None:
     """Generate completions for a batch of prompts; print one JSON line per prompt, in order.
 
@@ -66,6 +71,7 @@ def generate(
     from rich.progress import Progress
 
     from radixgen.engine.engine import Engine
+    from radixgen.engine.profiler import check_profile
 
     with report_errors():
         params = SamplingParams(
@@ -79,6 +85,8 @@ def generate(
             regex=regex,
             choice=choice or None,
         )
+        if profile is not None:
+            check_profile(profile, profile_steps)
         requests = list(read_requests(prompts, file))
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
@@ -92,7 +100,7 @@ def generate(
                 kv_tokens=kv_tokens,
                 warm_up=False,
             )
-        with engine:
+        with engine, engine.profile(profile, profile_steps) if profile else nullcontext() as profiler:
             inputs = [
                 engine.chat_tokens(request["messages"], request.get("tools"))
                 if "messages" in request
@@ -103,6 +111,8 @@ def generate(
             with Progress(console=Console(stderr=True), transient=True) as bar:
                 task = bar.add_task("generating", total=len(inputs))
                 outputs = engine.generate(inputs, each, progress=lambda done, _: bar.update(task, completed=done))
+        if profiler is not None and profiler.path is not None:
+            Console(stderr=True).print(f"wrote the profile to {profiler.path}", soft_wrap=True, markup=False)
         for request, output in zip(requests, outputs, strict=True):
             line = {
                 "id": request.get("id", output.request_id),

@@ -45,6 +45,10 @@ WarmUp = Annotated[
         "--warm-up/--no-warm-up", help="Compile and capture before accepting requests.", show_default="on a GPU"
     ),
 ]
+Profile = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write a torch profiler trace of the first steps to this directory.")
+]
+ProfileSteps = Annotated[int, typer.Option(help="Number of steps in the trace of --profile.")]
 EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
 KVTokens = Annotated[
     int | None,

@@ -24,6 +24,8 @@ from radixgen.cli.options import (
     MaxNumBatchedTokens,
     MaxNumSeqs,
     Model,
+    Profile,
+    ProfileSteps,
     TensorParallel,
     WarmUp,
     reject_options,
@@ -44,6 +46,8 @@ _ENGINE_OPTIONS = [
     "enforce_eager",
     "warm_up",
     "seed",
+    "profile",
+    "profile_steps",
 ]
 """Options of an engine in this process, rejected with --zmq"""
 
@@ -131,6 +135,8 @@ def serve(
     ] = False,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: add vLLM's metric names to /metrics.")] = None,
     access_log: Annotated[bool, typer.Option(help="Log one line per request.")] = True,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 10,
     log_level: Annotated[str, typer.Option(help="Log level: debug, info, warning or error.")] = "info",
     zmq: Annotated[str | None, typer.Option(help="Use workers that connect to this ipc:// or tcp:// address.")] = None,
     workers: Annotated[int, typer.Option(help="Number of workers to wait for. Requires --zmq.")] = 1,
@@ -147,6 +153,7 @@ def serve(
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.engine.async_engine import AsyncEngine
         from radixgen.engine.engine import Engine
+        from radixgen.engine.profiler import check_profile
         from radixgen.model.sampling_defaults import sampling_defaults
         from radixgen.serve import server
         from radixgen.serve.http.app import ServeOptions
@@ -157,6 +164,8 @@ def serve(
         from radixgen.serve.http.workers import connect, start
         from radixgen.serve.replicas import ReplicaOptions
 
+        if profile is not None:
+            check_profile(profile, profile_steps)
         limits = Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
             names=served_model_name or [name or model],
@@ -207,6 +216,8 @@ def serve(
                 "warm_up": warm_up,
                 "no_warm_up": warm_up is False,
                 "seed": seed,
+                "profile": profile,
+                "profile_steps": profile_steps,
             }
             replicas = ReplicaOptions(data_parallel_size, tp, device, to_flags(sizes))
             replicas.environments()
@@ -238,6 +249,8 @@ def serve(
                     seed=seed,
                     limits=limits,
                 )
+                if profile is not None:
+                    engine.profile(profile, profile_steps)
                 options = replace(options, warm_up=engine.runs_on_gpu if warm_up is None else warm_up)
                 backend = AsyncEngine(engine)
         server.serve(backend, options, binding)

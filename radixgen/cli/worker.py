@@ -22,6 +22,8 @@ from radixgen.cli.options import (
     MaxNumBatchedTokens,
     MaxNumSeqs,
     Model,
+    Profile,
+    ProfileSteps,
     TensorParallel,
     WarmUp,
     to_flags,
@@ -56,6 +58,8 @@ def worker(
     enforce_eager: EnforceEager = False,
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 10,
     kv_events_config: Annotated[
         str | None,
         typer.Option(help="KV cache event configuration as JSON, in vLLM's format. Requires --backend zmq."),
@@ -92,6 +96,10 @@ def worker(
     }
     step_sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     with report_errors():
+        if profile is not None:
+            from radixgen.engine.profiler import check_profile
+
+            check_profile(profile, profile_steps)
         if backend == "dynamo":
             zmq_only = {
                 "handshake": handshake,
@@ -105,8 +113,15 @@ def worker(
             for field, value in zmq_only.items():
                 if value:
                     raise InvalidRequest(field, value, "requires --backend zmq")
-            warm = {"warm_up": warm_up, "no_warm_up": warm_up is False}
-            _serve_dynamo({"model": model, "drain_timeout": drain_timeout} | sizes | step_sizes | warm, context.args)
+            options = {
+                "model": model,
+                "drain_timeout": drain_timeout,
+                "warm_up": warm_up,
+                "no_warm_up": warm_up is False,
+                "profile": profile,
+                "profile_steps": profile_steps,
+            }
+            _serve_dynamo(options | sizes | step_sizes, context.args)
             return
         if backend != "zmq":
             raise InvalidRequest("backend", backend, "must be zmq or dynamo")
@@ -133,6 +148,8 @@ def worker(
                     warm_up=False,
                     **sizes,  # type: ignore[arg-type]
                 )
+                if profile is not None:
+                    engine.profile(profile, profile_steps)
                 if engine.runs_on_gpu if warm_up is None else warm_up:
                     engine.warm_up(announce_warm_up(say))
                 return engine

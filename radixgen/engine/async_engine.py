@@ -27,9 +27,10 @@ from radixgen.core import (
 from radixgen.core.adapters import refuses_adapters
 from radixgen.engine.async_outputs import AsyncOutputs, OutputQueue
 from radixgen.engine.core import EngineCore
-from radixgen.engine.engine import PRELOADING, Engine
+from radixgen.engine.engine import Engine
 from radixgen.engine.input_processor import InputProcessor, Params, Prompt, as_prompts
 from radixgen.engine.output_processor import scores_of
+from radixgen.engine.pins import PRELOADING
 from radixgen.engine.request_loop import Progress
 from radixgen.engine.request_options import PinOptions, RequestOptions
 from radixgen.engine.thread import EngineThread

@@ -16,7 +16,6 @@ from radixgen.core import (
     EngineDead,
     FinishReason,
     Grammar,
-    LimitReached,
     Limits,
     QueueFull,
     SamplingParams,
@@ -36,7 +35,6 @@ from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, 
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cost import CostModel
-from radixgen.scheduler.pins import Pin
 from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
@@ -202,31 +200,6 @@ class EngineCore:
     def num_attempts(self) -> int:
         """Number of steps that ran or failed."""
         return self._attempts
-
-    # -- pins ---------------------------------------------------------------------------------------------
-
-    def pin(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
-        """Pin the cached prefix of `tokens`. Returns None if nothing is cached. Raises `LimitReached`."""
-        self.require_pins(1)
-        return self.scheduler.pins.add(tokens, namespace, priority, expires)
-
-    def require_pins(self, count: int) -> None:
-        """Raise `LimitReached` if this many more pins exceed the limit."""
-        pins = len(self.scheduler.pins) + count
-        if pins > self.limits.max_pins:
-            raise LimitReached("pins", pins, f"at most {self.limits.max_pins} prefixes are pinned")
-
-    def unpin(self, pin_id: int) -> bool:
-        """Release a pin. Returns False if it is already gone."""
-        if pin_id not in self.scheduler.pins:
-            return False
-        self.scheduler.pins.release(pin_id)
-        return True
-
-    @property
-    def pins(self) -> frozenset[int]:
-        """Ids of the current pins."""
-        return frozenset(pin.id for pin in self.scheduler.pins)
 
     # -- one step -----------------------------------------------------------------------------------------
 

@@ -7,60 +7,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-import numpy as np
 import torch
 
 from radixgen.cache import TokenArray
 from radixgen.chat.conversation import Conversation
 from radixgen.chat.dialogue import Options
-from radixgen.core import (
-    BeamSearchParams,
-    DuplicateRequest,
-    InvalidRequest,
-    Limits,
-    OutputKind,
-    RequestOutput,
-    SamplingParams,
-    Stats,
-    check_integer,
-)
+from radixgen.core import BeamSearchParams, InvalidRequest, Limits, OutputKind, RequestOutput, Stats, check_integer
 from radixgen.core.adapters import refuses_adapters
 from radixgen.engine.core import EngineCore
-from radixgen.engine.input_processor import (
-    InputProcessor,
-    Messages,
-    Params,
-    Prompt,
-    Tools,
-    as_params,
-    as_prompts,
-    chat_tokens,
-)
-from radixgen.engine.output_processor import OutputProcessor, scores_of
+from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
+from radixgen.engine.output_processor import OutputProcessor
+from radixgen.engine.pins import PrefixPins
+from radixgen.engine.profiler import StepProfiler
 from radixgen.engine.request_loop import OutputStream, Progress, RequestLoop
-from radixgen.engine.request_options import CoreOptions, PinOptions, RequestOptions
+from radixgen.engine.request_options import PinOptions, RequestOptions
+from radixgen.engine.submitter import RequestSubmitter
 from radixgen.engine.warm_up import run_warm_up, warm_up_steps
 from radixgen.model.base import Model
-from radixgen.model.prepare import (
-    allocate_kv,
-    check_options,
-    costs_of,
-    default_step_tokens,
-    dtype_of,
-    prepare_model,
-    runs_on_gpu,
-)
-from radixgen.scheduler.planner import PlanMode
+from radixgen.model.prepare import costs_of, dtype_of, prepare_model, runs_on_gpu
+from radixgen.scheduler.planner import PlanMode, check_plan_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
-_OUTPUT_KINDS = ("cumulative", "delta", "final")
-_SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
-PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
-"""Parameters that add nothing but the prompt to the tree: the one token drawn never enters it."""
 
 
 class Engine:
@@ -134,10 +104,9 @@ class Engine:
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`, and `EngineDead` if a process cannot be started.
         """
         self.limits = limits or Limits()
-        sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
-        check_options(model, plan, seed, load_format, dtype, device, attention, kv_dtype, sizes)
-        max_step_tokens = max_step_tokens or default_step_tokens(model, device)
-        served, self.tokenizer = prepare_model(
+        check_plan_mode("plan", plan)
+        check_integer("seed", seed, 0, 2**64 - 1)
+        prepared = prepare_model(
             model,
             tokenizer,
             self.limits,
@@ -146,29 +115,30 @@ class Engine:
             device=device,
             attention=attention,
             kv_dtype=kv_dtype,
+            kv_tokens=kv_tokens,
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
             torch_compile=torch_compile,
         )
-        slots = allocate_kv(served, kv_tokens, self.limits, max_step_tokens)
+        served = prepared.model
+        self.tokenizer = prepared.tokenizer
         self.share = share
         self.max_model_len = served.max_model_len
         self._model = served
-        self._clock = clock
         self._inputs = InputProcessor(
             self.tokenizer,
             vocab_size=served.vocab_size,
             max_model_len=served.max_model_len,
-            kv_tokens=slots,
+            kv_tokens=prepared.kv_tokens,
             limits=self.limits,
             eos_token_ids=served.eos_token_ids,
         )
         self._core = EngineCore(
             served,
-            kv_tokens=slots,
-            max_step_tokens=max_step_tokens,
+            kv_tokens=prepared.kv_tokens,
+            max_step_tokens=prepared.max_step_tokens,
             limits=self.limits,
             plan=plan,
             costs=costs_of(served),
@@ -179,6 +149,8 @@ class Engine:
         )
         self._guard = self._core.guard
         self._loop = RequestLoop(self._core, OutputProcessor(self._inputs.vocabulary), clock)
+        self._submitter = RequestSubmitter(self._inputs, self._core, self._loop, clock, share=share)
+        self._pins = PrefixPins(self._inputs, self._core, self._loop, self._submitter, clock)
         if self.runs_on_gpu if warm_up is None else warm_up:
             self.warm_up()
 
@@ -198,14 +170,7 @@ class Engine:
         checked before any is queued. If the waiting queue is full, the rest is queued as it empties. Raises
         `InvalidRequest`.
         """
-        self._loop.begin_call()
-        batch = as_prompts(prompts)
-        each = as_params(params, len(batch))
-        tokens = [self._inputs.tokenize(prompt) for prompt in batch]
-        for ids, own in zip(tokens, each, strict=True):
-            self._inputs.check(ids, own)
-        submits = [partial(self._submit, ids, own) for ids, own in zip(tokens, each, strict=True)]
-        return self._loop.serve(submits, progress)
+        return self._submitter.generate(prompts, params, progress)
 
     @refuses_adapters
     def beam_search(
@@ -275,13 +240,7 @@ class Engine:
         continuation is tokenized separately, without special tokens; pass token ids if that matters. Raises
         `InvalidRequest`, and `RequestFailed` if a continuation could not be scored.
         """
-        self._loop.begin_call()
-        tokens = self._inputs.tokenize(prompt)
-        each = [self._inputs.tokenize_continuation(text) for text in as_prompts(continuations, "continuations")]
-        for rest in each:
-            self._inputs.check_score(tokens, rest)
-        submits = [partial(self.submit_score, tokens, rest, namespace=namespace) for rest in each]
-        return [scores_of(output) for output in self._loop.serve(submits)]
+        return self._submitter.score(prompt, continuations, namespace)
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Return the text of `token_ids`, including special tokens, or the ids as text if there is no tokenizer."""
@@ -330,24 +289,14 @@ class Engine:
 
         Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """
-        self._loop.begin_call()
-        params = params if params is not None else SamplingParams()
-        tokens = self._inputs.tokenize(prompt)
-        self._inputs.check(tokens, params)
-        self._inputs.check_name("namespace", namespace)
-        check_integer("priority", priority, -(2**31), 2**31 - 1)
-        self._check_id(request_id)
-        if output_kind not in _OUTPUT_KINDS:
-            raise InvalidRequest("output_kind", output_kind, f"must be one of {', '.join(_OUTPUT_KINDS)}")
-        deadline = self._clock() + self._inputs.check_seconds("timeout", timeout)
-        return self._submit(
-            tokens,
+        return self._submitter.submit(
+            prompt,
             params,
-            output_kind,
             request_id=request_id,
             priority=priority,
             namespace=namespace,
-            deadline=deadline,
+            timeout=timeout,
+            output_kind=output_kind,
         )
 
     @refuses_adapters
@@ -358,18 +307,7 @@ class Engine:
 
         Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """
-        self._loop.begin_call()
-        tokens, rest = self._inputs.tokenize(prompt), self._inputs.tokenize_continuation(continuation)
-        self._inputs.check_score(tokens, rest)
-        self._inputs.check_name("namespace", namespace)
-        self._check_id(request_id)
-        return self._submit(
-            np.concatenate([tokens, rest]),
-            _SCORING,
-            request_id=request_id,
-            namespace=namespace,
-            score_from=tokens.size - 1,
-        )
+        return self._submitter.submit_score(prompt, continuation, request_id=request_id, namespace=namespace)
 
     def step(self) -> list[RequestOutput]:
         """Run one step. Returns an output for every request that got tokens or ended.
@@ -393,13 +331,7 @@ class Engine:
         forks generate the same as the request. Raises `UnknownRequest`, `InvalidRequest` (also for a beam search) and
         `QueueFull`.
         """
-        self._loop.begin_call()
-        request = self._loop.live(request_id)
-        if request.search is not None:
-            raise InvalidRequest("request_id", request_id, "a beam search is not forked")
-        check_integer("n", n, 1, self.limits.max_n)
-        self._core.require_room(n, n * request.prompt.size)
-        return self._loop.fork(request, n)
+        return self._submitter.fork(request_id, n)
 
     def pin(
         self,
@@ -417,25 +349,16 @@ class Engine:
         the lowest priority are released first. The pin `replaces` is released in the same call. Raises
         `InvalidRequest`, `LimitReached`.
         """
-        self._loop.begin_call()
-        tokens = self._inputs.tokenize(prompt)
-        expires = self._check_pin(namespace, priority, ttl)
-        with self._guard:
-            if isinstance(replaces, int):
-                self._core.unpin(replaces)
-            pin = self._core.pin(tokens, namespace, priority, expires)
-            return pin.id if pin else None
+        return self._pins.pin(prompt, replaces, namespace=namespace, priority=priority, ttl=ttl)
 
     def unpin(self, pin: int) -> bool:
         """Release a pin. Returns False if it is already gone."""
-        self._loop.begin_call()
-        with self._guard:
-            return isinstance(pin, int) and self._core.unpin(pin)
+        return self._pins.unpin(pin)
 
     @property
     def pins(self) -> frozenset[int]:
         """Ids of the current pins."""
-        return self._core.pins
+        return self._pins.ids
 
     @refuses_adapters
     def preload(
@@ -449,15 +372,7 @@ class Engine:
         Only the prompts' KV stays. Raises `InvalidRequest`, and `LimitReached` if there would be too many pins; then
         nothing is pinned.
         """
-        self._loop.begin_call()
-        tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
-        for ids in tokens:
-            self._inputs.check(ids, PRELOADING)
-        self._check_pin(**options)
-        self._core.require_pins(len(tokens))
-        place = CoreOptions(namespace=options.get("namespace", ""), priority=options.get("priority", 0))
-        self._loop.serve([partial(self._submit, ids, PRELOADING, **place) for ids in tokens])
-        return [self.pin(ids, **options) for ids in tokens]
+        return self._pins.preload(prompts, **options)
 
     @property
     def runs_on_gpu(self) -> bool:
@@ -479,6 +394,16 @@ class Engine:
         self._loop.begin_call()
         steps = warm_up_steps(self._model, self._inputs.drawable, self.max_step_tokens, self.limits.max_num_seqs)
         return [partial(self._loop.run_apart, step) for step in steps]
+
+    def profile(self, directory: str | Path, num_steps: int = 10) -> StepProfiler:
+        """Write a torch profiler trace of `num_steps` steps to `directory`, in Chrome's JSON format.
+
+        Recording begins after the next step that has work. If the profiler (a context manager) or the engine is closed
+        earlier, the trace has the steps until then. The profiler's `path` is set when the trace is written. Of a model
+        that is sharded over processes, only this process is recorded. Raises `InvalidRequest`.
+        """
+        self._loop.begin_call()
+        return self._loop.profile(StepProfiler(directory, num_steps))
 
     @property
     def num_steps(self) -> int:
@@ -568,27 +493,3 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    # -- inside -------------------------------------------------------------------------------------------
-
-    def _submit(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
-        """Queue a checked request. Takes the options of `EngineCore.make`."""
-        grammar = self._inputs.grammar(params)
-        request = self._core.make(tokens, params, share=self.share, grammar=grammar, arrived=self._clock(), **options)
-        return self._loop.submit(request, kind)
-
-    def _check_pin(self, namespace: str = "", priority: int = 0, ttl: float | None = None) -> float:
-        """Check the options of a pin and return its time of expiry. Releases expired pins."""
-        self._inputs.check_name("namespace", namespace)
-        check_integer("priority", priority, -(2**31), 2**31 - 1)
-        lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()
-        with self._guard:
-            self._core.scheduler.pins.expire(now)
-        return now + lifetime
-
-    def _check_id(self, request_id: str | None) -> None:
-        if request_id is None:
-            return
-        self._inputs.check_name("request_id", request_id)
-        if request_id in self._core.requests:
-            raise DuplicateRequest("request_id", request_id, "a request with this id has not ended")

@@ -21,6 +21,7 @@ from radixgen.core import (
     Limits,
     PromptTooLong,
     SamplingParams,
+    check_integer,
     check_text,
     check_texts,
 )
@@ -198,6 +199,11 @@ class InputProcessor:
         if not isinstance(text, str) or len(text) > limit or "\0" in text:
             raise InvalidRequest(field, text, f"must be text of at most {limit} characters, none of them NUL")
         check_text(field, text)
+
+    def check_place(self, namespace: object, priority: object = 0) -> None:
+        """Check the options that requests and pins have in common."""
+        self.check_name("namespace", namespace)
+        check_integer("priority", priority, -(2**31), 2**31 - 1)
 
     def check_seconds(self, field: str, seconds: object) -> float:
         """Validate a positive duration in seconds. None means infinity."""

@@ -3,11 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from itertools import chain
 
 from radixgen.core import EngineClosed, OutputKind, QueueFull, RadixgenError, RequestOutput, UnknownRequest
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
+from radixgen.engine.profiler import StepProfiler
 from radixgen.scheduler.sequence import Request, Sequence
 
 Progress = Callable[[int, int], None]
@@ -22,6 +24,7 @@ class RequestLoop:
         self._core = core
         self._guard = core.guard
         self._clock = clock
+        self._profiler: StepProfiler | None = None
         self._undelivered: dict[str, list[RequestOutput]] = {}
         """Outputs by request id, produced by another caller's step and not yet taken."""
         self._dropped: deque[str] = deque()
@@ -140,6 +143,12 @@ class RequestLoop:
             self._core.ahead.drop()
             function()
 
+    def profile(self, profiler: StepProfiler) -> StepProfiler:
+        """Profile the next steps, and return the profiler. The one before is closed."""
+        self._close_profiler()
+        self._profiler = profiler
+        return profiler
+
     def check(self) -> None:
         """Assert that the output processor follows exactly the requests of the core."""
         self.outputs.check(self._core.requests.values())
@@ -151,9 +160,19 @@ class RequestLoop:
         finally:
             self.closed = True
             self._undelivered.clear()
+            self._close_profiler()
 
     def _step(self) -> list[RequestOutput]:
-        return self._process(self._core.step(self._clock()))
+        before = self._core.num_attempts
+        with self._profiler.span() if self._profiler else nullcontext():
+            outputs = self._process(self._core.step(self._clock()))
+        if self._profiler is not None and self._core.num_attempts > before:
+            self._profiler.after_step()
+        return outputs
+
+    def _close_profiler(self) -> None:
+        if self._profiler is not None:
+            self._profiler.close()
 
     def _process(self, touched: Seq[Sequence]) -> list[RequestOutput]:
         """Return the outputs of sequences that got tokens or ended. Finished requests are removed from the core."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,7 +18,6 @@ from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
 from radixgen.scheduler.cost import CostModel
-from radixgen.scheduler.planner import PLAN_MODES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,44 +25,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_options(
-    model: object,
-    plan: str,
-    seed: int,
-    load_format: str,
-    dtype: str | torch.dtype,
-    device: str,
-    attention: str,
-    kv_dtype: str,
-    sizes: Mapping[str, int | None],
-) -> None:
-    """Raise `InvalidRequest` for an option of `Engine` that cannot be, before anything is loaded. Sizes are above 0, or
-    None where there is a default.
-    """
-    if plan not in PLAN_MODES:
-        raise InvalidRequest("plan", plan, f"must be one of {', '.join(PLAN_MODES)}")
-    for field, value in sizes.items():
-        if value is not None:
-            check_integer(field, value, 1, 2**63 - 1)
-    check_integer("seed", seed, 0, 2**64 - 1)
-    resolve_dtype(dtype)
-    if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
-        raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
-    place = resolve_device(device)
-    backend(attention, place)
-    check_kv_dtype(kv_dtype, model, place)
+class PreparedModel(NamedTuple):
+    """A model behind the engine's interface, with its KV pool, and the sizes that were chosen."""
 
-
-def check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
-    """Raise `InvalidRequest` if the KV of a model can't have this dtype."""
-    if kv_dtype == "auto":
-        return
-    if kv_dtype not in KV_DTYPES:
-        raise InvalidRequest("kv_dtype", kv_dtype, f"must be auto, {' or '.join(KV_DTYPES)}")
-    if isinstance(model, Model):
-        raise InvalidRequest("kv_dtype", kv_dtype, "must be auto: the model object stores its own KV")
-    if kv_dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise InvalidRequest("kv_dtype", kv_dtype, "needs a GPU of compute capability 8.9 or later; int8 runs anywhere")
+    model: Model
+    tokenizer: "PreTrainedTokenizerBase | None"
+    kv_tokens: int
+    max_step_tokens: int
 
 
 def prepare_model(
@@ -76,21 +44,24 @@ def prepare_model(
     device: str,
     attention: str,
     kv_dtype: str,
+    kv_tokens: int | None,
     max_model_len: int | None,
-    max_step_tokens: int,
+    max_step_tokens: int | None,
     ranks: int,
     graphs: bool,
     torch_compile: bool | None,
-) -> tuple[Model, "PreTrainedTokenizerBase | None"]:
-    """A model behind the engine's interface, and its tokenizer. The arguments are those of `Engine`, and so are the
-    errors.
-    """
+) -> PreparedModel:
+    """Load a model and allocate its KV pool. The arguments and errors are those of `Engine`."""
+    sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
+    check_options(model, load_format, dtype, device, attention, kv_dtype, sizes)
     check_integer("tensor_parallel_size", ranks, 1, limits.max_ranks)
+    max_step_tokens = max_step_tokens or default_step_tokens(model, device)
     max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
+    served: Model
     if ranks > 1:
         if not isinstance(model, str | Path):
             raise InvalidRequest("model", model, "must be a name or a path, of which each rank loads its share")
-        sharded, loaded = shard(
+        served, loaded = shard(
             model,
             ranks,
             dtype=dtype,
@@ -105,29 +76,62 @@ def prepare_model(
             torch_compile=torch_compile,
             tokenizer=tokenizer,
         )
-        return sharded, loaded.tokenizer
+        tokenizer = loaded.tokenizer
+    elif isinstance(model, Model):
+        served = model
+    else:
+        loaded = _load(model, tokenizer, load_format, dtype, device)
+        tokenizer = loaded.tokenizer
+        tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
+        try:
+            _accelerate(tree_model, graphs, torch_compile)
+            served = ModelRunner(
+                tree_model,
+                attention,
+                loaded.eos_token_ids,
+                kv_dtype=kv_dtype,
+                graphs=graphs,
+                max_graph_rows=max_graph_rows,
+            )
+        except BaseException:
+            tree_model.release()
+            raise
+    slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
+    return PreparedModel(served, tokenizer, slots, max_step_tokens)
+
+
+def check_options(
+    model: object,
+    load_format: str,
+    dtype: str | torch.dtype,
+    device: str,
+    attention: str,
+    kv_dtype: str,
+    sizes: Mapping[str, int | None],
+) -> None:
+    """Raise `InvalidRequest` for an option that cannot be, before anything is loaded. Sizes are above 0, or None where
+    there is a default.
+    """
+    for field, value in sizes.items():
+        if value is not None:
+            check_integer(field, value, 1, 2**63 - 1)
+    resolve_dtype(dtype)
+    if check_load_format(load_format) == "dummy" and not isinstance(model, str | Path):
+        raise InvalidRequest("load_format", load_format, "goes with a model that is given by name")
+    place = resolve_device(device)
+    backend(attention, place)
+    _check_kv_dtype(kv_dtype, model, place)
+
+
+def _check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
+    if kv_dtype == "auto":
+        return
+    if kv_dtype not in KV_DTYPES:
+        raise InvalidRequest("kv_dtype", kv_dtype, f"must be auto, {' or '.join(KV_DTYPES)}")
     if isinstance(model, Model):
-        return model, tokenizer
-    loaded = _load(model, tokenizer, load_format, dtype, device)
-    tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
-    try:
-        cuda = loaded.model.device.type == "cuda"
-        if cuda:
-            tree_model.fuse_linears()
-        if torch_compile or (torch_compile is None and cuda and graphs):
-            tree_model.compile_blocks()
-        runner = ModelRunner(
-            tree_model,
-            attention,
-            loaded.eos_token_ids,
-            kv_dtype=kv_dtype,
-            graphs=graphs,
-            max_graph_rows=max_graph_rows,
-        )
-        return runner, loaded.tokenizer
-    except BaseException:
-        tree_model.release()
-        raise
+        raise InvalidRequest("kv_dtype", kv_dtype, "must be auto: the model object stores its own KV")
+    if kv_dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise InvalidRequest("kv_dtype", kv_dtype, "needs a GPU of compute capability 8.9 or later; int8 runs anywhere")
 
 
 def default_step_tokens(model: object, device: str) -> int:
@@ -191,6 +195,15 @@ def _load(
     if device != "auto":
         model = model.to(resolve_device(device))
     return LoadedModel(type(model).__name__, model.eval(), tokenizer)
+
+
+def _accelerate(model: TreeModel, graphs: bool, torch_compile: bool | None) -> None:
+    """Fuse linear layers on a GPU, and compile blocks where that is requested or the default."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        model.fuse_linears()
+    if torch_compile or (torch_compile is None and cuda and graphs):
+        model.compile_blocks()
 
 
 def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:

@@ -94,6 +94,8 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             seed=options.seed,
             limits=Limits(max_num_seqs=options.max_num_seqs),
         )
+        if options.profile is not None:
+            inner.profile(options.profile, options.profile_steps)
         slots = inner.stats().kv_tokens_total
         self._room = min(inner.max_model_len, slots)
         self._text_of = lambda token: inner.decode([token])
@@ -226,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     warm_up = "compile and capture before accepting requests; default: on a GPU"
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, help=warm_up)
     parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
+    profile = "write a torch profiler trace of the first steps to this directory"
+    parser.add_argument("--profile", metavar="DIR", help=profile)
+    parser.add_argument("--profile-steps", type=int, default=10, help="number of steps in the trace of --profile")
     parser.add_argument(
         "--generation-config",
         default="auto",

@@ -1,0 +1,86 @@
+"""`PrefixPins`: keeps prefixes cached for callers, and computes them in advance."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Unpack
+
+from radixgen.core import LimitReached, SamplingParams
+from radixgen.engine.core import EngineCore
+from radixgen.engine.input_processor import InputProcessor, Prompt, as_prompts
+from radixgen.engine.request_loop import RequestLoop
+from radixgen.engine.request_options import CoreOptions, PinOptions
+from radixgen.engine.submitter import RequestSubmitter
+
+PRELOADING = SamplingParams(temperature=0.0, max_tokens=1)
+"""Parameters that add nothing but the prompt to the tree: the one token drawn never enters it."""
+
+
+class PrefixPins:
+    """Pins for `Engine`, whose methods of the same names describe arguments and errors."""
+
+    def __init__(
+        self,
+        inputs: InputProcessor,
+        core: EngineCore,
+        loop: RequestLoop,
+        submitter: RequestSubmitter,
+        clock: Callable[[], float],
+    ) -> None:
+        self._inputs = inputs
+        self._core = core
+        self._pins = core.scheduler.pins
+        self._loop = loop
+        self._submitter = submitter
+        self._clock = clock
+
+    @property
+    def ids(self) -> frozenset[int]:
+        return frozenset(pin.id for pin in self._pins)
+
+    def pin(self, prompt: Prompt, replaces: int | None = None, **options: Unpack[PinOptions]) -> int | None:
+        self._loop.begin_call()
+        tokens = self._inputs.tokenize(prompt)
+        expires = self._check(**options)
+        with self._core.guard:
+            if isinstance(replaces, int):
+                self._release(replaces)
+            self._require_room(1)
+            pin = self._pins.add(tokens, options.get("namespace", ""), options.get("priority", 0), expires)
+            return pin.id if pin else None
+
+    def unpin(self, pin: int) -> bool:
+        self._loop.begin_call()
+        with self._core.guard:
+            return isinstance(pin, int) and self._release(pin)
+
+    def preload(self, prompts: Prompt | Seq[Prompt], **options: Unpack[PinOptions]) -> list[int | None]:
+        self._loop.begin_call()
+        tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
+        for ids in tokens:
+            self._inputs.check(ids, PRELOADING)
+        self._check(**options)
+        self._require_room(len(tokens))
+        place = CoreOptions(namespace=options.get("namespace", ""), priority=options.get("priority", 0))
+        self._loop.serve([partial(self._submitter.submit_checked, ids, PRELOADING, **place) for ids in tokens])
+        return [self.pin(ids, **options) for ids in tokens]
+
+    def _check(self, namespace: str = "", priority: int = 0, ttl: float | None = None) -> float:
+        """Check the options of a pin and return its time of expiry. Releases expired pins."""
+        self._inputs.check_place(namespace, priority)
+        lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()
+        with self._core.guard:
+            self._pins.expire(now)
+        return now + lifetime
+
+    def _require_room(self, count: int) -> None:
+        """Raise `LimitReached` if this many more pins exceed the limit."""
+        pins, limit = len(self._pins) + count, self._core.limits.max_pins
+        if pins > limit:
+            raise LimitReached("pins", pins, f"at most {limit} prefixes are pinned")
+
+    def _release(self, pin: int) -> bool:
+        if pin not in self._pins:
+            return False
+        self._pins.release(pin)
+        return True
