@@ -21,7 +21,7 @@ import numpy as np
 from bench.null import NullModel
 from bench.report import Memory, Report, benchmark_options, measure_memory
 from radixgen import Engine, Limits, SamplingParams
-from radixgen.cache import TokenArray, follow
+from radixgen.cache import TokenArray, match
 
 VOCAB, OWN = 1000, 16
 PARAMS = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -50,7 +50,7 @@ def timed(owner: Any, name: str) -> list[float]:
 
 def count_comparisons(run: Callable[[], object]) -> int:
     """Comparisons of two runs of tokens while `run` runs."""
-    plain, count = follow.common_prefix_len, 0
+    plain, count = match.common_prefix_len, 0
 
     def counted(a: TokenArray, b: TokenArray) -> int:
         nonlocal count
@@ -58,10 +58,10 @@ def count_comparisons(run: Callable[[], object]) -> int:
         return plain(a, b)
 
     try:
-        follow.common_prefix_len = counted
+        match.common_prefix_len = counted
         run()
     finally:
-        follow.common_prefix_len = plain
+        match.common_prefix_len = plain
     return count
 
 

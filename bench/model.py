@@ -28,8 +28,8 @@ from bench.report import Report, benchmark_options, track
 from bench.shapes import SHAPES, build, weight_bytes
 from bench.trees import Tree, lay_out, shared_prefix
 from radixgen.model.layer_call import LayerCall
-from radixgen.model.packed import TreeModel
 from radixgen.model.runner import ModelRunner
+from radixgen.model.tree_model import TreeModel
 from radixgen.scheduler.planner import plan
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024)

@@ -44,7 +44,7 @@ from bench.shapes import SHAPES, Shape
 from bench.workloads import FULL, TOY, Ask, Scale, Workload, Workloads
 from radixgen import BeamSearchParams, Engine, SamplingParams
 from radixgen.core.settings import rank_environment
-from radixgen.model.peers import PEERS
+from radixgen.model.rank_all_reduce import RANK_ALL_REDUCE
 
 PARTS = {"reduce": 50, "exact": 180, "many": 110, "one": 90, "large": 110}
 """Seconds that each may take, in `_MINUTES` for all."""
@@ -177,12 +177,12 @@ def _reduce(rank: int, ranks: int, store: str) -> Iterator[dict[str, Any]]:
         device_id=device if cuda else None,
     )
     if cuda:
-        PEERS.connect(device)
+        RANK_ALL_REDUCE.connect(device)
     found = {}
     for rows, hidden in ((1, 4096), (64, 8192), (256, 4096), (8192, 4096)) if cuda else ((1, 64),):
         data = torch.zeros((rows, hidden), dtype=torch.bfloat16 if cuda else torch.float32, device=device)
-        if not cuda or PEERS.supports(data.dtype, data.nbytes):
-            found[f"{rows} x {hidden}"] = _reduce_us(data, PEERS.all_reduce)
+        if not cuda or RANK_ALL_REDUCE.supports(data.dtype, data.nbytes):
+            found[f"{rows} x {hidden}"] = _reduce_us(data, RANK_ALL_REDUCE.all_reduce)
         found[f"{rows} x {hidden} by {dist.get_backend()}"] = _reduce_us(data, dist.all_reduce)
         yield {"us": found}
     dist.destroy_process_group()

@@ -30,7 +30,7 @@ from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, back
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.quantized import KV, QuantizedKV
-from radixgen.kernels.sequences import Sequences, split
+from radixgen.kernels.varlen_runs import VarlenRuns, split
 
 TILE_ROWS = 128
 """Query-head rows per tile of the package's kernels, for which `FlashCost.key` is measured."""
@@ -219,24 +219,24 @@ class _VarlenCall:
     causal: bool
     first: int
     stop: int
-    """Slots of the pool `[first, stop)` covered by the sequences, including the gaps between their keys."""
+    """Slots of the pool `[first, stop)` covered by the runs, including the gaps between their keys."""
     packing: tuple[Tensor, Tensor] | None
     """If set: slots to copy, and their places in a buffer of `stop` keys that is otherwise 0."""
 
     def keys(self, pool: Tensor) -> Tensor:
-        """Return the keys or values covered by the sequences, `[stop - first, kv_heads, dim]`."""
+        """Return the keys or values covered by the runs, `[stop - first, kv_heads, dim]`."""
         if self.packing is None:
             return pool[self.first : self.stop]
         slots, places = self.packing
         return pool.new_zeros((self.stop, *pool.shape[1:])).index_copy_(0, places, pool.index_select(0, slots))
 
 
-def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.device) -> _VarlenCall:
+def _call(runs: VarlenRuns, index: int, reads_beyond: int, device: torch.device) -> _VarlenCall:
     """Make one call. Every second sequence has no rows and covers the gap up to the next run, or the zeros after a
     packed one.
     """
-    members = np.flatnonzero(sequences.calls == index)
-    starts, lengths, sizes = sequences.starts[members], sequences.lengths[members], sequences.sizes[members]
+    members = np.flatnonzero(runs.calls == index)
+    starts, lengths, sizes = runs.starts[members], runs.lengths[members], runs.sizes[members]
     packing, begins, first = None, starts, int(starts[0])
     if reads_beyond:
         first = 0
@@ -249,12 +249,12 @@ def _call(sequences: Sequences, index: int, reads_beyond: int, device: torch.dev
     bounds = np.stack([begins, begins + lengths], axis=1).reshape(-1)
     counts = np.stack([sizes, np.zeros_like(sizes)], axis=1).reshape(-1)[:-1]
     return _VarlenCall(
-        rows=_to_device(sequences.rows[sequences.offsets[members[0]] : sequences.offsets[members[-1] + 1]], device),
+        rows=_to_device(runs.rows[runs.offsets[members[0]] : runs.offsets[members[-1] + 1]], device),
         cu_seqlens_q=_to_device(np.cumsum([0, *counts]).astype(np.int32), device),
         cu_seqlens_k=_to_device((bounds - first).astype(np.int32), device),
         max_seqlen_q=int(sizes.max()),
         max_seqlen_k=int(lengths.max()),
-        causal=bool(sequences.causal[members[0]]),
+        causal=bool(runs.causal[members[0]]),
         first=first,
         stop=int(bounds[-1]) + reads_beyond,
         packing=packing,
@@ -343,11 +343,11 @@ class FlashAttention:
         self._package = load(device)
         self._own = backend("auto", device)
         self._fallback: Attention | None = None
-        sequences, rest = split(trimmed)
-        self._calls = [_call(sequences, i, self._package.reads_beyond, device) for i in range(sequences.num_calls)]
-        self._num_partials = sequences.rows.size
+        runs, rest = split(trimmed)
+        self._calls = [_call(runs, i, self._package.reads_beyond, device) for i in range(runs.num_calls)]
+        self._num_partials = runs.rows.size
         self._rest: Attention | None = None
-        rows, turns = sequences.rows, np.repeat(sequences.positions, sequences.sizes)
+        rows, turns = runs.rows, np.repeat(runs.positions, runs.sizes)
         if rest is not None and self._calls:
             self._rest = self._own.attention(rest.plan, window, device)
             self._rest_rows = _to_device(rest.rows, device)
@@ -396,11 +396,11 @@ class FlashCost:
         """Return the cost for layers of this shape."""
         return FlashCost(self.call, self.key * geometry.head_dim / 128, geometry.group, geometry.kv_heads)
 
-    def predict(self, sequences: Sequences) -> float:
+    def predict(self, runs: VarlenRuns) -> float:
         """Predict the attention time of one layer. A diagonal counts as if all its rows saw all its keys."""
-        tiles = -(-sequences.sizes * self.group // TILE_ROWS)
-        work = float((tiles * sequences.lengths).sum()) * self.kv_heads * self.key
-        return work + self.call * (sequences.num_calls + 1)
+        tiles = -(-runs.sizes * self.group // TILE_ROWS)
+        work = float((tiles * runs.lengths).sum()) * self.kv_heads * self.key
+        return work + self.call * (runs.num_calls + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,8 +414,8 @@ class CheapestAttention:
 
     def __call__(self, plan: Plan, window: Window | None, device: torch.device) -> Attention:
         """Construct the attention of a plan."""
-        sequences, rest = split(plan.within(window))
-        if rest is None and self.cost.predict(sequences) < plan.predicted:
+        runs, rest = split(plan.within(window))
+        if rest is None and self.cost.predict(runs) < plan.predicted:
             return FlashAttention(plan, window, device)
         return self.other(plan, window, device)
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from radixgen.core import Plan, first_seen
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
-from radixgen.kernels.schedule import assign
+from radixgen.kernels.assignment import assign
 
 TABLES = (
     "counts", "bounds", "queue", "laid_out_positions", "items", "runs", "pieces", "rows", "offsets", "partials",

@@ -11,7 +11,6 @@ import numpy as np
 from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.balance import Balance, balance, coverage
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.forest import Forest, active_forest, walk_paths
 from radixgen.scheduler.partition import (
@@ -25,6 +24,7 @@ from radixgen.scheduler.partition import (
 )
 from radixgen.scheduler.revise import RowUpdates, StepRows, follow, revise
 from radixgen.scheduler.segments import lay_out, path_rows
+from radixgen.scheduler.split_units import SplitUnits, coverage, split_units
 from radixgen.scheduler.tables import (
     W_DEPTH,
     W_OWN_ROWS,
@@ -97,7 +97,7 @@ class _Candidate(NamedTuple):
     cost: CostModel
     units: Int64Array
     fates: Int64Array
-    balance: Balance
+    split: SplitUnits
 
 
 def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Candidate:
@@ -109,7 +109,7 @@ def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Candid
     best = _evaluate(paths, ways[0])
     for way in ways[1:]:
         best = _faster(paths, way, best, keys)
-    for cost in [way.cost for way in ways if way.even(keys) < best.balance.time]:
+    for cost in [way.cost for way in ways if way.even(keys) < best.split.time]:
         best = _refine(paths, cost, best, keys)
     return best
 
@@ -120,7 +120,7 @@ def _refine(paths: Paths, cost: CostModel, best: _Candidate, keys: int) -> _Cand
     The partition of minimum total cost is not always fastest: the time also depends on how units are spread over
     programs, and on the merge launch.
     """
-    if cost.programs == 1 or best.balance.time <= cost.reads(keys, keys):
+    if cost.programs == 1 or best.split.time <= cost.reads(keys, keys):
         return best
     best = _faster(paths, _uncut_partition(paths, cost), best, keys)
     for mode in PLAN_MODES[1:]:
@@ -129,19 +129,19 @@ def _refine(paths: Paths, cost: CostModel, best: _Candidate, keys: int) -> _Cand
 
 
 def _faster(paths: Paths, way: _Partition, best: _Candidate, keys: int) -> _Candidate:
-    if way.even(keys) >= best.balance.time:
+    if way.even(keys) >= best.split.time:
         return best
-    return min(best, _evaluate(paths, way, to_beat=best.balance.time), key=_time)
+    return min(best, _evaluate(paths, way, to_beat=best.split.time), key=_time)
 
 
 def _time(choice: _Candidate) -> float:
-    return choice.balance.time
+    return choice.split.time
 
 
 def _evaluate(paths: Paths, way: _Partition, to_beat: float = np.inf) -> _Candidate:
     units, fates = collect(paths.walk, paths.keys, way.cuts, way.runs, *way.cost.columns())
     unique = int(paths.keys[:, 0].sum())
-    return _Candidate(way.cost, units, fates, balance(units, paths.order.size, unique, way.cost, to_beat))
+    return _Candidate(way.cost, units, fates, split_units(units, paths.order.size, unique, way.cost, to_beat))
 
 
 def _cheapest_partition(paths: Paths, cost: CostModel) -> _Partition:
@@ -172,7 +172,7 @@ def _fixed_partition(paths: Paths, cost: CostModel, mode: PlanMode) -> _Partitio
 def _fill(paths: Paths, choice: _Candidate) -> Plan:
     """Make the plan's arrays."""
     cost, walk = choice.cost, paths.walk
-    laid = lay_out(paths, choice.units, choice.balance.limits, cost.least_run, cost.mixed_weight)
+    laid = lay_out(paths, choice.units, choice.split.limits, cost.least_run, cost.mixed_weight)
     over, partials = coverage(laid.unit_rows, paths.positions.size)
     counts, fates = readers(choice.units, walk, choice.fates)
     rows = laid.unit_rows[:, 1] - laid.unit_rows[:, 0]
@@ -186,7 +186,7 @@ def _fill(paths: Paths, choice: _Candidate) -> Plan:
         unit_rank=laid.unit_rank,
         unit_cost=costs + cost.partial * cost.group * partials,
         tile_rows=cost.usable[int(cost.classes(rows).max(initial=0))].rows,
-        predicted=choice.balance.time,
+        predicted=choice.split.time,
         segment_starts=laid.segment_starts,
         segment_lengths=laid.segment_lengths,
         segment_positions=laid.segment_positions,

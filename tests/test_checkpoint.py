@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from radixgen import Engine, UnsupportedModel
-from radixgen.model.ends import chat_end_tokens, end_tokens
+from radixgen.model.end_tokens import chat_end_tokens, end_tokens
 from radixgen.model.loader import load
 
 

@@ -78,14 +78,14 @@ def test_a_product_in_parts_is_added_up_as_it_crosses(monkeypatch: pytest.Monkey
         assert torch.equal(summed(given), expected)
         monkeypatch.setattr(FusedLinear, "parts", lambda *_: parts)
         assert torch.allclose(summed(given), expected, atol=1e-6)
-        monkeypatch.setattr(collectives.PEERS, "_sum", Ones())
+        monkeypatch.setattr(collectives.RANK_ALL_REDUCE, "_sum", Ones())
         assert torch.allclose(summed(given), expected + 1, atol=1e-6)
         monkeypatch.setattr(FusedLinear, "parts", lambda *_: parts[:1].clone())
         assert torch.allclose(summed(given), parts[0] + 1, atol=1e-6)
 
 
 def test_few_columns_are_gathered_by_a_sum(monkeypatch: pytest.MonkeyPatch, others: list[Tensor]) -> None:
-    monkeypatch.setattr(collectives.PEERS, "_sum", Ones())
+    monkeypatch.setattr(collectives.RANK_ALL_REDUCE, "_sum", Ones())
     monkeypatch.setattr(collectives.dist, "get_rank", lambda: 2)
     found = GatherColumns(13, SIZE)(torch.full((1, 2, 3), 5.0))
     assert found.tolist() == [[[1.0] * 10 + [6.0] * 3] * 2]

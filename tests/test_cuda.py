@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from radixgen import Engine, SamplingParams
 from radixgen.core import SamplingState
 from radixgen.kernels import work
-from radixgen.model import graphs, packed
+from radixgen.model import graphs, tree_model
 from radixgen.model.graphs import CudaCapture, _Graph
 from radixgen.sampling.sampler import distribution, sample, uniform
 
@@ -167,10 +167,10 @@ def test_early_launches_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_llama(torch.bfloat16, num_attention_heads=8, head_dim=128, max_position_embeddings=1_024, **sizes)
     rng = np.random.default_rng(0)
     batches = [[rng.integers(3, 512, 40 + row % 9).tolist() for row in range(rows)] for rows in (1, 7, 100)]
-    options = packed.compiler_options(model.device) or {}
+    options = tree_model.compiler_options(model.device) or {}
 
     def answers(options: dict[str, bool]) -> list[object]:
-        monkeypatch.setattr(packed, "compiler_options", lambda _: options)
+        monkeypatch.setattr(tree_model, "compiler_options", lambda _: options)
         torch._dynamo.reset()
         found: list[object] = []
         with Engine(model, kv_tokens=20_000, torch_compile=True) as engine:

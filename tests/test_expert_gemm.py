@@ -10,7 +10,7 @@ from torch import Tensor, library, nn
 from radixgen.kernels import expert_gemm
 from radixgen.kernels.expert_gemm import expert_linear, expert_linear_reference
 from radixgen.model.layer_call import LayerCall
-from radixgen.model.packed import TreeModel
+from radixgen.model.tree_model import TreeModel
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -44,7 +44,7 @@ from radixgen.kernels.flash_backend import (
     backend_with_flash,
 )
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.sequences import split
+from radixgen.kernels.varlen_runs import split
 from radixgen.scheduler.planner import CostModel, TileCost
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_a_shared_node_is_one_sequence(twin: Recorder, rows: int, length: int, m
 @pytest.mark.parametrize("tile", [1, 7, 16, 149, 1000])
 @pytest.mark.parametrize("cached", [0, 50])
 def test_a_span_is_one_diagonal(twin: Recorder, tile: int, cached: int) -> None:
-    """Rows at the last 150 positions of a node, as in prefill, above 200 keys of another: two sequences, whatever the
+    """Rows at the last 150 positions of a node, as in prefill, above 200 keys of another: two runs, whatever the
     tiles.
     """
     node = cached + 150
@@ -204,8 +204,8 @@ def test_mixed_subtrees_go_to_our_own_kernels(twin: Recorder) -> None:
     case = Case([-1, 0, 0], [[(0, 40)], [(40, 3)], [(50, 4)]], [1, 2], None, 60)
     plan = made(case, cost=cost).plan
     assert plan.num_units == 1
-    sequences, rest = split(plan)
-    assert sequences.lengths.tolist() == [40] and rest is not None
+    runs, rest = split(plan)
+    assert runs.lengths.tolist() == [40] and rest is not None
     assert rest.plan.segment_lengths.tolist() == [3, 4] and rest.rows.tolist() == [0, 1]
     check(case, (2, 1), (16, 16), cost=cost)
 
@@ -213,23 +213,23 @@ def test_mixed_subtrees_go_to_our_own_kernels(twin: Recorder) -> None:
 @pytest.mark.parametrize(("mode", "cost"), MODES)
 @pytest.mark.parametrize("window", [None, 9, 100, Chunk(9)])
 def test_every_key_is_in_one_part(mode, cost, window) -> None:
-    """Sequences and rest hold each row's keys once, and the rest is a plan of its own."""
+    """Runs and rest hold each row's keys once, and the rest is a plan of its own."""
     rng = np.random.default_rng(2)
     parents, lengths = random_tree(rng, nodes=40, longest=90)
     case = random_case(rng, lengths, parents, rows=70)
     plan = made(case, mode=mode, cost=cost).plan.within(window)
-    sequences, rest = split(plan)
+    runs, rest = split(plan)
     keys = [_seen(plan, row, window) for row in range(plan.num_rows)]
     found: list[list[int]] = [[] for _ in keys]
-    for index, (start, length) in enumerate(zip(sequences.starts, sequences.lengths, strict=True)):
-        rows = sequences.rows[sequences.offsets[index] : sequences.offsets[index + 1]]
+    for index, (start, length) in enumerate(zip(runs.starts, runs.lengths, strict=True)):
+        rows = runs.rows[runs.offsets[index] : runs.offsets[index + 1]]
         for place, row in enumerate(rows.tolist()):
-            hidden = (len(rows) - 1 - place) * sequences.causal[index]
+            hidden = (len(rows) - 1 - place) * runs.causal[index]
             found[row] += range(start, start + length - hidden)
-    for call in range(sequences.num_calls):
-        within = sequences.calls == call
-        ends = (sequences.starts + sequences.lengths)[within]
-        assert (ends[:-1] <= sequences.starts[within][1:]).all() and len(set(sequences.causal[within])) == 1
+    for call in range(runs.num_calls):
+        within = runs.calls == call
+        ends = (runs.starts + runs.lengths)[within]
+        assert (ends[:-1] <= runs.starts[within][1:]).all() and len(set(runs.causal[within])) == 1
     if rest is not None:
         units = [np.arange(*bounds) for bounds in rest.plan.unit_rows]
         assert np.array_equal(rest.plan.row_extra + 1, np.bincount(np.concatenate(units)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from radixgen.model.fused_linear import FusedLinearSlice, fuse_linears, restore_linears
 from radixgen.model.layer_call import LayerCall
-from radixgen.model.packed import TreeModel
+from radixgen.model.tree_model import TreeModel
 
 SHARES = {"llama": 10, "qwen2": 15, "gemma2": 10, "phi3": 0}
 """Five for each layer; phi3 has its weights stacked by itself."""

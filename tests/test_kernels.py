@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radixgen import Engine, TreeAttention
 from radixgen.core import Chunk, Plan
+from radixgen.kernels.assignment import LaunchCosts, assign, makespan
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.schedule import LaunchCosts, assign, makespan
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 from radixgen.kernels.workspace import Workspace
 from radixgen.model import graphs

@@ -11,7 +11,7 @@ from radixgen.core import Plan
 from radixgen.kernels import torch_backend
 from radixgen.model import last_block
 from radixgen.model.last_block import LastBlock
-from radixgen.model.packed import TreeModel
+from radixgen.model.tree_model import TreeModel
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, TileCost, plan
 
 COST = CostModel(tiles=(TileCost(4, 2.0, 1.0), TileCost(16, 6.0, 2.0)), partial=0.1, mix=True, group=2)

@@ -42,6 +42,7 @@ from radixgen.core.settings import rank_environment
 from radixgen.model import ranks
 from radixgen.model.follower import _agree as agree
 from radixgen.model.follower import follow
+from radixgen.model.frame_ring import RingReader
 from radixgen.model.graphs import NotCapturable, StepGraphs
 from radixgen.model.lockstep import (
     COLUMNS,
@@ -59,7 +60,6 @@ from radixgen.model.lockstep import (
 )
 from radixgen.model.parallel import ParallelModel
 from radixgen.model.ranks import Followers
-from radixgen.model.ring import RingReader
 
 ARCHITECTURES = ("llama", "qwen3-moe", "gemma2")
 TIGHT = {"kv_tokens": 96, "max_step_tokens": 16}

@@ -16,10 +16,10 @@ from bench.trees import WORKLOADS, lay_out
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
 from radixgen.core.plan import Int32Array, reduce_ranges
+from radixgen.kernels.assignment import LaunchCosts, makespan
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.schedule import LaunchCosts, makespan
-from radixgen.scheduler.balance import ENOUGH, LEAST_KEYS
 from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, plan
+from radixgen.scheduler.split_units import ENOUGH, LEAST_KEYS
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -23,10 +23,10 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from radixgen import Engine, EngineDead
 from radixgen.core.settings import as_rank_0, rank_environment
 from radixgen.model import parallel, ranks
+from radixgen.model.frame_ring import RingWriter
 from radixgen.model.lockstep import Channel, ChannelClosed
-from radixgen.model.peers import Peers
+from radixgen.model.rank_all_reduce import RankAllReduce
 from radixgen.model.ranks import Followers, in_thread
-from radixgen.model.ring import RingWriter
 
 VARIABLES = ("LOCAL_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -279,11 +279,11 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 def test_where_no_memory_is_shared_the_library_adds_up(caplog: pytest.LogCaptureFixture) -> None:
-    peers, data = Peers(), torch.ones(3)
-    peers.connect(torch.device("cpu"))
-    peers.all_reduce(data)
-    peers.stop_waiting()
-    assert data.tolist() == [1.0, 1.0, 1.0] and not peers.supports(torch.float32, 4)
+    reduce, data = RankAllReduce(), torch.ones(3)
+    reduce.connect(torch.device("cpu"))
+    reduce.all_reduce(data)
+    reduce.stop_waiting()
+    assert data.tolist() == [1.0, 1.0, 1.0] and not reduce.supports(torch.float32, 4)
     assert "do not share memory" in caplog.text
 
 
@@ -302,11 +302,11 @@ def test_memory_is_shared_once_a_process(monkeypatch: pytest.MonkeyPatch) -> Non
         symmetric_memory, "rendezvous", lambda memory, _: SimpleNamespace(buffer_ptrs=[memory.data_ptr()])
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    peers, parts = Peers(), torch.ones(2, 5)
-    peers.connect(torch.device("cpu"))
-    assert peers.supports(torch.bfloat16, 1 << 20) and not lent[0].any()
-    assert peers.all_reduce_parts(parts, torch.float16).tolist() == [2.0] * 5
-    peers.stop_waiting()
-    peers.connect(torch.device("cpu"))
-    assert not peers.supports(torch.bfloat16, 1) and len(lent) == 1
-    assert peers.all_reduce_parts(parts, torch.float32).tolist() == [2.0] * 5
+    reduce, parts = RankAllReduce(), torch.ones(2, 5)
+    reduce.connect(torch.device("cpu"))
+    assert reduce.supports(torch.bfloat16, 1 << 20) and not lent[0].any()
+    assert reduce.all_reduce_parts(parts, torch.float16).tolist() == [2.0] * 5
+    reduce.stop_waiting()
+    reduce.connect(torch.device("cpu"))
+    assert not reduce.supports(torch.bfloat16, 1) and len(lent) == 1
+    assert reduce.all_reduce_parts(parts, torch.float32).tolist() == [2.0] * 5

@@ -11,7 +11,7 @@ from oracle import StampModel
 from test_tree_machine import NAMESPACES, TOKENS, TreeMachine
 
 from radixgen import AsyncEngine, Engine, RequestOutput, SamplingParams, SharingEnd
-from radixgen.cache import ExtentPool, Ghosts, RadixTree, sharing_end
+from radixgen.cache import ExtentPool, RadixTree, RecentEvictions, sharing_end
 from radixgen.core import PromptTokens, merge_outputs
 
 SYSTEM = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -108,12 +108,12 @@ def test_a_namespace_that_was_discarded_was_not_evicted() -> None:
     assert asked(tree, SYSTEM, "a") == SharingEnd("cold", 0, tuple(SYSTEM[:8]))
 
 
-def test_of_many_ghosts_the_latest_stay() -> None:
-    ghosts = Ghosts(capacity=3)
+def test_of_many_evictions_the_latest_stay() -> None:
+    evictions = RecentEvictions(capacity=3)
     for token in (1, 2, 3, 1, 4):
-        ghosts.add((5, 6), token)
-    assert len(ghosts) == 3
-    assert [((5, 6), token) in ghosts for token in (1, 2, 3, 4)] == [True, False, True, True]
+        evictions.add((5, 6), token)
+    assert len(evictions) == 3
+    assert [((5, 6), token) in evictions for token in (1, 2, 3, 4)] == [True, False, True, True]
 
 
 class SharingMachine(TreeMachine):

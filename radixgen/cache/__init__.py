@@ -1,34 +1,41 @@
 """KV cache: the radix tree, the pool of slots, and the tensors behind the slots.
 
-    tree      tokens -> nodes -> extents: match, insert, split, advance, lock, evict
-    node      a run of tokens and its slots
-    slots     how nodes get and return slots
-    boundary  moving tokens from a node to its parent
-    columns   the planner's view of all nodes
-    listener  interface for observers
-    eviction  order of eviction
-    policy    eviction policies
-    check     the tree's invariants
-    stamps    the prefix in each slot, for debugging
-    pool      extents of slots: allocate, grow, release behind a fence
-    blocks    computed tokens as fixed-size blocks, for routers in front of several engines
-    follow    matches kept up to date while the tree changes
-    ghosts    recently evicted continuations
-    sharing   why a prompt was not shared to its end
-    tokens    arrays of token ids
-    storage   slots -> K and V of every layer
+    tree              tokens -> nodes -> extents: match, insert, split, advance, lock, evict
+    node              a run of tokens and its slots
+    slots             how nodes get and return slots
+    boundary          moving tokens from a node to its parent
+    columns           the planner's view of all nodes
+    listener          interface for observers
+    eviction          order of eviction
+    policy            eviction policies
+    check             the tree's invariants
+    stamps            the prefix in each slot, for debugging
+    pool              extents of slots: allocate, grow, release behind a fence
+    block_projection  computed tokens as fixed-size blocks, for routers in front of several engines
+    match             matches kept up to date while the tree changes
+    recent_evictions  recently evicted continuations
+    sharing           why a prompt was not shared to its end
+    tokens            arrays of token ids
+    storage           slots -> K and V of every layer
 
 Tree and pool hold integers and NumPy arrays only, and know neither models nor devices.
 """
 
-from radixgen.cache.blocks import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, hash_blocks
+from radixgen.cache.block_projection import (
+    BlockEvent,
+    BlockProjection,
+    BlocksAdded,
+    BlocksDropped,
+    BlocksReset,
+    hash_blocks,
+)
 from radixgen.cache.columns import Columns
-from radixgen.cache.follow import FollowedMatch, Match
-from radixgen.cache.ghosts import Ghosts
 from radixgen.cache.listener import Listener
+from radixgen.cache.match import FollowedMatch, Match
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
+from radixgen.cache.recent_evictions import RecentEvictions
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
 from radixgen.cache.tree import RadixTree
@@ -44,12 +51,12 @@ __all__ = [
     "Extent",
     "ExtentPool",
     "FollowedMatch",
-    "Ghosts",
     "Listener",
     "Lock",
     "Match",
     "Node",
     "RadixTree",
+    "RecentEvictions",
     "TokenArray",
     "as_tokens",
     "common_prefix_len",

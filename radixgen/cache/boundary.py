@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from radixgen.cache import follow
+from radixgen.cache.match import follow_raise
 from radixgen.cache.node import Node
 from radixgen.cache.pool import Extent, split_extents
 
@@ -31,7 +31,7 @@ def pass_up(tree: "RadixTree", node: Node, child: Node) -> bool:
     tree.columns.pass_up(node, child)
     tree._changed(child)
     if child.followers:
-        follow.raised(child, node)
+        follow_raise(child, node)
     if tree.listener is not None:
         tree.listener.moved(child, node, 1)
     return True
@@ -48,7 +48,7 @@ def shift_boundary(tree: "RadixTree", node: Node, child: Node) -> None:
     else:
         node._append(token)
     move_head(tree, child, node, 1)
-    follow.raised(child, node)
+    follow_raise(child, node)
     tree._changed(child)
     tree.columns.write(node)
     if not child.known:

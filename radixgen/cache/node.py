@@ -11,9 +11,9 @@ grows.
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache.follow import FollowedMatch
-from radixgen.cache.ghosts import End
+from radixgen.cache.match import FollowedMatch
 from radixgen.cache.pool import Extent
+from radixgen.cache.recent_evictions import End
 from radixgen.cache.tokens import TokenArray
 
 _MIN_RUN = 16

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from radixgen.cache.follow import Match
+from radixgen.cache.match import Match
 from radixgen.cache.node import Node
 from radixgen.cache.tokens import TokenArray
 from radixgen.cache.tree import RadixTree
@@ -25,7 +25,7 @@ def sharing_end(tree: RadixTree, tokens: TokenArray, namespace: str, match: Matc
     inside = match is not None and match.offset < match.node.known
     if not inside:
         end = match.node.epoch_end if match else (namespace, 0)
-        if (end, following[0]) in tree.ghosts:
+        if (end, following[0]) in tree.recent_evictions:
             return SharingEnd("evicted", position, following)
     if not position and _held_elsewhere(tree, tokens[:_SHOWN_TOKENS], namespace):
         return SharingEnd("namespace", position, following)

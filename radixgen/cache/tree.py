@@ -8,16 +8,25 @@ from collections.abc import Iterator, Reversible, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache import boundary, follow
+from radixgen.cache import boundary
 from radixgen.cache.check import check_tree
 from radixgen.cache.columns import Columns
 from radixgen.cache.eviction import EvictionQueue
-from radixgen.cache.follow import FollowedMatch, Match, longest_match
-from radixgen.cache.ghosts import Ghosts
 from radixgen.cache.listener import Listener
+from radixgen.cache.match import (
+    FollowedMatch,
+    Match,
+    follow_append,
+    follow_branch,
+    follow_cut,
+    follow_raise,
+    follow_removal,
+    longest_match,
+)
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
 from radixgen.cache.pool import ExtentPool
+from radixgen.cache.recent_evictions import RecentEvictions
 from radixgen.cache.slots import NodeSlots
 from radixgen.cache.stamps import SlotStamps
 from radixgen.cache.tokens import TokenArray, as_tokens
@@ -44,7 +53,7 @@ class RadixTree:
         self.columns = Columns()
         self._slots = NodeSlots(pool, self.columns)
         self.listener: Listener | None = None
-        self.ghosts = Ghosts()
+        self.recent_evictions = RecentEvictions()
         self.num_cuts = 0
         """Times that tokens at the end of a node were removed and the node was kept."""
         self.evicted_tokens = 0
@@ -170,7 +179,7 @@ class RadixTree:
         node.parent = upper
         boundary.move_head(self, node, upper, offset)
         upper.children[node.first_token] = node
-        follow.raised(node, upper)
+        follow_raise(node, upper)
         self._adopt(upper)
         upper.serial = node.serial
         self.columns.write(node)
@@ -190,7 +199,7 @@ class RadixTree:
             node._append(token)
             self.unscheduled_tokens += 1
             if node.followers:
-                follow.grew(node, token)
+                follow_append(node, token)
             return node
         child = node.children.get(token)
         if child is None:
@@ -325,10 +334,10 @@ class RadixTree:
             if kept:
                 self._cut_tokens(node, kept)
                 node.epoch = self._next_serial()
-                self.ghosts.add(node.epoch_end, token)
+                self.recent_evictions.add(node.epoch_end, token)
             else:
                 assert node.parent is not None
-                self.ghosts.add(node.parent.epoch_end, token)
+                self.recent_evictions.add(node.parent.epoch_end, token)
                 self._remove(node)
         self.evicted_tokens += dropped
         return dropped
@@ -401,7 +410,7 @@ class RadixTree:
         leaf.priority = parent.priority
         parent.children[leaf.first_token] = leaf
         self.unscheduled_tokens += leaf.known
-        follow.branched(parent, leaf)
+        follow_branch(parent, leaf)
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
@@ -415,7 +424,7 @@ class RadixTree:
         parent = node.parent
         if parent is not None:
             del parent.children[node.first_token]
-            follow.removed(node)
+            follow_removal(node)
             if parent.evictable:
                 self.evictable.add(parent)
             elif parent.parent is None and not parent.children and not parent.locked:
@@ -423,7 +432,7 @@ class RadixTree:
         else:
             del self._roots[node.namespace]
             self._unrooted |= node.followers
-            follow.removed(node)
+            follow_removal(node)
         self._forget(node)
 
     def _forget(self, node: Node) -> None:
@@ -486,7 +495,7 @@ class RadixTree:
         node.known = known
         node.scheduled = min(node.scheduled, known)
         node.computed = min(computed, known)
-        follow.shortened(node)
+        follow_cut(node)
         if self.listener is not None and node.computed < computed:
             self.listener.changed(node)
         self._cut_extents(node, node.scheduled)

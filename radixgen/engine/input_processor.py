@@ -25,7 +25,7 @@ from radixgen.core import (
     check_text,
     check_texts,
 )
-from radixgen.model.ends import chat_end_tokens
+from radixgen.model.end_tokens import chat_end_tokens
 from radixgen.sampling.sampler import DrawableTokens
 from radixgen.sampling.structured import Grammars
 from radixgen.text.messages import Roles, template_messages

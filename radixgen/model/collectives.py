@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, library, nn
 
 from radixgen.model.fused_linear import FusedLinearSlice
-from radixgen.model.peers import PEERS
+from radixgen.model.rank_all_reduce import RANK_ALL_REDUCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,14 +127,14 @@ def register() -> None:
     @library.custom_op("radixgen::all_reduce_", mutates_args=("given",))
     def all_reduce(given: Tensor) -> None:
         if not _SILENT.get():
-            PEERS.all_reduce(given)
+            RANK_ALL_REDUCE.all_reduce(given)
 
     @all_reduce.register_fake
     def _(given: Tensor) -> None: ...
 
     @library.custom_op("radixgen::all_reduce_parts", mutates_args=())
     def all_reduce_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-        return parts.sum(0).to(dtype) if _SILENT.get() else PEERS.all_reduce_parts(parts, dtype)
+        return parts.sum(0).to(dtype) if _SILENT.get() else RANK_ALL_REDUCE.all_reduce_parts(parts, dtype)
 
     @all_reduce_parts.register_fake
     def _(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +145,7 @@ def register() -> None:
         most = -(-width // size)
         if _SILENT.get():
             return given.new_zeros((*given.shape[:-1], width))
-        if PEERS.supports(given.dtype, given.nbytes * size):
+        if RANK_ALL_REDUCE.supports(given.dtype, given.nbytes * size):
             return _gather_by_sum(given, most, width)
         missing = most - given.shape[-1]
         own = (nn.functional.pad(given, (0, missing)) if missing else given).reshape(-1, most)
@@ -164,7 +164,7 @@ def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:
     first = dist.get_rank() * most
     whole = own.new_zeros((*own.shape[:-1], width))
     whole[..., first : first + own.shape[-1]] = own
-    PEERS.all_reduce(whole)
+    RANK_ALL_REDUCE.all_reduce(whole)
     return whole
 
 

@@ -20,10 +20,10 @@ from weakref import WeakValueDictionary
 
 from radixgen.cache.storage import kv_room
 from radixgen.core import Plan
+from radixgen.model.frame_ring import RingReader
 from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, unpack, unpack_step
 from radixgen.model.parallel import load_rank, run_ahead
 from radixgen.model.ranks import await_hangup, join
-from radixgen.model.ring import RingReader
 from radixgen.model.runner import ModelRunner
 
 Receive = Callable[[], bytearray]

@@ -20,7 +20,7 @@ from radixgen.kernels.backend import AttentionBackend, StaticAttention
 from radixgen.kernels.upload import Staging
 from radixgen.kernels.workspace import Workspace
 from radixgen.model.layer_call import LayerCall
-from radixgen.model.packed import TreeModel
+from radixgen.model.tree_model import TreeModel
 
 Agree = Callable[[bool], bool]
 """Returns whether all ranks of a sharded model succeeded; each passes whether it did itself."""

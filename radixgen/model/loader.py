@@ -13,7 +13,7 @@ from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
 from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_quantization, check_whole
 from radixgen.model.dummy import make_dummy
-from radixgen.model.ends import end_tokens
+from radixgen.model.end_tokens import end_tokens
 from radixgen.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:

@@ -27,10 +27,10 @@ from radixgen.model.collectives import Rank, use_plain_collectives
 from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
 from radixgen.model.lockstep import ModelInput, PlanOrigins, RankCommand, RankJob, pack, pack_step
-from radixgen.model.packed import TreeModel
-from radixgen.model.peers import PEERS
+from radixgen.model.rank_all_reduce import RANK_ALL_REDUCE
 from radixgen.model.ranks import START_SECONDS, Followers, StepDeadline, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
+from radixgen.model.tree_model import TreeModel
 from radixgen.model.warm_up import WarmUpStep
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def run_ahead(
     """
     if tokens is None:
         tokens = torch.zeros(logit_rows.size, dtype=torch.int64, device=model.device)
-    PEERS.all_reduce(tokens.view(torch.int32))
+    RANK_ALL_REDUCE.all_reduce(tokens.view(torch.int32))
     return model.run_ahead(plan, tokens, slots, logit_rows)
 
 

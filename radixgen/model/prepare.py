@@ -14,9 +14,9 @@ from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.model.base import Model
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
-from radixgen.model.packed import TreeModel
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
+from radixgen.model.tree_model import TreeModel
 from radixgen.scheduler.cost import CostModel
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 
 from radixgen.core.settings import rank_environment
+from radixgen.model.frame_ring import RingWriter
 from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, pack
-from radixgen.model.peers import PEERS
-from radixgen.model.ring import RingWriter
+from radixgen.model.rank_all_reduce import RANK_ALL_REDUCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -231,7 +231,7 @@ def join(job: RankJob) -> None:
         device_id=cuda,
     )
     if cuda:
-        PEERS.connect(cuda)
+        RANK_ALL_REDUCE.connect(cuda)
 
 
 def bound_steps(model: "PreTrainedModel") -> None:
@@ -277,7 +277,7 @@ def watch_steps(last: StepDeadline, ended: threading.Event) -> None:
 
 def leave() -> None:
     """Leave the process group. On GPUs, pending collectives are aborted. May be called twice."""
-    PEERS.stop_waiting()
+    RANK_ALL_REDUCE.stop_waiting()
     with _leaving:
         if not dist.is_initialized():
             return

@@ -21,7 +21,7 @@ from radixgen.kernels.upload import upload
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
 from radixgen.model.layer_call import LayerCall
 from radixgen.model.lockstep import ModelInput
-from radixgen.model.packed import TreeModel
+from radixgen.model.tree_model import TreeModel
 from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
 

@@ -15,8 +15,8 @@ from radixgen.core.plan import Int64Array, reduce_ranges
 
 
 @dataclass(frozen=True, slots=True)
-class Sequences:
-    """Runs of consecutive slots with the rows that see them. Arrays are `[sequences]`, in order of call and slot."""
+class VarlenRuns:
+    """Runs of consecutive slots with the rows that see them. Arrays are `[runs]`, in order of call and slot."""
 
     starts: Int64Array
     """First slot."""
@@ -29,13 +29,13 @@ class Sequences:
     calls: Int64Array
     """Index of the call. Within a call, runs do not overlap, and either all are causal or none is."""
     offsets: Int64Array
-    """`[sequences + 1]`: start of each sequence's rows in `rows`, and the end."""
+    """`[runs + 1]`: start of each run's rows in `rows`, and the end."""
     rows: Int64Array
-    """`[partials]`: rows of the plan, ascending within a sequence."""
+    """`[partials]`: rows of the plan, ascending within a run."""
 
     @property
     def sizes(self) -> Int64Array:
-        """Rows of each sequence."""
+        """Rows of each run."""
         return np.diff(self.offsets)
 
     @property
@@ -69,8 +69,8 @@ class _Pieces:
         )
 
 
-def split(plan: Plan) -> tuple[Sequences, RemainingPlan | None]:
-    """Return the sequences of a plan, trimmed to its window, if any, and the remaining plan, if any."""
+def split(plan: Plan) -> tuple[VarlenRuns, RemainingPlan | None]:
+    """Return the runs of a plan, trimmed to its window, if any, and the remaining plan, if any."""
     counts = np.diff(plan.unit_segments, axis=1)[:, 0]
     owners = np.repeat(np.arange(plan.num_units), counts)
     whole, causal = _kinds(plan, owners)
@@ -129,8 +129,8 @@ def _groups(pieces: _Pieces, joined: NDArray[np.bool_]) -> list[_Pieces]:
     return [pieces[np.arange(a, b)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def _order(same: list[tuple[_Pieces, bool]], chains: list[tuple[_Pieces, bool]]) -> Sequences:
-    """Make sequences of groups, in as few calls as possible without overlap."""
+def _order(same: list[tuple[_Pieces, bool]], chains: list[tuple[_Pieces, bool]]) -> VarlenRuns:
+    """Make runs of groups, in as few calls as possible without overlap."""
     entries: list[tuple[int, _Pieces, bool]] = []
     num_calls = 0
     for groups in (same, chains):
@@ -139,7 +139,7 @@ def _order(same: list[tuple[_Pieces, bool]], chains: list[tuple[_Pieces, bool]])
         num_calls += max(calls, default=-1) + 1
     entries.sort(key=lambda entry: (entry[0], int(entry[1].starts[0])))
     rows = [np.concatenate([np.arange(a, b) for a, b in zip(g.first, g.stop, strict=True)]) for _, g, _ in entries]
-    return Sequences(
+    return VarlenRuns(
         starts=np.array([group.starts[0] for _, group, _ in entries], np.int64),
         lengths=np.array([group.lengths[-1] for _, group, _ in entries], np.int64),
         positions=np.array([group.positions[0] for _, group, _ in entries], np.int64),

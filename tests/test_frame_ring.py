@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixgen.model.ring import RingReader, RingWriter
+from radixgen.model.frame_ring import RingReader, RingWriter
 
 CAPACITY = 128
 

@@ -85,7 +85,7 @@ class FollowedMatch:
 # Updates of the matches that end in a node, called after each kind of change.
 
 
-def grew(node: "Node", token: int) -> None:
+def follow_append(node: "Node", token: int) -> None:
     """Update matches after `token` was appended to the node."""
     before = node.end - 1
     for followed in list(node.followers):
@@ -93,7 +93,7 @@ def grew(node: "Node", token: int) -> None:
             followed.move(node, before + 1)
 
 
-def branched(parent: "Node", leaf: "Node") -> None:
+def follow_branch(parent: "Node", leaf: "Node") -> None:
     """Update matches after the parent got the new child `leaf`."""
     end, token = parent.end, leaf.first_token
     for followed in list(parent.followers):
@@ -101,21 +101,21 @@ def branched(parent: "Node", leaf: "Node") -> None:
             followed.move(leaf, end + common_prefix_len(leaf.tokens, followed.tokens[end:]))
 
 
-def raised(lower: "Node", upper: "Node") -> None:
+def follow_raise(lower: "Node", upper: "Node") -> None:
     """Update matches after the first tokens of `lower` moved to its parent `upper`."""
     for followed in list(lower.followers):
         if followed.length <= upper.end:
             followed.move(upper, followed.length)
 
 
-def shortened(node: "Node") -> None:
+def follow_cut(node: "Node") -> None:
     """Update matches after tokens at the node's end were removed."""
     for followed in list(node.followers):
         if followed.length > node.end:
             followed.move(node, node.end)
 
 
-def removed(node: "Node") -> None:
+def follow_removal(node: "Node") -> None:
     """Update matches after the node was removed from the tree."""
     for followed in list(node.followers):
         followed.move(node.parent, node.start)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int64Array
-from radixgen.kernels.schedule import LaunchCosts, makespan
+from radixgen.kernels.assignment import LaunchCosts, makespan
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.tables import (
     U_FIRST_ROW,
@@ -21,22 +21,20 @@ Floats = NDArray[np.float64]
 LEAST_KEYS = 64
 """Units of at most this many keys are not split."""
 ENOUGH = 1.15
-"""Balancing stops at this multiple of the lower bound of the makespan."""
+"""Splitting stops at this multiple of the lower bound of the makespan."""
 _SHARES = (1.0, 0.5, 0.25, 0.125)
 
 
-class Balance(NamedTuple):
+class SplitUnits(NamedTuple):
     """Units split for the shortest predicted time."""
 
     limits: Int64Array
     """`[units]`: maximum keys of a piece, mixed keys weighted, a multiple of 64; 0 for units that are not split."""
     time: float
     """Predicted end of the last program, including all launches."""
-    even: float
-    """Lower bound: the time if the work were spread evenly over all programs."""
 
 
-def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_beat: float = np.inf) -> Balance:
+def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_beat: float = np.inf) -> SplitUnits:
     """Split units `[units, 9]` (of `radixgen.scheduler.partition.collect`) over `num_rows` rows and `unique` distinct
     keys.
 
@@ -64,17 +62,17 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
     whole_fixed = split_fixed - (cost.merge if int(rows.sum()) == num_rows else 0.0)
     whole = np.zeros(len(units), np.int64)
     if cost.programs == 1 or least_even + whole_fixed >= to_beat:
-        return Balance(whole, even + whole_fixed, even)
+        return SplitUnits(whole, even + whole_fixed)
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
-        return Balance(whole, even + longest / 2 + whole_fixed, even)
+        return SplitUnits(whole, even + longest / 2 + whole_fixed)
 
     def time(costs: Floats, classes: Int64Array) -> float:
         shares = [costs[classes == index] for index in range(len(programs))]
         return makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads)
 
     least = time(costs, classes)
-    best = Balance(whole, least + whole_fixed, even)
+    best = SplitUnits(whole, least + whole_fixed)
     fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     unit = np.array([tile.unit for tile in cost.usable])[classes]
     for part in _SHARES:
@@ -85,7 +83,7 @@ def balance(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_b
         split = _pieces(costs, keys, limits, pieces, partial * rows, unit)
         least = time(split, np.repeat(classes, pieces))
         if least + split_fixed < best.time:
-            best = Balance(limits, least + split_fixed, even)
+            best = SplitUnits(limits, least + split_fixed)
     return best
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library, nn
 
 from radixgen import Engine, SamplingParams
-from radixgen.model.tree_attention import handle_attention, register, tree_attention
+from radixgen.model.attention_op import handle_attention, register, tree_attention
 
 
 def answer(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from test_tree_machine import NAMESPACES, TOKENS, TreeMachine
 
-import radixgen.cache.blocks as module
+import radixgen.cache.block_projection as module
 from radixgen.cache import (
     BlockEvent,
     BlockProjection,

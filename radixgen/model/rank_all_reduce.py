@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Peers:
-    """Connection of this rank to the other ranks."""
+class RankAllReduce:
+    """All-reduce of this rank with the other ranks."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
@@ -74,7 +74,7 @@ class Peers:
         return self._sum if self._sum is not None and self._sum.supports(dtype, size) else None
 
 
-PEERS = Peers()
+RANK_ALL_REDUCE = RankAllReduce()
 """The instance of this process, which has one process group."""
 
 

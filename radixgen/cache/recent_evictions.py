@@ -6,7 +6,7 @@ End = tuple[int | str, int]
 """The epoch of a node and its end position, or the namespace of a root and 0."""
 
 
-class Ghosts:
+class RecentEvictions:
     """The latest `capacity` evicted continuations: a position in the tree, and the first token that followed it."""
 
     def __init__(self, capacity: int = 65_536) -> None:

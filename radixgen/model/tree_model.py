@@ -20,6 +20,7 @@ from radixgen.cache.storage import LayerShape
 from radixgen.core import InvalidRequest, UnsupportedModel, Window
 from radixgen.core.settings import keep_compiled
 from radixgen.kernels.geometry import Geometry
+from radixgen.model.attention_op import handle_attention, register, tree_attention
 from radixgen.model.collectives import silent
 from radixgen.model.compiler import compilable_modules, compiler_options, is_compiler_error
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
@@ -29,7 +30,6 @@ from radixgen.model.layer_call import LayerAttention, LayerCall
 from radixgen.model.masks import MaskError, MaskReader, make_mask
 from radixgen.model.reference import TOLERANCE, causal_attention, causal_over, close_to, sees
 from radixgen.model.rotary import fix_rotary
-from radixgen.model.tree_attention import handle_attention, register, tree_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -216,7 +216,7 @@ class TreeModel:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """As `radixgen.model.tree_attention.AttentionHandler`, for one layer. Raises `KVWriteDone` if only K and V are
+        """As `radixgen.model.attention_op.AttentionHandler`, for one layer. Raises `KVWriteDone` if only K and V are
         needed.
         """
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
