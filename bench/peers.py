@@ -34,7 +34,7 @@ from torch import Tensor
 from bench.trees import Tree, lay_out
 from radixgen.core.plan import Int32Array
 from radixgen.core.settings import flash_attention_3
-from radixgen.scheduler.planner import Forest
+from radixgen.scheduler.forest import Forest
 
 Call = Callable[[], Tensor]
 """Attends once; gives outputs [rows, q_heads, head_dim]."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from radixgen.core.plan import Int32Array
-from radixgen.scheduler.planner import Forest
+from radixgen.scheduler.forest import Forest
 
 FASTTREE = {
     "F1": "1,2,64 / 8,256,32",

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from radixgen.core.plan import Float64Array, Int64Array
 
 
-def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
+def assign(costs: Float64Array, programs: int) -> tuple[Int64Array, Int64Array]:
     """Assign items to programs: `offsets [programs + 1]` into `items`, longest first.
 
     Deterministic: items of equal cost keep their order.
@@ -29,7 +26,7 @@ def assign(costs: Floats, programs: int) -> tuple[Ints, Ints]:
 class LaunchCosts(NamedTuple):
     """The items of one launch."""
 
-    costs: Floats
+    costs: Float64Array
     """`[items]`"""
     programs: int
     slowed: float = 1.0
@@ -55,7 +52,7 @@ def makespan(launches: Sequence[LaunchCosts], copies: int = 1) -> float:
     return last
 
 
-def _stretched(work: Floats, slowed: float) -> Floats:
+def _stretched(work: Float64Array, slowed: float) -> Float64Array:
     """Return when each program finishes its work, `[programs]`, if all begin together and are slowed as in
     `LaunchCosts`.
     """
@@ -68,7 +65,7 @@ def _stretched(work: Floats, slowed: float) -> Floats:
     return times
 
 
-def _following(loads: Floats, programs: int) -> Floats:
+def _following(loads: Float64Array, programs: int) -> Float64Array:
     """Return when each program of a launch can begin, `[programs]`, given the end times `loads` of the launch before
     it.
     """
@@ -77,7 +74,7 @@ def _following(loads: Floats, programs: int) -> Floats:
 
 
 @compiled
-def _place(costs: Floats, loads: Floats) -> tuple[Ints, Floats]:
+def _place(costs: Float64Array, loads: Float64Array) -> tuple[Int64Array, Float64Array]:
     """Return the program of each item, in the given order, and each program's load, starting from `loads`, ascending.
 
     Uses a heap of programs by load.

@@ -34,12 +34,12 @@ def expert_linear_reference(given: Tensor, weight: Tensor, experts: Tensor, tran
 
 
 def expert_linear(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:
-    """Return `[pairs, outputs]`: for pair i, row `i // (pairs / rows)` of `given [rows, inputs]` times
-    `weight[experts[i]]`.
+    """Multiply rows by the weights of their chosen experts. Pair `i` belongs to row `i // experts_per_row` and uses
+    `weight[experts[i]]`. Returns `[pairs, outputs]`.
 
-    `experts` int64 `[pairs]`; `weight [experts, outputs, inputs]`, or `[experts, inputs, outputs]` if `transposed`.
+    `given [rows, inputs]`; `experts` int64 `[pairs]`; `weight [experts, outputs, inputs]`, or `[experts, inputs, outputs]` if `transposed`.
 
-    The kernel must support the weights. The bits of a row depend neither on the other rows nor on their number.
+    The kernel must support the weights. A row's result is bitwise equal in any batch.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -10,7 +10,9 @@ from radixgen.core import Chunk, InvalidRequest, Plan, Window
 from radixgen.core.plan import Int32Array
 from radixgen.kernels.backend import Attention, backend, check_backend
 from radixgen.kernels.quantized import KV
-from radixgen.scheduler.planner import CostModel, Forest, PlanMode, check_plan_mode, plan
+from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import PlanMode, check_plan_mode, plan
 
 
 class TreeAttention:

@@ -15,7 +15,8 @@ from radixgen.kernels.backend import backend
 from radixgen.kernels.flash_backend import FlashCost
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.scheduler.cost import CostModel, TileCost
-from radixgen.scheduler.planner import Forest, PlanMode, plan
+from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import PlanMode, plan
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,9 @@ class Batch:
     """The spans of one step, and the sequences that need logits. `Scheduler.freeze` turns it into arrays and a plan."""
 
     step: int
-    admitting: bool = True
+    """The pool's number of the step: slots released while it is in flight stay fenced until it retires."""
+    all_admitted: bool = True
     """Whether every waiting request with room was admitted."""
-    fence: int = 0
-    """The pool's step: slots released while the batch is in flight stay fenced until it retires."""
     nodes: list[Node] = field(default_factory=list)
     """Nodes with a span in this step."""
     row_nodes: list[int] = field(default_factory=list)
@@ -50,8 +49,9 @@ class Batch:
     """Beams whose next tokens are selected together."""
     branching_rows: list[int] = field(default_factory=list)
     """Row whose logits each of them uses."""
-    reads: list[PromptRows] = field(default_factory=list)
-    num_reads: int = 0
+    scoring: list[PromptRows] = field(default_factory=list)
+    num_scored: int = 0
+    """Rows that score prompts."""
     prompt_tokens: int = 0
     """Rows scheduled for sequences without output."""
 
@@ -129,8 +129,8 @@ class StepInput:
     """For each of `Batch.drawing`, its row of the logits `[n, vocab]`."""
     branching: list[int]
     """The same for `Batch.branching`."""
-    reading: list[int]
-    """The same for all rows of `Batch.reads`, concatenated."""
+    scoring: list[int]
+    """The same for all rows of `Batch.scoring`, concatenated."""
 
 
 def make_step_input(batch: Batch, plan: Plan) -> StepInput:
@@ -138,8 +138,8 @@ def make_step_input(batch: Batch, plan: Plan) -> StepInput:
     order = plan.row_order
     place = np.empty_like(order)
     place[order] = np.arange(order.size)
-    reading = [row for read in batch.reads for row in read.rows]
-    wanted = batch.drawing_rows + batch.branching_rows + reading
+    scoring = [row for part in batch.scoring for row in part.rows]
+    wanted = batch.drawing_rows + batch.branching_rows + scoring
     rows, index = np.unique(np.array(wanted, np.int64), return_inverse=True)
     which = index.tolist()
     drawn, branched = len(batch.drawing), len(batch.drawing) + len(batch.branching)
@@ -150,7 +150,7 @@ def make_step_input(batch: Batch, plan: Plan) -> StepInput:
         logit_rows=place[rows],
         drawing=which[:drawn],
         branching=which[drawn:branched],
-        reading=which[branched:],
+        scoring=which[branched:],
     )
 
 

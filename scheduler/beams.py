@@ -39,7 +39,7 @@ def _fork(scheduler: Scheduler, origin: Sequence) -> Sequence:
     request.num_forks += 1
     own = origin.namespace
     if own != request.namespace:
-        own = f"{request.namespace}\0{request.serial}.{request.num_forks}"
+        own = request.private_namespace(request.num_forks)
     copy = SamplingState(state.params, state.seed, request.num_forks, state.prompt, list(state.output), state.stop_ids)
     sequence = Sequence(request, request.num_forks, own, copy)
     request.add_sequence(sequence)

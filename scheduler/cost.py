@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
-
-Floats = NDArray[np.float64]
+from radixgen.core.plan import Float64Array, Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class CostModel:
         """Return the number of concurrent programs in the launch of this class."""
         return tile.programs or self.programs
 
-    def columns(self) -> tuple[NDArray[np.int64], Floats]:
+    def columns(self) -> tuple[Int64Array, Float64Array]:
         """Return rows of the tree `[classes]`, and costs of a unit, a key and a mixed key `[3, classes]`, of usable
         classes.
         """
@@ -91,22 +89,22 @@ class CostModel:
         shares = np.array([self.programs / self.programs_of(tile) for tile in usable])
         return np.array([tile.rows // self.group for tile in usable], np.int64), (prices.T * shares).copy()
 
-    def classes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def classes(self, rows: Int64Array) -> Int64Array:
         """Return the usable class for units of these numbers of rows, `[units]`: the narrowest that holds them."""
         most = self.columns()[0]
         return np.minimum(np.searchsorted(most, rows), most.size - 1)
 
-    def unit_costs(self, rows: NDArray[np.int64], keys: NDArray[np.int64], mixed: NDArray[np.int64]) -> Floats:
+    def unit_costs(self, rows: Int64Array, keys: Int64Array, mixed: Int64Array) -> Float64Array:
         """Return the cost of units in the cheapest class that holds their rows, inf if none does.
 
-        `rows`, `keys` and `mixed` `[units]`; `mixed` of the keys are mixed.
+        `rows`, `keys` and `mixed` `[units]`; `mixed`: how many of `keys` are mixed keys.
         """
         units = np.stack([rows, keys, mixed], axis=1).astype(np.int64, copy=False)
         return _unit_costs(units, *self.columns())
 
 
 @compiled
-def _unit_costs(units: NDArray[np.int64], tile_rows: NDArray[np.int64], prices: NDArray[np.float64]) -> Floats:
+def _unit_costs(units: Int64Array, tile_rows: Int64Array, prices: Float64Array) -> Float64Array:
     costs = np.full(len(units), np.inf)
     for unit in range(len(units)):
         rows, keys, mixed = units[unit]

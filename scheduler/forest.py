@@ -1,6 +1,7 @@
 """The active nodes of a step, extracted from the tree's columns, and the walk over them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,6 @@ from numpy.typing import NDArray
 from radixgen.cache import RadixTree
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.partition import Paths, preorder
 from radixgen.scheduler.tables import (
     FIRST_EXTENT,
     LENGTH,
@@ -16,6 +16,13 @@ from radixgen.scheduler.tables import (
     ROOM,
     START,
     STOP_EXTENT,
+    W_DEPTH,
+    W_FIRST_ROW,
+    W_MERGED,
+    W_OWN_ROWS,
+    W_PARENT,
+    W_ROWS,
+    W_SIZE,
 )
 
 
@@ -37,6 +44,28 @@ class Forest:
     """`[extents]`, summing to the node's length."""
     rooms: Int32Array | None = None
     """Slots after the node's last extent into which it can grow. Default: none."""
+
+
+class Paths(NamedTuple):
+    """The paths of the rows: a forest under one common root, so that rows of several trees are siblings, and its
+    depth-first walk as returned by `preorder`.
+    """
+
+    nodes: Int64Array
+    """`[nodes, 6]`: the columns `PARENT` to `ROOM`."""
+    extents: Int64Array
+    """`[extents, 2]`: first slot, keys."""
+    lowest: Int64Array
+    walk: Int64Array
+    keys: Int64Array
+    order: Int64Array
+    positions: Int64Array
+    """`[rows]`, in the walk's order."""
+
+    @property
+    def num_keys(self) -> int:
+        """Number of distinct keys."""
+        return int(self.keys[:, 0].sum())
 
 
 def active_forest(
@@ -167,3 +196,91 @@ def _tables(
             if extent_lengths[extent] < least_run:
                 short[node] += extent_lengths[extent]
     return nodes, extents, short
+
+
+@compiled
+def preorder(
+    nodes: Int64Array, short: Int64Array, row_nodes: Int32Array, row_positions: Int32Array
+) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array, Int64Array]:
+    """Walk the nodes at or below which there are rows, depth first.
+
+    nodes `[nodes, 6]` as in `Paths`, parents before children. Node 0 is the only root, and `row_nodes` counts from the
+    node after it. A node with one child and no rows of its own is merged into the child. Rows of a node without keys
+    belong to the nearest node above with keys.
+
+    Returns `lowest [n]`: the node of each place, the lowest if several are merged; `walk [n, 7]`: the columns
+    `W_PARENT` to `W_MERGED`; `keys [n, 2]`: the keys of the merged nodes, and those counted by `short` [nodes];
+    `order [rows]`: the row at each place, those of one node by position; `positions [rows]`, in that order.
+    """
+    count = len(nodes)
+    home, own = np.zeros((2, count), np.int64)
+    parents, lengths = nodes[:, PARENT].copy(), nodes[:, LENGTH].copy()
+    for node in range(1, count):
+        home[node] = node if lengths[node] > 0 else home[parents[node]]
+    for row in range(row_nodes.size):
+        own[home[row_nodes[row] + 1]] += 1
+    below, heirs = own.copy(), np.zeros(count, np.int64)
+    for node in range(count - 1, 0, -1):
+        below[parents[node]] += below[node]
+        heirs[parents[node]] += below[node] > 0
+    above, stands_for = np.full(count, -1, np.int64), np.ones(count, np.int64)
+    keys = np.stack((lengths, short), axis=1)
+    for node in range(1, count):
+        parent = parents[node]
+        above[node] = parent
+        if parent and own[parent] == 0 and heirs[parent] == 1:
+            above[node] = above[parent]
+            stands_for[node] += stands_for[parent]
+            keys[node] += keys[parent]
+    size = np.zeros(count, np.int64)
+    for node in range(count - 1, -1, -1):
+        joined = node > 0 and own[node] == 0 and heirs[node] == 1
+        size[node] = 0 if below[node] == 0 or joined else size[node] + 1
+        if above[node] >= 0:
+            size[above[node]] += size[node]
+    lowest = np.empty(size[0], np.int64)
+    walk = np.zeros((size[0], 7), np.int64)
+    walk_keys = np.empty((size[0], 2), np.int64)
+    place = np.full(count, -1, np.int64)
+    next_place, next_row = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    for node in range(count):
+        if size[node] == 0:
+            continue
+        parent = above[node]
+        at = next_place[parent]
+        place[node], lowest[at], walk_keys[at] = at, node, keys[node]
+        walk[at, W_PARENT] = place[parent] if parent >= 0 else -1
+        walk[at, W_DEPTH] = walk[walk[at, W_PARENT], W_DEPTH] + 1 if parent >= 0 else 0
+        walk[at, W_SIZE], walk[at, W_ROWS], walk[at, W_OWN_ROWS] = size[node], below[node], own[node]
+        walk[at, W_FIRST_ROW], walk[at, W_MERGED] = next_row[parent], stands_for[node]
+        next_place[parent] += size[node]
+        next_row[parent] += below[node]
+        next_place[node] = at + 1
+        next_row[node] = walk[at, W_FIRST_ROW] + own[node]
+    order, positions = order_rows(row_nodes, row_positions, home, place, walk)
+    return lowest, walk, walk_keys, order, positions
+
+
+@compiled
+def order_rows(
+    row_nodes: Int32Array, row_positions: Int32Array, home: Int64Array, place: Int64Array, walk: Int64Array
+) -> tuple[Int64Array, Int64Array]:
+    """Sort rows by node, then by position. Returns the order and the sorted positions."""
+    order, positions = np.empty((2, row_nodes.size), np.int64)
+    taken = np.zeros(walk.shape[0], np.int64)
+    for row in range(row_nodes.size):
+        at = place[home[row_nodes[row] + 1]]
+        order[walk[at, W_FIRST_ROW] + taken[at]] = row
+        taken[at] += 1
+    for at in range(walk.shape[0]):
+        first, own = walk[at, W_FIRST_ROW], walk[at, W_OWN_ROWS]
+        sorted_already = True
+        for i in range(first + 1, first + own):
+            if row_positions[order[i]] < row_positions[order[i - 1]]:
+                sorted_already = False
+        if not sorted_already:
+            mine = order[first : first + own].copy()
+            order[first : first + own] = mine[np.argsort(row_positions[mine], kind="mergesort")]
+    for at in range(order.size):
+        positions[at] = row_positions[order[at]]
+    return order, positions

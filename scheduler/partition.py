@@ -10,16 +10,11 @@ sequence that is divided into runs and single children. The end of the best run 
 that a node costs its number of children times the number of tile classes, for each `j`.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled, inlined
-from radixgen.core.plan import Int32Array
+from radixgen.core.plan import Float64Array, Int64Array
 from radixgen.scheduler.tables import (
-    LENGTH,
-    PARENT,
     U_FIRST_NODE,
     U_FIRST_ROW,
     U_LOWEST,
@@ -28,7 +23,6 @@ from radixgen.scheduler.tables import (
     U_STOP_ROW,
     W_DEPTH,
     W_FIRST_ROW,
-    W_MERGED,
     W_OWN_ROWS,
     W_PARENT,
     W_ROWS,
@@ -40,117 +34,9 @@ FOLDED, CUT, MIXED = 0, 1, 2
 MAX_STATES = 16_000
 """Maximum entries of `best`: bounds the pending nodes, and with them the time, in deep trees."""
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-
-
-class Paths(NamedTuple):
-    """The paths of the rows: a forest under one common root, so that rows of several trees are siblings, and its
-    depth-first walk as returned by `preorder`.
-    """
-
-    nodes: Ints
-    """`[nodes, 6]`: the columns `PARENT` to `ROOM`."""
-    extents: Ints
-    """`[extents, 2]`: first slot, keys."""
-    lowest: Ints
-    walk: Ints
-    keys: Ints
-    order: Ints
-    positions: Ints
-    """`[rows]`, in the walk's order."""
-
-
-@compiled
-def preorder(
-    nodes: Ints, short: Ints, row_nodes: Int32Array, row_positions: Int32Array
-) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Walk the nodes at or below which there are rows, depth first.
-
-    nodes `[nodes, 6]` as in `Paths`, parents before children. Node 0 is the only root, and `row_nodes` counts from the
-    node after it. A node with one child and no rows of its own is merged into the child. Rows of a node without keys
-    belong to the nearest node above with keys.
-
-    Returns `lowest [n]`: the node of each place, the lowest if several are merged; `walk [n, 7]`: the columns
-    `W_PARENT` to `W_MERGED`; `keys [n, 2]`: the keys of the merged nodes, and those counted by `short` [nodes];
-    `order [rows]`: the row at each place, those of one node by position; `positions [rows]`, in that order.
-    """
-    count = len(nodes)
-    home, own = np.zeros((2, count), np.int64)
-    parents, lengths = nodes[:, PARENT].copy(), nodes[:, LENGTH].copy()
-    for node in range(1, count):
-        home[node] = node if lengths[node] > 0 else home[parents[node]]
-    for row in range(row_nodes.size):
-        own[home[row_nodes[row] + 1]] += 1
-    below, heirs = own.copy(), np.zeros(count, np.int64)
-    for node in range(count - 1, 0, -1):
-        below[parents[node]] += below[node]
-        heirs[parents[node]] += below[node] > 0
-    above, stands_for = np.full(count, -1, np.int64), np.ones(count, np.int64)
-    keys = np.stack((lengths, short), axis=1)
-    for node in range(1, count):
-        parent = parents[node]
-        above[node] = parent
-        if parent and own[parent] == 0 and heirs[parent] == 1:
-            above[node] = above[parent]
-            stands_for[node] += stands_for[parent]
-            keys[node] += keys[parent]
-    size = np.zeros(count, np.int64)
-    for node in range(count - 1, -1, -1):
-        joined = node > 0 and own[node] == 0 and heirs[node] == 1
-        size[node] = 0 if below[node] == 0 or joined else size[node] + 1
-        if above[node] >= 0:
-            size[above[node]] += size[node]
-    lowest = np.empty(size[0], np.int64)
-    walk = np.zeros((size[0], 7), np.int64)
-    walk_keys = np.empty((size[0], 2), np.int64)
-    place = np.full(count, -1, np.int64)
-    next_place, next_row = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
-    for node in range(count):
-        if size[node] == 0:
-            continue
-        parent = above[node]
-        at = next_place[parent]
-        place[node], lowest[at], walk_keys[at] = at, node, keys[node]
-        walk[at, W_PARENT] = place[parent] if parent >= 0 else -1
-        walk[at, W_DEPTH] = walk[walk[at, W_PARENT], W_DEPTH] + 1 if parent >= 0 else 0
-        walk[at, W_SIZE], walk[at, W_ROWS], walk[at, W_OWN_ROWS] = size[node], below[node], own[node]
-        walk[at, W_FIRST_ROW], walk[at, W_MERGED] = next_row[parent], stands_for[node]
-        next_place[parent] += size[node]
-        next_row[parent] += below[node]
-        next_place[node] = at + 1
-        next_row[node] = walk[at, W_FIRST_ROW] + own[node]
-    order, positions = order_rows(row_nodes, row_positions, home, place, walk)
-    return lowest, walk, walk_keys, order, positions
-
-
-@compiled
-def order_rows(
-    row_nodes: Int32Array, row_positions: Int32Array, home: Ints, place: Ints, walk: Ints
-) -> tuple[Ints, Ints]:
-    """Sort rows by node, then by position. Returns the order and the sorted positions."""
-    order, positions = np.empty((2, row_nodes.size), np.int64)
-    taken = np.zeros(walk.shape[0], np.int64)
-    for row in range(row_nodes.size):
-        at = place[home[row_nodes[row] + 1]]
-        order[walk[at, W_FIRST_ROW] + taken[at]] = row
-        taken[at] += 1
-    for at in range(walk.shape[0]):
-        first, own = walk[at, W_FIRST_ROW], walk[at, W_OWN_ROWS]
-        sorted_already = True
-        for i in range(first + 1, first + own):
-            if row_positions[order[i]] < row_positions[order[i - 1]]:
-                sorted_already = False
-        if not sorted_already:
-            mine = order[first : first + own].copy()
-            order[first : first + own] = mine[np.argsort(row_positions[mine], kind="mergesort")]
-    for at in range(order.size):
-        positions[at] = row_positions[order[at]]
-    return order, positions
-
 
 @inlined
-def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats) -> tuple[float, int]:
+def tile_cost(rows: int, keys: int, short: int, tile_rows: Int64Array, prices: Float64Array) -> tuple[float, int]:
     """Return the minimum cost of `rows` rows against `keys` keys, `short` of them charged as mixed, and the rows of a
     full tile.
     """
@@ -177,14 +63,14 @@ def tile_cost(rows: int, keys: int, short: int, tile_rows: Ints, prices: Floats)
 
 @compiled
 def partition(
-    walk: Ints,
-    keys: Ints,
+    walk: Int64Array,
+    keys: Int64Array,
     mix: bool,
-    tile_rows: Ints,
-    prices: Floats,
+    tile_rows: Int64Array,
+    prices: Float64Array,
     partial: float,
     most_pending: int,
-) -> tuple[Floats, Ints, Ints]:
+) -> tuple[Float64Array, Int64Array, Int64Array]:
     """Compute the table of minimum costs and the choices that lead to them.
 
     walk and keys as returned by `preorder`; tile_rows `[classes]` and prices `[3, classes]` as `CostModel.columns`;
@@ -243,7 +129,9 @@ def partition(
 
 
 @compiled
-def partition_uncut(walk: Ints, keys: Ints, mix: bool, tile_rows: Ints, prices: Floats) -> tuple[Floats, Ints, Ints]:
+def partition_uncut(
+    walk: Int64Array, keys: Int64Array, mix: bool, tile_rows: Int64Array, prices: Float64Array
+) -> tuple[Float64Array, Int64Array, Int64Array]:
     """As `partition` if no node is cut, so that each row's whole path is pending. The results have one column."""
     count = walk.shape[0]
     best, cuts, runs = np.empty((count, 1)), np.zeros((count, 1), np.int64), np.full((count, 1, 2), -1, np.int64)
@@ -264,7 +152,9 @@ def partition_uncut(walk: Ints, keys: Ints, mix: bool, tile_rows: Ints, prices: 
 
 
 @compiled
-def unmixed_total(walk: Ints, keys: Ints, cuts: Ints, tile_rows: Ints, prices: Floats) -> float:
+def unmixed_total(
+    walk: Int64Array, keys: Int64Array, cuts: Int64Array, tile_rows: Int64Array, prices: Float64Array
+) -> float:
     """Return the cost of all units without partial results, if the nodes marked in `cuts` `[n, 1]` are cut and all
     others folded, and no node's rows share a tile with other nodes' rows.
     """
@@ -280,7 +170,7 @@ def unmixed_total(walk: Ints, keys: Ints, cuts: Ints, tile_rows: Ints, prices: F
 
 
 @inlined
-def _tokens_below(walk: Ints, keys: Ints) -> Ints:
+def _tokens_below(walk: Int64Array, keys: Int64Array) -> Int64Array:
     """Return the number of keys at or below each node."""
     tokens = keys[:, 0].copy()
     for node in range(len(walk) - 1, 0, -1):
@@ -289,7 +179,9 @@ def _tokens_below(walk: Ints, keys: Ints) -> Ints:
 
 
 @inlined
-def _scratch(count: int, kinds: int) -> tuple[Floats, Floats, Ints, Ints, Ints, Ints, Ints]:
+def _scratch(
+    count: int, kinds: int
+) -> tuple[Float64Array, Float64Array, Int64Array, Int64Array, Int64Array, Int64Array, Int64Array]:
     """Allocate the arrays of `_sequence` for up to `count` children: alone, least, ends, rows, keys, queue, marks."""
     floats, ints = np.empty((2, count + 2)), np.empty((3, count + 2), np.int64)
     queue, marks = np.empty((kinds, count + 2), np.int64), np.empty((2, kinds), np.int64)
@@ -304,20 +196,20 @@ def _sequence(
     pending: int,
     short: int,
     price: float,
-    walk: Ints,
-    tokens: Ints,
-    best: Floats,
-    runs: Ints,
+    walk: Int64Array,
+    tokens: Int64Array,
+    best: Float64Array,
+    runs: Int64Array,
     mix: bool,
-    tile_rows: Ints,
-    prices: Floats,
-    alone: Floats,
-    ends: Ints,
-    rows: Ints,
-    keys: Ints,
-    least: Floats,
-    queue: Ints,
-    marks: Ints,
+    tile_rows: Int64Array,
+    prices: Float64Array,
+    alone: Float64Array,
+    ends: Int64Array,
+    rows: Int64Array,
+    keys: Int64Array,
+    least: Float64Array,
+    queue: Int64Array,
+    marks: Int64Array,
 ) -> float:
     """Return the minimum cost of `node`'s own rows (unless j is 0, for a node that is cut) and of its children.
 
@@ -375,7 +267,9 @@ def _sequence(
 
 
 @compiled
-def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, prices: Floats) -> tuple[Ints, Ints]:
+def collect(
+    walk: Int64Array, keys: Int64Array, cuts: Int64Array, runs: Int64Array, tile_rows: Int64Array, prices: Float64Array
+) -> tuple[Int64Array, Int64Array]:
     """Return the units of the partition, ancestors first, `[units, 9]`: the columns `U_FIRST_ROW` to `U_MIXED`.
 
     A `cuts` of one column applies to any number of pending nodes. Also returns for each node `[n]` whether it is CUT.
@@ -434,7 +328,7 @@ def collect(walk: Ints, keys: Ints, cuts: Ints, runs: Ints, tile_rows: Ints, pri
 
 
 @inlined
-def _end_of_rows(node: int, end: int, row: int, walk: Ints) -> int:
+def _end_of_rows(node: int, end: int, row: int, walk: Int64Array) -> int:
     """Return the row after those of all subtrees from `node` to `end`, the first of which is at `row`."""
     while node < end:
         row = walk[node, W_FIRST_ROW] + walk[node, W_ROWS]
@@ -443,7 +337,7 @@ def _end_of_rows(node: int, end: int, row: int, walk: Ints) -> int:
 
 
 @inlined
-def _add(units: Ints, made: int, tile: int, unit: tuple[int, ...]) -> tuple[Ints, int]:
+def _add(units: Int64Array, made: int, tile: int, unit: tuple[int, ...]) -> tuple[Int64Array, int]:
     """Add a unit, in tiles of at most `tile` rows."""
     first, stop = unit[U_FIRST_ROW], unit[U_STOP_ROW]
     while first < stop:
@@ -458,7 +352,7 @@ def _add(units: Ints, made: int, tile: int, unit: tuple[int, ...]) -> tuple[Ints
 
 
 @compiled
-def readers(units: Ints, walk: Ints, fates: Ints) -> tuple[Ints, Ints]:
+def readers(units: Int64Array, walk: Int64Array, fates: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Return the number of units that read each node, `[n]`, and its fate, `[n]`: FOLDED, CUT or MIXED.
 
     `fates`: which nodes are CUT.

@@ -27,8 +27,6 @@ class Pins:
     """
 
     def __init__(self, tree: RadixTree) -> None:
-        self.released_early = 0
-        """Pins released because memory was short."""
         self._tree = tree
         self._by_weakness: SortedKeyList[Pin] = SortedKeyList(key=lambda pin: (pin.priority, pin.id))
         self._by_id: dict[int, Pin] = {}
@@ -67,11 +65,10 @@ class Pins:
         if not self._by_weakness:
             return False
         self.release(self._by_weakness[0].id)
-        self.released_early += 1
         return True
 
-    def yieldable(self, match: Match | None = None) -> int:
-        """Return the slots that releasing all pins would make evictable, excluding those of the tokens in `match`."""
+    def freed_by_release(self, match: Match | None = None) -> int:
+        """Return how many slots become evictable if all pins are released, not counting those of `match`."""
         alone = self._alone()
         slots = sum(node.capacity for node in alone)
         if match is None or not slots:

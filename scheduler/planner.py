@@ -4,25 +4,24 @@ The loops over nodes are compiled (`radixgen.scheduler.partition`); the rest is 
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.cost import CostModel, TileCost
-from radixgen.scheduler.forest import Forest, active_forest, walk_paths
+from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
 from radixgen.scheduler.partition import (
     MAX_STATES,
-    Paths,
     collect,
     partition,
     partition_uncut,
     readers,
     unmixed_total,
 )
-from radixgen.scheduler.revise import RowUpdates, StepRows, follow, revise
+from radixgen.scheduler.revise import RowUpdates, StepRows, revise, row_updates
 from radixgen.scheduler.segments import lay_out, path_rows
 from radixgen.scheduler.split_units import SplitUnits, coverage, split_units
 from radixgen.scheduler.tables import (
@@ -31,20 +30,11 @@ from radixgen.scheduler.tables import (
     W_ROWS,
 )
 
-__all__ = [
-    "PLAN_MODES",
-    "CostModel",
-    "Forest",
-    "PlanMode",
-    "Planner",
-    "TileCost",
-    "active_forest",
-    "check_plan_mode",
-    "plan",
-]
-
 PlanMode = Literal["auto", "unshared", "prefix", "naive"]
-PLAN_MODES: tuple[PlanMode, ...] = ("auto", "unshared", "prefix", "naive")
+PLAN_MODES: tuple[PlanMode, ...] = get_args(PlanMode)
+
+_FEW_STEPS = 16
+"""Minimum steps before a plan is rebuilt for its age."""
 
 
 def check_plan_mode(field: str, mode: str) -> None:
@@ -77,18 +67,13 @@ def plan(
 
 
 class _Partition(NamedTuple):
-    """A partition of the paths into units, in the form that `collect` takes. `total` excludes partial results if the
-    partition is fixed by the mode.
-    """
+    """A partition of the paths into units, in the form that `collect` takes."""
 
     cost: CostModel
     cuts: Int64Array
     runs: Int64Array
-    total: float
-
-    def even(self, keys: int) -> float:
-        """Return a lower bound of the time to read `keys` distinct keys."""
-        return max(self.total * self.cost.kv_heads / self.cost.programs, self.cost.reads(keys, keys))
+    least: float
+    """Lower bound of the time. It excludes partial results if the partition is fixed by the mode."""
 
 
 class _Candidate(NamedTuple):
@@ -104,32 +89,31 @@ def _choose(paths: Paths, mode: PlanMode, costs: Sequence[CostModel]) -> _Candid
     """Return the candidate with the shortest time. Partitions whose lower bound exceeds the best time are skipped."""
     if mode != "auto":
         return min((_evaluate(paths, _fixed_partition(paths, cost, mode)) for cost in costs), key=_time)
-    keys = int(paths.keys[:, 0].sum())
-    ways = sorted((_cheapest_partition(paths, cost) for cost in costs), key=lambda way: way.even(keys))
+    ways = sorted((_cheapest_partition(paths, cost) for cost in costs), key=lambda way: way.least)
     best = _evaluate(paths, ways[0])
     for way in ways[1:]:
-        best = _faster(paths, way, best, keys)
-    for cost in [way.cost for way in ways if way.even(keys) < best.split.time]:
-        best = _refine(paths, cost, best, keys)
+        best = _faster(paths, way, best)
+    for cost in [way.cost for way in ways if way.least < best.split.time]:
+        best = _refine(paths, cost, best)
     return best
 
 
-def _refine(paths: Paths, cost: CostModel, best: _Candidate, keys: int) -> _Candidate:
+def _refine(paths: Paths, cost: CostModel, best: _Candidate) -> _Candidate:
     """Also try the simple partitions that may be faster.
 
     The partition of minimum total cost is not always fastest: the time also depends on how units are spread over
     programs, and on the merge launch.
     """
-    if cost.programs == 1 or best.split.time <= cost.reads(keys, keys):
+    if cost.programs == 1 or best.split.time <= cost.reads(paths.num_keys, paths.num_keys):
         return best
-    best = _faster(paths, _uncut_partition(paths, cost), best, keys)
+    best = _faster(paths, _uncut_partition(paths, cost), best)
     for mode in PLAN_MODES[1:]:
-        best = _faster(paths, _fixed_partition(paths, cost, mode), best, keys)
+        best = _faster(paths, _fixed_partition(paths, cost, mode), best)
     return best
 
 
-def _faster(paths: Paths, way: _Partition, best: _Candidate, keys: int) -> _Candidate:
-    if way.even(keys) >= best.split.time:
+def _faster(paths: Paths, way: _Partition, best: _Candidate) -> _Candidate:
+    if way.least >= best.split.time:
         return best
     return min(best, _evaluate(paths, way, to_beat=best.split.time), key=_time)
 
@@ -140,8 +124,8 @@ def _time(choice: _Candidate) -> float:
 
 def _evaluate(paths: Paths, way: _Partition, to_beat: float = np.inf) -> _Candidate:
     units, fates = collect(paths.walk, paths.keys, way.cuts, way.runs, *way.cost.columns())
-    unique = int(paths.keys[:, 0].sum())
-    return _Candidate(way.cost, units, fates, split_units(units, paths.order.size, unique, way.cost, to_beat))
+    split = split_units(units, paths.order.size, paths.num_keys, way.cost, to_beat)
+    return _Candidate(way.cost, units, fates, split)
 
 
 def _cheapest_partition(paths: Paths, cost: CostModel) -> _Partition:
@@ -149,12 +133,12 @@ def _cheapest_partition(paths: Paths, cost: CostModel) -> _Partition:
     most_pending = int(min(walk[:, W_DEPTH].max(initial=0) + 1, max(4, MAX_STATES // max(len(walk), 1))))
     price = cost.partial * cost.group
     best, cuts, runs = partition(walk, paths.keys, cost.mix, *cost.columns(), price, most_pending)
-    return _Partition(cost, cuts, runs, float(best[:1, 0].sum()))
+    return _make_partition(paths, cost, cuts, runs, float(best[:1, 0].sum()))
 
 
 def _uncut_partition(paths: Paths, cost: CostModel) -> _Partition:
     best, cuts, runs = partition_uncut(paths.walk, paths.keys, cost.mix, *cost.columns())
-    return _Partition(cost, cuts, runs, float(best[:1, 0].sum()))
+    return _make_partition(paths, cost, cuts, runs, float(best[:1, 0].sum()))
 
 
 def _fixed_partition(paths: Paths, cost: CostModel, mode: PlanMode) -> _Partition:
@@ -166,7 +150,12 @@ def _fixed_partition(paths: Paths, cost: CostModel, mode: PlanMode) -> _Partitio
     elif mode == "prefix":
         cut[:, 0] = branching & (walk[:, W_DEPTH] == 1)
     total = unmixed_total(walk, paths.keys, cut, *cost.columns())
-    return _Partition(cost, cut, np.full((len(walk), 1, 2), -1, np.int64), total)
+    return _make_partition(paths, cost, cut, np.full((len(walk), 1, 2), -1, np.int64), total)
+
+
+def _make_partition(paths: Paths, cost: CostModel, cuts: Int64Array, runs: Int64Array, total: float) -> _Partition:
+    least = max(total * cost.kv_heads / cost.programs, cost.reads(paths.num_keys, paths.num_keys))
+    return _Partition(cost, cuts, runs, least)
 
 
 def _fill(paths: Paths, choice: _Candidate) -> Plan:
@@ -218,7 +207,7 @@ class Planner:
     ) -> None:
         self.tree = tree
         self.mode = mode
-        self.cost = cost or CostModel()
+        self.cost = cost
         self._last: Plan | None = None
         self._built: _BuiltPlan | None = None
         self._version = -1
@@ -232,7 +221,7 @@ class Planner:
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
         rows = StepRows(ids, ids, ids.astype(np.int64))
-        follow(self.tree.columns, 0, rows.slots[:0], rows, rows)
+        row_updates(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))
 
     @property
@@ -272,16 +261,16 @@ class Planner:
             return last
         if last.growing.size != last.num_rows:
             return None
-        followed = follow(columns, self._version, built.nodes, self._rows, rows)
-        if followed is None:
+        updates = row_updates(columns, self._version, built.nodes, self._rows, rows)
+        if updates is None:
             return None
         built.steps += 1
         count = rows.nodes.size
         if built.outgrown(count):
             return None
-        if last.slack and count == last.num_rows and not followed.num_extended:
+        if last.slack and count == last.num_rows and not updates.num_extended:
             return last.advance()
-        return revise(last, followed)
+        return revise(last, updates)
 
 
 class _BuiltPlan:
@@ -300,7 +289,3 @@ class _BuiltPlan:
         be better.
         """
         return 8 * rows < 7 * self._rows or self.steps > self._most_steps
-
-
-_FEW_STEPS = 16
-"""Minimum steps before a plan is rebuilt for its age."""

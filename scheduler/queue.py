@@ -1,6 +1,7 @@
 """Queue of waiting requests: by priority, then longest computed prefix, with a bound on being overtaken."""
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 from sortedcontainers import SortedKeyList
 
@@ -23,7 +24,7 @@ class WaitingQueue:
         self.num_sequences = 0
         self.num_tokens = 0
         """Prompt tokens of the waiting requests."""
-        self._requests: SortedKeyList[Request] = SortedKeyList(key=_order)
+        self._requests: SortedKeyList[Request] = SortedKeyList(key=attrgetter("rank"))
         self._chosen: Request | None = None
 
     def __len__(self) -> int:
@@ -37,7 +38,7 @@ class WaitingQueue:
         if not request.waiting:
             self._requests.add(request)
             self.num_tokens += request.prompt.size
-            if self._chosen is not None and _order(request) < _order(self._chosen):
+            if self._chosen is not None and request.rank < self._chosen.rank:
                 self._chosen = None
         request.waiting.append(sequence)
         self.num_sequences += 1
@@ -103,7 +104,3 @@ class WaitingQueue:
         self.num_tokens -= request.prompt.size
         if self._chosen is request:
             self._chosen = None
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return -request.priority, request.serial

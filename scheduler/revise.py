@@ -8,13 +8,12 @@ from numpy.typing import NDArray
 from radixgen.cache import Columns
 from radixgen.core import Plan
 from radixgen.core.compiled import compiled, inlined
-from radixgen.core.plan import Int32Array, Int64Array
+from radixgen.core.plan import Float64Array, Int32Array, Int64Array
 
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 _Units = tuple[
-    Int32Array, Int32Array, Int32Array, Floats, Int64Array, Int32Array, Int32Array, Int32Array, Int32Array, Int64Array,
-    Int32Array,
+    Int32Array, Int32Array, Int32Array, Float64Array, Int64Array, Int32Array, Int32Array, Int32Array, Int32Array,
+    Int64Array, Int32Array,
 ]  # fmt: skip
 
 
@@ -51,7 +50,7 @@ class StepRows(NamedTuple):
 
 
 @compiled
-def _follow(
+def _row_updates(
     old_ids: Int32Array, old_positions: Int32Array, old_slots: Int64Array, ids: Int32Array, positions: Int32Array,
     slots: Int64Array, start: Int32Array, scheduled: Int32Array, reserved: Int32Array, following: Int32Array,
     changed: Int64Array, nodes: Int64Array, version: int,
@@ -77,13 +76,13 @@ def _follow(
     return at == ids.size, kept, extension, rooms, num_extended
 
 
-def follow(columns: Columns, version: int, nodes: Int64Array, old: StepRows, rows: StepRows) -> RowUpdates | None:
+def row_updates(columns: Columns, version: int, nodes: Int64Array, old: StepRows, rows: StepRows) -> RowUpdates | None:
     """Return the changes from the rows `old`, each the last token of a leaf, to `rows` of the next step.
 
     Returns None unless `rows` are a subsequence of the leaves, each one token further, or if any of `nodes`, all that
     the plan reads, changed in more than length since the tree's `version`.
     """
-    follows, kept, slots, rooms, num_extended = _follow(
+    follows, kept, slots, rooms, num_extended = _row_updates(
         *old,
         *rows,
         columns.start,
@@ -135,7 +134,7 @@ def _rows(
 @compiled
 def _units(
     before: Int32Array, slots: Int64Array, rooms: Int32Array, positions: Int32Array, growing: Int64Array,
-    unit_rows: Int32Array, unit_segments: Int32Array, ranks: Int32Array, costs: Floats, starts: Int64Array,
+    unit_rows: Int32Array, unit_segments: Int32Array, ranks: Int32Array, costs: Float64Array, starts: Int64Array,
     lengths: Int32Array, firsts: Int32Array, readers: Int32Array, path_rows: Int32Array,
 ) -> _Units:  # fmt: skip
     """Return the units with remaining rows, and their segments with remaining readers. Growing segments get one more
@@ -177,14 +176,14 @@ def _units(
     )  # fmt: skip
 
 
-def revise(plan: Plan, followed: RowUpdates) -> Plan:
+def revise(plan: Plan, updates: RowUpdates) -> Plan:
     """Return the plan in which the kept rows, each the last token of its own leaf, have advanced by one token.
 
     Units without rows are dropped; the others read what they read before. A revised plan is exact, and about as good as
     the original.
     """
     before, slots, rooms, order, extra, positions = _rows(
-        followed.kept, followed.slots, followed.rooms, plan.row_order, plan.row_extra, plan.row_positions
+        updates.kept, updates.slots, updates.rooms, plan.row_order, plan.row_extra, plan.row_positions
     )
     units = _units(
         before, slots, rooms, plan.row_positions, plan.growing, plan.unit_rows, plan.unit_segments, plan.unit_rank,

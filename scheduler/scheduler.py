@@ -5,12 +5,13 @@ slot to its cursor. If nothing is missing, the cursor's last token gives logits.
 """
 
 from collections.abc import Sequence as Seq
+from operator import attrgetter
 from typing import get_args
 
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import FollowedMatch, Lock, Match, Node, RadixTree, sharing_end
+from radixgen.cache import FollowedMatch, Match, Node, RadixTree, sharing_end
 from radixgen.cache.check import check_plan
 from radixgen.core import Limits, SharingReason
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
@@ -24,7 +25,7 @@ _GROWTH_SHARE = 16
 """At most this fraction (1/n) of the pool is kept free for running sequences to grow."""
 _MAX_ADMITTED = 256
 """Sequences admitted per step before no further request is considered, so that running ones do not wait long."""
-_MAX_READS = 512
+_MAX_SCORED = 512
 """Maximum rows per step that score prompts, so that the logits of a long prompt fit in memory."""
 
 
@@ -39,10 +40,10 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.max_num_seqs = limits.max_num_seqs
         self.waiting = WaitingQueue(limits.max_overtaken)
-        self.running: SortedKeyList[Sequence] = SortedKeyList(key=_rank)
+        self.running: SortedKeyList[Sequence] = SortedKeyList(key=attrgetter("rank"))
         self.pins = Pins(tree)
         self._reserves = Reserves(tree, self.running, self.waiting)
-        self.debug = debug
+        self._debug = debug
         self.now = 0.0
         """Time at which the current step began, in seconds on the engine's clock."""
         self.preemptions = 0
@@ -50,7 +51,6 @@ class Scheduler:
         self.cached_prompt_tokens = 0
         self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
         self.computed_prompt_tokens = 0
-        self._steps = 0
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
@@ -68,14 +68,14 @@ class Scheduler:
         if origin.cursor is None or full or origin.namespace != sequence.namespace:
             self.waiting.add(sequence)
             return
-        sequence.cursor = self.tree.fork(origin.cursor)
+        sequence.cursor = self.tree.lock(origin.cursor.held)
         self.running.add(sequence)
 
     @property
     def path_tokens(self) -> int:
         """Total length of the paths of all cursors and pins, each counted separately."""
-        cursors: list[Lock] = [sequence.cursor for sequence in self.running if sequence.cursor is not None]
-        return sum(cursor.held.end for cursor in cursors) + sum(pin.num_tokens for pin in self.pins)
+        ends = sum(sequence.cursor.held.end for sequence in self.running)
+        return ends + sum(pin.num_tokens for pin in self.pins)
 
     def drop(self, sequence: Sequence) -> None:
         """Remove a sequence that ended or was cancelled. Its tokens stay cached."""
@@ -100,19 +100,17 @@ class Scheduler:
         With `only`, just that request's sequences take part and nobody is admitted. Without `admit`, nobody is
         admitted.
         """
-        self._steps += 1
-        batch = Batch(self._steps, admitting=only is None and admit)
+        pool = self.tree.pool
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
-        if batch.admitting:
-            batch.admitting = self._admit()
+        batch = Batch(pool.num_steps + 1, all_admitted=only is None and admit and self._admit())
         budget = self.max_step_tokens
         for sequence in self._in_schedule_order():
             if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
         if not batch.row_nodes:
             return None
-        batch.fence = self.tree.pool.begin_step()
+        pool.begin_step()
         return batch
 
     def schedule_ahead(self, batch: Batch) -> Batch | None:
@@ -122,12 +120,12 @@ class Scheduler:
         or along cached tokens. Returns None if other sequences may join, if a token may begin a new node, or if memory
         is short.
         """
-        if batch.reads or batch.branching or len(batch.drawing) != len(self.running):
+        if batch.scoring or batch.branching or len(batch.drawing) != len(self.running):
             return None
         going = [s for s in self.running if len(s.output) + 1 < s.request.max_output]
-        if len(self.waiting) and (not batch.admitting or len(going) < len(self.running)):
+        if len(self.waiting) and (not batch.all_admitted or len(going) < len(self.running)):
             return None
-        nodes = [s.cursor.held for s in going if s.cursor is not None]
+        nodes = [s.cursor.held for s in going]
         if any(node.lock_count != 1 or node.parent is None for node in nodes):
             return None  # the token may begin a new node
         if not nodes or not self._reserve_ahead(going, nodes, batch.step + 1):
@@ -157,7 +155,7 @@ class Scheduler:
             np.array(batch.row_positions, np.int32),
             slots_used(batch),
         )
-        if self.debug:
+        if self._debug:
             check_plan(plan, self.tree.pool)
         return make_step_input(batch, plan)
 
@@ -171,14 +169,14 @@ class Scheduler:
         for node in batch.nodes:
             commit(node)
         self.computed_prompt_tokens += batch.prompt_tokens
-        self.tree.pool.retire_step(batch.fence)
+        self.tree.pool.retire_step(batch.step)
 
     def rollback(self, batch: Batch) -> None:
         """Undo the scheduling of a failed step."""
         for node in reversed(batch.nodes):
             self.tree.rollback(node)
         self.planner.forget()
-        self.tree.pool.retire_step(batch.fence)
+        self.tree.pool.retire_step(batch.step)
 
     def advance(self, drawn: Seq[tuple[Sequence, int]]) -> None:
         """Move cursors by the sampled tokens. Sequences on one node with the same token stay together."""
@@ -213,10 +211,10 @@ class Scheduler:
         assert sequence.cursor is not None
         node = sequence.cursor.held
         taken = 0
-        if sequence.reads_prompt:
-            unread = max(sequence.request.next_read - _computed(node), 0)
-            taken = self._schedule_path(sequence, node, min(budget, unread + _MAX_READS - batch.num_reads), batch)
-            added, finished = self._read_prompt(sequence, node, budget - taken, batch)
+        if sequence.scores_prompt:
+            before = max(sequence.request.next_scored - _scheduled_end(node), 0)
+            taken = self._schedule_path(sequence, node, min(budget, before + _MAX_SCORED - batch.num_scored), batch)
+            added, finished = self._score_prompt(sequence, node, budget - taken, batch)
             taken += added
             if not finished or not sequence.request.max_output:
                 return taken
@@ -258,7 +256,7 @@ class Scheduler:
             if count == 0 or not self._make_room(part, count, sequence, batch):
                 break
             first = part.scheduled
-            batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count, sequence)))
+            batch.add_span(part, first, self.tree.schedule(part, count, self._reserve(part, count, sequence, batch)))
             sequence.scheduled_in = batch.step
             left -= count
             if part.scheduled < part.known:
@@ -267,14 +265,14 @@ class Scheduler:
             batch.prompt_tokens += budget - left
         return budget - left
 
-    def _read_prompt(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> tuple[int, bool]:
+    def _score_prompt(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> tuple[int, bool]:
         """Add rows that score the prompt, as far as its path has slots. Returns their number, and whether none are
         left.
         """
         request = sequence.request
         assert request.targets is not None
-        position = request.next_read
-        stop = min(request.targets.size, position + _MAX_READS - batch.num_reads)
+        position = request.next_scored
+        stop = min(request.targets.size, position + _MAX_SCORED - batch.num_scored)
         rows: list[int] = []
         added = 0
         for part in node.path():
@@ -289,16 +287,16 @@ class Scheduler:
                 position += 1
         if rows:
             sequence.scheduled_in = batch.step
-            batch.reads.append(PromptRows(request, rows))
-            batch.num_reads += len(rows)
+            batch.scoring.append(PromptRows(request, rows))
+            batch.num_scored += len(rows)
         return added, position == request.targets.size
 
-    def _reserve(self, node: Node, count: int, sequence: Sequence) -> int:
+    def _reserve(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> int:
         """Return the slots to reserve after a span: for the rest of the node's prompt, or for a leaf to grow."""
         ahead = node.known - node.scheduled - count
         left = sequence.request.max_output - len(sequence.output)
         reserves = self._reserves
-        return min(reserves.share, ahead) if ahead else min(reserves.of_leaf(node, self._steps), left)
+        return min(reserves.share, ahead) if ahead else min(reserves.of_leaf(node, batch.step), left)
 
     def _reads_on(self, node: Node, slot: int) -> bool:
         """Return whether a sequence on `node` may find its next token cached in this slot, with no other reader there.
@@ -370,7 +368,7 @@ class Scheduler:
         growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
         wanted, match = followed.tokens.size + growth, followed.match()
         short = self._missing_slots(wanted, match)
-        if short > 0 and short > self.pins.yieldable(match):
+        if short > 0 and short > self.pins.freed_by_release(match):
             return False
         while short > 0 and self.pins.release_weakest():
             short = self._missing_slots(wanted, followed.match())
@@ -424,14 +422,14 @@ class Scheduler:
         tree = self.tree
         if tree.slots_wanted(node, count) <= tree.pool.free:
             return True
-        tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count, sequence) - tree.pool.free)
+        tree.evict(tree.slots_wanted(node, count) + self._reserve(node, count, sequence, batch) - tree.pool.free)
         short = tree.slots_wanted(node, count) - tree.pool.free
         if short > 0:
             tree.reclaim_reserves(short)
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
             if tree.evict(short):
                 continue
-            idle, from_pins = self._idle(sequence, batch), self.pins.yieldable()
+            idle, from_pins = self._idle(sequence, batch), self.pins.freed_by_release()
             victim = None if from_pins else self._victim(sequence, idle)
             if victim is not None:
                 self._preempt(victim)
@@ -452,7 +450,7 @@ class Scheduler:
 
         If all slots are shared, the oldest running sequence may preempt the first, so that the holders go one by one.
         """
-        victim = next(filter(_exclusive_slots, idle), None)
+        victim = next(filter(_holds_alone, idle), None)
         if victim is None and idle and sequence is self.running[0]:
             return idle[0]
         return victim
@@ -470,10 +468,6 @@ class Scheduler:
         sequence.cursor = None
 
 
-def _rank(sequence: Sequence) -> tuple[int, int, int]:
-    return sequence.rank
-
-
 def _lacking(node: Node) -> list[Node]:
     """Return the nodes of the path with tokens without a slot, from the top."""
     nodes = []
@@ -484,17 +478,17 @@ def _lacking(node: Node) -> list[Node]:
     return nodes[::-1]
 
 
-def _computed(node: Node) -> int:
+def _scheduled_end(node: Node) -> int:
     """Return the number of leading tokens of the path that have a slot."""
     first = next(iter(_lacking(node)), node)
     return first.start + first.scheduled
 
 
-def _exclusive_slots(sequence: Sequence) -> int:
-    """Return the slots that would become evictable if this sequence released its cursor."""
-    total = 0
+def _holds_alone(sequence: Sequence) -> bool:
+    """Return whether any slots would become evictable if this sequence released its cursor."""
     node = sequence.cursor.held if sequence.cursor else None
     while node is not None and node.lock_count + node.locked_children == 1:
-        total += node.capacity
+        if node.capacity:
+            return True
         node = node.parent
-    return total
+    return False

@@ -6,7 +6,7 @@ import numpy as np
 
 from radixgen.core.compiled import compiled, inlined
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.scheduler.partition import Ints, Paths
+from radixgen.scheduler.forest import Paths
 from radixgen.scheduler.tables import (
     FIRST_EXTENT,
     LENGTH,
@@ -81,7 +81,7 @@ def lay_out(paths: Paths, units: Int64Array, limits: Int64Array, least_run: int,
 
 
 @compiled
-def _units(table: Ints) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array, Int64Array]:
+def _units(table: Int64Array) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array, Int64Array]:
     count = len(table)
     rows, segments, rank = np.empty((count, 2), np.int32), np.empty((count, 2), np.int32), np.empty(count, np.int32)
     keys, mixed = np.empty((2, count), np.int64)
@@ -97,7 +97,7 @@ def _units(table: Ints) -> tuple[Int32Array, Int32Array, Int32Array, Int64Array,
 
 
 @compiled
-def _segments(table: Ints) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, Int32Array, Int64Array]:
+def _segments(table: Int64Array) -> tuple[Int64Array, Int32Array, Int32Array, Int32Array, Int32Array, Int64Array]:
     count, grow = len(table), 0
     starts, growing = np.empty((2, count), np.int64)
     lengths, positions, room = np.empty((3, count), np.int32)
@@ -112,7 +112,7 @@ def _segments(table: Ints) -> tuple[Int64Array, Int32Array, Int32Array, Int32Arr
 
 
 @compiled
-def path_rows(walk: Ints, tile_rows: int) -> Int32Array:
+def path_rows(walk: Int64Array, tile_rows: int) -> Int32Array:
     """Return the rows of each node in tiles, as attention without sharing would have them: `[tiles, 2]`."""
     count = 0
     for at in range(len(walk)):
@@ -130,8 +130,9 @@ def path_rows(walk: Ints, tile_rows: int) -> Int32Array:
 
 @compiled
 def _fill(
-    units: Ints, limits: Ints, nodes: Ints, extents: Ints, lowest: Ints, walk: Ints, positions: Ints, least_run: int,
-    weight: int, unit_table: Ints, segment_table: Ints,
+    units: Int64Array, limits: Int64Array, nodes: Int64Array, extents: Int64Array, lowest: Int64Array,
+    walk: Int64Array, positions: Int64Array, least_run: int, weight: int, unit_table: Int64Array,
+    segment_table: Int64Array,
 ) -> tuple[int, int]:  # fmt: skip
     """As `lay_out`; other arguments as in `Paths`.
 
@@ -184,7 +185,7 @@ def _fill(
 
 
 @inlined
-def _members(unit: int, units: Ints, walk: Ints, members: Ints) -> int:
+def _members(unit: int, units: Int64Array, walk: Int64Array, members: Int64Array) -> int:
     """Collect the nodes that a unit reads, root first: those pending above it, then its own. Returns their number."""
     at, pending = units[unit, U_LOWEST], units[unit, U_PENDING]
     for member in range(pending - 1, -1, -1):
@@ -198,7 +199,7 @@ def _members(unit: int, units: Ints, walk: Ints, members: Ints) -> int:
 
 
 @inlined
-def _write(row: tuple[int, ...], table: Ints, at: int) -> int:
+def _write(row: tuple[int, ...], table: Int64Array, at: int) -> int:
     """Write a row if the table has room for it. Returns the next index."""
     if at < len(table):
         for column, value in enumerate(row):
@@ -207,7 +208,7 @@ def _write(row: tuple[int, ...], table: Ints, at: int) -> int:
 
 
 @compiled
-def _highest_positions(walk: Ints, positions: Ints) -> Ints:
+def _highest_positions(walk: Int64Array, positions: Int64Array) -> Int64Array:
     """Return the highest position at or below each node, `[n]`; positions `[rows]`, in the walk's order."""
     highest = np.full(walk.shape[0], -1, np.int64)
     for at in range(walk.shape[0] - 1, -1, -1):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from radixgen.cache import FollowedMatch, Lock, TokenArray
+from radixgen.cache import PRIVATE, FollowedMatch, Lock, TokenArray
 from radixgen.core import FinishReason, PromptTokens, SamplingParams, SamplingState, SharingEnd
 from radixgen.sampling.beam_search import BeamSearch, Choices
 
@@ -27,7 +27,7 @@ class Request:
     """Seconds on the engine's clock, like `arrived`."""
     targets: TokenArray | None = None
     """If the prompt is scored: the token after each of its positions."""
-    next_read: int = 0
+    next_scored: int = 0
     """First position whose target is not scored yet."""
     search: BeamSearch | None = None
     """The state of a beam search. The sequences are its beams, best first, and at the end its hypotheses."""
@@ -59,9 +59,18 @@ class Request:
         return self.unfinished == 0
 
     @property
-    def reading(self) -> bool:
+    def rank(self) -> tuple[int, int]:
+        """Scheduling order: priority, then arrival."""
+        return -self.priority, self.serial
+
+    @property
+    def scoring(self) -> bool:
         """Whether prompt tokens remain to be scored."""
-        return self.targets is not None and self.next_read < self.targets.size
+        return self.targets is not None and self.next_scored < self.targets.size
+
+    def private_namespace(self, index: int) -> str:
+        """Return the namespace of the request's sequence `index` if it shares nothing."""
+        return f"{self.namespace}{PRIVATE}{self.serial}.{index}"
 
     def add_sequence(self, sequence: "Sequence") -> None:
         self.sequences.append(sequence)
@@ -102,13 +111,13 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Scheduling order: priority, then arrival, then index among the `n`."""
-        return -self.request.priority, self.request.serial, self.index
+        """Scheduling order: the request's, then index among the `n`."""
+        return *self.request.rank, self.index
 
     @property
-    def reads_prompt(self) -> bool:
+    def scores_prompt(self) -> bool:
         """Whether this sequence is the one among its siblings that still scores the prompt."""
-        return self.request.reading and self.index == 0
+        return self.request.scoring and self.index == 0
 
     def tokens(self) -> TokenArray:
         """Return prompt and output."""

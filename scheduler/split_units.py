@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
-from radixgen.core.plan import Int64Array
+from radixgen.core.plan import Float64Array, Int64Array
 from radixgen.kernels.assignment import LaunchCosts, makespan
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.tables import (
@@ -15,8 +15,6 @@ from radixgen.scheduler.tables import (
     U_MIXED,
     U_STOP_ROW,
 )
-
-Floats = NDArray[np.float64]
 
 LEAST_KEYS = 64
 """Units of at most this many keys are not split."""
@@ -67,7 +65,7 @@ def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, 
     if longest <= (ENOUGH - 1) * even:
         return SplitUnits(whole, even + longest / 2 + whole_fixed)
 
-    def time(costs: Floats, classes: Int64Array) -> float:
+    def time(costs: Float64Array, classes: Int64Array) -> float:
         shares = [costs[classes == index] for index in range(len(programs))]
         return makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads)
 
@@ -88,13 +86,18 @@ def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, 
 
 
 def _pieces(
-    costs: Floats, keys: Int64Array, limits: Int64Array, pieces: Int64Array, partials: Floats, unit: Floats
-) -> Floats:
+    costs: Float64Array,
+    keys: Int64Array,
+    limits: Int64Array,
+    pieces: Int64Array,
+    partials: Float64Array,
+    unit: Float64Array,
+) -> Float64Array:
     """Return the cost of every piece of every unit: proportional to its keys, plus `unit` and `partials` per piece."""
     whole = pieces == 1
     by_key = np.where(whole, 0.0, (costs - unit) / np.maximum(keys, 1))
     fixed = np.where(whole, costs, unit + partials)
-    split: Floats = np.repeat(fixed + by_key * limits, pieces)
+    split: Float64Array = np.repeat(fixed + by_key * limits, pieces)
     split[np.cumsum(pieces) - 1] = fixed + by_key * (keys - limits * (pieces - 1))
     return split
 
@@ -119,7 +122,7 @@ def coverage(ranges: NDArray[np.integer], num_rows: int) -> tuple[Int64Array, In
     return over[:num_rows], partials
 
 
-def _limits(costs: Floats, keys: Int64Array, longest: float) -> Int64Array:
+def _limits(costs: Float64Array, keys: Int64Array, longest: float) -> Int64Array:
     """Return limits for equal pieces that cost at most about `longest`."""
     pieces = np.maximum(np.ceil(costs / max(longest, 1e-9)), 1)
     limits = (np.ceil(keys / pieces / LEAST_KEYS) * LEAST_KEYS).astype(np.int64)

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.core import Plan
-
-Int64Array = NDArray[np.int64]
+from radixgen.core.plan import Int64Array
 
 ROOT = bytes(16)
 """The stamp of the empty prefix."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from radixgen import TreeAttention
 from radixgen.core import Chunk, InvalidRequest, Window
 from radixgen.kernels import torch_backend
-from radixgen.scheduler.planner import CostModel, TileCost
+from radixgen.scheduler.cost import CostModel, TileCost
 
 
 @dataclass

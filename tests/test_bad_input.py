@@ -776,7 +776,7 @@ OPEN = {
     "decode",
     "dtype",
     "eos_token_ids",
-    "explain",
+    "explain_plan",
     "has_unfinished",
     "inputs",
     "inspect",
@@ -815,7 +815,7 @@ def test_what_a_closed_engine_still_tells() -> None:
         engine.step()
     assert not engine.has_unfinished and engine.num_steps > 0
     assert engine.stats().kv_tokens_total == SLOTS and engine._core.tree is not None
-    assert engine.decode([1, 2]) == "1 2" and engine.model_name == "stamp" and engine.explain()
+    assert engine.decode([1, 2]) == "1 2" and engine.model_name == "stamp" and engine.explain_plan()
     assert engine.tokenize([1]).tolist() == [1]
     with pytest.raises(InvalidRequest, match="messages"):
         engine.chat_tokens([])

@@ -135,7 +135,7 @@ def test_kv_bytes_are_those_of_the_segments(engine: Engine) -> None:
     engine.generate([base + [t] for t in range(5, 25)], GREEDY)
     stats = engine.stats()
     assert 0 < stats.kv_bytes_read < stats.kv_bytes_unshared
-    with_plan = engine.explain()
+    with_plan = engine.explain_plan()
     assert "KV read" in with_plan and "level 1" in with_plan
 
 

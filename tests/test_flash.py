@@ -45,7 +45,7 @@ from radixgen.kernels.flash_backend import (
 )
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.varlen_runs import split
-from radixgen.scheduler.planner import CostModel, TileCost
+from radixgen.scheduler.cost import CostModel, TileCost
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -198,7 +198,7 @@ def test_echo(reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt before each choice, with its log-probabilities where they are asked for, as evaluations need it. With
     few that are read in a step, all choices but the first have tokens before them.
     """
-    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_READS", reads)
+    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_SCORED", reads)
     prompts, params = ["abca", "bd"], SamplingParams(temperature=0.0, max_tokens=4, logprobs=2, prompt_logprobs=2)
     with tiny() as engine:
         expected = engine.generate(prompts, params)

@@ -22,7 +22,9 @@ from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 from radixgen.kernels.workspace import Workspace
 from radixgen.model import graphs
-from radixgen.scheduler.planner import CostModel, Forest, TileCost, plan
+from radixgen.scheduler.cost import CostModel, TileCost
+from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import plan
 
 pytest.importorskip("triton")
 from radixgen.kernels import triton_backend

@@ -12,7 +12,9 @@ from radixgen.kernels import torch_backend
 from radixgen.model import last_block
 from radixgen.model.last_block import LastBlock
 from radixgen.model.tree_model import TreeModel
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, PlanMode, TileCost, plan
+from radixgen.scheduler.cost import CostModel, TileCost
+from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import PLAN_MODES, PlanMode, plan
 
 COST = CostModel(tiles=(TileCost(4, 2.0, 1.0), TileCost(16, 6.0, 2.0)), partial=0.1, mix=True, group=2)
 

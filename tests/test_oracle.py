@@ -12,7 +12,8 @@ from oracle import ROOT, StampModel, expected_logits, extend, logits_of, stamp_o
 from radixgen.cache import ExtentPool, Lock, Node, RadixTree
 from radixgen.core import OutOfSlots, Plan
 from radixgen.model.base import Model
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, PlanMode, Planner, TileCost
+from radixgen.scheduler.cost import CostModel, TileCost
+from radixgen.scheduler.planner import PLAN_MODES, PlanMode, Planner
 
 COST = CostModel(tiles=(TileCost(3, 2.0, 1.0),), partial=0.1, mix=True)
 
@@ -61,7 +62,7 @@ class Driver:
         if action == 0 and len(self.locks) < 8:
             self.insert([random.randrange(3) for _ in range(random.randint(1, 12))])
         elif action == 1:
-            self.locks.append(tree.fork(random.choice(self.locks)))
+            self.locks.append(tree.lock(random.choice(self.locks).held))
         elif action == 2 or len(self.locks) > 8:
             tree.unlock(self.locks.pop(random.randrange(len(self.locks))))
         elif action == 3:

@@ -15,9 +15,10 @@ from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.calibration import cost_models
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels.geometry import Geometry
-from radixgen.scheduler.forest import walk_paths
+from radixgen.scheduler.cost import CostModel, TileCost
+from radixgen.scheduler.forest import Forest, walk_paths
 from radixgen.scheduler.partition import partition
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, Planner, TileCost, plan
+from radixgen.scheduler.planner import PLAN_MODES, Planner, plan
 from radixgen.scheduler.revise import StepRows
 
 COSTS = [
@@ -393,7 +394,7 @@ def test_a_plan_is_rebuilt_when_anything_else_changes(change: str) -> None:
     if change == "split":
         tree.insert(list(range(7)))
     if change == "branch":
-        locks[0] = tree.fork(locks[0])
+        locks[0] = tree.lock(locks[0].held)
     if change == "new extent":
         tree.reclaim_reserves(tree.reserved_tokens)
         tree.pool.allocate(tree.pool.free // 2)
@@ -423,7 +424,7 @@ def test_long_chains_do_not_recurse() -> None:
     tree = RadixTree(ExtentPool(length))
     lock = tree.insert([1])
     for _ in range(length - 1):
-        other = tree.fork(lock)
+        other = tree.lock(lock.held)
         node = lock.held
         tree.advance([lock], 1)
         assert lock.held is not node

@@ -9,20 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from sizes import size
 
 from bench.trees import WORKLOADS, lay_out
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
-from radixgen.core.plan import Int32Array, reduce_ranges
+from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.assignment import LaunchCosts, makespan
 from radixgen.kernels.geometry import Geometry
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, Forest, plan
+from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import PLAN_MODES, plan
 from radixgen.scheduler.split_units import ENOUGH, LEAST_KEYS
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 Laid = tuple[Forest, Int32Array, Int32Array]
 """A forest, and each row's node and position."""
 
@@ -74,14 +73,14 @@ def random_trees(batch: int, *, inside: bool, each: int = BATCH) -> Iterator[tup
 # -- what the rows see ------------------------------------------------------------------------------------
 
 
-def members(begin: Ints, stop: Ints) -> tuple[Ints, Ints]:
+def members(begin: Int64Array, stop: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Every member of the half-open ranges `[begin, stop)`, and which range it is of."""
     counts = stop - begin
     owners = np.repeat(np.arange(counts.size), counts)
     return owners, np.arange(owners.size) + (begin - np.cumsum(counts) + counts)[owners]
 
 
-def seen(found: Plan) -> Ints:
+def seen(found: Plan) -> Int64Array:
     """What the plan has its rows see: row, first position, keys, first slot of each piece, `[pieces, 4]`."""
     segment, row = members(*found.segment_rows.astype(np.int64).T)
     first = found.segment_positions[segment]
@@ -89,7 +88,7 @@ def seen(found: Plan) -> Ints:
     return np.stack([row, first, keys, found.segment_starts[segment]], axis=1)
 
 
-def on_paths(forest: Forest, nodes: Int32Array, positions: Int32Array) -> Ints:
+def on_paths(forest: Forest, nodes: Int32Array, positions: Int32Array) -> Int64Array:
     """What the rows are to see, as `seen` gives it, from the extents of their paths."""
     holder, extent = members(forest.extent_offsets[:-1], forest.extent_offsets[1:])
     before = np.concatenate([[0], np.cumsum(forest.extent_lengths)])
@@ -106,7 +105,7 @@ def on_paths(forest: Forest, nodes: Int32Array, positions: Int32Array) -> Ints:
     return np.concatenate(pieces)
 
 
-def tiles(pieces: Ints, positions: Int32Array) -> Ints:
+def tiles(pieces: Int64Array, positions: Int32Array) -> Int64Array:
     """Row, first position and slot of each run of consecutive slots, once the pieces are seen to tile each row's
     positions up to its own, without gap or overlap.
     """

@@ -134,11 +134,11 @@ def a_branch_leaves_the_reserve_standing(patch: Patch) -> None:
     plain = RadixTree._add_leaf
 
     def add_leaf(tree: RadixTree, *arguments: Any) -> Any:
-        tree._cut_extents = lambda *_: None
+        tree._slots.cut = lambda *_: None
         try:
             return plain(tree, *arguments)
         finally:
-            del tree._cut_extents
+            del tree._slots.cut
 
     patch.setattr(RadixTree, "_add_leaf", add_leaf)
 
@@ -169,13 +169,13 @@ def a_stale_plan_is_carried_on(patch: Patch) -> None:
 
 def a_new_extent_is_missed(patch: Patch) -> None:
     """The slot after the one before is taken for the row's own."""
-    plain = planner_module.follow
+    plain = planner_module.row_updates
 
-    def follow(*arguments: Any) -> RowUpdates | None:
-        followed = plain(*arguments)
-        return followed and followed._replace(slots=np.full_like(followed.slots, -1), num_extended=0)
+    def row_updates(*arguments: Any) -> RowUpdates | None:
+        updates = plain(*arguments)
+        return updates and updates._replace(slots=np.full_like(updates.slots, -1), num_extended=0)
 
-    patch.setattr(planner_module, "follow", follow)
+    patch.setattr(planner_module, "row_updates", row_updates)
 
 
 def a_read_row_writes(patch: Patch) -> None:
@@ -194,7 +194,7 @@ def a_cancelled_request_takes_a_shared_chunk_along(patch: Patch) -> None:
     def lose(scheduler: Scheduler, sequence: Any) -> None:
         node = sequence.cursor.held if sequence.cursor else None
         if node is not None and node.lock_count > 1 and node.scheduled:
-            scheduler.tree._cut_extents(node, node.scheduled - 1)
+            scheduler.tree._slots.cut(node, node.scheduled - 1)
 
     before(patch, Scheduler, "drop", lose)
 

@@ -15,7 +15,7 @@ from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.core import Chunk
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES, QuantizedKV, as_bytes
-from radixgen.scheduler.planner import CostModel, TileCost
+from radixgen.scheduler.cost import CostModel, TileCost
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch", "triton"]

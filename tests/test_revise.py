@@ -12,8 +12,9 @@ from test_planner import decode_rows as rows
 from radixgen.cache import ExtentPool, Lock, RadixTree
 from radixgen.core import Plan
 from radixgen.scheduler import planner as planner_module
-from radixgen.scheduler.planner import PLAN_MODES, CostModel, PlanMode, Planner
-from radixgen.scheduler.revise import StepRows, follow, revise
+from radixgen.scheduler.cost import CostModel
+from radixgen.scheduler.planner import PLAN_MODES, PlanMode, Planner
+from radixgen.scheduler.revise import StepRows, revise, row_updates
 
 TRUNK = 40
 
@@ -169,13 +170,13 @@ def test_rows_are_followed_by_leaf_and_position(drawn: list[bool], other: int) -
     step(tree, [cursors[i] for i in stay], 3)
     after = rows(cursors)
     found = StepRows(*(column[stay] for column in after))
-    followed = follow(*before, found)
-    assert followed is not None and followed.kept.tolist() == drawn
+    updates = row_updates(*before, found)
+    assert updates is not None and updates.kept.tolist() == drawn
     if stay.size > 1:
-        assert follow(*before, StepRows(*(column[::-1].copy() for column in found))) is None
+        assert row_updates(*before, StepRows(*(column[::-1].copy() for column in found))) is None
     if other not in stay:
         more = StepRows(*(np.append(column, own[other]) for column, own in zip(found, after, strict=True)))
-        assert follow(*before, more) is None
+        assert row_updates(*before, more) is None
     elif stay.size:
         found.positions[np.flatnonzero(stay == other)] -= 1
-        assert follow(*before, found) is None
+        assert row_updates(*before, found) is None

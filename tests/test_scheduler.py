@@ -369,11 +369,11 @@ def test_what_pins_can_yield_is_what_their_release_frees(seed: int) -> None:
             total = tree.pool.free + tree.evictable_tokens
             return total, total - match.evictable
 
-        (total, without), found = room(), (pins.yieldable(), pins.yieldable(tree.match_prefix(wanted)))
+        (total, without), found = room(), (pins.freed_by_release(), pins.freed_by_release(tree.match_prefix(wanted)))
         while pins.release_weakest():
             engine.check()
         assert room() == (total + found[0], without + found[1])
-        assert pins.yieldable() == 0
+        assert pins.freed_by_release() == 0
 
 
 # -- deadlines, cancels, bounds ---------------------------------------------------------------------------
@@ -521,15 +521,35 @@ def test_a_cold_prompt_is_scored_and_continued_in_one_step() -> None:
         assert rows_of(engine, lambda: engine.generate(some(12), greedy(1, prompt_logprobs=0))) == (12, 1)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("planted"), AssertionError("planted")])
+def test_what_scoring_raises_ends_its_request_unless_it_is_an_assertion(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def token_logprobs(*_: Any) -> list[dict[int, float]]:
+        raise error
+
+    monkeypatch.setattr("radixgen.engine.core.token_logprobs", token_logprobs)
+    with serve() as engine:
+        engine.submit(some(12), greedy(3, prompt_logprobs=0))
+        if isinstance(error, AssertionError):
+            with pytest.raises(AssertionError, match="planted"):
+                engine.step()
+            assert not caplog.messages
+        else:
+            (output,) = engine.step()
+            assert [one.stop_reason for one in output.outputs] == ["RuntimeError('planted')"]
+            assert "could not be scored" in caplog.text
+
+
 def test_scored_rows_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_READS", 4)
+    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_SCORED", 4)
     with serve() as engine:
         scheduler = engine._core.scheduler
         schedule, most = scheduler.schedule, []
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             batch = schedule(*args, **kwargs)
-            most.append(sum(len(read.rows) for read in batch.reads) if batch else 0)
+            most.append(sum(len(part.rows) for part in batch.scoring) if batch else 0)
             return batch
 
         monkeypatch.setattr(scheduler, "schedule", watched)
@@ -542,7 +562,7 @@ def test_scored_rows_of_a_step_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_prompt_before_what_is_scored_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is of rows whose logits are read."""
-    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_READS", 4)
+    monkeypatch.setattr("radixgen.scheduler.scheduler._MAX_SCORED", 4)
     prompt = some(50)
     with serve(max_step_tokens=64) as engine:
         steps = engine.num_steps
@@ -646,7 +666,7 @@ def test_the_oldest_of_equal_pins_gives_way_first() -> None:
             engine.generate(some(20, seed), greedy(1))
             pins.append(engine.pin(some(20, seed)))
         engine.generate(some(30, 9), greedy(1))
-        assert engine._core.scheduler.pins.released_early == 1
+        assert engine.stats().num_pins == 2
         assert [engine.unpin(pin) for pin in pins] == [False, True, True]
 
 

@@ -63,7 +63,7 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         lock = self._pick(data)
-        self.held[self.tree.fork(lock)] = self.held[lock]
+        self.held[self.tree.lock(lock.held)] = self.held[lock]
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -32,7 +32,7 @@ from radixgen.cache.block_projection import (
 from radixgen.cache.columns import Columns
 from radixgen.cache.listener import Listener
 from radixgen.cache.match import FollowedMatch, Match
-from radixgen.cache.node import Lock, Node
+from radixgen.cache.node import PRIVATE, Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
@@ -41,6 +41,7 @@ from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
 from radixgen.cache.tree import RadixTree
 
 __all__ = [
+    "PRIVATE",
     "BlockEvent",
     "BlockProjection",
     "BlocksAdded",

@@ -10,7 +10,7 @@ one node: the node of its last token. Therefore:
 - leaves are evicted from their ends, so a block is removed after all blocks that continue it. The set of held blocks
   always includes the predecessor of each of its blocks.
 
-Blocks with colliding hashes count as one, held while any of them is.
+Blocks with colliding hashes count as one, held while any of them is. Blocks of private namespaces are not reported.
 """
 
 from collections import Counter
@@ -20,12 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from radixgen.cache.node import Node
+from radixgen.cache.node import PRIVATE, Node
 from radixgen.cache.tokens import TokenArray
 from radixgen.cache.tree import RadixTree
-
-PRIVATE = "\0"
-"""Marks a namespace as private to one sequence. Its blocks are not reported."""
 
 
 class BlocksAdded(NamedTuple):

@@ -55,7 +55,7 @@ def shift_boundary(tree: "RadixTree", node: Node, child: Node) -> None:
         tree._forget(child)
         return
     if child.children:
-        tree._cut_extents(child, child.known)
+        tree._slots.cut(child, child.known)
     node.children[child.first_token] = child
     tree.columns.write(child)
     if child.computed and child.extents[0].start == node.extents[-1].end:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_tree(tree: "RadixTree") -> None:
-    """Assert invariants I1 to I8."""
+    """Assert every invariant of the tree and its pool."""
     tree.pool.check()
     nodes = _reachable(tree)
     assert len(nodes) == tree.num_nodes
@@ -35,7 +35,7 @@ def check_tree(tree: "RadixTree") -> None:
 
 
 def check_plan(plan: Plan, pool: ExtentPool) -> None:
-    """Assert that no segment of the plan includes a free or fenced slot (I9)."""
+    """Assert that no segment of the plan includes a free or fenced slot."""
     taken = np.ones(pool.capacity, np.bool_)
     for extent in (*pool.free_extents(), *pool.fenced_extents()):
         taken[extent.start : extent.end] = False

@@ -32,7 +32,7 @@ class Columns:
         leaf.
         """
         self.cut = np.zeros(64, np.int64)
-        """The tree's `num_cuts` when tokens at the node's end were last removed."""
+        """Version of the tree at which tokens at the node's end were last removed."""
         self.extents = np.zeros((64, 2), np.int64)
         """Start and length of extents; those of one node are consecutive."""
         self._num_extents = 0

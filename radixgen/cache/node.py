@@ -16,6 +16,8 @@ from radixgen.cache.pool import Extent
 from radixgen.cache.recent_evictions import End
 from radixgen.cache.tokens import TokenArray
 
+PRIVATE = "\0"
+"""Part of a namespace that belongs to one sequence alone; other namespaces are without it."""
 _MIN_RUN = 16
 
 

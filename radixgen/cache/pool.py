@@ -37,7 +37,8 @@ class ExtentPool:
         self._start_before: dict[int, int] = {}
         self._by_length: SortedList[tuple[int, int]] = SortedList()
         self._fenced: list[tuple[int, Extent]] = []
-        self._begun = 0
+        self.num_steps = 0
+        """Steps begun so far; also the number of the last of them."""
         self._retired = 0
         self._add(0, capacity)
 
@@ -102,16 +103,16 @@ class ExtentPool:
         """Release an extent. Its slots become free once the steps in flight have retired."""
         if extent.length == 0:
             return
-        if self._begun > self._retired:
-            self._fenced.append((self._begun, extent))
+        if self.num_steps > self._retired:
+            self._fenced.append((self.num_steps, extent))
             self.fenced += extent.length
         else:
             self._coalesce(extent)
 
     def begin_step(self) -> int:
         """Begin a step: slots released from now on stay fenced until it retires. Returns the number of the step."""
-        self._begun += 1
-        return self._begun
+        self.num_steps += 1
+        return self.num_steps
 
     def retire_step(self, step: int) -> None:
         """Retire `step` and all earlier ones, and free the slots that were fenced for them."""
@@ -132,7 +133,7 @@ class ExtentPool:
         return sorted(extent for _, extent in self._fenced)
 
     def check(self) -> None:
-        """Assert that the free list is sorted, disjoint, coalesced and complete (I3)."""
+        """Assert that the free list is sorted, disjoint, coalesced and complete."""
         extents = self.free_extents()
         assert sum(e.length for e in extents) == self.free
         assert sum(e.length for e in self.fenced_extents()) == self.fenced

@@ -35,8 +35,7 @@ from radixgen.cache.tokens import TokenArray, as_tokens
 class RadixTree:
     """A forest of radix trees, one root per namespace, over one `ExtentPool`.
 
-    `version` counts the changes that may invalidate earlier plans in more than lengths; `columns.changed` has the
-    nodes.
+    `version` counts the changes that `columns.changed` and `columns.cut` record.
     """
 
     def __init__(
@@ -54,8 +53,6 @@ class RadixTree:
         self._slots = NodeSlots(pool, self.columns)
         self.listener: Listener | None = None
         self.recent_evictions = RecentEvictions()
-        self.num_cuts = 0
-        """Times that tokens at the end of a node were removed and the node was kept."""
         self.evicted_tokens = 0
         self.evictable_tokens = 0
         self.unscheduled_tokens = 0
@@ -169,7 +166,7 @@ class RadixTree:
         parent = node.parent
         assert parent is not None
         if offset > node.scheduled:
-            self._cut_extents(node, node.scheduled)
+            self._slots.cut(node, node.scheduled)
         upper = Node(parent, node.namespace, node._buffer[:0])
         upper._buffer, upper._offset, upper._owns_tail = node._buffer, node._offset, False
         upper.known = offset
@@ -222,10 +219,6 @@ class RadixTree:
             self._protect(node)
         return Lock(node)
 
-    def fork(self, lock: Lock) -> Lock:
-        """Lock the node of `lock` once more. No KV is copied."""
-        return self.lock(lock.held)
-
     def unlock(self, lock: Lock) -> None:
         """Release a lock. The last lock to leave a node removes its uncomputed tokens and its reserve."""
         node = lock.held
@@ -239,7 +232,7 @@ class RadixTree:
 
     def slots_wanted(self, node: Node, count: int) -> int:
         """Return the number of free slots needed in the pool to schedule `count` more tokens of `node`."""
-        return max(0, count - int(self.columns.reserved[node.id]))
+        return max(0, count - node.reserved)
 
     def schedule(self, node: Node, count: int, reserve: int = 0) -> NDArray[np.int64]:
         """Assign slots to the next `count` known tokens and return them. Reserves up to `reserve` slots after them.
@@ -270,10 +263,7 @@ class RadixTree:
         return slot
 
     def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
-        """Reserve up to `counts` slots, at least one each, at the ends of `leaves` for tokens that are not known yet.
-
-        Raises `OutOfSlots`, with nothing changed, if fewer are free.
-        """
+        """As `NodeSlots.reserve`."""
         self._slots.reserve(leaves, counts)
 
     def commit(self, node: Node) -> None:
@@ -281,15 +271,11 @@ class RadixTree:
 
         The same goes for its ancestors: a part split off the node while the step was in flight is one of them.
         """
-        above = node.parent
-        if above is not None and above.computed < above.scheduled:
-            parts = []
-            while above is not None and above.computed < above.scheduled:
-                parts.append(above)
-                above = above.parent
-            for part in reversed(parts):
-                self._compute(part)
-        self._compute(node)
+        parts = [node]
+        while (above := parts[-1].parent) is not None and above.computed < above.scheduled:
+            parts.append(above)
+        for part in reversed(parts):
+            self._compute(part)
 
     def rollback(self, node: Node) -> None:
         """Mark the scheduled tokens of the node and its ancestors as unscheduled, after their step failed.
@@ -310,11 +296,13 @@ class RadixTree:
         reserved = self.columns.reserved[: len(self._nodes)]
         rows = np.flatnonzero(reserved)
         for row in rows[np.argsort(-reserved[rows], kind="stable")].tolist():
+            if not count:
+                break
             node = self._nodes[row]
             if node is None:
                 continue
             part = min(count, node.reserved)
-            self._cut_extents(node, node.capacity - part)
+            self._slots.cut(node, node.capacity - part)
             count -= part
 
     # -- eviction -----------------------------------------------------------------------------------------
@@ -359,7 +347,7 @@ class RadixTree:
     # -- invariants ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Assert invariants I1 to I8 and I10, recomputed from the nodes alone."""
+        """Assert the tree's invariants, recomputed from the nodes alone."""
         check_tree(self)
         if self._stamps is not None:
             for node in self.nodes():
@@ -404,7 +392,7 @@ class RadixTree:
         return root
 
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
-        self._cut_extents(parent, parent.scheduled)
+        self._slots.cut(parent, parent.scheduled)
         self.evictable.remove(parent)
         leaf = Node(parent, parent.namespace, tokens)
         leaf.priority = parent.priority
@@ -490,17 +478,13 @@ class RadixTree:
         self.unscheduled_tokens -= node.known - node.scheduled
         computed = node.computed
         if known < node.known:
-            self.num_cuts += 1
-            self.columns.cut[node.id] = self.num_cuts
+            self.version += 1
+            self.columns.cut[node.id] = self.version
         node.known = known
         node.scheduled = min(node.scheduled, known)
         node.computed = min(computed, known)
         follow_cut(node)
         if self.listener is not None and node.computed < computed:
             self.listener.changed(node)
-        self._cut_extents(node, node.scheduled)
+        self._slots.cut(node, node.scheduled)
         self.columns.scheduled[node.id] = node.scheduled
-
-    def _cut_extents(self, node: Node, count: int) -> None:
-        """Release the node's slots after the first `count`."""
-        self._slots.cut(node, count)

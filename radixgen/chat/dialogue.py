@@ -1,4 +1,6 @@
-"""Base class of `Conversation` and `AsyncConversation`: history, prompts of turns, and handling of overflow."""
+"""Base class of `Conversation` and `AsyncConversation`: history, each turn's prompt, and what happens when the
+context is full.
+"""
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping

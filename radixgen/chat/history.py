@@ -36,8 +36,9 @@ class HistoryBreak:
 
     turn: number of the turn, from 1, whose prompt was rewritten.
     position: number of tokens before it, which do not change.
-    before, after: text of the history, and of the template's render, from there on, up to 160 characters each.
-    followed: whether the history now follows the template; else its tokens are kept.
+    before: up to 160 characters of the history from `position` on.
+    after: the same of the text that the template renders.
+    followed: True if the history now follows the template; False if it keeps its own tokens.
     """
 
     turn: int

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
+Float64Array = NDArray[np.float64]
 
 
 def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integer]) -> Int32Array:

@@ -10,8 +10,8 @@ from radixgen.scheduler.sequence import Request, Sequence
 
 
 def check_engine(scheduler: Scheduler, requests: Mapping[str, Request], limits: Limits) -> None:
-    """Assert every invariant (I1 to I12): slots have one owner, locks belong to live cursors and pins, counts add up,
-    limits hold, and each request is in exactly one valid state.
+    """Assert every invariant: slots have one owner, locks belong to live cursors and pins, counts add up, limits hold,
+    and each request is in exactly one valid state.
     """
     scheduler.tree.check()
     _check_locks(scheduler)

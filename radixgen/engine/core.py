@@ -27,7 +27,7 @@ from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
-from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence, private_namespace
+from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
@@ -79,7 +79,6 @@ class EngineCore:
         self._deadlines: list[tuple[float, int, Request]] = []
         self._serial = 0
         self._suspects: list[Request] = []
-        self._attempts = 0
         self._steps = 0
         self._computed_rows = 0
         self._logit_rows = 0
@@ -119,7 +118,7 @@ class EngineCore:
             params=params,
             max_output=max_output,
             targets=targets,
-            next_read=first,
+            next_scored=first,
             **options,
         )
         seed = params.seed if params.seed is not None else fork_seed(self.seed, self._serial)
@@ -129,7 +128,7 @@ class EngineCore:
         if beams is not None:
             request.search = BeamSearch(beams, max_output, ends)
         for index in range(params.n):
-            own = request.namespace if share else private_namespace(request, index)
+            own = request.namespace if share else request.private_namespace(index)
             state = SamplingState(params, seed, index, prompt, [], ends, grammar.start() if grammar else None)
             request.add_sequence(Sequence(request, index, own, state))
         return request
@@ -175,7 +174,7 @@ class EngineCore:
             limit = f"at most {limits.max_waiting_tokens} prompt tokens wait"
             raise QueueFull("waiting_tokens", waiting.num_tokens + tokens, limit)
 
-    def end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a live sequence. Its computed tokens stay cached."""
         sequence.finish(reason, stop_reason)
         self.scheduler.drop(sequence)
@@ -188,7 +187,7 @@ class EngineCore:
             return
         for sequence in request.sequences:
             if sequence.finish_reason is None:
-                self.end(sequence, reason, stop_reason)
+                self._end(sequence, reason, stop_reason)
                 self._ended.append(sequence)
 
     def forget(self, request: Request) -> None:
@@ -199,7 +198,7 @@ class EngineCore:
     @property
     def num_attempts(self) -> int:
         """Number of steps that ran or failed."""
-        return self._attempts
+        return self.tree.pool.num_steps
 
     # -- one step -----------------------------------------------------------------------------------------
 
@@ -245,7 +244,6 @@ class EngineCore:
 
     def _run(self, batch: Batch) -> StepLogits | None:
         """Return the logits of the step, or None if the model failed and the step was undone."""
-        self._attempts += 1
         try:
             return self.ahead.claim(batch) or self._run_model(batch)
         except BaseException as error:
@@ -261,7 +259,7 @@ class EngineCore:
     def _run_model(self, batch: Batch) -> StepLogits:
         step = self.scheduler.freeze(batch)
         logits = self.model.run(step.plan, step.token_ids, step.slots, step.logit_rows)
-        return StepLogits(logits, step.drawing, step.branching, step.reading)
+        return StepLogits(logits, step.drawing, step.branching, step.scoring)
 
     def _suspect(self, batch: Batch, error: Exception) -> None:
         """Handle a failed step: try each of its requests alone, or end the request if it was alone."""
@@ -283,25 +281,26 @@ class EngineCore:
     def _score(self, batch: Batch, logits: StepLogits) -> None:
         """Score prompt tokens, and end requests that want nothing else once all are scored."""
         at = 0
-        for request, rows in batch.reads:
-            index = logits.reading[at : at + len(rows)]
+        for request, rows in batch.scoring:
+            index = logits.scoring[at : at + len(rows)]
             at += len(rows)
             try:
                 self._score_rows(request, logits.values[index])
             except Exception as error:
-                logger.exception("the prompt of request %s could not be scored", request.id)
-                self.abort(request, "error", repr(error))
+                self.abort(
+                    request, "error", _request_error(error, request, "the prompt of request %s could not be scored")
+                )
                 continue
-            if not request.reading and not request.max_output:
+            if not request.scoring and not request.max_output:
                 self.abort(request, "length")
 
     def _score_rows(self, request: Request, logits: Tensor) -> None:
         """Score the next targets of a prompt, given their logits `[targets, vocab]`."""
         assert request.targets is not None
-        stop = request.next_read + logits.shape[0]
+        stop = request.next_scored + logits.shape[0]
         top = [request.params.prompt_logprobs or 0] * logits.shape[0]
-        request.prompt_logprobs += token_logprobs(logits, request.targets[request.next_read : stop], top)
-        request.next_read = stop
+        request.prompt_logprobs += token_logprobs(logits, request.targets[request.next_scored : stop], top)
+        request.next_scored = stop
 
     def _branch(self, batch: Batch, logits: StepLogits) -> None:
         """Advance beam searches by one token per beam."""
@@ -312,14 +311,12 @@ class EngineCore:
             assert request.search is not None
             try:
                 beams = self._choose(request, request.search, logits.values, row_of)
-            except AssertionError:
-                raise
             except FloatingPointError as error:
                 self.abort(request, "error", str(error))
                 continue
             except Exception as error:
-                logger.exception("the beams of request %s could not go on", request.id)
-                self.abort(request, "error", repr(error))
+                message = "the beams of request %s could not go on"
+                self.abort(request, "error", _request_error(error, request, message))
                 continue
             self._generated += len(row_of)
             if beams is None:
@@ -368,22 +365,20 @@ class EngineCore:
             if sequence.finish_reason is not None:
                 continue
             if token < 0:
-                self.end(sequence, "error", drawn.faults.get(index, "the model's logits are not finite"))
+                self._end(sequence, "error", drawn.faults.get(index, "the model's logits are not finite"))
                 continue
             try:
                 with self.grammars.counted(sequence.request) if sequence.sampling.grammar else nullcontext():
                     end = append_token(sequence, token, drawn.logprobs.get(index))
-            except AssertionError:
-                raise
             except Exception as error:
-                logger.exception("request %s could not go on in its grammar", sequence.request.id)
-                self.end(sequence, "error", repr(error))
+                message = "request %s could not go on in its grammar"
+                self._end(sequence, "error", _request_error(error, sequence.request, message))
                 continue
             if end is None:
                 going.append((sequence, token))
             else:
                 own = sequence.ended_by_token and token in sequence.request.params.stop_token_ids
-                self.end(sequence, end, token if own else None)
+                self._end(sequence, end, token if own else None)
         self.grammars.end_step(alone=self._alone)
         self._generated += len(drawn.tokens)
         self.scheduler.advance(going)
@@ -463,3 +458,13 @@ class EngineCore:
         while (name := f"request-{serial}") in self.requests:
             serial += 1
         return name
+
+
+def _request_error(error: Exception, request: Request, message: str) -> str:
+    """Log an error that ends only its request, and return its text for the caller. Raises an `AssertionError` again:
+    the engine itself may be at fault.
+    """
+    if isinstance(error, AssertionError):
+        raise error
+    logger.error(message, request.id, exc_info=error)
+    return repr(error)

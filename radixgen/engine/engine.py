@@ -455,7 +455,7 @@ class Engine:
         """Whether there is a request with this id whose last output was not made yet."""
         return request_id in self._core.requests
 
-    def explain(self) -> str:
+    def explain_plan(self) -> str:
         """Describe the last step's plan, in bytes of KV over all layers. For why a prompt was not shared, see
         `sharing_ended` of its output.
         """

@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from radixgen.cache import TokenArray
+from radixgen.cache import PRIVATE, TokenArray
 from radixgen.core import (
     BeamSearchParams,
     Grammar,
@@ -196,7 +196,7 @@ class InputProcessor:
     def check_name(self, field: str, text: object) -> None:
         """Check a request id or a namespace. A NUL is reserved for the private namespaces of unshared sequences."""
         limit = self.limits.max_request_id_len
-        if not isinstance(text, str) or len(text) > limit or "\0" in text:
+        if not isinstance(text, str) or len(text) > limit or PRIVATE in text:
             raise InvalidRequest(field, text, f"must be text of at most {limit} characters, none of them NUL")
         check_text(field, text)
 

@@ -58,8 +58,8 @@ class OutputProcessor:
     """Makes the outputs of requests, from submission to the last output.
 
     It changes nothing in its arguments except a sequence's finish reason and the tokens after a stop string, which it
-    drops. The caller must remove the sequences in `to_abort` from the batch. An exception ends only the request that
-    it belongs to, with `error`.
+    drops. The caller must drop the sequences in `to_abort` from the scheduler, or close their streams. An exception
+    ends only the request that it belongs to, with `error`.
     """
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
@@ -225,7 +225,7 @@ def _completion(sequence: Sequence, state: _SequenceState, delta: bool) -> Compl
 
 def _prompt_logprobs(request: Request, state: _RequestState) -> list[dict[int, float] | None] | None:
     """Return the prompt's log-probabilities, or None until complete. Only one delta has them."""
-    if request.params.prompt_logprobs is None or request.reading:
+    if request.params.prompt_logprobs is None or request.scoring:
         return None
     if state.kind == "delta" and state.has_prompt_logprobs:
         return None

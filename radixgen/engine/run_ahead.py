@@ -32,8 +32,8 @@ class StepLogits(NamedTuple):
     """Row of the logits for each of `Batch.drawing`."""
     branching: list[int]
     """The same for `Batch.branching`."""
-    reading: list[int]
-    """The same for the rows of `Batch.reads`, concatenated."""
+    scoring: list[int]
+    """The same for the rows of `Batch.scoring`, concatenated."""
 
 
 class _PendingStep(NamedTuple):
@@ -117,7 +117,7 @@ def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
 
 def _rows_of(step: _PendingStep, batch: Batch) -> Seq[int] | None:
     """Return the row of `step` that matches each row of `batch`, or None if a row has no match."""
-    if batch.reads or batch.branching or len(batch.last_row) != batch.num_rows:
+    if batch.scoring or batch.branching or len(batch.last_row) != batch.num_rows:
         return None
     drawn, expected = step.draws.wait(), step.batch
     tokens = [drawn[index] for index in step.order]

@@ -46,18 +46,13 @@ def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
     return replace(
         origin,
         request=fork,
-        namespace=fork.namespace if shares else private_namespace(fork, origin.index),
+        namespace=fork.namespace if shares else fork.private_namespace(origin.index),
         sampling=own,
         cursor=None,
         logprobs=list(origin.logprobs),
         scheduled_in=-1,
         followed=None,
     )
-
-
-def private_namespace(request: Request, index: int) -> str:
-    """Return the namespace of a sequence that shares nothing."""
-    return f"{request.namespace}\0{request.serial}.{index}"
 
 
 def conclude_search(request: Request, search: BeamSearch, stop_reason: str | None) -> None:

@@ -212,8 +212,8 @@ class StepGraphs:
     ) -> Tensor:
         """As `Model.run`. The logits are overwritten by the next step.
 
-        Raises `NotCapturable`; then steps with this key are not supported any more, and none at all if this was the
-        first capture. If the model is sharded, exceptions of the pass itself propagate, because the other ranks are in
+        Raises `NotCapturable`. `supports` is then False for steps with the same `GraphKey`, and for all steps if this
+        was the first capture. If the model is sharded, exceptions of the pass itself propagate, because the other ranks are in
         the same pass.
         """
         size = GraphKey.of(plan, logit_rows.size)

@@ -109,8 +109,8 @@ def check_options(
     kv_dtype: str,
     sizes: Mapping[str, int | None],
 ) -> None:
-    """Raise `InvalidRequest` for an option that cannot be, before anything is loaded. Sizes are above 0, or None where
-    there is a default.
+    """Raise `InvalidRequest` for an invalid option of `Engine`, before anything is loaded. `sizes`: at least 1, or None
+    for the default.
     """
     for field, value in sizes.items():
         if value is not None:
@@ -135,7 +135,9 @@ def _check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
 
 
 def default_step_tokens(model: object, device: str) -> int:
-    """Rows of a step at the most. A model given as an object stays where it is by default."""
+    """Return the default maximum of rows per step: 8,192 on a GPU with 32 GiB or more, else 2,048. With
+    `device="auto"`, a model object's own device counts.
+    """
     own = getattr(model, "device", None)
     place = own if device == "auto" and isinstance(own, torch.device) else resolve_device(device)
     large = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory >= 32 << 30
@@ -158,8 +160,8 @@ def dtype_of(model: Model) -> str:
 
 
 def allocate_kv(model: Model, requested: int | None, limits: Limits, max_step_tokens: int) -> int:
-    """Give the model the KV slots that are requested; by default what a share of the free memory should hold, and
-    where it does not, a quarter less and again, down to an eighth. Returns how many there are.
+    """Allocate the model's KV and return the number of slots: `requested`, or what a share of the free memory should
+    hold. If that default does not fit, a quarter less is tried each time, down to an eighth. Raises `InvalidRequest`.
     """
     slots = requested or _default_slots(model, limits, max_step_tokens)
     least = requested or slots // 8

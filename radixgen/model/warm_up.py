@@ -13,7 +13,8 @@ from radixgen.core import Plan
 from radixgen.core.plan import Int32Array
 from radixgen.model.graphs import FEW_LOGITS, bucket, buckets
 from radixgen.scheduler.cost import CostModel
-from radixgen.scheduler.planner import Forest, PlanMode, plan
+from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import PlanMode, plan
 
 _TRUNK, _KEYS = 256, 191
 """Keys of the trunk and of a leaf: both have whole blocks, and a leaf has an incomplete one."""

@@ -172,7 +172,9 @@ def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], top: Sequence[in
 
 
 def likeliest(logits: Tensor, rows: Sequence[int], count: int, drawable: DrawableTokens | None = None) -> list[Choices]:
-    """Return the `count` most likely `drawable` tokens of rows of logits `[n, vocab]`, or all if there are fewer."""
+    """For each of `rows` of the logits `[n, vocab]`, return its `count` most likely `drawable` tokens, or all if there
+    are fewer.
+    """
     scores = _pick(logits, rows).float().log_softmax(-1)
     if drawable is not None:
         scores, count = drawable.among(scores), min(count, drawable.count)

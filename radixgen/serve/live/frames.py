@@ -167,7 +167,6 @@ class TreeReader:
         self.seconds = 0.0
         """Processor time of the last reading"""
         self._version = -1
-        self._cuts = 0
         self._drawn = np.zeros(0, np.bool_)
         self._serials = np.zeros(0, np.int64)
 
@@ -186,11 +185,11 @@ class TreeReader:
         else:
             ids, hidden, on, pinned = _choose(tree, cursors, pins, most)
         self._fit(columns.parent.size)
-        changed = (columns.changed[ids] > self._version) | (columns.cut[ids] > self._cuts)
+        changed = np.maximum(columns.changed[ids], columns.cut[ids]) > self._version
         fresh = ids[changed | ~self._drawn[ids]].tolist()
         nodes = [tree.node(node_id) for node_id in fresh]
         self._serials[fresh] = [node.serial for node in nodes]
-        self._version, self._cuts = tree.version, tree.num_cuts
+        self._version = tree.version
         self._drawn[:] = False
         self._drawn[ids] = True
         scheduled = columns.scheduled[ids].astype(np.int64)

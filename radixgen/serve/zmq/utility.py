@@ -133,7 +133,7 @@ def _tree(service: "Service", peer: "Peer", call: wire.Call, arguments: TreeArgu
 
 
 def _explain(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> str:
-    return service.engine.explain()
+    return service.engine.explain_plan()
 
 
 def _reset(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> bool:
