@@ -37,7 +37,8 @@ def expert_linear(given: Tensor, weight: Tensor, experts: Tensor, transposed: bo
     """Multiply rows by the weights of their chosen experts. Pair `i` belongs to row `i // experts_per_row` and uses
     `weight[experts[i]]`. Returns `[pairs, outputs]`.
 
-    `given [rows, inputs]`; `experts` int64 `[pairs]`; `weight [experts, outputs, inputs]`, or `[experts, inputs, outputs]` if `transposed`.
+    `given [rows, inputs]`; `experts` int64 `[pairs]`; `weight [experts, outputs, inputs]`, or
+    `[experts, inputs, outputs]` if `transposed`.
 
     The kernel must support the weights. A row's result is bitwise equal in any batch.
     """

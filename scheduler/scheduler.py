@@ -74,7 +74,7 @@ class Scheduler:
     @property
     def path_tokens(self) -> int:
         """Total length of the paths of all cursors and pins, each counted separately."""
-        ends = sum(sequence.cursor.held.end for sequence in self.running)
+        ends: int = sum(sequence.cursor.held.end for sequence in self.running)
         return ends + sum(pin.num_tokens for pin in self.pins)
 
     def drop(self, sequence: Sequence) -> None:

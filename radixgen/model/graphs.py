@@ -213,8 +213,8 @@ class StepGraphs:
         """As `Model.run`. The logits are overwritten by the next step.
 
         Raises `NotCapturable`. `supports` is then False for steps with the same `GraphKey`, and for all steps if this
-        was the first capture. If the model is sharded, exceptions of the pass itself propagate, because the other ranks are in
-        the same pass.
+        was the first capture. If the model is sharded, exceptions of the pass itself propagate, because the other ranks
+        are in the same pass.
         """
         size = GraphKey.of(plan, logit_rows.size)
         graph = self._loaded(plan, token_ids, slots, logit_rows)
