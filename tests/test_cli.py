@@ -288,7 +288,7 @@ def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytes
             engine.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
         return True
 
-    monkeypatch.setattr("radixgen.serve.zmq.launch.serve", serve)
+    monkeypatch.setattr("radixgen.serve.zmq.launch.run_worker", serve)
     sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
     options = (*sizes, "--enforce-eager", "--warm-up", "--seed", 3, "--profile", tmp_path)
     result = call("worker", "--model", model, *options)

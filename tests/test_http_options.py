@@ -66,7 +66,7 @@ def test_refusals_name_the_allowed_origin_too(monkeypatch: pytest.MonkeyPatch) -
 
         assert await status({}, KEY) == 400
         assert await status(BODY, {}) == 401
-        with served.app.state.context.admission.enter():
+        with served.app.state.context.open_limit.enter():
             assert await status(BODY, KEY) == 429
         monkeypatch.setattr("radixgen.serve.http.chat._prepare", None)
         assert await status(BODY, KEY) == 500
@@ -417,7 +417,7 @@ def test_replicas_get_the_options_of_a_profile(monkeypatch: pytest.MonkeyPatch, 
         found.append(replicas)
         raise EngineDead("enough")
 
-    monkeypatch.setattr("radixgen.serve.http.workers.start", start)
+    monkeypatch.setattr("radixgen.serve.http.worker_backend.start", start)
     options = ("--device", "cpu", "-dp", "2", "--generation-config", "vllm", "--profile", str(tmp_path))
     assert "enough" in CliRunner().invoke(app, ["serve", "absent", *options]).stderr
     assert {f"--profile={tmp_path}", "--profile-steps=10"} <= {*found[0].worker}

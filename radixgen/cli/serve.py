@@ -161,7 +161,7 @@ def serve(
         from radixgen.serve.http.binding import Binding
         from radixgen.serve.http.custom_template import tokenizer_with_template
         from radixgen.serve.http.origins import OriginPolicy, parse_list
-        from radixgen.serve.http.workers import connect, start
+        from radixgen.serve.http.worker_backend import connect, start
         from radixgen.serve.replicas import ReplicaOptions
 
         if profile is not None:

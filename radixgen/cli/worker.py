@@ -129,7 +129,7 @@ def worker(
             raise typer.BadParameter(f"No such option or argument: {context.args[0]}")
         import logging
 
-        from radixgen.serve.zmq.launch import serve
+        from radixgen.serve.zmq.launch import run_worker
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
@@ -154,7 +154,7 @@ def worker(
                     engine.warm_up(announce_warm_up(say))
                 return engine
 
-        drained = serve(
+        drained = run_worker(
             load,
             handshake or (),
             smg=smg,

@@ -203,7 +203,7 @@ class RequiredCallParser:
 
 
 class NamedCallParser:
-    """Parser of text that is the arguments of a named function."""
+    """Parser for a forced call: the whole text is the function's JSON arguments."""
 
     calls = False
 
