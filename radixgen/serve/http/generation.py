@@ -46,9 +46,9 @@ class Generation:
         grammar: compiled grammar of the request, referenced until the engine has taken it.
         """
         open_count.keep(len(request.prompts) * request.params.n)
-        timeout = (
-            None if context.request_timeout is None else max(context.request_timeout - open_count.age, _LEAST_SECONDS)
-        )
+        timeout = context.request_timeout
+        if timeout is not None:
+            timeout = max(timeout - open_count.age, _LEAST_SECONDS)
         open_one = partial(
             context.engine.open,
             params=request.params,
@@ -139,7 +139,7 @@ async def _all_or_none(opening: Sequence[Coroutine[Any, Any, RequestStream]]) ->
 
 
 async def merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """Yield `(index of the stream, output)` of all streams as they arrive. For slow readers the engine merges deltas."""
+    """Yield `(index of the stream, output)` of all streams as outputs arrive. Deltas merge while the reader is slow."""
     if len(streams) == 1:
         async for output in streams[0]:
             yield 0, output

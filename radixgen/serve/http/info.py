@@ -75,9 +75,8 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
         open_count, body = await context.preparer.receive(request, TokenizeRequest, context.tokenizing)
         with open_count:
             context.check_model(body.model)
-            return json_response(
-                await context.preparer.run(request, partial(_tokenize, context, body, warner(request)))
-            )
+            work = partial(_tokenize, context, body, warner(request))
+            return json_response(await context.preparer.run(request, work))
 
     @router.post(
         "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)

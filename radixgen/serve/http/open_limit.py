@@ -76,7 +76,7 @@ class OpenLimit:
 
 
 class OpenCount:
-    """Number of open sequences that a request counts for. As a context manager, it is released at the end unless it was kept."""
+    """Number of open sequences of a request. As a context manager, it is released at the end unless it was kept."""
 
     def __init__(self, open_limit: OpenLimit, key_id: str, begin: float) -> None:
         self._limit = open_limit

@@ -60,7 +60,7 @@ class SessionTurn:
 class Sessions:
     """LRU cache of sessions, bounded by `Limits.max_sessions` and `max_session_bytes`. Thread-safe.
 
-    If it is full, the key_id with the most loses its least recently used session. Sessions expire after an hour without
+    If it is full, the API key with the most loses its least recently used session. Sessions expire after an hour without
     use. Turns work on copies: of two concurrent turns of a session, the one that ends last is kept.
     """
 

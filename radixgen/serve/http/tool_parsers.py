@@ -1,7 +1,7 @@
 """Parsers of tool calls in generated text.
 
 Models write Hermes's format, `<tool_call>{"name": …, "arguments": …}</tool_call>`, or follow a grammar.
-Arguments are streamed as they come. Calls of unknown functions are not tool calls.
+Arguments are streamed as they arrive. Calls of unknown functions are not tool calls.
 """
 
 import json

@@ -42,11 +42,11 @@ _START_SECONDS = 1_800.0
 
 
 class WorkerBackend:
-    """The workers of `client`, which must be there. A request goes where the longest prefix of its prompt is, unless
-    that worker is much busier.
+    """Front end over the workers of `client`, which must have connected. A request goes to the worker with the longest
+    prefix of its prompt, unless that worker is much busier than another.
 
-    The sequences of a request are requests of the wire, to one worker: with a seed, that of sequence `i` is `seed + i`,
-    as in vLLM.
+    Each sequence of a request is a request on the wire, all to one worker. With a seed, sequence `i` has `seed + i`, as
+    in vLLM.
     """
 
     def __init__(

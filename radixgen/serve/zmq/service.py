@@ -339,9 +339,9 @@ class Service:
         )
 
     def namespace(self, salt: str | None, key: bytes = b"") -> str:
-        """Return the namespace of a cache salt: its HMAC under `key`, or the service's own key, so it cannot be guessed.
+        """Return the namespace of a cache salt: its HMAC under `key`, or the service's own key.
 
-        Requests without a salt share ''. Raises `InvalidRequest`.
+        So it cannot be guessed. Requests without a salt share ''. Raises `InvalidRequest`.
         """
         if not salt:
             return ""
