@@ -60,8 +60,8 @@ class SessionTurn:
 class Sessions:
     """LRU cache of sessions, bounded by `Limits.max_sessions` and `max_session_bytes`. Thread-safe.
 
-    If it is full, the API key with the most loses its least recently used session. Sessions expire after an hour without
-    use. Turns work on copies: of two concurrent turns of a session, the one that ends last is kept.
+    If it is full, the API key with the most sessions loses its least recently used one. Sessions expire after an hour
+    without use. Turns work on copies: of two concurrent turns of a session, the one that ends last is kept.
     """
 
     def __init__(self, limits: Limits, eos_token_ids: frozenset[int]) -> None:
