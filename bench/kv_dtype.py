@@ -181,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     report, cuda = Report("kv_dtype"), torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    report.keep(threads=torch.get_num_threads())
     report_errors(report, device)
     if cuda:
         report_gpu(report, device)

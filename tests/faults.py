@@ -45,7 +45,7 @@ def bystanders(served: Served, front: FakeFront, rng: random.Random) -> Iterator
 def settled(served: Served, live: int = 0) -> None:
     """Wait until no more than so many requests are open."""
     deadline = time.monotonic() + PATIENCE
-    while served.worker._stepper.service.num_live > live:
+    while served.worker._thread.service.num_live > live:
         assert time.monotonic() < deadline, "requests are never let go of"
         time.sleep(0.01)
 
@@ -70,7 +70,7 @@ def _a_process_goes(how: int, rng: random.Random) -> None:
     with serving() as served, tempfile.TemporaryDirectory() as folder:
         (front,) = served.fronts
 
-        with bystanders(served, front, rng), process(folder + "/front", served.worker.dial, 8) as child:
+        with bystanders(served, front, rng), process(folder + "/front", served.worker.connect, 8) as child:
             child.send_signal(how)
             settled(served, live=6)
             lost = [peer for name, peer in served.worker.counters.peers.items() if folder in name]
@@ -121,7 +121,7 @@ def never_reads(rng: random.Random) -> None:
         with tempfile.TemporaryDirectory() as folder:
             front = FakeFront(Path(folder) / "front", high_water=1)
             try:
-                served.worker.dial(front.address)
+                served.worker.connect(front.address)
                 front.accept()
                 peer = next(p for name, p in served.worker.counters.peers.items() if folder in name)
                 with bystanders(served, other, rng):

@@ -45,13 +45,13 @@ class Target:
         self._count += 1
         self._link.peer.counters.received += 1
         self._worker._handle(self._link, [KINDS[data[0] % len(KINDS)], data[1:]])
-        stepper = self._worker._stepper
-        stepper.thread.run_commands(wait=False)
-        stepper.thread.step()
-        stepper.take()
+        thread = self._worker._thread
+        thread.engine_thread.run_commands(wait=False)
+        thread.engine_thread.step()
+        thread.take()
         if self._count % _CHECKED == 0:
-            stepper.service.check()
-            self._link.peer.counters.check(len(self._link.peer.tickets))
+            thread.service.check()
+            self._link.peer.counters.check(len(self._link.peer.requests))
 
 
 def seeds(folder: Path) -> None:

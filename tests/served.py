@@ -63,7 +63,7 @@ class Served:
     def wait_idle(self) -> None:
         """Until nothing runs; then nothing is held for anybody."""
         stop = time.monotonic() + 30
-        while self.engine.progress[1] or self.app.state.context.admission.open:
+        while self.engine.progress[1] or self.app.state.context.open_limit.open:
             assert time.monotonic() < stop, "requests never end"
             time.sleep(0.002)
 
@@ -119,7 +119,7 @@ def in_process(test: Callable[[httpx.AsyncClient, Served], Any], engine: Engine,
                 await asyncio.sleep(0.001)
             async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
                 result = await test(client, Served("", app, served))
-            while served.progress[1] or app.state.context.admission.open:
+            while served.progress[1] or app.state.context.open_limit.open:
                 await asyncio.sleep(0.001)
             await served.check()
             assert not served._queues

@@ -48,18 +48,18 @@ class Served:
             except BaseException as error:
                 future.set_exception(error)
 
-        self.worker._stepper.post(run)
+        self.worker._thread.post(run)
         return future.result(PATIENCE)
 
     def check(self) -> None:
         """Every invariant of the engine, and that the counters add up."""
-        service = self.worker._stepper.service
+        service = self.worker._thread.service
 
         def check() -> None:
             service.check()
-            live = {peer.name: len(peer.tickets) for peer in self.worker._links}
+            live = {peer.name: len(peer.requests) for peer in self.worker._links}
             for name, counters in self.worker.counters.peers.items():
-                gone = sum(t.peer.name == name and t.peer.gone for t in service._tickets.values())
+                gone = sum(request.peer.name == name and request.peer.gone for request in service._requests.values())
                 counters.check(live.get(name, 0) + gone)
 
         self.inside(check)

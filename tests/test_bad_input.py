@@ -763,6 +763,7 @@ CLOSED: dict[str, Use] = {
     "preload": lambda engine: engine.preload(PROMPT),
     "warm_up": Engine.warm_up,
     "warm_up_steps": Engine.warm_up_steps,
+    "profile": lambda engine: engine.profile("."),
     "pin": lambda engine: engine.pin(PROMPT),
     "unpin": lambda engine: engine.unpin(1),
     "reset_prefix_cache": lambda engine: engine.reset_prefix_cache(),

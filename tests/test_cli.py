@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 
 from radixgen import Engine, SamplingParams
 from radixgen.cli import app, serve
+from radixgen.core import EngineDead
+from radixgen.serve.replicas import ReplicaOptions
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +253,34 @@ def test_every_option_of_an_engine_is_known() -> None:
     assert own & set(inspect.signature(serve.serve).parameters) == set(serve._ENGINE_OPTIONS)
 
 
+@pytest.mark.parametrize("warm_up", ["--warm-up", "--no-warm-up"])
+def test_replicas_get_every_option_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, warm_up: str) -> None:
+    """`--load-format` was forgotten once."""
+    found: list[ReplicaOptions] = []
+
+    def start(replicas: ReplicaOptions, **_: object) -> None:
+        found.append(replicas)
+        raise EngineDead("enough")
+
+    monkeypatch.setattr("radixgen.serve.http.worker_backend.start", start)
+    values = ENGINE_OPTIONS | {"--max-num-seqs": 5, "--seed": 3, "--profile": tmp_path, "--profile-steps": 3}
+    del values["--no-warm-up"]
+    given = [warm_up, *(str(part) for option in values.items() for part in option if part is not None)]
+    result = call("serve", "absent", "-dp", 2, "--generation-config", "vllm", *given)
+    assert "enough" in result.stderr, result.output
+    own, replica = parsed("serve", given), parsed("worker", found[0].command("ipc:///nowhere/handshake", 1)[5:])
+    assert found[0].count == 2 and replica["model"] == "absent"
+    for name in (*serve._ENGINE_OPTIONS, "max_num_seqs"):
+        assert own[name] == replica[name], name
+        assert own[name] != inspect.signature(serve.serve).parameters[name].default, f"{name} is not tested"
+
+
+def parsed(command: str, arguments: list[str]) -> dict[str, object]:
+    """Values of a command's options."""
+    group = typer.main.get_command(app)
+    return group.commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
+
+
 def test_workers_are_waited_for_behind_an_address_only() -> None:
     result = call("serve", "--workers", 2)
     assert result.exit_code == 1 and "workers=2: requires --zmq" in result.stderr
@@ -288,7 +318,7 @@ def test_a_worker_s_engine_is_as_its_options_say(model: Path, monkeypatch: pytes
             engine.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
         return True
 
-    monkeypatch.setattr("radixgen.serve.zmq.launch.serve", serve)
+    monkeypatch.setattr("radixgen.serve.zmq.launch.run_worker", serve)
     sizes = ("--max-num-batched-tokens", 33, "--max-num-seqs", 5, "--max-model-len", 44, "--kv-tokens", 64)
     options = (*sizes, "--enforce-eager", "--warm-up", "--seed", 3, "--profile", tmp_path)
     result = call("worker", "--model", model, *options)

@@ -159,7 +159,7 @@ def test_streams_forks_scores_and_pins() -> None:
 
 
 def test_any_free_port() -> None:
-    """Pins that the address of such a client was one that nobody can dial."""
+    """Pins that the address of such a client was one that nobody can connect to."""
     with Client("tcp://127.0.0.1:*", timeout=60) as client, workers(client.address):
         assert client.generate([[1]], GREEDY)[0].outputs[0].token_ids == greedy([1])
 

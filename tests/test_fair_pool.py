@@ -12,7 +12,7 @@ from radixgen import SamplingParams
 from radixgen.core import EngineClosed, QueueFull
 from radixgen.serve.fair_pool import FairPool
 from radixgen.serve.zmq.service import Peer
-from radixgen.serve.zmq.stepper import Stepper
+from radixgen.serve.zmq.worker_thread import WorkerThread
 
 SECONDS = 30.0
 
@@ -126,13 +126,13 @@ def test_a_full_pool_that_gets_nowhere_is_stalled() -> None:
 
 def test_a_worker_whose_compilers_get_nowhere_is_stalled() -> None:
     with tiny() as engine:
-        stepper, let_go = Stepper(engine, b"key", lambda: None), threading.Event()
+        thread, let_go = WorkerThread(engine, b"key", lambda: None), threading.Event()
         engine.inputs.grammar = lambda _: let_go.wait(SECONDS)  # type: ignore[assignment,method-assign]
         peer, params = Peer("front"), SamplingParams(regex="a")
-        drop = [stepper.compile_grammar(peer, "", params, lambda _: None) for _ in range(3)]
-        while not stepper.stalled(0.001):
+        drop = [thread.compile_grammar(peer, "", params, lambda _: None) for _ in range(3)]
+        while not thread.stalled(0.001):
             threading.Event().wait(0.001)
-        assert not stepper.stalled(1e6)
+        assert not thread.stalled(1e6)
         for one in drop:
             one()
         let_go.set()

@@ -632,19 +632,19 @@ def test_other_paths_and_methods() -> None:
 
 def test_beyond_what_is_open_is_refused_before_the_body_is_read() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
-        admission = served.app.state.context.admission
+        open_limit = served.app.state.context.open_limit
         answer = await post(client, "/v1/completions", {"prompt": "a", "n": 5})
         assert answer.status_code == 400 and "4 sequences" in answer.json()["error"]["message"]
-        admission.take(4)
+        open_limit.take(4)
         answer = await client.post("/v1/completions", content=b"not read")
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "overloaded"
         assert 1 <= int(answer.headers["retry-after"]) <= 60
-        admission.leave(4, seconds=7.5)
-        admission.take(3)
+        open_limit.leave(4, seconds=7.5)
+        open_limit.take(3)
         answer = await post(client, "/v1/completions", {"prompt": "a", "n": 2})
         assert answer.status_code == 429 and answer.headers["retry-after"] == "8"
         assert (await complete(client, prompt="a"))["choices"]
-        admission.leave(3, seconds=0.0)
+        open_limit.leave(3, seconds=0.0)
 
     in_process(test, tiny(), max_open=4)
 
@@ -654,9 +654,9 @@ def test_who_tokenizes_counts_apart() -> None:
 
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         context = served.app.state.context
-        context.admission.take(1)
+        context.open_limit.take(1)
         assert (await post(client, "/tokenize", {"prompt": "a"})).status_code == 200
-        context.admission.leave(1)
+        context.open_limit.leave(1)
         context.tokenizing.take(1)
         for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
             answer = await post(client, path, body)
@@ -664,7 +664,7 @@ def test_who_tokenizes_counts_apart() -> None:
         assert (await complete(client, prompt="a"))["choices"]
         context.tokenizing.leave(1)
         assert (await post(client, "/tokenize", {})).status_code == 400
-        assert context.tokenizing.open == context.admission.open == 0
+        assert context.tokenizing.open == context.open_limit.open == 0
 
     in_process(test, tiny(), max_open=1)
 
@@ -813,7 +813,7 @@ def test_keys() -> None:
     for header in ("", "Bearer", "Bearer ", "bearer  k x", "Basic k", "k", "Bearer \ud800"):
         with pytest.raises(Exception, match="no valid API key"):
             keys.check(Access.CALLER, header)
-    assert keys.check(Access.CALLER, "bearer k").tenant
+    assert keys.check(Access.CALLER, "bearer k").key_id
     assert "a long secret" not in str(vars(Keys(["a long secret"])))
 
 

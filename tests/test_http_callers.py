@@ -13,12 +13,12 @@ from starlette.requests import Request
 
 from radixgen import InvalidRequest, Limits, PromptTooLong, SamplingParams, Stats
 from radixgen.core import CompletionOutput, EngineClosed
-from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.auth import Access, Gate, Keys
 from radixgen.serve.http.health import Health
-from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
+from radixgen.serve.http.open_limit import OpenLimit, Quota
+from radixgen.serve.http.request_preparer import RequestPreparer
 from radixgen.serve.http.session_sizes import bytes_of
 from radixgen.serve.http.sessions import SessionKey, Sessions
 from radixgen.text.chat_template import ChatTemplate
@@ -51,16 +51,16 @@ def test_bodies_that_do_not_come_take_no_places_of_others() -> None:
         kind = {"content-type": "application/json", "authorization": "Bearer one"}
         first = asyncio.create_task(client.post("/v1/completions", content=slow(), headers=kind))
         await begun.wait()
-        while not context.intake.reading.open:
+        while not context.preparer.reading.open:
             await asyncio.sleep(0)
-        assert context.admission.open == 0
+        assert context.open_limit.open == 0
         assert (await ask(client, "one", prompt="a")).status_code == 429
         assert (await ask(client, "one", "/tokenize", prompt="a")).status_code == 429
         assert (await ask(client, "two", prompt="a")).status_code == 200
         let_go.set()
         assert (await first).status_code == 400
         assert (await ask(client, "one", prompt="a")).status_code == 200
-        assert context.intake.reading.open == 0
+        assert context.preparer.reading.open == 0
 
     in_process(test, tiny(), max_open=2, api_keys=KEYS)
 
@@ -69,32 +69,32 @@ def test_bodies_that_do_not_come_take_no_places_of_others() -> None:
 def test_a_place_is_taken_when_the_body_is_there(path: str) -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         context = served.app.state.context
-        admission = context.admission if path.startswith("/v1") else context.tokenizing
+        open_limit = context.open_limit if path.startswith("/v1") else context.tokenizing
         open_before: list[int] = []
 
         async def body() -> AsyncIterator[bytes]:
-            open_before.append(admission.open)
+            open_before.append(open_limit.open)
             yield b'{"prompt": "a"}'
 
         answer = await client.post(path, content=body(), headers={"content-type": "application/json"})
         assert answer.status_code == 200 and open_before == [0]
-        assert admission.open == 0
+        assert open_limit.open == 0
 
     in_process(test, tiny())
 
 
 def test_no_key_takes_every_place() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
-        admission = served.app.state.context.admission
-        assert (admission.max_open, admission.max_open_per_key) == (8, 3)
+        open_limit = served.app.state.context.open_limit
+        assert (open_limit.max_open, open_limit.max_open_per_key) == (8, 3)
         assert (await ask(client, "one", prompt="a", n=3)).status_code == 200
         assert (await ask(client, "one", prompt="a", n=4)).status_code == 400, "never"
-        tenant = served.app.state.context.keys.check(Access.CALLER, "Bearer one").tenant
-        admission.take(2, tenant)
+        key_id = served.app.state.context.keys.check(Access.CALLER, "Bearer one").key_id
+        open_limit.take(2, key_id)
         refused = await ask(client, "one", prompt="a", n=2)
         assert refused.status_code == 429 and "per API key" in refused.json()["error"]["message"]
         assert (await ask(client, "two", prompt="a", n=3)).status_code == 200
-        admission.leave(2, tenant)
+        open_limit.leave(2, key_id)
 
     in_process(test, tiny(), max_open=8, max_concurrency_per_key=3, api_keys=KEYS)
 
@@ -102,18 +102,18 @@ def test_no_key_takes_every_place() -> None:
 def test_when_to_come_again_is_told_by_the_own_requests() -> None:
     async def test(client: httpx.AsyncClient, served: Served) -> None:
         context = served.app.state.context
-        one, two = (context.keys.check(Access.CALLER, f"Bearer {key}").tenant for key in KEYS)
-        admission = context.admission
+        one, two = (context.keys.check(Access.CALLER, f"Bearer {key}").key_id for key in KEYS)
+        open_limit = context.open_limit
         for _ in range(32):
-            admission.take(1, one)
-            admission.leave(1, one, 9.5)
-        for tenant in one, two:
-            admission.take(1, tenant)
+            open_limit.take(1, one)
+            open_limit.leave(1, one, 9.5)
+        for key_id in one, two:
+            open_limit.take(1, key_id)
         for key, seconds in ("one", "10"), ("two", "1"):
             refused = await ask(client, key, prompt="a")
             assert refused.status_code == 429 and refused.headers["retry-after"] == seconds
-        for tenant in one, two:
-            admission.leave(1, tenant)
+        for key_id in one, two:
+            open_limit.leave(1, key_id)
 
     in_process(test, tiny(), max_open=2, api_keys=KEYS)
 
@@ -152,7 +152,7 @@ def test_no_key_takes_all_bytes_that_are_read() -> None:
             headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
             return await client.post("/v1/completions", content=body(size), headers=headers)
 
-        bodies = served.app.state.context.intake._bodies
+        bodies = served.app.state.context.preparer._bodies
         held = [asyncio.create_task(send("one", 900)) for _ in range(2)]
         while bodies.total < 1_800:
             await asyncio.sleep(0)
@@ -186,7 +186,7 @@ def test_a_share_for_each_of_several_keys() -> None:
         for callers, operators, most in (([], [], 7), (["one"], [], 7), (KEYS, [], 4), (["one"], ["all"], 4)):
             app = create_app(served.engine, ServeOptions(max_open=7, api_keys=callers, operator_keys=operators))
             context = app.state.context
-            places = context.admission, context.tokenizing, context.intake.reading
+            places = context.open_limit, context.tokenizing, context.preparer.reading
             assert {one.max_open_per_key for one in places} == {most}
 
     in_process(test, tiny())
@@ -203,9 +203,9 @@ def test_the_share_of_a_key_is_checked() -> None:
 class Asking:
     """A request of a caller that has read a body of so many bytes."""
 
-    def __init__(self, tenant: str, size: int) -> None:
+    def __init__(self, key_id: str, size: int) -> None:
         class State:
-            caller = type("Caller", (), {"tenant": tenant})
+            caller = type("Caller", (), {"key_id": key_id})
             body_size = size
 
         self.state = State()
@@ -215,49 +215,49 @@ class Asking:
         return {}
 
 
-def with_intake(test: Callable[[Intake, Callable[[str, int], Any]], Any]) -> None:
-    """Give `test` an intake, and what has a caller's work of a size held in a thread until it is let go."""
+def with_preparer(test: Callable[[RequestPreparer, Callable[[str, int], Any]], Any]) -> None:
+    """Give `test` a preparer, and what has a caller's work of a size held in a thread until it is let go."""
 
     async def whole() -> None:
         with tiny() as engine:
-            intake, let_go = Intake(engine.inputs, Admission(64), Quota("bytes", "bytes")), threading.Event()
+            preparer, let_go = RequestPreparer(engine.inputs, OpenLimit(64), Quota("bytes", "bytes")), threading.Event()
 
-            async def hold(tenant: str, size: int) -> bool:
-                return await intake.run(Asking(tenant, size), lambda: let_go.wait(SECONDS))  # type: ignore[arg-type]
+            async def hold(key_id: str, size: int) -> bool:
+                return await preparer.run(Asking(key_id, size), lambda: let_go.wait(SECONDS))  # type: ignore[arg-type]
 
             held: list[asyncio.Task[bool]] = []
             try:
-                await test(intake, lambda tenant, size: held.append(asyncio.create_task(hold(tenant, size))))
+                await test(preparer, lambda key_id, size: held.append(asyncio.create_task(hold(key_id, size))))
             finally:
                 let_go.set()
                 await asyncio.gather(*held, return_exceptions=True)
-                intake.close()
+                preparer.close()
 
     asyncio.run(asyncio.wait_for(whole(), SECONDS))
 
 
-async def once(intake: Intake, tenant: str, size: int) -> int:
-    return await intake.run(Asking(tenant, size), lambda: 1)  # type: ignore[arg-type]
+async def once(preparer: RequestPreparer, key_id: str, size: int) -> int:
+    return await preparer.run(Asking(key_id, size), lambda: 1)  # type: ignore[arg-type]
 
 
 def test_long_texts_hold_up_no_short_ones_and_no_other_caller() -> None:
-    async def test(intake: Intake, hold: Callable[[str, int], None]) -> None:
+    async def test(preparer: RequestPreparer, hold: Callable[[str, int], None]) -> None:
         for _ in range(32):
             hold("one", 1 << 20)
         await asyncio.sleep(0)
-        assert await once(intake, "one", 100) == 1
-        assert await once(intake, "two", 1 << 20) == 1
+        assert await once(preparer, "one", 100) == 1
+        assert await once(preparer, "two", 1 << 20) == 1
         for _ in range(32):
             hold("one", 100)
         await asyncio.sleep(0)
-        assert await once(intake, "two", 100) == 1
+        assert await once(preparer, "two", 100) == 1
 
-    with_intake(test)
+    with_preparer(test)
 
 
 def test_health_notices_threads_that_get_nowhere() -> None:
-    async def test(intake: Intake, hold: Callable[[str, int], None]) -> None:
-        health = Health(Idle(), 0.01, intake.stalled)  # type: ignore[arg-type]
+    async def test(preparer: RequestPreparer, hold: Callable[[str, int], None]) -> None:
+        health = Health(Idle(), 0.01, preparer.stalled)  # type: ignore[arg-type]
         assert health.fault() is None
         for _ in range(8):
             hold("one", 100)
@@ -265,22 +265,22 @@ def test_health_notices_threads_that_get_nowhere() -> None:
             await asyncio.sleep(0.001)
         assert health.fault() == "requests wait for threads that make no progress"
 
-    with_intake(test)
+    with_preparer(test)
 
 
 def test_what_waits_for_a_thread_ends_with_the_server() -> None:
-    async def test(intake: Intake, hold: Callable[[str, int], None]) -> None:
+    async def test(preparer: RequestPreparer, hold: Callable[[str, int], None]) -> None:
         for _ in range(8):
             hold("one", 100)
         await asyncio.sleep(0)
-        waiting = asyncio.create_task(once(intake, "one", 100))
+        waiting = asyncio.create_task(once(preparer, "one", 100))
         await asyncio.sleep(0)
-        intake.close()
-        for work in (waiting, once(intake, "two", 100)):
+        preparer.close()
+        for work in (waiting, once(preparer, "two", 100)):
             with pytest.raises(EngineClosed):
                 await work
 
-    with_intake(test)
+    with_preparer(test)
 
 
 LONG = [
@@ -441,7 +441,7 @@ def test_sessions_are_bounded_and_a_callers_own() -> None:
                 answer = await ask(client, key, "/v1/chat/completions", messages=HI, session_id=name)
                 assert answer.status_code == 200
         held = list(sessions._sessions)
-        assert len(sessions) == 4 and len({key.tenant for key in held}) == len({key.namespace for key in held}) == 2
+        assert len(sessions) == 4 and len({key.key_id for key in held}) == len({key.namespace for key in held}) == 2
         assert sessions.num_bytes == sum(one.num_bytes for one in sessions._sessions.values()) > 0
         refused = await ask(client, "one", "/v1/chat/completions", messages=HI, session_id="a", n=2)
         assert refused.json()["error"]["param"] == "n"
@@ -457,19 +457,19 @@ class Talks:
             self.template = ChatTemplate(engine.inputs.tokenizer)
         self.sessions = Sessions(Limits(**limits), frozenset())
 
-    def say(self, tenant: str, name: str, *said: str) -> None:
+    def say(self, key_id: str, name: str, *said: str) -> None:
         """Add turns to a session."""
         messages: list[dict[str, str]] = []
         for text in said:
             messages.append({"role": "user", "content": text})
-            turn = self.sessions.begin(SessionKey(tenant, tenant, name), self.template, tuple(messages))
+            turn = self.sessions.begin(SessionKey(key_id, key_id, name), self.template, tuple(messages))
             told = {"role": "assistant", "content": "ok"}
             output = CompletionOutput(0, "ok", list(self.template.tokenize("ok")), "length")
             self.sessions.end(turn, output, told, SamplingParams())
             messages.append(told)
 
-    def names(self, tenant: str) -> list[str]:
-        return [key.session_id for key in self.sessions._sessions if key.tenant == tenant]
+    def names(self, key_id: str) -> list[str]:
+        return [key.session_id for key in self.sessions._sessions if key.key_id == key_id]
 
 
 def test_a_callers_many_sessions_cost_its_own() -> None:

@@ -110,10 +110,10 @@ def test_errors(client: openai.OpenAI, served: Served) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=HI)
     assert missing.value.code == "model_not_found"
-    served.app.state.context.admission.take(1024)
+    served.app.state.context.open_limit.take(1024)
     with pytest.raises(openai.RateLimitError) as full:
         client.chat.completions.create(model="tiny", messages=HI)
-    served.app.state.context.admission.leave(1024, seconds=1.0)
+    served.app.state.context.open_limit.leave(1024, seconds=1.0)
     assert full.value.response.headers["retry-after"] == "1"
 
 
@@ -201,7 +201,7 @@ def test_a_client_that_takes_nothing_is_let_go_of() -> None:
     with over_socket(tiny(), send_timeout=0.3) as served:
         body = {**LONG, "n": 64, "stream": True, "logprobs": 20, "return_token_ids": True}
         connection = raw(served, body, receive_buffer=4096)
-        wait_until(lambda: served.app.state.context.admission.open == 64)
+        wait_until(lambda: served.app.state.context.open_limit.open == 64)
         served.wait_idle()
         connection.close()
 

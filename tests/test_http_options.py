@@ -18,13 +18,12 @@ import texts
 from served import HI, Served, in_process, over_socket, tiny
 from typer.testing import CliRunner
 
-from radixgen import AsyncEngine, EngineDead, InvalidRequest, SamplingParams
+from radixgen import AsyncEngine, InvalidRequest, SamplingParams
 from radixgen.cli import app
 from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.http.binding import Binding
 from radixgen.serve.http.custom_template import read_template
 from radixgen.serve.http.origins import OriginPolicy, parse_list
-from radixgen.serve.replicas import ReplicaOptions
 from radixgen.serve.server import HTTPServer, _held
 
 PAGE, OTHER = "http://page.example:3000", "http://other.example"
@@ -66,7 +65,7 @@ def test_refusals_name_the_allowed_origin_too(monkeypatch: pytest.MonkeyPatch) -
 
         assert await status({}, KEY) == 400
         assert await status(BODY, {}) == 401
-        with served.app.state.context.admission.enter():
+        with served.app.state.context.open_limit.enter():
             assert await status(BODY, KEY) == 429
         monkeypatch.setattr("radixgen.serve.http.chat._prepare", None)
         assert await status(BODY, KEY) == 500
@@ -408,19 +407,6 @@ def test_a_profile_of_the_command_line(model: Path, monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 0, result.output
     (path,) = tmp_path.iterdir()
     assert '"step 2"' in path.read_text() and '"step 3"' not in path.read_text()
-
-
-def test_replicas_get_the_options_of_a_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found: list[ReplicaOptions] = []
-
-    def start(replicas: ReplicaOptions, **_: object) -> None:
-        found.append(replicas)
-        raise EngineDead("enough")
-
-    monkeypatch.setattr("radixgen.serve.http.workers.start", start)
-    options = ("--device", "cpu", "-dp", "2", "--generation-config", "vllm", "--profile", str(tmp_path))
-    assert "enough" in CliRunner().invoke(app, ["serve", "absent", *options]).stderr
-    assert {f"--profile={tmp_path}", "--profile-steps=10"} <= {*found[0].worker}
 
 
 def test_a_template_of_the_command_line(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

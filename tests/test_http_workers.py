@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from radixgen import AsyncClient, Engine, Stats
 from radixgen.serve.http.app import ServeOptions, create_app
 from radixgen.serve.http.totals import Totals
-from radixgen.serve.http.workers import Workers
+from radixgen.serve.http.worker_backend import WorkerBackend
 from radixgen.serve.zmq.worker import Worker
 
 GREEDY = {"model": "tiny", "prompt": "Some words that", "max_tokens": 24, "temperature": 0.0}
@@ -51,7 +51,7 @@ def over_workers(
             with working(client, tiny()) as worker:
                 before(worker)
                 await client.wait()
-                backend = Workers(client, text or tokenizer(), model_name="tiny")
+                backend = WorkerBackend(client, text or tokenizer(), model_name="tiny")
                 app = create_app(backend, ServeOptions(names=["tiny"], **options))
                 async with app.router.lifespan_context(app):
                     while not app.state.health.warm:
@@ -59,9 +59,9 @@ def over_workers(
                     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
                     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as http:
                         result = await ask(http)
-                    while backend.progress[1] or worker._stepper.service.num_live:
+                    while backend.progress[1] or worker._thread.service.num_live:
                         await asyncio.sleep(0.001)
-                    assert not app.state.context.admission.open
+                    assert not app.state.context.open_limit.open
                     if not backend.closed:
                         await client.call("check")
         return result

@@ -294,7 +294,7 @@ def test_nothing_is_read_while_nobody_watches() -> None:
         await asked()
         await asyncio.sleep(0.05)
         assert feed.num_readings == 0
-        with feed.seat() as frames:
+        with feed.viewer() as frames:
             await seen_by(frames, 1)
             await asked()
             await seen_by(frames, 0)
@@ -303,7 +303,7 @@ def test_nothing_is_read_while_nobody_watches() -> None:
         await asked()
         await asyncio.sleep(0.05)
         assert feed.num_readings == done
-        with feed.seat() as frames:
+        with feed.viewer() as frames:
             assert (await seen_by(frames, 1)).wholes == 1
 
     run(test)
@@ -311,7 +311,7 @@ def test_nothing_is_read_while_nobody_watches() -> None:
 
 def test_one_reading_serves_all_and_who_does_not_read_holds_nobody_up() -> None:
     async def test(engine: AsyncEngine, feed: Feed) -> None:
-        with feed.seat() as frames, feed.seat() as others, feed.seat():
+        with feed.viewer() as frames, feed.viewer() as others, feed.viewer():
             async for _ in engine.generate([1, 2], SamplingParams(max_tokens=60)):
                 await asyncio.sleep(0.005)
             viewers = await asyncio.gather(seen_by(frames, 1), seen_by(others, 1))
@@ -323,10 +323,10 @@ def test_one_reading_serves_all_and_who_does_not_read_holds_nobody_up() -> None:
 
 def test_no_more_watch_than_may() -> None:
     async def test(engine: AsyncEngine, feed: Feed) -> None:
-        with feed.seat():
-            with feed.seat(), pytest.raises(LimitReached, match="viewers=3"), feed.seat():
+        with feed.viewer():
+            with feed.viewer(), pytest.raises(LimitReached, match="viewers=3"), feed.viewer():
                 pass
-            with feed.seat() as frames:
+            with feed.viewer() as frames:
                 await seen_by(frames, 1)
 
     run(test, Limits(max_viewers=2))
@@ -334,13 +334,13 @@ def test_no_more_watch_than_may() -> None:
 
 def test_a_stream_ends_with_the_feed_or_the_engine() -> None:
     async def closed(engine: AsyncEngine, feed: Feed) -> None:
-        with feed.seat() as frames:
+        with feed.viewer() as frames:
             await seen_by(frames, 1)
             feed.close()
             assert [one async for one in frames] == []
 
     async def ended(engine: AsyncEngine, feed: Feed) -> None:
-        with feed.seat() as frames:
+        with feed.viewer() as frames:
             await seen_by(frames, 1)
             await engine.close()
             async for _ in frames:

@@ -56,7 +56,7 @@ def page(driver: Any, *, guard: Any = None, limits: Limits | None = None, fill: 
         fill(inner)
     engine = AsyncEngine(inner)
     feed, app = Feed(engine, interval=0.1), FastAPI()
-    app.include_router(tree_routes(engine, feed=feed, guard=[Depends(guard)] if guard else []))
+    app.include_router(tree_routes(engine, feed=feed, data_access=[Depends(guard)] if guard else []))
 
     @app.get("/ask")
     async def ask(prompt: str, n: int = 1, tokens: int = 8) -> None:

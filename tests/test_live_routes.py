@@ -1,4 +1,4 @@
-"""The live page's routes without a browser: seats are given back, texts are bounded, refusals are told."""
+"""The live page's routes without a browser: viewers are counted, texts are bounded, refusals are told."""
 
 import asyncio
 import json

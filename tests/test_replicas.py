@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from radixgen import AsyncClient, Client, Engine, EngineDead, InvalidRequest, SamplingParams
 from radixgen.cli import app
 from radixgen.core.settings import replica_environment
-from radixgen.serve.http.workers import start
+from radixgen.serve.http.worker_backend import start
 from radixgen.serve.replicas import ReplicaOptions, Replicas
 from radixgen.serve.zmq import wire
 from radixgen.serve.zmq.balancer import Balancer
@@ -218,9 +218,9 @@ def test_a_replica_ends_when_the_server_is_killed(tmp_path: Path) -> None:
     """Which closes the pipe, and so does this test. The replica is still loading, and heeds no signal."""
     code = (
         "import signal, sys, time\n"
-        "from radixgen.serve.zmq.launch import serve\n"
+        "from radixgen.serve.zmq.launch import run_worker\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "serve(lambda: time.sleep(600), [f'ipc://{sys.argv[1]}/handshake'], parent_fd=int(sys.argv[3]))"
+        "run_worker(lambda: time.sleep(600), [f'ipc://{sys.argv[1]}/handshake'], parent_fd=int(sys.argv[3]))"
     )
     tmp_path.chmod(0o700)
     ends: list[str] = []

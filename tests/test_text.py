@@ -521,6 +521,6 @@ def until_idle(worker: Any) -> None:
     import time
 
     stop = time.monotonic() + 30
-    while worker._stepper.service.num_live:
+    while worker._thread.service.num_live:
         assert time.monotonic() < stop, "its request runs on"
         time.sleep(0.002)

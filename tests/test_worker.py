@@ -87,7 +87,7 @@ def test_salts_part_what_is_cached() -> None:
             assert front.tokens[name] == greedy([1, 2, 3, 4, 5])
         assert cached == [0, 5, 0, 0, 5, 5]
         spaces = served.inside(
-            lambda: {root.namespace for root in served.worker._stepper.service.engine._core.tree.roots()}
+            lambda: {root.namespace for root in served.worker._thread.service.engine._core.tree.roots()}
         )
         assert len(spaces) == 3 and not any("x" in space for space in spaces)
 
@@ -151,7 +151,7 @@ def test_each_process_of_a_front_end_hears_its_own() -> None:
     """Pins that the client index, which anyone can set, decides nothing."""
     with serving() as served, tempfile.TemporaryDirectory() as folder:
         front = FakeFront(Path(folder) / "two", processes=2)
-        served.worker.dial(front.address)
+        served.worker.connect(front.address)
         front.accept()
         front.add("same", [1], process=0)
         front.add("same", [2], process=1)
@@ -169,7 +169,7 @@ def test_structured_output_and_its_refusals() -> None:
     model = families.build("llama")
     with serving(model=model, tokenizer=texts.tokenizer(), kv_tokens=512, debug=False) as served:
         (front,) = served.fronts
-        tokenizer = served.worker._stepper.service.engine.tokenizer
+        tokenizer = served.worker._thread.service.engine.tokenizer
         for number in range(3):
             front.add(f"choice-{number}", [1, 2, number], structured_outputs={"choice": ["yes", "no"]}, max_tokens=9)
         front.add("bad", [1], structured_outputs={"regex": "("})
@@ -261,8 +261,8 @@ def test_an_engine_of_which_nothing_can_be_told_any_more_says_so() -> None:
         def broken() -> None:
             raise AssertionError("planted")
 
-        served.worker._stepper._load_time = 0.0
-        served.worker._stepper.service.load = broken  # type: ignore[method-assign]
+        served.worker._thread._load_time = 0.0
+        served.worker._thread.service.load = broken  # type: ignore[method-assign]
         front.until(lambda: front.dead)
         ((finish, said),) = front.ends["open"]
         assert finish == ERROR and "planted" in said
@@ -298,7 +298,7 @@ def test_drain_finishes_what_is_open_and_turns_away_the_rest() -> None:
         served.worker.drain()
         settled(served, live=1)
         served.inside(lambda: None)
-        while not served.worker._stepper.service.draining:
+        while not served.worker._thread.service.draining:
             time.sleep(0.001)
         front.add("late", [2])
         front.until(lambda: front.dead)
@@ -331,7 +331,7 @@ def test_drain_twice_stops_at_once() -> None:
 def test_bad_handshakes_are_counted_and_tried_again(tmp_path: Path) -> None:
     with serving() as served:
         front = FakeFront(tmp_path / "front")
-        served.worker.dial(front.address)
+        served.worker.connect(front.address)
         good = front.init
         try:
             for bad in (

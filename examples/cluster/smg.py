@@ -19,7 +19,7 @@ from radixgen.model import smollm2
 
 
 class SMG(Cluster):
-    """A gateway, and workers that dial it where their URL says."""
+    """A gateway, and workers that connect to it at the address that their URL implies."""
 
     def start(self, workers: int) -> None:
         self.model = str(smollm2.fetch())
@@ -28,7 +28,7 @@ class SMG(Cluster):
             serve = ["worker", "--backend", "zmq", "--smg", url, "--kv-tokens", "8192", *self.drain]
             self.workers[url] = self.run(f"worker{number}", *python("radixgen", *serve))
         logs = [self.log(f"worker{number}") for number in range(workers)]
-        self.wait("the workers", lambda: all("dials" in log.read_text() for log in logs))
+        self.wait("the workers", lambda: all("connects to" in log.read_text() for log in logs))
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
         metrics = ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
         engines = ["--worker-urls", *self.workers, "--backend", "vllm", "--model-path", self.model]

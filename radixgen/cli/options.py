@@ -21,10 +21,15 @@ Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 LoadFormat = Annotated[str, typer.Option(help="Weights: auto (read the checkpoint) or dummy (random).")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
 KVCacheDtype = Annotated[str, typer.Option(help="Data type of the KV cache: auto (the model's), int8 or fp8.")]
-GenerationConfig = Annotated[str, typer.Option(help="Sampling defaults: auto (the model's), vllm (none) or a path.")]
+GenerationConfig = Annotated[
+    str, typer.Option(help="Sampling defaults: auto (the model's file), vllm (ignore the file) or a path.")
+]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 TensorParallel = Annotated[
-    int, typer.Option("--tensor-parallel-size", "--tp", help="Number of processes to shard the model over.")
+    int,
+    typer.Option(
+        "--tensor-parallel-size", "--tp", help="Number of GPUs (on a CPU: processes) to shard the model over."
+    ),
 ]
 DataParallel = Annotated[
     int, typer.Option("--data-parallel-size", "-dp", help="Number of replicas behind one address.")
@@ -49,7 +54,7 @@ Profile = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Write a torch profiler trace of the first steps to this directory.")
 ]
 ProfileSteps = Annotated[int, typer.Option(help="Number of steps in the trace of --profile.")]
-EngineSeed = Annotated[int, typer.Option(help="Default sampling seed.")]
+EngineSeed = Annotated[int, typer.Option(help="Base seed; each request without a seed gets one derived from it.")]
 KVTokens = Annotated[
     int | None,
     typer.Option("--kv-tokens", help="Size of the KV cache, in tokens.", show_default="as many as fit in memory"),
@@ -58,6 +63,7 @@ DrainTimeout = Annotated[
     float,
     typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds to wait for open requests after SIGTERM."),
 ]
+StallTimeout = Annotated[float, typer.Option(help="Unhealthy after this many seconds with work but no progress.")]
 PromptFile = Annotated[
     Path | None, typer.Argument(exists=True, dir_okay=False, help="Prompts, one per line. Read from stdin if omitted.")
 ]

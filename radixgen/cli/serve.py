@@ -26,6 +26,7 @@ from radixgen.cli.options import (
     Model,
     Profile,
     ProfileSteps,
+    StallTimeout,
     TensorParallel,
     WarmUp,
     reject_options,
@@ -94,9 +95,7 @@ def serve(
         ),
     ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Abort requests after this many seconds.")] = None,
-    stall_timeout: Annotated[
-        float, typer.Option(help="Report unhealthy after this many seconds without progress.")
-    ] = 60,
+    stall_timeout: StallTimeout = 60,
     timeout_keep_alive: Annotated[int, typer.Option(help="Seconds until an idle connection is closed.")] = 30,
     shutdown_delay: Annotated[
         float,
@@ -138,7 +137,10 @@ def serve(
     profile: Profile = None,
     profile_steps: ProfileSteps = 10,
     log_level: Annotated[str, typer.Option(help="Log level: debug, info, warning or error.")] = "info",
-    zmq: Annotated[str | None, typer.Option(help="Use workers that connect to this ipc:// or tcp:// address.")] = None,
+    zmq: Annotated[
+        str | None,
+        typer.Option(help="Address to bind, ipc:// or tcp://; workers connect to it with --handshake."),
+    ] = None,
     workers: Annotated[int, typer.Option(help="Number of workers to wait for. Requires --zmq.")] = 1,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
@@ -161,7 +163,7 @@ def serve(
         from radixgen.serve.http.binding import Binding
         from radixgen.serve.http.custom_template import tokenizer_with_template
         from radixgen.serve.http.origins import OriginPolicy, parse_list
-        from radixgen.serve.http.workers import connect, start
+        from radixgen.serve.http.worker_backend import connect, start
         from radixgen.serve.replicas import ReplicaOptions
 
         if profile is not None:

@@ -24,6 +24,7 @@ from radixgen.cli.options import (
     Model,
     Profile,
     ProfileSteps,
+    StallTimeout,
     TensorParallel,
     WarmUp,
     to_flags,
@@ -42,9 +43,10 @@ def worker(
         str, typer.Option(help="Protocol: zmq (vLLM's) or dynamo (NVIDIA Dynamo, with its own options).")
     ] = "zmq",
     handshake: Annotated[
-        list[str] | None, typer.Option(help="Address of a front end, ipc:// or tcp://. Can be given multiple times.")
+        list[str] | None,
+        typer.Option(help="Handshake address of a front end (serve's --zmq). Can be given multiple times."),
     ] = None,
-    smg: Annotated[str | None, typer.Option(help="Address of this worker in SMG's --worker-urls, ipc://.")] = None,
+    smg: Annotated[str | None, typer.Option(help="This worker's URL in SMG's --worker-urls (ipc://).")] = None,
     engine_index: Annotated[int, typer.Option(help="Index of this worker, unique per front end.")] = 0,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
@@ -72,16 +74,14 @@ def worker(
     ] = None,
     allow_insecure_tcp: Annotated[bool, typer.Option(help="Allow unencrypted TCP without authentication.")] = False,
     drain_timeout: DrainTimeout = 25.0,
-    stall_timeout: Annotated[
-        float, typer.Option(help="Report unhealthy after this many seconds without progress.")
-    ] = 60.0,
+    stall_timeout: StallTimeout = 60.0,
     parent_fd: Annotated[
         int | None, typer.Option(hidden=True, help="File descriptor of a pipe; the worker stops when it is closed.")
     ] = None,
 ) -> None:
-    """Run a worker for SMG, NVIDIA Dynamo or radixgen.Client.
+    """Run a worker for radixgen serve --zmq, SMG, NVIDIA Dynamo or radixgen.Client.
 
-    SIGTERM drains it; a second SIGTERM stops it at once.
+    On SIGTERM it refuses new requests and finishes open ones; a second SIGTERM stops it at once.
     """
     sizes = {
         "load_format": load_format,
@@ -129,7 +129,7 @@ def worker(
             raise typer.BadParameter(f"No such option or argument: {context.args[0]}")
         import logging
 
-        from radixgen.serve.zmq.launch import serve
+        from radixgen.serve.zmq.launch import run_worker
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
@@ -154,7 +154,7 @@ def worker(
                     engine.warm_up(announce_warm_up(say))
                 return engine
 
-        drained = serve(
+        drained = run_worker(
             load,
             handshake or (),
             smg=smg,

@@ -124,7 +124,6 @@ class Engine:
         )
         served = prepared.model
         self.tokenizer = prepared.tokenizer
-        self.share = share
         self.max_model_len = served.max_model_len
         self._model = served
         self._inputs = InputProcessor(

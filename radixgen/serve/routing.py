@@ -150,7 +150,7 @@ class Router:
     # -- cache events; of replicas that are not there they are ignored ----------------------------------------
 
     def stored(self, replica: int, hashes: Iterable[int]) -> None:
-        """Blocks are cached, each after its parent. Those that are cached already are ignored."""
+        """Add cached blocks, parents first. Blocks that are there already are ignored."""
         state = self._replicas.get(replica)
         if state is None:
             return
@@ -160,7 +160,7 @@ class Router:
                 state.to_compute -= block in state.live
 
     def removed(self, replica: int, hashes: Iterable[int]) -> None:
-        """Remove cached blocks, each before its parent. Unknown blocks are ignored."""
+        """Remove cached blocks, children first. Unknown blocks are ignored."""
         state = self._replicas.get(replica)
         if state is None:
             return

@@ -132,7 +132,7 @@ class HTTPServer(uvicorn.Server):
         await asyncio.sleep(self._drain_timeout)
         logger.warning("open requests did not end within %g seconds", self._drain_timeout)
         self._app.state.context.renderer.close()
-        self._app.state.context.intake.close()
+        self._app.state.context.preparer.close()
         await self._app.state.context.engine.close()
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         for connection in list(self.server_state.connections):  # of clients that do not read
@@ -145,7 +145,7 @@ def whole_app(engine: AsyncEngine, options: ServeOptions | None = None) -> FastA
     feed = Feed(engine, engine.inputs.limits)
 
     def page(gate: Gate) -> APIRouter:
-        return tree_routes(engine, feed=feed, door=[gate.open], guard=[gate.operator])
+        return tree_routes(engine, feed=feed, page_access=[gate.open], data_access=[gate.operator])
 
     app = create_app(engine, options, page)
     app.state.before_drain.append(feed.close)

@@ -6,7 +6,7 @@
 
 from radixgen.thoughts.beam import beam, beam_async
 from radixgen.thoughts.budget import Budget, EndReason
-from radixgen.thoughts.draw import picture, svg
+from radixgen.thoughts.picture import picture, svg
 from radixgen.thoughts.questions import Choose, Evaluate, Propose
 from radixgen.thoughts.result import Result
 from radixgen.thoughts.sample import Sample, Samples, sample, sample_async

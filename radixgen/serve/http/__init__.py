@@ -1,1 +1,1 @@
-"""OpenAI's HTTP interface in front of an engine: `app.create_app` is the application, `server.serve` runs it."""
+"""OpenAI's HTTP API: `app.create_app` makes the application, and `radixgen.serve.server.serve` runs it."""

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
 from radixgen.serve.http.access_log import AccessLog
-from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Gate, Keys, check_routes
 from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.chat import chat_routes
@@ -26,12 +25,13 @@ from radixgen.serve.http.errors import ErrorHandlers
 from radixgen.serve.http.head import Head
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
-from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import COMPAT, Metrics
+from radixgen.serve.http.open_limit import OpenLimit, Quota
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.origins import OriginPolicy
+from radixgen.serve.http.request_preparer import RequestPreparer
 from radixgen.serve.http.sessions import Sessions
 from radixgen.serve.http.templates import TemplateRenderer
 from radixgen.serve.http.warnings import Warnings
@@ -103,7 +103,7 @@ def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more
     options = options or ServeOptions()
     options.check()
     context = _context(engine, options)
-    health = Health(engine, options.stall_timeout, context.intake.stalled, warm_up=options.warm_up)
+    health = Health(engine, options.stall_timeout, context.preparer.stalled, warm_up=options.warm_up)
     gate = Gate(context.keys)
 
     @asynccontextmanager
@@ -118,7 +118,7 @@ def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             context.renderer.close()
-            context.intake.close()
+            context.preparer.close()
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -127,7 +127,7 @@ def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more
         check_routes(router)
         app.include_router(router)
     describe(app, options.root_path)
-    handlers = ErrorHandlers(context.admission.retry_after)
+    handlers = ErrorHandlers(context.open_limit.retry_after)
     for kind in (RadixgenError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handlers.handle)
     app.add_middleware(_Boundary, options=options, keys_needed=context.keys.needed, handlers=handlers)
@@ -145,7 +145,7 @@ def _context(engine: EngineBackend, options: ServeOptions) -> Context:
     keys = Keys(options.api_keys, options.operator_keys)
     names = tuple(options.names) or (engine.model_name,)
     per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
-    admission = Admission(options.max_open, per_key)
+    open_limit = OpenLimit(options.max_open, per_key)
     limits = engine.inputs.limits
     bodies = Quota(
         "reading_bytes",
@@ -159,10 +159,10 @@ def _context(engine: EngineBackend, options: ServeOptions) -> Context:
         names=names,
         created=int(time.time()),
         keys=keys,
-        admission=admission,
-        tokenizing=Admission(options.max_open, per_key),
+        open_limit=open_limit,
+        tokenizing=OpenLimit(options.max_open, per_key),
         waiting=Quota("waiting_tokens", "prompt tokens", most_of_key=waiting_of_key),
-        intake=Intake(engine.inputs, admission, bodies, ignore_unknown=options.ignore_unknown_fields),
+        preparer=RequestPreparer(engine.inputs, open_limit, bodies, ignore_unknown=options.ignore_unknown_fields),
         metrics=Metrics(names[0], options.metrics_compat),
         stats=LatestStats(engine),
         sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),

@@ -29,9 +29,9 @@ class Access(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Authenticated caller. `tenant` is empty if no key is required."""
+    """Authenticated caller. `key_id`: digest of its API key; empty if no key is required."""
 
-    tenant: str
+    key_id: str
     operator: bool = False
     """Whether the key is an operator's"""
 
@@ -95,9 +95,9 @@ class Keys:
         if len(salt) > limits.max_salt_len:
             raise InvalidRequest("len(cache_salt)", len(salt), f"must be at most {limits.max_salt_len}")
         check_text("cache_salt", salt)
-        if not caller.tenant and not salt:
+        if not caller.key_id and not salt:
             return ""
-        parts = [caller.tenant.encode(), salt.encode()]
+        parts = [caller.key_id.encode(), salt.encode()]
         tagged = b"".join(
             tag + len(part).to_bytes(8, "big") + part for tag, part in zip((b"t", b"s"), parts, strict=True)
         )

@@ -10,7 +10,7 @@ from radixgen.engine.request_loop import Progress
 
 
 class RequestStream(Protocol):
-    """Outputs of one request with their text, as they come; the last one has `finished=True`."""
+    """Outputs of one request with their text, as they arrive; the last one has `finished=True`."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.context import Context
+from radixgen.serve.http.enforceable_schema import enforceable_format
 from radixgen.serve.http.fields import names_of, sent_as
 from radixgen.serve.http.generation import Generation, GenerationRequest
 from radixgen.serve.http.logprobs import chat_logprobs
@@ -35,7 +36,6 @@ from radixgen.serve.http.protocol import (
     ToolCall,
     Usage,
 )
-from radixgen.serve.http.schemas import enforceable_format
 from radixgen.serve.http.sessions import SessionKey, SessionTurn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
 from radixgen.serve.http.tool_parsers import Piece, ToolCallParser
@@ -60,13 +60,13 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     @router.post("/v1/chat/completions", dependencies=[gate.caller], openapi_extra=described(ChatRequest, ChatResponse))
     async def chat(request: Request) -> Response:
         """Generate the answer of a chat."""
-        ticket, body = await context.intake.receive(request, ChatRequest, context.admission)
-        with ticket, sent_as(names_of(body)):
+        open_count, body = await context.preparer.receive(request, ChatRequest, context.open_limit)
+        with open_count, sent_as(names_of(body)):
             context.check_model(body.model)
             prepare = partial(_prepare, context, request.state.caller, body, warner(request))
-            chat = await context.intake.run(request, prepare)
-            grammar = await context.intake.compile(request, chat.request.params)
-            generation = await Generation.start(context, chat.request, ticket, grammar)
+            chat = await context.preparer.run(request, prepare)
+            grammar = await context.preparer.compile(request, chat.request.params)
+            generation = await Generation.start(context, chat.request, open_count, grammar)
         responder = _ChatResponder(context, body, generation, chat.turn)
         if body.stream:
             return EventStream(responder.events(), generation.aclose, send_timeout=context.send_timeout)
@@ -102,7 +102,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
         ids = list(template.tokenize(template.render(messages)))
     else:
         inputs.check_name("session_id", body.session_id)
-        key = SessionKey(caller.tenant, namespace, body.session_id)
+        key = SessionKey(caller.key_id, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
         ids = turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages", warn=warn)
@@ -112,7 +112,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
     params = inputs.for_chat(_params(context, body, max_tokens, warn))
     inputs.check(tokens, params, compiles=False)
     return _Chat(
-        GenerationRequest([tokens], params, caller.tenant, namespace, context.priority(caller, body.priority)), turn
+        GenerationRequest([tokens], params, caller.key_id, namespace, context.priority(caller, body.priority)), turn
     )
 
 
@@ -277,4 +277,4 @@ class _ChatResponder:
             message: ChatMessage = template_message(msgspec.to_builtins(choice.message()), Roles(None))
             params = self._generation.request.params
             end = partial(self._context.sessions.end, turn, output, message, params)
-            await self._context.intake.finish(turn.key.tenant, end)
+            await self._context.preparer.finish(turn.key.key_id, end)

@@ -17,6 +17,7 @@ from radixgen.engine.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.echo import Echo
+from radixgen.serve.http.enforceable_schema import enforceable_format
 from radixgen.serve.http.fields import names_of, sent_as
 from radixgen.serve.http.generation import Generation, GenerationRequest
 from radixgen.serve.http.logprobs import completion_logprobs, end_of, join
@@ -28,7 +29,6 @@ from radixgen.serve.http.protocol import (
     CompletionResponse,
     Usage,
 )
-from radixgen.serve.http.schemas import enforceable_format
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
 from radixgen.serve.http.warnings import warner
 
@@ -44,13 +44,13 @@ def completion_routes(context: Context, gate: Gate) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         """Generate completions of prompts."""
-        ticket, body = await context.intake.receive(request, CompletionRequest, context.admission)
-        with ticket, sent_as(names_of(body)):
+        open_count, body = await context.preparer.receive(request, CompletionRequest, context.open_limit)
+        with open_count, sent_as(names_of(body)):
             context.check_model(body.model)
             prepare = partial(_prepare, context, request.state.caller, body, warner(request))
-            prepared, echoes = await context.intake.run(request, prepare)
-            grammar = await context.intake.compile(request, prepared.params)
-            generation = await Generation.start(context, prepared, ticket, grammar)
+            prepared, echoes = await context.preparer.run(request, prepare)
+            grammar = await context.preparer.compile(request, prepared.params)
+            generation = await Generation.start(context, prepared, open_count, grammar)
         responder = _CompletionResponder(context, body, generation, echoes)
         if body.stream:
             return EventStream(responder.events(), generation.aclose, send_timeout=context.send_timeout)
@@ -82,7 +82,7 @@ def _prepare(
         inputs.check(prompt, params, compiles=False)
     inputs.check_logprobs(prompts, params, echoes=params.n if body.echo else 1)
     namespace = context.namespace(caller, body.cache_salt)
-    request = GenerationRequest(prompts, params, caller.tenant, namespace, context.priority(caller, body.priority))
+    request = GenerationRequest(prompts, params, caller.key_id, namespace, context.priority(caller, body.priority))
     return request, [_echo(context, *pair) for pair in zip(given, prompts, strict=True)] if body.echo else []
 
 
@@ -167,7 +167,7 @@ class _CompletionResponder:
             if echo is not None and echo.logprobs is None:
                 if output.prompt_logprobs is not None:
                     read = partial(echo.read, output.prompt_logprobs, self._context.texts)
-                    await self._context.intake.finish(self._generation.request.tenant, read)
+                    await self._context.preparer.finish(self._generation.request.key_id, read)
                 elif not output.finished:
                     held.setdefault(prompt, []).append(output)
                     continue

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
-from radixgen.serve.http.admission import Admission, Quota
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.errors import HTTPError
-from radixgen.serve.http.intake import Intake
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import Metrics
+from radixgen.serve.http.open_limit import OpenLimit, Quota
+from radixgen.serve.http.request_preparer import RequestPreparer
 from radixgen.serve.http.sessions import Sessions
 from radixgen.serve.http.templates import TemplateRenderer
 
@@ -31,10 +31,10 @@ class Context:
     names: tuple[str, ...]
     created: int
     keys: Keys
-    admission: Admission
-    tokenizing: Admission
+    open_limit: OpenLimit
+    tokenizing: OpenLimit
     waiting: Quota
-    intake: Intake
+    preparer: RequestPreparer
     metrics: Metrics
     stats: LatestStats
     sessions: Sessions

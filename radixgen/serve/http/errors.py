@@ -118,7 +118,7 @@ class ErrorHandlers:
     """Converts exceptions of routes to responses."""
 
     def __init__(self, retry_after: Callable[[str], int]) -> None:
-        """retry_after: returns the `Retry-After` seconds for a tenant."""
+        """retry_after: returns the `Retry-After` seconds for a `Caller.key_id`."""
         self._retry_after = retry_after
 
     async def handle(self, request: Request, error: Exception) -> Response:
@@ -131,7 +131,7 @@ class ErrorHandlers:
         status, headers = status_of(error), dict(getattr(error, "headers", None) or {})
         if status == 429:
             caller = getattr(request.state, "caller", None)
-            headers.setdefault("retry-after", str(self._retry_after("" if caller is None else caller.tenant)))
+            headers.setdefault("retry-after", str(self._retry_after("" if caller is None else caller.key_id)))
         if status == 500 and not isinstance(error, HTTPError):
             request_id = getattr(request.state, "request_id", "?")
             logger.error("request %s failed", request_id, exc_info=error)

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, Grammar, GrammarFailed, RequestOutput, SamplingParams
-from radixgen.serve.http.admission import AdmissionTicket
 from radixgen.serve.http.backend import RequestStream
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import HTTPError, generation_failed
 from radixgen.serve.http.metrics import Meter
+from radixgen.serve.http.open_limit import OpenCount
 from radixgen.serve.http.protocol import PromptTokensDetails, Usage
 
 _LEAST_SECONDS = 1e-3
@@ -28,7 +28,7 @@ class GenerationRequest:
 
     prompts: list[TokenArray]
     params: SamplingParams
-    tenant: str
+    key_id: str
     namespace: str
     priority: int
 
@@ -38,15 +38,17 @@ class Generation:
 
     @classmethod
     async def start(
-        cls, context: Context, request: GenerationRequest, ticket: AdmissionTicket, grammar: Grammar | None
+        cls, context: Context, request: GenerationRequest, open_count: OpenCount, grammar: Grammar | None
     ) -> "Generation":
         """Queue all prompts, or none. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`.
 
-        ticket: kept until the generation is closed.
+        open_count: kept until the generation is closed.
         grammar: compiled grammar of the request, referenced until the engine has taken it.
         """
-        ticket.keep(len(request.prompts) * request.params.n)
-        timeout = None if context.request_timeout is None else max(context.request_timeout - ticket.age, _LEAST_SECONDS)
+        open_count.keep(len(request.prompts) * request.params.n)
+        timeout = context.request_timeout
+        if timeout is not None:
+            timeout = max(timeout - open_count.age, _LEAST_SECONDS)
         open_one = partial(
             context.engine.open,
             params=request.params,
@@ -55,25 +57,25 @@ class Generation:
             timeout=timeout,
         )
         tokens = sum(prompt.size for prompt in request.prompts)
-        context.waiting.take(tokens, request.tenant)
+        context.waiting.take(tokens, request.key_id)
         try:
             opened = await _all_or_none([open_one(prompt) for prompt in request.prompts])
         except BaseException:
-            context.waiting.leave(tokens, request.tenant)
+            context.waiting.leave(tokens, request.key_id)
             raise
-        return cls(context, request, opened, ticket)
+        return cls(context, request, opened, open_count)
 
     def __init__(
-        self, context: Context, request: GenerationRequest, opened: Sequence[RequestStream], ticket: AdmissionTicket
+        self, context: Context, request: GenerationRequest, opened: Sequence[RequestStream], open_count: OpenCount
     ) -> None:
-        meters = [Meter(context.metrics, ticket.begin) for _ in opened]
+        meters = [Meter(context.metrics, open_count.begin) for _ in opened]
         self.request = request
         self._waiting = context.waiting
         self._silent = set(range(len(opened)))
         """Prompts without an output so far"""
         self.cached_tokens = [0] * len(opened)
         self._opened = opened
-        self._ticket = ticket
+        self._open_count = open_count
         self._meters = meters
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -101,7 +103,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort requests that have not finished. May be called twice."""
-        self._ticket.leave()
+        self._open_count.leave()
         for prompt in [*self._silent]:
             self._mark_started(prompt)
         for stream in self._opened:
@@ -111,7 +113,7 @@ class Generation:
         """Stop counting a prompt's tokens as waiting."""
         if prompt in self._silent:
             self._silent.discard(prompt)
-            self._waiting.leave(self.request.prompts[prompt].size, self.request.tenant)
+            self._waiting.leave(self.request.prompts[prompt].size, self.request.key_id)
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,7 +139,7 @@ async def _all_or_none(opening: Sequence[Coroutine[Any, Any, RequestStream]]) ->
 
 
 async def merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
-    """Yield `(index of the stream, output)` of all streams as they come. For slow readers the engine merges deltas."""
+    """Yield `(index of the stream, output)` of all streams as outputs arrive. Deltas merge while the reader is slow."""
     if len(streams) == 1:
         async for output in streams[0]:
             yield 0, output

@@ -21,13 +21,13 @@ class Health:
         self,
         engine: EngineBackend,
         stall_seconds: float,
-        intake_stalled: Callable[[float], bool],
+        preparer_stalled: Callable[[float], bool],
         *,
         warm_up: bool = False,
     ) -> None:
         """
         stall_seconds: seconds without progress, in spite of work, until the engine counts as stalled.
-        intake_stalled: `Intake.stalled`.
+        preparer_stalled: `RequestPreparer.stalled`.
         warm_up: whether the engine runs every kind of step before it is ready.
         """
         self.warm = False
@@ -37,7 +37,7 @@ class Health:
         self.draining = False
         self._engine = engine
         self._stall_seconds = stall_seconds
-        self._intake_stalled = intake_stalled
+        self._preparer_stalled = preparer_stalled
         self._steps = -1
         self._moved = 0.0
 
@@ -57,7 +57,7 @@ class Health:
         if self._engine.closed:
             return "the engine is closed"
         self.look()
-        if self._intake_stalled(self._stall_seconds):
+        if self._preparer_stalled(self._stall_seconds):
             return "requests wait for threads that make no progress"
         return "the engine has work but makes no progress" if self.stalled else None
 

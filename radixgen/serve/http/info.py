@@ -72,20 +72,21 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
     @router.post("/tokenize", dependencies=[gate.caller], openapi_extra=described(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Convert text or a chat to token ids."""
-        ticket, body = await context.intake.receive(request, TokenizeRequest, context.tokenizing)
-        with ticket:
+        open_count, body = await context.preparer.receive(request, TokenizeRequest, context.tokenizing)
+        with open_count:
             context.check_model(body.model)
-            return json_response(await context.intake.run(request, partial(_tokenize, context, body, warner(request))))
+            work = partial(_tokenize, context, body, warner(request))
+            return json_response(await context.preparer.run(request, work))
 
     @router.post(
         "/detokenize", dependencies=[gate.caller], openapi_extra=described(DetokenizeRequest, DetokenizeResponse)
     )
     async def detokenize(request: Request) -> Response:
         """Convert token ids to text, including special tokens."""
-        ticket, body = await context.intake.receive(request, DetokenizeRequest, context.tokenizing)
-        with ticket:
+        open_count, body = await context.preparer.receive(request, DetokenizeRequest, context.tokenizing)
+        with open_count:
             context.check_model(body.model)
-            return json_response(await context.intake.run(request, partial(_detokenize, context, body)))
+            return json_response(await context.preparer.run(request, partial(_detokenize, context, body)))
 
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
@@ -131,8 +132,8 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
         "max_model_len": inputs.max_model_len,
         "vocab_size": inputs.vocab_size,
         "kv_tokens": inputs.kv_tokens,
-        "max_open": context.admission.max_open,
-        "open": context.admission.open,
+        "max_open": context.open_limit.max_open,
+        "open": context.open_limit.open,
         "sessions": len(context.sessions),
         "session_bytes": context.sessions.num_bytes,
         "limits": asdict(inputs.limits),

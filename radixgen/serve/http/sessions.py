@@ -16,9 +16,9 @@ _KEEP_SECONDS = 3600.0
 
 
 class SessionKey(NamedTuple):
-    """Identity of a session: tenant, namespace, and the id that the caller chose."""
+    """Identity of a session: API key, namespace, and the id that the caller chose."""
 
-    tenant: str
+    key_id: str
     namespace: str
     session_id: str
 
@@ -60,8 +60,8 @@ class SessionTurn:
 class Sessions:
     """LRU cache of sessions, bounded by `Limits.max_sessions` and `max_session_bytes`. Thread-safe.
 
-    If it is full, the tenant with the most loses its least recently used session. Sessions expire after an hour without
-    use. Turns work on copies: of two concurrent turns of a session, the one that ends last is kept.
+    If it is full, the API key with the most sessions loses its least recently used one. Sessions expire after an hour
+    without use. Turns work on copies: of two concurrent turns of a session, the one that ends last is kept.
     """
 
     def __init__(self, limits: Limits, eos_token_ids: frozenset[int]) -> None:
@@ -138,12 +138,12 @@ class Sessions:
             self._forget_oldest(lambda session: session.num_bytes)
 
     def _forget_oldest(self, weigh: Callable[[_SessionState], int]) -> None:
-        """Remove the oldest session of the tenant with the most."""
+        """Remove the oldest session of the API key with the most."""
         weights: Counter[str] = Counter()
         for key, session in self._sessions.items():
-            weights[key.tenant] += weigh(session)
+            weights[key.key_id] += weigh(session)
         ((largest, _),) = weights.most_common(1)
-        del self._sessions[next(key for key in self._sessions if key.tenant == largest)]
+        del self._sessions[next(key for key in self._sessions if key.key_id == largest)]
 
 
 def _same_template(first: ChatTemplate, second: ChatTemplate) -> bool:

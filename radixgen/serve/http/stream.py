@@ -1,4 +1,4 @@
-"""Responses to clients that may be slow or disconnect: server-sent events, and cancellation of work."""
+"""Server-sent events for slow clients, and cancellation of work when a client disconnects."""
 
 import asyncio
 import logging

@@ -1,7 +1,7 @@
 """Parsers of tool calls in generated text.
 
 Models write Hermes's format, `<tool_call>{"name": …, "arguments": …}</tool_call>`, or follow a grammar.
-Arguments are streamed as they come. Calls of unknown functions are not tool calls.
+Arguments are streamed as they arrive. Calls of unknown functions are not tool calls.
 """
 
 import json
@@ -203,7 +203,7 @@ class RequiredCallParser:
 
 
 class NamedCallParser:
-    """Parser of text that is the arguments of a named function."""
+    """Parser for a forced call: the whole text is the function's JSON arguments."""
 
     calls = False
 

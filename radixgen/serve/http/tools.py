@@ -9,8 +9,8 @@ import msgspec
 from radixgen.core import InvalidRequest, Limits, SamplingParams
 from radixgen.core.grammar import format_source
 from radixgen.serve.http.call_grammar import answer_or_calls_grammar, call_grammar, parameters_of
+from radixgen.serve.http.enforceable_schema import enforceable
 from radixgen.serve.http.protocol import ChatRequest, FunctionDefinition, NamedTool, Tool
-from radixgen.serve.http.schemas import enforceable
 from radixgen.serve.http.tool_parsers import (
     HermesParser,
     NamedCallParser,

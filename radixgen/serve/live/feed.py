@@ -60,7 +60,7 @@ class Feed:
         return self._viewers
 
     @contextmanager
-    def seat(self) -> Iterator[AsyncGenerator[bytes, None]]:
+    def viewer(self) -> Iterator[AsyncGenerator[bytes, None]]:
         """Add a viewer; yields a whole frame, then differences, until the feed or the engine is closed.
 
         Raises `LimitReached` if there are too many viewers.

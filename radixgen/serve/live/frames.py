@@ -94,7 +94,7 @@ class Table:
         return list(map(Row._make, self.values.tolist()))
 
     def known(self, ids: Sequence[int]) -> list[int]:
-        """Numbers of known tokens of some nodes."""
+        """Return the number of known tokens of each of the nodes `ids`."""
         known: list[int] = self.values[np.searchsorted(self.ids, ids), Row._fields.index("known")].tolist()
         return known
 

@@ -1,7 +1,7 @@
 """Routes of the live page: `/tree`, its files, and its data.
 
 The page and its files are public. `/tree/events` and `/tree/node/{node_id}` reveal the text of requests and should be
-protected by `guard`. If they are denied, the page asks for an API key and sends it as a bearer token.
+protected by `data_access`. If they are denied, the page asks for an API key and sends it as a bearer token.
 """
 
 import asyncio
@@ -46,33 +46,33 @@ def tree_routes(
     *,
     feed: Feed | None = None,
     limits: Limits | None = None,
-    door: Sequence[Any] = (),
-    guard: Sequence[Any] = (),
+    page_access: Sequence[Any] = (),
+    data_access: Sequence[Any] = (),
 ) -> APIRouter:
     """Create the routes of the live page of `engine`.
 
     feed: feed that the caller closes before the server drains; default: a new one.
-    door: dependencies (`Depends(…)`) of the page and its files.
-    guard: dependencies of the routes that reveal the text of requests.
+    page_access: dependencies (`Depends(…)`) of the page and its files.
+    data_access: dependencies of the routes that reveal the text of requests.
     """
     router = APIRouter(include_in_schema=False)
     served = feed or Feed(engine, limits)
     static = _static_files()
 
-    @router.get("/tree", dependencies=list(door))
+    @router.get("/tree", dependencies=list(page_access))
     async def page() -> Response:
         return static[_PAGE].response()
 
-    @router.get("/tree/static/{name}", dependencies=list(door))
+    @router.get("/tree/static/{name}", dependencies=list(page_access))
     async def static_file(name: str) -> Response:
         file = static.get(name)
         return file.response() if file else _missing("name", name[:80], "is not a file of the live page")
 
-    @router.get("/tree/events", dependencies=list(guard))
+    @router.get("/tree/events", dependencies=list(data_access))
     async def events() -> Response:
         return FrameStream(served)
 
-    @router.get("/tree/node/{node_id}", dependencies=list(guard))
+    @router.get("/tree/node/{node_id}", dependencies=list(data_access))
     async def node(node_id: Annotated[int, Path(ge=0, lt=1 << 53)]) -> Response:
         details = await asyncio.wrap_future(engine.inspect(partial(_node_details, node_id=node_id)))
         if details is None:
@@ -100,7 +100,7 @@ class FrameStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._feed.seat() as frames, suppress(ClientGone):
+            with self._feed.viewer() as frames, suppress(ClientGone):
                 await while_connected(receive, self._send(frames, send))
         except LimitReached as error:
             await _refusal(error)(scope, receive, send)

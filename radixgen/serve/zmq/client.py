@@ -150,7 +150,7 @@ class Client(BaseClient):
 
 
 class Stream(Iterator[RequestOutput]):
-    """Outputs of one request, as they come. Closed when it is garbage-collected."""
+    """Outputs of one request, as they arrive. Closed when it is garbage-collected."""
 
     def __init__(self, front: FrontEnd, request: ClientRequest) -> None:
         self.inbox = ThreadInbox()
@@ -282,7 +282,7 @@ class AsyncClient(BaseClient):
 
 
 class AsyncStream(AsyncIterator[RequestOutput]):
-    """Outputs of one request, as they come. Raises `EngineDead` if the worker dies.
+    """Outputs of one request, as they arrive. Raises `EngineDead` if the worker dies.
 
     Close it with `aclose`, which aborts a request that has not finished; so does garbage collection.
     """

@@ -54,7 +54,7 @@ class Curve:
     own: Path
     peers: Path
 
-    def dial(self, socket: "zmq.Socket[bytes]") -> None:
+    def connect(self, socket: "zmq.Socket[bytes]") -> None:
         """Set the keys of a socket that connects. Raises `InvalidRequest`."""
         socket.curve_publickey, socket.curve_secretkey = self.keys()
         try:

@@ -16,7 +16,7 @@ from radixgen.serve.zmq.sentinel import Sentinel
 from radixgen.serve.zmq.worker import Worker, check_worker, run_until_signalled
 
 
-def serve(
+def run_worker(
     load: Callable[[], Engine],
     handshakes: Sequence[str],
     *,

@@ -67,7 +67,7 @@ class Link:
                 context, kind, limits, identity=identity, payloads=payloads, heartbeat=heartbeat, once=True
             )
             if curve is not None and address.startswith("tcp:"):
-                curve.dial(socket)
+                curve.connect(socket)
             sockets.append(MonitoredSocket(socket))
             socket.connect(address)
         self.input, self.output = sockets

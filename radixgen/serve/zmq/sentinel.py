@@ -70,7 +70,7 @@ def tell_end(addresses: Sequence[str], curve: Curve | None = None) -> None:
         for address in addresses:
             socket = open_socket(context, zmq.PUSH, Limits())
             if curve is not None and address.startswith("tcp:"):
-                curve.dial(socket)
+                curve.connect(socket)
             socket.connect(address)
             socket.send(wire.DEAD)
             socket.close(_LINGER_MS)

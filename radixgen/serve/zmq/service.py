@@ -45,7 +45,7 @@ class Peer:
 
     name: str
     counters: PeerCounters = field(default_factory=PeerCounters)
-    tickets: dict[str, "Ticket"] = field(default_factory=dict)
+    requests: dict[str, "LiveRequest"] = field(default_factory=dict)
     """Its live requests by its own ids"""
     pins: set[int] = field(default_factory=set)
     gone: bool = False
@@ -55,8 +55,8 @@ class Peer:
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
-    """A live request: whose it is, and by which name. The engine knows it by `id`, which is ours."""
+class LiveRequest:
+    """A live request of a peer, which calls it `name`; the engine calls it `id`."""
 
     peer: Peer
     name: str
@@ -98,7 +98,7 @@ class Service:
         """While it drains, new requests are turned away."""
         self._salt_key = salt_key
         self._compile = compile_grammar
-        self._tickets: dict[str, Ticket] = {}
+        self._requests: dict[str, LiveRequest] = {}
         self._scorings: dict[str, _Scoring] = {}
         self._messages: deque[tuple[Peer, Message]] = deque()
         self._serial = 0
@@ -110,7 +110,7 @@ class Service:
     def add(self, peer: Peer, request: wire.Add) -> None:
         """Queue a request. Where it can't be served, it ends at once with `error` and the reason."""
         name = request.request_id
-        if name in peer.tickets:
+        if name in peer.requests:
             if not peer.counters.duplicates:
                 logger.warning(
                     "%s: dropped a request under the id of a live one, and will not mention others", peer.name
@@ -139,33 +139,33 @@ class Service:
         tokens = engine.tokenize(_as_array(request.prompt_token_ids, self.max_len))
         params = wire_params.to_params(sampling, self.max_len - tokens.size, limits)
         namespace = self.namespace(request.cache_salt, peer.salt_key)
-        ticket = Ticket(peer, request.request_id, self._new_id(), params, sampling.eos_token_id)
+        live = LiveRequest(peer, request.request_id, self._new_id(), params, sampling.eos_token_id)
 
         def submit() -> None:
             # The wire's lower priorities go first, the engine's higher ones do.
             engine.submit(
                 tokens,
                 params,
-                request_id=ticket.id,
+                request_id=live.id,
                 priority=-request.priority,
                 namespace=namespace,
                 output_kind="delta",
             )
 
         if params.structured and self._compile is not None:
-            compiled = partial(self._compiled, ticket, submit)
-            ticket.drop_grammar = self._compile(peer, namespace, params, compiled)
-            self._open(ticket)
+            compiled = partial(self._compiled, live, submit)
+            live.drop_grammar = self._compile(peer, namespace, params, compiled)
+            self._open(live)
         else:
             submit()
-            self._open(ticket)
+            self._open(live)
         if request.abort_immediately:
             self.abort(peer, [request.request_id])
 
-    def _compiled(self, ticket: Ticket, submit: Callable[[], None], error: Exception | None) -> None:
+    def _compiled(self, live: LiveRequest, submit: Callable[[], None], error: Exception | None) -> None:
         """Submit a request whose grammar was compiled, or end it with the error."""
-        ticket.drop_grammar = None
-        if ticket.id not in self._tickets:
+        live.drop_grammar = None
+        if live.id not in self._requests:
             return
         try:
             if error is not None:
@@ -174,7 +174,7 @@ class Service:
         except AssertionError:
             raise
         except Exception as fault:
-            self._end(ticket, "error", _format_error(fault))
+            self._end(live, "error", _format_error(fault))
 
     def refuse(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request that never began."""
@@ -183,49 +183,49 @@ class Service:
 
     def refuse_unread(self, peer: Peer, name: str, error: Exception) -> None:
         """End a request of which only the name could be read; not where that is a live one's."""
-        if name not in peer.tickets:
+        if name not in peer.requests:
             peer.counters.unread += 1
             self._send(peer, _refusal(name, error))
 
     def fork(self, peer: Peer, name: str, names: list[str]) -> None:
         """As `Engine.fork`; the forks' names are the peer's. Raises what that raises, and `InvalidRequest`."""
-        ticket = peer.tickets.get(name)
-        if ticket is None:
+        live = peer.requests.get(name)
+        if live is None:
             raise UnknownRequest("request_id", name, "names no live request")
         check_integer("len(names)", len(names), 1, self.engine.limits.max_n)
-        taken = set(peer.tickets)
+        taken = set(peer.requests)
         for fork_name in names:
             self.engine.inputs.check_name("names", fork_name)
             if fork_name in taken:
                 raise InvalidRequest("names", fork_name, "is taken")
             taken.add(fork_name)
-        for fork_name, fork_id in zip(names, self.engine.fork(ticket.id, len(names)), strict=True):
+        for fork_name, fork_id in zip(names, self.engine.fork(live.id, len(names)), strict=True):
             peer.counters.forks += 1
-            self._open(Ticket(peer, fork_name, fork_id, ticket.params, ticket.eos_token_id))
+            self._open(LiveRequest(peer, fork_name, fork_id, live.params, live.eos_token_id))
 
     def abort(self, peer: Peer, names: Iterable[str], stop_reason: str | None = None) -> None:
         """Abort those of these requests that are live."""
         for name in names:
-            ticket = peer.tickets.get(name)
-            if ticket is not None:
-                self._abort(ticket, stop_reason)
+            live = peer.requests.get(name)
+            if live is not None:
+                self._abort(live, stop_reason)
 
     def abort_overflowed(self, peer: Peer, stop_reason: str) -> None:
         """Abort all requests of a front end that does not read."""
-        peer.counters.overflow_aborted += len(peer.tickets)
-        self.abort(peer, list(peer.tickets), stop_reason)
+        peer.counters.overflow_aborted += len(peer.requests)
+        self.abort(peer, list(peer.requests), stop_reason)
 
     def abort_all(self, stop_reason: str) -> None:
         """End every request with `abort`, and every call that is not answered yet."""
-        for ticket in list(self._tickets.values()):
-            self._abort(ticket, stop_reason)
+        for live in list(self._requests.values()):
+            self._abort(live, stop_reason)
         for scoring in dict.fromkeys(self._scorings.values()):
             self._give_up(scoring, stop_reason)
 
     def leave(self, peer: Peer) -> None:
         """A front end is gone: abort its requests, release its pins, send it nothing more."""
         peer.gone = True
-        self.abort(peer, list(peer.tickets))
+        self.abort(peer, list(peer.requests))
         for pin in peer.pins:
             self.engine.unpin(pin)
         peer.pins.clear()
@@ -235,8 +235,8 @@ class Service:
 
     def fail(self, reason: str) -> None:
         """The engine failed as a whole: end every open request and call."""
-        for ticket in list(self._tickets.values()):
-            self._end(ticket, "error", reason)
+        for live in list(self._requests.values()):
+            self._end(live, "error", reason)
         for scoring in dict.fromkeys(self._scorings.values()):
             self._send(scoring.peer, wire.Reply(scoring.call_id, reason))
         self._scorings.clear()
@@ -291,7 +291,7 @@ class Service:
 
     @property
     def num_live(self) -> int:
-        return len(self._tickets)
+        return len(self._requests)
 
     @property
     def max_len(self) -> int:
@@ -301,9 +301,9 @@ class Service:
     def report(self, outputs: Iterable[RequestOutput]) -> None:
         """Queue messages about the outputs of a step."""
         for output in outputs:
-            ticket = self._tickets.get(output.request_id)
-            if ticket is not None:
-                self._report(ticket, output)
+            live = self._requests.get(output.request_id)
+            if live is not None:
+                self._report(live, output)
             elif output.request_id in self._scorings and output.finished:
                 self._scored(output)
 
@@ -339,8 +339,9 @@ class Service:
         )
 
     def namespace(self, salt: str | None, key: bytes = b"") -> str:
-        """Where requests with this cache salt share: a hash by `key`, or by the service's own, so that nobody outside
-        can name one. Without a salt, with all that have none. Raises `InvalidRequest`.
+        """Return the namespace of a cache salt: its HMAC under `key`, or the service's own key.
+
+        So it cannot be guessed. Requests without a salt share ''. Raises `InvalidRequest`.
         """
         if not salt:
             return ""
@@ -351,70 +352,70 @@ class Service:
         return salted_namespace(salt, key or self._salt_key)
 
     def check(self) -> None:
-        """Assert the engine's invariants, and that tickets and peers agree."""
+        """Assert the engine's invariants, and that each request is its peer's."""
         self.engine.check()
-        for ticket in self._tickets.values():
-            assert ticket.peer.tickets[ticket.name] is ticket
+        for live in self._requests.values():
+            assert live.peer.requests[live.name] is live
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _open(self, ticket: Ticket) -> None:
-        self._tickets[ticket.id] = ticket
-        ticket.peer.tickets[ticket.name] = ticket
-        ticket.peer.counters.accepted += 1
+    def _open(self, live: LiveRequest) -> None:
+        self._requests[live.id] = live
+        live.peer.requests[live.name] = live
+        live.peer.counters.accepted += 1
 
-    def _abort(self, ticket: Ticket, stop_reason: str | None) -> None:
+    def _abort(self, live: LiveRequest, stop_reason: str | None) -> None:
         try:
-            self.engine.cancel(ticket.id)
+            self.engine.cancel(live.id)
         except UnknownRequest:
-            if not self.engine.knows(ticket.id):  # its grammar is still being compiled
-                self._end(ticket, "abort", stop_reason)
+            if not self.engine.knows(live.id):  # its grammar is still being compiled
+                self._end(live, "abort", stop_reason)
         else:
-            ticket.stop_reason = stop_reason
+            live.stop_reason = stop_reason
 
     def _cancel(self, scoring_id: str) -> None:
         del self._scorings[scoring_id]
         with suppress(UnknownRequest):  # it has ended, and its output is on its way
             self.engine.cancel(scoring_id)
 
-    def _end(self, ticket: Ticket, reason: str, stop_reason: str | None) -> None:
+    def _end(self, live: LiveRequest, reason: str, stop_reason: str | None) -> None:
         """End a request that the engine does not have."""
         finish = _FINISH[reason]
-        self._close(ticket, reason)
-        self._send(ticket.peer, wire.Output(ticket.name, [], finish_reason=finish, stop_reason=stop_reason))
+        self._close(live, reason)
+        self._send(live.peer, wire.Output(live.name, [], finish_reason=finish, stop_reason=stop_reason))
 
-    def _close(self, ticket: Ticket, reason: str) -> None:
-        if ticket.drop_grammar is not None:
-            ticket.drop_grammar()
-        del self._tickets[ticket.id]
-        del ticket.peer.tickets[ticket.name]
-        finished = ticket.peer.counters.finished
+    def _close(self, live: LiveRequest, reason: str) -> None:
+        if live.drop_grammar is not None:
+            live.drop_grammar()
+        del self._requests[live.id]
+        del live.peer.requests[live.name]
+        finished = live.peer.counters.finished
         finished[reason] = finished.get(reason, 0) + 1
 
-    def _report(self, ticket: Ticket, output: RequestOutput) -> None:
+    def _report(self, live: LiveRequest, output: RequestOutput) -> None:
         """Queue a message about what is new of a request."""
         (new,) = output.outputs
-        if new.finish_reason == "stop" and new.stop_reason is None and ticket.eos_token_id is not None:
-            _add_end(new, ticket.eos_token_id)
-        message = wire.Output(ticket.name, new.token_ids)
+        if new.finish_reason == "stop" and new.stop_reason is None and live.eos_token_id is not None:
+            _add_end(new, live.eos_token_id)
+        message = wire.Output(live.name, new.token_ids)
         if new.logprobs:
-            message.new_logprobs = wire.pack_logprobs(new.logprobs, ticket.params.logprobs or 0)
+            message.new_logprobs = wire.pack_logprobs(new.logprobs, live.params.logprobs or 0)
         if output.prompt_logprobs is not None:
             positions = [logprobs for logprobs in output.prompt_logprobs if logprobs is not None]
-            message.new_prompt_logprobs = wire.pack_logprobs(positions, ticket.params.prompt_logprobs or 0)
-        if not ticket.started:
-            ticket.started = True
+            message.new_prompt_logprobs = wire.pack_logprobs(positions, live.params.prompt_logprobs or 0)
+        if not live.started:
+            live.started = True
             self._started += 1
             prompt, cached = output.num_prompt_tokens, output.num_cached_tokens
             message.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
         if output.finished:
             assert new.finish_reason is not None
             message.finish_reason = _FINISH[new.finish_reason]
-            message.stop_reason = ticket.stop_reason if new.finish_reason == "abort" else new.stop_reason
-            if new.finish_reason == "stop" and new.stop_reason == ticket.eos_token_id:
+            message.stop_reason = live.stop_reason if new.finish_reason == "abort" else new.stop_reason
+            if new.finish_reason == "stop" and new.stop_reason == live.eos_token_id:
                 message.stop_reason = None
-            self._close(ticket, new.finish_reason)
-        self._send(ticket.peer, message)
+            self._close(live, new.finish_reason)
+        self._send(live.peer, message)
 
     def _scored(self, output: RequestOutput) -> None:
         """Take the score of one continuation; the reply follows the last."""

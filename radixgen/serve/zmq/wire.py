@@ -322,7 +322,7 @@ def request_id_of(payload: bytes) -> str | None:
 
 
 def pack_logprobs(positions: Sequence[Mapping[int, float]], k: int) -> Logprobs:
-    """Convert log-probabilities of positions, each with its own token first, to arrays of `k + 1` columns."""
+    """Convert one dict of log-probabilities per position, its own token first, to arrays with `k + 1` columns."""
     token_ids = np.zeros((len(positions), k + 1), np.int64)
     logprobs = np.full((len(positions), k + 1), -np.inf, np.float32)
     ranks = np.empty(len(positions), np.int64)

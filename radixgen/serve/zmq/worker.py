@@ -1,4 +1,4 @@
-"""A worker: one engine, driven by front ends that speak vLLM's EngineCore wire. It dials, they bind."""
+"""A worker: one engine, driven by front ends that speak vLLM's EngineCore wire. Workers connect, front ends bind."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ from radixgen.serve.zmq.kv_events import KVEvents
 from radixgen.serve.zmq.link import OVERFLOW, Link
 from radixgen.serve.zmq.sentinel import Sentinel
 from radixgen.serve.zmq.service import Message, Peer
-from radixgen.serve.zmq.stepper import Stepper
+from radixgen.serve.zmq.worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ _BURST = 256
 """Messages read of one front end before others get their turn."""
 _MAX_PROCESSES = 64
 """Of one front end"""
-_REDIAL_SECONDS = 0.2
+_RECONNECT_SECONDS = 0.2
 
 
 class Worker:
     """Serves an engine, which it owns, to the front ends at some handshake addresses.
 
     Two threads: the one that calls `run` does all I/O, another one steps. A front end that goes away has its requests
-    aborted, and is dialled again for as long as the worker runs.
+    aborted; the worker keeps trying to reconnect to it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Worker:
         handshakes: one address for each front end, ipc in a folder of this user's alone, or TCP on loopback; other TCP
             takes `curve`, or `insecure_tcp`.
         engine_index: index of this worker, unique per front end; its name on the wire.
-        drain_timeout: seconds after `drain` in which requests may still end.
+        drain_timeout: seconds that open requests have after `drain`.
         stall_timeout: seconds without a finished step, where there is work, after which the worker is unhealthy.
         sentinel: notifies front ends if this process dies.
         kv_events: the publisher of the engine's cache events, whose address front ends get.
@@ -92,15 +92,15 @@ class Worker:
         self._stalled = False
         self._aborting = False
         self._links: dict[Peer, Link] = {}
-        self._stepper = Stepper(engine, secrets.token_bytes(32), self.wake)
-        self.greeting = self._stepper.service.ready()
+        self._thread = WorkerThread(engine, secrets.token_bytes(32), self.wake)
+        self.greeting = self._thread.service.ready()
         if kv_events is not None:
             self.greeting.kv_events_config = Raw(wire.encode(kv_events.bound_config))
         self._sessions = [_Session(self, address) for address in handshakes]
 
     # -- from any thread ----------------------------------------------------------------------------------
 
-    def dial(self, address: str) -> None:
+    def connect(self, address: str) -> None:
         """Serve one more front end. Raises `InvalidRequest`, `InsecureEndpoint`."""
         check_endpoint(address, curve=self.curve, insecure_tcp=self.insecure_tcp)
         self._sessions.append(_Session(self, address))
@@ -125,7 +125,7 @@ class Worker:
     @property
     def healthy(self) -> bool:
         """False once the engine failed, and while it has work and has finished no step for too long."""
-        return self._stepper.failure is None and not self._stepper.stalled(self._timeouts[1])
+        return self._thread.failure is None and not self._thread.stalled(self._timeouts[1])
 
     # -- in the thread that polls -------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class Worker:
         with ExitStack() as stack:
             stack.callback(self._close_wake)
             stack.callback(self.context.destroy, 0)
-            self._stepper.thread.start()
+            self._thread.engine_thread.start()
             stack.callback(self._stop)
             return self._serve()
 
@@ -148,7 +148,7 @@ class Worker:
         """Its front end is gone."""
         del self._links[link.peer]
         self._inform_sentinel()
-        self._stepper.post(partial(self._stepper.service.leave, link.peer))
+        self._thread.post(partial(self._thread.service.leave, link.peer))
         link.close()
 
     def counters_of(self, name: str) -> PeerCounters:
@@ -157,7 +157,7 @@ class Worker:
     def _serve(self) -> bool:
         drain_timeout, _ = self._timeouts
         deadline: float | None = None
-        while self._stepper.failure is None:
+        while self._thread.failure is None:
             self._poll()
             now = time.monotonic()
             for session in self._sessions:
@@ -169,7 +169,7 @@ class Worker:
             if self._signals and deadline is None:
                 logger.info("draining for %g seconds at the most", drain_timeout)
                 deadline = now + drain_timeout
-                self._stepper.post(self._begin_drain)
+                self._thread.post(self._begin_drain)
             elif deadline is not None and self._drained(now, deadline):
                 return self._end()
         self._deliver()
@@ -202,7 +202,7 @@ class Worker:
 
     def _may_read(self) -> bool:
         """Whether the engine keeps up with its jobs."""
-        jobs, size = self._stepper.backlog
+        jobs, size = self._thread.backlog
         return jobs < self.limits.max_backlog and size < self.limits.max_backlog_bytes
 
     def _read(self, link: Link) -> None:
@@ -231,12 +231,12 @@ class Worker:
             counters.malformed += 1
             name = wire.request_id_of(payload) if kind == wire.ADD else None
             if name is not None:
-                refuse = partial(self._stepper.service.refuse_unread, link.peer, name, error)
-                self._stepper.post(refuse, len(name))
+                refuse = partial(self._thread.service.refuse_unread, link.peer, name, error)
+                self._thread.post(refuse, len(name))
 
     def _dispatch(self, link: Link, kind: bytes, payload: bytes) -> None:
         """Post a message of a front end to the engine. Raises `Malformed`."""
-        peer, service, post = link.peer, self._stepper.service, self._stepper.post
+        peer, service, post = link.peer, self._thread.service, self._thread.post
         if kind == wire.ADD:
             request = wire.decode(payload, wire.Add)
             peer.counters.adds += 1
@@ -260,8 +260,8 @@ class Worker:
 
     def _deliver(self) -> None:
         """Send the engine's messages."""
-        new = self._stepper.take()
-        load, self._stepper.load = self._stepper.load, None
+        new = self._thread.take()
+        load, self._thread.load = self._thread.load, None
         messages: dict[Peer, list[Message]] = {}
         for peer, message in new:
             messages.setdefault(peer, []).append(message)
@@ -271,7 +271,7 @@ class Worker:
 
     def _send(self, link: Link, messages: list[Message], load: wire.Load | None = None) -> None:
         if not link.tell(messages, load):
-            self._stepper.post(partial(self._stepper.service.abort_overflowed, link.peer, OVERFLOW))
+            self._thread.post(partial(self._thread.service.abort_overflowed, link.peer, OVERFLOW))
 
     def _note(self, link: Link, field: str, what: str) -> None:
         """Log the first of its kind of a front end; the rest are counted."""
@@ -279,7 +279,7 @@ class Worker:
             logger.warning("%s: dropped %s, and will not mention others: %s", link.peer.name, field, what)
 
     def _check_health(self) -> None:
-        stalled = self._stepper.stalled(self._timeouts[1])
+        stalled = self._thread.stalled(self._timeouts[1])
         if stalled and not self._stalled:
             self.counters.stalls += 1
             logger.critical("unhealthy: there is work, and nothing was done for %g seconds", self._timeouts[1])
@@ -294,23 +294,23 @@ class Worker:
     # -- the end ------------------------------------------------------------------------------------------
 
     def _begin_drain(self) -> None:
-        self._stepper.service.draining = True
+        self._thread.service.draining = True
 
     def _drained(self, now: float, deadline: float) -> bool:
         """Whether everything was sent, or must be given up."""
-        if self._stepper.quiet:
+        if self._thread.quiet:
             self._deliver()
             return not any(link.waiting for link in self._links.values()) or now > deadline + LINGER_SECONDS
         if now > deadline and not self._aborting:
             self._aborting = True
-            self._stepper.post(partial(self._stepper.service.abort_all, "the worker stops"))
+            self._thread.post(partial(self._thread.service.abort_all, "the worker stops"))
         return now > deadline + LINGER_SECONDS
 
     def _end(self) -> bool:
         """Tell front ends that the engine has ended. Whether the end of every request was sent."""
         for link in self._links.values():
             link.farewell()
-        return self._stepper.quiet and not any(link.waiting for link in self._links.values())
+        return self._thread.quiet and not any(link.waiting for link in self._links.values())
 
     def _close_wake(self) -> None:
         wake_fd, self._wake_fd = self._wake_fd, -1
@@ -322,8 +322,8 @@ class Worker:
         self._links.clear()
         for session in self._sessions:
             session.close()
-        self._stepper.thread.stop()
-        if self._signals < 2 and not self._stepper.thread.join(LINGER_SECONDS):
+        self._thread.engine_thread.stop()
+        if self._signals < 2 and not self._thread.engine_thread.join(LINGER_SECONDS):
             logger.error("the step that runs is not waited for")
         # Closed sockets linger in the context's own thread; it is destroyed when they are done.
         if self._signals < 2:
@@ -348,27 +348,27 @@ class _Session:
         self._worker = worker
         self._socket: MonitoredSocket | None = None
         self._links: list[Link] = []
-        self._redial_at = 0.0
+        self._reconnect_at = 0.0
 
     @property
     def sockets(self) -> "list[zmq.Socket[bytes]]":
         """Those of a handshake."""
         return [self._socket.socket, self._socket.monitor] if self._socket is not None else []
 
-    def dial(self) -> None:
+    def connect(self) -> None:
         """Say HELLO; a front end that is not there yet gets it when it comes."""
         worker = self._worker
-        logger.info("worker %d dials %s", worker.engine_index, self.address)
+        logger.info("worker %d connects to %s", worker.engine_index, self.address)
         identity = worker.engine_index.to_bytes(2, "little")
         socket = open_socket(worker.context, zmq.DEALER, worker.limits, identity=identity)
         if worker.curve is not None and self.address.startswith("tcp:"):
-            worker.curve.dial(socket)
+            worker.curve.connect(socket)
         self._socket = MonitoredSocket(socket)
         try:
             socket.connect(self.address)
         except zmq.ZMQError as error:
             worker.counters.bad_handshakes += 1
-            logger.error("%s cannot be dialled: %s", self.address, error)
+            logger.error("cannot connect to %s: %s", self.address, error)
             self._hang_up(time.monotonic())
             return
         socket.send(wire.encode(wire.Status("HELLO", local=True, headless=True)), zmq.DONTWAIT)
@@ -379,8 +379,8 @@ class _Session:
             if any(link.lost(now) for link in self._links):
                 self._lose(now)
         elif self._socket is None:
-            if now >= self._redial_at:
-                self.dial()
+            if now >= self._reconnect_at:
+                self.connect()
         else:
             self._shake(self._socket, now)
 
@@ -448,7 +448,7 @@ class _Session:
         for link in self._links:
             link.peer.counters.lost += 1
         self._drop_links()
-        self._redial_at = now
+        self._reconnect_at = now
 
     def _drop_links(self) -> None:
         for link in self._links:
@@ -457,7 +457,7 @@ class _Session:
 
     def _hang_up(self, now: float) -> None:
         self.close()
-        self._redial_at = now + _REDIAL_SECONDS
+        self._reconnect_at = now + _RECONNECT_SECONDS
 
 
 def run_until_signalled(worker: Worker) -> bool:

@@ -1,6 +1,6 @@
-"""`Workers`: a backend of workers behind their wire, for `serve --zmq` and `serve --data-parallel-size`.
+"""`WorkerBackend`: a backend over workers, for `serve --zmq` and `serve --data-parallel-size`.
 
-Tokens cross the wire; text is made here.
+Workers get and return tokens; text is made here.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ _START_SECONDS = 1_800.0
 """For replicas to load and warm up; one that ends meanwhile is not waited for"""
 
 
-class Workers:
-    """The workers of `client`, which must be there. A request goes where the longest prefix of its prompt is, unless
-    that worker is much busier.
+class WorkerBackend:
+    """Front end over the workers of `client`, which must have connected. A request goes to the worker with the longest
+    prefix of its prompt, unless that worker is much busier than another.
 
-    The sequences of a request are requests of the wire, to one worker: with a seed, that of sequence `i` is `seed + i`,
-    as in vLLM.
+    Each sequence of a request is a request on the wire, all to one worker. With a seed, sequence `i` has `seed + i`, as
+    in vLLM.
     """
 
     def __init__(
@@ -141,18 +141,18 @@ class _Answer(AsyncIterator[RequestOutput]):
 
     def __init__(
         self,
-        workers: Workers,
+        backend: WorkerBackend,
         streams: Seq[AsyncStream],
         params: SamplingParams,
         prompt: TokenArray,
         timeout: float | None,
     ) -> None:
-        self._workers = workers
+        self._backend = backend
         self._streams = streams
         self._merged = merge(streams)
         self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        self._request = _mirror(params, prompt, workers.inputs.eos_token_ids)
-        self._processor = OutputProcessor(workers.inputs.vocabulary)
+        self._request = _mirror(params, prompt, backend.inputs.eos_token_ids)
+        self._processor = OutputProcessor(backend.inputs.vocabulary)
         self._fault = self._processor.follow(self._request, "delta")
         self._left = False
 
@@ -168,7 +168,7 @@ class _Answer(AsyncIterator[RequestOutput]):
             except RadixgenError:
                 await self.aclose()
                 raise
-            self._workers.received()
+            self._backend.received()
             sequence = self._request.sequences[index]
             if sequence.finish_reason is None:
                 _take(sequence, output)
@@ -191,7 +191,7 @@ class _Answer(AsyncIterator[RequestOutput]):
 
     def _leave(self) -> None:
         self._left = True
-        self._workers.ended()
+        self._backend.ended()
 
     async def _process(self, touched: list[Sequence]) -> RequestOutput:
         """Make the output of new tokens. Close the streams of sequences that end here, at a stop string or an error."""
@@ -243,7 +243,7 @@ def connect(
     workers: int = 1,
     limits: Limits | None = None,
     timeout: float = 600.0,
-) -> Workers:
+) -> WorkerBackend:
     """Bind at `address`, and wait for so many workers of `model`, for `timeout` seconds at the most. `tokenizer`: in
     place of the model's own.
 
@@ -253,7 +253,7 @@ def connect(
     client = AsyncClient(address, workers=workers, limits=limits, timeout=timeout, own_salts=True)
     try:
         asyncio.run(client.wait())
-        return Workers(client, tokenizer, model_name=model, limits=limits)
+        return WorkerBackend(client, tokenizer, model_name=model, limits=limits)
     except BaseException:
         asyncio.run(client.close())
         raise
@@ -265,7 +265,7 @@ def start(
     model: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     limits: Limits | None = None,
-) -> Workers:
+) -> WorkerBackend:
     """Start replicas of `model`, and wait until all are warm. One that dies later is not started again: the others
     serve on, until none is left.
 
@@ -288,7 +288,7 @@ def start(
         replicas = Replicas(commands, environments, on_death)
         asyncio.run(client.wait())
         started = True
-        return Workers(client, tokenizer, model_name=model, limits=limits, replicas=replicas)
+        return WorkerBackend(client, tokenizer, model_name=model, limits=limits, replicas=replicas)
     except BaseException:
         asyncio.run(client.close())
         if replicas is not None:

@@ -15,72 +15,72 @@ _RECENT = 32
 _LONGEST_WAIT = 60
 
 
-class Admission:
+class OpenLimit:
     """Limit on open sequences, running or waiting, counted from when a request was read until it ends."""
 
     def __init__(self, max_open: int, max_open_per_key: int | None = None) -> None:
         """
         max_open: maximum number of open sequences.
-        max_open_per_key: maximum number of open sequences per tenant; default: `max_open`.
+        max_open_per_key: maximum number of open sequences per API key; default: `max_open`.
         """
         check_integer("max_open", max_open, 1, 1 << 20)
         self.max_open = max_open
         self.max_open_per_key = max_open if max_open_per_key is None else min(max_open_per_key, max_open)
         self.open = 0
-        self._open_by_tenant: dict[str, int] = {}
+        self._open_by_key: dict[str, int] = {}
         self._recent: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=_RECENT))
 
-    def enter(self, tenant: str = "", begin: float | None = None) -> "AdmissionTicket":
-        """Count a request as one sequence, until `AdmissionTicket.keep`. Raises `QueueFull`.
+    def enter(self, key_id: str = "", begin: float | None = None) -> "OpenCount":
+        """Reserve one sequence; `OpenCount.keep` replaces it by the real number. Raises `QueueFull`.
 
         begin: monotonic time when the request arrived; default: now.
         """
-        self.take(1, tenant)
-        return AdmissionTicket(self, tenant, time.monotonic() if begin is None else begin)
+        self.take(1, key_id)
+        return OpenCount(self, key_id, time.monotonic() if begin is None else begin)
 
-    def check(self, sequences: int, tenant: str = "") -> None:
-        """Raise `QueueFull` if so many more sequences exceed a limit."""
+    def check(self, sequences: int, key_id: str = "") -> None:
+        """Raise `QueueFull` if `sequences` more would exceed a limit."""
         if self.open + sequences > self.max_open:
             raise QueueFull("open", self.open + sequences, f"at most {self.max_open} sequences run and wait")
-        of_tenant = self._open_by_tenant.get(tenant, 0) + sequences
-        if of_tenant > self.max_open_per_key:
-            raise QueueFull("open", of_tenant, f"at most {self.max_open_per_key} sequences run and wait per API key")
+        of_key = self._open_by_key.get(key_id, 0) + sequences
+        if of_key > self.max_open_per_key:
+            raise QueueFull("open", of_key, f"at most {self.max_open_per_key} sequences run and wait per API key")
 
-    def take(self, sequences: int, tenant: str = "") -> None:
-        """Count so many more sequences. Raises `QueueFull`."""
-        self.check(sequences, tenant)
+    def take(self, sequences: int, key_id: str = "") -> None:
+        """Count `sequences` more. Raises `QueueFull`."""
+        self.check(sequences, key_id)
         self.open += sequences
-        self._open_by_tenant[tenant] = self._open_by_tenant.get(tenant, 0) + sequences
+        self._open_by_key[key_id] = self._open_by_key.get(key_id, 0) + sequences
 
-    def leave(self, sequences: int, tenant: str = "", seconds: float | None = None) -> None:
-        """Stop counting so many sequences.
+    def leave(self, sequences: int, key_id: str = "", seconds: float | None = None) -> None:
+        """Count `sequences` fewer.
 
         seconds: duration of their request, if it was served.
         """
         self.open -= sequences
-        self._open_by_tenant[tenant] -= sequences
-        assert self.open >= 0 and self._open_by_tenant[tenant] >= 0
-        if not self._open_by_tenant[tenant]:
-            del self._open_by_tenant[tenant]
+        self._open_by_key[key_id] -= sequences
+        assert self.open >= 0 and self._open_by_key[key_id] >= 0
+        if not self._open_by_key[key_id]:
+            del self._open_by_key[key_id]
         if seconds is not None:
-            self._recent[tenant].append(seconds)
+            self._recent[key_id].append(seconds)
 
-    def retry_after(self, tenant: str = "") -> int:
-        """Value of the `Retry-After` header: mean duration of the tenant's recent requests, from 1 to 60 seconds.
+    def retry_after(self, key_id: str = "") -> int:
+        """Value of the `Retry-After` header: mean duration of recent requests with this key, from 1 to 60 seconds.
 
-        Requests of other tenants are not considered: their durations are private.
+        Requests with other keys are not considered: their durations are private.
         """
-        recent = self._recent.get(tenant)
+        recent = self._recent.get(key_id)
         mean = sum(recent) / len(recent) if recent else 0.0
         return min(max(math.ceil(mean), 1), _LONGEST_WAIT)
 
 
-class AdmissionTicket:
-    """Sequences that a request counts for. As a context manager, it is released at the end unless it was kept."""
+class OpenCount:
+    """Number of open sequences of a request. As a context manager, it is released at the end unless it was kept."""
 
-    def __init__(self, admission: Admission, tenant: str, begin: float) -> None:
-        self._admission = admission
-        self._tenant = tenant
+    def __init__(self, open_limit: OpenLimit, key_id: str, begin: float) -> None:
+        self._limit = open_limit
+        self._key_id = key_id
         self.begin = begin
         self._held = 1
         self._kept = False
@@ -95,10 +95,10 @@ class AdmissionTicket:
 
         Raises `InvalidRequest` if they exceed the limit of a key, `QueueFull` if they exceed what is free now.
         """
-        if sequences > self._admission.max_open_per_key:
-            limit = f"at most {self._admission.max_open_per_key} sequences are served at a time"
+        if sequences > self._limit.max_open_per_key:
+            limit = f"at most {self._limit.max_open_per_key} sequences are served at a time"
             raise InvalidRequest("n × len(prompt)", sequences, limit)
-        self._admission.take(sequences - self._held, self._tenant)
+        self._limit.take(sequences - self._held, self._key_id)
         self._held = sequences
         self._kept = True
 
@@ -106,7 +106,7 @@ class AdmissionTicket:
         """Stop counting the sequences. May be called twice."""
         seconds = self.age if self._kept else None
         if self._held:
-            self._admission.leave(self._held, self._tenant, seconds)
+            self._limit.leave(self._held, self._key_id, seconds)
         self._held = 0
 
     def __enter__(self) -> Self:

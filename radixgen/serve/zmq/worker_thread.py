@@ -1,4 +1,4 @@
-"""The engine's thread of a worker: it takes what was posted, steps, and queues messages for front ends."""
+"""Thread of a worker in which its engine steps: runs jobs between two steps, and queues messages for front ends."""
 
 import threading
 import time
@@ -22,8 +22,8 @@ _COMPILERS = 2
 """Threads that compile grammars"""
 
 
-class Stepper:
-    """Runs a service in the thread of its engine, which does no I/O. All methods may be called from any thread.
+class WorkerThread:
+    """Runs a service in an `EngineThread`, which does no I/O. Methods may be called from any thread.
 
     `wake` is called from the engine's thread whenever there are messages to take.
     """
@@ -46,14 +46,14 @@ class Stepper:
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._compiler = FairPool(_COMPILERS, "radixgen-grammar", most_waiting=engine.limits.max_compiling)
-        self.thread = EngineThread(engine, self._deliver, self._finish)
+        self.engine_thread = EngineThread(engine, self._deliver, self._finish)
 
     def post(self, job: Job, size: int = 0) -> None:
         """Have `job` run between two steps. `size`: the bytes that it holds on to."""
         with self._lock:
             self._waiting += 1
             self._waiting_bytes += size
-        self.thread.post(partial(self._run, job, size))
+        self.engine_thread.post(partial(self._run, job, size))
 
     def take(self) -> list[tuple[Peer, Message]]:
         """The messages since the last time, in order."""
@@ -67,11 +67,11 @@ class Stepper:
     @property
     def quiet(self) -> bool:
         """Whether all that was posted was done, nothing is open, and all messages can be taken."""
-        return self._waiting == 0 and self.thread.idle and not self.service.num_live
+        return self._waiting == 0 and self.engine_thread.idle and not self.service.num_live
 
     def stalled(self, seconds: float) -> bool:
         """Whether there has been something to do, steps or grammars, and nothing was done, for so long."""
-        return self.thread.stalled(seconds) or self._compiler.stalled(seconds)
+        return self.engine_thread.stalled(seconds) or self._compiler.stalled(seconds)
 
     def compile_grammar(
         self, peer: Peer, share: str, params: SamplingParams, done: Callable[[Exception | None], None]
