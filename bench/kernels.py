@@ -147,7 +147,7 @@ def _compiled(
 
 
 def _type(name: str, geometry: Geometry, shape: TileClass, bulk: bool) -> str:
-    dtype, kv_dtype = NAMES[geometry.dtype], NAMES[geometry.kv_dtype or geometry.dtype]
+    dtype, kv_dtype = NAMES[geometry.dtype], NAMES[geometry.stored_dtype]
     if name in ("k_blocks", "v_blocks") and bulk:
         return f"tensordesc<{kv_dtype}[{shape.block_keys}, {geometry.padded[name == 'v_blocks']}]>"
     if name in ("k", "v", "k_blocks", "v_blocks"):

@@ -35,7 +35,7 @@ from radixgen.cache.storage import LayerShape
 from radixgen.calibration import cost_models
 from radixgen.kernels.backend import Attention, backend
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.quantized import KV, KV_DTYPES, QuantizedKV
+from radixgen.kernels.quantized import KV, KV_DTYPES, allocate, read, write
 from radixgen.scheduler.planner import plan
 
 ERRORS = {"int8": 0.01, "fp8": 0.04}
@@ -58,9 +58,9 @@ def report_errors(report: Report, device: torch.device) -> None:
     """Lost by writing, and room won."""
     numbers = torch.randn((4_096, 8, 128), generator=torch.Generator().manual_seed(0)).to(device)
     for name, dtype in KV_DTYPES.items():
-        pool = QuantizedKV.empty(*numbers.shape, dtype, device)
-        pool.write(torch.arange(numbers.shape[0], device=device), numbers)
-        error = float((pool.read(slice(0, numbers.shape[0]), torch.float32) - numbers).norm() / numbers.norm())
+        pool = allocate(*numbers.shape, dtype, device)
+        write(pool, torch.arange(numbers.shape[0], device=device), numbers)
+        error = float((read(pool, slice(0, numbers.shape[0]), torch.float32) - numbers).norm() / numbers.norm())
         report.figure(f"error_{name}", error, f"error of {name}: {error:.2%}", at_most=ERRORS[name])
         for head_dim, least in CAPACITY.items():
             plain, small = (LayerShape(8, head_dim, head_dim, each) for each in (torch.bfloat16, dtype))
@@ -135,8 +135,8 @@ class Layer:
     def _pool(pool: Tensor, kv_dtype: torch.dtype | None) -> KV:
         if kv_dtype is None:
             return pool
-        quantized = QuantizedKV.empty(*pool.shape, kv_dtype, pool.device)
-        quantized.write(torch.arange(pool.shape[0], device=pool.device), pool)
+        quantized = allocate(*pool.shape, kv_dtype, pool.device)
+        write(quantized, torch.arange(pool.shape[0], device=pool.device), pool)
         return quantized
 
 

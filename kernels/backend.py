@@ -1,8 +1,8 @@
 """Interface of attention backends: attention over a plan, writes of new KV, and the merge of partial results.
 
-A backend is a module with two classes, constructed once per step and called once per layer, named after it:
-`TritonAttention` and `TritonKVWriter`, and `TritonStaticAttention` if it can be captured. `backend` imports the module
-by name on first use.
+A backend is a module with two classes named after it (`TritonAttention`, `TritonKVWriter`), and a third,
+`TritonStaticAttention`, if steps can be captured. Each is constructed once per step and called once per layer.
+`backend` imports the module by name on first use.
 """
 
 from collections.abc import Callable

@@ -38,9 +38,19 @@ class Geometry:
         return cls(kv_heads, q.shape[1] // kv_heads, k.shape[2], v.shape[2], dtype, kv_dtype)
 
     @property
+    def quantized(self) -> bool:
+        """Whether keys and values have 8 bits."""
+        return self.kv_dtype is not None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Data type of keys and values in the pool."""
+        return self.kv_dtype or self.dtype
+
+    @property
     def key_bytes(self) -> int:
         """Bytes of K and V of one token and head, without scales."""
-        return (self.head_dim + self.v_head_dim) * (self.kv_dtype or self.dtype).itemsize
+        return (self.head_dim + self.v_head_dim) * self.stored_dtype.itemsize
 
     @property
     def padded(self) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 The scale is the largest absolute value over the largest 8-bit number, so that nothing is clipped (KIVI, arXiv
 2402.02750, quantizes values per token in the same way). Scores are products with 8-bit keys times the keys' scales, and
-weights are multiplied by the values' scales, so that no kernel needs keys or values in full precision.
+weights are multiplied by the values' scales, so that kernels need not rescale K and V; PyTorch's fused and padded paths
+convert them first.
 """
 
 from dataclasses import dataclass
@@ -40,38 +41,47 @@ class QuantizedKV:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
     def is_contiguous(self) -> bool:
         return self.data.is_contiguous() and self.scales.is_contiguous()
-
-    def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Quantize `rows` `[n, kv_heads, dim]` into `slots` `[n]`, which are distinct."""
-        data, scales = quantize(rows, self.dtype)
-        as_bytes(self.data).index_copy_(0, slots, as_bytes(data))
-        self.scales.index_copy_(1, slots, scales.T)
-
-    def read(self, slots: "slice | Tensor", dtype: torch.dtype) -> Tensor:
-        """Return `[n, kv_heads, dim]` of a run of slots or of slots `[n]`, in full precision."""
-        return as_bytes(self.data)[slots].view(self.dtype).to(dtype) * self.scales[:, slots].T[..., None]
-
-    def zero(self, slots: int) -> None:
-        """Set the first slots to 0."""
-        as_bytes(self.data)[:slots].zero_()
-        self.scales[:, :slots].zero_()
 
 
 KV: TypeAlias = "Tensor | QuantizedKV"
 """K or V of a pool, `[slots, kv_heads, dim]`."""
 
 
+def allocate(slots: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> KV:
+    """Return a pool of undefined memory, quantized if `dtype` has 8 bits."""
+    data = torch.empty((slots, kv_heads, dim), dtype=dtype, device=device)
+    if dtype not in LARGEST:
+        return data
+    return QuantizedKV(data, torch.empty((kv_heads, slots), dtype=torch.float32, device=device))
+
+
+def write(pool: KV, slots: Tensor, rows: Tensor) -> None:
+    """Store `rows` `[n, kv_heads, dim]` in `slots` `[n]`, which are distinct."""
+    if isinstance(pool, QuantizedKV):
+        data, scales = quantize(rows, pool.dtype)
+        as_bytes(pool.data).index_copy_(0, slots, as_bytes(data))
+        pool.scales.index_copy_(1, slots, scales.T)
+    else:
+        pool.index_copy_(0, slots, rows)
+
+
 def read(pool: KV, slots: "slice | Tensor", dtype: torch.dtype) -> Tensor:
     """Return `[n, kv_heads, dim]` of a run of slots or of slots `[n]`, in `dtype`."""
     if isinstance(pool, QuantizedKV):
-        return pool.read(slots, dtype)
+        numbers = as_bytes(pool.data)[slots].view(pool.dtype)
+        return numbers.to(dtype) * pool.scales[:, slots].T[..., None]
     return pool[slots].to(dtype)
+
+
+def zero(pool: KV, slots: int) -> None:
+    """Set the first slots to 0."""
+    if isinstance(pool, QuantizedKV):
+        as_bytes(pool.data)[:slots].zero_()
+        pool.scales[:, :slots].zero_()
+    else:
+        pool[:slots].zero_()
 
 
 def quantize(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

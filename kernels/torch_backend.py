@@ -9,6 +9,7 @@ On a CPU both kinds use PyTorch's fused kernel if it applies: no soft cap, K as 
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from radixgen.core import Plan, Window, first_seen
 from radixgen.kernels.merge import apply_sinks, merge_partials
-from radixgen.kernels.quantized import KV, QuantizedKV, read
+from radixgen.kernels.quantized import KV, QuantizedKV, read, write
 
 _NEVER = np.iinfo(np.int32).max
 
@@ -30,7 +31,7 @@ LONG_RUN = {"cpu": 256, "cuda": 4096}
 _CHUNK = 2048
 """Quantized keys that are converted at a time, so that they stay in the processor's cache."""
 _FEW_ROWS = 64
-"""Query-head rows up to which converting quantized keys takes longer than computing with them."""
+"""With at most this many query-head rows, converting a whole run for the fused kernel costs more than it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +104,8 @@ class TorchKVWriter:
         """As `radixgen.kernels.backend.KVWriter`."""
         if self._rows is not None:
             key, value = key[self._rows], value[self._rows]
-        for pool, rows in ((k, key), (v, value)):
-            if isinstance(pool, QuantizedKV):
-                pool.write(self._slots, rows)
-            else:
-                pool.index_copy_(0, self._slots, rows)
+        write(k, self._slots, key)
+        write(v, self._slots, value)
 
 
 class TorchAttention:
@@ -320,31 +318,32 @@ def _attend_long(unit: _LongUnit, packed: Tensor, layer: _Layer, out: Tensor, ls
 
 def _score_run(run: _Run, q: Tensor, k: KV, scores: Tensor) -> None:
     """Write scores `[kv_heads, rows, keys]` of q `[kv_heads, rows, head_dim]` and the keys of a run."""
-    stop = run.start + run.length
     if not isinstance(k, QuantizedKV):
-        torch.matmul(q, k[run.start : stop].permute(1, 2, 0).to(q.dtype), out=scores)
+        torch.matmul(q, k[run.start : run.start + run.length].permute(1, 2, 0).to(q.dtype), out=scores)
         return
-    for first in range(0, run.length, _CHUNK):
-        slots = slice(run.start + first, min(run.start + first + _CHUNK, stop))
-        part = scores[:, :, first : first + _CHUNK]
-        torch.matmul(q, k.data[slots].permute(1, 2, 0).to(q.dtype), out=part)
-        part.mul_(k.scales[:, None, slots])
+    for slots, columns in _chunks(run):
+        torch.matmul(q, k.data[slots].permute(1, 2, 0).to(q.dtype), out=scores[:, :, columns])
+        scores[:, :, columns].mul_(k.scales[:, None, slots])
 
 
 def _weigh_run(run: _Run, weights: Tensor, v: KV) -> Tensor:
     """Return the sum `[kv_heads, rows, v_head_dim]` of a run's values by weights `[kv_heads, rows, keys]`, which may be
     changed.
     """
-    stop = run.start + run.length
     if not isinstance(v, QuantizedKV):
-        return torch.matmul(weights, v[run.start : stop].transpose(0, 1).to(weights.dtype))
-    weights.mul_(v.scales[:, None, run.start : stop])
+        return torch.matmul(weights, v[run.start : run.start + run.length].transpose(0, 1).to(weights.dtype))
     total = weights.new_zeros((*weights.shape[:2], v.shape[2]))
-    for first in range(0, run.length, _CHUNK):
-        slots = slice(run.start + first, min(run.start + first + _CHUNK, stop))
-        numbers = v.data[slots].transpose(0, 1).to(weights.dtype)
-        total.baddbmm_(weights[:, :, first : first + _CHUNK], numbers)
+    for slots, columns in _chunks(run):
+        scaled = weights[:, :, columns].mul_(v.scales[:, None, slots])
+        total.baddbmm_(scaled, v.data[slots].transpose(0, 1).to(weights.dtype))
     return total
+
+
+def _chunks(run: _Run) -> Iterator[tuple[slice, slice]]:
+    """Yield the slots of a run in chunks, and their places in the run."""
+    for first in range(0, run.length, _CHUNK):
+        stop = min(first + _CHUNK, run.length)
+        yield slice(run.start + first, run.start + stop), slice(first, stop)
 
 
 def _attend_run(run: _Run, q: Tensor, layer: _Layer, out: Tensor, lse: Tensor) -> None:

@@ -56,7 +56,7 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
     return (
         chip.capability == 90
         and heads
-        and geometry.kv_dtype is None
+        and not geometry.quantized
         and geometry.dtype in (torch.float16, torch.bfloat16)
         and compiles
     )
@@ -88,17 +88,16 @@ def choose_launch(
 def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: bool, hopper: bool) -> TileClass:
     """Choose the launch of tiles of `size` rows.
 
-    64 rows on 4 warps, two programs per multiprocessor, perform as well as 128 on 8. 16 rows take one warp on Hopper,
-    where eight programs hide each other's startup; two under a window's masks and with quantized keys, which take more
-    registers; four with one or two rows, when there is nothing to hide behind. Nor do these leave registers for a fifth
-    stage in tiles of 64 or more, and tiles of 128 none to gather 32 keys at once.
+    64 rows on 4 warps, two programs per multiprocessor, perform as well as 128 on 8. 16 rows on Hopper take one warp in
+    eight programs, which hide each other's startup; two warps with a window or quantized keys, which need more
+    registers; four for one or two rows. With a window or quantized keys, tiles of 64 or more have no registers for a
+    fifth stage; tiles of 128 never have any to gather 32 keys at once.
     """
-    quantized = geometry.kv_dtype is not None
-    crowded = windowed or quantized
+    crowded = windowed or geometry.quantized
     if hopper:
         return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
     large, narrow, recent = max(geometry.padded) > 128, size <= 16, chip.capability >= 90
-    block_keys = 32 if narrow or large or quantized else 64
+    block_keys = 32 if narrow or large or geometry.quantized else 64
     if geometry.dtype == torch.float32:
         warps, programs = 4, 1
     elif narrow and recent and not large:
@@ -110,13 +109,13 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
         warps, programs = (4, 2) if four else (8, 1)
     gather_keys, most_stages = 16 if size > 64 else min(block_keys, 32), 4 if crowded and not narrow else 5
     room = chip.shared_bytes // programs
-    block_bytes = sum(geometry.padded) * (geometry.kv_dtype or geometry.dtype).itemsize
+    block_bytes = sum(geometry.padded) * geometry.stored_dtype.itemsize
     return TileClass(
         rows=size,
         programs=programs * chip.multiprocessors,
         block_keys=block_keys,
         num_warps=warps,
-        num_stages=max(1, min(2 if quantized else 3, room // (block_keys * block_bytes))),
+        num_stages=max(1, min(2 if geometry.quantized else 3, room // (block_keys * block_bytes))),
         gather_keys=gather_keys,
         gather_stages=max(1, min(most_stages, 1 + room // (gather_keys * block_bytes))),
         registers=255 if max(geometry.padded) <= 64 or (narrow and not recent) else None,
@@ -136,7 +135,7 @@ def constants(
         "BLOCK_ROWS": shape.rows, "BLOCK_KEYS": shape.block_keys, "GATHER_KEYS": shape.gather_keys,
         "STAGES": shape.num_stages, "GATHER_STAGES": shape.gather_stages, "BULK": launch.least_run > 0,
         "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks,
-        "QUANTIZED": geometry.kv_dtype is not None, "KIND": kind,
+        "QUANTIZED": geometry.quantized, "KIND": kind,
         "THREADS": 32 * shape.num_warps, "FIRST": first, "PDL": launch.overlap,
     }  # fmt: skip
 

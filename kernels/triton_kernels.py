@@ -105,12 +105,16 @@ def _gather(base, slot, listed, DIM: tl.constexpr, PADDED: tl.constexpr, KV_HEAD
 
 @triton.jit
 def _scale_of(scales, slot, listed, num_slots, head, QUANTIZED: tl.constexpr):
-    """Load the scales `[keys]` of slots from `[KV_HEADS, num_slots]`; 0 for keys that are not `listed`. Without
-    QUANTIZED, return anything.
+    """Load the scales `[keys]` of slots from `[KV_HEADS, num_slots]`; 0 for keys that are not `listed`, if given. The
+    result is unused without QUANTIZED.
     """
     scale = slot
     if QUANTIZED:
-        scale = tl.load(scales + head.to(tl.int64) * num_slots + slot, mask=listed, other=0.0)
+        place = scales + head.to(tl.int64) * num_slots + slot
+        if listed is None:
+            scale = tl.load(place)
+        else:
+            scale = tl.load(place, mask=listed, other=0.0)
     return scale
 
 
@@ -159,10 +163,10 @@ def _attend_tile(
             for slot in tl.range(start, stop, BLOCK_KEYS, num_stages=STAGES):
                 slots = slot + tl.arange(0, BLOCK_KEYS)
                 key = k_blocks.load([slot, head * HEAD_DIM])
-                key_scale = _scale_of(k_scales, slots, slots < stop, num_slots, head, QUANTIZED)
+                key_scale = _scale_of(k_scales, slots, None, num_slots, head, QUANTIZED)
                 scores = _scores(queries, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
                 value = v_blocks.load([slot, head * V_HEAD_DIM])
-                value_scale = _scale_of(v_scales, slots, slots < stop, num_slots, head, QUANTIZED)
+                value_scale = _scale_of(v_scales, slots, None, num_slots, head, QUANTIZED)
                 top, total, values = _accumulate(scores, unit, value, value_scale, top, total, values, dtype, QUANTIZED)
 
     for begin in tl.range(key_begin, key_end, GATHER_KEYS, num_stages=GATHER_STAGES):
@@ -393,10 +397,11 @@ def _write_slot(
     inside = (head < KV_HEADS)[:, None] & (dim < DIM)[None, :]
     numbers = tl.load(source + head[:, None] * head_stride + dim[None, :], mask=inside, other=0.0)
     if QUANTIZED:
-        scale = tl.max(tl.abs(numbers.to(tl.float32)), 1) * (1.0 / LARGEST)
+        numbers = numbers.to(tl.float32)
+        scale = tl.max(tl.abs(numbers), 1) * (1.0 / LARGEST)
         tl.store(scales + head.to(tl.int64) * num_slots + slot, scale, mask=head < KV_HEADS)
-        numbers = tl.div_rn(numbers.to(tl.float32), tl.where(scale == 0.0, 1.0, scale)[:, None])
-        if LARGEST == 127:
+        numbers = tl.div_rn(numbers, tl.where(scale == 0.0, 1.0, scale)[:, None])
+        if pool.dtype.element_ty == tl.int8:
             numbers = (numbers + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to an integer, half to even
     place = slot * (KV_HEADS * DIM) + head[:, None] * DIM + dim[None, :]
     tl.store(pool + place, numbers.to(pool.dtype.element_ty), mask=inside)

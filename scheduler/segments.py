@@ -65,8 +65,8 @@ class Layout(NamedTuple):
 def lay_out(paths: Paths, units: Int64Array, limits: Int64Array, least_run: int, weight: int) -> Layout:
     """Split units along their keys, and return the pieces with their segments, root first.
 
-    units `[units, 9]` as returned by `collect`. limits `[units]`: maximum keys per piece, 0 for no limit; a mixed key
-    counts as `weight` keys. Keys in extents shorter than `least_run` count as mixed.
+    units `[units, 9]` as returned by `collect`. limits `[units]`: maximum keys per piece, 0 for no limit. A key
+    in an extent shorter than `least_run` is mixed; towards the limit it counts as `weight` keys.
     """
     num_units, num_segments = 2 * len(units), 2 * (len(units) + len(paths.extents))
     unit_table, segment_table = np.empty((0, 8), np.int64), np.empty((0, 7), np.int64)

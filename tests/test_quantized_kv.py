@@ -14,7 +14,7 @@ from radixgen import Engine, InvalidRequest, TreeAttention
 from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.core import Chunk
 from radixgen.kernels.backend import backend
-from radixgen.kernels.quantized import KV_DTYPES, QuantizedKV, as_bytes
+from radixgen.kernels.quantized import KV_DTYPES, QuantizedKV, allocate, as_bytes, read, write
 from radixgen.scheduler.cost import CostModel, TileCost
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,14 +33,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def quantized(pool: torch.Tensor, kv_dtype: str) -> QuantizedKV:
     """Every slot of a pool."""
-    slots, kv_heads, dim = pool.shape
-    result = QuantizedKV.empty(slots, kv_heads, dim, KV_DTYPES[kv_dtype], pool.device)
-    result.write(torch.arange(slots, device=pool.device), pool)
+    result = allocate(*pool.shape, KV_DTYPES[kv_dtype], pool.device)
+    write(result, torch.arange(pool.shape[0], device=pool.device), pool)
     return result
 
 
 def exact(pool: QuantizedKV) -> torch.Tensor:
-    return pool.read(slice(0, pool.shape[0]), torch.float64)
+    return read(pool, slice(0, pool.shape[0]), torch.float64)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 class Match(NamedTuple):
     """The longest known prefix of a token sequence. It ends `offset` tokens into `node`. Of its `length` tokens,
-    `computed` have KV and `evictable` can be evicted now.
+    `computed` have KV and `evictable` are unlocked.
     """
 
     node: "Node"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from radixgen.kernels.quantized import KV, KV_DTYPES, QuantizedKV
+from radixgen.kernels.quantized import LARGEST, allocate, zero
 
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
 """Default share of free memory that a pool takes."""
@@ -24,7 +24,7 @@ class LayerShape:
 
     @property
     def bytes_per_token(self) -> int:
-        scales = 2 * torch.float32.itemsize if self.dtype in KV_DTYPES.values() else 0
+        scales = 2 * torch.float32.itemsize if self.dtype in LARGEST else 0
         return self.kv_heads * ((self.head_dim + self.v_head_dim) * self.dtype.itemsize + scales)
 
 
@@ -32,22 +32,13 @@ class KVStorage:
     """K `[slots, kv_heads, head_dim]` and V `[slots, kv_heads, v_head_dim]` of each layer, uninitialized."""
 
     def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
-        self.keys = [_allocate(slots, s.kv_heads, s.head_dim, s.dtype, device) for s in layers]
-        self.values = [_allocate(slots, s.kv_heads, s.v_head_dim, s.dtype, device) for s in layers]
+        self.keys = [allocate(slots, s.kv_heads, s.head_dim, s.dtype, device) for s in layers]
+        self.values = [allocate(slots, s.kv_heads, s.v_head_dim, s.dtype, device) for s in layers]
 
     def zero(self, slots: int) -> None:
         """Set the KV of the first slots to 0."""
         for pool in (*self.keys, *self.values):
-            if isinstance(pool, QuantizedKV):
-                pool.zero(slots)
-            else:
-                pool[:slots].zero_()
-
-
-def _allocate(slots: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> KV:
-    if dtype in KV_DTYPES.values():
-        return QuantizedKV.empty(slots, kv_heads, dim, dtype, device)
-    return torch.empty((slots, kv_heads, dim), dtype=dtype, device=device)
+            zero(pool, slots)
 
 
 def kv_room(device: torch.device) -> int:

@@ -10,7 +10,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 @app.callback()
 def main() -> None:
-    """Exact language-model serving in which a shared prefix is stored, computed and read once."""
+    """Serve language models; store, compute and read shared prefixes once."""
     wait_without_spinning()
 
 

@@ -22,9 +22,8 @@ def explain(
     """Report what keeps logged prompts from sharing prefixes, and what it costs; loads the tokenizer only.
 
     A line of FILE or of standard input is plain text, or a JSON object with "prompt" (text or token ids) or
-    "messages" (and optionally "tools"). Savings are what the same prompts would share after an edit: varying text
-    moved to the end; prompts that differ only in white space or order made equal. Line numbers are those of the
-    rendered prompt, so the chat template's own lines count.
+    "messages" (and optionally "tools"). Savings assume an edit: varying text moved to the end, or white
+    space and order made equal. Line numbers are those of the rendered prompt, so the chat template's own lines count.
     """
     from radixgen.engine.input_processor import chat_text
     from radixgen.explain import BLANK, PromptText, explain

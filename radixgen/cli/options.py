@@ -16,7 +16,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Model: smollm2, a dir
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Cumulative probability of the top tokens to consider.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 means all.")]
+TopK = Annotated[int, typer.Option(help="Sample from the K likeliest tokens; 0 means all.")]
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 LoadFormat = Annotated[str, typer.Option(help="Weights: auto (read the checkpoint) or dummy (random).")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
@@ -51,7 +51,7 @@ WarmUp = Annotated[
     ),
 ]
 Profile = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Write a torch profiler trace of the first steps to this directory.")
+    Path | None, typer.Option(metavar="DIR", help="Write a torch profiler trace of the steps after the first here.")
 ]
 ProfileSteps = Annotated[int, typer.Option(help="Number of steps in the trace of --profile.")]
 EngineSeed = Annotated[int, typer.Option(help="Base seed; each request without a seed gets one derived from it.")]

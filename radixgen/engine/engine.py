@@ -85,7 +85,7 @@ class Engine:
             separately, `"prefix"` shares only the first node of each path, `"naive"` shares every node.
         share: False gives every sequence a separate tree, so that nothing is stored or computed together.
         kv_tokens: slots of the KV pool. Default: as many as fit in 85 % of the GPU memory left free after the largest
-            step, or in 25 % of RAM on a CPU; fewer if that allocation fails.
+            step, or in 25 % of the free memory on a CPU; fewer if that allocation fails.
         max_step_tokens: maximum rows per step; longer prompts are computed in chunks. Default: 2,048, or 8,192 on a GPU
             with 32 GiB or more.
         max_model_len: maximum length of prompt plus output, in tokens. Default: the model's maximum.

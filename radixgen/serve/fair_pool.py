@@ -55,7 +55,7 @@ class FairPool:
         return future
 
     def stalled(self, seconds: float) -> bool:
-        """Whether tasks wait, and none has started or ended for so many seconds."""
+        """Whether tasks wait, and none has started or ended for `seconds`."""
         with self._changed:
             return bool(self._waiting) and time.monotonic() - self._moved > seconds
 

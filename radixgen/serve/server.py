@@ -121,7 +121,7 @@ class HTTPServer(uvicorn.Server):
             deadline.cancel()
 
     async def _serve_on(self, seconds: float) -> None:
-        """Accept requests for so many seconds, or until the next signal."""
+        """Accept requests for the shutdown delay, or until the next signal."""
         end = time.monotonic() + seconds
         while len(self._signals) == 1 and time.monotonic() < end:
             self._drop_idle(time.monotonic())

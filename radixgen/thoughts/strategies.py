@@ -50,7 +50,8 @@ class BreadthFirst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthFirst:
-    """The best child first, down to `depth`, then the next best; children need a score above `threshold`.
+    """Follow the best child down to `depth`, then backtrack to the next best. Children scoring `threshold` or less are
+    pruned.
 
     Tree of Thoughts, arXiv 2305.10601, algorithm 2.
     """

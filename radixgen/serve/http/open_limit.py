@@ -31,7 +31,7 @@ class OpenLimit:
         self._recent: defaultdict[str, deque[float]] = defaultdict(partial(deque, maxlen=_RECENT))
 
     def enter(self, key_id: str = "", begin: float | None = None) -> "OpenCount":
-        """Reserve one sequence; `OpenCount.keep` replaces it by the real number. Raises `QueueFull`.
+        """Count one sequence for now; `OpenCount.keep` sets the real number. Raises `QueueFull`.
 
         begin: monotonic time when the request arrived; default: now.
         """

@@ -91,7 +91,7 @@ class RequestPreparer:
         return await asyncio.wrap_future(self._long.submit(key_id, work))
 
     def stalled(self, seconds: float) -> bool:
-        """Whether requests wait for a thread, and no work has started or ended for so many seconds."""
+        """Whether requests wait for a thread, and no work has started or ended for `seconds`."""
         return any(pool.stalled(seconds) for pool in self._pools)
 
     def close(self) -> None:

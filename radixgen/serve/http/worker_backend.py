@@ -58,7 +58,7 @@ class WorkerBackend:
         limits: Limits | None = None,
         replicas: Replicas | None = None,
     ) -> None:
-        """replicas: the processes of these workers, where they are to end with this object."""
+        """replicas: processes of these workers that end with this object."""
         ready = client.workers.values()
         self.model_name = model_name
         self.inputs = InputProcessor(
@@ -244,10 +244,10 @@ def connect(
     limits: Limits | None = None,
     timeout: float = 600.0,
 ) -> WorkerBackend:
-    """Bind at `address`, and wait for so many workers of `model`, for `timeout` seconds at the most. `tokenizer`: in
-    place of the model's own.
+    """Bind at `address`, and wait up to `timeout` seconds for `workers` workers of `model`. `tokenizer` replaces the
+    model's own.
 
-    Raises `InvalidRequest`, `InsecureEndpoint`, and `EngineDead` where they don't come.
+    Raises `InvalidRequest`, `InsecureEndpoint`, and `EngineDead` if they do not connect.
     """
     tokenizer = tokenizer or _tokenizer_of(model)
     client = AsyncClient(address, workers=workers, limits=limits, timeout=timeout, own_salts=True)

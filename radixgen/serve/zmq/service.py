@@ -108,7 +108,7 @@ class Service:
     # -- requests -----------------------------------------------------------------------------------------
 
     def add(self, peer: Peer, request: wire.Add) -> None:
-        """Queue a request. Where it can't be served, it ends at once with `error` and the reason."""
+        """Queue a request. If it can't be served, it ends at once with `error` and the reason."""
         name = request.request_id
         if name in peer.requests:
             if not peer.counters.duplicates:

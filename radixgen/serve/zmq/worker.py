@@ -167,7 +167,7 @@ class Worker:
                 logger.warning("stopped at once")
                 return False
             if self._signals and deadline is None:
-                logger.info("draining for %g seconds at the most", drain_timeout)
+                logger.info("draining for at most %g seconds", drain_timeout)
                 deadline = now + drain_timeout
                 self._thread.post(self._begin_drain)
             elif deadline is not None and self._drained(now, deadline):

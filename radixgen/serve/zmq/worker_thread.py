@@ -17,7 +17,7 @@ from radixgen.serve.zmq.service import Message, Peer, Service
 Job = Callable[[], None]
 
 _LOAD_SECONDS = 0.25
-"""How often the load is read at the most"""
+"""Least time between two readings of the load"""
 _COMPILERS = 2
 """Threads that compile grammars"""
 
@@ -70,7 +70,7 @@ class WorkerThread:
         return self._waiting == 0 and self.engine_thread.idle and not self.service.num_live
 
     def stalled(self, seconds: float) -> bool:
-        """Whether there has been something to do, steps or grammars, and nothing was done, for so long."""
+        """Whether there was work, steps or grammars, but no progress for `seconds`."""
         return self.engine_thread.stalled(seconds) or self._compiler.stalled(seconds)
 
     def compile_grammar(
