@@ -159,7 +159,6 @@ def kill(pair: Pair) -> None:
 
 
 def freeze(pair: Pair) -> None:
-    ranks.bound_steps(pair.model.runner.model.model)
     pair.follower.send_signal(signal.SIGSTOP)
 
 
@@ -181,9 +180,10 @@ FAULTS = dict(
 
 def test_what_breaks_a_rank_ends_every_request(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is killed or frozen; or a step raises, in which the other ranks then wait in vain."""
-    monkeypatch.setattr(ranks, "STEP_SECONDS", 0.5)
+    monkeypatch.setattr(ranks, "STEP_SECONDS", 3.0)
     monkeypatch.setattr(ranks, "_STOP_SECONDS", 0.5)
     monkeypatch.setattr(ranks, "_LOOK_SECONDS", 0.1)  # PyTorch ends a process that waits for twice STEP_SECONDS
+    ranks.bound_steps(pair.model.runner.model.model)
     fault, says = FAULTS[pair.architecture]
 
     async def read(engine: AsyncEngine, prompt: list[int], begun: asyncio.Event) -> str:
