@@ -29,7 +29,7 @@ class SplitUnits(NamedTuple):
     limits: Int64Array
     """`[units]`: maximum keys of a piece, mixed keys weighted, a multiple of 64; 0 for units that are not split."""
     time: float
-    """Predicted end of the last program, including all launches."""
+    """Predicted end of the last program, including all launches; at least the time to read all keys once."""
 
 
 def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, to_beat: float = np.inf) -> SplitUnits:
@@ -49,6 +49,7 @@ def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, 
     partial = cost.partial * cost.group * taken
     costs = cost.unit_costs(rows, units[:, U_KEYS], units[:, U_MIXED]) * taken + partial * coverage(units, num_rows)[1]
     least_even, even, slowed = 0.0, 0.0, [1.0] * len(programs)
+    reading = cost.reads(unique, int(units[:, U_KEYS].sum()))
     for index in np.unique(classes):
         launched = classes == index
         read = int(units[launched, U_KEYS].sum())
@@ -67,7 +68,7 @@ def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, 
 
     def time(costs: Float64Array, classes: Int64Array) -> float:
         shares = [costs[classes == index] for index in range(len(programs))]
-        return makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads)
+        return max(makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads), reading)
 
     least = time(costs, classes)
     best = SplitUnits(whole, least + whole_fixed)
