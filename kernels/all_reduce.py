@@ -31,7 +31,7 @@ a step, though not by itself.
 _LARGEST_OF_MANY = 1 << 20
 """Bytes of the largest tensor with more ranks, each of which reads it from all others."""
 _LOOKS = 1 << 18
-"""Looks at a peer's flag, a fraction of a second in all, before a program checks whether to stop waiting."""
+"""Polls of a peer's flag, together a fraction of a second, between two checks whether to stop waiting."""
 _FLAG = 8
 """Bytes of one rank's flag for one program."""
 

@@ -78,8 +78,8 @@ def _await(flag, number, stop, LOOKS: tl.constexpr):
     """Wait until a flag is at least `number` or `stop` is set, and return the flag. Earlier writes of the peer are then
     visible.
 
-    `stop` is in host memory. If all programs read it, that takes most of a millisecond, in which the peers wait, and
-    read it in turn. So it is read only after `LOOKS` looks at the flag, which take far longer than that.
+    `stop` is in host memory. If all programs read it, that takes most of a millisecond, during which the peers wait and
+    begin to read theirs. So it is read only once per `LOOKS` polls of the flag, which take far longer.
     """
     seen, looks, stopped = tl.load(flag, volatile=True), 0, 0
     while (seen < number) & (stopped == 0):

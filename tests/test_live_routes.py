@@ -1,4 +1,4 @@
-"""The live page's routes without a browser: viewers are counted, texts are bounded, refusals are told."""
+"""The live page's routes without a browser: viewers are counted, texts are bounded, refusals give a reason."""
 
 import asyncio
 import json

@@ -1,12 +1,12 @@
-"""NVIDIA Dynamo's frontend, routing by cache, before two radixgen workers with SmolLM2, all on this machine.
+"""NVIDIA Dynamo's frontend, routing by cache, in front of two radixgen workers with SmolLM2, all on this machine.
 
     pip install '.[dynamo]'
     python examples/cluster/dynamo.py
 
-Some conversations take turns. The router hears from each worker which blocks it holds, so that every later turn goes
-to the worker that holds the turns before it, which reports them as cached. Then a worker is killed in mid-stream: the
-client gets an error at once, and the other worker keeps serving. Finally that one is asked to stop while it streams,
-and finishes its request. Exits with 1 if any of this does not hold.
+Some conversations take turns. The router knows from cache events which blocks each worker holds, so every later turn
+goes to the worker with the earlier turns, which reports them as cached. Then one worker is killed while it streams: its
+client gets an error immediately, and the other worker keeps serving. Finally the remaining worker gets SIGTERM while it
+streams, and finishes its request. Exits with 1 if any of this does not hold.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""SMG, a gateway in Rust, before two radixgen workers with SmolLM2 over vLLM's ZMQ wire, all on this machine.
+"""SMG, a gateway in Rust, with two radixgen workers with SmolLM2 over vLLM's ZMQ wire, all on this machine.
 
     pip install '.[smg]'
     python examples/cluster/smg.py
 
 SMG renders the chat template, finds the worker whose earlier prompts begin most alike, and turns tokens into text; a
-worker sees token ids. Some conversations take turns, and each stays with its worker. Then a worker is killed in
-mid-stream: its sentinel tells SMG, and SMG the client, and the other worker keeps serving. Finally that one is
-asked to stop while it streams, and finishes its request. Exits with 1 if any of this does not hold.
+worker sees token ids. Some conversations take turns, and each stays with its worker. Then one worker is killed while it
+streams: its sentinel notifies SMG, which ends the client's stream, and the other worker keeps serving. Finally the
+remaining worker gets SIGTERM while it streams, and finishes its request. Exits with 1 if any of this does not hold.
 """
 
 import sys

@@ -461,8 +461,8 @@ class EngineCore:
 
 
 def _request_error(error: Exception, request: Request, message: str) -> str:
-    """Log an error that ends only its request, and return its text for the caller. Raises an `AssertionError` again:
-    the engine itself may be at fault.
+    """Log an error that ends only its request, and return its text. Raises an `AssertionError`, which is a bug of the
+    engine.
     """
     if isinstance(error, AssertionError):
         raise error

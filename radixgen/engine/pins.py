@@ -43,8 +43,7 @@ class PrefixPins:
         tokens = self._inputs.tokenize(prompt)
         expires = self._check(**options)
         with self._core.guard:
-            if isinstance(replaces, int):
-                self._release(replaces)
+            self._release(replaces)
             self._require_room(1)
             pin = self._pins.add(tokens, options.get("namespace", ""), options.get("priority", 0), expires)
             return pin.id if pin else None
@@ -52,7 +51,7 @@ class PrefixPins:
     def unpin(self, pin: int) -> bool:
         self._loop.begin_call()
         with self._core.guard:
-            return isinstance(pin, int) and self._release(pin)
+            return self._release(pin)
 
     def preload(self, prompts: Prompt | Seq[Prompt], **options: Unpack[PinOptions]) -> list[int | None]:
         self._loop.begin_call()
@@ -79,8 +78,9 @@ class PrefixPins:
         if pins > limit:
             raise LimitReached("pins", pins, f"at most {limit} prefixes are pinned")
 
-    def _release(self, pin: int) -> bool:
-        if pin not in self._pins:
+    def _release(self, pin: int | None) -> bool:
+        """Release a pin. Returns False, also for other objects, if there is none."""
+        if not isinstance(pin, int) or pin not in self._pins:
             return False
         self._pins.release(pin)
         return True
