@@ -11,10 +11,11 @@ from typing import get_args
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import FollowedMatch, Match, Node, RadixTree, sharing_end
+from radixgen.cache import FollowedMatch, HostTier, Match, Node, RadixTree, sharing_end
 from radixgen.cache.check import check_plan
 from radixgen.core import Limits, SharingReason
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
+from radixgen.scheduler.paths import holds_alone, lacking, scheduled_end
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -33,9 +34,17 @@ class Scheduler:
     """Owns the waiting and running sequences, and moves their cursors."""
 
     def __init__(
-        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, limits: Limits, debug: bool = False
+        self,
+        tree: RadixTree,
+        planner: Planner,
+        *,
+        max_step_tokens: int,
+        limits: Limits,
+        host: HostTier | None = None,
+        debug: bool = False,
     ) -> None:
         self.tree = tree
+        self.host = host
         self.planner = planner
         self.max_step_tokens = max_step_tokens
         self.max_num_seqs = limits.max_num_seqs
@@ -46,6 +55,7 @@ class Scheduler:
         self._debug = debug
         self.now = 0.0
         """Time at which the current step began, in seconds on the engine's clock."""
+        self._last_rows = 0
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
@@ -84,6 +94,7 @@ class Scheduler:
         elif sequence.choices is None:
             self.waiting.remove(sequence)
             self._unfollow(sequence)
+            self._leave_fetch(sequence, admitted=False)
         if sequence.namespace != sequence.request.namespace:
             self.tree.discard(sequence.namespace)
 
@@ -101,6 +112,8 @@ class Scheduler:
         admitted.
         """
         pool = self.tree.pool
+        if self.host is not None:
+            self.host.poll(self.now, self._last_rows if self.running else 0)
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
         batch = Batch(pool.num_steps + 1, all_admitted=only is None and admit and self._admit())
@@ -108,6 +121,7 @@ class Scheduler:
         for sequence in self._in_schedule_order():
             if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
+        self._last_rows = batch.num_rows
         if not batch.row_nodes:
             return None
         pool.begin_step()
@@ -212,7 +226,7 @@ class Scheduler:
         node = sequence.cursor.held
         taken = 0
         if sequence.scores_prompt:
-            before = max(sequence.request.next_scored - _scheduled_end(node), 0)
+            before = max(sequence.request.next_scored - scheduled_end(node), 0)
             taken = self._schedule_path(sequence, node, min(budget, before + _MAX_SCORED - batch.num_scored), batch)
             added, finished = self._score_prompt(sequence, node, budget - taken, batch)
             taken += added
@@ -251,7 +265,7 @@ class Scheduler:
     def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
         """Schedule what the path to `node` lacks, from the top. Returns the rows added."""
         left = budget
-        for part in _lacking(node):
+        for part in lacking(node):
             count = min(left, part.known - part.scheduled)
             if count == 0 or not self._make_room(part, count, sequence, batch):
                 break
@@ -337,14 +351,32 @@ class Scheduler:
             if len(self.running) >= enough:
                 return False
             request = self.waiting.choose(self._follow)
-            if len(request.waiting) > self.max_num_seqs - len(self.running):
+            if request is None or len(request.waiting) > self.max_num_seqs - len(self.running):
                 return True
             while request.waiting:
                 sequence = request.waiting[0]
-                if self.running and not self._fits(sequence, len(request.waiting)):
+                if self._others_hold_slots and not self._fits(sequence, len(request.waiting)):
                     return True
+                if self._fetch(sequence):
+                    break
                 self._enter(sequence)
         return True
+
+    @property
+    def _others_hold_slots(self) -> bool:
+        return bool(self.running) or (self.host is not None and self.host.fetching)
+
+    def _fetch(self, sequence: Sequence) -> bool:
+        """Return whether the sequence has to wait for KV from the host, which is on its way then."""
+        if self.host is not None and sequence.fetch is None:
+            followed = self._follow(sequence)
+            sequence.fetch = self.host.fetch(followed.tokens, sequence.namespace, followed.computed)
+        return sequence.request.fetching
+
+    def _leave_fetch(self, sequence: Sequence, *, admitted: bool) -> None:
+        if self.host is not None and sequence.fetch is not None:
+            self.host.leave(sequence.fetch, admitted=admitted)
+            sequence.fetch = None
 
     def _follow(self, sequence: Sequence) -> FollowedMatch:
         """Return the match of a waiting sequence, kept up to date by the tree until it is admitted or removed."""
@@ -396,6 +428,7 @@ class Scheduler:
             self.prompt_tokens += request.prompt.size
             self.cached_prompt_tokens += request.num_cached_tokens
         sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
+        self._leave_fetch(sequence, admitted=True)
         self.waiting.admit(sequence)
         self.running.add(sequence)
         self._hand_match_to_sibling(sequence)
@@ -427,7 +460,7 @@ class Scheduler:
         if short > 0:
             tree.reclaim_reserves(short)
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
-            if tree.evict(short):
+            if tree.evict(short) or self._complete_copies():
                 continue
             idle, from_pins = self._idle(sequence, batch), self.pins.freed_by_release()
             victim = None if from_pins else self._victim(sequence, idle)
@@ -436,6 +469,10 @@ class Scheduler:
             elif not from_pins or (not idle and from_pins < short) or not self.pins.release_weakest():
                 return False
         return True
+
+    def _complete_copies(self) -> bool:
+        """Unlock paths that only copies from or to the host have locked. Returns False if there are none."""
+        return self.host is not None and (self.host.complete_saves() or self.host.release_fetched())
 
     def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
         """Return the other sequences without a part in this step, youngest first, without the oldest of all."""
@@ -450,7 +487,7 @@ class Scheduler:
 
         If all slots are shared, the oldest running sequence may preempt the first, so that the holders go one by one.
         """
-        victim = next(filter(_holds_alone, idle), None)
+        victim = next((candidate for candidate in idle if holds_alone(candidate.cursor)), None)
         if victim is None and idle and sequence is self.running[0]:
             return idle[0]
         return victim
@@ -466,29 +503,3 @@ class Scheduler:
         self.running.remove(sequence)
         self.tree.unlock(sequence.cursor)
         sequence.cursor = None
-
-
-def _lacking(node: Node) -> list[Node]:
-    """Return the nodes of the path with tokens without a slot, from the top."""
-    nodes = []
-    above: Node | None = node
-    while above is not None and above.scheduled < above.known:
-        nodes.append(above)
-        above = above.parent
-    return nodes[::-1]
-
-
-def _scheduled_end(node: Node) -> int:
-    """Return the number of leading tokens of the path that have a slot."""
-    first = next(iter(_lacking(node)), node)
-    return first.start + first.scheduled
-
-
-def _holds_alone(sequence: Sequence) -> bool:
-    """Return whether any slots would become evictable if this sequence released its cursor."""
-    node = sequence.cursor.held if sequence.cursor else None
-    while node is not None and node.lock_count + node.locked_children == 1:
-        if node.capacity:
-            return True
-        node = node.parent
-    return False

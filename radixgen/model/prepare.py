@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from radixgen.cache.storage import kv_room
+from radixgen.cache import KVCopies
+from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
-from radixgen.model.base import Model
+from radixgen.model.base import Model, SupportsHostKV
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
 from radixgen.model.parallel import ParallelModel, shard
@@ -32,6 +33,7 @@ class PreparedModel(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase | None"
     kv_tokens: int
     max_step_tokens: int
+    host_kv: KVCopies | None
 
 
 def prepare_model(
@@ -45,6 +47,7 @@ def prepare_model(
     attention: str,
     kv_dtype: str,
     kv_tokens: int | None,
+    host_kv_tokens: int,
     max_model_len: int | None,
     max_step_tokens: int | None,
     ranks: int,
@@ -55,6 +58,7 @@ def prepare_model(
     sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
     check_options(model, load_format, dtype, device, attention, kv_dtype, sizes)
     check_integer("tensor_parallel_size", ranks, 1, limits.max_ranks)
+    check_integer("host_kv_tokens", host_kv_tokens, 0, 2**63 - 1)
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
     max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
     served: Model
@@ -97,7 +101,12 @@ def prepare_model(
             tree_model.release()
             raise
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
-    return PreparedModel(served, tokenizer, slots, max_step_tokens)
+    try:
+        host_kv = allocate_host_kv(served, host_kv_tokens) if host_kv_tokens else None
+    except BaseException:
+        served.release()
+        raise
+    return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv)
 
 
 def check_options(
@@ -177,6 +186,19 @@ def allocate_kv(model: Model, requested: int | None, limits: Limits, max_step_to
             model.release()
             raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
         return slots
+
+
+def allocate_host_kv(model: Model, tokens: int) -> KVCopies:
+    """Allocate the KV of `tokens` tokens in host memory. Raises `InvalidRequest`."""
+    if not isinstance(model, SupportsHostKV):
+        raise InvalidRequest("host_kv_tokens", tokens, f"must be 0: {model.name} cannot copy its KV to the host")
+    room = free_host_bytes() // model.kv_bytes_per_token
+    if tokens > room:
+        raise InvalidRequest("host_kv_tokens", tokens, f"the host's free memory holds at most {room}")
+    try:
+        return model.host_kv(tokens)
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise InvalidRequest("host_kv_tokens", tokens, f"no memory for so many: {error}") from error
 
 
 def _load(
