@@ -236,6 +236,7 @@ class StampHostKV:
     """
 
     def __init__(self, model: StampModel, slots: int) -> None:
+        self.num_slots = slots
         self._device = model
         self._host = StampModel()
         self._host.allocate(slots)

@@ -51,6 +51,9 @@ class KVCopies(Protocol):
     Slots are int64 `[tokens]`, those of source and target in the same order.
     """
 
+    num_slots: int
+    """Slots of the host."""
+
     def save(self, slots: NDArray[np.int64], host_slots: NDArray[np.int64]) -> Copy:
         """Begin to copy from the device to the host, after all work that was submitted to the device so far."""
 
@@ -98,13 +101,13 @@ class Fetch:
 
 
 class HostTier:
-    """Moves KV between the tree of the device and a tree of `capacity` slots in the host."""
+    """Moves KV between the tree of the device and a tree over slots of the host."""
 
     def __init__(
-        self, device: RadixTree, copies: KVCopies, capacity: int, *, min_fetch: int = _MIN_FETCH, stamps: bool = False
+        self, device: RadixTree, copies: KVCopies, *, min_fetch: int = _MIN_FETCH, stamps: bool = False
     ) -> None:
         """`min_fetch`: prefixes of fewer tokens are computed again. `stamps` as for `RadixTree`."""
-        self.tree = RadixTree(ExtentPool(capacity), stamps=stamps)
+        self.tree = RadixTree(ExtentPool(copies.num_slots), stamps=stamps)
         self.saved_tokens = 0
         self.fetched_tokens = 0
         self.recomputed_tokens = 0
@@ -205,8 +208,7 @@ class HostTier:
     # -- copies in flight ---------------------------------------------------------------------------------
 
     def poll(self, now: float, rows: int) -> None:
-        """Complete the copies that have finished. Called between two steps; `rows`: those computed since the last call.
-        """
+        """Complete the copies that have finished. Called between two steps, the last one of `rows` rows."""
         if rows >= _MANY_ROWS:
             self._seconds_per_computed = _smoothed(self._seconds_per_computed, (now - self._polled) / rows)
         self._polled = now

@@ -54,7 +54,6 @@ class EngineCore:
         *,
         kv_tokens: int,
         host_kv: KVCopies | None = None,
-        host_kv_tokens: int = 0,
         max_step_tokens: int,
         limits: Limits,
         plan: PlanMode = "auto",
@@ -73,7 +72,7 @@ class EngineCore:
         """To be entered by the caller around each call that changes something"""
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
         self.planner = Planner(self.tree, mode=plan, cost=costs)
-        self.host = HostTier(self.tree, host_kv, host_kv_tokens, stamps=debug) if host_kv else None
+        self.host = HostTier(self.tree, host_kv, stamps=debug) if host_kv else None
         self.scheduler = Scheduler(
             self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, host=self.host, debug=debug
         )

@@ -30,6 +30,7 @@ class HostKV:
     def __init__(self, storage: KVStorage, slots: int, device: torch.device) -> None:
         """Raises `OSError` or `RuntimeError` if there is no memory for it."""
         pools = [pool for pair in zip(storage.keys, storage.values, strict=True) for pool in pair]
+        self.num_slots = slots
         self._records = KVRecords(pools)
         self._host = _host_memory(slots, self._records.size, pinned=device.type == "cuda")
         self._save = _Direction(self._records.size, device)
