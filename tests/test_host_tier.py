@@ -115,7 +115,6 @@ class Stamped:
             self.engine.check()
         return [cached[name] for name in names]
 
-
     def empty_pool(self) -> None:
         self.host.complete_saves()
         self.engine._core.tree.reset()
