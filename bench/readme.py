@@ -64,7 +64,8 @@ def main() -> None:
     text = _replace(BENCHMARKS.read_text(encoding="utf-8"), "results", tables())
     BENCHMARKS.write_text(_replace(text, "misses", "\n".join(misses())), encoding="utf-8")
     text = _replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing())
-    CLUSTER.write_text(_replace(text, "parallel", parallel()), encoding="utf-8")
+    text = _replace(text, "parallel", parallel())
+    CLUSTER.write_text(_replace(text, "replicas", replicas()), encoding="utf-8")
 
 
 def highlights() -> list[str]:
@@ -152,6 +153,19 @@ def parallel() -> str:
     )
 
 
+def replicas() -> str:
+    """What docs/cluster.md shows of `bench.data_parallel`: replicas with a GPU each beside one."""
+    found: dict[str, Any] = json.loads((RESULTS / "data_parallel.json").read_text(encoding="utf-8"))
+    lines = ["| replicas × agents | tokens/s | speedup | prompt tokens not computed |", "| --- | --- | --- | --- |"]
+    rows = [(name, figures) for name, figures in found.items() if " x " in name]
+    for name, figures in rows:
+        ratio = figures["throughput"] / rows[0][1]["throughput"]
+        cells = f"{figures['throughput']:,.0f} | {ratio:.2f}× | {figures['hit_rate']:.1%}"
+        lines.append(f"| {name.replace(' x ', ' × ')} | {cells} |")
+    about = f"`python -m bench.data_parallel` on {found['device']}s, torch {found['torch']}, {found['date']}"
+    return "\n".join([*lines, "", f"{about}, commit {found['commit']}; 8B shape, random weights, bfloat16."])
+
+
 def _over_gpus(found: dict[str, Any], part: str, name: str) -> list[str]:
     """Cells of one workload: seconds on one GPU and on all, their ratio, milliseconds of a step and their limit."""
     figures = found[part]
@@ -170,7 +184,7 @@ def misses() -> list[str]:
     lines = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.json")):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        name, where = path.stem.split("_")[0], found.get("device", found["processor"])
+        name, where = path.stem.split("_W")[0], found.get("device", found["processor"])
         for text, bound in found["bounds"]:
             if bound.endswith(": missed") or _counted_as_missed(text, found["missed"]):
                 lines.append(f"| `bench.{name}`, {where} | {' '.join(text.split())} | {bound.split(':')[0]} |")

@@ -2,7 +2,9 @@
 
 import os
 import select
+import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -97,3 +99,23 @@ def test_both_sides_sleep_until_the_other_goes_on(pair: tuple[RingWriter, RingRe
         writer.write(frame, wait)
     thread.join(10)
     assert found == sent
+
+
+def test_a_signal_does_not_end_a_read(pair: tuple[RingWriter, RingReader]) -> None:
+    writer, reader = pair
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
+
+    def disturb() -> None:
+        for _ in range(3):
+            time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        writer.write(b"frame", wait)
+
+    thread = threading.Thread(target=disturb)
+    try:
+        thread.start()
+        assert reader.read() == b"frame" and received
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)

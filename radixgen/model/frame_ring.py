@@ -114,7 +114,7 @@ class RingReader:
 
     def read(self) -> bytearray | None:
         """Return the next frame, or None if it is sent another way. Blocks."""
-        os.eventfd_read(self._frames)
+        os.read(self._frames, 8)  # goes on after a signal, unlike `eventfd_read`
         begun = self._at
         (length,) = _LENGTH.unpack_from(self._map, self._at)
         skipped = 0
