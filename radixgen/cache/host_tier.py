@@ -270,8 +270,8 @@ class HostTier:
         """Assert the invariants of the host's tree, and that locks there belong to copies in flight."""
         self.tree.check()
         locks: dict[int, int] = {}
-        for copy in (*self._saves, *self._fetches):
-            locks[copy.host.held.id] = locks.get(copy.host.held.id, 0) + 1
+        for lock in [save.host for save in self._saves] + [fetch.host for fetch in self._fetches]:
+            locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
         for node in self.tree.nodes():
             assert node.lock_count == locks.get(node.id, 0), f"{node} of the host has a lock without a copy"
         loading = sorted(extent for fetch in self._fetches for extent in fetch.extents)
