@@ -23,6 +23,7 @@ from radixgen.core import EngineDead, Plan
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.run_ahead import RunAhead
+from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -260,8 +261,8 @@ def a_prompt_is_scored_one_token_late(patch: Patch) -> None:
 
 
 def seats_are_not_counted(patch: Patch) -> None:
-    after(patch, Scheduler, "_fits", lambda *_: True)
-    before(patch, Scheduler, "_admit", lambda scheduler: setattr(scheduler, "max_num_seqs", 1_000))
+    after(patch, Admission, "_fits", lambda *_: True)
+    before(patch, Admission, "admit", lambda admission, *_: setattr(admission, "_max_num_seqs", 1_000))
 
 
 def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
