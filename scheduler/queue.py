@@ -51,13 +51,13 @@ class WaitingQueue:
         if not request.waiting:
             self._leave(request)
 
-    def choose(self, follow: Callable[[Sequence], FollowedMatch]) -> Request:
-        """Return the request to admit next. The choice stands until it is admitted or removed, or an earlier request
-        arrives.
+    def choose(self, follow: Callable[[Sequence], FollowedMatch]) -> Request | None:
+        """Return the request to admit next, or None while all that may be next fetch KV from the host. The choice
+        stands until it is admitted or removed, begins to fetch, or an earlier request arrives.
 
         `follow` makes the tree keep a candidate's match up to date.
         """
-        if self._chosen is None:
+        if self._chosen is None or self._chosen.fetching:
             self._chosen = self._longest(follow)
         return self._chosen
 
@@ -80,8 +80,8 @@ class WaitingQueue:
         for request in self._requests:
             assert request.waiting and request.overtaken <= self.max_overtaken
 
-    def _longest(self, follow: Callable[[Sequence], FollowedMatch]) -> Request:
-        """Return the request with the longest computed prefix, the first of several.
+    def _longest(self, follow: Callable[[Sequence], FollowedMatch]) -> Request | None:
+        """Return the request with the longest computed prefix, the first of several; of those that fetch nothing.
 
         Candidates are those of the highest priority, by arrival, up to the first that must not be overtaken again. Each
         admission looks at up to 64 requests: this loop is hot.
@@ -91,12 +91,12 @@ class WaitingQueue:
         for request in self._requests.islice(0, _WINDOW):
             if best is not None and request.priority != best.priority:
                 break
-            followed = request.waiting[0].followed or follow(request.waiting[0])
-            if followed.length > most and (computed := followed.computed) > most:
-                best, most = request, computed
+            if not request.fetching:
+                followed = request.waiting[0].followed or follow(request.waiting[0])
+                if followed.length > most and (computed := followed.computed) > most:
+                    best, most = request, computed
             if request.overtaken >= bound:
                 break
-        assert best is not None
         return best
 
     def _leave(self, request: Request) -> None:

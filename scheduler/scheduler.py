@@ -6,25 +6,22 @@ slot to its cursor. If nothing is missing, the cursor's last token gives logits.
 
 from collections.abc import Sequence as Seq
 from operator import attrgetter
-from typing import get_args
 
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import FollowedMatch, Match, Node, RadixTree, sharing_end
+from radixgen.cache import HostTier, Node, RadixTree
 from radixgen.cache.check import check_plan
-from radixgen.core import Limits, SharingReason
+from radixgen.core import Limits
+from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
+from radixgen.scheduler.paths import holds_alone, lacking, scheduled_end
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.reserves import FIRST_RESERVE, Reserves
 from radixgen.scheduler.sequence import Request, Sequence
 
-_GROWTH_SHARE = 16
-"""At most this fraction (1/n) of the pool is kept free for running sequences to grow."""
-_MAX_ADMITTED = 256
-"""Sequences admitted per step before no further request is considered, so that running ones do not wait long."""
 _MAX_SCORED = 512
 """Maximum rows per step that score prompts, so that the logits of a long prompt fit in memory."""
 
@@ -33,23 +30,30 @@ class Scheduler:
     """Owns the waiting and running sequences, and moves their cursors."""
 
     def __init__(
-        self, tree: RadixTree, planner: Planner, *, max_step_tokens: int, limits: Limits, debug: bool = False
+        self,
+        tree: RadixTree,
+        planner: Planner,
+        *,
+        max_step_tokens: int,
+        limits: Limits,
+        host: HostTier | None = None,
+        debug: bool = False,
     ) -> None:
         self.tree = tree
+        self.host = host
         self.planner = planner
         self.max_step_tokens = max_step_tokens
         self.max_num_seqs = limits.max_num_seqs
         self.waiting = WaitingQueue(limits.max_overtaken)
         self.running: SortedKeyList[Sequence] = SortedKeyList(key=attrgetter("rank"))
         self.pins = Pins(tree)
+        self.admission = Admission(tree, self.waiting, self.running, self.pins, host, limits.max_num_seqs)
         self._reserves = Reserves(tree, self.running, self.waiting)
         self._debug = debug
         self.now = 0.0
         """Time at which the current step began, in seconds on the engine's clock."""
+        self._last_rows = 0
         self.preemptions = 0
-        self.prompt_tokens = 0
-        self.cached_prompt_tokens = 0
-        self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
         self.computed_prompt_tokens = 0
 
     def add(self, request: Request) -> None:
@@ -82,8 +86,7 @@ class Scheduler:
         if sequence.cursor is not None:
             self._leave(sequence)
         elif sequence.choices is None:
-            self.waiting.remove(sequence)
-            self._unfollow(sequence)
+            self.admission.withdraw(sequence)
         if sequence.namespace != sequence.request.namespace:
             self.tree.discard(sequence.namespace)
 
@@ -101,13 +104,16 @@ class Scheduler:
         admitted.
         """
         pool = self.tree.pool
+        if self.host is not None:
+            self.host.poll(self.now, self._last_rows if self.running else 0)
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
-        batch = Batch(pool.num_steps + 1, all_admitted=only is None and admit and self._admit())
+        batch = Batch(pool.num_steps + 1, all_admitted=only is None and admit and self.admission.admit(self.now))
         budget = self.max_step_tokens
         for sequence in self._in_schedule_order():
             if sequence.cursor is not None and only in (None, sequence.request):
                 budget -= self._extend(sequence, budget, batch)
+        self._last_rows = batch.num_rows
         if not batch.row_nodes:
             return None
         pool.begin_step()
@@ -212,7 +218,7 @@ class Scheduler:
         node = sequence.cursor.held
         taken = 0
         if sequence.scores_prompt:
-            before = max(sequence.request.next_scored - _scheduled_end(node), 0)
+            before = max(sequence.request.next_scored - scheduled_end(node), 0)
             taken = self._schedule_path(sequence, node, min(budget, before + _MAX_SCORED - batch.num_scored), batch)
             added, finished = self._score_prompt(sequence, node, budget - taken, batch)
             taken += added
@@ -251,7 +257,7 @@ class Scheduler:
     def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
         """Schedule what the path to `node` lacks, from the top. Returns the rows added."""
         left = budget
-        for part in _lacking(node):
+        for part in lacking(node):
             count = min(left, part.known - part.scheduled)
             if count == 0 or not self._make_room(part, count, sequence, batch):
                 break
@@ -325,91 +331,6 @@ class Scheduler:
         tree.reserve(lacking, counts)
         return True
 
-    # -- admission ----------------------------------------------------------------------------------------
-
-    def _admit(self) -> bool:
-        """Admit waiting requests while everything that they lack fits without preemption; siblings go together.
-
-        Returns False if more would fit than one step admits.
-        """
-        enough = len(self.running) + _MAX_ADMITTED
-        while len(self.waiting):
-            if len(self.running) >= enough:
-                return False
-            request = self.waiting.choose(self._follow)
-            if len(request.waiting) > self.max_num_seqs - len(self.running):
-                return True
-            while request.waiting:
-                sequence = request.waiting[0]
-                if self.running and not self._fits(sequence, len(request.waiting)):
-                    return True
-                self._enter(sequence)
-        return True
-
-    def _follow(self, sequence: Sequence) -> FollowedMatch:
-        """Return the match of a waiting sequence, kept up to date by the tree until it is admitted or removed."""
-        if sequence.followed is None:
-            sequence.followed = self.tree.follow(sequence.tokens(), sequence.namespace)
-        return sequence.followed
-
-    def _unfollow(self, sequence: Sequence) -> None:
-        if sequence.followed is not None:
-            self.tree.unfollow(sequence.followed)
-            sequence.followed = None
-
-    def _fits(self, sequence: Sequence, seats: int) -> bool:
-        """Return whether there is room for what the sequence lacks and for everyone to grow a little.
-
-        Releases pins if needed, unless releasing all would not suffice. Reserves do not count as room: taking them for
-        new sequences would fragment all leaves into single slots.
-        """
-        tree, followed = self.tree, self._follow(sequence)
-        growing = len(self.running) + seats
-        growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
-        wanted, match = followed.tokens.size + growth, followed.match()
-        short = self._missing_slots(wanted, match)
-        if short > 0 and short > self.pins.freed_by_release(match):
-            return False
-        while short > 0 and self.pins.release_weakest():
-            short = self._missing_slots(wanted, followed.match())
-        return short <= 0
-
-    def _missing_slots(self, wanted: int, match: Match | None) -> int:
-        """Return how many slots are lacking to store `wanted` tokens, given that `match` is already in the tree and all
-        unscheduled tokens still need slots.
-        """
-        tree = self.tree
-        known, locked = (match.length, match.evictable) if match else (0, 0)
-        return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
-
-    def _enter(self, sequence: Sequence) -> None:
-        followed, request = self._follow(sequence), sequence.request
-        tokens = followed.tokens
-        if request.num_cached_tokens is None:
-            match = followed.match()
-            request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
-            request.queue_seconds = max(self.now - request.arrived, 0.0)
-            request.num_shared_tokens = match.length - match.evictable if match else 0
-            request.sharing_ended = end = sharing_end(self.tree, tokens, sequence.namespace, match)
-            if end is not None:
-                self.sharing_ended[end.reason] += 1
-            self.prompt_tokens += request.prompt.size
-            self.cached_prompt_tokens += request.num_cached_tokens
-        sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
-        self.waiting.admit(sequence)
-        self.running.add(sequence)
-        self._hand_match_to_sibling(sequence)
-
-    def _hand_match_to_sibling(self, sequence: Sequence) -> None:
-        """Give the match of an admitted sequence to a waiting sibling with the same tokens, or drop it."""
-        request = sequence.request
-        sibling = request.waiting[0] if request.waiting else None
-        alike = sequence.namespace == request.namespace and not sequence.output
-        if sibling is None or sibling.followed or sibling.output or not alike:
-            self._unfollow(sequence)
-        else:
-            sequence.followed, sibling.followed = None, sequence.followed
-
     # -- memory -------------------------------------------------------------------------------------------
 
     def _make_room(self, node: Node, count: int, sequence: Sequence, batch: Batch) -> bool:
@@ -427,7 +348,7 @@ class Scheduler:
         if short > 0:
             tree.reclaim_reserves(short)
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
-            if tree.evict(short):
+            if tree.evict(short) or self._complete_copies():
                 continue
             idle, from_pins = self._idle(sequence, batch), self.pins.freed_by_release()
             victim = None if from_pins else self._victim(sequence, idle)
@@ -436,6 +357,10 @@ class Scheduler:
             elif not from_pins or (not idle and from_pins < short) or not self.pins.release_weakest():
                 return False
         return True
+
+    def _complete_copies(self) -> bool:
+        """Unlock paths that only copies from or to the host have locked. Returns False if there are none."""
+        return self.host is not None and (self.host.complete_saves() or self.host.release_fetched())
 
     def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
         """Return the other sequences without a part in this step, youngest first, without the oldest of all."""
@@ -450,7 +375,7 @@ class Scheduler:
 
         If all slots are shared, the oldest running sequence may preempt the first, so that the holders go one by one.
         """
-        victim = next(filter(_holds_alone, idle), None)
+        victim = next((candidate for candidate in idle if holds_alone(candidate.cursor)), None)
         if victim is None and idle and sequence is self.running[0]:
             return idle[0]
         return victim
@@ -466,29 +391,3 @@ class Scheduler:
         self.running.remove(sequence)
         self.tree.unlock(sequence.cursor)
         sequence.cursor = None
-
-
-def _lacking(node: Node) -> list[Node]:
-    """Return the nodes of the path with tokens without a slot, from the top."""
-    nodes = []
-    above: Node | None = node
-    while above is not None and above.scheduled < above.known:
-        nodes.append(above)
-        above = above.parent
-    return nodes[::-1]
-
-
-def _scheduled_end(node: Node) -> int:
-    """Return the number of leading tokens of the path that have a slot."""
-    first = next(iter(_lacking(node)), node)
-    return first.start + first.scheduled
-
-
-def _holds_alone(sequence: Sequence) -> bool:
-    """Return whether any slots would become evictable if this sequence released its cursor."""
-    node = sequence.cursor.held if sequence.cursor else None
-    while node is not None and node.lock_count + node.locked_children == 1:
-        if node.capacity:
-            return True
-        node = node.parent
-    return False

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from radixgen.cache import PRIVATE, FollowedMatch, Lock, TokenArray
+from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray
 from radixgen.core import FinishReason, PromptTokens, SamplingParams, SamplingState, SharingEnd
 from radixgen.sampling.beam_search import BeamSearch, Choices
 
@@ -59,6 +59,12 @@ class Request:
         return self.unfinished == 0
 
     @property
+    def fetching(self) -> bool:
+        """Whether its next sequence waits for KV from the host."""
+        fetch = self.waiting[0].fetch
+        return fetch is not None and not fetch.arrived
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Scheduling order: priority, then arrival."""
         return -self.priority, self.serial
@@ -105,6 +111,8 @@ class Sequence:
 
     followed: FollowedMatch | None = None
     """Match of its tokens while it waits, once it may be next."""
+    fetch: Fetch | None = None
+    """Fetch of its tokens from the host while it waits, and until it is admitted."""
 
     def __post_init__(self) -> None:
         self.output = self.sampling.output

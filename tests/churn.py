@@ -218,13 +218,15 @@ class EngineMachine(RuleBasedStateMachine):
         share=st.sampled_from([True, True, True, True, False]),
         plan=st.sampled_from(["auto", "auto", "unshared", "naive"]),
         block_size=st.sampled_from([1, 2, 3, 5]),
+        host_slots=st.sampled_from([0, 20, 100, 400]),
     )
-    def begin(self, slots: int, budget: int, share: bool, plan: str, block_size: int) -> None:
+    def begin(self, slots: int, budget: int, share: bool, plan: str, block_size: int, host_slots: int) -> None:
         self.now = 0.0
         self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
         self.engine = Engine(
             self.model,
             kv_tokens=slots,
+            host_kv_tokens=host_slots,
             max_step_tokens=budget,
             share=share,
             plan=plan,
@@ -232,6 +234,9 @@ class EngineMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
             debug=True,
         )
+        self.host = self.engine._core.host
+        if self.host is not None:
+            self.host._min_fetch = 1
         self.live: dict[str, Shadow | ShadowSearch] = {}
         self.pins: list[int] = []
         self.texts: list[list[int]] = []
@@ -239,6 +244,11 @@ class EngineMachine(RuleBasedStateMachine):
         self.router = Consumer(block_size)
         self.blocks = BlockProjection(self.engine._core.tree, self.router, block_size)
         self._watch()
+
+    @precondition(lambda self: self.host is not None)
+    @rule(delay=st.integers(0, 4))
+    def copy_slowly(self, delay: int) -> None:
+        self.host._copies.delay = delay
 
     # -- what callers do ----------------------------------------------------------------------------------
 
@@ -424,6 +434,8 @@ class EngineMachine(RuleBasedStateMachine):
         for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
         after = self.engine.stats()
+        self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
+        self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
         self.seen["evict"] += after.evicted_tokens - before.evicted_tokens
         self.seen["preempt"] += after.preemptions - before.preemptions
         ahead = self.engine._core.ahead.pending
@@ -538,6 +550,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.router.held and not len(self.blocks)
         pool = self.engine._core.tree.pool
         assert pool.free == pool.capacity and self.engine._core.tree.num_nodes == 0
+        assert self.host is None or (self.host.tree.num_nodes == 0 and not self.host.tree.pool.used)
         self.engine.close()
 
 

@@ -92,6 +92,17 @@ class StampModel:
         """Forget what `slots` hold: whoever reads one before it is written again, fails."""
         self._positions[np.fromiter(slots, np.int64)] = POISONED
 
+    def content(self, slots: Int64Array) -> tuple[Int64Array, NDArray[np.uint64], NDArray[np.uint64]]:
+        """What slots hold."""
+        return self._positions[slots], self._stamps[slots], self._parents[slots]
+
+    def fill(self, slots: Int64Array, content: tuple[Int64Array, NDArray[np.uint64], NDArray[np.uint64]]) -> None:
+        """Make slots hold what others did."""
+        self._positions[slots], self._stamps[slots], self._parents[slots] = content
+
+    def host_kv(self, slots: int) -> "StampHostKV":
+        return StampHostKV(self, slots)
+
     def run(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
         """Check and write the rows, in the plan's order. Returns float32 logits `[n, vocab]`."""
         if refusal := self._refusal(plan, token_ids, slots, logit_rows):
@@ -217,6 +228,60 @@ class StampModel:
             return {UNWRITTEN: "never written", POISONED: "poisoned"}[position]
         parent, stamp = self._parents[slot].tobytes().hex(), self._stamp_at(slot).hex()
         return f"position {position} on top of {parent}, stamp {stamp}"
+
+
+class StampHostKV:
+    """KV of a `StampModel` in the host. A copy finishes when it was looked at `delay` times, and fails if its source
+    was written before that.
+    """
+
+    def __init__(self, model: StampModel, slots: int) -> None:
+        self.num_slots = slots
+        self._device = model
+        self._host = StampModel()
+        self._host.allocate(slots)
+        self.delay = 0
+
+    def save(self, slots: Int64Array, host_slots: Int64Array) -> "StampCopy":
+        return StampCopy(self._device, slots, self._host, host_slots, self.delay)
+
+    def load(self, host_slots: Int64Array, slots: Int64Array) -> "StampCopy":
+        return StampCopy(self._host, host_slots, self._device, slots, self.delay)
+
+    def release(self) -> None:
+        self._host.release()
+
+
+class StampCopy:
+    """One copy, whose target holds garbage until it has finished."""
+
+    seconds = 0.0
+
+    def __init__(
+        self, source: StampModel, read: Int64Array, target: StampModel, written: Int64Array, delay: int
+    ) -> None:
+        assert np.unique(written).size == written.size == read.size > 0
+        self._source, self._read, self._target, self._written = source, read, target, written
+        self._content = source.content(read)
+        self._left: int | None = delay
+        assert (self._content[0] >= 0).all(), "a copy of KV that was not written"
+        target.poison(written)
+
+    def done(self) -> bool:
+        if self._left:
+            self._left -= 1
+            return False
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        if self._left is None:
+            return
+        self._left = None
+        same = zip(self._content, self._source.content(self._read), strict=True)
+        assert all(np.array_equal(before, now) for before, now in same), "a slot was written while it was copied"
+        assert (self._target.content(self._written)[0] == POISONED).all(), "a slot was written while it was filled"
+        self._target.fill(self._written, self._content)
 
 
 class _Reads(NamedTuple):

@@ -225,6 +225,7 @@ ENGINE_OPTIONS = {
     "--max-model-len": 512,
     "--max-num-batched-tokens": 64,
     "--kv-tokens": 4096,
+    "--kv-offloading-size": 0.5,
     "--enforce-eager": None,
     "--no-warm-up": None,
     "--seed": 0,
@@ -294,7 +295,7 @@ def test_help_texts_are_short() -> None:
 
 SHARED_OPTIONS = {
     "load_format", "dtype", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_tokens", "enforce_eager", "warm_up", "seed", "profile", "profile_steps",
+    "kv_tokens", "kv_offloading_size", "enforce_eager", "warm_up", "seed", "profile", "profile_steps",
 }  # fmt: skip
 
 

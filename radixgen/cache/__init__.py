@@ -16,6 +16,8 @@
     recent_evictions  recently evicted continuations
     sharing           why a prompt was not shared to its end
     tokens            arrays of token ids
+    host_tier         a second tree, in host memory
+    loading           slots filled by copies
     storage           slots -> K and V of every layer
 
 Tree and pool hold integers and NumPy arrays only, and know neither models nor devices.
@@ -30,6 +32,7 @@ from radixgen.cache.block_projection import (
     hash_blocks,
 )
 from radixgen.cache.columns import Columns
+from radixgen.cache.host_tier import Copy, Fetch, HostTier, KVCopies
 from radixgen.cache.listener import Listener
 from radixgen.cache.match import FollowedMatch, Match
 from radixgen.cache.node import PRIVATE, Lock, Node
@@ -48,10 +51,14 @@ __all__ = [
     "BlocksDropped",
     "BlocksReset",
     "Columns",
+    "Copy",
     "EvictionPolicy",
     "Extent",
     "ExtentPool",
+    "Fetch",
     "FollowedMatch",
+    "HostTier",
+    "KVCopies",
     "Listener",
     "Lock",
     "Match",

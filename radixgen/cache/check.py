@@ -54,7 +54,7 @@ def _reachable(tree: "RadixTree") -> list[Node]:
 def _check_slots(tree: "RadixTree", nodes: list[Node]) -> None:
     """Assert that each slot has exactly one owner."""
     pool = tree.pool
-    owned = [extent for node in nodes for extent in node.extents]
+    owned = [extent for node in nodes for extent in node.extents] + list(tree.loading)
     position = 0
     for extent in sorted(owned + pool.free_extents() + pool.fenced_extents()):
         assert extent.start == position, f"slot {min(position, extent.start)} has no or two owners"

@@ -39,6 +39,16 @@ class NodeSlots:
             node.capacity += got
         return got
 
+    def give(self, node: Node, extents: list[Extent]) -> int:
+        """Replace the node's reserve by slots that hold the KV of its next tokens. Returns their number."""
+        self.cut(node, node.scheduled)
+        count = sum(extent.length for extent in extents)
+        node.extents.extend(extents)
+        node.capacity += count
+        node.scheduled += count
+        self._columns.write(node)
+        return count
+
     def cut(self, node: Node, count: int) -> None:
         """Release the node's slots after the first `count`."""
         if node.capacity > count:

@@ -45,4 +45,9 @@ def kv_room(device: torch.device) -> int:
     """Return the default pool size in bytes: a share of the free memory of a GPU, or of the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)
+    return int(free_host_bytes() * _CPU_SHARE)
+
+
+def free_host_bytes() -> int:
+    """Return the host's free memory."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,7 +3,7 @@
 `radixgen.cache.node` defines the nodes.
 """
 
-from collections.abc import Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterator, Reversible, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from radixgen.cache.match import (
 )
 from radixgen.cache.node import Lock, Node
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
-from radixgen.cache.pool import ExtentPool
+from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
 from radixgen.cache.slots import NodeSlots
 from radixgen.cache.stamps import SlotStamps
@@ -52,10 +52,12 @@ class RadixTree:
         self.columns = Columns()
         self._slots = NodeSlots(pool, self.columns)
         self.listener: Listener | None = None
+        self.on_idle: Callable[[Node], None] | None = None
+        """Called with a node after its last lock was released. It may have been removed."""
         self.recent_evictions = RecentEvictions()
-        self.evicted_tokens = 0
-        self.evictable_tokens = 0
-        self.unscheduled_tokens = 0
+        self.evicted_tokens = self.evictable_tokens = self.unscheduled_tokens = 0
+        self.loading: set[Extent] = set()
+        """Slots that belong to no node yet, because their KV is on its way from another tier."""
         self._unrooted: dict[FollowedMatch, None] = {}
         """Followed matches in namespaces without a root."""
         self._roots: dict[str, Node] = {}
@@ -227,6 +229,8 @@ class RadixTree:
         node.lock_count -= 1
         if not node.locked:
             self._unprotect(node)
+            if self.on_idle is not None:
+                self.on_idle(node)
 
     # -- slots --------------------------------------------------------------------------------------------
 
@@ -261,6 +265,12 @@ class RadixTree:
         self.columns.scheduled[node.id] = node.scheduled
         self.columns.reserved[node.id] = node.capacity - node.scheduled
         return slot
+
+    def give(self, node: Node, extents: list[Extent]) -> None:
+        """Give the node slots that hold the KV of its next tokens."""
+        self.unscheduled_tokens -= self._slots.give(node, extents)
+        self._compute(node)
+        self._changed(node)
 
     def reserve(self, leaves: Sequence[Node], counts: Sequence[int]) -> None:
         """As `NodeSlots.reserve`."""

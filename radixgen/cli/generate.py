@@ -15,6 +15,7 @@ from radixgen.cli.options import (
     Device,
     Dtype,
     KVCacheDtype,
+    KVOffloadingSize,
     KVTokens,
     LoadFormat,
     MaxTokens,
@@ -60,6 +61,7 @@ def generate(
     device: Device = "auto",
     tp: TensorParallel = 1,
     kv_tokens: KVTokens = None,
+    kv_offloading_size: KVOffloadingSize = 0.0,
     profile: Profile = None,
     profile_steps: ProfileSteps = 10,
 ) -> None:
@@ -98,6 +100,7 @@ def generate(
                 device=device,
                 tensor_parallel_size=tp,
                 kv_tokens=kv_tokens,
+                kv_offloading_size=kv_offloading_size,
                 warm_up=False,
             )
         with engine, engine.profile(profile, profile_steps) if profile else nullcontext() as profiler:

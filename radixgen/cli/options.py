@@ -59,6 +59,9 @@ KVTokens = Annotated[
     int | None,
     typer.Option("--kv-tokens", help="Size of the KV cache, in tokens.", show_default="as many as fit in memory"),
 ]
+KVOffloadingSize = Annotated[
+    float, typer.Option("--kv-offloading-size", help="Host memory for KV that the KV cache evicts, in GiB.")
+]
 DrainTimeout = Annotated[
     float,
     typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds to wait for open requests after SIGTERM."),

@@ -16,6 +16,7 @@ from radixgen.cli.options import (
     EnforceEager,
     EngineSeed,
     KVCacheDtype,
+    KVOffloadingSize,
     KVTokens,
     LoadFormat,
     MaxModelLen,
@@ -57,6 +58,7 @@ def worker(
     max_num_seqs: MaxNumSeqs = DEFAULT_LIMITS.max_num_seqs,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
+    kv_offloading_size: KVOffloadingSize = 0.0,
     enforce_eager: EnforceEager = False,
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
@@ -91,6 +93,7 @@ def worker(
         "tensor_parallel_size": tp,
         "max_model_len": max_model_len,
         "kv_tokens": kv_tokens,
+        "kv_offloading_size": kv_offloading_size,
         "enforce_eager": enforce_eager,
         "seed": seed,
     }

@@ -213,6 +213,20 @@ class Stats:
     """
     failed_captures: int = 0
     """CUDA graph captures that failed. After each, some steps run eagerly; if the very first failed, all steps do."""
+    kv_tokens_host_total: int = 0
+    """Slots of the host tier; 0 without one, as the following."""
+    kv_tokens_host_used: int = 0
+    host_saved_tokens: int = 0
+    """Copied to the host."""
+    host_fetched_tokens: int = 0
+    """Copied back to the pool for waiting requests."""
+    host_recomputed_tokens: int = 0
+    """Cached in the host, but computed again because that was sooner or the pool was full."""
+    host_evicted_tokens: int = 0
+    host_fetch_seconds: float = 0.0
+    """Duration of the copies back to the pool."""
+    host_waited_seconds: float = 0.0
+    """Part of it in which nothing else could run."""
 
     @property
     def rows_saved(self) -> int:

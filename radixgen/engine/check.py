@@ -1,5 +1,6 @@
 """Invariants of an engine's scheduler, tree and requests between two steps."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +15,8 @@ def check_engine(scheduler: Scheduler, requests: Mapping[str, Request], limits: 
     and each request is in exactly one valid state.
     """
     scheduler.tree.check()
+    if scheduler.host is not None:
+        scheduler.host.check()
     _check_locks(scheduler)
     _check_queue(scheduler)
     _check_bounds(scheduler, limits)
@@ -25,6 +28,8 @@ def _check_locks(scheduler: Scheduler) -> None:
     for holder in (*scheduler.running, *scheduler.pins):
         lock = holder.cursor if isinstance(holder, Sequence) else holder.lock
         assert lock is not None
+        locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
+    for lock in scheduler.host.locks() if scheduler.host else ():
         locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
     for node in scheduler.tree.nodes():
         assert node.lock_count == locks.get(node.id, 0), f"{node} has a lock without a cursor or pin"
@@ -42,6 +47,9 @@ def _check_queue(scheduler: Scheduler) -> None:
     assert all(s.cursor is None and s.finish_reason is None for s in scheduler.waiting)
     followed = {s.followed: s for s in scheduler.waiting if s.followed is not None}
     assert followed.keys() == set(scheduler.tree.followed()), "a match is followed that nobody waits for"
+    fetches = Counter(s.fetch for s in scheduler.waiting if s.fetch is not None)
+    assert all(fetch.waiters == count for fetch, count in fetches.items()), "a fetch counts its waiters wrongly"
+    assert all(s.fetch is None for s in scheduler.running)
     for match, sequence in followed.items():
         assert match.namespace == sequence.namespace and np.array_equal(match.tokens, sequence.tokens())
 

@@ -10,7 +10,7 @@ from typing import Unpack
 import numpy as np
 from torch import Tensor
 
-from radixgen.cache import ExtentPool, RadixTree, TokenArray
+from radixgen.cache import ExtentPool, HostTier, KVCopies, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
     EngineDead,
@@ -53,6 +53,7 @@ class EngineCore:
         model: Model,
         *,
         kv_tokens: int,
+        host_kv: KVCopies | None = None,
         max_step_tokens: int,
         limits: Limits,
         plan: PlanMode = "auto",
@@ -71,7 +72,10 @@ class EngineCore:
         """To be entered by the caller around each call that changes something"""
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
         self.planner = Planner(self.tree, mode=plan, cost=costs)
-        self.scheduler = Scheduler(self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, debug=debug)
+        self.host = HostTier(self.tree, host_kv, stamps=debug) if host_kv else None
+        self.scheduler = Scheduler(
+            self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, host=self.host, debug=debug
+        )
         self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
         self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
@@ -240,6 +244,8 @@ class EngineCore:
         if batch is None and self.ahead.pending:
             self.ahead.drop()
             batch = self.scheduler.schedule()
+        while batch is None and self.host is not None and self.host.wait():
+            batch = self.scheduler.schedule()
         return batch
 
     def _run(self, batch: Batch) -> StepLogits | None:
@@ -396,21 +402,27 @@ class EngineCore:
 
     # -- the engine itself --------------------------------------------------------------------------------
 
+    def reset_prefix_cache(self) -> int:
+        """Evict everything that is not locked, from the device and the host. Returns the number of tokens."""
+        evicted = self.host.reset() if self.host is not None else 0
+        return evicted + self.tree.reset()
+
     def stats(self) -> Stats:
         tree, pool, scheduler = self.tree, self.tree.pool, self.scheduler
-        held = pool.used - tree.reserved_tokens - tree.evictable_tokens + tree.unscheduled_tokens
+        loading = sum(extent.length for extent in tree.loading)
+        held = pool.used - loading - tree.reserved_tokens - tree.evictable_tokens + tree.unscheduled_tokens
         return Stats(
             steps=self._steps,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.cached_prompt_tokens,
-            sharing_ended=dict(scheduler.sharing_ended),
+            prompt_tokens=scheduler.admission.prompt_tokens,
+            cached_prompt_tokens=scheduler.admission.cached_prompt_tokens,
+            sharing_ended=dict(scheduler.admission.sharing_ended),
             computed_prompt_tokens=scheduler.computed_prompt_tokens,
             computed_rows=self._computed_rows,
             logit_rows=self._logit_rows,
             wasted_rows=self.ahead.wasted_rows,
             generated_tokens=self._generated,
             kv_tokens_total=pool.capacity,
-            kv_tokens_used=pool.used - tree.reserved_tokens,
+            kv_tokens_used=pool.used - tree.reserved_tokens - loading,
             kv_tokens_reserved=tree.reserved_tokens,
             kv_tokens_fenced=pool.fenced,
             kv_tokens_cached=tree.evictable_tokens,
@@ -426,6 +438,7 @@ class EngineCore:
             num_nodes=tree.num_nodes,
             shared_tokens=max(scheduler.path_tokens - held, 0),
             failed_captures=getattr(self.model, "failed_captures", 0),
+            **(self.host.figures() if self.host is not None else {}),
         )
 
     def check(self) -> None:
@@ -435,6 +448,8 @@ class EngineCore:
     def close(self) -> None:
         """Release the model. Live requests end without an output."""
         self.requests.clear()
+        if self.host is not None:
+            self.host.close()
         self.model.release()
 
     # -- inside -------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ class Engine:
         plan: PlanMode = "auto",
         share: bool = True,
         kv_tokens: int | None = None,
+        host_kv_tokens: int = 0,
+        kv_offloading_size: float = 0.0,
         max_step_tokens: int | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool = False,
@@ -86,13 +88,14 @@ class Engine:
         share: False gives every sequence a separate tree, so that nothing is stored or computed together.
         kv_tokens: slots of the KV pool. Default: as many as fit in 85 % of the GPU memory left free after the largest
             step, or in 25 % of the free memory on a CPU; fewer if that allocation fails.
+        host_kv_tokens: tokens whose KV host memory keeps as well, to be fetched after the pool has evicted it; or
+            `kv_offloading_size`, in GiB.
         max_step_tokens: maximum rows per step; longer prompts are computed in chunks. Default: 2,048, or 8,192 on a GPU
             with 32 GiB or more.
         max_model_len: maximum length of prompt plus output, in tokens. Default: the model's maximum.
-        enforce_eager: use no CUDA graphs, and by default no `torch.compile`.
+        enforce_eager: no CUDA graphs, and by default no `torch.compile`.
         torch_compile: fuse the model's blocks with `torch.compile`. Default: on GPUs. Results are kept in the cache
-            directory; without them, the first steps take about a minute. If compiling fails, a warning is logged and
-            the model runs uncompiled.
+            directory; without them, the first steps take about a minute. If it fails, a warning is logged.
         async_scheduling: let the device begin a captured step while the host still reads the tokens of the last one.
             The tokens are the same either way.
         warm_up: call `Engine.warm_up` before the constructor returns. Default: on GPUs.
@@ -116,6 +119,8 @@ class Engine:
             attention=attention,
             kv_dtype=kv_dtype,
             kv_tokens=kv_tokens,
+            host_kv_tokens=host_kv_tokens,
+            kv_offloading_size=kv_offloading_size,
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
             ranks=tensor_parallel_size,
@@ -137,6 +142,7 @@ class Engine:
         self._core = EngineCore(
             served,
             kv_tokens=prepared.kv_tokens,
+            host_kv=prepared.host_kv,
             max_step_tokens=prepared.max_step_tokens,
             limits=self.limits,
             plan=plan,
@@ -477,7 +483,7 @@ class Engine:
         """Evict everything that no live request and no pin locks. Returns the number of tokens."""
         self._loop.begin_call()
         with self._guard:
-            return self._core.tree.reset()
+            return self._core.reset_prefix_cache()
 
     def close(self) -> None:
         """Release the model and the KV pool. Live requests end without an output. May be called twice."""

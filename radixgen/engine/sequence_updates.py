@@ -52,6 +52,7 @@ def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
         logprobs=list(origin.logprobs),
         scheduled_in=-1,
         followed=None,
+        fetch=None,
     )
 
 

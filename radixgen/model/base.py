@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from radixgen.cache import KVCopies
 from radixgen.core import Plan
 
 
@@ -45,6 +46,17 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Restore what was changed in the wrapped model, and free the storage."""
+
+
+@runtime_checkable
+class SupportsHostKV(Protocol):
+    """A model whose KV can be copied to host memory and back."""
+
+    def host_kv(self, slots: int) -> KVCopies:
+        """Allocate the KV of `slots` tokens in host memory. Called at most once, after `allocate`.
+
+        Raises `MemoryError`, `OSError` or `RuntimeError` if there is too little.
+        """
 
 
 @runtime_checkable

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from radixgen.cache.storage import kv_room
+from radixgen.cache import KVCopies
+from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
-from radixgen.model.base import Model
+from radixgen.model.base import Model, SupportsHostKV
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
 from radixgen.model.parallel import ParallelModel, shard
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_OFFLOADING_GIB = 2**20
+
 
 class PreparedModel(NamedTuple):
     """A model behind the engine's interface, with its KV pool, and the sizes that were chosen."""
@@ -32,6 +35,7 @@ class PreparedModel(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase | None"
     kv_tokens: int
     max_step_tokens: int
+    host_kv: KVCopies | None
 
 
 def prepare_model(
@@ -45,6 +49,8 @@ def prepare_model(
     attention: str,
     kv_dtype: str,
     kv_tokens: int | None,
+    host_kv_tokens: int,
+    kv_offloading_size: float,
     max_model_len: int | None,
     max_step_tokens: int | None,
     ranks: int,
@@ -55,6 +61,9 @@ def prepare_model(
     sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
     check_options(model, load_format, dtype, device, attention, kv_dtype, sizes)
     check_integer("tensor_parallel_size", ranks, 1, limits.max_ranks)
+    check_integer("host_kv_tokens", host_kv_tokens, 0, 2**63 - 1)
+    if not 0.0 <= kv_offloading_size <= _MAX_OFFLOADING_GIB:
+        raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
     max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
     served: Model
@@ -97,7 +106,12 @@ def prepare_model(
             tree_model.release()
             raise
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
-    return PreparedModel(served, tokenizer, slots, max_step_tokens)
+    try:
+        host_kv = allocate_host_kv(served, host_kv_tokens, kv_offloading_size)
+    except BaseException:
+        served.release()
+        raise
+    return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv)
 
 
 def check_options(
@@ -177,6 +191,30 @@ def allocate_kv(model: Model, requested: int | None, limits: Limits, max_step_to
             model.release()
             raise InvalidRequest("kv_tokens", slots, f"no memory for so many: {error}") from error
         return slots
+
+
+def allocate_host_kv(model: Model, tokens: int, gib: float) -> KVCopies | None:
+    """Allocate the KV of `tokens` tokens, or of `gib` GiB, in host memory. Returns None if both are 0.
+
+    Raises `InvalidRequest`.
+    """
+    if not tokens and not gib:
+        return None
+    field, value = ("kv_offloading_size", gib) if gib else ("host_kv_tokens", tokens)
+    if tokens and gib:
+        raise InvalidRequest(field, value, "give this or host_kv_tokens, not both")
+    if not isinstance(model, SupportsHostKV):
+        raise InvalidRequest(field, value, f"must be 0: {model.name} does not copy its KV to the host")
+    size = model.kv_bytes_per_token
+    tokens = tokens or int(gib * 2**30 / size)
+    room = free_host_bytes() // size
+    if not 0 < tokens <= room:
+        limit = f"is for {tokens} tokens; the host's free memory holds 1 to {room} ({room * size / 2**30:.1f} GiB)"
+        raise InvalidRequest(field, value, limit)
+    try:
+        return model.host_kv(tokens)
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise InvalidRequest(field, value, f"no memory for so much: {error}") from error
 
 
 def _load(

@@ -19,6 +19,7 @@ from radixgen.kernels.flash_backend import backend_with_flash
 from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.kernels.upload import upload
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
+from radixgen.model.host_kv import HostKV
 from radixgen.model.layer_call import LayerCall
 from radixgen.model.lockstep import ModelInput
 from radixgen.model.tree_model import TreeModel
@@ -91,6 +92,10 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
             self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows, self._agree)
+
+    def host_kv(self, slots: int) -> HostKV:
+        """As `radixgen.model.base.SupportsHostKV`."""
+        return HostKV(self.storage, slots, self.device)
 
     def run(
         self,

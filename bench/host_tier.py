@@ -1,0 +1,251 @@
+"""KV in host memory: how fast it is fetched, what a fetched prefix saves, and agents whose KV the pool cannot hold.
+
+    python -m bench.host_tier [--check] [--save]
+
+- *Rates*: copies of one large piece of pinned memory, the limit; then fetches and saves of paths whose host slots lie
+  in pieces of 16, 256 and 4,096 tokens, in random order.
+- *First token*: of a prompt whose prefix of 16,256 tokens is in the host, over computing the prefix.
+- *Agents*: each resends a growing conversation behind one system prompt, in turn, four at a time. The pool holds a
+  third of all tokens. Tokens a second with and without a host tier.
+- *Nothing shared*: requests that have nothing in common, where a host tier can only cost.
+
+A Llama of 8B shape in bfloat16 with random weights on a GPU, where limits are measured in the same run; elsewhere toy
+sizes in float32, without limits. Bounds with --check: those of each line.
+
+Bias. Host memory and GPU are idle otherwise. One run a figure: differences under 10 % are noise.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from bench.report import Report, benchmark_options
+from bench.shapes import SHAPES, build
+from radixgen import Engine, SamplingParams
+from radixgen.cache.storage import KVStorage, LayerShape
+from radixgen.model.host_kv import HostKV
+
+PIECES = (16, 256, 4096)
+TOGETHER = 4
+"""Agents that run at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Sizes in tokens."""
+
+    copied: int
+    prefix: int
+    agents: int
+    turns: int
+    system: int
+    own: int
+    """Of each agent at the first turn"""
+    message: int
+    new: int
+    unshared: tuple[int, int, int]
+    """Requests, prompt tokens, new tokens"""
+
+
+FULL = Scale(16_384, 16_256, 16, 4, 3_000, 8_000, 300, 32, (64, 1024, 128))
+TOY = Scale(4_096, 120, 6, 2, 30, 60, 8, 4, (4, 16, 8))
+
+
+class Bench:
+    """A model, and what is measured with it."""
+
+    def __init__(self, report: Report, scale: Scale, network: PreTrainedModel, vocab: int) -> None:
+        self.report, self.scale, self.network, self.vocab = report, scale, network, vocab
+        self.device = network.device
+
+    def tokens(self, seed: int, count: int) -> list[int]:
+        drawn: list[int] = np.random.default_rng(seed).integers(3, self.vocab, count).tolist()
+        return drawn
+
+    def engine(self, kv_tokens: int, host_kv_tokens: int = 0) -> Engine:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        cuda = self.device.type == "cuda"
+        return Engine(
+            self.network, kv_tokens=kv_tokens, host_kv_tokens=host_kv_tokens, torch_compile=cuda, warm_up=False
+        )
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def greedy(new: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+
+
+# -- rates ------------------------------------------------------------------------------------------------
+
+
+def report_rates(bench: Bench, layers: Sequence[LayerShape]) -> None:
+    """Bytes a second of one large copy, and of paths in pieces."""
+    count, record = bench.scale.copied, sum(layer.bytes_per_token for layer in layers)
+    limits = {"fetch": 0.0, "save": 0.0}
+    if bench.device.type == "cuda":
+        limits = measure_copies(count * record, bench.device)
+        for way, rate in limits.items():
+            bench.report.say(f"one copy of {count * record / 1e9:.2f} GB, {way}: {rate / 1e9:.1f} GB/s")
+            bench.report.keep(**{f"{way}_limit": rate})
+    storage = KVStorage(layers, count, bench.device)
+    host = HostKV(storage, 2 * count, bench.device)
+    slots = np.arange(count)
+    for piece in PIECES:
+        starts = np.random.default_rng(piece).permutation(2 * count // piece)[: count // piece] * piece
+        host_slots = (starts[:, None] + np.arange(piece)).ravel()
+        for way in ("save", "fetch"):
+            taken = []
+            for _ in range(4):
+                copy = host.save(slots, host_slots) if way == "save" else host.load(host_slots, slots)
+                copy.wait()
+                taken.append(copy.seconds)
+            rate = count * record / float(np.median(taken[1:]))
+            share = rate / limits[way] if limits[way] else 0.0
+            text = f"{way} in pieces of {piece:,} tokens: {rate / 1e9:.1f} GB/s, {share:.0%} of the limit"
+            bound = 0.85 if way == "fetch" and limits[way] else None
+            bench.report.figure(f"{way}_{piece}", share, text, at_least=bound)
+    host.release()
+
+
+def measure_copies(size: int, device: torch.device) -> dict[str, float]:
+    """Bytes a second of copies of one piece of pinned memory to the device, and back; the median of five."""
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    here = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    here.zero_()
+    rates = {}
+    for way, (target, source) in {"fetch": (there, here), "save": (here, there)}.items():
+        taken = []
+        for _ in range(6):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            events[0].record()
+            target.copy_(source, non_blocking=True)
+            events[1].record()
+            events[1].synchronize()
+            taken.append(events[0].elapsed_time(events[1]) / 1e3)
+        rates[way] = size / float(np.median(taken[1:]))
+    return rates
+
+
+# -- first token ------------------------------------------------------------------------------------------
+
+
+def report_first_token(bench: Bench) -> None:
+    length = bench.scale.prefix
+    with bench.engine(length + 1024, length + 1024) as engine:
+        prefixes = [bench.tokens(seed, length) for seed in range(4)]
+        seconds_computed = [first_token_seconds(engine, prefix) for prefix in prefixes]
+        host = engine._core.host
+        assert host is not None
+        fetched = []
+        for seed in range(10, 15):
+            host.complete_saves()
+            engine._core.tree.reset()
+            fetched.append(first_token_seconds(engine, prefixes[-1] + bench.tokens(seed, 16)))
+        stats = engine.stats()
+    seconds, computed = float(np.median(fetched)), float(np.median(seconds_computed[1:]))
+    text = (
+        f"first token with {length:,} tokens in the host: {1e3 * seconds:.1f} ms, computed {1e3 * computed:.1f} ms: "
+        f"{seconds / computed:.3f}"
+    )
+    bench.report.figure("first_token", seconds / computed, text, at_most=1 / 6)
+    bench.report.keep(fetched_ms=1e3 * seconds, computed_ms=1e3 * computed, fetched_tokens=stats.host_fetched_tokens)
+
+
+def first_token_seconds(engine: Engine, prompt: list[int]) -> float:
+    begin = time.perf_counter()
+    engine.generate(prompt, greedy(1))
+    return time.perf_counter() - begin
+
+
+# -- agents -----------------------------------------------------------------------------------------------
+
+
+def report_agents(bench: Bench) -> None:
+    scale = bench.scale
+    total = scale.system + scale.agents * (scale.own + scale.turns * (scale.message + scale.new))
+    pools = {"without": 0, "with": total}
+    bench.report.say(f"{scale.agents} agents of {total:,} tokens in all, {scale.turns} turns, {TOGETHER} at a time")
+    rates = {}
+    for name, host in pools.items():
+        with bench.engine(total // 3, host) as engine:
+            serve_agents(bench, engine, seed=100, agents=TOGETHER, turns=1)
+            engine.reset_prefix_cache()
+            before = engine.stats()
+            seconds = serve_agents(bench, engine, seed=0, agents=scale.agents, turns=scale.turns)
+            stats = engine.stats()
+        rates[name] = scale.agents * scale.turns * scale.new / seconds
+        rows, fetched = stats.computed_rows - before.computed_rows, stats.host_fetched_tokens
+        waited = stats.host_waited_seconds
+        bench.report.say(
+            f"{name} a host tier: {rates[name]:,.0f} tokens/s, {rows:,} rows computed, {fetched:,} tokens fetched, of "
+            f"{stats.host_fetch_seconds:.2f} s {waited:.2f} s waited"
+        )
+        bench.report.keep(**{f"agents, {name}": {"tokens_per_second": rates[name], "rows": rows, "fetched": fetched}})
+    ratio = rates["with"] / rates["without"]
+    bench.report.figure("agents", ratio, f"agents, with the host tier over without: {ratio:.2f}×", at_least=2.0)
+
+
+def serve_agents(bench: Bench, engine: Engine, *, seed: int, agents: int, turns: int) -> float:
+    """Seconds for all turns of all agents."""
+    scale = bench.scale
+    system = bench.tokens(seed, scale.system)
+    talks = [system + bench.tokens(seed + 1 + agent, scale.own) for agent in range(agents)]
+    begin = time.perf_counter()
+    for turn in range(turns):
+        for first in range(0, agents, TOGETHER):
+            group = range(first, min(first + TOGETHER, agents))
+            for agent in group:
+                talks[agent] += bench.tokens(seed + 1000 * (turn + 1) + agent, scale.message)
+            outputs = engine.generate([talks[agent] for agent in group], greedy(scale.new))
+            for agent, output in zip(group, outputs, strict=True):
+                talks[agent] += output.outputs[0].token_ids
+    bench.synchronize()
+    return time.perf_counter() - begin
+
+
+def report_unshared(bench: Bench) -> None:
+    requests, length, new = bench.scale.unshared
+    total = requests * (length + new)
+    rates = {}
+    for name, host in {"without": 0, "with": total}.items():
+        with bench.engine(total + 1024, host) as engine:
+            for seed in (0, 1000):
+                prompts = [bench.tokens(seed + row, length) for row in range(requests)]
+                begin = time.perf_counter()
+                engine.generate(prompts, greedy(new))
+                rates[name] = requests * new / (time.perf_counter() - begin)
+                engine.reset_prefix_cache()
+    ratio = rates["with"] / rates["without"]
+    text = (
+        f"nothing shared: {rates['without']:,.0f} tokens/s without, {rates['with']:,.0f} with a host tier: {ratio:.3f}"
+    )
+    bench.report.figure("unshared", ratio, text, at_least=0.97)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = benchmark_options(__doc__).parse_args(arguments)
+    report, cuda = Report("host_tier"), torch.cuda.is_available()
+    shape = SHAPES["8B" if cuda else "toy"]
+    network = build(shape, torch.device("cuda" if cuda else "cpu"))
+    bench = Bench(report, FULL if cuda else TOY, network, shape.vocab)
+    layer = LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim, network.dtype)
+    report_rates(bench, [layer] * shape.layers)
+    report_first_token(bench)
+    report_agents(bench)
+    report_unshared(bench)
+    return report.finish(check=options.check, save=options.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Slots whose KV is copied from another tier instead of being computed."""
+
+from typing import TYPE_CHECKING
+
+from radixgen.cache.node import Node
+from radixgen.cache.pool import Extent, split_extents
+
+if TYPE_CHECKING:
+    from radixgen.cache.tree import RadixTree
+
+
+def begin_load(tree: "RadixTree", count: int) -> list[Extent] | None:
+    """Take `count` slots, evicting what is unlocked. Returns None, with nothing evicted, if there are too few."""
+    if count > tree.pool.free + tree.evictable_tokens:
+        return None
+    tree.evict(count - tree.pool.free)
+    if count > tree.pool.free:
+        return None  # some of what was evicted is still fenced
+    extents = tree.pool.allocate(count)
+    tree.loading.update(extents)
+    return extents
+
+
+def end_load(tree: "RadixTree", node: Node, first: int, extents: list[Extent]) -> None:
+    """Give slots that hold the KV of the tokens from position `first` on to those of them that have none, on the path
+    to `node`. The other slots are released. Called between two steps.
+    """
+    tree.loading.difference_update(extents)
+    unused: list[Extent] = []
+    for part in node.path():
+        count = part.known - part.scheduled
+        if count:
+            start = part.end - count
+            released, extents = split_extents(extents, start - first)
+            loaded, extents = split_extents(extents, count)
+            unused += released
+            first = part.end
+            tree.give(part, loaded)
+    for extent in unused + extents:
+        tree.pool.release(extent)
