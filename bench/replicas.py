@@ -132,7 +132,7 @@ class Replica:
         if fetch is None:
             return 0
         host.poll(0.0, 0)
-        host.leave(fetch, admitted=True)
+        host.leave(fetch)
         return fetch.num_tokens
 
     def finish(self, request: Request) -> None:

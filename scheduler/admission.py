@@ -66,21 +66,21 @@ class Admission:
 
     def _fetch(self, sequence: Sequence) -> bool:
         """Return whether the sequence has to wait for KV from the host, which is on its way then."""
-        if self._host is not None and sequence.fetch is None:
+        before = sequence.fetch
+        if self._host is not None and (before is None or before.arrived):
             followed = self._follow(sequence)
             sequence.fetch = self._host.fetch(followed.tokens, sequence.namespace, followed.computed)
+            if before is not None:
+                self._host.leave(before)
         return sequence.request.fetching
-
-    def _leave_fetch(self, sequence: Sequence, *, admitted: bool) -> None:
-        if self._host is not None and sequence.fetch is not None:
-            self._host.leave(sequence.fetch, admitted=admitted)
-            sequence.fetch = None
 
     def withdraw(self, sequence: Sequence) -> None:
         """Remove a waiting sequence that ended or was cancelled."""
         self._waiting.remove(sequence)
         self._unfollow(sequence)
-        self._leave_fetch(sequence, admitted=False)
+        if self._host is not None and sequence.fetch is not None:
+            self._host.leave(sequence.fetch)
+            sequence.fetch = None
 
     def _follow(self, sequence: Sequence) -> FollowedMatch:
         """Return the match of a waiting sequence, kept up to date by the tree until it is admitted or removed."""
@@ -132,7 +132,6 @@ class Admission:
             self.prompt_tokens += request.prompt.size
             self.cached_prompt_tokens += request.num_cached_tokens
         sequence.cursor = self._tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
-        self._leave_fetch(sequence, admitted=True)
         self._waiting.admit(sequence)
         self._running.add(sequence)
         self._hand_match_to_sibling(sequence)

@@ -328,7 +328,7 @@ def what_is_saved_is_one_token_off(patch: Patch) -> None:
 
 
 def a_fetch_that_nobody_waits_for_stays_locked(patch: Patch) -> None:
-    patch.setattr(HostTier, "leave", lambda self, fetch, *, admitted: None)
+    patch.setattr(HostTier, "leave", lambda self, fetch: None)
 
 
 FAULTS = [

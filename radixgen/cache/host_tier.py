@@ -75,8 +75,8 @@ class _Save:
 
 @dataclass(eq=False, slots=True)
 class Fetch:
-    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path is locked until
-    the first of them is admitted or all are gone.
+    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path stays locked
+    until all of them were admitted or are gone.
     """
 
     tokens: TokenArray
@@ -188,10 +188,10 @@ class HostTier:
         self._fetches.append(fetch)
         return fetch
 
-    def leave(self, fetch: Fetch, *, admitted: bool) -> None:
-        """Count one waiter less. The first that was admitted, and the last of all, unlock the path."""
+    def leave(self, fetch: Fetch) -> None:
+        """Count one waiter less. The last unlocks the path."""
         fetch.waiters -= 1
-        if fetch.arrived and fetch.locks_path and (admitted or not fetch.waiters):
+        if fetch.arrived and fetch.locks_path and not fetch.waiters:
             self._arrived.remove(fetch)
             self._device.unlock(fetch.device)
 
