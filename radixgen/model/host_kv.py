@@ -55,6 +55,11 @@ class HostKV:
                 self._records.unpack(records, indices)
         return copy
 
+    def join(self, copy: Copy) -> None:
+        """Have later work of the current stream wait for a copy."""
+        if isinstance(copy, _StreamCopy):
+            torch.cuda.current_stream().wait_event(copy.end)
+
     def release(self) -> None:
         """Wait for copies in flight and free the memory."""
         if self._host.is_pinned():
