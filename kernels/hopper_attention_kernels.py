@@ -63,6 +63,80 @@ def _copy_queries(
 
 
 @gluon.jit
+def _convert(numbers, scale, DTYPE: gl.constexpr):
+    """Return 8-bit numbers `[keys, dim]` times their keys' scales, in DTYPE."""
+    if numbers.dtype == gl.int8:  # the bytes 0x47, 0, b and 0 make the float32 32768 + b
+        floats = gl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, high;
+            xor.b32 bytes, $4, 0x80808080;
+            mov.b32 high, 0x47000000;
+            prmt.b32 $0, bytes, high, 0x7604;
+            prmt.b32 $1, bytes, high, 0x7614;
+            prmt.b32 $2, bytes, high, 0x7624;
+            prmt.b32 $3, bytes, high, 0x7634;
+            }""",
+            "=&r,=&r,=&r,=r,r", [numbers], dtype=gl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        return gl.fma(floats, scale[:, None], -32896.0 * scale[:, None]).to(DTYPE)
+    return (numbers.to(gl.float16).to(gl.float32) * scale[:, None]).to(DTYPE)
+
+
+@gluon.jit
+def _load_numbers(pool, scales, slots, listed, num_slots, head, KV_HEADS: gl.constexpr, DIM: gl.constexpr):
+    """Load 8-bit numbers `[keys, DIM]` of slots, and their scales `[keys]`; 0 for keys that are not `listed`."""
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, slots.type.layout.parent))
+    place = ((slots.to(gl.int64) * KV_HEADS + head) * DIM)[:, None] + dim[None, :]
+    numbers = gl.load(pool + place, mask=listed[:, None] & (dim >= 0)[None, :], other=0.0)
+    return numbers, gl.load(scales + head.to(gl.int64) * num_slots + slots, mask=listed, other=0.0)
+
+
+@gluon.jit
+def _half(FIRST: gl.constexpr):
+    """Return 64 places of a block from FIRST on, in the layout in which 8-bit numbers are loaded."""
+    # Eight threads write 16 bytes each of two rows of shared memory at a time, which is free of bank conflicts.
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [gl.num_warps(), 1], [1, 0])
+    return FIRST + gl.arange(0, 64, gl.SliceLayout(1, LOADED))
+
+
+@gluon.jit
+def _fill(
+    pools, key_slot, value_slot, head, shared, count, KEYS: gl.constexpr, VALUES: gl.constexpr,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, QUANTIZED: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Fill the next place of the ring: with KEYS from `key_slot` on, and with VALUES from `value_slot` on."""
+    k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks = pools
+    _, _, k_ring, v_ring, _, ready, _, empty, _, _ = shared
+    at = count % STAGES
+    phase = (count // STAGES & 1) ^ 1
+    if QUANTIZED:
+        FIRST: gl.constexpr = 64 * HALF
+        place = _half(FIRST)
+        if KEYS:
+            keys, key_scale = _load_numbers(k, k_scales, key_slot + place, place >= 0, num_slots, head, KV_HEADS, DIM)
+        if VALUES:
+            values, value_scale = _load_numbers(
+                v, v_scales, value_slot + place, place >= 0, num_slots, head, KV_HEADS, DIM
+            )
+        mbarrier.wait(empty.index(at), phase)
+        if KEYS:
+            k_ring.index(at).slice(FIRST, 64).store(_convert(keys, key_scale, k_ring.dtype))
+        if VALUES:
+            v_ring.index(at).slice(FIRST, 64).store(_convert(values, value_scale, v_ring.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(ready.index(at), count=1)
+    else:
+        mbarrier.wait(empty.index(at), phase)
+        mbarrier.expect(ready.index(at), KEYS * k_blocks.block_type.nbytes + VALUES * v_blocks.block_type.nbytes)
+        column = head * DIM
+        if VALUES:
+            tma.async_copy_global_to_shared(v_blocks, [value_slot, column], ready.index(at), v_ring.index(at))
+        if KEYS:
+            tma.async_copy_global_to_shared(k_blocks, [key_slot, column], ready.index(at), k_ring.index(at))
+
+
+@gluon.jit
 def _copy_keys(
     k, v, key_slots, key_rows, k_tile, v_tile, rows_tile, begin, end, head,
     KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr,
@@ -85,15 +159,54 @@ def _copy_keys(
 
 
 @gluon.jit
-def _produce(
-    q, k, v, k_blocks, v_blocks, queue, items, runs, key_slots, key_rows, age, shared,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+def _gather(
+    pools, key_slots, key_rows, begin, end, head, shared, count, gathers,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, QUANTIZED: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
-    """Copy what every item needs, in the order in which it is attended to, as places become empty.
+    """Fill the next place of the ring with gathered keys [begin, end), at most BLOCK."""
+    k, v, k_scales, v_scales, num_slots, _, _ = pools
+    _, _, k_ring, v_ring, rows_ring, ready, gathered, empty, _, _ = shared
+    at = count % STAGES
+    phase = (count // STAGES & 1) ^ 1
+    if QUANTIZED:
+        FIRST: gl.constexpr = 64 * HALF
+        place = begin + _half(FIRST)
+        listed = place < end
+        slots = gl.load(key_slots + place, mask=listed, other=0)
+        rows = gl.load(key_rows + place, mask=listed, other=0)
+        keys, key_scale = _load_numbers(k, k_scales, slots, listed, num_slots, head, KV_HEADS, DIM)
+        values, value_scale = _load_numbers(v, v_scales, slots, listed, num_slots, head, KV_HEADS, DIM)
+        mbarrier.wait(empty.index(at), phase)
+        rows_ring.index(at).slice(FIRST, 64).store(rows)
+        k_ring.index(at).slice(FIRST, 64).store(_convert(keys, key_scale, k_ring.dtype))
+        v_ring.index(at).slice(FIRST, 64).store(_convert(values, value_scale, v_ring.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(gathered.index(gathers % STAGES), count=1)
+    else:
+        mbarrier.wait(empty.index(at), phase)
+        _copy_keys(
+            k, v, key_slots, key_rows, k_ring.index(at), v_ring.index(at), rows_ring.index(at), begin, end, head,
+            KV_HEADS, DIM, BLOCK,
+        )  # fmt: skip
+        async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
+    mbarrier.arrive(ready.index(at), count=1)  # nobody waits for it: its phases count the uses of its place
+
+
+@gluon.jit
+def _produce(
+    q, pools, tables, shared,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    QUANTIZED: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Copy what every item needs, in the order in which it is attended to, as places become empty. If QUANTIZED, this
+    warp group copies and converts the first or second HALF of each block, and copies that half of the queries.
 
     Waits for empty places only: copies signal their arrival to the barriers of their places.
     """
-    q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
+    queue, items, runs, key_slots, key_rows, age = tables
+    q_first, q_second, _, _, _, _, _, _, q_ready, q_empty = shared
     turn = 0
     count = 0
     gathers = 0
@@ -105,21 +218,19 @@ def _produce(
             next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, _, next_blocks,
         ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
         head = task % KV_HEADS
-        column = head * DIM
         # The first keys are copied before the queries, whose place is in use until the last item has read all its keys.
         if blocks > 0:
-            at = count % STAGES
-            mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(at), k_blocks.block_type.nbytes)
             before = gl.load(runs + 2 * run_begin)
-            tma.async_copy_global_to_shared(k_blocks, [before, column], ready.index(at), k_ring.index(at))
+            _fill(pools, before, before, head, shared, count, True, False, KV_HEADS, DIM, STAGES, QUANTIZED, HALF)
             count += 1
         else:
             before = 0
         for half in gl.static_range(2):
-            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
-            _copy_queries(q, q_second if half else q_first, first_row, num_rows, head, 64 * half, KV_HEADS, GROUP, DIM)
-            async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
+            if not QUANTIZED or half == HALF:
+                mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+                tile = q_second if half else q_first
+                _copy_queries(q, tile, first_row, num_rows, head, 64 * half, KV_HEADS, GROUP, DIM)
+                async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
 
         for run in range(run_begin, run_end):
             start = gl.load(runs + 2 * run)
@@ -127,29 +238,18 @@ def _produce(
             if run == run_begin:
                 start += BLOCK
             for slot in range(start, stop, BLOCK):
-                at = count % STAGES
-                mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-                mbarrier.expect(ready.index(at), k_blocks.block_type.nbytes + v_blocks.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_blocks, [before, column], ready.index(at), v_ring.index(at))
-                tma.async_copy_global_to_shared(k_blocks, [slot, column], ready.index(at), k_ring.index(at))
+                _fill(pools, slot, before, head, shared, count, True, True, KV_HEADS, DIM, STAGES, QUANTIZED, HALF)
                 before = slot
                 count += 1
         if blocks > 0:
-            at = count % STAGES
-            mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(at), v_blocks.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_blocks, [before, column], ready.index(at), v_ring.index(at))
+            _fill(pools, before, before, head, shared, count, False, True, KV_HEADS, DIM, STAGES, QUANTIZED, HALF)
             count += 1
 
         for begin in range(key_begin, key_end, BLOCK):
-            at = count % STAGES
-            mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-            _copy_keys(
-                k, v, key_slots, key_rows, k_ring.index(at), v_ring.index(at), rows_ring.index(at), begin, key_end,
-                head, KV_HEADS, DIM, BLOCK,
+            _gather(
+                pools, key_slots, key_rows, begin, key_end, head, shared, count, gathers, KV_HEADS, DIM, BLOCK, STAGES,
+                QUANTIZED, HALF,
             )  # fmt: skip
-            async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
-            mbarrier.arrive(ready.index(at), count=1)  # nobody waits for it: its phases count the uses of its place
             count += 1
             gathers += 1
         turn += 1
@@ -173,12 +273,14 @@ def _shrunk(total, shrink):
 
 @gluon.jit
 def _consume(
-    out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared,
+    outputs, tables, scale, shared,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    HALF: gl.constexpr, SINKS: gl.constexpr,
+    SINKS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Attend with 64 packed rows of every item, the first or second HALF, in one warp group."""
     FIRST: gl.constexpr = 64 * HALF
+    out, lse, partial_out, partial_lse, sinks = outputs
+    queue, items, _, _, _, age = tables
     q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
     q_tile = q_second if HALF else q_first
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -299,23 +401,24 @@ def _consume(
 
 @gluon.jit
 def attend_wide(
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, laid_out_positions,
-    queue, items, runs, key_slots, key_rows, scale,
+    q, k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+    row_positions, laid_out_positions, queue, items, runs, key_slots, key_rows, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    SINKS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    SINKS: gl.constexpr, QUANTIZED: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Compute every work item (unit x KV head) in this program's queue of wide tiles.
 
     Arguments as in `radixgen.kernels.triton_kernels.attend`, with heads of DIM for keys and values, and BLOCK keys per
     block.
     """
-    dtype: gl.constexpr = k_blocks.dtype
-    QUERIES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    dtype: gl.constexpr = q.dtype.element_ty
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], k_blocks.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], v_blocks.layout)
-    q_first = gl.allocate_shared_memory(dtype, [64, DIM], QUERIES)
-    q_second = gl.allocate_shared_memory(dtype, [64, DIM], QUERIES)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], TILE)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], TILE)
+    q_first = gl.allocate_shared_memory(dtype, [64, DIM], TILE)
+    q_second = gl.allocate_shared_memory(dtype, [64, DIM], TILE)
     rows_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     gathered = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -323,8 +426,8 @@ def attend_wide(
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for place in gl.static_range(STAGES):
-        mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(gathered.index(place), count=128)  # copying threads
+        mbarrier.init(ready.index(place), count=2 if QUANTIZED else 1)
+        mbarrier.init(gathered.index(place), count=2 if QUANTIZED else 128)  # copying threads
         mbarrier.init(empty.index(place), count=2)
     for half in gl.static_range(2):
         mbarrier.init(q_ready.index(half), count=128)
@@ -334,22 +437,28 @@ def attend_wide(
         gdc_wait()
         gdc_launch_dependents()
     age = gl.load(row_positions).to(gl.int32) - laid_out_at
+    pools = (k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks)
     shared = (q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty)
-    gl.warp_specialize(
-        [
-            (_consume, (
-                out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared, KV_HEADS, GROUP, DIM,
-                BLOCK, STAGES, 0, SINKS,
-            )),
-            (_consume, (
-                out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared, KV_HEADS, GROUP, DIM,
-                BLOCK, STAGES, 1, SINKS,
-            )),
-            (_produce, (
-                q, k, v, k_blocks, v_blocks, queue, items, runs, key_slots, key_rows, age, shared, KV_HEADS, GROUP,
-                DIM, BLOCK, STAGES,
-            )),
-        ],
-        [4, 4],
-        [CONSUMER_REGS, PRODUCER_REGS],
-    )  # fmt: skip
+    outputs = (out, lse, partial_out, partial_lse, sinks)
+    tables = (queue, items, runs, key_slots, key_rows, age)
+    if QUANTIZED:
+        gl.warp_specialize(
+            [
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 0)),
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 1)),
+                (_produce, (q, pools, tables, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, True, 0)),
+                (_produce, (q, pools, tables, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, True, 1)),
+            ],
+            [4, 4, 4],
+            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 0)),
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 1)),
+                (_produce, (q, pools, tables, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, False, 0)),
+            ],
+            [4, 4],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )
