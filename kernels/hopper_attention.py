@@ -29,21 +29,23 @@ def attend(
     from radixgen.kernels.hopper_attention_kernels import attend_wide
 
     launch, geometry, views = tables.launch, tables.geometry, tables.views
-    pools = [(pool.data, pool.scales) if isinstance(pool, QuantizedKV) else (pool, lse) for pool in (k, v)]
-    (k_data, k_scales), (v_data, v_scales) = pools
-    if geometry.quantized:
-        blocks = [k_data, v_data]
+    if isinstance(k, QuantizedKV) and isinstance(v, QuantizedKV):
+        scales = [k.scales, v.scales]
+        fours = torch.int32 if k.dtype == torch.int8 else torch.uint32
+        pools = blocks = [k.data.view(fours), v.data.view(fours)]
     else:
-        dtype = gl.bfloat16 if geometry.dtype == torch.bfloat16 else gl.float16
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
+        pools, scales = [k, v], [lse, lse]  # which are not read
+        dtype = gl.bfloat16 if k.dtype == torch.bfloat16 else gl.float16
         layout = gl.NVMMASharedLayout.get_default_for([shape.block_keys, geometry.head_dim], dtype)
         blocks = [
             TensorDescriptor.from_tensor(pool.view(pool.shape[0], -1), [shape.block_keys, pool.shape[2]], layout)
-            for pool in (k_data, v_data)
+            for pool in pools
         ]
     key_slots, _, key_rows = tables.keys
     consumer, producer = _REGISTERS[geometry.quantized]
     attend_wide[(shape.programs,)](
-        q, k_data, v_data, k_scales, v_scales, k.shape[0], *blocks, out, lse, tables.partial_out, tables.partial_lse,
+        q, *pools, *scales, k.shape[0], *blocks, out, lse, tables.partial_out, tables.partial_lse,
         lse if sinks is None else sinks, positions, views["laid_out_positions"], views["queue"], views["items"],
         views["runs"], key_slots, key_rows, scale, KV_HEADS=geometry.kv_heads, GROUP=geometry.group,
         DIM=geometry.head_dim, BLOCK=shape.block_keys, STAGES=_STAGES, SINKS=sinks is not None,

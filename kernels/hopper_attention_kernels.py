@@ -63,10 +63,13 @@ def _copy_queries(
 
 
 @gluon.jit
-def _convert(numbers, scale, DTYPE: gl.constexpr):
-    """Return 8-bit numbers `[keys, dim]` times their keys' scales, in DTYPE."""
-    if numbers.dtype == gl.int8:  # the bytes 0x47, 0, b and 0 make the float32 32768 + b
-        floats = gl.inline_asm_elementwise(
+def _convert(fours, scale, KEYS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Return 8-bit numbers times their keys' scales, `[KEYS, DIM]` in DTYPE. They are given in fours `[KEYS, DIM / 4]`:
+    int8 as int32, fp8 (e4m3) as uint32.
+    """
+    scale = scale[:, None]
+    if fours.dtype == gl.int32:  # the bytes 0x47, 0, b + 128 and 0 make b + 32896 in float32
+        a, b, c, d = gl.inline_asm_elementwise(
             """{
             .reg .b32 bytes, high;
             xor.b32 bytes, $4, 0x80808080;
@@ -76,64 +79,159 @@ def _convert(numbers, scale, DTYPE: gl.constexpr):
             prmt.b32 $2, bytes, high, 0x7624;
             prmt.b32 $3, bytes, high, 0x7634;
             }""",
-            "=&r,=&r,=&r,=r,r", [numbers], dtype=gl.float32, is_pure=True, pack=4,
+            "=&r,=&r,=&r,=r,r", [fours], dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
         )  # fmt: skip
-        return gl.fma(floats, scale[:, None], -32896.0 * scale[:, None]).to(DTYPE)
-    return (numbers.to(gl.float16).to(gl.float32) * scale[:, None]).to(DTYPE)
+        bias = -32896.0 * scale
+        a, b, c, d = gl.fma(a, scale, bias), gl.fma(b, scale, bias), gl.fma(c, scale, bias), gl.fma(d, scale, bias)
+    else:
+        a, b, c, d = gl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high, a, b, c, d;
+            .reg .b32 first, second;
+            mov.b32 {low, high}, $4;
+            cvt.rn.f16x2.e4m3x2 first, low;
+            cvt.rn.f16x2.e4m3x2 second, high;
+            mov.b32 {a, b}, first;
+            mov.b32 {c, d}, second;
+            cvt.f32.f16 $0, a;
+            cvt.f32.f16 $1, b;
+            cvt.f32.f16 $2, c;
+            cvt.f32.f16 $3, d;
+            }""",
+            "=&r,=&r,=&r,=r,r", [fours], dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        a, b, c, d = a * scale, b * scale, c * scale, d * scale
+    numbers = gl.join(gl.join(a.to(DTYPE), c.to(DTYPE)), gl.join(b.to(DTYPE), d.to(DTYPE)))
+    return gl.reshape(numbers, [KEYS, DIM])
 
 
 @gluon.jit
 def _load_numbers(pool, scales, slots, listed, num_slots, head, KV_HEADS: gl.constexpr, DIM: gl.constexpr):
-    """Load 8-bit numbers `[keys, DIM]` of slots, and their scales `[keys]`; 0 for keys that are not `listed`."""
-    dim = gl.arange(0, DIM, gl.SliceLayout(0, slots.type.layout.parent))
-    place = ((slots.to(gl.int64) * KV_HEADS + head) * DIM)[:, None] + dim[None, :]
-    numbers = gl.load(pool + place, mask=listed[:, None] & (dim >= 0)[None, :], other=0.0)
-    return numbers, gl.load(scales + head.to(gl.int64) * num_slots + slots, mask=listed, other=0.0)
+    """Load 8-bit numbers of slots in fours `[keys, DIM / 4]`, and their scales `[keys]`; 0 for keys that are not
+    `listed`.
+    """
+    four = gl.arange(0, DIM // 4, gl.SliceLayout(0, slots.type.layout.parent))
+    place = ((slots.to(gl.int64) * KV_HEADS + head) * (DIM // 4))[:, None] + four[None, :]
+    fours = gl.load(pool + place, mask=listed[:, None] & (four >= 0)[None, :], other=0)
+    return fours, gl.load(scales + head.to(gl.int64) * num_slots + slots, mask=listed, other=0.0)
 
 
 @gluon.jit
 def _half(FIRST: gl.constexpr):
     """Return 64 places of a block from FIRST on, in the layout in which 8-bit numbers are loaded."""
     # Eight threads write 16 bytes each of two rows of shared memory at a time, which is free of bank conflicts.
-    LOADED: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [gl.num_warps(), 1], [1, 0])
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
     return FIRST + gl.arange(0, 64, gl.SliceLayout(1, LOADED))
 
 
 @gluon.jit
-def _fill(
+def _copy_block(
     pools, key_slot, value_slot, head, shared, count, KEYS: gl.constexpr, VALUES: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, QUANTIZED: gl.constexpr, HALF: gl.constexpr,
+    DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the next place of the ring: with KEYS from `key_slot` on, and with VALUES from `value_slot` on."""
-    k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks = pools
+    _, _, _, _, _, k_blocks, v_blocks = pools
     _, _, k_ring, v_ring, _, ready, _, empty, _, _ = shared
     at = count % STAGES
-    phase = (count // STAGES & 1) ^ 1
-    if QUANTIZED:
-        FIRST: gl.constexpr = 64 * HALF
-        place = _half(FIRST)
-        if KEYS:
-            keys, key_scale = _load_numbers(k, k_scales, key_slot + place, place >= 0, num_slots, head, KV_HEADS, DIM)
-        if VALUES:
-            values, value_scale = _load_numbers(
-                v, v_scales, value_slot + place, place >= 0, num_slots, head, KV_HEADS, DIM
-            )
-        mbarrier.wait(empty.index(at), phase)
-        if KEYS:
-            k_ring.index(at).slice(FIRST, 64).store(_convert(keys, key_scale, k_ring.dtype))
-        if VALUES:
-            v_ring.index(at).slice(FIRST, 64).store(_convert(values, value_scale, v_ring.dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(ready.index(at), count=1)
-    else:
-        mbarrier.wait(empty.index(at), phase)
-        mbarrier.expect(ready.index(at), KEYS * k_blocks.block_type.nbytes + VALUES * v_blocks.block_type.nbytes)
-        column = head * DIM
-        if VALUES:
-            tma.async_copy_global_to_shared(v_blocks, [value_slot, column], ready.index(at), v_ring.index(at))
-        if KEYS:
-            tma.async_copy_global_to_shared(k_blocks, [key_slot, column], ready.index(at), k_ring.index(at))
+    mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(ready.index(at), KEYS * k_blocks.block_type.nbytes + VALUES * v_blocks.block_type.nbytes)
+    column = head * DIM
+    if VALUES:
+        tma.async_copy_global_to_shared(v_blocks, [value_slot, column], ready.index(at), v_ring.index(at))
+    if KEYS:
+        tma.async_copy_global_to_shared(k_blocks, [key_slot, column], ready.index(at), k_ring.index(at))
+
+
+@gluon.jit
+def _copy_runs(
+    pools, runs, run_begin, run_end, before, head, shared, count,
+    DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill the places of an item's blocks but the first, which begins at slot `before`."""
+    for run in range(run_begin, run_end):
+        start = gl.load(runs + 2 * run)
+        stop = start + gl.load(runs + 2 * run + 1)
+        if run == run_begin:
+            start += BLOCK
+        for slot in range(start, stop, BLOCK):
+            _copy_block(pools, slot, before, head, shared, count, True, True, DIM, STAGES)
+            before = slot
+            count += 1
+    _copy_block(pools, before, before, head, shared, count, False, True, DIM, STAGES)
+    return count + 1
+
+
+@gluon.jit
+def _load_half(pool, scales, first, num_slots, head, KV_HEADS: gl.constexpr, DIM: gl.constexpr, HALF: gl.constexpr):
+    """Load the 8-bit numbers and scales of the first or second HALF of the block that begins at slot `first`."""
+    place = _half(64 * HALF)
+    return _load_numbers(pool, scales, first + place, place >= 0, num_slots, head, KV_HEADS, DIM)
+
+
+@gluon.jit
+def _signal(barrier):
+    """Signal that this warp group has written its part of a place."""
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(barrier, count=1)
+
+
+@gluon.jit
+def _convert_first(
+    pools, slot, head, shared, count,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Fill the next place of the ring with this HALF of the block of 8-bit keys at `slot`, converted."""
+    k, _, k_scales, _, num_slots, _, _ = pools
+    _, _, k_ring, _, _, ready, _, empty, _, _ = shared
+    at = count % STAGES
+    keys, scale = _load_half(k, k_scales, slot, num_slots, head, KV_HEADS, DIM, HALF)
+    mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+    k_ring.index(at).slice(64 * HALF, 64).store(_convert(keys, scale, 64, DIM, k_ring.dtype))
+    _signal(ready.index(at))
+
+
+@gluon.jit
+def _convert_runs(
+    pools, runs, run_begin, run_end, before, head, shared, count, blocks,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """As `_copy_runs`, this HALF of each block of 8-bit numbers, converted. Keys are loaded while the values before
+    them are converted, and values while keys are.
+    """
+    k, v, k_scales, v_scales, num_slots, _, _ = pools
+    _, _, k_ring, v_ring, _, ready, _, empty, _, _ = shared
+    stop = before + gl.load(runs + 2 * run_begin + 1)
+    run, slot, stop = _next_block(runs, run_begin, run_end, before, stop, BLOCK)
+    keys, key_scale = _load_half(k, k_scales, slot, num_slots, head, KV_HEADS, DIM, HALF)
+    for _ in range(1, blocks):
+        at = count % STAGES
+        values, value_scale = _load_half(v, v_scales, before, num_slots, head, KV_HEADS, DIM, HALF)
+        mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+        k_ring.index(at).slice(64 * HALF, 64).store(_convert(keys, key_scale, 64, DIM, k_ring.dtype))
+        before = slot
+        run, slot, stop = _next_block(runs, run, run_end, slot, stop, BLOCK)
+        keys, key_scale = _load_half(k, k_scales, slot, num_slots, head, KV_HEADS, DIM, HALF)
+        v_ring.index(at).slice(64 * HALF, 64).store(_convert(values, value_scale, 64, DIM, v_ring.dtype))
+        _signal(ready.index(at))
+        count += 1
+    at = count % STAGES
+    values, value_scale = _load_half(v, v_scales, before, num_slots, head, KV_HEADS, DIM, HALF)
+    mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+    v_ring.index(at).slice(64 * HALF, 64).store(_convert(values, value_scale, 64, DIM, v_ring.dtype))
+    _signal(ready.index(at))
+    return count + 1
+
+
+@gluon.jit
+def _next_block(runs, run, run_end, slot, stop, BLOCK: gl.constexpr):
+    """Return the run, first slot and run's end of the block after the one at `slot`; of any block after the last."""
+    slot += BLOCK
+    if slot >= stop:
+        run = gl.minimum(run + 1, run_end - 1)
+        slot = gl.load(runs + 2 * run)
+        stop = slot + gl.load(runs + 2 * run + 1)
+    return run, slot, stop
 
 
 @gluon.jit
@@ -179,11 +277,9 @@ def _gather(
         values, value_scale = _load_numbers(v, v_scales, slots, listed, num_slots, head, KV_HEADS, DIM)
         mbarrier.wait(empty.index(at), phase)
         rows_ring.index(at).slice(FIRST, 64).store(rows)
-        k_ring.index(at).slice(FIRST, 64).store(_convert(keys, key_scale, k_ring.dtype))
-        v_ring.index(at).slice(FIRST, 64).store(_convert(values, value_scale, v_ring.dtype))
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(gathered.index(gathers % STAGES), count=1)
+        k_ring.index(at).slice(FIRST, 64).store(_convert(keys, key_scale, 64, DIM, k_ring.dtype))
+        v_ring.index(at).slice(FIRST, 64).store(_convert(values, value_scale, 64, DIM, v_ring.dtype))
+        _signal(gathered.index(gathers % STAGES))
     else:
         mbarrier.wait(empty.index(at), phase)
         _copy_keys(
@@ -221,7 +317,10 @@ def _produce(
         # The first keys are copied before the queries, whose place is in use until the last item has read all its keys.
         if blocks > 0:
             before = gl.load(runs + 2 * run_begin)
-            _fill(pools, before, before, head, shared, count, True, False, KV_HEADS, DIM, STAGES, QUANTIZED, HALF)
+            if QUANTIZED:
+                _convert_first(pools, before, head, shared, count, KV_HEADS, DIM, STAGES, HALF)
+            else:
+                _copy_block(pools, before, before, head, shared, count, True, False, DIM, STAGES)
             count += 1
         else:
             before = 0
@@ -231,20 +330,16 @@ def _produce(
                 tile = q_second if half else q_first
                 _copy_queries(q, tile, first_row, num_rows, head, 64 * half, KV_HEADS, GROUP, DIM)
                 async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
-
-        for run in range(run_begin, run_end):
-            start = gl.load(runs + 2 * run)
-            stop = start + gl.load(runs + 2 * run + 1)
-            if run == run_begin:
-                start += BLOCK
-            for slot in range(start, stop, BLOCK):
-                _fill(pools, slot, before, head, shared, count, True, True, KV_HEADS, DIM, STAGES, QUANTIZED, HALF)
-                before = slot
-                count += 1
         if blocks > 0:
-            _fill(pools, before, before, head, shared, count, False, True, KV_HEADS, DIM, STAGES, QUANTIZED, HALF)
-            count += 1
-
+            if QUANTIZED:
+                count = _convert_runs(
+                    pools, runs, run_begin, run_end, before, head, shared, count, blocks, KV_HEADS, DIM, BLOCK, STAGES,
+                    HALF,
+                )  # fmt: skip
+            else:
+                count = _copy_runs(
+                    pools, runs, run_begin, run_end, before, head, shared, count, DIM, BLOCK, STAGES
+                )  # fmt: skip
         for begin in range(key_begin, key_end, BLOCK):
             _gather(
                 pools, key_slots, key_rows, begin, key_end, head, shared, count, gathers, KV_HEADS, DIM, BLOCK, STAGES,

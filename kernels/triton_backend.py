@@ -83,25 +83,28 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
     """Choose the launch of tiles of `size` rows.
 
     64 rows on 4 warps, two programs per multiprocessor, perform as well as 128 on 8. 16 rows on Hopper take one warp in
-    eight programs, which hide each other's startup; two warps with a window or quantized keys, which need more
-    registers; four for one or two rows. With a window or quantized keys, tiles of 64 or more have no registers for a
-    fifth stage; tiles of 128 never have any to gather 32 keys at once.
+    eight programs, which hide each other's startup; four for one or two rows; two with a window or quantized keys,
+    which need more registers. With a window or quantized keys, tiles of 64 or more have no registers for a fifth stage;
+    those of 128, or with quantized keys, never have any to gather 32 keys at once. Quantized keys of 16 rows come in
+    blocks of 64, because half as many bytes are as much work.
     """
     crowded = windowed or geometry.quantized
     if hopper:
         return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
     large, narrow, recent = max(geometry.padded) > 128, size <= 16, chip.capability >= 90
-    block_keys = 32 if large or (narrow and not geometry.quantized) else 64
+    block_keys = 32 if large or narrow != geometry.quantized else 64
     if geometry.dtype == torch.float32:
         warps, programs = 4, 1
     elif narrow and recent and not large:
-        warps, programs, block_keys = (4, 4, block_keys) if rows <= 2 else (2, 4, block_keys) if crowded else (1, 8, 16)
+        few = rows <= 2 and not geometry.quantized
+        warps, programs, block_keys = (4, 4, 32) if few else (2, 4, block_keys) if crowded else (1, 8, 16)
     elif narrow:
         warps, programs = (4, 2) if large else (2, 4)
     else:
         four = size == 64 and recent and not large
         warps, programs = (4, 2) if four else (8, 1)
-    gather_keys, most_stages = 16 if size > 64 else min(block_keys, 32), 4 if crowded and not narrow else 5
+    gather_keys = 16 if size > 64 or (geometry.quantized and not narrow) else min(block_keys, 32)
+    most_stages = 4 if crowded and not narrow else 5
     room = chip.shared_bytes // programs
     block_bytes = sum(geometry.padded) * geometry.stored_dtype.itemsize
     return TileClass(

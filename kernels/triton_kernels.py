@@ -22,8 +22,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether these kernels run in Triton's interpreter, which knows no PTX."""
-BIAS = tl.constexpr(1152.0)
-"""Of int8 numbers that are converted to float16 in one instruction; taking it off takes another."""
 LEAST_SCALE = tl.constexpr(2.0**-100)
 """Smaller scales of values count as this one, so that they have logarithms."""
 
@@ -65,10 +63,8 @@ def expand_keys(
 
 
 @triton.jit
-def _unpack(pairs, DTYPE: tl.constexpr, BIASED: tl.constexpr):
-    """Return the even and the odd ones of 8-bit numbers, given in pairs: int8 as int16, fp8 (e4m3) as uint16. BIASED
-    ones are larger by BIAS.
-    """
+def _unpack(pairs, DTYPE: tl.constexpr):
+    """Return the even and the odd ones of 8-bit numbers, given in pairs: int8 as int16, fp8 (e4m3) as uint16."""
     if INTERPRETED or tl.float16 != DTYPE:
         if pairs.dtype == tl.int16:
             even, odd = (pairs << 8) >> 8, pairs >> 8
@@ -76,18 +72,7 @@ def _unpack(pairs, DTYPE: tl.constexpr, BIASED: tl.constexpr):
             even = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
             odd = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         even, odd = even.to(DTYPE), odd.to(DTYPE)
-    elif BIASED:  # byte b + 128 below byte 0x64 is b + 1152 in float16
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 bytes, high;
-            xor.b32 bytes, $2, 0x80808080;
-            mov.b32 high, 0x64646464;
-            prmt.b32 $0, bytes, high, 0x4240;
-            prmt.b32 $1, bytes, high, 0x4341;
-            }""",
-            "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    elif pairs.dtype == tl.int16:
+    elif pairs.dtype == tl.int16:  # byte b + 128 below byte 0x64 is b + 1152 in float16
         even, odd = tl.inline_asm_elementwise(
             """{
             .reg .b32 bytes, high, bias;
@@ -143,18 +128,13 @@ def _normalize(queries, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr):
 
 
 @triton.jit
-def _scores(
-    q, q_odd, bias, k, key_scale, scale, softcap, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr, BIASED: tl.constexpr
-):  # fmt: skip
+def _scores(q, q_odd, k, key_scale, scale, softcap, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr):
     """Return float32 scores `[rows, keys]`, to be multiplied by `_unit` to get exponents of 2. If QUANTIZED, `q` and
-    `q_odd` are the even and the odd numbers of queries, and `bias` `[rows, 1]` is what BIASED keys add to products.
+    `q_odd` are the even and the odd numbers of queries.
     """
     if QUANTIZED:
-        even, odd = _unpack(k, q.dtype, BIASED)
-        scores = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
-        if BIASED:
-            scores -= bias
-        scores = tl.dot(q, tl.trans(even), scores, input_precision="ieee")
+        even, odd = _unpack(k, q.dtype)
+        scores = tl.dot(q, tl.trans(even), input_precision="ieee")
         scores = tl.dot(q_odd, tl.trans(odd), scores, input_precision="ieee")
         scores = scores * key_scale[None, :]
     else:
@@ -193,7 +173,7 @@ def _accumulate(scores, unit, v, value_scale, top, total, out, out_odd, DTYPE: t
     if QUANTIZED:
         weights = tl.exp2(exponents - base[:, None])
         total = total * shrink + tl.sum(weights * tl.exp2(-log_scale)[None, :], 1)
-        even, odd = _unpack(v, DTYPE, False)
+        even, odd = _unpack(v, DTYPE)
         out = tl.dot(weights.to(DTYPE), even, out, input_precision="ieee")
         out_odd = tl.dot(weights.to(DTYPE), odd, out_odd * shrink[:, None], input_precision="ieee")
     else:
@@ -255,13 +235,11 @@ def _attend_tile(
     dim = tl.arange(0, PADDED_DIM)
     q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
     queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    queries_odd, values_odd, bias = 0, 0, 0  # of quantized keys and values, which come in pairs
+    queries_odd, values_odd = 0, 0  # of quantized keys and values, which come in pairs
     PAIR: tl.constexpr = 2 if QUANTIZED else 1
-    BIASED: tl.constexpr = not INTERPRETED and q.dtype.element_ty != tl.float32 and k.dtype.element_ty == tl.int16
     if QUANTIZED:
         queries, queries_odd, peak = _normalize(queries, BLOCK_ROWS, PADDED_DIM)
         scale = scale * peak[:, None]
-        bias = BIAS * tl.sum(queries.to(tl.float32) + queries_odd.to(tl.float32), 1)[:, None]
         values_odd = tl.zeros([BLOCK_ROWS, PADDED_V_DIM // 2], tl.float32)
     if WINDOW:
         own_position = tl.load(row_positions + first_row + row, mask=real, other=0).to(tl.int32)
@@ -280,7 +258,7 @@ def _attend_tile(
                 slots = slot + tl.arange(0, BLOCK_KEYS)
                 key = k_blocks.load([slot, head * (HEAD_DIM // PAIR)])
                 key_scale = _scale_of(k_scales, slots, None, num_slots, head, QUANTIZED)
-                scores = _scores(queries, queries_odd, bias, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED, BIASED)
+                scores = _scores(queries, queries_odd, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
                 value = v_blocks.load([slot, head * (V_HEAD_DIM // PAIR)])
                 value_scale = _scale_of(v_scales, slots, None, num_slots, head, QUANTIZED)
                 top, total, values, values_odd = _accumulate(
@@ -298,7 +276,7 @@ def _attend_tile(
             seen = seen & (position[None, :] >= first_seen[:, None])
         key = _gather(k, slot, listed, HEAD_DIM // PAIR, PADDED_DIM // PAIR, KV_HEADS, head)
         key_scale = _scale_of(k_scales, slot, listed, num_slots, head, QUANTIZED)
-        scores = _scores(queries, queries_odd, bias, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED, BIASED)
+        scores = _scores(queries, queries_odd, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
         scores = tl.where(seen, scores, float("-inf"))
         value = _gather(v, slot, listed, V_HEAD_DIM // PAIR, PADDED_V_DIM // PAIR, KV_HEADS, head)
         value_scale = _scale_of(v_scales, slot, listed, num_slots, head, QUANTIZED)
