@@ -6,6 +6,9 @@ one) into one ring of shared memory. The other two attend, with 64 query-head ro
 an item is a number of whole blocks, then a number of masked ones. Their matrix products overlap with their exponentials
 (FlashAttention-3, arXiv 2407.08608, section 3.2).
 
+With 8-bit keys there are four: two copy, half of each block each, and convert keys and values to the data type of the
+queries on the way, through registers.
+
 Place j of the ring holds the keys of block j of the runs and the values of block j - 1, which are multiplied at the
 same time, so that n blocks take n + 1 places. A place of gathered keys holds keys and values of the same block.
 """
