@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = timer.ceilings()
     found = calibrate(device, timer.warm_us)
     report.say(f"limit: {ceilings.describe()}; a key's first read {1e6 * 512 / ceilings.read:.6f} us")
-    for tile in found.tiles:
+    for what, tile in [("16-bit", tile) for tile in found.tiles] + [("8-bit", tile) for tile in found.quantized_tiles]:
         report.say(
-            f"{tile.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, "
+            f"{what} keys, {tile.programs} programs, tile of {tile.rows:3d} rows: {tile.unit:.3f} us a unit, "
             f"{tile.key:.4f} us a key from the cache, {tile.mixed:.4f} where only some rows see it"
         )
     report.say(

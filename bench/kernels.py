@@ -31,7 +31,7 @@ from radixgen.kernels.work import Launch, TileClass
 
 CHIPS = (80, 90)
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-NAMES |= {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
+NAMES |= {torch.int8: "i16", torch.float8_e4m3fn: "u16"}  # in pairs
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
 MASKS: dict[int, tuple[str, ...]] = {64: ("window", "sinks"), 128: ("window", "softcap"), 256: ("window", "softcap")}
 """Of models with such heads, like gpt-oss and gemma 2"""
@@ -149,7 +149,8 @@ def _compiled(
 def _type(name: str, geometry: Geometry, shape: TileClass, bulk: bool) -> str:
     dtype, kv_dtype = NAMES[geometry.dtype], NAMES[geometry.stored_dtype]
     if name in ("k_blocks", "v_blocks") and bulk:
-        return f"tensordesc<{kv_dtype}[{shape.block_keys}, {geometry.padded[name == 'v_blocks']}]>"
+        width = geometry.padded[name == "v_blocks"] // (1 + geometry.quantized)
+        return f"tensordesc<{kv_dtype}[{shape.block_keys}, {width}]>"
     if name in ("k", "v", "k_blocks", "v_blocks"):
         return f"*{kv_dtype}"
     if name in ("q", "out"):

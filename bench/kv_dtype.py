@@ -166,12 +166,11 @@ def report_gpu(report: Report, device: torch.device) -> None:
         report.say(f"{what}, bfloat16: {plain:.0f} µs, {(layer.k.nbytes + layer.v.nbytes) / 1e6:.0f} MB of keys")
         for name, dtype in KV_DTYPES.items():
             taken = timer.cold(layer.attention(dtype)).median
-            text = f"{what}, {name}: {taken:.0f} µs, {plain / taken:.2f}× as fast"
-            figure = f"{name}: {what}"
+            figure, text = f"{name}: {what}", f"{what}, {name}: {taken:.0f} µs"
             if slower is None:
-                report.figure(figure, plain / taken, text, at_least=faster)
+                report.figure(figure, plain / taken, f"{text}, {plain / taken:.2f}× as fast", at_least=faster)
             else:
-                report.figure(figure, taken / plain, text, at_most=slower)
+                report.figure(figure, taken / plain, f"{text}, {taken / plain:.2f}× the time", at_most=slower)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -179,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", type=int, default=16_384, help="keys of a row on a CPU")
     parser.add_argument("--no-model", action="store_true", help="leave SmolLM2 out, which takes minutes")
     options = parser.parse_args(arguments)
-    report, cuda = Report("kv_dtype"), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
+    report = Report("kv_dtype_gpu" if cuda else "kv_dtype")
     device = torch.device("cuda" if cuda else "cpu")
     report.keep(threads=torch.get_num_threads())
     report_errors(report, device)

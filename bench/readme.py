@@ -33,7 +33,7 @@ PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
-    "plan", "step", "simulate", "cluster", "startup", "kv_dtype",
+    "plan", "step", "simulate", "cluster", "startup", "kv_dtype", "kv_dtype_gpu",
     "host_tier", "tiers",
 )  # fmt: skip
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
@@ -185,11 +185,16 @@ def misses() -> list[str]:
     lines = ["| benchmark | measured | bound |", "| --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.json")):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        name, where = path.stem.split("_W")[0], found.get("device", found["processor"])
+        name, where = _module(path.stem), found.get("device", found["processor"])
         for text, bound in found["bounds"]:
             if bound.endswith(": missed") or _counted_as_missed(text, found["missed"]):
-                lines.append(f"| `bench.{name}`, {where} | {' '.join(text.split())} | {bound.split(':')[0]} |")
+                lines.append(f"| {name}, {where} | {' '.join(text.split())} | {bound.split(':')[0]} |")
     return lines
+
+
+def _module(results: str) -> str:
+    """The benchmark that wrote results of this name, which may end with a workload or `gpu`."""
+    return f"`bench.{re.sub('_(W[0-9]+|gpu)$', '', results)}`"
 
 
 def _counted_as_missed(text: str, missed: Iterable[str]) -> bool:
@@ -244,7 +249,8 @@ def tables() -> str:
     places = []
     for name in TABLE:
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
+        where = f", {found['device']}" if "device" in found else ""
+        rows += [f"| {_module(name)}{where} | {text} | {bound} |" for text, bound in found["bounds"]]
         places.append(f"{found.get('device', found['processor'])}, torch {found['torch']}, {found['date']}")
     return "\n".join(
         [

@@ -49,8 +49,8 @@ class Geometry:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of K and V of one token and head, without scales."""
-        return (self.head_dim + self.v_head_dim) * self.stored_dtype.itemsize
+        """Bytes of K and V of one token and head, and of their scales."""
+        return (self.head_dim + self.v_head_dim) * self.stored_dtype.itemsize + 8 * self.quantized
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -62,7 +62,8 @@ class Geometry:
         """Whether the Triton kernels support it; otherwise PyTorch is used."""
         widest = max(self.padded)
         fits = widest <= MAX_HEAD_DIM and self.group <= (MAX_GROUP if widest <= 128 else 64)
-        return fits and self.dtype in _DTYPES
+        even = self.head_dim % 2 == 0 and self.v_head_dim % 2 == 0
+        return fits and self.dtype in _DTYPES and (even or not self.quantized)
 
     @property
     def bulk(self) -> bool:

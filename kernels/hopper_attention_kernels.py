@@ -6,6 +6,9 @@ one) into one ring of shared memory. The other two attend, with 64 query-head ro
 an item is a number of whole blocks, then a number of masked ones. Their matrix products overlap with their exponentials
 (FlashAttention-3, arXiv 2407.08608, section 3.2).
 
+With 8-bit keys there are four: two copy, half of each block each, and convert keys and values to the data type of the
+queries on the way, through registers.
+
 Place j of the ring holds the keys of block j of the runs and the values of block j - 1, which are multiplied at the
 same time, so that n blocks take n + 1 places. A place of gathered keys holds keys and values of the same block.
 """
@@ -63,6 +66,178 @@ def _copy_queries(
 
 
 @gluon.jit
+def _convert(fours, scale, KEYS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Return 8-bit numbers times their keys' scales, `[KEYS, DIM]` in DTYPE. They are given in fours `[KEYS, DIM / 4]`:
+    int8 as int32, fp8 (e4m3) as uint32.
+    """
+    scale = scale[:, None]
+    if fours.dtype == gl.int32:  # the bytes 0x47, 0, b + 128 and 0 make b + 32896 in float32
+        a, b, c, d = gl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, high;
+            xor.b32 bytes, $4, 0x80808080;
+            mov.b32 high, 0x47000000;
+            prmt.b32 $0, bytes, high, 0x7604;
+            prmt.b32 $1, bytes, high, 0x7614;
+            prmt.b32 $2, bytes, high, 0x7624;
+            prmt.b32 $3, bytes, high, 0x7634;
+            }""",
+            "=&r,=&r,=&r,=r,r", [fours], dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        bias = -32896.0 * scale
+        a, b, c, d = gl.fma(a, scale, bias), gl.fma(b, scale, bias), gl.fma(c, scale, bias), gl.fma(d, scale, bias)
+    else:
+        a, b, c, d = gl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high, a, b, c, d;
+            .reg .b32 first, second;
+            mov.b32 {low, high}, $4;
+            cvt.rn.f16x2.e4m3x2 first, low;
+            cvt.rn.f16x2.e4m3x2 second, high;
+            mov.b32 {a, b}, first;
+            mov.b32 {c, d}, second;
+            cvt.f32.f16 $0, a;
+            cvt.f32.f16 $1, b;
+            cvt.f32.f16 $2, c;
+            cvt.f32.f16 $3, d;
+            }""",
+            "=&r,=&r,=&r,=r,r", [fours], dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        a, b, c, d = a * scale, b * scale, c * scale, d * scale
+    numbers = gl.join(gl.join(a.to(DTYPE), c.to(DTYPE)), gl.join(b.to(DTYPE), d.to(DTYPE)))
+    return gl.reshape(numbers, [KEYS, DIM])
+
+
+@gluon.jit
+def _load_numbers(pool, scales, slots, listed, num_slots, head, KV_HEADS: gl.constexpr, DIM: gl.constexpr):
+    """Load 8-bit numbers of slots in fours `[keys, DIM / 4]`, and their scales `[keys]`; 0 for keys that are not
+    `listed`.
+    """
+    four = gl.arange(0, DIM // 4, gl.SliceLayout(0, slots.type.layout.parent))
+    place = ((slots.to(gl.int64) * KV_HEADS + head) * (DIM // 4))[:, None] + four[None, :]
+    fours = gl.load(pool + place, mask=listed[:, None] & (four >= 0)[None, :], other=0)
+    return fours, gl.load(scales + head.to(gl.int64) * num_slots + slots, mask=listed, other=0.0)
+
+
+@gluon.jit
+def _half(FIRST: gl.constexpr):
+    """Return 64 places of a block from FIRST on, in the layout in which 8-bit numbers are loaded."""
+    # Eight threads write 16 bytes each of two rows of shared memory at a time, which is free of bank conflicts.
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [gl.num_warps(), 1], [1, 0])
+    return FIRST + gl.arange(0, 64, gl.SliceLayout(1, LOADED))
+
+
+@gluon.jit
+def _copy_block(
+    pools, key_slot, value_slot, head, shared, count, KEYS: gl.constexpr, VALUES: gl.constexpr,
+    DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill the next place of the ring: with KEYS from `key_slot` on, and with VALUES from `value_slot` on."""
+    _, _, _, _, _, k_blocks, v_blocks = pools
+    _, _, k_ring, v_ring, _, ready, _, empty, _, _ = shared
+    at = count % STAGES
+    mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(ready.index(at), KEYS * k_blocks.block_type.nbytes + VALUES * v_blocks.block_type.nbytes)
+    column = head * DIM
+    if VALUES:
+        tma.async_copy_global_to_shared(v_blocks, [value_slot, column], ready.index(at), v_ring.index(at))
+    if KEYS:
+        tma.async_copy_global_to_shared(k_blocks, [key_slot, column], ready.index(at), k_ring.index(at))
+
+
+@gluon.jit
+def _copy_runs(
+    pools, runs, run_begin, run_end, before, head, shared, count,
+    DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fill the places of an item's blocks but the first, which begins at slot `before`."""
+    for run in range(run_begin, run_end):
+        start = gl.load(runs + 2 * run)
+        stop = start + gl.load(runs + 2 * run + 1)
+        if run == run_begin:
+            start += BLOCK
+        for slot in range(start, stop, BLOCK):
+            _copy_block(pools, slot, before, head, shared, count, True, True, DIM, STAGES)
+            before = slot
+            count += 1
+    _copy_block(pools, before, before, head, shared, count, False, True, DIM, STAGES)
+    return count + 1
+
+
+@gluon.jit
+def _load_half(pool, scales, first, num_slots, head, KV_HEADS: gl.constexpr, DIM: gl.constexpr, HALF: gl.constexpr):
+    """Load the 8-bit numbers and scales of the first or second HALF of the block that begins at slot `first`."""
+    place = _half(64 * HALF)
+    return _load_numbers(pool, scales, first + place, place >= 0, num_slots, head, KV_HEADS, DIM)
+
+
+@gluon.jit
+def _signal(barrier):
+    """Signal that this warp group has written its part of a place."""
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(barrier, count=1)
+
+
+@gluon.jit
+def _convert_first(
+    pools, slot, head, shared, count,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Fill the next place of the ring with this HALF of the block of 8-bit keys at `slot`, converted."""
+    k, _, k_scales, _, num_slots, _, _ = pools
+    _, _, k_ring, _, _, ready, _, empty, _, _ = shared
+    at = count % STAGES
+    keys, scale = _load_half(k, k_scales, slot, num_slots, head, KV_HEADS, DIM, HALF)
+    mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+    k_ring.index(at).slice(64 * HALF, 64).store(_convert(keys, scale, 64, DIM, k_ring.dtype))
+    _signal(ready.index(at))
+
+
+@gluon.jit
+def _convert_runs(
+    pools, runs, run_begin, run_end, before, head, shared, count, blocks,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """As `_copy_runs`, this HALF of each block of 8-bit numbers, converted. Keys are loaded while the values before
+    them are converted, and values while keys are.
+    """
+    k, v, k_scales, v_scales, num_slots, _, _ = pools
+    _, _, k_ring, v_ring, _, ready, _, empty, _, _ = shared
+    stop = before + gl.load(runs + 2 * run_begin + 1)
+    run, slot, stop = _next_block(runs, run_begin, run_end, before, stop, BLOCK)
+    keys, key_scale = _load_half(k, k_scales, slot, num_slots, head, KV_HEADS, DIM, HALF)
+    for _ in range(1, blocks):
+        at = count % STAGES
+        values, value_scale = _load_half(v, v_scales, before, num_slots, head, KV_HEADS, DIM, HALF)
+        mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+        k_ring.index(at).slice(64 * HALF, 64).store(_convert(keys, key_scale, 64, DIM, k_ring.dtype))
+        before = slot
+        run, slot, stop = _next_block(runs, run, run_end, slot, stop, BLOCK)
+        keys, key_scale = _load_half(k, k_scales, slot, num_slots, head, KV_HEADS, DIM, HALF)
+        v_ring.index(at).slice(64 * HALF, 64).store(_convert(values, value_scale, 64, DIM, v_ring.dtype))
+        _signal(ready.index(at))
+        count += 1
+    at = count % STAGES
+    values, value_scale = _load_half(v, v_scales, before, num_slots, head, KV_HEADS, DIM, HALF)
+    mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
+    v_ring.index(at).slice(64 * HALF, 64).store(_convert(values, value_scale, 64, DIM, v_ring.dtype))
+    _signal(ready.index(at))
+    return count + 1
+
+
+@gluon.jit
+def _next_block(runs, run, run_end, slot, stop, BLOCK: gl.constexpr):
+    """Return the run, first slot and run's end of the block after the one at `slot`; of any block after the last."""
+    slot += BLOCK
+    if slot >= stop:
+        run = gl.minimum(run + 1, run_end - 1)
+        slot = gl.load(runs + 2 * run)
+        stop = slot + gl.load(runs + 2 * run + 1)
+    return run, slot, stop
+
+
+@gluon.jit
 def _copy_keys(
     k, v, key_slots, key_rows, k_tile, v_tile, rows_tile, begin, end, head,
     KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr,
@@ -85,15 +260,52 @@ def _copy_keys(
 
 
 @gluon.jit
-def _produce(
-    q, k, v, k_blocks, v_blocks, queue, items, runs, key_slots, key_rows, age, shared,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+def _gather(
+    pools, key_slots, key_rows, begin, end, head, shared, count, gathers,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, QUANTIZED: gl.constexpr,
+    HALF: gl.constexpr,
 ):  # fmt: skip
-    """Copy what every item needs, in the order in which it is attended to, as places become empty.
+    """Fill the next place of the ring with gathered keys [begin, end), at most BLOCK."""
+    k, v, k_scales, v_scales, num_slots, _, _ = pools
+    _, _, k_ring, v_ring, rows_ring, ready, gathered, empty, _, _ = shared
+    at = count % STAGES
+    phase = (count // STAGES & 1) ^ 1
+    if QUANTIZED:
+        FIRST: gl.constexpr = 64 * HALF
+        place = begin + _half(FIRST)
+        listed = place < end
+        slots = gl.load(key_slots + place, mask=listed, other=0)
+        rows = gl.load(key_rows + place, mask=listed, other=0)
+        keys, key_scale = _load_numbers(k, k_scales, slots, listed, num_slots, head, KV_HEADS, DIM)
+        values, value_scale = _load_numbers(v, v_scales, slots, listed, num_slots, head, KV_HEADS, DIM)
+        mbarrier.wait(empty.index(at), phase)
+        rows_ring.index(at).slice(FIRST, 64).store(rows)
+        k_ring.index(at).slice(FIRST, 64).store(_convert(keys, key_scale, 64, DIM, k_ring.dtype))
+        v_ring.index(at).slice(FIRST, 64).store(_convert(values, value_scale, 64, DIM, v_ring.dtype))
+        _signal(gathered.index(gathers % STAGES))
+    else:
+        mbarrier.wait(empty.index(at), phase)
+        _copy_keys(
+            k, v, key_slots, key_rows, k_ring.index(at), v_ring.index(at), rows_ring.index(at), begin, end, head,
+            KV_HEADS, DIM, BLOCK,
+        )  # fmt: skip
+        async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
+    mbarrier.arrive(ready.index(at), count=1)  # nobody waits for it: its phases count the uses of its place
+
+
+@gluon.jit
+def _produce(
+    q, pools, tables, shared,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    QUANTIZED: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Copy what every item needs, in the order in which it is attended to, as places become empty. If QUANTIZED, this
+    warp group copies and converts the first or second HALF of each block, and copies that half of the queries.
 
     Waits for empty places only: copies signal their arrival to the barriers of their places.
     """
-    q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
+    queue, items, runs, key_slots, key_rows, age = tables
+    q_first, q_second, _, _, _, _, _, _, q_ready, q_empty = shared
     turn = 0
     count = 0
     gathers = 0
@@ -105,51 +317,37 @@ def _produce(
             next_first_row, next_num_rows, next_run_begin, next_run_end, next_key_begin, next_key_end, _, next_blocks,
         ) = _item(items, coming, age, KV_HEADS)  # fmt: skip
         head = task % KV_HEADS
-        column = head * DIM
         # The first keys are copied before the queries, whose place is in use until the last item has read all its keys.
         if blocks > 0:
-            at = count % STAGES
-            mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(at), k_blocks.block_type.nbytes)
             before = gl.load(runs + 2 * run_begin)
-            tma.async_copy_global_to_shared(k_blocks, [before, column], ready.index(at), k_ring.index(at))
+            if QUANTIZED:
+                _convert_first(pools, before, head, shared, count, KV_HEADS, DIM, STAGES, HALF)
+            else:
+                _copy_block(pools, before, before, head, shared, count, True, False, DIM, STAGES)
             count += 1
         else:
             before = 0
         for half in gl.static_range(2):
-            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
-            _copy_queries(q, q_second if half else q_first, first_row, num_rows, head, 64 * half, KV_HEADS, GROUP, DIM)
-            async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
-
-        for run in range(run_begin, run_end):
-            start = gl.load(runs + 2 * run)
-            stop = start + gl.load(runs + 2 * run + 1)
-            if run == run_begin:
-                start += BLOCK
-            for slot in range(start, stop, BLOCK):
-                at = count % STAGES
-                mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-                mbarrier.expect(ready.index(at), k_blocks.block_type.nbytes + v_blocks.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_blocks, [before, column], ready.index(at), v_ring.index(at))
-                tma.async_copy_global_to_shared(k_blocks, [slot, column], ready.index(at), k_ring.index(at))
-                before = slot
-                count += 1
+            if not QUANTIZED or half == HALF:
+                mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+                tile = q_second if half else q_first
+                _copy_queries(q, tile, first_row, num_rows, head, 64 * half, KV_HEADS, GROUP, DIM)
+                async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
         if blocks > 0:
-            at = count % STAGES
-            mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(at), v_blocks.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_blocks, [before, column], ready.index(at), v_ring.index(at))
-            count += 1
-
+            if QUANTIZED:
+                count = _convert_runs(
+                    pools, runs, run_begin, run_end, before, head, shared, count, blocks, KV_HEADS, DIM, BLOCK, STAGES,
+                    HALF,
+                )  # fmt: skip
+            else:
+                count = _copy_runs(
+                    pools, runs, run_begin, run_end, before, head, shared, count, DIM, BLOCK, STAGES
+                )  # fmt: skip
         for begin in range(key_begin, key_end, BLOCK):
-            at = count % STAGES
-            mbarrier.wait(empty.index(at), (count // STAGES & 1) ^ 1)
-            _copy_keys(
-                k, v, key_slots, key_rows, k_ring.index(at), v_ring.index(at), rows_ring.index(at), begin, key_end,
-                head, KV_HEADS, DIM, BLOCK,
+            _gather(
+                pools, key_slots, key_rows, begin, key_end, head, shared, count, gathers, KV_HEADS, DIM, BLOCK, STAGES,
+                QUANTIZED, HALF,
             )  # fmt: skip
-            async_copy.mbarrier_arrive(gathered.index(gathers % STAGES), increment_count=False)
-            mbarrier.arrive(ready.index(at), count=1)  # nobody waits for it: its phases count the uses of its place
             count += 1
             gathers += 1
         turn += 1
@@ -173,12 +371,14 @@ def _shrunk(total, shrink):
 
 @gluon.jit
 def _consume(
-    out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared,
+    outputs, tables, scale, shared,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    HALF: gl.constexpr, SINKS: gl.constexpr,
+    SINKS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Attend with 64 packed rows of every item, the first or second HALF, in one warp group."""
     FIRST: gl.constexpr = 64 * HALF
+    out, lse, partial_out, partial_lse, sinks = outputs
+    queue, items, _, _, _, age = tables
     q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty = shared
     q_tile = q_second if HALF else q_first
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -299,23 +499,24 @@ def _consume(
 
 @gluon.jit
 def attend_wide(
-    q, k, v, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks, row_positions, laid_out_positions,
-    queue, items, runs, key_slots, key_rows, scale,
+    q, k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks, out, lse, partial_out, partial_lse, sinks,
+    row_positions, laid_out_positions, queue, items, runs, key_slots, key_rows, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    SINKS: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    SINKS: gl.constexpr, QUANTIZED: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """Compute every work item (unit x KV head) in this program's queue of wide tiles.
 
     Arguments as in `radixgen.kernels.triton_kernels.attend`, with heads of DIM for keys and values, and BLOCK keys per
     block.
     """
-    dtype: gl.constexpr = k_blocks.dtype
-    QUERIES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    dtype: gl.constexpr = q.dtype.element_ty
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], k_blocks.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], v_blocks.layout)
-    q_first = gl.allocate_shared_memory(dtype, [64, DIM], QUERIES)
-    q_second = gl.allocate_shared_memory(dtype, [64, DIM], QUERIES)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], TILE)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DIM], TILE)
+    q_first = gl.allocate_shared_memory(dtype, [64, DIM], TILE)
+    q_second = gl.allocate_shared_memory(dtype, [64, DIM], TILE)
     rows_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     gathered = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -323,8 +524,8 @@ def attend_wide(
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for place in gl.static_range(STAGES):
-        mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(gathered.index(place), count=128)  # copying threads
+        mbarrier.init(ready.index(place), count=2 if QUANTIZED else 1)
+        mbarrier.init(gathered.index(place), count=2 if QUANTIZED else 128)  # copying threads
         mbarrier.init(empty.index(place), count=2)
     for half in gl.static_range(2):
         mbarrier.init(q_ready.index(half), count=128)
@@ -334,22 +535,28 @@ def attend_wide(
         gdc_wait()
         gdc_launch_dependents()
     age = gl.load(row_positions).to(gl.int32) - laid_out_at
+    pools = (k, v, k_scales, v_scales, num_slots, k_blocks, v_blocks)
     shared = (q_first, q_second, k_ring, v_ring, rows_ring, ready, gathered, empty, q_ready, q_empty)
-    gl.warp_specialize(
-        [
-            (_consume, (
-                out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared, KV_HEADS, GROUP, DIM,
-                BLOCK, STAGES, 0, SINKS,
-            )),
-            (_consume, (
-                out, lse, partial_out, partial_lse, sinks, queue, items, age, scale, shared, KV_HEADS, GROUP, DIM,
-                BLOCK, STAGES, 1, SINKS,
-            )),
-            (_produce, (
-                q, k, v, k_blocks, v_blocks, queue, items, runs, key_slots, key_rows, age, shared, KV_HEADS, GROUP,
-                DIM, BLOCK, STAGES,
-            )),
-        ],
-        [4, 4],
-        [CONSUMER_REGS, PRODUCER_REGS],
-    )  # fmt: skip
+    outputs = (out, lse, partial_out, partial_lse, sinks)
+    tables = (queue, items, runs, key_slots, key_rows, age)
+    if QUANTIZED:
+        gl.warp_specialize(
+            [
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 0)),
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 1)),
+                (_produce, (q, pools, tables, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, True, 0)),
+                (_produce, (q, pools, tables, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, True, 1)),
+            ],
+            [4, 4, 4],
+            [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 0)),
+                (_consume, (outputs, tables, scale, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, SINKS, 1)),
+                (_produce, (q, pools, tables, shared, KV_HEADS, GROUP, DIM, BLOCK, STAGES, False, 0)),
+            ],
+            [4, 4],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )

@@ -3,7 +3,7 @@
 The scale is the largest absolute value over the largest 8-bit number, so that nothing is clipped (KIVI, arXiv
 2402.02750, quantizes values per token in the same way). Scores are products with 8-bit keys times the keys' scales, and
 weights are multiplied by the values' scales, so that kernels need not rescale K and V; PyTorch's fused and padded paths
-convert them first.
+and Hopper's kernel for wide tiles convert them first.
 """
 
 from dataclasses import dataclass

@@ -53,13 +53,7 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
     """Return whether tiles of 128 rows have their own kernel on this chip, for layers without window or soft cap."""
     heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
     compiles = triton.knobs.runtime.interpret or gluon_support.supported()
-    return (
-        chip.capability == 90
-        and heads
-        and not geometry.quantized
-        and geometry.dtype in (torch.float16, torch.bfloat16)
-        and compiles
-    )
+    return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and compiles
 
 
 def choose_launch(
@@ -89,25 +83,28 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
     """Choose the launch of tiles of `size` rows.
 
     64 rows on 4 warps, two programs per multiprocessor, perform as well as 128 on 8. 16 rows on Hopper take one warp in
-    eight programs, which hide each other's startup; two warps with a window or quantized keys, which need more
-    registers; four for one or two rows. With a window or quantized keys, tiles of 64 or more have no registers for a
-    fifth stage; tiles of 128 never have any to gather 32 keys at once.
+    eight programs, which hide each other's startup; four for one or two rows; two with a window or quantized keys,
+    which need more registers. With a window or quantized keys, tiles of 64 or more have no registers for a fifth stage;
+    those of 128, or with quantized keys, never have any to gather 32 keys at once. Quantized keys of 16 rows come in
+    blocks of 64, because half as many bytes are as much work.
     """
     crowded = windowed or geometry.quantized
     if hopper:
         return TileClass(size, chip.multiprocessors, block_keys=128, hopper=True)
     large, narrow, recent = max(geometry.padded) > 128, size <= 16, chip.capability >= 90
-    block_keys = 32 if narrow or large or geometry.quantized else 64
+    block_keys = 32 if large or narrow != geometry.quantized else 64
     if geometry.dtype == torch.float32:
         warps, programs = 4, 1
     elif narrow and recent and not large:
-        warps, programs, block_keys = (4, 4, 32) if rows <= 2 else (2, 4, 32) if crowded else (1, 8, 16)
+        few = rows <= 2 and not geometry.quantized
+        warps, programs, block_keys = (4, 4, 32) if few else (2, 4, block_keys) if crowded else (1, 8, 16)
     elif narrow:
         warps, programs = (4, 2) if large else (2, 4)
     else:
         four = size == 64 and recent and not large
         warps, programs = (4, 2) if four else (8, 1)
-    gather_keys, most_stages = 16 if size > 64 else min(block_keys, 32), 4 if crowded and not narrow else 5
+    gather_keys = 16 if size > 64 or (geometry.quantized and not narrow) else min(block_keys, 32)
+    most_stages = 4 if crowded and not narrow else 5
     room = chip.shared_bytes // programs
     block_bytes = sum(geometry.padded) * geometry.stored_dtype.itemsize
     return TileClass(
@@ -115,7 +112,7 @@ def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: 
         programs=programs * chip.multiprocessors,
         block_keys=block_keys,
         num_warps=warps,
-        num_stages=max(1, min(2 if geometry.quantized else 3, room // (block_keys * block_bytes))),
+        num_stages=max(1, min(3, room // (block_keys * block_bytes))),
         gather_keys=gather_keys,
         gather_stages=max(1, min(most_stages, 1 + room // (gather_keys * block_bytes))),
         registers=255 if max(geometry.padded) <= 64 or (narrow and not recent) else None,
@@ -330,11 +327,11 @@ def _attend(
     """Run all launches. `out` and `lse` are written for the rows of the plan, and for padding rows."""
     launch, geometry, views = tables.launch, tables.geometry, tables.views
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
-    k_data, v_data = _data(k), _data(v)
+    k_data, v_data = _numbers(k), _numbers(v)
     for kind in tables.launched:
         shape = launch.classes[kind]
         if shape.hopper and not triton.knobs.runtime.interpret:  # Gluon has no interpreter
-            hopper_attention.attend(tables, shape, positions, out, lse, q, k_data, v_data, scale, sinks)
+            hopper_attention.attend(tables, shape, positions, out, lse, q, k, v, scale, sinks)
             continue
         options = constants(
             geometry, launch, kind, window=window is not None, chunked=isinstance(window, Chunk),
@@ -362,6 +359,15 @@ def _attend(
 def _data(pool: KV) -> Tensor:
     """Return K or V without scales."""
     return pool.data if isinstance(pool, QuantizedKV) else pool
+
+
+def _numbers(pool: KV) -> Tensor:
+    """Return K or V without scales, 8-bit numbers in pairs `[slots, kv_heads, dim / 2]`: int16 if they are int8, uint16
+    if they are fp8.
+    """
+    if isinstance(pool, QuantizedKV):
+        return pool.data.view(torch.int16 if pool.dtype == torch.int8 else torch.uint16)
+    return pool
 
 
 def _scales(pool: KV) -> Tensor:

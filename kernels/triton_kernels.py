@@ -20,6 +20,11 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether these kernels run in Triton's interpreter, which knows no PTX."""
+LEAST_SCALE = tl.constexpr(2.0**-100)
+"""Smaller scales of values count as this one, so that they have logarithms."""
+
 ITEM_FIELDS = tl.constexpr(9)
 PIECE_FIELDS = tl.constexpr(8)
 
@@ -58,11 +63,82 @@ def expand_keys(
 
 
 @triton.jit
-def _scores(q, k, key_scale, scale, softcap, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Return float32 scores `[rows, keys]`, to be multiplied by `_unit` to get exponents of 2."""
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+def _unpack(pairs, DTYPE: tl.constexpr):
+    """Return the even and the odd ones of 8-bit numbers, given in pairs: int8 as int16, fp8 (e4m3) as uint16."""
+    if INTERPRETED or tl.float16 != DTYPE:
+        if pairs.dtype == tl.int16:
+            even, odd = (pairs << 8) >> 8, pairs >> 8
+        else:
+            even = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            odd = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        even, odd = even.to(DTYPE), odd.to(DTYPE)
+    elif pairs.dtype == tl.int16:  # byte b + 128 below byte 0x64 is b + 1152 in float16
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, high, bias;
+            xor.b32 bytes, $2, 0x80808080;
+            mov.b32 high, 0x64646464;
+            mov.b32 bias, 0x64806480;
+            prmt.b32 $0, bytes, high, 0x4240;
+            prmt.b32 $1, bytes, high, 0x4341;
+            sub.f16x2 $0, $0, bias;
+            sub.f16x2 $1, $1, bias;
+            }""",
+            "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 low, high;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }""",
+            "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return even, odd
+
+
+@triton.jit
+def _log2(x):
+    """Return the logarithm, in one instruction on a GPU."""
+    if INTERPRETED:
+        result = tl.log2(x)
+    else:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _normalize(queries, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Return the even and the odd numbers of each row over its largest, in float16 unless they are float32, and the
+    largest.
+    """
+    peak = tl.max(tl.abs(queries.to(tl.float32)), 1)
+    peak = tl.where(peak == 0.0, 1.0, peak)
+    numbers = queries.to(tl.float32) * (1.0 / peak)[:, None]
+    even, odd = tl.split(tl.reshape(numbers, [ROWS, PADDED_DIM // 2, 2]))
+    if queries.dtype != tl.float32:
+        even, odd = even.to(tl.float16), odd.to(tl.float16)
+    return even, odd, peak
+
+
+@triton.jit
+def _scores(q, q_odd, k, key_scale, scale, softcap, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Return float32 scores `[rows, keys]`, to be multiplied by `_unit` to get exponents of 2. If QUANTIZED, `q` and
+    `q_odd` are the even and the odd numbers of queries.
+    """
     if QUANTIZED:
+        even, odd = _unpack(k, q.dtype)
+        scores = tl.dot(q, tl.trans(even), input_precision="ieee")
+        scores = tl.dot(q_odd, tl.trans(odd), scores, input_precision="ieee")
         scores = scores * key_scale[None, :]
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), also where the exponential overflows
         scores = softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * LOG2_E * scale / softcap)) + 1.0)
@@ -78,20 +154,33 @@ def _unit(scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(scores, unit, v, value_scale, top, total, out, DTYPE: tl.constexpr, QUANTIZED: tl.constexpr):
+def _accumulate(scores, unit, v, value_scale, top, total, out, out_odd, DTYPE: tl.constexpr, QUANTIZED: tl.constexpr):
     """Add one block to the running softmax: `top` and `total` `[rows]`, `out` `[rows, v_head_dim]`, all float32.
     Values are multiplied in DTYPE.
+
+    If QUANTIZED, `out` and `out_odd` are the even and the odd numbers of `out`, and the weights contain the scales of
+    values. These are added to the exponents, so that weights are at most 1 whatever the scales.
     """
-    new_top = tl.maximum(top, tl.max(scores, 1) * unit)
+    if QUANTIZED:
+        log_scale = _log2(tl.maximum(value_scale, LEAST_SCALE))
+        exponents = scores * unit + log_scale[None, :]
+        new_top = tl.maximum(top, tl.max(exponents, 1))
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * unit)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp2(top - base)
-    weights = tl.exp2(scores * unit - base[:, None])
-    total = total * shrink + tl.sum(weights, 1)
     out = out * shrink[:, None]
     if QUANTIZED:
-        weights = weights * value_scale[None, :]
-    out = tl.dot(weights.to(DTYPE), v.to(DTYPE), out, input_precision="ieee")
-    return new_top, total, out
+        weights = tl.exp2(exponents - base[:, None])
+        total = total * shrink + tl.sum(weights * tl.exp2(-log_scale)[None, :], 1)
+        even, odd = _unpack(v, DTYPE)
+        out = tl.dot(weights.to(DTYPE), even, out, input_precision="ieee")
+        out_odd = tl.dot(weights.to(DTYPE), odd, out_odd * shrink[:, None], input_precision="ieee")
+    else:
+        weights = tl.exp2(scores * unit - base[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(DTYPE), v, out, input_precision="ieee")
+    return new_top, total, out, out_odd
 
 
 @triton.jit
@@ -143,17 +232,22 @@ def _attend_tile(
     row = packed // GROUP
     real = row < num_rows
     q_head = head * GROUP + packed % GROUP
-    dtype: tl.constexpr = q.dtype.element_ty
     dim = tl.arange(0, PADDED_DIM)
     q_place = ((first_row + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head) * HEAD_DIM
     queries = tl.load(q + q_place[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    queries_odd, values_odd = 0, 0  # of quantized keys and values, which come in pairs
+    PAIR: tl.constexpr = 2 if QUANTIZED else 1
+    if QUANTIZED:
+        queries, queries_odd, peak = _normalize(queries, BLOCK_ROWS, PADDED_DIM)
+        scale = scale * peak[:, None]
+        values_odd = tl.zeros([BLOCK_ROWS, PADDED_V_DIM // 2], tl.float32)
     if WINDOW:
         own_position = tl.load(row_positions + first_row + row, mask=real, other=0).to(tl.int32)
         first_seen = own_position // window * window if CHUNKED else own_position - window + 1
 
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    values = tl.zeros([BLOCK_ROWS, PADDED_V_DIM], tl.float32)
+    values = tl.zeros([BLOCK_ROWS, PADDED_V_DIM // PAIR], tl.float32)
     unit = _unit(scale, SOFTCAP)
 
     if BULK:
@@ -162,12 +256,14 @@ def _attend_tile(
             stop = start + tl.load(runs + 2 * run + 1)
             for slot in tl.range(start, stop, BLOCK_KEYS, num_stages=STAGES):
                 slots = slot + tl.arange(0, BLOCK_KEYS)
-                key = k_blocks.load([slot, head * HEAD_DIM])
+                key = k_blocks.load([slot, head * (HEAD_DIM // PAIR)])
                 key_scale = _scale_of(k_scales, slots, None, num_slots, head, QUANTIZED)
-                scores = _scores(queries, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
-                value = v_blocks.load([slot, head * V_HEAD_DIM])
+                scores = _scores(queries, queries_odd, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
+                value = v_blocks.load([slot, head * (V_HEAD_DIM // PAIR)])
                 value_scale = _scale_of(v_scales, slots, None, num_slots, head, QUANTIZED)
-                top, total, values = _accumulate(scores, unit, value, value_scale, top, total, values, dtype, QUANTIZED)
+                top, total, values, values_odd = _accumulate(
+                    scores, unit, value, value_scale, top, total, values, values_odd, queries.dtype, QUANTIZED
+                )
 
     for begin in tl.range(key_begin, key_end, GATHER_KEYS, num_stages=GATHER_STAGES):
         place = begin + tl.arange(0, GATHER_KEYS)
@@ -178,16 +274,20 @@ def _attend_tile(
         if WINDOW:
             position = tl.load(key_positions + place, mask=listed, other=0)
             seen = seen & (position[None, :] >= first_seen[:, None])
-        key = _gather(k, slot, listed, HEAD_DIM, PADDED_DIM, KV_HEADS, head)
+        key = _gather(k, slot, listed, HEAD_DIM // PAIR, PADDED_DIM // PAIR, KV_HEADS, head)
         key_scale = _scale_of(k_scales, slot, listed, num_slots, head, QUANTIZED)
-        scores = _scores(queries, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
+        scores = _scores(queries, queries_odd, key, key_scale, scale, softcap, SOFTCAP, QUANTIZED)
         scores = tl.where(seen, scores, float("-inf"))
-        value = _gather(v, slot, listed, V_HEAD_DIM, PADDED_V_DIM, KV_HEADS, head)
+        value = _gather(v, slot, listed, V_HEAD_DIM // PAIR, PADDED_V_DIM // PAIR, KV_HEADS, head)
         value_scale = _scale_of(v_scales, slot, listed, num_slots, head, QUANTIZED)
-        top, total, values = _accumulate(scores, unit, value, value_scale, top, total, values, dtype, QUANTIZED)
+        top, total, values, values_odd = _accumulate(
+            scores, unit, value, value_scale, top, total, values, values_odd, queries.dtype, QUANTIZED
+        )
 
+    if QUANTIZED:
+        values = tl.reshape(tl.join(values, values_odd), [BLOCK_ROWS, PADDED_V_DIM])
     empty = total == 0.0
-    values = values / tl.where(empty, 1.0, total)[:, None]
+    values = values * (1.0 / tl.where(empty, 1.0, total))[:, None]
     row_lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
     if partial < 0:
         if SINKS:
@@ -213,9 +313,9 @@ def attend(
     next free one, so that programs finish at about the same time whenever they begin.
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
-    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. If QUANTIZED, k and v are 8-bit
-    numbers with scales `[KV_HEADS, num_slots]`. For each step since the plan was
-    laid out, an item has one more key per growing row.
+    again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. If QUANTIZED, k and v are half as
+    many pairs of 8-bit numbers (`_unpack`), with scales `[KV_HEADS, num_slots]`. For each step since the plan was laid
+    out, an item has one more key per growing row.
 
     The launches of one layer write different rows, so all but the FIRST begin while it is still running, and wait for
     it only before they end.

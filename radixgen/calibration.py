@@ -14,6 +14,7 @@ from radixgen.core.settings import cache_dir
 from radixgen.kernels.backend import backend
 from radixgen.kernels.flash_backend import FlashCost
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
+from radixgen.kernels.quantized import allocate, write
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.forest import Forest
 from radixgen.scheduler.planner import PlanMode, plan
@@ -42,16 +43,18 @@ class Calibration:
     merge: float
     flash: FlashCost | None = None
     """Costs of the flash-attn package on the whole device, if measured."""
+    quantized_tiles: tuple[TileCost, ...] = ()
+    """As `tiles`, over 8-bit keys; empty if not measured."""
 
     def cost_models(self, geometry: Geometry, *, wide: bool = False) -> tuple[CostModel, ...]:
         """Return the cost models of layers of this shape, one for each class that a plan's widest tiles may have.
 
-        Costs of keys and partial results are scaled by their bytes. Quantized keys cost less to read for the first
-        time, but as much to compute with as others. `wide`: whether tiles of 128 rows have their own
-        kernel for these layers.
+        Costs of keys and partial results are scaled by their bytes; quantized keys have tiles of their own. `wide`:
+        whether tiles of 128 rows have their own kernel for these layers.
         """
         width = (geometry.head_dim + geometry.v_head_dim) * geometry.dtype.itemsize / _BYTES
-        tiles = [tile for tile in self.tiles if tile.rows >= geometry.group and (wide or tile.rows <= 64)]
+        measured = (geometry.quantized and self.quantized_tiles) or self.tiles
+        tiles = [tile for tile in measured if tile.rows >= geometry.group and (wide or tile.rows <= 64)]
         # With large heads a multiprocessor runs half as many programs, each twice as fast.
         fewer = 2 if max(geometry.padded) > 128 else 1
         programs = tiles[0].programs // fewer
@@ -147,6 +150,7 @@ def _read(path: Path) -> list[Calibration]:
             **entry
             | {
                 "tiles": tuple(TileCost(**tile) for tile in entry["tiles"]),
+                "quantized_tiles": tuple(TileCost(**tile) for tile in entry.get("quantized_tiles", ())),
                 "flash": FlashCost(**entry["flash"]) if entry.get("flash") else None,
             }
         )
@@ -158,12 +162,17 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
     """Measure `device`, in a few seconds. `time_us`: the median microseconds of a call, without launch overhead."""
     from radixgen.kernels.triton_backend import Chip, choose_launch, takes_wide
 
-    measure = _AttentionTimer(device, time_us)
-    chip, geometry = Chip.of(device), Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16)
-    launch = choose_launch(geometry, 128 if takes_wide(geometry, chip) else 64, chip)
+    def tiles(kv_dtype: torch.dtype | None) -> tuple[TileCost, ...]:
+        timer = _AttentionTimer(device, time_us, kv_dtype)
+        geometry = Geometry(_KV_HEADS, _GROUP, 128, 128, torch.bfloat16, kv_dtype)
+        launch = choose_launch(geometry, 128 if takes_wide(geometry, chip) else 64, chip)
+        return tuple(timer.tile(tile_class.rows, tile_class.programs) for tile_class in launch.classes)
+
+    measure, chip = _AttentionTimer(device, time_us), Chip.of(device)
     return Calibration(
         device=torch.cuda.get_device_name(device),
-        tiles=tuple(measure.tile(tile_class.rows, tile_class.programs) for tile_class in launch.classes),
+        tiles=tiles(None),
+        quantized_tiles=tiles(torch.int8),
         partial=measure.partial(),
         first_key=measure.tiles(nodes=64, rows=1, keys=4096, tile=16) / (64 * 4096 * _KV_HEADS),
         launch=measure.launch(),
@@ -174,9 +183,16 @@ def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], fl
 class _AttentionTimer:
     """Times attention over synthetic trees."""
 
-    def __init__(self, device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        time_us: Callable[[Callable[[], object]], float],
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """`kv_dtype`: an 8-bit dtype of keys and values; None for that of queries."""
         self.device = device
         self.time_us = time_us
+        self.kv_dtype = kv_dtype or torch.bfloat16
 
     def tile(self, rows: int, programs: int) -> TileCost:
         """Measure the cost of a unit and of a key of both kinds, in tiles of `rows` rows.
@@ -252,7 +268,10 @@ class _AttentionTimer:
         made = plan(forest, nodes, last, mode=mode, cost=cost)
         attention = backend("triton", self.device).attention(made, None, self.device)
         q = torch.randn(rows.size, _KV_HEADS * _GROUP, 128, device=self.device, dtype=torch.bfloat16)
-        k, v = torch.randn(2, int(ends[-1]), _KV_HEADS, 128, device=self.device, dtype=torch.bfloat16)
+        slots = torch.arange(int(ends[-1]), device=self.device)
+        k, v = (allocate(slots.numel(), _KV_HEADS, 128, self.kv_dtype, self.device) for _ in range(2))
+        for pool in (k, v):
+            write(pool, slots, torch.randn(pool.shape, device=self.device, dtype=torch.bfloat16))
         return self.time_us(lambda: attention(q, k, v, 128**-0.5))
 
 

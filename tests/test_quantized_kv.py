@@ -21,6 +21,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch", "triton"]
 ERRORS = {"int8": 0.01, "fp8": 0.04}
 COST = CostModel(tiles=(TileCost(16, 60.0, 1.0), TileCost(64, 70.0, 1.2)), partial=0.1, programs=7, mix=True)
+WIDE = replace(COST, tiles=(*COST.tiles, TileCost(128, 20.0, 1.3, 2.6)), group=4)
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+"""The kernels multiply 8-bit numbers in float16; Triton's interpreter knows no bfloat16."""
 MASKS = [(None, None, False), (70, None, True), (None, 20.0, True), (Chunk(70), None, False)]
 
 
@@ -90,11 +94,14 @@ def check(
     dims: tuple[int, int],
     kv_dtype: str,
     *,
+    dtype: torch.dtype = torch.float32,
     sinks: bool = False,
     **options,
 ) -> None:
     """Exact for the keys and values that are stored, with NaN in slots on no row's path."""
-    q, k, v = (tensor.to(DEVICE) for tensor in tensors(case, heads, dims, torch.float32))
+    q, k, v = (tensor.to(DEVICE) for tensor in tensors(case, heads, dims, dtype))
+    q[0] *= 1e-3
+    v *= torch.logspace(-6, 2, v.shape[0], device=DEVICE).to(dtype)[:, None, None]
     k8, v8 = quantized(k, kv_dtype), quantized(v, kv_dtype)
     weights = torch.randn(heads[0]) if sinks else None
     expected, expected_lse = reference(
@@ -107,7 +114,8 @@ def check(
     k8.scales[:, nowhere], v8.scales[:, nowhere] = float("nan"), float("nan")
     attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, attention=name, **options)
     out, lse = attn(q, k8, v8, sinks=None if weights is None else weights.to(DEVICE))
-    assert error(out.cpu(), expected) < 1e-5 and error(lse.cpu(), expected_lse) < 1e-5
+    assert out.dtype == dtype
+    assert error(out.cpu(), expected) < TOLERANCES[dtype] and error(lse.cpu(), expected_lse) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -117,8 +125,37 @@ def test_attention_is_exact_for_what_is_stored(name: str, masks: tuple, kv_dtype
     rng = np.random.default_rng(6)
     parents, lengths = random_tree(rng, nodes=9, longest=300)
     case = random_case(rng, lengths, parents, rows=11)
-    for heads, dims in (((6, 2), (64, 64)), ((3, 1), (80, 33))):
+    for heads, dims in (((6, 2), (64, 64)), ((3, 1), (80, 34)), ((2, 1), (80, 33))):
         check(name, case, heads, dims, kv_dtype, sinks=sinks, window=window, softcap=softcap, cost=COST)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("masks", MASKS)
+def test_half_precision_loses_no_more_than_products_in_it(masks: tuple, kv_dtype: str) -> None:
+    pytest.importorskip("triton")
+    window, softcap, sinks = masks
+    rng = np.random.default_rng(6)
+    parents, lengths = random_tree(rng, nodes=9, longest=300)
+    case = random_case(rng, lengths, parents, rows=11)
+    check(
+        "triton", case, (6, 2), (64, 64), kv_dtype, dtype=HALF, sinks=sinks, window=window, softcap=softcap, cost=COST
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_wide_tiles(sinks: bool, kv_dtype: str) -> None:
+    """A prefix of whole blocks and some keys more under many leaves, and a span with its diagonal."""
+    pytest.importorskip("triton")
+    parents = [-1, 0, 0] + [1 + leaf % 2 for leaf in range(40)]
+    extents = [[(3, 260), (300, 150)], [(460, 70)], [(540, 1)]]
+    extents += [[(600 + 9 * leaf, 1 + leaf % 7)] for leaf in range(40)]
+    leaves = Case(parents, extents, list(range(3, 43)), None, 980)
+    span = Case([-1, 0], [[(0, 140)], [(150, 70)]], [1] * 70, list(range(140, 210)), 240)
+    for case in (leaves, span):
+        attn = TreeAttention(case.parents, case.extents, case.row_nodes, case.row_positions, cost=WIDE)
+        assert attn.plan.tile_rows == 128
+        check("triton", case, (8, 2), (128, 128), kv_dtype, dtype=HALF, sinks=sinks, cost=WIDE)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
