@@ -19,6 +19,8 @@ import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
 from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.cache.eviction import EvictionQueue
+from radixgen.cache.match import MatchGroup
 from radixgen.core import EngineDead, Plan
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
@@ -128,6 +130,14 @@ def a_locked_leaf_stays_among_the_evictable(patch: Patch) -> None:
             tree.evictable.add(node)
 
     patch.setattr(RadixTree, "_protect", protect)
+
+
+def a_matched_leaf_keeps_its_place_among_the_evictable(patch: Patch) -> None:
+    patch.setattr(EvictionQueue, "refresh", lambda *_: None)
+
+
+def a_group_that_shrinks_costs_as_before(patch: Patch) -> None:
+    patch.setattr(MatchGroup, "remove", lambda group, followed: group.members.pop(followed))
 
 
 def a_branch_leaves_the_reserve_standing(patch: Patch) -> None:
@@ -272,7 +282,7 @@ def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
         chosen.waiting[0].followed or follow(chosen.waiting[0])
         return chosen
 
-    patch.setattr(WaitingQueue, "_longest", last)
+    patch.setattr(WaitingQueue, "choose", last)
 
 
 def a_last_output_is_told_twice(patch: Patch) -> None:
@@ -302,6 +312,8 @@ FAULTS = [
     a_slot_is_freed_while_its_step_is_in_flight,
     an_evicted_slot_is_not_given_back,
     a_locked_leaf_stays_among_the_evictable,
+    a_matched_leaf_keeps_its_place_among_the_evictable,
+    a_group_that_shrinks_costs_as_before,
     a_branch_leaves_the_reserve_standing,
     more_is_committed_than_was_scheduled,
     a_failed_step_is_not_rolled_back,

@@ -83,38 +83,40 @@ def _state(params: SamplingParams, index: int, prompt: Any) -> Any:
     return SamplingState(params, 0, index, prompt, [], frozenset())
 
 
-def computed(prefix: Callable[[Request], int]) -> Callable[[Sequence], Any]:
-    """Matches of which so many tokens are computed."""
+def costs(cost: Callable[[Request], float]) -> Callable[[Sequence], Any]:
+    """Gives the sequences of requests matches that cost so much."""
 
     def follow(sequence: Sequence) -> Any:
-        length = prefix(sequence.request)
-        return SimpleNamespace(length=length, computed=length)
+        sequence.followed = SimpleNamespace(cost=cost(sequence.request))
+        return sequence.followed
 
     return follow
 
 
-def admit(queue: WaitingQueue, prefix: Callable[[Request], int]) -> Request:
-    request = queue.choose(computed(prefix))
+def admit(queue: WaitingQueue, cost: Callable[[Request], float]) -> Request:
+    for sequence in queue:
+        sequence.followed = None
+    request = queue.choose(costs(cost))
     for sequence in list(request.waiting):
         queue.admit(sequence)
     queue.check()
     return request
 
 
-def test_priority_then_longest_prefix_then_arrival() -> None:
+def test_priority_then_fewest_tokens_then_arrival() -> None:
     queue = WaitingQueue(max_overtaken=10)
-    prefixes = {1: 3, 2: 9, 3: 9, 4: 50, 5: 0}
+    lacking = {1: 9.0, 2: 3.5, 3: 2.5, 4: 1.0, 5: 50.0}
     for serial in (1, 2, 3):
         queued(queue, serial)
     queued(queue, 4, priority=-1)
     queued(queue, 5, priority=1)
-    order = [admit(queue, lambda r: prefixes[r.serial]).serial for _ in range(5)]
+    order = [admit(queue, lambda r: lacking[r.serial]).serial for _ in range(5)]
     assert order == [5, 2, 3, 1, 4]
 
 
 @pytest.mark.parametrize("bound", [0, 1, 7])
 def test_nobody_is_overtaken_more_often_than_the_bound(bound: int) -> None:
-    """Cold requests among hot ones that arrive for ever: each is overtaken `bound` times, and then never again."""
+    """Dear requests among cheap ones that arrive for ever: each is overtaken `bound` times, and then never again."""
     queue = WaitingQueue(bound)
     rng = np.random.default_rng(bound)
     came: dict[int, int] = {}
@@ -123,28 +125,15 @@ def test_nobody_is_overtaken_more_often_than_the_bound(bound: int) -> None:
         came[serial] = len(admitted)
         queued(queue, serial)
         if serial % 3:
-            admitted.append(admit(queue, lambda r: 0 if r.serial % 25 == 0 else int(rng.integers(1, 9))).serial)
+            admitted.append(admit(queue, lambda r: 99 if r.serial % 25 == 0 else int(rng.integers(1, 9))).serial)
     while len(queue):
-        admitted.append(admit(queue, lambda r: 0 if r.serial % 25 == 0 else 5).serial)
+        admitted.append(admit(queue, lambda r: 99 if r.serial % 25 == 0 else 5).serial)
     place = {serial: index for index, serial in enumerate(admitted)}
     overtaken = [sum(other > serial for other in admitted[: place[serial]]) for serial in came]
     assert max(overtaken) == bound
     waited = [place[serial] - came[serial] for serial in came]
     ahead = [sum(place[other] >= came[serial] for other in range(1, serial)) for serial in came]
     assert all(wait <= before + bound for wait, before in zip(waited, ahead, strict=True))
-
-
-def test_the_choice_stands_until_an_earlier_request_joins() -> None:
-    queue = WaitingQueue(max_overtaken=1)
-    first, second = queued(queue, 1), queued(queue, 2)
-    assert queue.choose(computed(lambda r: r.serial)) is second
-    assert queue.choose(computed(lambda r: -r.serial)) is second
-    urgent = queued(queue, 3, priority=1)
-    assert queue.choose(computed(lambda r: r.serial)) is urgent
-    queue.remove(urgent.waiting[0])
-    queue.admit(second.waiting[0])
-    queued(queue, 4)
-    assert first.overtaken == 1 and queue.choose(computed(lambda r: r.serial)) is first
 
 
 # -- order in the engine ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from radixgen.cache.columns import Columns
+from radixgen.cache.match import MatchGroup
 from radixgen.cache.node import Node
 from radixgen.cache.pool import ExtentPool
 from radixgen.core import Plan
@@ -26,6 +27,7 @@ def check_tree(tree: "RadixTree") -> None:
     for node in nodes:
         assert tree.node(node.id) is node
         assert (node in tree.evictable) == node.evictable
+        assert not node.evictable or tree.evictable.up_to_date(node), f"{node} is evicted out of order"
         _check_node(node)
         _check_columns(tree.columns, node)
     assert len(tree.evictable) == sum(node.evictable for node in nodes)
@@ -78,8 +80,21 @@ def _check_node(node: Node) -> None:
         assert child.namespace == node.namespace
         assert node.scheduled == node.known or child.scheduled == 0
         assert node.complete or child.computed == 0
-    for followed in node.followers:
+    for place, group in node.followers.items():
+        _check_group(node, place, group)
+
+
+def _check_group(node: Node, place: tuple[int, int], group: MatchGroup) -> None:
+    assert group.members, f"an empty group of followed matches at {place} in {node}"
+    start, stop = place[0], group.shared_end
+    shared = next(iter(group.members)).tokens[start:stop]
+    assert shared.size == stop - start
+    for followed in group.members:
         assert followed.node is node and followed.namespace == node.namespace
+        assert followed.group is group and followed.place == place
+        assert np.array_equal(followed.tokens[start:stop], shared)
+        cost = followed.tokens.size - stop + shared.size / len(group.members)
+        assert abs(followed.cost - cost) < 1e-6 * (1 + followed.tokens.size), (followed.cost, cost)
 
 
 def _check_columns(columns: Columns, node: Node) -> None:

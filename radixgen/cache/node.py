@@ -11,7 +11,7 @@ grows.
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache.match import FollowedMatch
+from radixgen.cache.match import MatchGroup
 from radixgen.cache.pool import Extent
 from radixgen.cache.recent_evictions import End
 from radixgen.cache.tokens import TokenArray
@@ -67,8 +67,8 @@ class Node:
         self.id = -1
         self.block_hashes: tuple[int, ...] = ()
         """Hashes of the blocks that end in the node. Written by the tree's listener."""
-        self.followers: dict[FollowedMatch, None] = {}
-        """Followed matches that end in the node."""
+        self.followers: dict[tuple[int, int], MatchGroup] = {}
+        """Followed matches that end in the node, by their `place`."""
         self._buffer = buffer
         self._offset = 0
         self._owns_tail = True

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator, Reversible, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from radixgen.cache.match import (
     follow_cut,
     follow_raise,
     follow_removal,
+    followers,
     longest_match,
 )
 from radixgen.cache.node import Lock, Node
@@ -112,7 +114,7 @@ class RadixTree:
 
     def follow(self, tokens: TokenArray, namespace: str = "") -> FollowedMatch:
         """As `match_prefix`, with a result that is kept up to date until `unfollow`."""
-        followed, match = FollowedMatch(tokens, namespace), self.match_prefix(tokens, namespace)
+        followed, match = FollowedMatch(tokens, namespace, self.evictable), self.match_prefix(tokens, namespace)
         if match is None:
             self._unrooted[followed] = None
         else:
@@ -126,7 +128,7 @@ class RadixTree:
 
     def followed(self) -> Iterator[FollowedMatch]:
         """Iterate over the matches that are kept up to date."""
-        return (match for holder in (self._unrooted, *(n.followers for n in self.nodes())) for match in holder)
+        return chain(self._unrooted, *map(followers, self.nodes()))
 
     # -- growing ------------------------------------------------------------------------------------------
 
@@ -419,7 +421,7 @@ class RadixTree:
                 self._remove(parent)
         else:
             del self._roots[node.namespace]
-            self._unrooted |= node.followers
+            self._unrooted |= dict.fromkeys(followers(node))
             follow_removal(node)
         self._forget(node)
 
