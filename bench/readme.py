@@ -390,13 +390,28 @@ def _mean(ratios: Any) -> str:
 
 
 def _simulated() -> list[str]:
-    """Hit rates of the trace that went through the whole engine."""
+    """Mixes of requests and a trace, through the whole engine."""
     found = json.loads((RESULTS / "simulate.json").read_text(encoding="utf-8"))
     rows = [
-        f"`bench.simulate`: {found['requests']:,} requests of a trace of conversations through the whole engine, on a "
-        f"simulated clock. Ideal token hit rate {found['ideal_hit_rate']:.1%}.",
+        "`bench.simulate`: mixes of requests through the whole engine, on a simulated clock, in a KV pool of a quarter "
+        "of their working set; *unlimited* is a pool in which everything stays, *prompts free* is first come if "
+        "prompts cost nothing to compute.",
         "",
-        "| KV pool, tokens | admitted by | token hit rate | of the ideal | median latency | × real time |",
+        "| mix | admitted | requests a second | over first come | wait, p50 and p99 | prompt tokens computed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    rows += [
+        f"| {mix['mix']} | {one['order']} | {one['requests_per_second']:.2f} | {one['over_first_come']:.2f}× "
+        f"| {one['wait_p50_seconds']:.0f} s, {one['wait_p99_seconds']:.0f} s | {one['computed']:.0%} |"
+        for mix in found["mixes"]
+        for one in mix["runs"]
+    ]
+    rows += [
+        "",
+        f"{found['requests']:,} requests of a trace of conversations, at their own times. Ideal token hit rate "
+        f"{found['ideal_hit_rate']:.1%}.",
+        "",
+        "| KV pool, tokens | admitted | token hit rate | of the ideal | median latency | × real time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     rows += [
