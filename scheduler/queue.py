@@ -53,10 +53,9 @@ class WaitingQueue:
         `follow` makes the tree keep a candidate's match up to date. Each admission looks at all of them: this is hot.
         """
         candidates = self._candidates()
-        for request in candidates:
-            if request.waiting[0].followed is None:
-                follow(request.waiting[0])
-        return min(candidates, key=_cost_class)
+        matches = [request.waiting[0].followed or follow(request.waiting[0]) for request in candidates]
+        costs = [int(match.cost).bit_length() for match in matches]
+        return candidates[costs.index(min(costs))]
 
     def _candidates(self) -> list[Request]:
         """Return the requests of the highest priority, by arrival, up to the first that must not be overtaken again."""
@@ -90,10 +89,3 @@ class WaitingQueue:
     def _leave(self, request: Request) -> None:
         self._requests.remove(request)
         self.num_tokens -= request.prompt.size
-
-
-def _cost_class(request: Request) -> int:
-    """Return the number of bits of the cost: requests that cost about the same keep their order of arrival."""
-    followed = request.waiting[0].followed
-    assert followed is not None
-    return int(followed.cost).bit_length()
