@@ -425,7 +425,27 @@ def _simulated() -> list[str]:
         f"| {one['latency_p50_seconds']:.0f} s | {one['times_real_time']:.0f} |"
         for one in found["runs"]
     ]
-    return rows
+    return rows + _mixes(found.get("mixes", []))
+
+
+def _mixes(mixes: list[dict[str, Any]]) -> list[str]:
+    """Mixes of requests in several orders of admission; nothing where none were kept."""
+    if not mixes:
+        return []
+    rows = [
+        "",
+        "Mixes of requests in a KV pool of a quarter of their working set. *Unlimited* is a pool in which everything "
+        "stays; *prompts free* is first come if prompts cost nothing to compute.",
+        "",
+        "| mix | admitted | requests a second | over first come | wait, p50 and p99 | prompt tokens computed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return rows + [
+        f"| {mix['mix']} | {one['order']} | {one['requests_per_second']:.2f} | {one['over_first_come']:.2f}× "
+        f"| {one['wait_p50_seconds']:.0f} s, {one['wait_p99_seconds']:.0f} s | {one['computed']:.0%} |"
+        for mix in mixes
+        for one in mix["runs"]
+    ]
 
 
 def _replace(text: str, name: str, body: str) -> str:

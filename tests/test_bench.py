@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import families
@@ -49,10 +50,13 @@ from bench import (
 from bench import (
     families as bench_families,
 )
+from bench.mixes import make_agents, make_groups
+from bench.null import NullModel
+from bench.orders import ORDERS
 from bench.report import Memory, Report
 from bench.sessions import SHARED, read_agents, read_conversations
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
-from radixgen import AsyncClient, Engine, Limits
+from radixgen import AsyncClient, Engine, Limits, SamplingParams
 from radixgen.scheduler import planner
 from radixgen.serve.zmq.worker import Worker
 
@@ -264,13 +268,38 @@ def test_a_missed_bound_fails_a_check(capsys) -> None:
 
 
 def test_simulate_on_a_trace_made_up(capsys) -> None:
-    assert simulate.main(["--requests", "12", "--pools", "4e4", "1e6"]) == 0
+    assert simulate.main(["--requests", "12", "--pools", "4e4", "1e6", "--mixes"]) == 0
     figures = last_line(capsys)
-    assert [run["order"] for run in figures["runs"]] == ["arrival", "longest prefix"] * 2
+    assert [run["order"] for run in figures["runs"]] == ["first come", "longest prefix", "groups"] * 2
     for run in figures["runs"]:
         assert 0 <= run["hit_rate"] <= figures["ideal_hit_rate"] + 1e-9
         assert run["computed"] + run["hit_rate"] <= 1 + run["preemptions"]
         assert run["latency_p50_seconds"] >= 0.02
+
+
+def test_simulate_on_small_mixes(capsys, monkeypatch) -> None:
+    mixes = {"agents": partial(make_agents, 3, 2), "groups": partial(make_groups, 8, 3)}
+    monkeypatch.setattr(simulate, "MADE", mixes)
+    assert simulate.main(["--requests", "6", "--pools", "1e6", "--mixes", *mixes, "trace"]) == 0
+    figures = last_line(capsys)
+    assert [mix["requests"] for mix in figures["mixes"]] == [6, 24, 6]
+    for mix in figures["mixes"]:
+        names = [run["order"] for run in mix["runs"]]
+        assert names == ["first come", "longest prefix", "groups", "unlimited", "prompts free"]
+        assert mix["runs"][0]["over_first_come"] == 1
+        assert all(run["wait_p99_seconds"] >= run["wait_p50_seconds"] >= 0 for run in mix["runs"])
+
+
+@pytest.mark.parametrize("order", ["first come", "longest prefix", "groups"])
+def test_orders(order: str) -> None:
+    """Two documents in turn, and room for one request at a time."""
+    documents = [[1] * 40, [2] * 40]
+    options = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    with ORDERS[order].engine(NullModel(), kv_tokens=60, max_step_tokens=64, limits=Limits(max_num_seqs=1)) as engine:
+        names = [engine.submit([*documents[place % 2], 3 + place], options, output_kind="final") for place in range(6)]
+        ended = [output.request_id for _ in range(60) if engine.has_unfinished for output in engine.step()]
+    turns = [names.index(name) for name in ended]
+    assert turns == ([0, 1, 2, 3, 4, 5] if order == "first come" else [0, 2, 4, 1, 3, 5])
 
 
 def test_cluster_on_sessions_made_up(capsys) -> None:

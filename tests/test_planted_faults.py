@@ -20,6 +20,7 @@ import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
 from radixgen.cache import Extent, ExtentPool, HostTier, Lock, Node, RadixTree
+from radixgen.cache.eviction import EvictionQueue
 from radixgen.core import EngineDead, Plan
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
@@ -130,6 +131,10 @@ def a_locked_leaf_stays_among_the_evictable(patch: Patch) -> None:
             tree.evictable.add(node)
 
     patch.setattr(RadixTree, "_protect", protect)
+
+
+def a_matched_leaf_keeps_its_place_among_the_evictable(patch: Patch) -> None:
+    patch.setattr(EvictionQueue, "refresh", lambda *_: None)
 
 
 def a_branch_leaves_the_reserve_standing(patch: Patch) -> None:
@@ -274,7 +279,7 @@ def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
         chosen.waiting[0].followed or follow(chosen.waiting[0])
         return chosen
 
-    patch.setattr(WaitingQueue, "_longest", last)
+    patch.setattr(WaitingQueue, "choose", last)
 
 
 def a_last_output_is_told_twice(patch: Patch) -> None:
@@ -344,6 +349,7 @@ FAULTS = [
     a_slot_is_freed_while_its_step_is_in_flight,
     an_evicted_slot_is_not_given_back,
     a_locked_leaf_stays_among_the_evictable,
+    a_matched_leaf_keeps_its_place_among_the_evictable,
     a_branch_leaves_the_reserve_standing,
     more_is_committed_than_was_scheduled,
     a_failed_step_is_not_rolled_back,

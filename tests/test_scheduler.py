@@ -83,18 +83,20 @@ def _state(params: SamplingParams, index: int, prompt: Any) -> Any:
     return SamplingState(params, 0, index, prompt, [], frozenset())
 
 
-def computed(prefix: Callable[[Request], int]) -> Callable[[Sequence], Any]:
-    """Matches of which so many tokens are computed."""
+def lengths(length: Callable[[Request], int]) -> Callable[[Sequence], Any]:
+    """Gives the sequences of requests matches of this length."""
 
     def follow(sequence: Sequence) -> Any:
-        length = prefix(sequence.request)
-        return SimpleNamespace(length=length, computed=length)
+        sequence.followed = SimpleNamespace(length=length(sequence.request))
+        return sequence.followed
 
     return follow
 
 
-def admit(queue: WaitingQueue, prefix: Callable[[Request], int]) -> Request:
-    request = queue.choose(computed(prefix))
+def admit(queue: WaitingQueue, length: Callable[[Request], int]) -> Request:
+    for sequence in queue:
+        sequence.followed = None
+    request = queue.choose(lengths(length))
     for sequence in list(request.waiting):
         queue.admit(sequence)
     queue.check()
@@ -103,12 +105,12 @@ def admit(queue: WaitingQueue, prefix: Callable[[Request], int]) -> Request:
 
 def test_priority_then_longest_prefix_then_arrival() -> None:
     queue = WaitingQueue(max_overtaken=10)
-    prefixes = {1: 3, 2: 9, 3: 9, 4: 50, 5: 0}
+    known = {1: 3, 2: 9, 3: 9, 4: 50, 5: 0}
     for serial in (1, 2, 3):
         queued(queue, serial)
     queued(queue, 4, priority=-1)
     queued(queue, 5, priority=1)
-    order = [admit(queue, lambda r: prefixes[r.serial]).serial for _ in range(5)]
+    order = [admit(queue, lambda r: known[r.serial]).serial for _ in range(5)]
     assert order == [5, 2, 3, 1, 4]
 
 
@@ -132,19 +134,6 @@ def test_nobody_is_overtaken_more_often_than_the_bound(bound: int) -> None:
     waited = [place[serial] - came[serial] for serial in came]
     ahead = [sum(place[other] >= came[serial] for other in range(1, serial)) for serial in came]
     assert all(wait <= before + bound for wait, before in zip(waited, ahead, strict=True))
-
-
-def test_the_choice_stands_until_an_earlier_request_joins() -> None:
-    queue = WaitingQueue(max_overtaken=1)
-    first, second = queued(queue, 1), queued(queue, 2)
-    assert queue.choose(computed(lambda r: r.serial)) is second
-    assert queue.choose(computed(lambda r: -r.serial)) is second
-    urgent = queued(queue, 3, priority=1)
-    assert queue.choose(computed(lambda r: r.serial)) is urgent
-    queue.remove(urgent.waiting[0])
-    queue.admit(second.waiting[0])
-    queued(queue, 4)
-    assert first.overtaken == 1 and queue.choose(computed(lambda r: r.serial)) is first
 
 
 # -- order in the engine ----------------------------------------------------------------------------------

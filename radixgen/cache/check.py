@@ -26,6 +26,7 @@ def check_tree(tree: "RadixTree") -> None:
     for node in nodes:
         assert tree.node(node.id) is node
         assert (node in tree.evictable) == node.evictable
+        assert not node.evictable or tree.evictable.up_to_date(node), f"{node} is evicted out of order"
         _check_node(node)
         _check_columns(tree.columns, node)
     assert len(tree.evictable) == sum(node.evictable for node in nodes)

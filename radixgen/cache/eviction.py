@@ -35,9 +35,18 @@ class EvictionQueue:
             self._heap = [item for item in self._heap if self._entry_of.get(item[2]) == item[1]]
             heapq.heapify(self._heap)
 
+    def refresh(self, node: Node) -> None:
+        """Move a node to the position of its current key if it is present."""
+        if node in self._entry_of:
+            self.add(node)
+
     def remove(self, node: Node) -> None:
         """Remove a node if it is present."""
         self._entry_of.pop(node, None)
+
+    def up_to_date(self, node: Node) -> bool:
+        """Return whether a node that is present stands at the position of its current key. Costs O(entries)."""
+        return (self._policy(node), self._entry_of[node], node) in self._heap
 
     def first(self) -> Node | None:
         """Return the next node to evict without removing it."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from radixgen.cache.tokens import TokenArray, common_prefix_len
 
 if TYPE_CHECKING:
+    from radixgen.cache.eviction import EvictionQueue
     from radixgen.cache.node import Node
 
 
@@ -44,20 +45,24 @@ class FollowedMatch:
     None if the namespace has no root.
     """
 
-    __slots__ = ("length", "namespace", "next_token", "node", "tokens")
+    __slots__ = ("_evictable", "length", "namespace", "next_token", "node", "tokens")
 
-    def __init__(self, tokens: TokenArray, namespace: str) -> None:
+    def __init__(self, tokens: TokenArray, namespace: str, evictable: "EvictionQueue") -> None:
+        """`evictable`: queue in which nodes with a match have another place."""
         self.tokens = tokens
         self.namespace = namespace
         self.node: Node | None = None
+        self._evictable = evictable
         self.move(None, 0)
 
     def move(self, node: "Node | None", length: int) -> None:
         """Set the match to `length` tokens, ending in `node`."""
         if self.node is not None:
             del self.node.followers[self]
+            self._evictable.refresh(self.node)
         if node is not None:
             node.followers[self] = None
+            self._evictable.refresh(node)
         self.node, self.length = node, length
         self.next_token = int(self.tokens[length]) if length < self.tokens.size else -1
 

@@ -1,4 +1,7 @@
-"""Eviction policies: functions from a node to a sortable key. The node with the smallest key is evicted first."""
+"""Eviction policies: functions from a node to a sortable key. The node with the smallest key is evicted first.
+
+Both evict the lowest priority first, then nodes that no waiting request matches.
+"""
 
 from collections.abc import Callable
 
@@ -8,10 +11,10 @@ EvictionPolicy = Callable[[Node], tuple[float, ...]]
 
 
 def least_recently_used(node: Node) -> tuple[float, ...]:
-    """Evict the lowest priority first, then the least recently used."""
-    return node.priority, node.last_used
+    """Evict the least recently used."""
+    return node.priority, bool(node.followers), node.last_used
 
 
 def first_in(node: Node) -> tuple[float, ...]:
-    """Evict the lowest priority first, then the oldest."""
-    return node.priority, node.serial
+    """Evict the oldest."""
+    return node.priority, bool(node.followers), node.serial

@@ -114,7 +114,7 @@ class RadixTree:
 
     def follow(self, tokens: TokenArray, namespace: str = "") -> FollowedMatch:
         """As `match_prefix`, with a result that is kept up to date until `unfollow`."""
-        followed, match = FollowedMatch(tokens, namespace), self.match_prefix(tokens, namespace)
+        followed, match = FollowedMatch(tokens, namespace, self.evictable), self.match_prefix(tokens, namespace)
         if match is None:
             self._unrooted[followed] = None
         else:

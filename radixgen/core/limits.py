@@ -36,7 +36,7 @@ class Limits:
     max_waiting_tokens: int = 1 << 24
     """Prompt tokens of the requests waiting for admission. A single request may exceed it."""
     max_overtaken: int = 64
-    """Later requests of the same priority that may be admitted before a request."""
+    """Later requests of the same priority that may be admitted before a request. 0: in the order of arrival."""
     max_num_seqs: int = 1_024
     """Sequences running at the same time."""
     max_ranks: int = 64
