@@ -17,13 +17,10 @@ and the results of earlier launches after `gdc_wait`.
 import triton
 import triton.language as tl
 
+from radixgen.kernels.quantized_kernels import LEAST_SCALE, log2, normalize, unpack
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether these kernels run in Triton's interpreter, which knows no PTX."""
-LEAST_SCALE = tl.constexpr(2.0**-100)
-"""Smaller scales of values count as this one, so that they have logarithms."""
 
 ITEM_FIELDS = tl.constexpr(9)
 PIECE_FIELDS = tl.constexpr(8)
@@ -63,77 +60,12 @@ def expand_keys(
 
 
 @triton.jit
-def _unpack(pairs, DTYPE: tl.constexpr):
-    """Return the even and the odd ones of 8-bit numbers, given in pairs: int8 as int16, fp8 (e4m3) as uint16."""
-    if INTERPRETED or tl.float16 != DTYPE:
-        if pairs.dtype == tl.int16:
-            even, odd = (pairs << 8) >> 8, pairs >> 8
-        else:
-            even = pairs.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-            odd = (pairs >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        even, odd = even.to(DTYPE), odd.to(DTYPE)
-    elif pairs.dtype == tl.int16:  # byte b + 128 below byte 0x64 is b + 1152 in float16
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 bytes, high, bias;
-            xor.b32 bytes, $2, 0x80808080;
-            mov.b32 high, 0x64646464;
-            mov.b32 bias, 0x64806480;
-            prmt.b32 $0, bytes, high, 0x4240;
-            prmt.b32 $1, bytes, high, 0x4341;
-            sub.f16x2 $0, $0, bias;
-            sub.f16x2 $1, $1, bias;
-            }""",
-            "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 sorted;
-            .reg .b16 low, high;
-            prmt.b32 sorted, $2, 0, 0x3120;
-            mov.b32 {low, high}, sorted;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-            }""",
-            "=&r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    return even, odd
-
-
-@triton.jit
-def _log2(x):
-    """Return the logarithm, in one instruction on a GPU."""
-    if INTERPRETED:
-        result = tl.log2(x)
-    else:
-        result = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return result
-
-
-@triton.jit
-def _normalize(queries, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """Return the even and the odd numbers of each row over its largest, in float16 unless they are float32, and the
-    largest.
-    """
-    peak = tl.max(tl.abs(queries.to(tl.float32)), 1)
-    peak = tl.where(peak == 0.0, 1.0, peak)
-    numbers = queries.to(tl.float32) * (1.0 / peak)[:, None]
-    even, odd = tl.split(tl.reshape(numbers, [ROWS, PADDED_DIM // 2, 2]))
-    if queries.dtype != tl.float32:
-        even, odd = even.to(tl.float16), odd.to(tl.float16)
-    return even, odd, peak
-
-
-@triton.jit
 def _scores(q, q_odd, k, key_scale, scale, softcap, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr):
     """Return float32 scores `[rows, keys]`, to be multiplied by `_unit` to get exponents of 2. If QUANTIZED, `q` and
     `q_odd` are the even and the odd numbers of queries.
     """
     if QUANTIZED:
-        even, odd = _unpack(k, q.dtype)
+        even, odd = unpack(k, q.dtype)
         scores = tl.dot(q, tl.trans(even), input_precision="ieee")
         scores = tl.dot(q_odd, tl.trans(odd), scores, input_precision="ieee")
         scores = scores * key_scale[None, :]
@@ -162,7 +94,7 @@ def _accumulate(scores, unit, v, value_scale, top, total, out, out_odd, DTYPE: t
     values. These are added to the exponents, so that weights are at most 1 whatever the scales.
     """
     if QUANTIZED:
-        log_scale = _log2(tl.maximum(value_scale, LEAST_SCALE))
+        log_scale = log2(tl.maximum(value_scale, LEAST_SCALE))
         exponents = scores * unit + log_scale[None, :]
         new_top = tl.maximum(top, tl.max(exponents, 1))
     else:
@@ -173,7 +105,7 @@ def _accumulate(scores, unit, v, value_scale, top, total, out, out_odd, DTYPE: t
     if QUANTIZED:
         weights = tl.exp2(exponents - base[:, None])
         total = total * shrink + tl.sum(weights * tl.exp2(-log_scale)[None, :], 1)
-        even, odd = _unpack(v, DTYPE)
+        even, odd = unpack(v, DTYPE)
         out = tl.dot(weights.to(DTYPE), even, out, input_precision="ieee")
         out_odd = tl.dot(weights.to(DTYPE), odd, out_odd * shrink[:, None], input_precision="ieee")
     else:
@@ -238,7 +170,7 @@ def _attend_tile(
     queries_odd, values_odd = 0, 0  # of quantized keys and values, which come in pairs
     PAIR: tl.constexpr = 2 if QUANTIZED else 1
     if QUANTIZED:
-        queries, queries_odd, peak = _normalize(queries, BLOCK_ROWS, PADDED_DIM)
+        queries, queries_odd, peak = normalize(queries, BLOCK_ROWS, PADDED_DIM)
         scale = scale * peak[:, None]
         values_odd = tl.zeros([BLOCK_ROWS, PADDED_V_DIM // 2], tl.float32)
     if WINDOW:
@@ -314,8 +246,8 @@ def attend(
 
     q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; k `[slots, KV_HEADS, HEAD_DIM]`; v `[slots, KV_HEADS, V_HEAD_DIM]`, and both
     again as descriptors of blocks `[BLOCK_KEYS, dim]` over `[slots, KV_HEADS * dim]`. If QUANTIZED, k and v are half as
-    many pairs of 8-bit numbers (`_unpack`), with scales `[KV_HEADS, num_slots]`. For each step since the plan was laid
-    out, an item has one more key per growing row.
+    many pairs of 8-bit numbers, as `unpack` takes them, with scales `[KV_HEADS, num_slots]`. For each step since the
+    plan was laid out, an item has one more key per growing row.
 
     The launches of one layer write different rows, so all but the FIRST begin while it is still running, and wait for
     it only before they end.

@@ -10,10 +10,11 @@ from oracle import StampModel
 from test_attention import Case, error, poison, random_case, random_tree, reference, tensors
 from test_exactness import greedy, prompts
 
-from radixgen import Engine, InvalidRequest, TreeAttention
+from radixgen import Engine, InvalidRequest, TreeAttention, calibration
 from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.core import Chunk
 from radixgen.kernels.backend import backend
+from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.quantized import KV_DTYPES, QuantizedKV, allocate, as_bytes, read, write
 from radixgen.scheduler.cost import CostModel, TileCost
 
@@ -184,6 +185,18 @@ def test_neither_sharing_nor_batching_changes_a_token(family: str) -> None:
 
 def tokens_of(engine: Engine, asked: list[list[int]]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in engine.generate(asked, greedy(12))]
+
+
+def test_keys_in_8_bits_have_costs_of_their_own() -> None:
+    """On a device where these were measured; elsewhere, only reading costs less."""
+    plain = Geometry(8, 4, 128, 128, torch.bfloat16)
+    small, known = replace(plain, kv_dtype=torch.int8), calibration._known("")
+    for name, measured in (("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", False)):
+        (*_, cost), (*_, other) = (known[name].cost_models(shape, wide=measured) for shape in (plain, small))
+        assert (cost.tiles != other.tiles) == measured
+        assert [tile.rows for tile in cost.tiles] == [tile.rows for tile in other.tiles]
+        reads = [model.first_key / model.programs for model in (cost, other)]
+        assert reads[1] == pytest.approx(reads[0] * (2 * 128 + 8) / 512)
 
 
 def test_bytes_of_a_token() -> None:
