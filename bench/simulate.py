@@ -16,9 +16,8 @@ sequences run at the same time.
 Then each request of the trace is submitted at its own time, with several pools. Printed: the token hit rate, as a share
 of the ideal (every earlier prompt kept for ever, and computed at once), and latency from the time of arrival.
 
-Bounds, with --check: groups answer at least 1.5 times as many requests a second as first come, of every mix but the
-trace, which has too little in common, and at least as many of that; their p99 wait is at most twice that of first come.
-The host is 20 times as fast as real time, in every run of the trace.
+Bounds, with --check: groups answer at least 1.5 times as many requests a second as first come, of every mix, though the
+trace has little in common; their p99 wait is at most twice that of first come. The host is 20 times as fast as real time, in every run of the trace.
 
 Bias. The trace says nothing of what was generated: ours is random and never hit again, where a real conversation goes
 on from it. Agents answer at once; with a pause, what they need next may be evicted before it is known to be needed. The
