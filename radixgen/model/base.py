@@ -58,6 +58,11 @@ class SupportsHostKV(Protocol):
         Raises `MemoryError`, `OSError` or `RuntimeError` if there is too little.
         """
 
+    def kv_fingerprint(self) -> bytes:
+        """Return a hash of all that a token's record of KV depends on besides the tokens up to it, 32 bytes: weights,
+        settings, data types, and the versions of the code.
+        """
+
 
 @runtime_checkable
 class SupportsWarmUp(Protocol):
