@@ -79,8 +79,8 @@ class _Save:
 
 @dataclass(eq=False, slots=True)
 class Fetch:
-    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path is locked until
-    the first of them is admitted or all are gone.
+    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path stays locked
+    until all of them were admitted or are gone.
     """
 
     tokens: TokenArray
@@ -265,10 +265,10 @@ class HostTier:
         host_slots = _path_slots(fetch.host.held, fetch.first, fetch.tokens.size)
         fetch.copy = self._copies.load(host_slots, _extent_slots(fetch.extents))
 
-    def leave(self, fetch: Fetch, *, admitted: bool) -> None:
-        """Count one waiter less. The first that was admitted, and the last of all, unlock the path."""
+    def leave(self, fetch: Fetch) -> None:
+        """Count one waiter less. The last unlocks the path."""
         fetch.waiters -= 1
-        if fetch.arrived and fetch.locks_path and (admitted or not fetch.waiters):
+        if fetch.arrived and fetch.locks_path and not fetch.waiters:
             self._arrived.remove(fetch)
             self._device.unlock(fetch.device)
 
@@ -369,8 +369,9 @@ class HostTier:
         if self._disk is not None:
             self._disk.check()
         locks: dict[int, int] = {}
-        for copy in (*self._saves, *self._writes, *self._fetches):
-            locks[copy.host.held.id] = locks.get(copy.host.held.id, 0) + 1
+        held = [save.host for save in self._saves] + [write.host for write in self._writes]
+        for lock in held + [fetch.host for fetch in self._fetches]:
+            locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
         for node in self.tree.nodes():
             assert node.lock_count == locks.get(node.id, 0), f"{node} of the host has a lock without a copy"
         loading = sorted(extent for fetch in self._fetches for extent in fetch.extents)
