@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from radixgen.cache import DiskTier
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
 
@@ -319,6 +320,14 @@ class LateThread:
     def shutdown(self, cancel_futures: bool = False) -> None:
         if self._calls and not cancel_futures:
             self.run_until(self._calls[-1])
+        self._calls.clear()
+
+
+def run_late(disk: DiskTier) -> None:
+    """Replace the threads of a disk tier that has not begun anything."""
+    for name in ("_reader", "_writer"):
+        getattr(disk, name).shutdown()
+        setattr(disk, name, LateThread())
 
 
 class LateCall:

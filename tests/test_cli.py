@@ -226,6 +226,8 @@ ENGINE_OPTIONS = {
     "--max-num-batched-tokens": 64,
     "--kv-tokens": 4096,
     "--kv-offloading-size": 0.5,
+    "--kv-dir": "kept",
+    "--kv-dir-size": 2.5,
     "--enforce-eager": None,
     "--no-warm-up": None,
     "--seed": 0,
@@ -248,6 +250,7 @@ def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> No
 def test_every_option_of_an_engine_is_known() -> None:
     names = {
         "tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens", "kv_dtype": "kv_cache_dtype",
+        "kv_dir_bytes": "kv_dir_size",
     }  # fmt: skip
     own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
     own |= {"profile", "profile_steps"}  # those of `Engine.profile`
@@ -295,7 +298,7 @@ def test_help_texts_are_short() -> None:
 
 SHARED_OPTIONS = {
     "load_format", "dtype", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_tokens", "kv_offloading_size", "enforce_eager", "warm_up", "seed", "profile", "profile_steps",
+    "kv_tokens", "kv_offloading_size", "kv_dir", "kv_dir_size", "enforce_eager", "warm_up", "seed", "profile", "profile_steps",
 }  # fmt: skip
 
 

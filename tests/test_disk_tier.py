@@ -13,12 +13,12 @@ import families
 import numpy as np
 import pytest
 import torch
-from oracle import LateThread, StampModel
+from oracle import StampModel, run_late
 from test_exactness import Oracle, greedy, prompts
 from test_host_tier import texts
 
 from radixgen import Engine, InvalidRequest
-from radixgen.cache import DiskTier, KVFiles
+from radixgen.cache import KVFiles
 from radixgen.cache import kv_files as kv_files_module
 from radixgen.cache.kv_files import DamagedFile
 
@@ -223,7 +223,8 @@ class Stamped:
         assert core.host is not None and core.host._disk is not None
         self.host, self.disk = core.host, core.host._disk
         self.host._min_fetch = 1
-        run_late(self.disk, delay)
+        run_late(self.disk)
+        self.disk._reader.delay = self.disk._writer.delay = delay
 
     def run(self, prompts: list[list[int]], tokens: int = 4, namespace: str = "") -> list[int]:
         """Serve requests together, with every invariant checked after each step. Returns their cached tokens."""
@@ -234,15 +235,6 @@ class Stamped:
                 cached[output.request_id] = output.num_cached_tokens
             self.engine.check()
         return [cached[name] for name in names]
-
-
-def run_late(disk: DiskTier, delay: int) -> None:
-    """Replace a tier's threads."""
-    for name in ("_reader", "_writer"):
-        getattr(disk, name).shutdown()
-        thread = LateThread()
-        thread.delay = delay
-        setattr(disk, name, thread)
 
 
 def restarted(served: Stamped, folder: Path, **options: Any) -> Stamped:
@@ -320,9 +312,7 @@ def test_a_request_that_leaves_while_it_is_read_locks_nothing(folder: Path) -> N
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_bad_file_is_deleted_and_computed_again(
-    folder: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_file_is_deleted_and_computed_again(folder: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     served = Stamped(folder)
     (prompt,) = texts(1)
     served.run([prompt])
@@ -442,7 +432,9 @@ def test_tokens_equal_those_of_transformers(family: str, oracle: Oracle, folder:
     for _ in range(3):
         with Engine(families.build(family), kv_tokens=200, kv_dir=folder, kv_dtype=kv_dtype, debug=True) as engine:
             engine._core.host._min_fetch = 1
-            outputs = [engine.generate(prompt, greedy(16))[0].outputs[0].token_ids for prompt in prompts(families.VOCAB)]
+            outputs = [
+                engine.generate(prompt, greedy(16))[0].outputs[0].token_ids for prompt in prompts(families.VOCAB)
+            ]
             answers.append(outputs)
             engine.check()
             read = engine.stats().disk_read_tokens

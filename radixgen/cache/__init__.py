@@ -34,7 +34,7 @@ from radixgen.cache.block_projection import (
     hash_blocks,
 )
 from radixgen.cache.columns import Columns
-from radixgen.cache.disk_tier import DiskTier
+from radixgen.cache.disk_tier import DiskTier, HostRecords
 from radixgen.cache.host_tier import Copy, Fetch, HostTier, KVCopies
 from radixgen.cache.kv_files import CHUNK_TOKENS, KVFiles
 from radixgen.cache.listener import Listener
@@ -63,6 +63,7 @@ __all__ = [
     "ExtentPool",
     "Fetch",
     "FollowedMatch",
+    "HostRecords",
     "HostTier",
     "KVCopies",
     "KVFiles",

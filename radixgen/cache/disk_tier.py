@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ _TOUCH_SECONDS = 60.0
 """A file's time of use is written at most this often."""
 
 
+@runtime_checkable
 class HostRecords(Protocol):
     """KV in host memory, as one record per token.
 
@@ -158,7 +159,7 @@ class DiskTier:
         return DiskJob(chunks, self._reader.submit(self._read, chunks, first, host_slots))
 
     def complete_read(self, job: DiskJob) -> bool:
-        """Count a read that is done. Returns False if it failed; the file is deleted then."""
+        """Count a read that is done. Returns False if it failed; the file that caused it is deleted then."""
         error = job.error
         if error is None:
             self.read_tokens += len(job.chunks) * self.chunk_tokens
@@ -166,8 +167,9 @@ class DiskTier:
             return True
         self.failed_files += 1
         self._log("KV could not be read and is computed again", error)
-        if isinstance(error, _ReadFailed):
-            self._drop(error.name)
+        for chunk in job.chunks:
+            if not isinstance(error, _ReadFailed) or error.name == chunk.name:
+                self._drop(chunk.name)
         return False
 
     def _read(self, chunks: Sequence[DiskChunk], first: int, host_slots: NDArray[np.int64]) -> float:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache.disk_tier import DiskChunk, DiskJob, DiskTier, HostRecords
+from radixgen.cache.disk_tier import DiskChunk, DiskJob, DiskTier
 from radixgen.cache.loading import begin_load, cancel_load, end_load
 from radixgen.cache.match import Match
 from radixgen.cache.node import PRIVATE, Lock, Node
@@ -52,11 +52,14 @@ class Copy(Protocol):
         """Block until the copy has finished."""
 
 
-class KVCopies(HostRecords, Protocol):
+class KVCopies(Protocol):
     """Copies KV between slots of the device and slots of the host. Copies of one direction finish in order.
 
     Slots are int64 `[tokens]`, those of source and target in the same order.
     """
+
+    num_slots: int
+    """Slots of the host."""
 
     def save(self, slots: NDArray[np.int64], host_slots: NDArray[np.int64]) -> Copy:
         """Begin to copy from the device to the host, after all work that was submitted to the device so far."""
@@ -134,7 +137,7 @@ class HostTier:
         min_fetch: int = _MIN_FETCH,
         stamps: bool = False,
     ) -> None:
-        """`disk`: over the records of `copies`; the tier closes both. `min_fetch`: prefixes of fewer tokens are
+        """`disk`: over the same memory as `copies`; the tier closes both. `min_fetch`: prefixes of fewer tokens are
         computed again. `stamps` as for `RadixTree`.
         """
         self.tree = RadixTree(ExtentPool(copies.num_slots), stamps=stamps)

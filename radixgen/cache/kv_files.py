@@ -27,6 +27,7 @@ _FORMAT = "radixgen-kv-1"
 _SUFFIX, _UNFINISHED = ".safetensors", ".unfinished"
 _NAME_LEN = 40
 _ALIGNMENT = 64
+_SECRET_BYTES = 32
 
 
 class DamagedFile(ValueError):
@@ -72,19 +73,7 @@ class KVFiles:
     def write(self, name: str, records: NDArray[np.uint8]) -> None:
         """Write `records` `[chunk_tokens, record_bytes]`, contiguous. Raises `OSError`."""
         header = _header(name, *records.shape, _checksum(records))
-        path = self._path(name)
-        unfinished = path.with_suffix(_UNFINISHED)
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            try:
-                _write_all(descriptor, header)
-                _write_all(descriptor, memoryview(records).cast("B"))
-            finally:
-                os.close(descriptor)
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+        _write_whole(self._path(name), header, memoryview(records).cast("B"))
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """Return the records of a chunk, uint8 `[chunk_tokens, record_bytes]`. Raises `OSError` and `DamagedFile`."""
@@ -127,6 +116,21 @@ class KVFiles:
         return self._folder / (name + _SUFFIX)
 
 
+def folder_secret(folder: Path) -> bytes:
+    """Return 32 random bytes that stay the same while the folder exists, to key the namespaces of KV in it.
+
+    Called by the process that has the folder open. Raises `OSError`.
+    """
+    path = folder.expanduser() / "secret"
+    with suppress(FileNotFoundError):
+        secret = path.read_bytes()
+        if len(secret) == _SECRET_BYTES:
+            return secret
+    secret = os.urandom(_SECRET_BYTES)
+    _write_whole(path, secret)
+    return secret
+
+
 def _open_folder(folder: Path) -> int:
     """Create the folder if it is missing, and lock it. Returns a file descriptor that holds the lock."""
     try:
@@ -164,7 +168,19 @@ def _checksum(records: NDArray[np.uint8]) -> bytes:
     return blake2b(memoryview(records).cast("B"), digest_size=16).digest()
 
 
-def _write_all(descriptor: int, content: bytes | memoryview) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
+def _write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file for its owner alone, which appears under its name when it is complete. Raises `OSError`."""
+    unfinished = path.with_suffix(_UNFINISHED)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        try:
+            for part in parts:
+                left = memoryview(part)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+        finally:
+            os.close(descriptor)
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -58,9 +58,14 @@ class SupportsHostKV(Protocol):
         Raises `MemoryError`, `OSError` or `RuntimeError` if there is too little.
         """
 
+
+@runtime_checkable
+class SupportsDiskKV(SupportsHostKV, Protocol):
+    """A model whose KV can be kept on disk, for later engines: `host_kv` returns `HostRecords`, too."""
+
     def kv_fingerprint(self) -> bytes:
-        """Return a hash of all that a token's record of KV depends on besides the tokens up to it, 32 bytes: weights,
-        settings, data types, and the versions of the code.
+        """Return a hash of all that a token's KV depends on besides the tokens up to it, 32 bytes: weights, settings,
+        data types, and the versions of the code.
         """
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from radixgen.cache import CHUNK_TOKENS, DiskTier, KVCopies, KVFiles
+from radixgen.cache import CHUNK_TOKENS, DiskTier, HostRecords, KVCopies, KVFiles
 from radixgen.cache.storage import free_host_bytes
 from radixgen.core import InvalidRequest, check_integer
-from radixgen.model.base import Model, SupportsHostKV
+from radixgen.model.base import Model, SupportsDiskKV
 
 DEFAULT_BYTES = 16 << 30
 _MAX_HOST_BYTES, _HOST_SHARE = 4 << 30, 0.25
@@ -30,8 +30,8 @@ def check_kv_dir(folder: str | Path | None, max_bytes: int | None) -> None:
 
 def open_kv_dir(model: Model, host_kv: KVCopies | None, folder: str | Path, max_bytes: int | None) -> DiskTier:
     """Open the folder for the KV of `model`, which `host_kv` holds in host memory. Raises `InvalidRequest`."""
-    if host_kv is None or not isinstance(model, SupportsHostKV):
-        raise InvalidRequest("kv_dir", str(folder), f"must be None: {model.name} does not copy its KV to the host")
+    if not isinstance(host_kv, HostRecords) or not isinstance(model, SupportsDiskKV):
+        raise InvalidRequest("kv_dir", str(folder), f"must be None: {model.name} does not keep KV on disk")
     files = KVFiles(Path(folder).expanduser(), host_kv.record_bytes, CHUNK_TOKENS)
     try:
         max_bytes = DEFAULT_BYTES if max_bytes is None else max_bytes

@@ -12,7 +12,7 @@ from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
-from radixgen.model.base import Model, SupportsHostKV
+from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
@@ -112,7 +112,7 @@ def prepare_model(
             raise
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
     try:
-        if kv_dir is not None and not kv_offloading_size and isinstance(served, SupportsHostKV):
+        if kv_dir is not None and not kv_offloading_size and isinstance(served, SupportsDiskKV):
             host_kv_tokens = host_kv_tokens or default_host_tokens(served)
         host_kv = allocate_host_kv(served, host_kv_tokens, kv_offloading_size)
         disk = None if kv_dir is None else open_kv_dir(served, host_kv, kv_dir, kv_dir_bytes)

@@ -99,7 +99,7 @@ class ModelRunner:
         return HostKV(self.storage, slots, self.device)
 
     def kv_fingerprint(self) -> bytes:
-        """As `radixgen.model.base.SupportsHostKV`."""
+        """As `radixgen.model.base.SupportsDiskKV`."""
         return kv_fingerprint(self.model.model, self.kv_shapes)
 
     def run(
