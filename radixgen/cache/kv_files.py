@@ -180,7 +180,7 @@ def _write_whole(path: Path, *parts: bytes | memoryview) -> None:
                     left = left[os.write(descriptor, left) :]
         finally:
             os.close(descriptor)
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise

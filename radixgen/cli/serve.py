@@ -180,7 +180,6 @@ def serve(
 
         if profile is not None:
             check_profile(profile, profile_steps)
-        disk_bytes = kv_dir_bytes(kv_dir, kv_dir_size)
         limits = Limits(max_num_seqs=max_num_seqs)
         options = ServeOptions(
             names=served_model_name or [name or model],
@@ -265,14 +264,17 @@ def serve(
                     kv_tokens=kv_tokens,
                     kv_offloading_size=kv_offloading_size,
                     kv_dir=kv_dir,
-                    kv_dir_bytes=disk_bytes,
+                    kv_dir_bytes=kv_dir_bytes(kv_dir, kv_dir_size),
                     enforce_eager=enforce_eager,
                     seed=seed,
                     limits=limits,
                 )
                 if profile is not None:
                     engine.profile(profile, profile_steps)
-                secret = b"" if kv_dir is None else folder_secret(kv_dir)
-                options = replace(options, secret=secret, warm_up=engine.runs_on_gpu if warm_up is None else warm_up)
+                options = replace(
+                    options,
+                    warm_up=engine.runs_on_gpu if warm_up is None else warm_up,
+                    secret=b"" if kv_dir is None else folder_secret(kv_dir),
+                )
                 backend = AsyncEngine(engine)
         server.serve(backend, options, binding)
