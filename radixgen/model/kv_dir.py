@@ -9,13 +9,16 @@ from radixgen.model.base import Model, SupportsDiskKV
 
 DEFAULT_BYTES = 16 << 30
 _MAX_HOST_BYTES, _HOST_SHARE = 4 << 30, 0.25
-"""Size of the host tier where only a folder was given: at most this, and at most this share of the free memory."""
+"""Size of the host tier if only a folder was given: at most this, and at most this share of the free memory."""
+_HOST_POOLS = 4
 
 
-def default_host_tokens(model: Model) -> int:
-    """Return how many tokens host memory keeps if only a folder was given."""
-    room = min(_MAX_HOST_BYTES, int(_HOST_SHARE * free_host_bytes()))
-    return max(room // model.kv_bytes_per_token, 1)
+def default_host_tokens(model: Model, slots: int) -> int:
+    """Return how many tokens host memory keeps if only a folder was given: four times a pool of `slots`, if there is
+    room.
+    """
+    room = min(_MAX_HOST_BYTES, int(_HOST_SHARE * free_host_bytes())) // model.kv_bytes_per_token
+    return max(min(_HOST_POOLS * slots, room), CHUNK_TOKENS)
 
 
 def check_kv_dir(folder: str | Path | None, max_bytes: int | None) -> None:
