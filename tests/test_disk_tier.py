@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,10 @@ class FaultyOS:
             raise self.error
 
 
+def replace_of(faulty: FaultyOS) -> Callable[[Path, Path], Path]:
+    return lambda path, target: faulty.replace_path(path, target)
+
+
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")], ids=["killed", "full"])
 @pytest.mark.parametrize("written", [0, 1, 50])
 def test_a_write_that_ends_at_any_step(
@@ -155,7 +159,7 @@ def test_a_write_that_ends_at_any_step(
         with monkeypatch.context() as patch:
             faulty = FaultyOS(fail_at, error, written)
             patch.setattr(kv_files_module, "os", faulty)
-            patch.setattr(Path, "replace", lambda *paths: faulty.replace_path(*paths))
+            patch.setattr(Path, "replace", replace_of(faulty))
             try:
                 files.write(NAME, records_of(NAME))
             except type(error):
