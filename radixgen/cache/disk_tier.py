@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -60,7 +59,7 @@ class DiskChunk:
 
 
 @dataclass(eq=False, slots=True)
-class _Indexed:
+class _IndexEntry:
     """A file in the index."""
 
     num_bytes: int
@@ -88,7 +87,7 @@ class DiskJob:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Block until the work is done, for at most `seconds`. Returns whether it is done."""
-        with suppress(FutureTimeout):
+        with suppress(TimeoutError):
             self._future.exception(seconds)
         return self._future.done()
 
@@ -121,7 +120,7 @@ class DiskTier:
         self._max_bytes = max_bytes
         self._max_files = max_bytes // files.file_bytes
         self._max_writing = min(max(records.num_slots // (_WRITING_SHARE * files.chunk_tokens), 1), self._max_files)
-        self._index: dict[str, _Indexed] = {}
+        self._index: dict[str, _IndexEntry] = {}
         """The files, least recently used first."""
         self._writing: set[str] = set()
         self._bytes = 0
@@ -129,8 +128,8 @@ class DiskTier:
         self._logged: set[str] = set()
         self._reader = ThreadPoolExecutor(1, "radixgen-kv-reader")
         self._writer = ThreadPoolExecutor(1, "radixgen-kv-writer")
-        for file in files.list():
-            self._index[file.name] = _Indexed(file.num_bytes, file.last_used)
+        for file in files.files():
+            self._index[file.name] = _IndexEntry(file.num_bytes, file.last_used)
             self._bytes += file.num_bytes
         self._make_room(0)
 
@@ -214,7 +213,7 @@ class DiskTier:
             self._log("KV could not be written to disk", error)
         now = time.time()
         for chunk in reversed(job.chunks):
-            self._index[chunk.name] = _Indexed(self._files.file_bytes, now)
+            self._index[chunk.name] = _IndexEntry(self._files.file_bytes, now)
             if error is not None:
                 self._drop(chunk.name)
 

@@ -59,7 +59,7 @@ class KVFiles:
         for path in folder.glob(f"*{_UNFINISHED}"):
             path.unlink(missing_ok=True)
 
-    def list(self) -> list[KVFile]:
+    def files(self) -> list[KVFile]:
         """Return all chunks, least recently used first; those of other models and settings, too."""
         files = []
         with os.scandir(self._folder) as entries:
@@ -72,7 +72,7 @@ class KVFiles:
 
     def write(self, name: str, records: NDArray[np.uint8]) -> None:
         """Write `records` `[chunk_tokens, record_bytes]`, contiguous. Raises `OSError`."""
-        header = _header(name, *records.shape, _checksum(records))
+        header = _header(name, self.chunk_tokens, self.record_bytes, _checksum(records))
         _write_whole(self._path(name), header, memoryview(records).cast("B"))
 
     def read(self, name: str) -> NDArray[np.uint8]:
