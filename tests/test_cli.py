@@ -279,6 +279,27 @@ def test_replicas_get_every_option_of_an_engine(monkeypatch: pytest.MonkeyPatch,
         assert own[name] != inspect.signature(serve.serve).parameters[name].default, f"{name} is not tested"
 
 
+def test_replicas_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[dict[str, object]] = []
+
+    def engine(*_: object, **options: object) -> None:
+        found.append(options)
+        raise EngineDead("enough")
+
+    monkeypatch.setattr("radixgen.engine.engine.Engine", engine)
+    monkeypatch.setattr("radixgen.serve.zmq.launch.run_worker", lambda load, *_, **__: load())
+    for more, folder in ([], tmp_path), (["--parent-fd", 0], tmp_path / "1"):
+        call("worker", "--engine-index", 1, "--kv-dir", tmp_path, "--kv-dir-size", 0.5, *more)
+        assert (found[-1]["kv_dir"], found[-1]["kv_dir_bytes"]) == (folder, 2**29)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("size", [0, -1, "nan", 1e9])
+def test_bad_sizes_of_a_folder(size: float, tmp_path: Path) -> None:
+    result = call("generate", "--model", "absent", "--kv-dir", tmp_path, "--kv-dir-size", size, "a prompt")
+    assert result.exit_code == 1 and "kv_dir_size=" in result.stderr and "must be above 0" in result.stderr
+
+
 def parsed(command: str, arguments: list[str]) -> dict[str, object]:
     """Values of a command's options."""
     group = typer.main.get_command(app)
