@@ -248,10 +248,10 @@ def restarted(served: Stamped, folder: Path, **options: Any) -> Stamped:
 
 @pytest.mark.parametrize("delay", [0, 1, 5])
 def test_a_restarted_engine_finds_its_cache(folder: Path, delay: int) -> None:
-    served = Stamped(folder, delay=delay)
+    served = Stamped(folder, slots=200, delay=delay)
     prompts = texts(3)
     served.run(prompts)
-    served = restarted(served, folder, delay=delay)
+    served = restarted(served, folder, slots=200, delay=delay)
     assert served.run(prompts) == [28, 28, 28]
     stats = served.engine.stats()
     assert stats.disk_read_tokens == 84 and stats.computed_rows < 20 and not stats.disk_failed_files

@@ -143,7 +143,7 @@ class DiskTier:
     def _chunks(self, tokens: TokenArray, namespace: str) -> list[DiskChunk]:
         """Return the whole chunks of a path."""
         digest = blake2b(namespace.encode("utf-8", "surrogatepass"), key=self._fingerprint, digest_size=_DIGEST_SIZE)
-        content, size = memoryview(np.ascontiguousarray(tokens, "<i4")).cast("B"), 4 * self.chunk_tokens
+        content, size = np.ascontiguousarray(tokens, "<i4").data.cast("B"), 4 * self.chunk_tokens
         chunks = []
         for start in range(0, len(content) - size + 1, size):
             digest = blake2b(content[start : start + size], key=digest.digest(), digest_size=_DIGEST_SIZE)

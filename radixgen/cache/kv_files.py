@@ -73,7 +73,7 @@ class KVFiles:
     def write(self, name: str, records: NDArray[np.uint8]) -> None:
         """Write `records` `[chunk_tokens, record_bytes]`, contiguous. Raises `OSError`."""
         header = _header(name, self.chunk_tokens, self.record_bytes, _checksum(records))
-        _write_whole(self._path(name), header, memoryview(records).cast("B"))
+        _write_whole(self._path(name), header, records.data.cast("B"))
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """Return the records of a chunk, uint8 `[chunk_tokens, record_bytes]`. Raises `OSError` and `DamagedFile`."""
@@ -106,7 +106,7 @@ class KVFiles:
         content = np.empty(self.file_bytes + 1, np.uint8)
         size = 0
         with self._path(name).open("rb", buffering=0) as file:
-            while count := file.readinto(memoryview(content)[size:]):
+            while count := file.readinto(content.data[size:]):
                 size += count
         if size != self.file_bytes:
             raise DamagedFile(f"{self._path(name)} does not have {self.file_bytes} bytes")
@@ -165,7 +165,7 @@ def _header(name: str, tokens: int, record_bytes: int, checksum: bytes) -> bytes
 
 
 def _checksum(records: NDArray[np.uint8]) -> bytes:
-    return blake2b(memoryview(records).cast("B"), digest_size=16).digest()
+    return blake2b(records.data.cast("B"), digest_size=16).digest()
 
 
 def _write_whole(path: Path, *parts: bytes | memoryview) -> None:

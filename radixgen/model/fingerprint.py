@@ -54,8 +54,8 @@ def _public(config: object) -> object:
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the bytes of a tensor in parts; uint8 `[bytes]`."""
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    yield from content.split(_PIECE_BYTES)
+    yield from content.split(_PIECE_BYTES)  # type: ignore[no-untyped-call]
 
 
 def _digest(piece: Tensor) -> bytes:
-    return sha256(piece.cpu().numpy()).digest()
+    return sha256(piece.cpu().numpy().data).digest()

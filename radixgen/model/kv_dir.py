@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from radixgen.cache import CHUNK_TOKENS, DiskTier, HostRecords, KVCopies, KVFiles
+from radixgen.cache import CHUNK_TOKENS, DiskTier, HostRecords, KVFiles
 from radixgen.cache.storage import free_host_bytes
 from radixgen.core import InvalidRequest, check_integer
 from radixgen.model.base import Model, SupportsDiskKV
@@ -31,8 +31,8 @@ def check_kv_dir(folder: str | Path | None, max_bytes: int | None) -> None:
             raise InvalidRequest("kv_dir_bytes", max_bytes, "goes with kv_dir")
 
 
-def open_kv_dir(model: Model, host_kv: KVCopies | None, folder: str | Path, max_bytes: int | None) -> DiskTier:
-    """Open the folder for the KV of `model`, which `host_kv` holds in host memory. Raises `InvalidRequest`."""
+def open_kv_dir(model: Model, host_kv: object, folder: str | Path, max_bytes: int | None) -> DiskTier:
+    """Open the folder for the KV of `model`, whose `host_kv` returned `host_kv`. Raises `InvalidRequest`."""
     if not isinstance(host_kv, HostRecords) or not isinstance(model, SupportsDiskKV):
         raise InvalidRequest("kv_dir", str(folder), f"must be None: {model.name} does not keep KV on disk")
     files = KVFiles(Path(folder).expanduser(), host_kv.record_bytes, CHUNK_TOKENS)

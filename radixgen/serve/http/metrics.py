@@ -156,12 +156,6 @@ def _vllm(stats: Stats) -> Iterator[Metric]:
         ("generation_tokens", stats.generated_tokens),
         ("prefix_cache_queries", stats.prompt_tokens),
         ("prefix_cache_hits", stats.cached_prompt_tokens),
-        ("disk_written_tokens", "Tokens written to disk", stats.disk_written_tokens),
-        ("disk_read_tokens", "Tokens read from disk", stats.disk_read_tokens),
-        ("disk_evicted_tokens", "Tokens evicted from disk", stats.disk_evicted_tokens),
-        ("disk_skipped_tokens", "Tokens that the disk was too slow for or refused", stats.disk_skipped_tokens),
-        ("disk_failed_files", "KV files that were damaged or unreadable", stats.disk_failed_files),
-        ("disk_read_seconds", "Duration of reads from disk", stats.disk_read_seconds),
         ("num_preemptions", stats.preemptions),
     ):
         yield CounterMetricFamily(name, "As vLLM's", count)
