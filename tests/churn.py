@@ -53,6 +53,8 @@ FILE_BYTES = 256 + 40 * CHUNK
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
 SEEDS = st.integers(0, 2**64 - 1)
 
+DISK_LOG = logging.getLogger("radixgen.cache.disk_tier")
+
 events: Counter[str] = Counter()
 """What has happened in this process, in engine steps and in occurrences."""
 
@@ -232,6 +234,7 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         self.now = 0.0
         self.folder = Path(mkdtemp()) if files and host_slots else None
+        DISK_LOG.disabled = True
         self.options: dict[str, Any] = {
             "kv_tokens": slots,
             "host_kv_tokens": host_slots,
@@ -600,6 +603,7 @@ class EngineMachine(RuleBasedStateMachine):
         if self.folder is not None:
             assert not list(self.folder.iterdir()), "files are left after a reset"
             self.folder.rmdir()
+        DISK_LOG.disabled = False
 
 
 def _check_logprobs(found: dict[int, float], stamp: bytes, token: int, top: int | None) -> None:

@@ -247,9 +247,11 @@ class StampHostKV:
         self._host = StampModel()
         self._host.allocate(slots)
         self.delay = 0
+        self._last_save: StampCopy | None = None
 
     def save(self, slots: Int64Array, host_slots: Int64Array) -> "StampCopy":
-        return StampCopy(self._device, slots, self._host, host_slots, self.delay)
+        self._last_save = StampCopy(self._device, slots, self._host, host_slots, self.delay, self._last_save)
+        return self._last_save
 
     def load(self, host_slots: Int64Array, slots: Int64Array) -> "StampCopy":
         return StampCopy(self._host, host_slots, self._device, slots, self.delay)
@@ -274,8 +276,16 @@ class StampCopy:
     seconds = 0.0
 
     def __init__(
-        self, source: StampModel, read: Int64Array, target: StampModel, written: Int64Array, delay: int
+        self,
+        source: StampModel,
+        read: Int64Array,
+        target: StampModel,
+        written: Int64Array,
+        delay: int,
+        before: "StampCopy | None" = None,
     ) -> None:
+        """`before`: a copy that finishes earlier."""
+        self._before = before
         assert np.unique(written).size == written.size == read.size > 0
         self._source, self._read, self._target, self._written = source, read, target, written
         self._content = source.content(read)
@@ -293,6 +303,9 @@ class StampCopy:
     def wait(self) -> None:
         if self._left is None:
             return
+        if self._before is not None:
+            self._before.wait()
+            self._before = None
         self._left = None
         same = zip(self._content, self._source.content(self._read), strict=True)
         assert all(np.array_equal(before, now) for before, now in same), "a slot was written while it was copied"
