@@ -17,7 +17,8 @@ Then each request of the trace is submitted at its own time, with several pools.
 of the ideal (every earlier prompt kept for ever, and computed at once), and latency from the time of arrival.
 
 Bounds, with --check: groups answer at least 1.5 times as many requests a second as first come, of every mix, though the
-trace has little in common; their p99 wait is at most twice that of first come. The host is 20 times as fast as real time, in every run of the trace.
+trace has little in common; their p99 wait is at most twice that of first come. The host is 20 times as fast as real
+time, in every run of the trace.
 
 Bias. The trace says nothing of what was generated: ours is random and never hit again, where a real conversation goes
 on from it. Agents answer at once; with a pause, what they need next may be evicted before it is known to be needed. The

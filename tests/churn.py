@@ -13,7 +13,10 @@ import sys
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from consumer import Consumer
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from oracle import StampModel, extend, logits_of, stamp_of
+from oracle import StampModel, extend, logits_of, run_late, stamp_of
 from rich.progress import Progress
 
 from radixgen import (
@@ -44,8 +47,13 @@ VOCAB, CONTEXT = 3, 40
 LIMITS = Limits(max_waiting=24, max_waiting_tokens=400, max_num_seqs=12, max_pins=4, max_overtaken=6)
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
 NAMESPACES = st.sampled_from(["", "", "other"])
+CHUNK = 4
+FILE_BYTES = 256 + 40 * CHUNK
+"""Of a chunk of `StampModel`'s KV"""
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
 SEEDS = st.integers(0, 2**64 - 1)
+
+DISK_LOG = logging.getLogger("radixgen.cache.disk_tier")
 
 events: Counter[str] = Counter()
 """What has happened in this process, in engine steps and in occurrences."""
@@ -219,36 +227,74 @@ class EngineMachine(RuleBasedStateMachine):
         plan=st.sampled_from(["auto", "auto", "unshared", "naive"]),
         block_size=st.sampled_from([1, 2, 3, 5]),
         host_slots=st.sampled_from([0, 20, 100, 400]),
+        files=st.sampled_from([0, 0, 2, 10, 1000]),
     )
-    def begin(self, slots: int, budget: int, share: bool, plan: str, block_size: int, host_slots: int) -> None:
+    def begin(
+        self, slots: int, budget: int, share: bool, plan: str, block_size: int, host_slots: int, files: int
+    ) -> None:
         self.now = 0.0
-        self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
-        self.engine = Engine(
-            self.model,
-            kv_tokens=slots,
-            host_kv_tokens=host_slots,
-            max_step_tokens=budget,
-            share=share,
-            plan=plan,
-            limits=LIMITS,
-            clock=lambda: self.now,
-            debug=True,
-        )
-        self.host = self.engine._core.host
-        if self.host is not None:
-            self.host._min_fetch = 1
+        self.folder = Path(mkdtemp()) if files and host_slots else None
+        DISK_LOG.disabled = True
+        self.options: dict[str, Any] = {
+            "kv_tokens": slots,
+            "host_kv_tokens": host_slots,
+            "kv_dir": self.folder,
+            "kv_dir_bytes": files * FILE_BYTES if self.folder else None,
+            "max_step_tokens": budget,
+            "share": share,
+            "plan": plan,
+            "limits": LIMITS,
+            "clock": lambda: self.now,
+            "debug": True,
+        }
+        self.block_size = block_size
         self.live: dict[str, Shadow | ShadowSearch] = {}
         self.pins: list[int] = []
         self.texts: list[list[int]] = []
         self.seen: Counter[str] = Counter()
-        self.router = Consumer(block_size)
-        self.blocks = BlockProjection(self.engine._core.tree, self.router, block_size)
+        self._start()
+
+    def _start(self) -> None:
+        self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
+        with patch("radixgen.model.kv_dir.CHUNK_TOKENS", CHUNK):
+            self.engine = Engine(self.model, **self.options)
+        self.host = self.engine._core.host
+        if self.host is not None:
+            self.host._min_fetch = 1
+            if self.folder is not None:
+                run_late(self.host._disk)
+        self.router = Consumer(self.block_size)
+        self.blocks = BlockProjection(self.engine._core.tree, self.router, self.block_size)
         self._watch()
 
     @precondition(lambda self: self.host is not None)
-    @rule(delay=st.integers(0, 4))
-    def copy_slowly(self, delay: int) -> None:
-        self.host._copies.delay = delay
+    @rule(copy=st.integers(0, 4), file=st.integers(0, 4))
+    def copy_slowly(self, copy: int, file: int) -> None:
+        self.host._copies.delay = copy
+        if self.folder is not None:
+            self.host._disk._reader.delay = self.host._disk._writer.delay = file
+
+    @precondition(lambda self: self.folder is not None and not self.live)
+    @rule(kill=st.booleans())
+    def restart(self, kill: bool) -> None:
+        """Another engine takes over the folder. After `kill -9`, what was not written yet is lost."""
+        self.seen["restart"] += 1
+        self.pins.clear()
+        if kill:
+            self.host._disk._writer.shutdown(cancel_futures=True)
+        self.engine.close()
+        self._start()
+
+    @precondition(lambda self: self.folder is not None)
+    @rule(file=st.integers(0, 99), position=st.integers(0, FILE_BYTES - 1), cut=st.booleans())
+    def damage_a_file(self, file: int, position: int, cut: bool) -> None:
+        paths = sorted(self.folder.glob("*.safetensors"))
+        if paths:
+            path = paths[file % len(paths)]
+            content = bytearray(path.read_bytes())
+            if position < len(content):
+                content[position] ^= 1
+                path.write_bytes(content[:position] if cut else content)
 
     # -- what callers do ----------------------------------------------------------------------------------
 
@@ -436,6 +482,8 @@ class EngineMachine(RuleBasedStateMachine):
         after = self.engine.stats()
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
+        self.seen["read from disk"] += after.disk_read_tokens - before.disk_read_tokens
+        self.seen["file failed"] += after.disk_failed_files - before.disk_failed_files
         self.seen["evict"] += after.evicted_tokens - before.evicted_tokens
         self.seen["preempt"] += after.preemptions - before.preemptions
         ahead = self.engine._core.ahead.pending
@@ -552,6 +600,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert pool.free == pool.capacity and self.engine._core.tree.num_nodes == 0
         assert self.host is None or (self.host.tree.num_nodes == 0 and not self.host.tree.pool.used)
         self.engine.close()
+        if self.folder is not None:
+            assert not list(self.folder.iterdir()), "files are left after a reset"
+            self.folder.rmdir()
+        DISK_LOG.disabled = False
 
 
 def _check_logprobs(found: dict[int, float], stamp: bytes, token: int, top: int | None) -> None:

@@ -8,16 +8,17 @@ Two things it cannot see by itself. A row of this step that reads the whole pref
 sibling's logits: compare them, with `expected_logits`. And it knows no namespaces: equal tokens are equal.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from hashlib import blake2b
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from radixgen.cache import DiskTier
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
 
@@ -73,6 +74,7 @@ class StampModel:
         self.rows = 0
         self.fail_next: Exception | None = None
         """Raised by the next `run`, once, when some of its writes are made: all its write slots hold garbage."""
+        self.fingerprint = bytes(32)
         self.rows_ahead = 0
         """Rows that were computed before their step was asked for"""
         self.allocate(0)
@@ -102,6 +104,9 @@ class StampModel:
 
     def host_kv(self, slots: int) -> "StampHostKV":
         return StampHostKV(self, slots)
+
+    def kv_fingerprint(self) -> bytes:
+        return self.fingerprint
 
     def run(self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array) -> Tensor:
         """Check and write the rows, in the plan's order. Returns float32 logits `[n, vocab]`."""
@@ -237,16 +242,29 @@ class StampHostKV:
 
     def __init__(self, model: StampModel, slots: int) -> None:
         self.num_slots = slots
+        self.record_bytes = 40
         self._device = model
         self._host = StampModel()
         self._host.allocate(slots)
         self.delay = 0
+        self._last_save: StampCopy | None = None
 
     def save(self, slots: Int64Array, host_slots: Int64Array) -> "StampCopy":
-        return StampCopy(self._device, slots, self._host, host_slots, self.delay)
+        self._last_save = StampCopy(self._device, slots, self._host, host_slots, self.delay, self._last_save)
+        return self._last_save
 
     def load(self, host_slots: Int64Array, slots: Int64Array) -> "StampCopy":
         return StampCopy(self._host, host_slots, self._device, slots, self.delay)
+
+    def read_records(self, host_slots: Int64Array) -> NDArray[np.uint8]:
+        positions, stamps, parents = self._host.content(host_slots)
+        assert (positions >= 0).all(), "KV that was not written is read from the host"
+        return np.hstack([positions[:, None].view(np.uint8), stamps.view(np.uint8), parents.view(np.uint8)])
+
+    def write_records(self, host_slots: Int64Array, records: NDArray[np.uint8]) -> None:
+        positions, stamps, parents = np.split(np.ascontiguousarray(records), [8, 24], 1)
+        content = positions.copy().view(np.int64)[:, 0], stamps.copy().view(np.uint64), parents.copy().view(np.uint64)
+        self._host.fill(host_slots, content)
 
     def release(self) -> None:
         self._host.release()
@@ -258,8 +276,16 @@ class StampCopy:
     seconds = 0.0
 
     def __init__(
-        self, source: StampModel, read: Int64Array, target: StampModel, written: Int64Array, delay: int
+        self,
+        source: StampModel,
+        read: Int64Array,
+        target: StampModel,
+        written: Int64Array,
+        delay: int,
+        before: "StampCopy | None" = None,
     ) -> None:
+        """`before`: a copy that finishes earlier."""
+        self._before = before
         assert np.unique(written).size == written.size == read.size > 0
         self._source, self._read, self._target, self._written = source, read, target, written
         self._content = source.content(read)
@@ -277,11 +303,79 @@ class StampCopy:
     def wait(self) -> None:
         if self._left is None:
             return
+        if self._before is not None:
+            self._before.wait()
+            self._before = None
         self._left = None
         same = zip(self._content, self._source.content(self._read), strict=True)
         assert all(np.array_equal(before, now) for before, now in same), "a slot was written while it was copied"
         assert (self._target.content(self._written)[0] == POISONED).all(), "a slot was written while it was filled"
         self._target.fill(self._written, self._content)
+
+
+class LateThread:
+    """In place of an executor with one thread: runs its calls in order in the caller's thread, each when it was looked
+    at `delay` times or somebody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.delay = 0
+        self._calls: list[LateCall] = []
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "LateCall":
+        self._calls.append(LateCall(self, partial(function, *arguments), self.delay))
+        return self._calls[-1]
+
+    def run_until(self, last: "LateCall") -> None:
+        while last in self._calls:
+            self._calls.pop(0).run()
+
+    def shutdown(self, cancel_futures: bool = False) -> None:
+        if self._calls and not cancel_futures:
+            self.run_until(self._calls[-1])
+        self._calls.clear()
+
+
+def run_late(disk: DiskTier) -> None:
+    """Replace the threads of a disk tier that has not begun anything."""
+    for name in ("_reader", "_writer"):
+        getattr(disk, name).shutdown()
+        setattr(disk, name, LateThread())
+
+
+class LateCall:
+    """A call of a `LateThread`; as a future of its result."""
+
+    def __init__(self, thread: LateThread, call: Callable[[], Any], delay: int) -> None:
+        self._thread, self._call, self._left = thread, call, delay
+        self._error: Exception | None = None
+        self._finished = False
+        self._result: Any = None
+
+    def run(self) -> None:
+        self._finished = True
+        try:
+            self._result = self._call()
+        except Exception as error:
+            if isinstance(error, AssertionError):
+                raise
+            self._error = error
+
+    def done(self) -> bool:
+        if self._left:
+            self._left -= 1
+            return self._finished
+        self._thread.run_until(self)
+        return True
+
+    def exception(self, timeout: float | None = None) -> Exception | None:
+        self._thread.run_until(self)
+        return self._error
+
+    def result(self) -> Any:
+        self._thread.run_until(self)
+        assert self._error is None
+        return self._result
 
 
 class _Reads(NamedTuple):

@@ -38,6 +38,7 @@ from bench import (
     plan,
     plots,
     readme,
+    restart,
     serve,
     simulate,
     soak,
@@ -239,6 +240,13 @@ def test_tiers(capsys) -> None:
     assert tiers.main(["--alive", "8", "--tiers", "3e6", "--requests", "200", "--check"]) == 0
     figures = last_line(capsys)
     assert 0 < figures["coding agents, made up, 8 alive"]["alone"] < 100 and not figures["missed"]
+
+
+def test_restart(capsys) -> None:
+    assert restart.main(["--toy"]) == 0
+    figures = last_line(capsys)
+    assert figures["read_tokens"] == 128 and figures["bytes"] > 128 * 256
+    assert figures["seconds_opening"] > 0 and len(figures["bounds"]) == 2
 
 
 def test_equal_ids_give_equal_tokens() -> None:

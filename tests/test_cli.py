@@ -226,6 +226,8 @@ ENGINE_OPTIONS = {
     "--max-num-batched-tokens": 64,
     "--kv-tokens": 4096,
     "--kv-offloading-size": 0.5,
+    "--kv-dir": "kept",
+    "--kv-dir-size": 2.5,
     "--enforce-eager": None,
     "--no-warm-up": None,
     "--seed": 0,
@@ -248,6 +250,7 @@ def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> No
 def test_every_option_of_an_engine_is_known() -> None:
     names = {
         "tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens", "kv_dtype": "kv_cache_dtype",
+        "kv_dir_bytes": "kv_dir_size",
     }  # fmt: skip
     own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
     own |= {"profile", "profile_steps"}  # those of `Engine.profile`
@@ -276,6 +279,27 @@ def test_replicas_get_every_option_of_an_engine(monkeypatch: pytest.MonkeyPatch,
         assert own[name] != inspect.signature(serve.serve).parameters[name].default, f"{name} is not tested"
 
 
+def test_replicas_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[dict[str, object]] = []
+
+    def engine(*_: object, **options: object) -> None:
+        found.append(options)
+        raise EngineDead("enough")
+
+    monkeypatch.setattr("radixgen.engine.engine.Engine", engine)
+    monkeypatch.setattr("radixgen.serve.zmq.launch.run_worker", lambda load, *_, **__: load())
+    for more, folder in ([], tmp_path), (["--parent-fd", 0], tmp_path / "1"):
+        call("worker", "--engine-index", 1, "--kv-dir", tmp_path, "--kv-dir-size", 0.5, *more)
+        assert (found[-1]["kv_dir"], found[-1]["kv_dir_bytes"]) == (folder, 2**29)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("size", [0, -1, "nan", 1e9])
+def test_bad_sizes_of_a_folder(size: float, tmp_path: Path) -> None:
+    result = call("generate", "--model", "absent", "--kv-dir", tmp_path, "--kv-dir-size", size, "a prompt")
+    assert result.exit_code == 1 and "kv_dir_size=" in result.stderr and "must be above 0" in result.stderr
+
+
 def parsed(command: str, arguments: list[str]) -> dict[str, object]:
     """Values of a command's options."""
     group = typer.main.get_command(app)
@@ -295,7 +319,8 @@ def test_help_texts_are_short() -> None:
 
 SHARED_OPTIONS = {
     "load_format", "dtype", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_tokens", "kv_offloading_size", "enforce_eager", "warm_up", "seed", "profile", "profile_steps",
+    "kv_tokens", "kv_offloading_size", "kv_dir", "kv_dir_size", "enforce_eager", "warm_up", "seed", "profile",
+    "profile_steps",
 }  # fmt: skip
 
 

@@ -15,11 +15,13 @@ from sizes import size
 
 import radixgen.cache.boundary as boundary_module
 import radixgen.cache.host_tier as host_tier_module
+import radixgen.cache.kv_files as kv_files_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
-from radixgen.cache import Extent, ExtentPool, HostTier, Lock, Node, RadixTree
+from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree
+from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
 from radixgen.core import EngineDead, Plan
 from radixgen.engine.core import EngineCore
@@ -307,7 +309,8 @@ def a_last_output_is_lost(patch: Patch) -> None:
 def finish(copies: Iterable[Any]) -> None:
     """Copies say that they have finished, and have not."""
     for one in copies:
-        one.copy.done = lambda: True
+        if one.copy is not None:
+            one.copy.done = lambda: True
 
 
 def a_fetch_is_used_before_it_has_arrived(patch: Patch) -> None:
@@ -336,7 +339,38 @@ def a_fetch_that_nobody_waits_for_stays_locked(patch: Patch) -> None:
     patch.setattr(HostTier, "leave", lambda self, fetch: None)
 
 
+# -- the disk tier ----------------------------------------------------------------------------------------
+
+
+def a_damaged_file_is_believed(patch: Patch) -> None:
+    patch.setattr(kv_files_module, "_checksum", lambda records: b"x" * 16)
+
+
+def a_read_counts_before_it_has_finished(patch: Patch) -> None:
+    patch.setattr(DiskJob, "done", lambda job: True)
+    patch.setattr(DiskTier, "complete_read", lambda disk, job: True)
+    patch.setattr(DiskJob, "seconds", 0.0)
+
+
+def what_is_read_is_one_token_off(patch: Patch) -> None:
+    plain = DiskTier.read
+    patch.setattr(DiskTier, "read", lambda disk, chunks, first, slots: plain(disk, chunks, first, np.roll(slots, 1)))
+
+
+def a_chunk_does_not_depend_on_those_before_it(patch: Patch) -> None:
+    def chunks(disk: DiskTier, tokens: np.ndarray, namespace: str) -> list[DiskChunk]:
+        size = disk.chunk_tokens
+        starts = range(0, tokens.size - size + 1, size)
+        return [DiskChunk(tokens[start : start + size].tobytes().hex().ljust(40, "0")[:40], start) for start in starts]
+
+    patch.setattr(DiskTier, "_chunks", chunks)
+
+
 FAULTS = [
+    a_damaged_file_is_believed,
+    a_read_counts_before_it_has_finished,
+    what_is_read_is_one_token_off,
+    a_chunk_does_not_depend_on_those_before_it,
     a_fetch_is_used_before_it_has_arrived,
     a_save_counts_before_it_has_finished,
     fetched_slots_go_to_other_tokens,

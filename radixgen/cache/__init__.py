@@ -17,6 +17,8 @@
     sharing           why a prompt was not shared to its end
     tokens            arrays of token ids
     host_tier         a second tree, in host memory
+    disk_tier         KV on disk: which chunks are there, and the threads that read and write them
+    kv_files          the chunk files
     loading           slots filled by copies
     storage           slots -> K and V of every layer
 
@@ -32,7 +34,9 @@ from radixgen.cache.block_projection import (
     hash_blocks,
 )
 from radixgen.cache.columns import Columns
+from radixgen.cache.disk_tier import DiskTier, HostRecords
 from radixgen.cache.host_tier import Copy, Fetch, HostTier, KVCopies
+from radixgen.cache.kv_files import CHUNK_TOKENS, KVFiles
 from radixgen.cache.listener import Listener
 from radixgen.cache.match import FollowedMatch, Match
 from radixgen.cache.node import PRIVATE, Lock, Node
@@ -44,6 +48,7 @@ from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
 from radixgen.cache.tree import RadixTree
 
 __all__ = [
+    "CHUNK_TOKENS",
     "PRIVATE",
     "BlockEvent",
     "BlockProjection",
@@ -52,13 +57,16 @@ __all__ = [
     "BlocksReset",
     "Columns",
     "Copy",
+    "DiskTier",
     "EvictionPolicy",
     "Extent",
     "ExtentPool",
     "Fetch",
     "FollowedMatch",
+    "HostRecords",
     "HostTier",
     "KVCopies",
+    "KVFiles",
     "Listener",
     "Lock",
     "Match",

@@ -6,6 +6,9 @@ the request waits for admission. Sequences never read the host: a plan names slo
 
 Both trees hold whole paths from position 0, so a path may be in one, in both or in none. A copy in flight locks its
 path in both trees.
+
+With a disk tier, what reaches the host is written to disk in the background, and a fetch may begin with reading from
+disk to the host.
 """
 
 from collections import deque
@@ -17,7 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache.loading import begin_load, end_load
+from radixgen.cache.disk_tier import DiskChunk, DiskJob, DiskTier
+from radixgen.cache.loading import begin_load, cancel_load, end_load
+from radixgen.cache.match import Match
 from radixgen.cache.node import PRIVATE, Lock, Node
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.tokens import TokenArray, common_prefix_len
@@ -27,6 +32,8 @@ _MIN_FETCH = 32
 """Shorter prefixes are computed again: a fetch takes at least until the next step."""
 _MANY_ROWS = 256
 """Rows of a step that measures how long computing takes."""
+_PATIENCE = 0.01
+"""Seconds to wait for the disk at a time when nothing else can run."""
 _SMOOTHING = 0.25
 """Weight of the latest measurement in a rate."""
 
@@ -85,9 +92,14 @@ class Fetch:
     """Position of the first token that is fetched."""
     extents: list[Extent]
     """Slots of the device for the tokens from `first` on."""
-    copy: Copy
     device: Lock
     host: Lock
+    first_read: int
+    """Position of the first token that is read from disk."""
+    read: DiskJob | None = None
+    """While it is read from disk to the host."""
+    copy: Copy | None = None
+    """While it is copied from the host to the device."""
     waiters: int = 1
     arrived: bool = False
 
@@ -96,17 +108,38 @@ class Fetch:
         return self.tokens.size - self.first
 
     @property
+    def num_read(self) -> int:
+        """Number of tokens that are read from disk."""
+        return self.tokens.size - self.first_read
+
+    @property
     def locks_path(self) -> bool:
         return self.device.node is not None
 
 
+@dataclass(eq=False, slots=True)
+class _DiskWrite:
+    """A path of the host that is being written to disk."""
+
+    job: DiskJob
+    host: Lock
+
+
 class HostTier:
-    """Moves KV between the tree of the device and a tree over slots of the host."""
+    """Moves KV between the tree of the device and a tree over slots of the host, and between the host and the disk."""
 
     def __init__(
-        self, device: RadixTree, copies: KVCopies, *, min_fetch: int = _MIN_FETCH, stamps: bool = False
+        self,
+        device: RadixTree,
+        copies: KVCopies,
+        disk: DiskTier | None = None,
+        *,
+        min_fetch: int = _MIN_FETCH,
+        stamps: bool = False,
     ) -> None:
-        """`min_fetch`: prefixes of fewer tokens are computed again. `stamps` as for `RadixTree`."""
+        """`disk`: over the same memory as `copies`; the tier closes both. `min_fetch`: prefixes of fewer tokens are
+        computed again. `stamps` as for `RadixTree`.
+        """
         self.tree = RadixTree(ExtentPool(copies.num_slots), stamps=stamps)
         self.saved_tokens = 0
         self.fetched_tokens = 0
@@ -115,12 +148,14 @@ class HostTier:
         self.waited_seconds = 0.0
         self._device = device
         self._copies = copies
+        self._disk = disk
         self._min_fetch = min_fetch
         self._saves: deque[_Save] = deque()
-        self._fetches: deque[Fetch] = deque()
+        self._writes: deque[_DiskWrite] = deque()
+        self._fetches: list[Fetch] = []
         self._arrived: list[Fetch] = []
         """Fetches that arrived and whose path is still locked for a waiting sequence."""
-        self._seconds_per_fetched = 0.0
+        self._seconds_per_read = self._seconds_per_fetched = 0.0
         self._seconds_per_computed = 0.0
         self._polled = 0.0
         device.on_idle = self.save
@@ -147,18 +182,44 @@ class HostTier:
         if node.locked or not node.known or PRIVATE in node.namespace:
             return
         tokens = node.path_tokens()
+        if self._reads(tokens, node.namespace):
+            return
         lock = self.tree.insert(tokens, node.namespace, priority=node.priority)
-        lacking = [part for part in lock.held.path() if part.scheduled < part.known]
-        count = sum(part.known - part.scheduled for part in lacking)
-        if not count or count > self.tree.pool.free + self.tree.evictable_tokens:
+        count = sum(part.known - part.scheduled for part in lock.held.path())
+        if count > self.tree.pool.free + self.tree.evictable_tokens:
             self.tree.unlock(lock)
             return
-        self.tree.evict(count - self.tree.pool.free)
-        host_slots = [self.tree.schedule(part, part.known - part.scheduled) for part in lacking]
-        slots = _path_slots(node, tokens.size - count, tokens.size)
-        copy = self._copies.save(slots, np.concatenate(host_slots))
-        self.saved_tokens += count
-        self._saves.append(_Save(copy, self._device.lock(node), lock))
+        if count:
+            slots = _path_slots(node, tokens.size - count, tokens.size)
+            copy = self._copies.save(slots, self._schedule(lock.held))
+            self.saved_tokens += count
+            self._saves.append(_Save(copy, self._device.lock(node), self.tree.lock(lock.held)))
+        self._write_behind(tokens, lock)
+
+    def _write_behind(self, tokens: TokenArray, lock: Lock) -> None:
+        """Begin to write a path of the host to disk, as far as the disk lacks it. The path is unlocked afterwards."""
+        chunks = self._disk.lacking(tokens, lock.held.namespace) if self._disk else []
+        if self._disk is None or not chunks:
+            self.tree.unlock(lock)
+            return
+        ready = self._saves[-1].copy.wait if self._saves else _nothing
+        job = self._disk.write(chunks, _path_slots(lock.held, 0, tokens.size), ready)
+        self._writes.append(_DiskWrite(job, lock))
+
+    def _schedule(self, node: Node) -> NDArray[np.int64]:
+        """Give slots of the host to the tokens of the path to `node` that have none, and return the slots."""
+        lacking = [part for part in node.path() if part.scheduled < part.known]
+        self.tree.evict(sum(part.known - part.scheduled for part in lacking) - self.tree.pool.free)
+        return np.concatenate([self.tree.schedule(part, part.known - part.scheduled) for part in lacking])
+
+    def _reads(self, tokens: TokenArray, namespace: str) -> bool:
+        """Return whether some of these tokens are being read from disk. Nothing may be copied to the host behind them,
+        because a read may fail.
+        """
+        return any(
+            fetch.read and fetch.namespace == namespace and common_prefix_len(fetch.tokens, tokens) > fetch.first_read
+            for fetch in self._fetches
+        )
 
     # -- to the device ------------------------------------------------------------------------------------
 
@@ -172,21 +233,40 @@ class HostTier:
                 fetch.waiters += 1
                 return fetch
         match = self.tree.match_prefix(tokens, namespace)
-        count = match.computed - computed if match else 0
+        in_host = match.computed if match else 0
+        chunks = self._chunks_after(tokens, namespace, match)
+        stop = chunks[-1].start + self._disk.chunk_tokens if self._disk and chunks else in_host
+        count = stop - computed
         if count < self._min_fetch:
             return None
         device = self._device.insert(tokens[:computed], namespace)
-        extents = begin_load(self._device, count) if self._fetch_is_sooner(count) else None
+        extents = begin_load(self._device, count) if self._fetch_is_sooner(count, stop - in_host) else None
         if extents is None:
             self._device.unlock(device)
             self.recomputed_tokens += count
             return None
-        prefix = tokens[: computed + count]
-        host = self.tree.insert(prefix, namespace)
-        copy = self._copies.load(_path_slots(host.held, computed, prefix.size), _extent_slots(extents))
-        fetch = Fetch(prefix, namespace, computed, extents, copy, device, host)
+        prefix = tokens[:stop]
+        fetch = Fetch(prefix, namespace, computed, extents, device, self.tree.insert(prefix, namespace), in_host)
+        if self._disk and chunks:
+            fetch.read = self._disk.read(chunks, in_host, self._schedule(fetch.host.held))
+        else:
+            self._load(fetch)
         self._fetches.append(fetch)
         return fetch
+
+    def _chunks_after(self, tokens: TokenArray, namespace: str, match: Match | None) -> list[DiskChunk]:
+        """Return the chunks on disk that go on where the host's match ends, as far as the host has room for them."""
+        if self._disk is None or PRIVATE in namespace or (match and match.length > match.computed):
+            return []  # what follows in the host is still on its way there
+        in_host = match.computed if match else 0
+        room = self.tree.pool.free + self.tree.evictable_tokens - in_host
+        chunks = self._disk.find(tokens, namespace, in_host)
+        return [chunk for chunk in chunks if chunk.start + self._disk.chunk_tokens - in_host <= room]
+
+    def _load(self, fetch: Fetch) -> None:
+        """Begin to copy what is fetched from the host to the device."""
+        host_slots = _path_slots(fetch.host.held, fetch.first, fetch.tokens.size)
+        fetch.copy = self._copies.load(host_slots, _extent_slots(fetch.extents))
 
     def leave(self, fetch: Fetch) -> None:
         """Count one waiter less. The last unlocks the path."""
@@ -195,15 +275,20 @@ class HostTier:
             self._arrived.remove(fetch)
             self._device.unlock(fetch.device)
 
-    def _fetch_is_sooner(self, count: int) -> bool:
-        """Return whether fetching `count` tokens, after those on their way, is sooner than computing them.
+    def _fetch_is_sooner(self, count: int, read: int) -> bool:
+        """Return whether fetching `count` tokens, of which `read` come from disk, is sooner than computing them, after
+        those on their way.
 
-        Until both were measured, fetching is.
+        Until all was measured, fetching is.
         """
         if not self._seconds_per_computed:
             return True
         queued = sum(fetch.num_tokens for fetch in self._fetches)
-        return (queued + count) * self._seconds_per_fetched <= count * self._seconds_per_computed
+        reads = sum(fetch.num_read for fetch in self._fetches if fetch.read)
+        seconds = (queued + count) * self._seconds_per_fetched
+        if read:
+            seconds += (reads + read) * self._seconds_per_read
+        return seconds <= count * self._seconds_per_computed
 
     # -- copies in flight ---------------------------------------------------------------------------------
 
@@ -214,17 +299,19 @@ class HostTier:
         self._polled = now
         while self._saves and self._saves[0].copy.done():
             self._complete_save(self._saves.popleft())
-        while self._fetches and self._fetches[0].copy.done():
-            self._complete_fetch(self._fetches.popleft())
+        while self._writes and self._writes[0].job.done():
+            self._complete_write(self._writes.popleft())
+        self._fetches = [fetch for fetch in self._fetches if not self._go_on(fetch)]
 
     def wait(self) -> bool:
-        """Block until the first fetch in flight has finished. Returns False if there is none."""
+        """Block until a fetch in flight can go on; for the disk only a moment. Returns False if none can."""
         if not self._fetches:
             return False
         began = perf_counter()
-        self._fetches[0].copy.wait()
+        fetch = next((fetch for fetch in self._fetches if fetch.copy), self._fetches[0])
+        ready = _wait(fetch, _PATIENCE)
         self.waited_seconds += perf_counter() - began
-        return True
+        return ready
 
     def complete_saves(self) -> bool:
         """Wait for all saves, so that what they copied may be evicted. Returns whether there were any."""
@@ -242,11 +329,21 @@ class HostTier:
         return bool(arrived)
 
     def reset(self) -> int:
-        """Evict everything from the host once the copies in flight have finished. Returns the number of tokens."""
-        for fetch in self._fetches:
-            fetch.copy.wait()
+        """Evict everything from the host, and from the disk, once the copies in flight have finished. Returns the
+        number of tokens.
+        """
+        while self._fetches:
+            _wait(self._fetches[0], None)
+            self._fetches = [fetch for fetch in self._fetches if not self._go_on(fetch)]
         self.complete_saves()
-        return self.tree.reset()
+        self.complete_writes()
+        return self.tree.reset() + (self._disk.reset() if self._disk else 0)
+
+    def complete_writes(self) -> None:
+        """Wait until the disk has what the host has begun to write."""
+        while self._writes:
+            self._writes[0].job.wait()
+            self._complete_write(self._writes.popleft())
 
     def figures(self) -> dict[str, Any]:
         """Return the tier's fields of `Stats`."""
@@ -259,18 +356,24 @@ class HostTier:
             "host_evicted_tokens": self.tree.evicted_tokens,
             "host_fetch_seconds": self.fetch_seconds,
             "host_waited_seconds": self.waited_seconds,
+            **(self._disk.figures() if self._disk else {}),
         }
 
     def close(self) -> None:
-        """Free the memory of the host."""
+        """Write what is to be written to disk, and free the memory of the host."""
         self._device.on_idle = None
+        if self._disk is not None:
+            self._disk.close()
         self._copies.release()
 
     def check(self) -> None:
         """Assert the invariants of the host's tree, and that locks there belong to copies in flight."""
         self.tree.check()
+        if self._disk is not None:
+            self._disk.check()
         locks: dict[int, int] = {}
-        for lock in [save.host for save in self._saves] + [fetch.host for fetch in self._fetches]:
+        held = [save.host for save in self._saves] + [write.host for write in self._writes]
+        for lock in held + [fetch.host for fetch in self._fetches]:
             locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
         for node in self.tree.nodes():
             assert node.lock_count == locks.get(node.id, 0), f"{node} of the host has a lock without a copy"
@@ -283,11 +386,39 @@ class HostTier:
         self.tree.unlock(save.host)
         self._device.unlock(save.device)
 
-    def _complete_fetch(self, fetch: Fetch) -> None:
+    def _complete_write(self, write: _DiskWrite) -> None:
+        assert self._disk is not None
+        self._disk.complete_write(write.job)
+        self.tree.unlock(write.host)
+
+    def _go_on(self, fetch: Fetch) -> bool:
+        """Take the next step of a fetch, if what it waits for has finished. Returns whether it was the last."""
+        if fetch.read is not None and fetch.read.done():
+            self._complete_read(fetch, fetch.read)
+        elif fetch.copy is not None and fetch.copy.done():
+            self._complete_fetch(fetch, fetch.copy)
+        return fetch.arrived
+
+    def _complete_read(self, fetch: Fetch, read: DiskJob) -> None:
+        """Begin to copy what was read to the device, unless nobody waits any more or the read failed."""
+        assert self._disk is not None
+        fetch.read = None
+        if self._disk.complete_read(read):
+            self._seconds_per_read = _smoothed(self._seconds_per_read, read.seconds / fetch.num_read)
+            self.tree.commit(fetch.host.held)
+            if fetch.waiters:
+                self._load(fetch)
+                return
+        cancel_load(self._device, fetch.extents)
+        self.tree.unlock(fetch.host)
+        self._device.unlock(fetch.device)
+        fetch.arrived = True
+
+    def _complete_fetch(self, fetch: Fetch, copy: Copy) -> None:
         """Give the fetched slots to the nodes of the path that still lack them."""
-        self.fetch_seconds += fetch.copy.seconds
+        self.fetch_seconds += copy.seconds
         self.fetched_tokens += fetch.num_tokens
-        self._seconds_per_fetched = _smoothed(self._seconds_per_fetched, fetch.copy.seconds / fetch.num_tokens)
+        self._seconds_per_fetched = _smoothed(self._seconds_per_fetched, copy.seconds / fetch.num_tokens)
         self.tree.unlock(fetch.host)
         lock = self._device.insert(fetch.tokens, fetch.namespace)
         end_load(self._device, lock.held, fetch.first, fetch.extents)
@@ -297,6 +428,19 @@ class HostTier:
             self._arrived.append(fetch)
         else:
             self._device.unlock(lock)
+
+
+def _wait(fetch: Fetch, seconds: float | None) -> bool:
+    """Block until what the fetch waits for has finished, for the disk at most `seconds`. Returns whether it has."""
+    if fetch.read is not None:
+        return fetch.read.wait(seconds)
+    if fetch.copy is not None:
+        fetch.copy.wait()
+    return True
+
+
+def _nothing() -> None:
+    pass
 
 
 def _path_slots(node: Node, first: int, stop: int) -> NDArray[np.int64]:

@@ -21,6 +21,13 @@ def begin_load(tree: "RadixTree", count: int) -> list[Extent] | None:
     return extents
 
 
+def cancel_load(tree: "RadixTree", extents: list[Extent]) -> None:
+    """Release slots that nothing was copied to."""
+    tree.loading.difference_update(extents)
+    for extent in extents:
+        tree.pool.release(extent)
+
+
 def end_load(tree: "RadixTree", node: Node, first: int, extents: list[Extent]) -> None:
     """Give slots that hold the KV of the tokens from position `first` on to those of them that have none, on the path
     to `node`. The other slots are released. Called between two steps.

@@ -11,10 +11,13 @@ from rich.console import Console
 
 from radixgen.cli.errors import report_errors
 from radixgen.cli.options import (
+    DEFAULT_KV_DIR_SIZE,
     DEFAULT_MODEL,
     Device,
     Dtype,
     KVCacheDtype,
+    KVDir,
+    KVDirSize,
     KVOffloadingSize,
     KVTokens,
     LoadFormat,
@@ -27,6 +30,7 @@ from radixgen.cli.options import (
     TensorParallel,
     TopK,
     TopP,
+    kv_dir_bytes,
 )
 from radixgen.cli.prompts import read_requests, read_text
 from radixgen.core import SamplingParams
@@ -62,6 +66,8 @@ def generate(
     tp: TensorParallel = 1,
     kv_tokens: KVTokens = None,
     kv_offloading_size: KVOffloadingSize = 0.0,
+    kv_dir: KVDir = None,
+    kv_dir_size: KVDirSize = DEFAULT_KV_DIR_SIZE,
     profile: Profile = None,
     profile_steps: ProfileSteps = 10,
 ) -> None:
@@ -101,6 +107,8 @@ def generate(
                 tensor_parallel_size=tp,
                 kv_tokens=kv_tokens,
                 kv_offloading_size=kv_offloading_size,
+                kv_dir=kv_dir,
+                kv_dir_bytes=kv_dir_bytes(kv_dir, kv_dir_size),
                 warm_up=False,
             )
         with engine, engine.profile(profile, profile_steps) if profile else nullcontext() as profiler:

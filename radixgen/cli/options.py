@@ -11,6 +11,8 @@ from radixgen.model import smollm2
 
 DEFAULT_MODEL = smollm2.NAME
 DEFAULT_LIMITS = Limits()
+DEFAULT_KV_DIR_SIZE = 16.0
+_MAX_KV_DIR_GIB = 2**20
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Model: smollm2, a directory, a .gguf file or a hub id.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
@@ -62,6 +64,10 @@ KVTokens = Annotated[
 KVOffloadingSize = Annotated[
     float, typer.Option("--kv-offloading-size", help="Host memory for KV that the KV cache evicts, in GiB.")
 ]
+KVDir = Annotated[
+    Path | None, typer.Option("--kv-dir", metavar="DIR", help="Keep KV on disk here, also for later starts.")
+]
+KVDirSize = Annotated[float, typer.Option("--kv-dir-size", help="Maximum size of --kv-dir, in GiB.")]
 DrainTimeout = Annotated[
     float,
     typer.Option("--shutdown-timeout", "--drain-timeout", help="Seconds to wait for open requests after SIGTERM."),
@@ -70,6 +76,13 @@ StallTimeout = Annotated[float, typer.Option(help="Unhealthy after this many sec
 PromptFile = Annotated[
     Path | None, typer.Argument(exists=True, dir_okay=False, help="Prompts, one per line. Read from stdin if omitted.")
 ]
+
+
+def kv_dir_bytes(folder: Path | None, gib: float) -> int | None:
+    """The value of `--kv-dir-size` in bytes, or None without a folder. Raises `InvalidRequest`."""
+    if not 0.0 < gib <= _MAX_KV_DIR_GIB:
+        raise InvalidRequest("kv_dir_size", gib, f"must be above 0 and at most {_MAX_KV_DIR_GIB} GiB")
+    return None if folder is None else int(gib * 2**30)
 
 
 def to_flags(options: dict[str, Any]) -> list[str]:

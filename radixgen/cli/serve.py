@@ -8,6 +8,7 @@ from rich.console import Console
 
 from radixgen.cli.errors import report_errors, require_extra
 from radixgen.cli.options import (
+    DEFAULT_KV_DIR_SIZE,
     DEFAULT_LIMITS,
     DEFAULT_MODEL,
     DataParallel,
@@ -18,6 +19,8 @@ from radixgen.cli.options import (
     EngineSeed,
     GenerationConfig,
     KVCacheDtype,
+    KVDir,
+    KVDirSize,
     KVOffloadingSize,
     KVTokens,
     LoadFormat,
@@ -30,6 +33,7 @@ from radixgen.cli.options import (
     StallTimeout,
     TensorParallel,
     WarmUp,
+    kv_dir_bytes,
     reject_options,
     to_flags,
 )
@@ -46,6 +50,8 @@ _ENGINE_OPTIONS = [
     "max_num_batched_tokens",
     "kv_tokens",
     "kv_offloading_size",
+    "kv_dir",
+    "kv_dir_size",
     "enforce_eager",
     "warm_up",
     "seed",
@@ -74,6 +80,8 @@ def serve(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
     kv_offloading_size: KVOffloadingSize = 0.0,
+    kv_dir: KVDir = None,
+    kv_dir_size: KVDirSize = DEFAULT_KV_DIR_SIZE,
     enforce_eager: EnforceEager = False,
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
@@ -156,6 +164,7 @@ def serve(
         else:
             reject_options(context, ["workers"], "requires --zmq")
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+        from radixgen.cache.kv_files import folder_secret
         from radixgen.engine.async_engine import AsyncEngine
         from radixgen.engine.engine import Engine
         from radixgen.engine.profiler import check_profile
@@ -218,6 +227,8 @@ def serve(
                 "max_num_batched_tokens": max_num_batched_tokens,
                 "kv_tokens": kv_tokens,
                 "kv_offloading_size": kv_offloading_size,
+                "kv_dir": kv_dir,
+                "kv_dir_size": kv_dir_size,
                 "enforce_eager": enforce_eager,
                 "warm_up": warm_up,
                 "no_warm_up": warm_up is False,
@@ -252,12 +263,18 @@ def serve(
                     max_step_tokens=max_num_batched_tokens,
                     kv_tokens=kv_tokens,
                     kv_offloading_size=kv_offloading_size,
+                    kv_dir=kv_dir,
+                    kv_dir_bytes=kv_dir_bytes(kv_dir, kv_dir_size),
                     enforce_eager=enforce_eager,
                     seed=seed,
                     limits=limits,
                 )
                 if profile is not None:
                     engine.profile(profile, profile_steps)
-                options = replace(options, warm_up=engine.runs_on_gpu if warm_up is None else warm_up)
+                options = replace(
+                    options,
+                    warm_up=engine.runs_on_gpu if warm_up is None else warm_up,
+                    secret=b"" if kv_dir is None else folder_secret(kv_dir),
+                )
                 backend = AsyncEngine(engine)
         server.serve(backend, options, binding)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from radixgen.cli.errors import report_errors
 from radixgen.cli.options import (
+    DEFAULT_KV_DIR_SIZE,
     DEFAULT_LIMITS,
     DEFAULT_MODEL,
     Device,
@@ -16,6 +17,8 @@ from radixgen.cli.options import (
     EnforceEager,
     EngineSeed,
     KVCacheDtype,
+    KVDir,
+    KVDirSize,
     KVOffloadingSize,
     KVTokens,
     LoadFormat,
@@ -28,6 +31,7 @@ from radixgen.cli.options import (
     StallTimeout,
     TensorParallel,
     WarmUp,
+    kv_dir_bytes,
     to_flags,
 )
 from radixgen.core import InvalidRequest, Limits
@@ -59,6 +63,8 @@ def worker(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     kv_tokens: KVTokens = None,
     kv_offloading_size: KVOffloadingSize = 0.0,
+    kv_dir: KVDir = None,
+    kv_dir_size: KVDirSize = DEFAULT_KV_DIR_SIZE,
     enforce_eager: EnforceEager = False,
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
@@ -99,6 +105,9 @@ def worker(
     }
     step_sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     with report_errors():
+        # replicas of one server are given the same folder
+        folder = kv_dir if kv_dir is None or parent_fd is None else kv_dir / str(engine_index)
+        sizes |= {"kv_dir": folder, "kv_dir_bytes": kv_dir_bytes(folder, kv_dir_size)}
         if profile is not None:
             from radixgen.engine.profiler import check_profile
 

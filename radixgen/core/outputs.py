@@ -226,7 +226,21 @@ class Stats:
     host_fetch_seconds: float = 0.0
     """Duration of the copies back to the pool."""
     host_waited_seconds: float = 0.0
-    """Part of it in which nothing else could run."""
+    """Time in which nothing could run because KV was on its way from host or disk."""
+    kv_bytes_disk_total: int = 0
+    """Maximum size of the files of the disk tier; 0 without one, as the following."""
+    kv_bytes_disk_used: int = 0
+    kv_tokens_disk: int = 0
+    """Tokens whose KV is on disk, including those of other models and settings."""
+    disk_written_tokens: int = 0
+    disk_read_tokens: int = 0
+    """Read from disk to the host."""
+    disk_evicted_tokens: int = 0
+    disk_skipped_tokens: int = 0
+    """Not written, because the disk is too slow or an error occurred."""
+    disk_failed_files: int = 0
+    """Files that were damaged or could not be read. They are deleted, and their tokens computed again."""
+    disk_read_seconds: float = 0.0
 
     @property
     def rows_saved(self) -> int:

@@ -10,7 +10,7 @@ from typing import Unpack
 import numpy as np
 from torch import Tensor
 
-from radixgen.cache import ExtentPool, HostTier, KVCopies, RadixTree, TokenArray
+from radixgen.cache import DiskTier, ExtentPool, HostTier, KVCopies, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
     EngineDead,
@@ -54,6 +54,7 @@ class EngineCore:
         *,
         kv_tokens: int,
         host_kv: KVCopies | None = None,
+        disk: DiskTier | None = None,
         max_step_tokens: int,
         limits: Limits,
         plan: PlanMode = "auto",
@@ -72,7 +73,7 @@ class EngineCore:
         """To be entered by the caller around each call that changes something"""
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
         self.planner = Planner(self.tree, mode=plan, cost=costs)
-        self.host = HostTier(self.tree, host_kv, stamps=debug) if host_kv else None
+        self.host = HostTier(self.tree, host_kv, disk, stamps=debug) if host_kv else None
         self.scheduler = Scheduler(
             self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, host=self.host, debug=debug
         )
@@ -198,6 +199,11 @@ class EngineCore:
         """Remove a finished request that was reported, so that its id is free again."""
         assert request.finished and self.requests[request.id] is request
         del self.requests[request.id]
+
+    @property
+    def fetching(self) -> bool:
+        """Whether KV is on its way to the pool for requests that wait for it."""
+        return self.host is not None and self.host.fetching
 
     @property
     def num_attempts(self) -> int:
@@ -403,7 +409,7 @@ class EngineCore:
     # -- the engine itself --------------------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> int:
-        """Evict everything that is not locked, from the device and the host. Returns the number of tokens."""
+        """Evict everything that is not locked, from device, host and disk. Returns the number of tokens."""
         evicted = self.host.reset() if self.host is not None else 0
         return evicted + self.tree.reset()
 

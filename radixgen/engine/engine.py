@@ -59,6 +59,8 @@ class Engine:
         kv_tokens: int | None = None,
         host_kv_tokens: int = 0,
         kv_offloading_size: float = 0.0,
+        kv_dir: "str | Path | None" = None,
+        kv_dir_bytes: int | None = None,
         max_step_tokens: int | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool = False,
@@ -90,6 +92,9 @@ class Engine:
             step, or in 25 % of the free memory on a CPU; fewer if that allocation fails.
         host_kv_tokens: tokens whose KV host memory keeps as well, to be fetched after the pool has evicted it; or
             `kv_offloading_size`, in GiB.
+        kv_dir: folder that keeps KV on disk, also for later engines with the same weights, through a host tier of at
+            most 4 GiB by default. It is open to its owner alone, and to one engine at a time.
+        kv_dir_bytes: maximum size of the files in `kv_dir`. Default: 16 GiB.
         max_step_tokens: maximum rows per step; longer prompts are computed in chunks. Default: 2,048, or 8,192 on a GPU
             with 32 GiB or more.
         max_model_len: maximum length of prompt plus output, in tokens. Default: the model's maximum.
@@ -121,6 +126,8 @@ class Engine:
             kv_tokens=kv_tokens,
             host_kv_tokens=host_kv_tokens,
             kv_offloading_size=kv_offloading_size,
+            kv_dir=kv_dir,
+            kv_dir_bytes=kv_dir_bytes,
             max_model_len=max_model_len,
             max_step_tokens=max_step_tokens,
             ranks=tensor_parallel_size,
@@ -143,6 +150,7 @@ class Engine:
             served,
             kv_tokens=prepared.kv_tokens,
             host_kv=prepared.host_kv,
+            disk=prepared.disk,
             max_step_tokens=prepared.max_step_tokens,
             limits=self.limits,
             plan=plan,
@@ -329,8 +337,7 @@ class Engine:
         self._loop.cancel(self._loop.live(request_id))
 
     def fork(self, request_id: str, n: int = 1) -> list[str]:
-        """Create `n` requests that continue from this request's current token with different draws, and return their
-        ids.
+        """Create `n` requests that continue from this one's current token with other draws, and return their ids.
 
         No KV is copied or computed. The first output of a fork has all that the request has generated before. Greedy
         forks generate the same as the request. Raises `UnknownRequest`, `InvalidRequest` (also for a beam search) and
@@ -347,8 +354,7 @@ class Engine:
         ttl: float | None = None,
         replaces: int | None = None,
     ) -> int | None:
-        """Keep the cached prefix of `prompt` even when no request uses it. Returns the pin's id, or None if nothing is
-        cached.
+        """Keep the cached prefix of `prompt` even if unused. Returns the pin's id, or None if nothing is cached.
 
         A pin lasts until `unpin`, for `ttl` seconds, or until memory is needed and nothing else can be freed. Pins with
         the lowest priority are released first. The pin `replaces` is released in the same call. Raises
@@ -366,11 +372,7 @@ class Engine:
         return self._pins.ids
 
     @refuses_adapters
-    def preload(
-        self,
-        prompts: Prompt | Seq[Prompt],
-        **options: Unpack[PinOptions],
-    ) -> list[int | None]:
+    def preload(self, prompts: Prompt | Seq[Prompt], **options: Unpack[PinOptions]) -> list[int | None]:
         """Compute prompts that later requests begin with, such as system prompts or documents, and pin them.
 
         Returns the pins in the order of the prompts; a pin is None if memory was too short to keep any of the prompt.
@@ -472,9 +474,7 @@ class Engine:
         return self._core.stats()
 
     def check(self) -> None:
-        """Assert every invariant: slots have one owner, locks belong to live cursors and pins, counts add up, limits
-        hold.
-        """
+        """Assert every invariant: slots have one owner, locks belong to cursors and pins, counts add up."""
         self._guard.require()
         self._core.check()
         self._loop.check()

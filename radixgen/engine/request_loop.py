@@ -113,7 +113,7 @@ class RequestLoop:
             before, stuck = self._core.num_attempts, False
             if self._undelivered.keys().isdisjoint(request_ids):
                 new = self._step()
-                stuck = not new and before == self._core.num_attempts
+                stuck = not new and before == self._core.num_attempts and not self._core.fetching
                 self._keep(new)
             outputs = [output for request_id in request_ids for output in self._undelivered.pop(request_id, ())]
         if stuck:

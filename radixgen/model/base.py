@@ -60,6 +60,16 @@ class SupportsHostKV(Protocol):
 
 
 @runtime_checkable
+class SupportsDiskKV(SupportsHostKV, Protocol):
+    """A model whose KV can be kept on disk, for later engines: `host_kv` returns `HostRecords`, too."""
+
+    def kv_fingerprint(self) -> bytes:
+        """Return a hash of all that a token's KV depends on besides the tokens up to it, 32 bytes: weights, settings,
+        data types, and the versions of the code.
+        """
+
+
+@runtime_checkable
 class SupportsWarmUp(Protocol):
     """A model whose first step of each kind is slow, because something is compiled or captured for it."""
 

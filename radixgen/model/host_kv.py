@@ -33,6 +33,7 @@ class HostKV:
         pools = [pool for pair in zip(storage.keys, storage.values, strict=True) for pool in pair]
         self.num_slots = slots
         self._records = KVRecords(pools)
+        self.record_bytes = self._records.size
         self._host = _host_memory(slots, self._records.size, pinned=device.type == "cuda")
         self._save = _Direction(self._records.size, device)
         self._load = _Direction(self._records.size, device)
@@ -54,6 +55,20 @@ class HostKV:
                     records[first : first + length].copy_(self._host[start : start + length], non_blocking=True)
                 self._records.unpack(records, indices)
         return copy
+
+    def read_records(self, host_slots: Slots) -> NDArray[np.uint8]:
+        """As `HostRecords.read_records`."""
+        records = np.empty((host_slots.size, self.record_bytes), np.uint8)
+        memory = self._host.numpy()
+        for first, start, length in _runs(host_slots):
+            records[first : first + length] = memory[start : start + length]
+        return records
+
+    def write_records(self, host_slots: Slots, records: NDArray[np.uint8]) -> None:
+        """As `HostRecords.write_records`."""
+        memory = self._host.numpy()
+        for first, start, length in _runs(host_slots):
+            memory[start : start + length] = records[first : first + length]
 
     def join(self, copy: Copy) -> None:
         """Have later work of the current stream wait for a copy."""

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from radixgen.cache import KVCopies
+from radixgen.cache import DiskTier, KVCopies
 from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
-from radixgen.model.base import Model, SupportsHostKV
+from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV
 from radixgen.model.checkpoint import check_layers
+from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
@@ -36,6 +37,7 @@ class PreparedModel(NamedTuple):
     kv_tokens: int
     max_step_tokens: int
     host_kv: KVCopies | None
+    disk: DiskTier | None
 
 
 def prepare_model(
@@ -51,6 +53,8 @@ def prepare_model(
     kv_tokens: int | None,
     host_kv_tokens: int,
     kv_offloading_size: float,
+    kv_dir: str | Path | None,
+    kv_dir_bytes: int | None,
     max_model_len: int | None,
     max_step_tokens: int | None,
     ranks: int,
@@ -64,6 +68,7 @@ def prepare_model(
     check_integer("host_kv_tokens", host_kv_tokens, 0, 2**63 - 1)
     if not 0.0 <= kv_offloading_size <= _MAX_OFFLOADING_GIB:
         raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
+    check_kv_dir(kv_dir, kv_dir_bytes)
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
     max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
     served: Model
@@ -107,11 +112,14 @@ def prepare_model(
             raise
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
     try:
+        if kv_dir is not None and not kv_offloading_size and isinstance(served, SupportsDiskKV):
+            host_kv_tokens = host_kv_tokens or default_host_tokens(served, slots)
         host_kv = allocate_host_kv(served, host_kv_tokens, kv_offloading_size)
+        disk = None if kv_dir is None else open_kv_dir(served, host_kv, kv_dir, kv_dir_bytes)
     except BaseException:
         served.release()
         raise
-    return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv)
+    return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv, disk)
 
 
 def check_options(

@@ -18,6 +18,7 @@ from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter
 from radixgen.kernels.flash_backend import backend_with_flash
 from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.kernels.upload import upload
+from radixgen.model.fingerprint import kv_fingerprint
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
 from radixgen.model.host_kv import HostKV
 from radixgen.model.layer_call import LayerCall
@@ -96,6 +97,10 @@ class ModelRunner:
     def host_kv(self, slots: int) -> HostKV:
         """As `radixgen.model.base.SupportsHostKV`."""
         return HostKV(self.storage, slots, self.device)
+
+    def kv_fingerprint(self) -> bytes:
+        """As `radixgen.model.base.SupportsDiskKV`."""
+        return kv_fingerprint(self.model.model, self.kv_shapes)
 
     def run(
         self,

@@ -88,6 +88,8 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             tensor_parallel_size=options.tensor_parallel_size,
             kv_tokens=options.kv_tokens,
             kv_offloading_size=options.kv_offloading_size,
+            kv_dir=options.kv_dir,
+            kv_dir_bytes=options.kv_dir_bytes,
             max_model_len=options.max_model_len,
             max_step_tokens=options.max_num_batched_tokens,
             enforce_eager=options.enforce_eager,
@@ -222,6 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-tokens", type=int, help="size of the KV cache, in tokens")
     offloading = "host memory for KV that the KV cache evicts, in GiB"
     parser.add_argument("--kv-offloading-size", type=float, default=0.0, help=offloading)
+    parser.add_argument("--kv-dir", help="keep KV on disk here")
+    parser.add_argument("--kv-dir-bytes", type=int)
     parser.add_argument("--max-model-len", type=int, help="maximum length of prompt plus output, in tokens")
     parser.add_argument(
         "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum number of running sequences"

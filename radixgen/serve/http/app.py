@@ -73,6 +73,7 @@ class ServeOptions:
     root_path: str = ""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     warm_up: bool = False
+    secret: bytes = field(default=b"", repr=False)
 
     def check(self) -> None:
         """Raise `InvalidRequest` for the first option that is out of its range."""
@@ -142,7 +143,7 @@ def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more
 
 
 def _context(engine: EngineBackend, options: ServeOptions) -> Context:
-    keys = Keys(options.api_keys, options.operator_keys)
+    keys = Keys(options.api_keys, options.operator_keys, options.secret)
     names = tuple(options.names) or (engine.model_name,)
     per_key = options.max_concurrency_per_key or ((options.max_open + 1) // 2 if keys.several else None)
     open_limit = OpenLimit(options.max_open, per_key)

@@ -43,9 +43,9 @@ class Keys:
     routes too. If no operator's key exists, a single caller's key opens them; with several callers, no key does.
     """
 
-    def __init__(self, callers: Sequence[str] = (), operators: Sequence[str] = ()) -> None:
-        """Raises `InvalidRequest`."""
-        self._secret = secrets.token_bytes(32)
+    def __init__(self, callers: Sequence[str] = (), operators: Sequence[str] = (), secret: bytes = b"") -> None:
+        """`secret`: keys the namespaces; by default a random one. Raises `InvalidRequest`."""
+        self._secret = secret or secrets.token_bytes(32)
         for key in (*callers, *operators):
             if not 0 < len(key) <= _LONGEST_KEY or not key.isascii() or not key.isprintable() or key != key.strip():
                 raise InvalidRequest("api_key", "…", f"must be 1 to {_LONGEST_KEY} printable ASCII characters")

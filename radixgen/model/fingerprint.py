@@ -1,0 +1,61 @@
+"""A hash of everything but tokens that keys and values depend on."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from hashlib import sha256
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from radixgen.cache.storage import LayerShape
+from radixgen.version import VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PIECE_BYTES = 8 << 20
+"""Hashed at once by a thread."""
+
+
+def kv_fingerprint(model: "PreTrainedModel", shapes: Sequence[LayerShape]) -> bytes:
+    """Hash the tensors of `model` as they are in memory, its config, the shapes of its KV and the versions of the code.
+
+    A checkpoint that was overwritten thus gets another fingerprint, whatever its path and its times. Returns 32 bytes.
+    """
+    import transformers
+
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # the buffers have the rotary frequencies
+    settings = {
+        "versions": [VERSION, torch.__version__, transformers.__version__],
+        "config": _public(model.config.to_dict()),
+        "rotary": [getattr(module, "attention_scaling", None) for module in model.modules()],
+        "kv": [astuple(shape) for shape in shapes],
+        "tensors": [(name, str(tensor.dtype), *tensor.shape) for name, tensor in tensors.items()],
+    }
+    total = sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for digest in threads.map(_digest, chain.from_iterable(map(_pieces, tensors.values()))):
+            total.update(digest)
+    return total.digest()
+
+
+def _public(config: object) -> object:
+    """Return a config without names of files, and without what transformers notes for itself."""
+    if isinstance(config, dict):
+        return {key: _public(value) for key, value in config.items() if not str(key).startswith("_")}
+    return config
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the bytes of a tensor in parts; uint8 `[bytes]`."""
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    yield from content.split(_PIECE_BYTES)  # type: ignore[no-untyped-call]
+
+
+def _digest(piece: Tensor) -> bytes:
+    return sha256(piece.cpu().numpy().data).digest()
