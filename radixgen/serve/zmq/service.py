@@ -336,6 +336,7 @@ class Service:
             kv_cache_size_tokens=slots,
             kv_cache_max_concurrency=slots / self.max_len,
             eos_token_ids=sorted(self.engine.eos_token_ids),
+            host_kv_tokens=self.engine.stats().kv_tokens_host_total,
         )
 
     def namespace(self, salt: str | None, key: bytes = b"") -> str:

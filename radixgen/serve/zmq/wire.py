@@ -68,7 +68,7 @@ class Init(Struct):
 
 
 class Ready(Struct):
-    """First message of a worker on an input socket. The last two fields are radixgen's own."""
+    """First message of a worker on an input socket. The last three fields are radixgen's own."""
 
     max_model_len: int
     num_gpu_blocks: int
@@ -91,6 +91,7 @@ class Ready(Struct):
     supports_lora: bool = False
     max_loras: int = 0
     eos_token_ids: list[int] = []
+    host_kv_tokens: int = 0
     radixgen_version: str = ""
 
 
