@@ -282,12 +282,7 @@ class Engine:
     # -- request by request -------------------------------------------------------------------------------
 
     @refuses_adapters
-    def submit(
-        self,
-        prompt: Prompt,
-        params: Params | None = None,
-        **options: Unpack[SubmitOptions],
-    ) -> str:
+    def submit(self, prompt: Prompt, params: Params | None = None, **options: Unpack[SubmitOptions]) -> str:
         """Queue a request and return its id.
 
         request_id: its id; by default a new one.
@@ -344,15 +339,7 @@ class Engine:
         """
         return self._submitter.fork(request_id, n)
 
-    def pin(
-        self,
-        prompt: Prompt,
-        *,
-        namespace: str = "",
-        priority: int = 0,
-        ttl: float | None = None,
-        replaces: int | None = None,
-    ) -> int | None:
+    def pin(self, prompt: Prompt, *, replaces: int | None = None, **options: Unpack[PinOptions]) -> int | None:
         """Keep the cached prefix of `prompt` even when no request uses it. Returns the pin's id, or None if nothing is
         cached.
 
@@ -360,7 +347,7 @@ class Engine:
         the lowest priority are released first. The pin `replaces` is released in the same call. Raises
         `InvalidRequest`, `LimitReached`.
         """
-        return self._pins.pin(prompt, replaces, namespace=namespace, priority=priority, ttl=ttl)
+        return self._pins.pin(prompt, replaces, **options)
 
     def unpin(self, pin: int) -> bool:
         """Release a pin. Returns False if it is already gone."""
