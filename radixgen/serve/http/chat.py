@@ -15,6 +15,13 @@ from starlette.responses import Response
 
 from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
+from radixgen.serve.http.cache_hints import (
+    breakpoint_hints,
+    breakpoints_of,
+    hints_of,
+    with_marks,
+    without_cache_control,
+)
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.enforceable_schema import enforceable_format
 from radixgen.serve.http.fields import names_of, sent_as
@@ -78,7 +85,11 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
 
 def prepared_messages(context: Context, body: ChatRequest | TokenizeRequest) -> tuple[Mapping[str, Any], ...]:
     """Messages in the form that chat templates expect. Raises `InvalidRequest`."""
-    messages = as_messages("messages", body.messages, context.limits)
+    return _converted(context, body.messages or [])
+
+
+def _converted(context: Context, given: list[ChatMessage]) -> tuple[Mapping[str, Any], ...]:
+    messages = without_cache_control(as_messages("messages", given, context.limits))
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
     return tuple(template_messages(messages, Roles(getattr(context.engine.inputs.tokenizer, "chat_template", None))))
@@ -99,21 +110,26 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
     messages, template = prepared_messages(context, body), template_of(context, body)
     turn = None
     if body.session_id is None:
-        ids = list(template.tokenize(template.render(messages)))
+        text = template.render(messages)
+        ids = list(template.tokenize(text))
     else:
         inputs.check_name("session_id", body.session_id)
         key = SessionKey(caller.key_id, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
-        ids = turn.draft.token_ids
+        text, ids = turn.draft.text, turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = context.answer_tokens(requested, tokens.size, logprobs)
     params = inputs.for_chat(_params(context, body, max_tokens, warn))
     inputs.check(tokens, params, compiles=False)
-    return _Chat(
-        GenerationRequest([tokens], params, caller.key_id, namespace, context.priority(caller, body.priority)), turn
-    )
+    priority, hints = context.priority(caller, body.priority), hints_of(context, caller, body.cache_hints)
+    breakpoints = breakpoints_of(body.messages)
+    if breakpoints:
+        marked = _converted(context, with_marks(body.messages, breakpoints))
+        hints += breakpoint_hints(breakpoints, template, marked, text, ids)
+        inputs.check_hints(hints)
+    return _Chat(GenerationRequest([tokens], params, caller.key_id, namespace, priority, tuple(hints)), turn)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:

@@ -130,6 +130,9 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("host_fetch_seconds", "Duration of fetches from host memory", stats.host_fetch_seconds),
         ("host_waited_seconds", "Time in which only fetches could go on", stats.host_waited_seconds),
         ("num_preemptions", "Preempted sequences", stats.preemptions),
+        ("cache_hints_accepted", "Cache hints accepted", stats.hints_accepted),
+        ("cache_hints_clipped", "Cache hints clipped to a bound", stats.hints_clipped),
+        ("cache_hints_refused", "Cache hints refused", stats.hints_refused),
         ("failed_captures", "CUDA graphs that could not be captured", stats.failed_captures),
     ):
         yield CounterMetricFamily(name, says, count)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from radixgen.core import FinishReason, InvalidRequest, SamplingParams
+from radixgen.core import FinishReason, HintAction, HintStatus, InvalidRequest, SamplingParams
 
 ChatMessage = Annotated[
     dict[str, Any],
@@ -39,6 +39,15 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True, omit_defaults=True):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+
+
+class CacheHintFields(Struct, forbid_unknown_fields=True):
+    """Cache hint: what to do with the KV of the first `num_tokens` of the prompt, or for `demote` with what follows."""
+
+    action: HintAction
+    num_tokens: int | None = None
+    ttl: float | None = None
+    priority: int = 0
 
 
 class FunctionDefinition(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -109,6 +118,7 @@ class SamplingFields(IgnoredFields, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    cache_hints: list[CacheHintFields] | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
 
@@ -223,10 +233,23 @@ class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 # -- responses ------------------------------------------------------------------------------------------------
 
 
+class CacheHintAnswer(Struct):
+    """Answer to a cache hint. `num_tokens`: length of what is kept or demoted. `ttl`: seconds."""
+
+    action: HintAction
+    status: HintStatus
+    num_tokens: int
+    ttl: float | None
+    reason: str | None
+
+
 class PromptTokensDetails(Struct):
-    """`cached_tokens`: number of prompt tokens whose KV was cached."""
+    """`cached_tokens`: number of prompt tokens whose KV was cached. `cache_hints`: answers to the request's hints, and
+    then to each `cache_control`.
+    """
 
     cached_tokens: int = 0
+    cache_hints: list[CacheHintAnswer] | UnsetType = UNSET
 
 
 class Usage(Struct, kw_only=True):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from radixgen.cache import TokenArray
 from radixgen.core import (
+    CacheHint,
     EngineDead,
     FinishReason,
     InvalidRequest,
@@ -87,9 +88,17 @@ class WorkerBackend:
         return self._closed or not self._client.workers
 
     async def open(
-        self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
+        self,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        priority: int,
+        namespace: str,
+        timeout: float | None,
+        cache_hints: Seq[CacheHint] = (),
+        hint_owner: str | None = None,
     ) -> "_Answer":
-        """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineDead`."""
+        """Queue a request. Its hints go with its first sequence. Raises `InvalidRequest`, `QueueFull`, `EngineDead`."""
         tokens = prompt.tolist()
         streams: list[AsyncStream] = []
         try:
@@ -97,9 +106,16 @@ class WorkerBackend:
                 seed = None if params.seed is None else (params.seed + index) % 2**64
                 own = replace(params, n=1, seed=seed, stop=())
                 beside = streams[0] if streams else None
-                streams.append(
-                    await self._client.open(tokens, own, cache_salt=namespace, priority=priority, beside=beside)
+                stream = await self._client.open(
+                    tokens,
+                    own,
+                    cache_salt=namespace,
+                    priority=priority,
+                    beside=beside,
+                    cache_hints=() if streams else cache_hints,
+                    hint_owner=hint_owner,
                 )
+                streams.append(stream)
         except BaseException:
             for stream in streams:
                 await stream.aclose()
@@ -226,6 +242,7 @@ def _take(sequence: Sequence, output: RequestOutput) -> None:
     """Add what came of a sequence."""
     request, (new,) = sequence.request, output.outputs
     request.num_cached_tokens = min(request.num_cached_tokens or 0, output.num_cached_tokens)
+    request.hint_results = output.cache_hints or request.hint_results
     if output.prompt_logprobs is not None:
         request.prompt_logprobs = [logprobs for logprobs in output.prompt_logprobs if logprobs is not None]
     sequence.output += new.token_ids

@@ -150,6 +150,8 @@ class Service:
                 priority=-request.priority,
                 namespace=namespace,
                 output_kind="delta",
+                cache_hints=wire_params.to_hints(sampling.cache_hints),
+                hint_owner=sampling.hint_owner,
             )
 
         if params.structured and self._compile is not None:
@@ -409,6 +411,8 @@ class Service:
             self._started += 1
             prompt, cached = output.num_prompt_tokens, output.num_cached_tokens
             message.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
+            if output.cache_hints:
+                message.prefill_stats.cache_hints = wire_params.from_results(output.cache_hints)
         if output.finished:
             assert new.finish_reason is not None
             message.finish_reason = _FINISH[new.finish_reason]
