@@ -38,8 +38,8 @@ from radixgen.serve.http.protocol import (
     ChatResponse,
     ChunkChoice,
     Delta,
+    PromptFields,
     Reason,
-    TokenizeRequest,
     ToolCall,
     Usage,
 )
@@ -83,7 +83,7 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     return router
 
 
-def prepared_messages(context: Context, body: ChatRequest | TokenizeRequest) -> tuple[Mapping[str, Any], ...]:
+def prepared_messages(context: Context, body: ChatRequest | PromptFields) -> tuple[Mapping[str, Any], ...]:
     """Messages in the form that chat templates expect. Raises `InvalidRequest`."""
     return _converted(context, body.messages or [])
 
@@ -95,7 +95,7 @@ def _converted(context: Context, given: list[ChatMessage]) -> tuple[Mapping[str,
     return tuple(template_messages(messages, Roles(getattr(context.engine.inputs.tokenizer, "chat_template", None))))
 
 
-def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTemplate:
+def template_of(context: Context, body: ChatRequest | PromptFields) -> ChatTemplate:
     """Chat template with the tools and variables of a request. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
     inputs, options = context.engine.inputs, body.chat_template_kwargs

@@ -211,8 +211,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     verbosity: str | None = None
 
 
-class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """`POST /tokenize`, with a text or a chat."""
+class PromptFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A text or a chat."""
 
     model: str | None = None
     prompt: str | None = None
@@ -220,7 +220,19 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(PromptFields, kw_only=True):
+    """`POST /tokenize`."""
+
     return_token_strs: bool | None = None
+
+
+class CacheHintsRequest(PromptFields, kw_only=True):
+    """`POST /cache_hints`: hints about a text or chat, without a generation."""
+
+    cache_hints: list[CacheHintFields]
+    cache_salt: str | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -425,6 +437,12 @@ class TokenizeResponse(Struct, kw_only=True):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | UnsetType = UNSET
+
+
+class CacheHintsResponse(Struct):
+    """Answers to cache hints, in their order."""
+
+    cache_hints: list[CacheHintAnswer]
 
 
 class DetokenizeResponse(Struct):

@@ -15,6 +15,7 @@ from radixgen.core import (
     CacheHint,
     EngineDead,
     FinishReason,
+    HintResult,
     InvalidRequest,
     Limits,
     RadixgenError,
@@ -122,6 +123,12 @@ class WorkerBackend:
             raise
         self._open += 1
         return _Answer(self, streams, params, prompt, timeout)
+
+    async def apply_hints(
+        self, prompt: TokenArray, hints: Seq[CacheHint], *, namespace: str, hint_owner: str | None
+    ) -> tuple[HintResult, ...]:
+        """Apply cache hints on the worker that a request with this prompt would go to."""
+        return await self._client.apply_hints(prompt.tolist(), hints, cache_salt=namespace, hint_owner=hint_owner)
 
     async def warm_up(self, progress: Progress | None = None) -> None:
         """Workers are warm before they come."""
