@@ -93,7 +93,7 @@ def test_what_is_held_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             engine.generate(prompt, GREEDY)
             wait_for(lambda: events.stats().batches > batches)  # noqa: B023
         monkeypatch.setattr(kv_subscriber, "_QUIET_SECONDS", 0.05)
-        wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held))
+        wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held["GPU"]))
         assert events.stats().blocks > 10 and engine.stats().evicted_tokens and lost
         assert events.stats().snapshots >= (1 if buffer_steps == 10_000 else 2) and held.cleared >= 1
         one.leave("worker")
