@@ -1,6 +1,6 @@
 """Cache hints: applied within bounds per owner, and answered."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import get_args
@@ -86,11 +86,14 @@ class CacheHints:
             self._prefetches.remove(prefetch)
             self._arrive(prefetch, now)
 
+    def fetches(self) -> Iterator[Fetch]:
+        """Iterate over the fetches that hints began or joined."""
+        return (prefetch.fetch for prefetch in self._prefetches)
+
     def check(self) -> None:
         """Assert that pins of hints are within their bounds."""
         owners = [pin.owner for pin in self._pins if pin.owner is not None]
         assert all(owners.count(owner) <= self._limits.max_hint_pins for owner in owners)
-        assert all(not prefetch.fetch.arrived or prefetch.fetch.waiters > 0 for prefetch in self._prefetches)
 
     # -- inside -------------------------------------------------------------------------------------------
 

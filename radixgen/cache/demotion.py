@@ -12,7 +12,7 @@ def demote(
     tree: RadixTree, tokens: TokenArray, namespace: str = "", start: int = 0, copying: Iterable[Lock] = ()
 ) -> int:
     """Let the cached tokens from position `start` on, and what alone continues them, be evicted before everything else.
-    A new lock ends it. Returns the number of tokens.
+    A new lock ends it. Returns how many of `tokens` that are.
 
     Nodes that another path shares or locks stay as they are. `copying`: locks of copies, which count as none.
     """
@@ -27,7 +27,7 @@ def demote(
         node.priority = DEMOTED
         if node.evictable:
             tree.evictable.add(node)
-        demoted += node.known
+        demoted += min(node.end, match.length) - node.start
         copies[node.parent] += node.locked
         node = node.parent
     return demoted

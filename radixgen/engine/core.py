@@ -453,8 +453,7 @@ class EngineCore:
 
     def check(self) -> None:
         """Assert every invariant. Call it between two steps."""
-        check_engine(self.scheduler, self.requests, self.limits)
-        self.hints.check()
+        check_engine(self.scheduler, self.hints, self.requests, self.limits)
 
     def close(self) -> None:
         """Release the model. Live requests end without an output."""
