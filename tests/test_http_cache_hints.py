@@ -9,6 +9,8 @@ from served import HI, Served, in_process, limited, tiny
 from test_http_app import figures
 from test_http_workers import over_workers
 
+from radixgen.cache.node import DEMOTED
+
 KEYS = ["one", "two"]
 GREEDY = {"temperature": 0, "max_tokens": 3}
 CONTROL = {"type": "ephemeral"}
@@ -166,6 +168,20 @@ def test_the_turns_of_a_session() -> None:
             counts.append(found[-1])
             messages.append(response["choices"][0]["message"])
         await unpin(served)
+
+    in_process(test, tiny())
+
+
+def test_the_path_that_a_session_leaves_is_demoted() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        for text in ("abcdef", "abcxyz"):
+            messages = [{"role": "user", "content": text}]
+            body = GREEDY | {"messages": messages, "session_id": "s"}
+            assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        demoted = await asyncio.wrap_future(
+            served.engine.inspect(lambda core: [n for n in core.tree.nodes() if n.priority == DEMOTED])
+        )
+        assert [(node.start, node.known) for node in demoted] == [(5, 8)], "`def;a:`, and two tokens of the answer"
 
     in_process(test, tiny())
 

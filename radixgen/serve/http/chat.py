@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
+from radixgen.chat.history import num_common
+from radixgen.core import CacheHint, CompletionOutput, InvalidRequest, RadixgenError, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.cache_hints import (
     breakpoint_hints,
@@ -294,3 +297,13 @@ class _ChatResponder:
             params = self._generation.request.params
             end = partial(self._context.sessions.end, turn, output, message, params)
             await self._context.preparer.finish(turn.key.key_id, end)
+            if turn.superseded:
+                await self._demote(turn)
+
+    async def _demote(self, turn: SessionTurn) -> None:
+        """Let what only the session's previous path holds be evicted first."""
+        old = np.array(turn.superseded, np.int32)
+        hint = CacheHint("demote", num_common(turn.superseded, turn.draft.token_ids))
+        request = self._generation.request
+        with suppress(RadixgenError):  # the answer is there, whatever becomes of the cache
+            await self._context.engine.apply_hints(old, [hint], namespace=request.namespace, hint_owner=None)
