@@ -67,6 +67,7 @@ class CacheHints:
 
     def end(self, request: Request) -> None:
         """Demote what a request that has ended leaves in the cache, if one of its hints says so."""
+        self.drop(request)
         for hint, result in zip(request.hints, request.hint_results, strict=True):
             if hint.action == "demote" and result.status != "refused":
                 for sequence in request.sequences:

@@ -124,7 +124,7 @@ def test_keys_have_bounds_of_their_own() -> None:
         (parts("abc", "def", at=(0,)), [(5, 300)]),
         (parts("abc", "def", at=(0, 1), ttl="1h"), [(5, 3600), (8, 3600)]),
         ([{"role": "system", "content": "be brief", "cache_control": CONTROL}, *HI], [(10, 300)]),
-        ([{"role": "user", "content": "漢字", "cache_control": {"type": "ephemeral", "ttl": "5m"}}], [(8, 300)]),
+        ([{"role": "user", "content": "漢漢", "cache_control": {"type": "ephemeral", "ttl": "5m"}}], [(8, 300)]),
         (
             [*parts("é", at=(0,)), {"role": "assistant", "content": "b"}, *parts("c", "", at=(1,))],
             [(4, 300), (11, 300)],
