@@ -34,6 +34,7 @@ PICTURE = ROOT / "docs" / "demo.svg"
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
     "plan", "step", "simulate", "cluster", "startup", "kv_dtype",
+    "host_tier", "tiers",
 )  # fmt: skip
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
 SHOWN = ("latency", "agents", "parallel", "prefix", "unshared")
@@ -244,7 +245,7 @@ def tables() -> str:
     for name in TABLE:
         found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         rows += [f"| `bench.{name}` | {text} | {bound} |" for text, bound in found["bounds"]]
-        places.append(f"{found['processor']}, torch {found['torch']}, {found['date']}")
+        places.append(f"{found.get('device', found['processor'])}, torch {found['torch']}, {found['date']}")
     return "\n".join(
         [
             *rows,

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.policies import ROUTING_BLOCK, Policy, Rule
-from bench.sessions import Player, Request, Session, Workload, own_ids
-from radixgen.cache import BlockProjection, ExtentPool, RadixTree, hash_blocks
+from bench.sessions import Player, Request, Session, Units, Workload, own_ids
+from radixgen.cache import BlockProjection, ExtentPool, HostTier, RadixTree, hash_blocks
 
 POOL = 1 << 24
 """Tokens that a replica caches"""
@@ -35,6 +35,8 @@ class Setting:
     row: float = ROW
     faults: int = 0
     pool: int = POOL
+    host: int = 0
+    """Tokens of a replica's host tier"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,37 @@ class Outcome:
         return float(np.percentile(self.waits, 99))
 
 
+class NoCopies:
+    """Copies of a host tier of this many slots, which take no time."""
+
+    seconds = 0.0
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+
+    def save(self, slots: NDArray[np.int64], host_slots: NDArray[np.int64]) -> "NoCopies":
+        return self
+
+    def load(self, host_slots: NDArray[np.int64], slots: NDArray[np.int64]) -> "NoCopies":
+        return self
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        """Nothing is in flight."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 @dataclass(slots=True)
 class Replica:
     """A tree, a queue and `servers` that compute prompts from it."""
 
     tree: RadixTree
     servers: int
+    host: HostTier | None = None
     queue: deque[Request] = field(default_factory=deque)
     computing: int = 0
     live: set[Request] = field(default_factory=set)
@@ -76,6 +103,8 @@ class Replica:
         if not self.queue or self.computing == self.servers:
             return None
         request, tree = self.queue[0], self.tree
+        if self.host is not None:
+            self.host.poll(0.0, 0)  # what was saved may be evicted
         match = tree.match_prefix(request.prompt)
         length, evictable = (match.length, match.evictable) if match else (0, 0)
         lacks = request.prompt.size - length
@@ -84,6 +113,7 @@ class Replica:
             return None
         self.queue.popleft()
         self.computing += 1
+        lacks -= self._fetch(request.prompt, match.computed if match else 0)
         request.lock = tree.insert(request.prompt)
         if lacks:
             leaf = request.lock.held
@@ -92,6 +122,18 @@ class Replica:
             if self.servers > 1:
                 tree.commit(leaf)
         return request, lacks
+
+    def _fetch(self, prompt: Units, computed: int) -> int:
+        """Fetch what the host has of a prompt. Returns the number of units."""
+        host = self.host
+        if host is None:
+            return 0
+        fetch = host.fetch(prompt, "", computed)
+        if fetch is None:
+            return 0
+        host.poll(0.0, 0)
+        host.leave(fetch)
+        return fetch.num_tokens
 
     def finish(self, request: Request) -> None:
         """Its prompt is computed."""
@@ -241,11 +283,13 @@ class Simulation:
         setting = self.setting
         servers = setting.replicas if self.pooled else 1
         self.policy.joined(number)
-        tree = RadixTree(ExtentPool(servers * setting.pool // setting.workload.unit))
+        unit = setting.workload.unit
+        tree = RadixTree(ExtentPool(servers * setting.pool // unit))
+        host = HostTier(tree, NoCopies(setting.host // unit), min_fetch=1) if setting.host else None
         if isinstance(self.policy, Rule):
             emit = partial(self.policy.event, number)
-            BlockProjection(tree, emit, ROUTING_BLOCK // setting.workload.unit)
-        self._replicas[number] = Replica(tree, servers)
+            BlockProjection(tree, emit, ROUTING_BLOCK // unit)
+        self._replicas[number] = Replica(tree, servers, host)
 
     def _fault(self, number: int) -> None:
         """A replica dies with every so many requests, and is back after half as many."""

@@ -38,7 +38,7 @@ class KVRecords:
         if self._table is not None:
             self._launch(self._table, slots, records, pack=True)
             return
-        for part, record in zip(self._parts, records.split(self._sizes, 1), strict=True):
+        for part, record in zip(self._parts, torch.split(records, self._sizes, 1), strict=True):
             record.copy_(part[slots].contiguous().view(torch.uint8).view(record.shape))
 
     def unpack(self, records: Tensor, slots: Tensor) -> None:
@@ -46,7 +46,7 @@ class KVRecords:
         if self._table is not None:
             self._launch(self._table, slots, records, pack=False)
             return
-        for part, record in zip(self._parts, records.split(self._sizes, 1), strict=True):
+        for part, record in zip(self._parts, torch.split(records, self._sizes, 1), strict=True):
             part.index_copy_(0, slots, record.contiguous().view(part.dtype).view(-1, *part.shape[1:]))
 
     def _word_table(self) -> Tensor:

@@ -204,7 +204,7 @@ class CacheHints:
             pin = self._pins.add(prefetch.tokens, fetch.namespace, prefetch.priority, prefetch.expires, owner)
             if pin is not None:
                 self._merge(pin, own)
-        self._host.leave(fetch, admitted=False)
+        self._host.leave(fetch)
 
     def _demote(self, tokens: TokenArray, namespace: str, start: int) -> int:
         copying = self._host.locks() if self._host is not None else ()

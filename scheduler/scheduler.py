@@ -6,14 +6,14 @@ slot to its cursor. If nothing is missing, the cursor's last token gives logits.
 
 from collections.abc import Sequence as Seq
 from operator import attrgetter
-from typing import get_args
 
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import FollowedMatch, HostTier, Match, Node, RadixTree, sharing_end
+from radixgen.cache import HostTier, Node, RadixTree
 from radixgen.cache.check import check_plan
-from radixgen.core import Limits, SharingReason
+from radixgen.core import Limits
+from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
 from radixgen.scheduler.paths import holds_alone, lacking, scheduled_end
 from radixgen.scheduler.pins import Pins
@@ -22,10 +22,6 @@ from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.reserves import FIRST_RESERVE, Reserves
 from radixgen.scheduler.sequence import Request, Sequence
 
-_GROWTH_SHARE = 16
-"""At most this fraction (1/n) of the pool is kept free for running sequences to grow."""
-_MAX_ADMITTED = 256
-"""Sequences admitted per step before no further request is considered, so that running ones do not wait long."""
 _MAX_SCORED = 512
 """Maximum rows per step that score prompts, so that the logits of a long prompt fit in memory."""
 
@@ -51,15 +47,13 @@ class Scheduler:
         self.waiting = WaitingQueue(limits.max_overtaken)
         self.running: SortedKeyList[Sequence] = SortedKeyList(key=attrgetter("rank"))
         self.pins = Pins(tree)
+        self.admission = Admission(tree, self.waiting, self.running, self.pins, host, limits.max_num_seqs)
         self._reserves = Reserves(tree, self.running, self.waiting)
         self._debug = debug
         self.now = 0.0
         """Time at which the current step began, in seconds on the engine's clock."""
         self._last_rows = 0
         self.preemptions = 0
-        self.prompt_tokens = 0
-        self.cached_prompt_tokens = 0
-        self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
         self.computed_prompt_tokens = 0
 
     def add(self, request: Request) -> None:
@@ -92,9 +86,7 @@ class Scheduler:
         if sequence.cursor is not None:
             self._leave(sequence)
         elif sequence.choices is None:
-            self.waiting.remove(sequence)
-            self._unfollow(sequence)
-            self._leave_fetch(sequence, admitted=False)
+            self.admission.withdraw(sequence)
         if sequence.namespace != sequence.request.namespace:
             self.tree.discard(sequence.namespace)
 
@@ -116,7 +108,7 @@ class Scheduler:
             self.host.poll(self.now, self._last_rows if self.running else 0)
         # Admission may split nodes, and a span must not be split: all cursors are set before any slot is
         # taken.
-        batch = Batch(pool.num_steps + 1, all_admitted=only is None and admit and self._admit())
+        batch = Batch(pool.num_steps + 1, all_admitted=only is None and admit and self.admission.admit(self.now))
         budget = self.max_step_tokens
         for sequence in self._in_schedule_order():
             if sequence.cursor is not None and only in (None, sequence.request):
@@ -338,110 +330,6 @@ class Scheduler:
         tree.evict(sum(counts) - tree.pool.free)
         tree.reserve(lacking, counts)
         return True
-
-    # -- admission ----------------------------------------------------------------------------------------
-
-    def _admit(self) -> bool:
-        """Admit waiting requests while everything that they lack fits without preemption; siblings go together.
-
-        Returns False if more would fit than one step admits.
-        """
-        enough = len(self.running) + _MAX_ADMITTED
-        while len(self.waiting):
-            if len(self.running) >= enough:
-                return False
-            request = self.waiting.choose(self._follow)
-            if request is None or len(request.waiting) > self.max_num_seqs - len(self.running):
-                return True
-            while request.waiting:
-                sequence = request.waiting[0]
-                if self._others_hold_slots and not self._fits(sequence, len(request.waiting)):
-                    return True
-                if self._fetch(sequence):
-                    break
-                self._enter(sequence)
-        return True
-
-    @property
-    def _others_hold_slots(self) -> bool:
-        return bool(self.running) or (self.host is not None and self.host.fetching)
-
-    def _fetch(self, sequence: Sequence) -> bool:
-        """Return whether the sequence has to wait for KV from the host, which is on its way then."""
-        if self.host is not None and sequence.fetch is None:
-            followed = self._follow(sequence)
-            sequence.fetch = self.host.fetch(followed.tokens, sequence.namespace, followed.computed)
-        return sequence.request.fetching
-
-    def _leave_fetch(self, sequence: Sequence, *, admitted: bool) -> None:
-        if self.host is not None and sequence.fetch is not None:
-            self.host.leave(sequence.fetch, admitted=admitted)
-            sequence.fetch = None
-
-    def _follow(self, sequence: Sequence) -> FollowedMatch:
-        """Return the match of a waiting sequence, kept up to date by the tree until it is admitted or removed."""
-        if sequence.followed is None:
-            sequence.followed = self.tree.follow(sequence.tokens(), sequence.namespace)
-        return sequence.followed
-
-    def _unfollow(self, sequence: Sequence) -> None:
-        if sequence.followed is not None:
-            self.tree.unfollow(sequence.followed)
-            sequence.followed = None
-
-    def _fits(self, sequence: Sequence, seats: int) -> bool:
-        """Return whether there is room for what the sequence lacks and for everyone to grow a little.
-
-        Releases pins if needed, unless releasing all would not suffice. Reserves do not count as room: taking them for
-        new sequences would fragment all leaves into single slots.
-        """
-        tree, followed = self.tree, self._follow(sequence)
-        growing = len(self.running) + seats
-        growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
-        wanted, match = followed.tokens.size + growth, followed.match()
-        short = self._missing_slots(wanted, match)
-        if short > 0 and short > self.pins.freed_by_release(match):
-            return False
-        while short > 0 and self.pins.release_weakest():
-            short = self._missing_slots(wanted, followed.match())
-        return short <= 0
-
-    def _missing_slots(self, wanted: int, match: Match | None) -> int:
-        """Return how many slots are lacking to store `wanted` tokens, given that `match` is already in the tree and all
-        unscheduled tokens still need slots.
-        """
-        tree = self.tree
-        known, locked = (match.length, match.evictable) if match else (0, 0)
-        return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
-
-    def _enter(self, sequence: Sequence) -> None:
-        followed, request = self._follow(sequence), sequence.request
-        tokens = followed.tokens
-        if request.num_cached_tokens is None:
-            match = followed.match()
-            request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
-            request.queue_seconds = max(self.now - request.arrived, 0.0)
-            request.num_shared_tokens = match.length - match.evictable if match else 0
-            request.sharing_ended = end = sharing_end(self.tree, tokens, sequence.namespace, match)
-            if end is not None:
-                self.sharing_ended[end.reason] += 1
-            self.prompt_tokens += request.prompt.size
-            self.cached_prompt_tokens += request.num_cached_tokens
-        sequence.cursor = self.tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
-        self._leave_fetch(sequence, admitted=True)
-        self.waiting.admit(sequence)
-        self.running.add(sequence)
-        self._hand_match_to_sibling(sequence)
-
-    def _hand_match_to_sibling(self, sequence: Sequence) -> None:
-        """Give the match of an admitted sequence to a waiting sibling with the same tokens, or drop it."""
-        request = sequence.request
-        sibling = request.waiting[0] if request.waiting else None
-        alike = sequence.namespace == request.namespace and not sequence.output
-        if sibling is None or sibling.followed or sibling.output or not alike:
-            self._unfollow(sequence)
-        else:
-            sequence.followed, sibling.followed = None, sequence.followed
 
     # -- memory -------------------------------------------------------------------------------------------
 

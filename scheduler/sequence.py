@@ -116,7 +116,7 @@ class Sequence:
     followed: FollowedMatch | None = None
     """Match of its tokens while it waits, once it may be next."""
     fetch: Fetch | None = None
-    """Fetch of its tokens from the host while it waits, and until it is admitted."""
+    """Fetch of its tokens from the host while it waits."""
 
     def __post_init__(self) -> None:
         self.output = self.sampling.output

@@ -27,6 +27,7 @@ from bench import (
     engine,
     explain,
     gpu,
+    host_tier,
     http,
     kv_dtype,
     live,
@@ -42,6 +43,7 @@ from bench import (
     startup,
     step,
     thoughts,
+    tiers,
     tree,
 )
 from bench import (
@@ -219,6 +221,20 @@ def test_kv_dtype(capsys, monkeypatch) -> None:
     assert 0 < figures["error_int8"] < 0.01 and figures["cpu_int8"] > 0
     assert figures["perplexity_int8_text"] == pytest.approx(0.01) and figures["greedy_int8"]["tokens"] == 3
     assert "perplexity_int8_text" in figures["missed"]
+
+
+def test_host_tier(capsys) -> None:
+    assert host_tier.main([]) == 0
+    figures = last_line(capsys)
+    without, hosted = figures["agents, without"], figures["agents, with"]
+    assert without["fetched"] == 0 < hosted["fetched"] and hosted["rows"] < without["rows"]
+    assert figures["fetched_tokens"] >= 5 * host_tier.TOY.prefix
+
+
+def test_tiers(capsys) -> None:
+    assert tiers.main(["--alive", "8", "--tiers", "3e6", "--requests", "200", "--check"]) == 0
+    figures = last_line(capsys)
+    assert 0 < figures["coding agents, made up, 8 alive"]["alone"] < 100 and not figures["missed"]
 
 
 def test_equal_ids_give_equal_tokens() -> None:

@@ -112,7 +112,7 @@ def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.Mon
     found: list[list[str]] = []
     monkeypatch.setattr(dynamo, "main", found.append)
     flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", "64", "--seed", "3", "--tensor-parallel-size", "2"]
-    flags += ["--profile", str(tmp_path), "--profile-steps", "5"]
+    flags += ["--profile", str(tmp_path), "--profile-steps", "5", "--kv-offloading-size", "0.5"]
     command = ["worker", "--backend", "dynamo", "--model", "stamp", "--block-size", "4", "--enforce-eager", *flags]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -124,7 +124,7 @@ def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.Mon
         64,
     )
     assert options.enforce_eager and (options.seed, options.tensor_parallel_size) == (3, 2)
-    assert (options.profile, options.profile_steps) == (str(tmp_path), 5)
+    assert (options.profile, options.profile_steps, options.kv_offloading_size) == (str(tmp_path), 5, 0.5)
 
 
 def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: ModuleType) -> None:

@@ -150,6 +150,19 @@ def test_requests_with_one_prefix_share_a_fetch() -> None:
     assert served.engine.stats().host_fetched_tokens <= 44
 
 
+def test_a_fetch_for_another_is_followed_by_one_of_its_own() -> None:
+    """Both wait for what they have in common; then the rest of the longer one is fetched, too."""
+    served = Stamped(slots=120, host_slots=400)
+    served.copies.delay = 2
+    (system, own) = texts(2)
+    for prompt in ([*system, 0], system + own):
+        served.run([prompt])
+        served.empty_pool()
+    assert min(served.run([[*system, 0], system + own + [1]])) > 30
+    stats = served.engine.stats()
+    assert stats.host_fetched_tokens >= 60 and stats.host_recomputed_tokens == 0
+
+
 def test_a_request_that_leaves_while_it_fetches_locks_nothing() -> None:
     served = Stamped()
     (prompt,) = texts(1)

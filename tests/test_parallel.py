@@ -246,6 +246,20 @@ while True:
 """
 
 
+def test_two_ranks_keep_their_kv_in_host_memory(llama: Path) -> None:
+    """Each its own heads; what comes back is what went."""
+    answers = []
+    for options in {}, {"tensor_parallel_size": 2, "host_kv_tokens": 2_000}:
+        with Engine(llama, **TIGHT, **options) as engine:
+            if engine._core.host is not None:
+                engine._core.host._min_fetch = 1
+            found = [engine.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in 2 * prompts()]
+            engine.check()
+            assert bool(engine.stats().host_fetched_tokens) == bool(options)
+        answers.append(found)
+    assert answers[0] == answers[1]
+
+
 def test_no_rank_outlives_a_killed_engine(llama: Path, tmp_path: Path) -> None:
     """Its followers hold its standard error, which ends when the last of them does. Nor does their folder stay."""
     command = [sys.executable, "-c", SCRIPT, str(llama)]

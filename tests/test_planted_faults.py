@@ -1,7 +1,7 @@
 """It would have been seen: faults that real serving engines had, planted by name, are each caught by the machine."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 from sizes import size
 
 import radixgen.cache.boundary as boundary_module
+import radixgen.cache.host_tier as host_tier_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.planner as planner_module
-from radixgen.cache import ExtentPool, Lock, RadixTree
+from radixgen.cache import Extent, ExtentPool, HostTier, Lock, Node, RadixTree
 from radixgen.core import EngineDead, Plan
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.run_ahead import RunAhead
+from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -260,8 +262,8 @@ def a_prompt_is_scored_one_token_late(patch: Patch) -> None:
 
 
 def seats_are_not_counted(patch: Patch) -> None:
-    after(patch, Scheduler, "_fits", lambda *_: True)
-    before(patch, Scheduler, "_admit", lambda scheduler: setattr(scheduler, "max_num_seqs", 1_000))
+    after(patch, Admission, "_fits", lambda *_: True)
+    before(patch, Admission, "admit", lambda admission, *_: setattr(admission, "_max_num_seqs", 1_000))
 
 
 def anyone_may_be_overtaken_for_ever(patch: Patch) -> None:
@@ -294,7 +296,47 @@ def a_last_output_is_lost(patch: Patch) -> None:
     after(patch, OutputProcessor, "process", lose)
 
 
+# -- the host tier ----------------------------------------------------------------------------------------
+
+
+def finish(copies: Iterable[Any]) -> None:
+    """Copies say that they have finished, and have not."""
+    for one in copies:
+        one.copy.done = lambda: True
+
+
+def a_fetch_is_used_before_it_has_arrived(patch: Patch) -> None:
+    before(patch, HostTier, "poll", lambda host, *_: finish(host._fetches))
+
+
+def a_save_counts_before_it_has_finished(patch: Patch) -> None:
+    before(patch, HostTier, "poll", lambda host, *_: finish(host._saves))
+
+
+def fetched_slots_go_to_other_tokens(patch: Patch) -> None:
+    plain = host_tier_module.end_load
+
+    def end_load(tree: RadixTree, node: Node, first: int, extents: list[Extent]) -> None:
+        plain(tree, node, first, extents[::-1])
+
+    patch.setattr(host_tier_module, "end_load", end_load)
+
+
+def what_is_saved_is_one_token_off(patch: Patch) -> None:
+    plain = host_tier_module._path_slots
+    patch.setattr(host_tier_module, "_path_slots", lambda *arguments: np.roll(plain(*arguments), 1))
+
+
+def a_fetch_that_nobody_waits_for_stays_locked(patch: Patch) -> None:
+    patch.setattr(HostTier, "leave", lambda self, fetch: None)
+
+
 FAULTS = [
+    a_fetch_is_used_before_it_has_arrived,
+    a_save_counts_before_it_has_finished,
+    fetched_slots_go_to_other_tokens,
+    what_is_saved_is_one_token_off,
+    a_fetch_that_nobody_waits_for_stays_locked,
     a_lock_is_skipped,
     a_split_drops_a_reference,
     a_split_is_off_by_one_slot,

@@ -8,6 +8,7 @@ from oracle import StampModel
 
 from radixgen import Engine, SamplingParams
 from radixgen.scheduler import planner as planner_module
+from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.scheduler import Scheduler
@@ -76,7 +77,7 @@ def test_while_only_lengths_grow_nothing_is_planned_or_laid_out(monkeypatch) -> 
         for owner, name in (
             (Planner, "build_plan"),
             (planner_module, "revise"),
-            (Scheduler, "_admit"),
+            (Admission, "admit"),
             (Scheduler, "_make_room"),
             (Scheduler, "_schedule_path"),
         ):

@@ -75,8 +75,8 @@ class _Save:
 
 @dataclass(eq=False, slots=True)
 class Fetch:
-    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path is locked until
-    the first of them is admitted or all are gone.
+    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path stays locked
+    until all of them were admitted or are gone.
     """
 
     tokens: TokenArray
@@ -188,10 +188,10 @@ class HostTier:
         self._fetches.append(fetch)
         return fetch
 
-    def leave(self, fetch: Fetch, *, admitted: bool) -> None:
-        """Count one waiter less. The first that was admitted, and the last of all, unlock the path."""
+    def leave(self, fetch: Fetch) -> None:
+        """Count one waiter less. The last unlocks the path."""
         fetch.waiters -= 1
-        if fetch.arrived and fetch.locks_path and (admitted or not fetch.waiters):
+        if fetch.arrived and fetch.locks_path and not fetch.waiters:
             self._arrived.remove(fetch)
             self._device.unlock(fetch.device)
 
@@ -270,8 +270,8 @@ class HostTier:
         """Assert the invariants of the host's tree, and that locks there belong to copies in flight."""
         self.tree.check()
         locks: dict[int, int] = {}
-        for copy in (*self._saves, *self._fetches):
-            locks[copy.host.held.id] = locks.get(copy.host.held.id, 0) + 1
+        for lock in [save.host for save in self._saves] + [fetch.host for fetch in self._fetches]:
+            locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
         for node in self.tree.nodes():
             assert node.lock_count == locks.get(node.id, 0), f"{node} of the host has a lock without a copy"
         loading = sorted(extent for fetch in self._fetches for extent in fetch.extents)

@@ -422,9 +422,9 @@ class EngineCore:
         held = pool.used - loading - tree.reserved_tokens - tree.evictable_tokens + tree.unscheduled_tokens
         return Stats(
             steps=self._steps,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.cached_prompt_tokens,
-            sharing_ended=dict(scheduler.sharing_ended),
+            prompt_tokens=scheduler.admission.prompt_tokens,
+            cached_prompt_tokens=scheduler.admission.cached_prompt_tokens,
+            sharing_ended=dict(scheduler.admission.sharing_ended),
             computed_prompt_tokens=scheduler.computed_prompt_tokens,
             computed_rows=self._computed_rows,
             logit_rows=self._logit_rows,

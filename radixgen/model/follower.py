@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from radixgen.cache.storage import kv_room
@@ -23,9 +24,11 @@ from radixgen.core import Plan
 from radixgen.model.frame_ring import RingReader
 from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, unpack, unpack_step
 from radixgen.model.parallel import load_rank, run_ahead
+from radixgen.model.rank_host_kv import FollowerHostKV
 from radixgen.model.ranks import await_hangup, join
 from radixgen.model.runner import ModelRunner
 
+T = TypeVar("T")
 Receive = Callable[[], bytearray]
 """Returns rank 0's next frame; blocks."""
 
@@ -68,6 +71,7 @@ def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
     Raises `ChannelClosed` if `receive` does, and whatever a step of `model` raises.
     """
     origins: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+    host: FollowerHostKV | None = None
     while True:
         kind, arrays = unpack(receive())
         if kind is RankCommand.RUN:
@@ -80,18 +84,28 @@ def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
         elif kind is RankCommand.ROOM:
             channel.answer(kv_room=kv_room(model.device))
         elif kind is RankCommand.ALLOCATE:
-            _allocate(channel, model, int(arrays[0][0]))
+            _answer(channel, partial(model.allocate, int(arrays[0][0])))
+        elif kind is RankCommand.ALLOCATE_HOST:
+            host = _answer(channel, partial(_host_kv, model, int(arrays[0][0])))
+        elif kind in (RankCommand.SAVE, RankCommand.SAVED, RankCommand.LOAD, RankCommand.LOADED) and host is not None:
+            host.follow(kind, arrays)
         else:
             raise ValueError(f"{kind.name} is not a command to follow")
 
 
-def _allocate(channel: Channel, model: ModelRunner, slots: int) -> None:
+def _answer(channel: Channel, allocate: Callable[[], T]) -> T | None:
+    """Allocate something, and answer whether there was memory for it."""
     try:
-        model.allocate(slots)
-    except (MemoryError, RuntimeError, ValueError) as error:
+        result = allocate()
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
         channel.answer(refused=f"{type(error).__name__}: {error}")
-    else:
-        channel.answer(allocated=1)
+        return None
+    channel.answer(allocated=1)
+    return result
+
+
+def _host_kv(model: ModelRunner, slots: int) -> FollowerHostKV:
+    return FollowerHostKV(model.host_kv(slots))
 
 
 def _receive(ring: RingReader, channel: Channel) -> bytearray:

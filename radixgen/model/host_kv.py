@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,11 +55,16 @@ class HostKV:
                 self._records.unpack(records, indices)
         return copy
 
+    def join(self, copy: Copy) -> None:
+        """Have later work of the current stream wait for a copy."""
+        if isinstance(copy, _StreamCopy):
+            torch.cuda.current_stream().wait_event(copy.end)
+
     def release(self) -> None:
         """Wait for copies in flight and free the memory."""
         if self._host.is_pinned():
             torch.cuda.synchronize()
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr()))
+            _check_cuda(_cudart().cudaHostUnregister(self._host.data_ptr()))
         self._host = self._host.new_empty(0)
 
 
@@ -67,7 +73,7 @@ class _Direction:
 
     def __init__(self, record: int, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         tokens = max(_STAGING_BYTES // record, 1)
         self._staging = torch.empty((tokens, record), dtype=torch.uint8, device=device)
 
@@ -122,7 +128,7 @@ class _StreamCopy:
         return float(self._begin.elapsed_time(self.end)) / 1e3
 
     def done(self) -> bool:
-        return bool(self.end.query())
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self.end.synchronize()
@@ -132,8 +138,12 @@ def _host_memory(tokens: int, record: int, *, pinned: bool) -> Tensor:
     """Return uint8 `[tokens, record]`. PyTorch would round the size of pinned memory up to a power of two."""
     memory = torch.frombuffer(mmap.mmap(-1, tokens * record), dtype=torch.uint8).view(tokens, record)
     if pinned:
-        _check_cuda(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        _check_cuda(_cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     return memory
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _check_cuda(status: int) -> None:

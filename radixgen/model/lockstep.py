@@ -62,6 +62,14 @@ class RankCommand(IntEnum):
     """Asks for the bytes that a pool may take."""
     AGREED = 6
     """Tells whether all ranks succeeded, after each has reported for itself."""
+    ALLOCATE_HOST = 7
+    SAVE = 8
+    """Begins a copy to host memory."""
+    SAVED = 9
+    """Rank 0 has finished the oldest such copy."""
+    LOAD = 10
+    """Begins a copy from host memory."""
+    LOADED = 11
 
 
 class ChannelClosed(Exception):

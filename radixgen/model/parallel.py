@@ -28,6 +28,7 @@ from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
 from radixgen.model.lockstep import ModelInput, PlanOrigins, RankCommand, RankJob, pack, pack_step
 from radixgen.model.rank_all_reduce import RANK_ALL_REDUCE
+from radixgen.model.rank_host_kv import SharedHostKV
 from radixgen.model.ranks import START_SECONDS, Followers, StepDeadline, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
 from radixgen.model.tree_model import TreeModel
@@ -92,6 +93,11 @@ class ParallelModel:
         except (MemoryError, RuntimeError, ValueError):
             self._allocate(0)
             raise
+
+    def host_kv(self, slots: int) -> SharedHostKV:
+        """As `radixgen.model.base.SupportsHostKV`. Each rank keeps the KV of its heads."""
+        own = self._on_all_ranks(RankCommand.ALLOCATE_HOST, slots, self.runner.host_kv)
+        return SharedHostKV(own, self._send)
 
     def run(
         self,
@@ -173,17 +179,32 @@ class ParallelModel:
         return result
 
     def _allocate(self, slots: int) -> None:
-        self.followers.send(pack(RankCommand.ALLOCATE, [np.array([slots])]))
+        self._on_all_ranks(RankCommand.ALLOCATE, slots, self.runner.allocate)
+
+    def _on_all_ranks(self, kind: RankCommand, slots: int, allocate: Callable[[int], T]) -> T:
+        """Allocate something on every rank. Raises what rank 0 raises, and `RuntimeError` if another one refuses."""
+        self.followers.send(pack(kind, [np.array([slots])]))
         failure: Exception | None = None
         try:
-            self.runner.allocate(slots)
-        except (MemoryError, RuntimeError, ValueError) as error:
+            result = allocate(slots)
+        except (MemoryError, OSError, RuntimeError, ValueError) as error:
             failure = error
         for rank, answer in enumerate(self.followers.answers(START_SECONDS), 1):
             if "refused" in answer and failure is None:
                 failure = RuntimeError(f"rank {rank}: {answer['refused']}")
         if failure is not None:
             raise failure
+        return result
+
+    def _send(self, kind: RankCommand, arrays: list[NDArray[np.int64]]) -> None:
+        """Send a command that needs no answer. Raises `EngineDead` if a rank is gone."""
+        if self._dead:
+            raise EngineDead(self._dead)
+        try:
+            self.followers.send(pack(kind, arrays))
+        except Exception as error:
+            self._mark_dead(f"a copy failed: {self.followers.describe_exits() or repr(error)}")
+            raise EngineDead(self._dead) from error
 
     def _mark_dead(self, reason: str) -> None:
         self._dead = self._dead or f"{self.name}: {reason}"

@@ -87,6 +87,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
             device=options.device,
             tensor_parallel_size=options.tensor_parallel_size,
             kv_tokens=options.kv_tokens,
+            kv_offloading_size=options.kv_offloading_size,
             max_model_len=options.max_model_len,
             max_step_tokens=options.max_num_batched_tokens,
             enforce_eager=options.enforce_eager,
@@ -219,6 +220,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tensor-parallel-size", type=int, default=1, help="number of processes to shard the model over"
     )
     parser.add_argument("--kv-tokens", type=int, help="size of the KV cache, in tokens")
+    offloading = "host memory for KV that the KV cache evicts, in GiB"
+    parser.add_argument("--kv-offloading-size", type=float, default=0.0, help=offloading)
     parser.add_argument("--max-model-len", type=int, help="maximum length of prompt plus output, in tokens")
     parser.add_argument(
         "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum number of running sequences"

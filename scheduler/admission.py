@@ -1,0 +1,147 @@
+"""Admission of waiting requests: what fits, what is fetched from the host first, and what the cache had of a prompt."""
+
+from typing import get_args
+
+from sortedcontainers import SortedKeyList
+
+from radixgen.cache import FollowedMatch, HostTier, Match, RadixTree, sharing_end
+from radixgen.core import SharingReason
+from radixgen.scheduler.pins import Pins
+from radixgen.scheduler.queue import WaitingQueue
+from radixgen.scheduler.reserves import FIRST_RESERVE
+from radixgen.scheduler.sequence import Sequence
+
+_GROWTH_SHARE = 16
+"""At most this fraction (1/n) of the pool is kept free for running sequences to grow."""
+_MAX_ADMITTED = 256
+"""Sequences admitted per step before no further request is considered, so that running ones do not wait long."""
+
+
+class Admission:
+    """Moves sequences from `waiting` to `running`, and counts what the cache had of their prompts."""
+
+    def __init__(
+        self,
+        tree: RadixTree,
+        waiting: WaitingQueue,
+        running: "SortedKeyList[Sequence]",
+        pins: Pins,
+        host: HostTier | None,
+        max_num_seqs: int,
+    ) -> None:
+        self.prompt_tokens = 0
+        self.cached_prompt_tokens = 0
+        self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
+        self._tree = tree
+        self._waiting = waiting
+        self._running = running
+        self._pins = pins
+        self._host = host
+        self._max_num_seqs = max_num_seqs
+
+    def admit(self, now: float) -> bool:
+        """Admit waiting requests while everything that they lack fits without preemption; siblings go together.
+
+        `now`: seconds on the engine's clock. Returns False if more would fit than one step admits.
+        """
+        enough = len(self._running) + _MAX_ADMITTED
+        while len(self._waiting):
+            if len(self._running) >= enough:
+                return False
+            request = self._waiting.choose(self._follow)
+            if request is None or len(request.waiting) > self._max_num_seqs - len(self._running):
+                return True
+            while request.waiting:
+                sequence = request.waiting[0]
+                if self._others_hold_slots and not self._fits(sequence, len(request.waiting)):
+                    return True
+                if self._fetch(sequence):
+                    break
+                self._enter(sequence, now)
+        return True
+
+    @property
+    def _others_hold_slots(self) -> bool:
+        return bool(self._running) or (self._host is not None and self._host.fetching)
+
+    def _fetch(self, sequence: Sequence) -> bool:
+        """Return whether the sequence has to wait for KV from the host, which is on its way then."""
+        before = sequence.fetch
+        if self._host is not None and (before is None or before.arrived):
+            followed = self._follow(sequence)
+            sequence.fetch = self._host.fetch(followed.tokens, sequence.namespace, followed.computed)
+            if before is not None:
+                self._host.leave(before)
+        return sequence.request.fetching
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Remove a waiting sequence that ended or was cancelled."""
+        self._waiting.remove(sequence)
+        self._unfollow(sequence)
+        if self._host is not None and sequence.fetch is not None:
+            self._host.leave(sequence.fetch)
+            sequence.fetch = None
+
+    def _follow(self, sequence: Sequence) -> FollowedMatch:
+        """Return the match of a waiting sequence, kept up to date by the tree until it is admitted or removed."""
+        if sequence.followed is None:
+            sequence.followed = self._tree.follow(sequence.tokens(), sequence.namespace)
+        return sequence.followed
+
+    def _unfollow(self, sequence: Sequence) -> None:
+        if sequence.followed is not None:
+            self._tree.unfollow(sequence.followed)
+            sequence.followed = None
+
+    def _fits(self, sequence: Sequence, seats: int) -> bool:
+        """Return whether there is room for what the sequence lacks and for everyone to grow a little.
+
+        Releases pins if needed, unless releasing all would not suffice. Reserves do not count as room: taking them for
+        new sequences would fragment all leaves into single slots.
+        """
+        tree, followed = self._tree, self._follow(sequence)
+        growing = len(self._running) + seats
+        growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
+        wanted, match = followed.tokens.size + growth, followed.match()
+        short = self._missing_slots(wanted, match)
+        if short > 0 and short > self._pins.freed_by_release(match):
+            return False
+        while short > 0 and self._pins.release_weakest():
+            short = self._missing_slots(wanted, followed.match())
+        return short <= 0
+
+    def _missing_slots(self, wanted: int, match: Match | None) -> int:
+        """Return how many slots are lacking to store `wanted` tokens, given that `match` is already in the tree and all
+        unscheduled tokens still need slots.
+        """
+        tree = self._tree
+        known, locked = (match.length, match.evictable) if match else (0, 0)
+        return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
+
+    def _enter(self, sequence: Sequence, now: float) -> None:
+        followed, request = self._follow(sequence), sequence.request
+        tokens = followed.tokens
+        if request.num_cached_tokens is None:
+            match = followed.match()
+            request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
+            request.queue_seconds = max(now - request.arrived, 0.0)
+            request.num_shared_tokens = match.length - match.evictable if match else 0
+            request.sharing_ended = end = sharing_end(self._tree, tokens, sequence.namespace, match)
+            if end is not None:
+                self.sharing_ended[end.reason] += 1
+            self.prompt_tokens += request.prompt.size
+            self.cached_prompt_tokens += request.num_cached_tokens
+        sequence.cursor = self._tree.insert(tokens, sequence.namespace, priority=request.priority, followed=followed)
+        self._waiting.admit(sequence)
+        self._running.add(sequence)
+        self._hand_match_to_sibling(sequence)
+
+    def _hand_match_to_sibling(self, sequence: Sequence) -> None:
+        """Give the match of an admitted sequence to a waiting sibling with the same tokens, or drop it."""
+        request = sequence.request
+        sibling = request.waiting[0] if request.waiting else None
+        alike = sequence.namespace == request.namespace and not sequence.output
+        if sibling is None or sibling.followed or sibling.output or not alike:
+            self._unfollow(sequence)
+        else:
+            sequence.followed, sibling.followed = None, sequence.followed
