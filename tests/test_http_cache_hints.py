@@ -74,7 +74,7 @@ def test_hints_are_answered() -> None:
         ([{"action": "retain", "size": 3}], "cache_hints", "size"),
         ([{"action": "retain", "num_tokens": -1}], "cache_hints[0].num_tokens", "from 0"),
         ([{"action": "pin"}, {"action": "retain", "ttl": 0}], "cache_hints[1].ttl", "above 0"),
-        ([{"action": "retain", "ttl": "5m"}], "cache_hints", "number"),
+        ([{"action": "retain", "ttl": "5m"}], "cache_hints", "ttl"),
         (17 * [{"action": "retain"}], "len(cache_hints)", "at most 16"),
     ],
 )
@@ -127,7 +127,7 @@ def test_keys_have_bounds_of_their_own() -> None:
         ([{"role": "user", "content": "漢漢", "cache_control": {"type": "ephemeral", "ttl": "5m"}}], [(8, 300)]),
         (
             [*parts("é", at=(0,)), {"role": "assistant", "content": "b"}, *parts("c", "", at=(1,))],
-            [(4, 300), (11, 300)],
+            [(4, 300), (12, 300)],
         ),
     ],
 )
