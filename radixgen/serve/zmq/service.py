@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from msgspec import UNSET
 
 from radixgen.cache import TokenArray
 from radixgen.core import (
@@ -338,7 +339,7 @@ class Service:
             kv_cache_size_tokens=slots,
             kv_cache_max_concurrency=slots / self.max_len,
             eos_token_ids=sorted(self.engine.eos_token_ids),
-            host_kv_tokens=self.engine.stats().kv_tokens_host_total,
+            host_kv_tokens=self.engine.stats().kv_tokens_host_total or UNSET,
         )
 
     def namespace(self, salt: str | None, key: bytes = b"") -> str:

@@ -91,7 +91,7 @@ class Ready(Struct):
     supports_lora: bool = False
     max_loras: int = 0
     eos_token_ids: list[int] = []
-    host_kv_tokens: int = 0
+    host_kv_tokens: int | UnsetType = UNSET
     radixgen_version: str = ""
 
 
