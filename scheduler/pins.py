@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sortedcontainers import SortedKeyList
@@ -12,13 +12,17 @@ from radixgen.cache import Lock, Match, Node, RadixTree, TokenArray
 
 @dataclass(eq=False, slots=True)
 class Pin:
-    """A pinned prefix of `num_tokens`, until `expires` (seconds on the engine's clock) or until memory is short."""
+    """A pinned prefix of `num_tokens`, until `expires` (seconds on the engine's clock) or until memory is short.
+
+    `owner`: whose cache hint made it; None for a pin of `Engine.pin`.
+    """
 
     id: int
     lock: Lock
     num_tokens: int
     priority: int
     expires: float
+    owner: str | None = None
 
 
 class Pins:
@@ -42,14 +46,16 @@ class Pins:
     def __contains__(self, pin_id: int) -> bool:
         return pin_id in self._by_id
 
-    def add(self, tokens: TokenArray, namespace: str, priority: int, expires: float) -> Pin | None:
+    def add(
+        self, tokens: TokenArray, namespace: str, priority: int, expires: float, owner: str | None = None
+    ) -> Pin | None:
         """Pin the cached prefix of `tokens`; None if nothing of it is cached."""
         match = self._tree.match_prefix(tokens, namespace)
         if match is None or match.computed == 0:
             return None
         self._serial += 1
         lock = self._tree.insert(tokens[: match.computed], namespace)
-        pin = Pin(self._serial, lock, match.computed, priority, expires)
+        pin = Pin(self._serial, lock, match.computed, priority, expires, owner)
         self._by_id[pin.id] = pin
         self._by_weakness.add(pin)
         self._next_expiry = min(self._next_expiry, expires)
@@ -87,8 +93,7 @@ class Pins:
     @property
     def num_tokens(self) -> int:
         """Distinct tokens on the paths of all pins."""
-        nodes = {part.id: part.known for pin in self for part in pin.lock.held.path()}
-        return sum(nodes.values())
+        return sum(node.known for node in nodes_of(self))
 
     def _alone(self) -> list[Node]:
         """Return the nodes locked by pins only, each after its descendants."""
@@ -101,3 +106,14 @@ class Pins:
                 if held[above] == above.lock_count + above.locked_children:
                     alone.append(above)
         return alone
+
+
+def nodes_of(pins: Iterable[Pin]) -> set[Node]:
+    """Return the nodes on the paths of pins."""
+    nodes: set[Node] = set()
+    for pin in pins:
+        above: Node | None = pin.lock.held
+        while above is not None and above not in nodes:
+            nodes.add(above)
+            above = above.parent
+    return nodes

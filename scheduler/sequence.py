@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray
-from radixgen.core import FinishReason, PromptTokens, SamplingParams, SamplingState, SharingEnd
+from radixgen.core import CacheHint, FinishReason, HintResult, PromptTokens, SamplingParams, SamplingState, SharingEnd
 from radixgen.sampling.beam_search import BeamSearch, Choices
 
 
@@ -25,6 +25,10 @@ class Request:
     arrived: float = 0.0
     deadline: float = math.inf
     """Seconds on the engine's clock, like `arrived`."""
+    hints: tuple[CacheHint, ...] = ()
+    hint_owner: str | None = None
+    """Whom the hints' pins count for; by default the namespace."""
+    hint_results: tuple[HintResult, ...] = ()
     targets: TokenArray | None = None
     """If the prompt is scored: the token after each of its positions."""
     next_scored: int = 0

@@ -29,6 +29,7 @@ from rich.progress import Progress
 
 from radixgen import (
     BeamSearchParams,
+    CacheHint,
     CompletionOutput,
     Engine,
     InvalidRequest,
@@ -44,12 +45,22 @@ from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
 VOCAB, CONTEXT = 3, 40
-LIMITS = Limits(max_waiting=24, max_waiting_tokens=400, max_num_seqs=12, max_pins=4, max_overtaken=6)
+LIMITS = Limits(max_waiting=24, max_waiting_tokens=400, max_num_seqs=12, max_pins=4, max_overtaken=6, max_hint_pins=3)
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
 NAMESPACES = st.sampled_from(["", "", "other"])
 CHUNK = 4
 FILE_BYTES = 256 + 40 * CHUNK
 """Of a chunk of `StampModel`'s KV"""
+HINTS = st.lists(
+    st.builds(
+        CacheHint,
+        st.sampled_from(["retain", "pin", "prefetch", "demote", "demote", "share"]),
+        st.one_of(st.none(), st.integers(0, 30)),
+        st.sampled_from([None, 1.0, 6.0, 1e6]),
+        st.integers(-1, 1),
+    ),
+    max_size=3,
+)
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -265,6 +276,9 @@ class EngineMachine(RuleBasedStateMachine):
                 run_late(self.host._disk)
         self.router = Consumer(self.block_size)
         self.blocks = BlockProjection(self.engine._core.tree, self.router, self.block_size)
+        self.host_router = Consumer(self.block_size)
+        if self.host is not None:
+            self.host_blocks = BlockProjection(self.host.tree, self.host_router, self.block_size)
         self._watch()
 
     @precondition(lambda self: self.host is not None)
@@ -305,6 +319,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 1]),
         timeout=st.sampled_from([None, None, 4.0]),
         kind=KINDS,
+        hints=st.one_of(st.just([]), HINTS),
     )
     def submit(self, **request: Any) -> None:
         self._submit(**request)
@@ -407,6 +422,16 @@ class EngineMachine(RuleBasedStateMachine):
             self.seen["pin"] += 1
             self.pins.append(pin)
 
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data(), namespace=NAMESPACES, hints=HINTS)
+    def hint(self, data: st.DataObject, namespace: str, hints: list[CacheHint]) -> None:
+        text = data.draw(st.sampled_from(self.texts))
+        results = self.engine.apply_hints(text[: CONTEXT - 1], hints, namespace=namespace)
+        for hint, result in zip(hints, results, strict=True):
+            assert hint.action == result.action and 0 <= result.num_tokens <= len(text)
+            assert bool(result.reason) == (result.status != "accepted")
+            self.seen[f"{result.action} {result.status}"] += 1
+
     @precondition(lambda self: self.pins)
     @rule()
     def unpin(self) -> None:
@@ -461,10 +486,17 @@ class EngineMachine(RuleBasedStateMachine):
         priority: int = 0,
         timeout: float | None = None,
         kind: str = "cumulative",
+        hints: list[CacheHint] | None = None,
     ) -> None:
         try:
             name = self.engine.submit(
-                prompt, params, namespace=namespace, priority=priority, timeout=timeout, output_kind=kind
+                prompt,
+                params,
+                namespace=namespace,
+                priority=priority,
+                timeout=timeout,
+                output_kind=kind,
+                cache_hints=hints or [],
             )
         except (InvalidRequest, LimitReached):
             self.engine.check()
@@ -477,6 +509,8 @@ class EngineMachine(RuleBasedStateMachine):
         outputs = self.engine.step()
         self.engine.check()
         self.router.check(self.engine._core.tree)
+        if self.host is not None:
+            self.host_router.check(self.host.tree)
         for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
         after = self.engine.stats()
@@ -592,6 +626,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.engine.has_unfinished and not self.live, "the engine does not drain"
         while self.pins:
             self.unpin()
+        self.now += 1e7  # what hints retain, ends
+        while self.engine.pins or (self.host is not None and self.host.fetching):
+            self._step()
+        self._step()
         self.blocks.check()
         self.engine.reset_prefix_cache()
         self.engine.check()

@@ -81,6 +81,7 @@ CACHING = (
     machine_stage("test_tree_machine", "TreeMachine", examples=40, steps=60),
     *SCHEDULING,
 )
+HINTING = (pytest_stage("tests/test_cache_hints.py"), *SCHEDULING)
 SEARCHING = (pytest_stage("tests/test_beam_search.py", "-k", "not architectures and not smollm2"),)
 STORING = (pytest_stage("tests/test_model.py"),)
 
@@ -88,6 +89,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
     "radixgen/sampling/beam_search.py": SEARCHING,
     "radixgen/cache/boundary.py": CACHING,
     "radixgen/cache/columns.py": CACHING,
+    "radixgen/cache/demotion.py": HINTING,
     "radixgen/cache/eviction.py": CACHING,
     "radixgen/cache/node.py": CACHING,
     "radixgen/cache/policy.py": CACHING,
@@ -97,6 +99,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
     "radixgen/cache/tokens.py": CACHING,
     "radixgen/cache/tree.py": CACHING,
     "scheduler/batch.py": SCHEDULING,
+    "scheduler/cache_hints.py": HINTING,
     "scheduler/reserves.py": SCHEDULING,
     "scheduler/scheduler.py": SCHEDULING,
     "scheduler/beams.py": SEARCHING,

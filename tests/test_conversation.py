@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,7 @@ from radixgen import (
     RequestOutput,
     SamplingParams,
 )
+from radixgen.cache.node import DEMOTED
 from radixgen.model import smollm2
 
 CHATML = templates.tokenizer(templates.FAMILIES["smollm2"])
@@ -341,6 +342,56 @@ def test_an_exact_history_keeps_its_tokens() -> None:
             assert output.prompt_token_ids[: len(kept)] == kept
             assert output.num_cached_tokens >= len(kept) - 1
             assert len(talk.breaks) == turn and not any(one.followed for one in talk.breaks)
+
+
+def superseded(engine: Engine, talk: "Conversation | AsyncConversation", old: list[int]) -> int:
+    """Demoted tokens, all of them on the old path, which are gone once so many are evicted, and nothing else."""
+    tree = engine._core.tree
+    demoted = [node for node in tree.nodes() if node.priority == DEMOTED]
+    assert all(node.path_tokens().tolist() == old[: node.end] for node in demoted)
+    count = sum(node.known for node in demoted)
+    assert tree.evict(count) == count
+    assert tree.match_prefix(talk.token_ids).computed == len(talk.token_ids) - 1
+    assert tree.match_prefix(old).computed == len(old) - 1 - count
+    engine.check()
+    return count
+
+
+@pytest.mark.parametrize("retain", [0, 300.0])
+def test_the_path_that_a_break_leaves_is_demoted(retain: float) -> None:
+    with thinking_engine() as engine:
+        params = replace(scripted(engine.tokenizer, "</think>"), max_tokens=6)
+        talk = engine.conversation(params=params, retain=retain)
+        talk.say("hi")
+        old = talk.token_ids
+        assert all(node.priority == 0.0 for node in engine._core.tree.nodes())
+        talk.say("there")
+        assert len(talk.breaks) == 1 and superseded(engine, talk, old) == 5
+
+
+def test_what_a_fork_still_holds_is_not_demoted() -> None:
+    with thinking_engine() as engine:
+        talk = engine.conversation(params=replace(scripted(engine.tokenizer, "</think>"), max_tokens=6))
+        talk.say("hi")
+        twin, old = talk.fork()[0], talk.token_ids
+        talk.say("there")
+        assert talk.breaks and superseded(engine, talk, old) == 0
+        twin.close()
+
+
+def test_the_path_that_an_overflow_leaves_is_demoted() -> None:
+    async def main() -> None:
+        engine = serve(context=120)
+        async with AsyncEngine(engine) as served:
+            talk = served.conversation("Be kind.", params=LETTERS, on_overflow="drop_oldest")
+            old: list[int] = []
+            while talk._history.forgotten + len(talk.messages) // 2 >= talk.num_turns:
+                old = talk.token_ids
+                await talk.say("hello")
+            assert superseded(engine, talk, old) > 20
+            await talk.close()
+
+    asyncio.run(main())
 
 
 # -- overflow ---------------------------------------------------------------------------------------------

@@ -179,11 +179,11 @@ def test_importing_radixgen_is_light(module: str, others: set[str]) -> None:
 
 def test_public_names() -> None:
     assert sorted(radixgen.__all__) == [
-        "AsyncClient", "AsyncConversation", "AsyncEngine", "BeamSearchParams", "Client", "CompletionOutput",
-        "ContextOverflow", "Conversation",
-        "DuplicateRequest", "Engine", "EngineClosed", "EngineDead", "HistoryBreak", "InvalidRequest", "LimitReached",
-        "Limits", "ModelNotFound", "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed", "RequestOutput",
-        "SamplingParams", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
+        "AsyncClient", "AsyncConversation", "AsyncEngine", "BeamSearchParams", "CacheHint", "Client",
+        "CompletionOutput", "ContextOverflow", "Conversation", "DuplicateRequest", "Engine", "EngineClosed",
+        "EngineDead", "HintResult", "HistoryBreak", "InvalidRequest", "LimitReached", "Limits", "ModelNotFound",
+        "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed", "RequestOutput", "SamplingParams",
+        "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):

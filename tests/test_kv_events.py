@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import zmq
-from consumer import Router, blocks_of, wire_events
+from consumer import Consumer, Router, blocks_of, wire_events
 from oracle import StampModel
 
 from radixgen import AsyncEngine, Engine, InvalidRequest, SamplingParams
@@ -192,6 +193,51 @@ def test_a_publisher_tells_what_was_cached_before_it_came() -> None:
         assert served._core.tree.listener is None
         with KVEvents(served, config(block_size=2)) as events, Router(events) as router:
             router.follow(served._core.tree)
+
+
+def test_the_medium_is_told() -> None:
+    """A router that counts what lies in either memory by its medium, through evictions from both, and a late one."""
+    served = Engine(StampModel(VOCAB, 128), kv_tokens=96, host_kv_tokens=160, max_step_tokens=32, debug=True)
+    assert served._core.host is not None
+    trees = {"GPU": served._core.tree, "CPU": served._core.host.tree}
+    with served, KVEvents(served, config()) as events:
+        for seed in range(6):
+            served.generate(prompts(seed), GREEDY)
+            served.check()
+        for reset in (False, True):
+            if reset:
+                served._core.host.complete_saves()
+                served._core.tree.reset()
+            wait_until(lambda: not (events._queue._events or events._host_queue._events))
+            time.sleep(0.05)
+            for start in (0, -1):
+                consumers = by_medium(replay_of(events, b"", start.to_bytes(8, "big", signed=True)))
+                for medium, tree in trees.items():
+                    consumers[medium].check(tree)
+                    assert bool(consumers[medium].held) == (medium == "CPU" or not reset)
+        assert served.stats().host_evicted_tokens and events.stats().host_blocks == len(consumers["CPU"].held)
+        served.reset_prefix_cache()
+        wait_until(lambda: not events.stats().blocks and not events.stats().host_blocks)
+    assert all(tree.listener is None for tree in trees.values())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    stop = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < stop, "it never comes"
+        time.sleep(0.01)
+
+
+def by_medium(replies: list[list[bytes]]) -> dict[str, Consumer]:
+    """What subscribers believe after a replay, of each medium."""
+    consumers = {"GPU": Consumer(4), "CPU": Consumer(4)}
+    for reply in replies[:-1]:
+        _, events, _ = msgspec.msgpack.decode(reply[-1])
+        for fields, event in zip(events, wire_events(reply[-1]), strict=True):
+            for medium, consumer in consumers.items():
+                if fields.get("medium", medium) == medium:
+                    consumer(event)
+    return consumers
 
 
 def test_an_async_engine_under_load_with_cancels() -> None:

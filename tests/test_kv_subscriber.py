@@ -93,7 +93,7 @@ def test_what_is_held_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             engine.generate(prompt, GREEDY)
             wait_for(lambda: events.stats().batches > batches)  # noqa: B023
         monkeypatch.setattr(kv_subscriber, "_QUIET_SECONDS", 0.05)
-        wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held))
+        wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held["GPU"]))
         assert events.stats().blocks > 10 and engine.stats().evicted_tokens and lost
         assert events.stats().snapshots >= (1 if buffer_steps == 10_000 else 2) and held.cleared >= 1
         one.leave("worker")
@@ -124,3 +124,19 @@ def test_nonsense_is_the_end_of_what_is_followed(tmp_path: Path, caplog: pytest.
             assert not one._feeds
         replay.close(0)
         pub.close(0)
+
+
+def test_blocks_in_host_memory_do_not_count(tmp_path: Path) -> None:
+    engine = Engine(StampModel(VOCAB, 128), kv_tokens=96, host_kv_tokens=800, max_step_tokens=32, debug=True)
+    held = Held()
+    with engine, KVEvents(engine, config(tmp_path)) as events, subscriber(held) as one:
+        engine.generate(prompts(2), GREEDY)
+        one.follow("worker", events.bound_config, 96 + 800)
+        engine.generate(prompts(20), GREEDY)
+        wait_for(lambda: events.stats().host_blocks > 24)
+        wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held["GPU"]))
+        assert engine._core.host is not None
+        engine._core.host.complete_saves()
+        engine._core.tree.reset()
+        wait_for(lambda: held.blocks["worker"] == set() and not events.stats().blocks)
+        assert events.stats().host_blocks

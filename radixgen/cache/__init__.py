@@ -12,6 +12,7 @@
     stamps            the prefix in each slot, for debugging
     pool              extents of slots: allocate, grow, release behind a fence
     block_projection  computed tokens as fixed-size blocks, for routers in front of several engines
+    demotion          paths that are evicted before all others
     match             matches kept up to date while the tree changes
     recent_evictions  recently evicted continuations
     sharing           why a prompt was not shared to its end
@@ -34,6 +35,7 @@ from radixgen.cache.block_projection import (
     hash_blocks,
 )
 from radixgen.cache.columns import Columns
+from radixgen.cache.demotion import demote
 from radixgen.cache.disk_tier import DiskTier, HostRecords
 from radixgen.cache.host_tier import Copy, Fetch, HostTier, KVCopies
 from radixgen.cache.kv_files import CHUNK_TOKENS, KVFiles
@@ -76,6 +78,7 @@ __all__ = [
     "TokenArray",
     "as_tokens",
     "common_prefix_len",
+    "demote",
     "first_in",
     "hash_blocks",
     "least_recently_used",

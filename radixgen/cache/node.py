@@ -8,6 +8,8 @@ grows.
     extents  |------------ slots in use --------|-- reserve --|
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,8 @@ from radixgen.cache.tokens import TokenArray
 
 PRIVATE = "\0"
 """Part of a namespace that belongs to one sequence alone; other namespaces are without it."""
+DEMOTED = -math.inf
+"""Priority of a node that is evicted before all others, until it is locked again."""
 _MIN_RUN = 16
 
 

@@ -23,7 +23,7 @@ from radixgen.cache.match import (
     follow_removal,
     longest_match,
 )
-from radixgen.cache.node import Lock, Node
+from radixgen.cache.node import DEMOTED, Lock, Node
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
@@ -288,10 +288,7 @@ class RadixTree:
             self._compute(part)
 
     def rollback(self, node: Node) -> None:
-        """Mark the scheduled tokens of the node and its ancestors as unscheduled, after their step failed.
-
-        Their slots return to the reserve.
-        """
+        """Return the slots of scheduled tokens of the node and its ancestors to the reserve: their step failed."""
         above: Node | None = node
         while above is not None and (above is node or above.computed < above.scheduled):
             if above.computed < above.scheduled:
@@ -456,6 +453,8 @@ class RadixTree:
         while True:
             self.evictable.remove(node)
             self.evictable_tokens -= node.computed
+            if node.priority == DEMOTED:
+                node.priority = 0.0
             parent = node.parent
             if parent is None:
                 return

@@ -86,9 +86,17 @@ class AsyncConversation(Dialogue[AsyncConversationEngine]):
         await self.close()
 
     async def _renew(self) -> None:
-        """Pin the current path in place of the previous one, even if the caller is cancelled meanwhile."""
-        if self._retain != 0 and not self._closed:
+        """Pin the current path in place of the previous one, and demote what it left behind, even if the caller is
+        cancelled meanwhile.
+        """
+        if self._closed:
+            return
+        if self._retain != 0:
             await asyncio.shield(self._repin())
+        superseded, self._superseded = self._superseded, None
+        if superseded is not None:
+            with suppress(EngineClosed):
+                await self._engine.apply_hints(*superseded, namespace=self.namespace)
 
     async def _repin(self) -> None:
         pin, self._pin = self._pin, None

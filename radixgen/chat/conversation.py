@@ -119,9 +119,17 @@ class Conversation(Dialogue[ConversationEngine]):
         return TurnStream(self, turn, outputs, whole=whole)
 
     def _renew(self) -> None:
-        """Pin the current path in place of the previous one."""
-        if self._retain == 0 or self._closed:
+        """Pin the current path in place of the previous one, and demote what it left behind."""
+        if self._closed:
             return
+        if self._retain != 0:
+            self._repin()
+        superseded, self._superseded = self._superseded, None
+        if superseded is not None:
+            with suppress(EngineClosed):
+                self._engine.apply_hints(*superseded, namespace=self.namespace)
+
+    def _repin(self) -> None:
         try:
             self._pin = self._engine.pin(
                 self.token_ids,

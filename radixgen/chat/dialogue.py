@@ -14,6 +14,7 @@ import numpy as np
 from radixgen.chat import saved_history
 from radixgen.chat.history import ChatHistory, Draft, HistoryBreak, HistoryMode, num_common
 from radixgen.core import (
+    CacheHint,
     ContextOverflow,
     InvalidRequest,
     PromptTooLong,
@@ -60,6 +61,7 @@ class ConversationEngine(HasInputs, Protocol):
     def stream(self, prompt: list[int], params: SamplingParams, **options: Unpack[RequestOptions]) -> TurnOutputs: ...
     def pin(self, prompt: list[int], *, replaces: int | None, **options: Unpack[PinOptions]) -> int | None: ...
     def unpin(self, pin: int) -> bool: ...
+    def apply_hints(self, prompt: list[int], hints: list[CacheHint], *, namespace: str) -> object: ...
     def preload(self, prompts: list[list[int]], **options: Unpack[PinOptions]) -> list[int | None]: ...
 
 
@@ -71,6 +73,7 @@ class AsyncConversationEngine(HasInputs, Protocol):
     ) -> AsyncGenerator[RequestOutput, None]: ...
     async def pin(self, prompt: list[int], *, replaces: int | None, **options: Unpack[PinOptions]) -> int | None: ...
     async def unpin(self, pin: int) -> bool: ...
+    async def apply_hints(self, prompt: list[int], hints: list[CacheHint], *, namespace: str) -> object: ...
     async def preload(self, prompts: list[list[int]], **options: Unpack[PinOptions]) -> list[int | None]: ...
 
 
@@ -164,6 +167,8 @@ class Dialogue(Generic[E]):
         self._on_overflow = on_overflow
         self._on_break = on_break
         self._pin: int | None = None
+        self._superseded: tuple[list[int], list[CacheHint]] | None = None
+        """Tokens that the last turn left behind, and the hint that demotes them"""
         self._busy = False
         self._closed = False
 
@@ -259,6 +264,7 @@ class Dialogue(Generic[E]):
             return False
         if not output.outputs[0].token_ids:
             return False
+        self._supersede(turn.draft)
         self._history.answer(
             turn.draft,
             output.outputs[0],
@@ -268,10 +274,19 @@ class Dialogue(Generic[E]):
         )
         return True
 
+    def _supersede(self, draft: Draft) -> None:
+        """Note where the turn of `draft` left the path of the history, if it did."""
+        state = self._history.state
+        if draft.exchanges is not state.exchanges:
+            old = state.token_ids
+            common = num_common(old, draft.token_ids)
+            if common < len(old):
+                self._superseded = old, [CacheHint("demote", common)]
+
     def _fork(self) -> Self:
         twin = copy(self)
         twin._history = self._history.fork()
-        twin._pin = None
+        twin._pin = twin._superseded = None
         twin.breaks = self.breaks.copy()
         return twin
 

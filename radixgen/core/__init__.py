@@ -1,5 +1,6 @@
 """Types shared by all other packages: requests, parameters, outputs, plans, errors, limits. Never imports torch."""
 
+from radixgen.core.cache_hints import CacheHint, HintAction, HintResult, HintStatus
 from radixgen.core.errors import (
     ContextOverflow,
     DuplicateRequest,
@@ -41,6 +42,7 @@ from radixgen.core.texts import check_text, check_texts
 __all__ = [
     "AllowedTokens",
     "BeamSearchParams",
+    "CacheHint",
     "Chunk",
     "CompletionOutput",
     "ContextOverflow",
@@ -52,6 +54,9 @@ __all__ = [
     "GrammarFailed",
     "GrammarKind",
     "GrammarState",
+    "HintAction",
+    "HintResult",
+    "HintStatus",
     "InvalidRequest",
     "LimitReached",
     "Limits",

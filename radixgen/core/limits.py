@@ -43,6 +43,14 @@ class Limits:
     """Processes over which one model is sharded."""
     max_pins: int = 1_024
     """Pinned prefixes."""
+    max_cache_hints: int = 16
+    """Cache hints per request."""
+    max_hint_seconds: float = 3_600.0
+    """Lifetime of what a cache hint retains."""
+    max_hint_pins: int = 64
+    """Prefixes that the cache hints of one owner retain."""
+    max_hint_pool_share: float = 0.25
+    """Fraction of the pool's slots that the cache hints of one owner retain."""
     max_messages: int = 16_384
     """Messages per conversation."""
     max_tools: int = 1_024

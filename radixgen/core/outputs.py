@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from radixgen.core.cache_hints import HintResult
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -128,7 +130,8 @@ class RequestOutput:
     prompt token, the token itself first. With several sequences, all but the first may output tokens before it is
     complete.
 
-    `queue_seconds`: time from submission to admission.
+    `queue_seconds`: time from submission to admission. `cache_hints`: answers to the request's hints, in their order,
+    once its prompt is computed.
     """
 
     request_id: str
@@ -140,6 +143,7 @@ class RequestOutput:
     sharing_ended: SharingEnd | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     queue_seconds: float = field(default=0.0, compare=False)
+    cache_hints: tuple[HintResult, ...] = ()
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -213,6 +217,10 @@ class Stats:
     """
     failed_captures: int = 0
     """CUDA graph captures that failed. After each, some steps run eagerly; if the very first failed, all steps do."""
+    hints_accepted: int = 0
+    """Cache hints by their answer."""
+    hints_clipped: int = 0
+    hints_refused: int = 0
     kv_tokens_host_total: int = 0
     """Slots of the host tier; 0 without one, as the following."""
     kv_tokens_host_used: int = 0

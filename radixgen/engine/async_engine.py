@@ -16,7 +16,9 @@ from radixgen.chat.async_conversation import AsyncConversation
 from radixgen.chat.dialogue import Options
 from radixgen.core import (
     BeamSearchParams,
+    CacheHint,
     EngineClosed,
+    HintResult,
     InvalidRequest,
     OutputKind,
     RequestOutput,
@@ -153,6 +155,14 @@ class AsyncEngine:
 
         queues = await self._call(fork, leave)
         return [self._outputs(name, queue) for name, queue in queues.items()]
+
+    async def apply_hints(
+        self, prompt: Prompt, hints: Seq[CacheHint], *, namespace: str = "", hint_owner: str | None = None
+    ) -> tuple[HintResult, ...]:
+        """As `Engine.apply_hints`."""
+        tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
+        apply = partial(self._engine.apply_hints, tokens, hints, namespace=namespace, hint_owner=hint_owner)
+        return await self._call(apply)
 
     async def abort(self, request_id: str) -> bool:
         """End a request with `abort`. Returns False if it has already ended or never existed."""

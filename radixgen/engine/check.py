@@ -6,11 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from radixgen.core import Limits
+from radixgen.scheduler.cache_hints import CacheHints
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence
 
 
-def check_engine(scheduler: Scheduler, requests: Mapping[str, Request], limits: Limits) -> None:
+def check_engine(scheduler: Scheduler, hints: CacheHints, requests: Mapping[str, Request], limits: Limits) -> None:
     """Assert every invariant: slots have one owner, locks belong to live cursors and pins, counts add up, limits hold,
     and each request is in exactly one valid state.
     """
@@ -18,7 +19,8 @@ def check_engine(scheduler: Scheduler, requests: Mapping[str, Request], limits: 
     if scheduler.host is not None:
         scheduler.host.check()
     _check_locks(scheduler)
-    _check_queue(scheduler)
+    _check_queue(scheduler, hints)
+    hints.check()
     _check_bounds(scheduler, limits)
     _check_states(scheduler, requests)
 
@@ -42,12 +44,13 @@ def _check_locks(scheduler: Scheduler) -> None:
         assert pin.lock.held.end == pin.num_tokens and pin.lock.held.complete, "a pin left its tokens"
 
 
-def _check_queue(scheduler: Scheduler) -> None:
+def _check_queue(scheduler: Scheduler, hints: CacheHints) -> None:
     scheduler.waiting.check()
     assert all(s.cursor is None and s.finish_reason is None for s in scheduler.waiting)
     followed = {s.followed: s for s in scheduler.waiting if s.followed is not None}
     assert followed.keys() == set(scheduler.tree.followed()), "a match is followed that nobody waits for"
     fetches = Counter(s.fetch for s in scheduler.waiting if s.fetch is not None)
+    fetches.update(hints.fetches())
     assert all(fetch.waiters == count for fetch, count in fetches.items()), "a fetch counts its waiters wrongly"
     assert all(s.fetch is None for s in scheduler.running)
     for match, sequence in followed.items():

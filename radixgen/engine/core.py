@@ -34,6 +34,7 @@ from radixgen.sampling.grammar_budget import GrammarBudget
 from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
+from radixgen.scheduler.cache_hints import CacheHints
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.scheduler import Scheduler
@@ -77,6 +78,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, host=self.host, debug=debug
         )
+        self.hints = CacheHints(self.tree, self.scheduler.pins, self.host, limits)
         self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
         self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
@@ -84,10 +86,7 @@ class EngineCore:
         self._deadlines: list[tuple[float, int, Request]] = []
         self._serial = 0
         self._suspects: list[Request] = []
-        self._steps = 0
-        self._computed_rows = 0
-        self._logit_rows = 0
-        self._generated = 0
+        self._steps = self._computed_rows = self._logit_rows = self._generated = 0
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -132,6 +131,7 @@ class EngineCore:
             ends |= self.model.eos_token_ids | frozenset(params.end_token_ids)
         if beams is not None:
             request.search = BeamSearch(beams, max_output, ends)
+        share = share and not any(hint.action == "share" and hint.num_tokens == 0 for hint in request.hints)
         for index in range(params.n):
             own = request.namespace if share else request.private_namespace(index)
             state = SamplingState(params, seed, index, prompt, [], ends, grammar.start() if grammar else None)
@@ -156,6 +156,8 @@ class EngineCore:
             prompt_logprobs=list(request.prompt_logprobs),
             overtaken=0,
             num_forks=0,
+            hints=(),
+            hint_results=(),
             sequences=[],
             waiting=[],
             unfinished=0,
@@ -186,6 +188,7 @@ class EngineCore:
 
     def abort(self, request: Request, reason: FinishReason = "abort", stop_reason: str | None = None) -> None:
         """End the live sequences of a request; the next step returns them."""
+        self.hints.drop(request)
         if request.search is not None and not request.finished:
             request.search.close(reason)
             self._conclude(request, request.search, stop_reason)
@@ -198,6 +201,7 @@ class EngineCore:
     def forget(self, request: Request) -> None:
         """Remove a finished request that was reported, so that its id is free again."""
         assert request.finished and self.requests[request.id] is request
+        self.hints.end(request)
         del self.requests[request.id]
 
     @property
@@ -226,6 +230,7 @@ class EngineCore:
         if batch is None or logits is None:
             return self.take_ended()
         self._commit(batch, logits)
+        self.hints.answer((s.request for s in (*batch.drawing, *batch.branching)), now)
         self._score(batch, logits)
         self._branch(batch, logits)
         if batch.drawing:
@@ -240,6 +245,7 @@ class EngineCore:
         """Schedule the next step: of all requests, or of the first suspect that can run, if there are any."""
         self.grammars.begin_step()
         self._expire(now)
+        self.hints.begin_step(now)
         self.scheduler.now = now
         while self._suspects:
             batch = self.scheduler.schedule(only=self._suspects[0])
@@ -443,13 +449,14 @@ class EngineCore:
             num_pins=len(scheduler.pins),
             num_nodes=tree.num_nodes,
             shared_tokens=max(scheduler.path_tokens - held, 0),
+            **{f"hints_{status}": count for status, count in self.hints.counts.items()},
             failed_captures=getattr(self.model, "failed_captures", 0),
             **(self.host.figures() if self.host is not None else {}),
         )
 
     def check(self) -> None:
-        """Assert every invariant. Call it between two steps."""
-        check_engine(self.scheduler, self.requests, self.limits)
+        """Assert every invariant, between two steps."""
+        check_engine(self.scheduler, self.hints, self.requests, self.limits)
 
     def close(self) -> None:
         """Release the model. Live requests end without an output."""
@@ -467,6 +474,7 @@ class EngineCore:
 
     def _register(self, request: Request) -> None:
         self.requests[request.id] = request
+        self.hints.add(request)
         if request.deadline == math.inf:
             return
         heapq.heappush(self._deadlines, (request.deadline, request.serial, request))

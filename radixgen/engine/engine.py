@@ -12,7 +12,17 @@ import torch
 from radixgen.cache import TokenArray
 from radixgen.chat.conversation import Conversation
 from radixgen.chat.dialogue import Options
-from radixgen.core import BeamSearchParams, InvalidRequest, Limits, OutputKind, RequestOutput, Stats, check_integer
+from radixgen.core import (
+    BeamSearchParams,
+    CacheHint,
+    HintResult,
+    InvalidRequest,
+    Limits,
+    OutputKind,
+    RequestOutput,
+    Stats,
+    check_integer,
+)
 from radixgen.core.adapters import refuses_adapters
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
@@ -20,7 +30,7 @@ from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.pins import PrefixPins
 from radixgen.engine.profiler import StepProfiler
 from radixgen.engine.request_loop import OutputStream, Progress, RequestLoop
-from radixgen.engine.request_options import PinOptions, RequestOptions
+from radixgen.engine.request_options import PinOptions, RequestOptions, SubmitOptions
 from radixgen.engine.submitter import RequestSubmitter
 from radixgen.engine.warm_up import run_warm_up, warm_up_steps
 from radixgen.model.base import Model
@@ -280,37 +290,28 @@ class Engine:
     # -- request by request -------------------------------------------------------------------------------
 
     @refuses_adapters
-    def submit(
-        self,
-        prompt: Prompt,
-        params: Params | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        namespace: str = "",
-        timeout: float | None = None,
-        output_kind: OutputKind = "cumulative",
-    ) -> str:
+    def submit(self, prompt: Prompt, params: Params | None = None, **options: Unpack[SubmitOptions]) -> str:
         """Queue a request and return its id.
 
+        request_id: its id; by default a new one.
         priority: requests with a higher priority are admitted first.
         namespace: requests of different namespaces share nothing.
         timeout: seconds from now. A request that is still open then ends with `abort` and the stop reason `"deadline"`,
             and keeps what it has generated.
         output_kind: `"cumulative"` outputs hold everything so far, `"delta"` outputs what is new, and `"final"` gives
             only the last output. A beam search always gives only the last.
+        cache_hints: what to do with the KV of the prompt afterwards. The last output has an answer to each.
+        hint_owner: whom the pins that hints make count for, by default the namespace.
 
         Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """
-        return self._submitter.submit(
-            prompt,
-            params,
-            request_id=request_id,
-            priority=priority,
-            namespace=namespace,
-            timeout=timeout,
-            output_kind=output_kind,
-        )
+        return self._submitter.submit(prompt, params, **options)
+
+    def apply_hints(
+        self, prompt: Prompt, hints: Seq[CacheHint], *, namespace: str = "", hint_owner: str | None = None
+    ) -> tuple[HintResult, ...]:
+        """Apply cache hints to what is cached of `prompt` now. Returns an answer to each. Raises `InvalidRequest`."""
+        return self._submitter.apply_hints(prompt, hints, namespace, hint_owner)
 
     @refuses_adapters
     def submit_score(
@@ -345,22 +346,14 @@ class Engine:
         """
         return self._submitter.fork(request_id, n)
 
-    def pin(
-        self,
-        prompt: Prompt,
-        *,
-        namespace: str = "",
-        priority: int = 0,
-        ttl: float | None = None,
-        replaces: int | None = None,
-    ) -> int | None:
+    def pin(self, prompt: Prompt, *, replaces: int | None = None, **options: Unpack[PinOptions]) -> int | None:
         """Keep the cached prefix of `prompt` even if unused. Returns the pin's id, or None if nothing is cached.
 
         A pin lasts until `unpin`, for `ttl` seconds, or until memory is needed and nothing else can be freed. Pins with
         the lowest priority are released first. The pin `replaces` is released in the same call. Raises
         `InvalidRequest`, `LimitReached`.
         """
-        return self._pins.pin(prompt, replaces, namespace=namespace, priority=priority, ttl=ttl)
+        return self._pins.pin(prompt, replaces, **options)
 
     def unpin(self, pin: int) -> bool:
         """Release a pin. Returns False if it is already gone."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 from jinja2 import TemplateError
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from radixgen.cache import PRIVATE, TokenArray
 from radixgen.core import (
     BeamSearchParams,
+    CacheHint,
     Grammar,
+    HintAction,
     InvalidRequest,
     Limits,
     PromptTooLong,
@@ -39,6 +41,7 @@ Messages = Seq[Mapping[str, Any]]
 Tools = Seq[Mapping[str, Any]] | None
 Params = SamplingParams | BeamSearchParams
 P = TypeVar("P", bound=Params)
+_HINT_ACTIONS = get_args(HintAction)
 Warn = Callable[[str], None]
 
 logger = logging.getLogger(__name__)
@@ -204,6 +207,25 @@ class InputProcessor:
         """Check the options that requests and pins have in common."""
         self.check_name("namespace", namespace)
         check_integer("priority", priority, -(2**31), 2**31 - 1)
+
+    def check_hints(self, hints: object, owner: object = None) -> tuple[CacheHint, ...]:
+        """Return the cache hints of a request, or raise `InvalidRequest` if one is malformed."""
+        most = self.limits.max_cache_hints
+        if not isinstance(hints, Seq) or not all(isinstance(hint, CacheHint) for hint in hints):
+            raise InvalidRequest("cache_hints", hints, "must be a list of CacheHint")
+        if len(hints) > most:
+            raise InvalidRequest("len(cache_hints)", len(hints), f"must be at most {most}")
+        for index, hint in enumerate(hints):
+            field = f"cache_hints[{index}]"
+            if hint.action not in _HINT_ACTIONS:
+                raise InvalidRequest(f"{field}.action", hint.action, f"must be one of {', '.join(_HINT_ACTIONS)}")
+            if hint.num_tokens is not None:
+                check_integer(f"{field}.num_tokens", hint.num_tokens, 0, 2**31 - 1)
+            self.check_seconds(f"{field}.ttl", hint.ttl)
+            check_integer(f"{field}.priority", hint.priority, -(2**31), 2**31 - 1)
+        if owner is not None:
+            self.check_name("hint_owner", owner)
+        return tuple(hints)
 
     def check_seconds(self, field: str, seconds: object) -> float:
         """Validate a positive duration in seconds. None means infinity."""

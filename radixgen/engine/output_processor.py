@@ -169,6 +169,7 @@ class OutputProcessor:
             sharing_ended=request.sharing_ended,
             prompt_logprobs=_prompt_logprobs(request, state),
             queue_seconds=request.queue_seconds,
+            cache_hints=request.hint_results,
         )
 
 

@@ -1,6 +1,9 @@
 """Keyword options of requests and pins, for `Engine` and `AsyncEngine`."""
 
+from collections.abc import Sequence
 from typing import TypedDict
+
+from radixgen.core import CacheHint, OutputKind
 
 
 class RequestOptions(TypedDict, total=False):
@@ -10,6 +13,14 @@ class RequestOptions(TypedDict, total=False):
     priority: int
     namespace: str
     timeout: float | None
+    cache_hints: Sequence[CacheHint]
+    hint_owner: str | None
+
+
+class SubmitOptions(RequestOptions, total=False):
+    """All options of `Engine.submit`."""
+
+    output_kind: OutputKind
 
 
 class CoreOptions(TypedDict, total=False):
@@ -19,6 +30,8 @@ class CoreOptions(TypedDict, total=False):
     namespace: str
     arrived: float
     deadline: float
+    hints: tuple[CacheHint, ...]
+    hint_owner: str | None
 
 
 class PinOptions(TypedDict, total=False):

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from radixgen.cache import TokenArray
-from radixgen.core import DuplicateRequest, InvalidRequest, OutputKind, RequestOutput, SamplingParams, check_integer
+from radixgen.core import (
+    CacheHint,
+    DuplicateRequest,
+    HintResult,
+    InvalidRequest,
+    OutputKind,
+    RequestOutput,
+    SamplingParams,
+    check_integer,
+)
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Params, Prompt, as_params, as_prompts
 from radixgen.engine.output_processor import scores_of
@@ -35,11 +44,13 @@ class RequestSubmitter:
         prompt: Prompt,
         params: Params | None,
         *,
-        request_id: str | None,
-        priority: int,
-        namespace: str,
-        timeout: float | None,
-        output_kind: OutputKind,
+        request_id: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        timeout: float | None = None,
+        output_kind: OutputKind = "cumulative",
+        cache_hints: Seq[CacheHint] = (),
+        hint_owner: str | None = None,
     ) -> str:
         self._loop.begin_call()
         params = params if params is not None else SamplingParams()
@@ -49,6 +60,7 @@ class RequestSubmitter:
         self._check_id(request_id)
         if output_kind not in _OUTPUT_KINDS:
             raise InvalidRequest("output_kind", output_kind, f"must be one of {', '.join(_OUTPUT_KINDS)}")
+        hints = self._inputs.check_hints(cache_hints, hint_owner)
         deadline = self._clock() + self._inputs.check_seconds("timeout", timeout)
         return self.submit_checked(
             tokens,
@@ -58,6 +70,8 @@ class RequestSubmitter:
             priority=priority,
             namespace=namespace,
             deadline=deadline,
+            hints=hints,
+            hint_owner=hint_owner,
         )
 
     def submit_score(self, prompt: Prompt, continuation: Prompt, *, request_id: str | None, namespace: str) -> str:
@@ -89,6 +103,16 @@ class RequestSubmitter:
         self._inputs.check_place(namespace)
         submits = [partial(self._submit_score, tokens, rest, namespace=namespace) for rest in each]
         return [scores_of(output) for output in self._loop.serve(submits)]
+
+    def apply_hints(
+        self, prompt: Prompt, hints: Seq[CacheHint], namespace: str, hint_owner: str | None
+    ) -> tuple[HintResult, ...]:
+        self._loop.begin_call()
+        tokens = self._inputs.tokenize(prompt)
+        checked = self._inputs.check_hints(hints, hint_owner)
+        self._inputs.check_place(namespace)
+        with self._core.guard:
+            return self._core.hints.apply(checked, tokens, namespace, hint_owner, self._clock())
 
     def fork(self, request_id: str, n: int) -> list[str]:
         self._loop.begin_call()

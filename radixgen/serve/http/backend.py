@@ -1,10 +1,10 @@
 """Interface of the engines that the HTTP server can serve, such as `AsyncEngine`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from radixgen.cache import TokenArray
-from radixgen.core import RequestOutput, SamplingParams, Stats
+from radixgen.core import CacheHint, HintResult, RequestOutput, SamplingParams, Stats
 from radixgen.engine.input_processor import InputProcessor
 from radixgen.engine.request_loop import Progress
 
@@ -38,9 +38,22 @@ class EngineBackend(Protocol):
         """Whether new requests are rejected."""
 
     async def open(
-        self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
+        self,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        priority: int,
+        namespace: str,
+        timeout: float | None,
+        cache_hints: Sequence[CacheHint] = (),
+        hint_owner: str | None = None,
     ) -> RequestStream:
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
+
+    async def apply_hints(
+        self, prompt: TokenArray, hints: Sequence[CacheHint], *, namespace: str, hint_owner: str | None
+    ) -> Sequence[HintResult]:
+        """Apply cache hints to what is cached of `prompt`. Returns an answer to each. Raises `InvalidRequest`."""
 
     async def warm_up(self, progress: Progress | None = None) -> None:
         """Compile and capture what would slow down first requests. Calls `progress(done, total)` as it goes."""

@@ -2,19 +2,29 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from radixgen.core import CompletionOutput, InvalidRequest, SamplingParams, joined
+from radixgen.chat.history import num_common
+from radixgen.core import CacheHint, CompletionOutput, InvalidRequest, RadixgenError, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
+from radixgen.serve.http.cache_hints import (
+    breakpoint_hints,
+    breakpoints_of,
+    hints_of,
+    with_marks,
+    without_cache_control,
+)
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.enforceable_schema import enforceable_format
 from radixgen.serve.http.fields import names_of, sent_as
@@ -31,8 +41,8 @@ from radixgen.serve.http.protocol import (
     ChatResponse,
     ChunkChoice,
     Delta,
+    PromptFields,
     Reason,
-    TokenizeRequest,
     ToolCall,
     Usage,
 )
@@ -76,15 +86,19 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
     return router
 
 
-def prepared_messages(context: Context, body: ChatRequest | TokenizeRequest) -> tuple[Mapping[str, Any], ...]:
+def prepared_messages(context: Context, body: ChatRequest | PromptFields) -> tuple[Mapping[str, Any], ...]:
     """Messages in the form that chat templates expect. Raises `InvalidRequest`."""
-    messages = as_messages("messages", body.messages, context.limits)
+    return _converted(context, body.messages or [])
+
+
+def _converted(context: Context, given: list[ChatMessage]) -> tuple[Mapping[str, Any], ...]:
+    messages = without_cache_control(as_messages("messages", given, context.limits))
     if not messages:
         raise InvalidRequest("messages", [], "must hold at least one message")
     return tuple(template_messages(messages, Roles(getattr(context.engine.inputs.tokenizer, "chat_template", None))))
 
 
-def template_of(context: Context, body: ChatRequest | TokenizeRequest) -> ChatTemplate:
+def template_of(context: Context, body: ChatRequest | PromptFields) -> ChatTemplate:
     """Chat template with the tools and variables of a request. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
     inputs, options = context.engine.inputs, body.chat_template_kwargs
@@ -99,21 +113,26 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
     messages, template = prepared_messages(context, body), template_of(context, body)
     turn = None
     if body.session_id is None:
-        ids = list(template.tokenize(template.render(messages)))
+        text = template.render(messages)
+        ids = list(template.tokenize(text))
     else:
         inputs.check_name("session_id", body.session_id)
         key = SessionKey(caller.key_id, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
-        ids = turn.draft.token_ids
+        text, ids = turn.draft.text, turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
     requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     max_tokens = context.answer_tokens(requested, tokens.size, logprobs)
     params = inputs.for_chat(_params(context, body, max_tokens, warn))
     inputs.check(tokens, params, compiles=False)
-    return _Chat(
-        GenerationRequest([tokens], params, caller.key_id, namespace, context.priority(caller, body.priority)), turn
-    )
+    priority, hints = context.priority(caller, body.priority), hints_of(context, caller, body.cache_hints)
+    breakpoints = breakpoints_of(body.messages)
+    if breakpoints:
+        marked = _converted(context, with_marks(body.messages, breakpoints))
+        hints += breakpoint_hints(breakpoints, template, marked, text, ids)
+        inputs.check_hints(hints)
+    return _Chat(GenerationRequest([tokens], params, caller.key_id, namespace, priority, tuple(hints)), turn)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
@@ -278,3 +297,13 @@ class _ChatResponder:
             params = self._generation.request.params
             end = partial(self._context.sessions.end, turn, output, message, params)
             await self._context.preparer.finish(turn.key.key_id, end)
+            if turn.superseded:
+                await self._demote(turn)
+
+    async def _demote(self, turn: SessionTurn) -> None:
+        """Let what only the session's previous path holds be evicted first."""
+        old = np.array(turn.superseded, np.int32)
+        hint = CacheHint("demote", num_common(turn.superseded, turn.draft.token_ids))
+        request = self._generation.request
+        with suppress(RadixgenError):  # the answer is there, whatever becomes of the cache
+            await self._context.engine.apply_hints(old, [hint], namespace=request.namespace, hint_owner=None)

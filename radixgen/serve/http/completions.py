@@ -15,6 +15,7 @@ from radixgen.cache import TokenArray
 from radixgen.core import CompletionOutput, InvalidRequest, RequestOutput
 from radixgen.engine.input_processor import Prompt
 from radixgen.serve.http.auth import Caller, Gate
+from radixgen.serve.http.cache_hints import hints_of
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.echo import Echo
 from radixgen.serve.http.enforceable_schema import enforceable_format
@@ -82,7 +83,11 @@ def _prepare(
         inputs.check(prompt, params, compiles=False)
     inputs.check_logprobs(prompts, params, echoes=params.n if body.echo else 1)
     namespace = context.namespace(caller, body.cache_salt)
-    request = GenerationRequest(prompts, params, caller.key_id, namespace, context.priority(caller, body.priority))
+    hints = tuple(hints_of(context, caller, body.cache_hints))
+    if hints and len(prompts) > 1:
+        raise InvalidRequest("cache_hints", f"{len(hints)} hints", "require a single prompt")
+    priority = context.priority(caller, body.priority)
+    request = GenerationRequest(prompts, params, caller.key_id, namespace, priority, hints)
     return request, [_echo(context, *pair) for pair in zip(given, prompts, strict=True)] if body.echo else []
 
 

@@ -9,9 +9,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from msgspec import UNSET
+
 from radixgen.cache import TokenArray
-from radixgen.core import CompletionOutput, Grammar, GrammarFailed, RequestOutput, SamplingParams
+from radixgen.core import CacheHint, CompletionOutput, Grammar, GrammarFailed, HintResult, RequestOutput, SamplingParams
 from radixgen.serve.http.backend import RequestStream
+from radixgen.serve.http.cache_hints import answers_of
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.errors import HTTPError, generation_failed
 from radixgen.serve.http.metrics import Meter
@@ -31,6 +34,7 @@ class GenerationRequest:
     key_id: str
     namespace: str
     priority: int
+    hints: tuple[CacheHint, ...] = ()
 
 
 class Generation:
@@ -55,6 +59,8 @@ class Generation:
             priority=request.priority,
             namespace=request.namespace,
             timeout=timeout,
+            cache_hints=request.hints,
+            hint_owner=request.key_id or None,
         )
         tokens = sum(prompt.size for prompt in request.prompts)
         context.waiting.take(tokens, request.key_id)
@@ -74,6 +80,7 @@ class Generation:
         self._silent = set(range(len(opened)))
         """Prompts without an output so far"""
         self.cached_tokens = [0] * len(opened)
+        self._hint_results: tuple[HintResult, ...] = ()
         self._opened = opened
         self._open_count = open_count
         self._meters = meters
@@ -85,6 +92,7 @@ class Generation:
                 self._mark_started(prompt)
                 self._meters[prompt].see(output, time.monotonic())
                 self.cached_tokens[prompt] = output.num_cached_tokens
+                self._hint_results = output.cache_hints or self._hint_results
                 for completion in output.outputs:
                     if completion.finish_reason == "error":
                         raise _failure(completion)
@@ -98,7 +106,9 @@ class Generation:
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens)),
+            prompt_tokens_details=PromptTokensDetails(
+                sum(self.cached_tokens), answers_of(self._hint_results) if self.request.hints else UNSET
+            ),
         )
 
     async def aclose(self) -> None:

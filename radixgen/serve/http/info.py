@@ -6,23 +6,29 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter, FastAPI
 from msgspec import UNSET
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from radixgen.cache import TokenArray
 from radixgen.core import InvalidRequest, PromptTooLong, Stats
 from radixgen.serve.http.auth import Gate
+from radixgen.serve.http.cache_hints import answers_of, hints_of
 from radixgen.serve.http.chat import prepared_messages, template_of
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.health import Health
 from radixgen.serve.http.openapi import described
 from radixgen.serve.http.protocol import (
+    CacheHintsRequest,
+    CacheHintsResponse,
     DetokenizeRequest,
     DetokenizeResponse,
     ModelCard,
     ModelList,
+    PromptFields,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -88,6 +94,23 @@ def info_routes(context: Context, health: Health, gate: Gate) -> APIRouter:
             context.check_model(body.model)
             return json_response(await context.preparer.run(request, partial(_detokenize, context, body)))
 
+    @router.post(
+        "/cache_hints", dependencies=[gate.caller], openapi_extra=described(CacheHintsRequest, CacheHintsResponse)
+    )
+    async def cache_hints(request: Request) -> Response:
+        """Apply cache hints to what is cached of a text or a chat now."""
+        caller = request.state.caller
+        open_count, body = await context.preparer.receive(request, CacheHintsRequest, context.tokenizing)
+        with open_count:
+            context.check_model(body.model)
+            hints = hints_of(context, caller, body.cache_hints)
+            namespace = context.namespace(caller, body.cache_salt)
+            tokens = await context.preparer.run(request, partial(_prompt_tokens, context, body, warner(request)))
+            results = await context.engine.apply_hints(
+                tokens, hints, namespace=namespace, hint_owner=caller.key_id or None
+            )
+            return json_response(CacheHintsResponse(answers_of(results)))
+
     @router.get("/server_info", dependencies=[gate.operator], openapi_extra=described(None))
     async def server_info() -> Response:
         """Model, limits and statistics."""
@@ -143,16 +166,20 @@ def _server_info(context: Context, stats: Stats | None) -> dict[str, Any]:
 
 
 def _tokenize(context: Context, body: TokenizeRequest, warn: Callable[[str], None]) -> TokenizeResponse:
+    tokens = _prompt_tokens(context, body, warn).tolist()
+    texts = [context.texts.text(token) for token in tokens] if body.return_token_strs else UNSET
+    most = context.engine.inputs.max_model_len
+    return TokenizeResponse(count=len(tokens), max_model_len=most, tokens=tokens, token_strs=texts)
+
+
+def _prompt_tokens(context: Context, body: PromptFields, warn: Callable[[str], None]) -> TokenArray:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("prompt", body.prompt, "exactly one of prompt and messages is required")
     inputs = context.engine.inputs
     if body.prompt is not None:
-        tokens = inputs.tokenize(body.prompt, special=body.add_special_tokens is not False, warn=warn).tolist()
-    else:
-        template = template_of(context, body)
-        tokens = list(template.tokenize(template.render(prepared_messages(context, body))))
-    texts = [context.texts.text(token) for token in tokens] if body.return_token_strs else UNSET
-    return TokenizeResponse(count=len(tokens), max_model_len=inputs.max_model_len, tokens=tokens, token_strs=texts)
+        return inputs.tokenize(body.prompt, special=body.add_special_tokens is not False, warn=warn)
+    template = template_of(context, body)
+    return np.array(template.tokenize(template.render(prepared_messages(context, body))), np.int32)
 
 
 def _detokenize(context: Context, body: DetokenizeRequest) -> DetokenizeResponse:

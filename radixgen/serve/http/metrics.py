@@ -139,6 +139,9 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("disk_failed_files", "KV files that were damaged or unreadable", stats.disk_failed_files),
         ("disk_read_seconds", "Duration of reads from disk", stats.disk_read_seconds),
         ("num_preemptions", "Preempted sequences", stats.preemptions),
+        ("cache_hints_accepted", "Cache hints accepted", stats.hints_accepted),
+        ("cache_hints_clipped", "Cache hints clipped to a bound", stats.hints_clipped),
+        ("cache_hints_refused", "Cache hints refused", stats.hints_refused),
         ("failed_captures", "CUDA graphs that could not be captured", stats.failed_captures),
     ):
         yield CounterMetricFamily(name, says, count)

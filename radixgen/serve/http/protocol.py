@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from radixgen.core import FinishReason, InvalidRequest, SamplingParams
+from radixgen.core import FinishReason, HintAction, HintStatus, InvalidRequest, SamplingParams
 
 ChatMessage = Annotated[
     dict[str, Any],
@@ -39,6 +39,15 @@ class StructuredOutputs(Struct, forbid_unknown_fields=True, omit_defaults=True):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+
+
+class CacheHintFields(Struct, forbid_unknown_fields=True):
+    """Cache hint: what to do with the KV of the first `num_tokens` of the prompt, or for `demote` with what follows."""
+
+    action: HintAction
+    num_tokens: int | None = None
+    ttl: float | None = None
+    priority: int = 0
 
 
 class FunctionDefinition(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -109,6 +118,7 @@ class SamplingFields(IgnoredFields, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    cache_hints: list[CacheHintFields] | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
 
@@ -201,8 +211,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     verbosity: str | None = None
 
 
-class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """`POST /tokenize`, with a text or a chat."""
+class PromptFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A text or a chat."""
 
     model: str | None = None
     prompt: str | None = None
@@ -210,7 +220,19 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(PromptFields, kw_only=True):
+    """`POST /tokenize`."""
+
     return_token_strs: bool | None = None
+
+
+class CacheHintsRequest(PromptFields, kw_only=True):
+    """`POST /cache_hints`: hints about a text or chat, without a generation."""
+
+    cache_hints: list[CacheHintFields]
+    cache_salt: str | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -223,10 +245,23 @@ class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 # -- responses ------------------------------------------------------------------------------------------------
 
 
+class CacheHintAnswer(Struct):
+    """Answer to a cache hint. `num_tokens`: length of what is kept or demoted. `ttl`: seconds."""
+
+    action: HintAction
+    status: HintStatus
+    num_tokens: int
+    ttl: float | None
+    reason: str | None
+
+
 class PromptTokensDetails(Struct):
-    """`cached_tokens`: number of prompt tokens whose KV was cached."""
+    """`cached_tokens`: number of prompt tokens whose KV was cached. `cache_hints`: answers to the request's hints, and
+    then to each `cache_control`.
+    """
 
     cached_tokens: int = 0
+    cache_hints: list[CacheHintAnswer] | UnsetType = UNSET
 
 
 class Usage(Struct, kw_only=True):
@@ -402,6 +437,12 @@ class TokenizeResponse(Struct, kw_only=True):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | UnsetType = UNSET
+
+
+class CacheHintsResponse(Struct):
+    """Answers to cache hints, in their order."""
+
+    cache_hints: list[CacheHintAnswer]
 
 
 class DetokenizeResponse(Struct):

@@ -55,6 +55,8 @@ class SessionTurn:
     key: SessionKey
     draft: Draft
     session: _SessionState
+    superseded: list[int]
+    """Tokens of the session's last turn if this one leaves their path, else empty"""
 
 
 class Sessions:
@@ -93,12 +95,15 @@ class Sessions:
         fresh = held is None or not _same_template(held.history.template, template)
         if held is None or fresh:
             held = _SessionState(ChatHistory(template), sizes=[bytes_of([template.tools, template.options])])
+        last = held.history.state
         history = held.history.fork()
         session = _SessionState(history, dict(held.answers))
         turn = next(turn for turn in range(history.num_turns, -1, -1) if session.knows(turn, messages))
         history.rollback(turn)
         session.sizes = held.sizes[: len(history.turns)]
-        return SessionTurn(key, history.draft(messages[len(history.state.messages) :]), session)
+        draft = history.draft(messages[len(history.state.messages) :])
+        superseded = [] if draft.exchanges is last.exchanges else last.token_ids
+        return SessionTurn(key, draft, session, superseded)
 
     def end(self, turn: SessionTurn, output: CompletionOutput, answer: Message, params: SamplingParams) -> None:
         """Save the answer of a turn.

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from radixgen.cache import TokenArray
 from radixgen.core import (
+    CacheHint,
     EngineDead,
     FinishReason,
+    HintResult,
     InvalidRequest,
     Limits,
     RadixgenError,
@@ -87,9 +89,17 @@ class WorkerBackend:
         return self._closed or not self._client.workers
 
     async def open(
-        self, prompt: TokenArray, params: SamplingParams, *, priority: int, namespace: str, timeout: float | None
+        self,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        priority: int,
+        namespace: str,
+        timeout: float | None,
+        cache_hints: Seq[CacheHint] = (),
+        hint_owner: str | None = None,
     ) -> "_Answer":
-        """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineDead`."""
+        """Queue a request. Its hints go with its first sequence. Raises `InvalidRequest`, `QueueFull`, `EngineDead`."""
         tokens = prompt.tolist()
         streams: list[AsyncStream] = []
         try:
@@ -97,15 +107,28 @@ class WorkerBackend:
                 seed = None if params.seed is None else (params.seed + index) % 2**64
                 own = replace(params, n=1, seed=seed, stop=())
                 beside = streams[0] if streams else None
-                streams.append(
-                    await self._client.open(tokens, own, cache_salt=namespace, priority=priority, beside=beside)
+                stream = await self._client.open(
+                    tokens,
+                    own,
+                    cache_salt=namespace,
+                    priority=priority,
+                    beside=beside,
+                    cache_hints=() if streams else cache_hints,
+                    hint_owner=hint_owner,
                 )
+                streams.append(stream)
         except BaseException:
             for stream in streams:
                 await stream.aclose()
             raise
         self._open += 1
         return _Answer(self, streams, params, prompt, timeout)
+
+    async def apply_hints(
+        self, prompt: TokenArray, hints: Seq[CacheHint], *, namespace: str, hint_owner: str | None
+    ) -> tuple[HintResult, ...]:
+        """Apply cache hints on the worker that a request with this prompt would go to."""
+        return await self._client.apply_hints(prompt.tolist(), hints, cache_salt=namespace, hint_owner=hint_owner)
 
     async def warm_up(self, progress: Progress | None = None) -> None:
         """Workers are warm before they come."""
@@ -226,6 +249,7 @@ def _take(sequence: Sequence, output: RequestOutput) -> None:
     """Add what came of a sequence."""
     request, (new,) = sequence.request, output.outputs
     request.num_cached_tokens = min(request.num_cached_tokens or 0, output.num_cached_tokens)
+    request.hint_results = output.cache_hints or request.hint_results
     if output.prompt_logprobs is not None:
         request.prompt_logprobs = [logprobs for logprobs in output.prompt_logprobs if logprobs is not None]
     sequence.output += new.token_ids

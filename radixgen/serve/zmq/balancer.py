@@ -94,7 +94,7 @@ class Balancer:
         if self._subscriber is None:
             self._subscriber = KVSubscriber(self._apply)
         kv_tokens = ready.kv_cache_size_tokens or ready.num_gpu_blocks * ready.block_size
-        self._subscriber.follow(worker, config, kv_tokens)
+        self._subscriber.follow(worker, config, kv_tokens + (ready.host_kv_tokens or 0))
 
     def _apply(self, worker: Hashable, events: Sequence[Event]) -> None:
         assert isinstance(worker, int)

@@ -6,9 +6,19 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from radixgen.core import RadixgenError, RequestFailed, RequestOutput, SamplingParams, merge_outputs
+from msgspec import convert
+
+from radixgen.core import (
+    CacheHint,
+    HintResult,
+    RadixgenError,
+    RequestFailed,
+    RequestOutput,
+    SamplingParams,
+    merge_outputs,
+)
 from radixgen.core.adapters import refuses_adapters
-from radixgen.serve.zmq import wire
+from radixgen.serve.zmq import wire, wire_params
 from radixgen.serve.zmq.client_base import BaseClient, ClientOptions, ClientRequest, Tokens, result_of
 from radixgen.serve.zmq.front import FrontEnd, RemoteWorker
 from radixgen.serve.zmq.inbox import CoroutineInbox, Courier, ThreadInbox
@@ -262,6 +272,23 @@ class AsyncClient(BaseClient):
             "score", list(prompt), [list(tokens) for tokens in continuations], cache_salt, worker=index
         )
         return scores
+
+    async def apply_hints(
+        self,
+        prompt: Tokens,
+        hints: Sequence[CacheHint],
+        *,
+        cache_salt: str | None = None,
+        hint_owner: str | None = None,
+        worker: int | None = None,
+    ) -> tuple[HintResult, ...]:
+        """As `Engine.apply_hints`, on the worker that a request with this prompt would go to."""
+        if not self._waited:
+            await self.wait()
+        index = self._front.choose(worker, self._front.blocks(prompt, cache_salt)).index
+        own = wire_params.from_hints(hints)
+        answers = await self.call("apply_hints", list(prompt), own, cache_salt, hint_owner, worker=index)
+        return wire_params.to_results(convert(answers, list[wire.HintAnswer]))
 
     async def close(self) -> None:
         """As `Client.close`."""

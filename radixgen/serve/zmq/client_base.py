@@ -7,7 +7,9 @@ from typing import Any, TypedDict
 from uuid import uuid4
 
 from radixgen.core import (
+    CacheHint,
     CompletionOutput,
+    HintResult,
     InvalidRequest,
     Limits,
     PromptTokens,
@@ -35,6 +37,9 @@ class ClientOptions(TypedDict, total=False):
     """Requests with a higher priority go first; 0 by default"""
     worker: int | None
     """Index of the worker; by default the router chooses one"""
+    cache_hints: Sequence[CacheHint]
+    """As for `Engine.submit`"""
+    hint_owner: str | None
 
 
 @dataclass(eq=False)
@@ -50,6 +55,7 @@ class ClientRequest:
     eos: frozenset[int]
     """End tokens that are not reported as the stop reason"""
     cached: int = 0
+    cache_hints: tuple[HintResult, ...] = ()
     cumulative_logprob: float = 0.0
     finished: bool = False
 
@@ -66,6 +72,7 @@ class ClientRequest:
         logprobs = prompt_logprobs = None
         if output.prefill_stats is not None:
             self.cached = output.prefill_stats.num_cached_tokens
+            self.cache_hints = wire_params.to_results(output.prefill_stats.cache_hints or ())
         if self.params.logprobs is not None:
             logprobs = wire.unpack_logprobs(output.new_logprobs) if output.new_logprobs else []
             self.cumulative_logprob += sum(next(iter(position.values())) for position in logprobs)
@@ -90,6 +97,7 @@ class ClientRequest:
             outputs=[completion],
             finished=self.finished,
             num_cached_tokens=self.cached,
+            cache_hints=self.cache_hints,
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -149,6 +157,8 @@ class BaseClient:
         cache_salt: str | None = None,
         priority: int = 0,
         worker: int | None = None,
+        cache_hints: Sequence[CacheHint] = (),
+        hint_owner: str | None = None,
         beside: ClientRequest | None = None,
     ) -> tuple[ClientRequest, wire.Add]:
         """Create a request and its message. Raises `InvalidRequest`, `EngineDead`.
@@ -165,6 +175,7 @@ class BaseClient:
             tokens, blocks, remote = beside.prompt, beside.blocks, beside.worker
         eos = remote.ready.eos_token_ids if remote.ready is not None else []
         sampling = wire_params.from_params(params, eos)
+        sampling.cache_hints, sampling.hint_owner = wire_params.from_hints(cache_hints), hint_owner
         request_id = self._new_id()
         add = wire.Add(request_id, tokens, sampling_params=sampling, cache_salt=cache_salt, priority=-priority)
         unseen = frozenset([*eos, *params.end_token_ids]) - frozenset(params.stop_token_ids)

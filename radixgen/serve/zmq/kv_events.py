@@ -5,7 +5,8 @@
     payload [time, [event, …], rank]  as MessagePack
 
 An event is `BlockStored`, `BlockRemoved` or `AllBlocksCleared`: a map with its name under `type`, or the same values as
-an array. A batch holds the events of one interval in order; the sequence number counts batches from 0.
+an array. The `medium` of the first two is `GPU` for the pool and `CPU` for host memory; a block may be in both. A batch
+holds the events of one interval and one medium in order; the sequence number counts batches from 0.
 
 A subscriber that misses batches sees a gap in the sequence numbers and requests a replay from there. If batch `start`
 is no longer buffered, or lies beyond the last batch (after a restart of the worker; -1 requests it explicitly), the
@@ -23,15 +24,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import msgspec
-import numpy as np
 import zmq
 
 from radixgen.cache import BlockEvent, BlockProjection, BlocksAdded, BlocksDropped, BlocksReset, TokenArray
 from radixgen.core import InvalidRequest
 from radixgen.core.errors import check_integer
+from radixgen.serve.zmq.kv_event_fields import HOST_MEDIUM, MEDIUM, fields_of, joined_events
 
 if TYPE_CHECKING:
     from radixgen.engine.async_engine import AsyncEngine
@@ -39,9 +41,6 @@ if TYPE_CHECKING:
     from radixgen.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
-
-MEDIUM = "GPU"
-"""vLLM's name for the memory that attention reads"""
 
 _INTERVAL_MS = 10
 _MAX_BATCH_BLOCKS = 4_096
@@ -111,7 +110,9 @@ class KVEventsStats:
     batches: int
     events: int
     blocks: int
-    """Blocks that are cached according to the batches sent so far"""
+    """Blocks in the pool according to the batches sent so far"""
+    host_blocks: int
+    """The same of host memory"""
     dropped_events: int
     """Events that were not sent; after a queue overflow all cached blocks are published again"""
     lags: int
@@ -141,8 +142,9 @@ class KVEvents:
         self.config.check()
         self._engine = engine
         self._queue = _Queue(self.config.max_queue_size)
-        self._projection: BlockProjection | None = None
-        self._publisher = _Publisher(self.config, self._queue)
+        self._host_queue = _Queue(self.config.max_queue_size, HOST_MEDIUM)
+        self._projections: list[BlockProjection] = []
+        self._publisher = _Publisher(self.config, self._queue, self._host_queue)
         try:
             engine.inspect(self._listen)
         except BaseException:
@@ -179,23 +181,27 @@ class KVEvents:
         self.close()
 
     def _listen(self, core: "EngineCore") -> None:
-        tree = core.tree
-        if tree.listener is not None:
+        if core.tree.listener is not None:
             logger.error("the KV cache events of this engine are published already")
             raise InvalidRequest("engine", self._engine, "its cache events are published already")
-        self._queue.limit = max(self._queue.limit, 2 * tree.pool.capacity // self.config.block_size)
-        self._projection = BlockProjection(tree, self._queue.put, self.config.block_size)
+        trees = [(core.tree, self._queue)] + ([(core.host.tree, self._host_queue)] if core.host is not None else [])
+        for tree, queue in trees:
+            queue.limit = max(queue.limit, 2 * tree.pool.capacity // self.config.block_size)
+            self._projections.append(BlockProjection(tree, queue.put, self.config.block_size))
 
     def _leave(self, core: "EngineCore") -> None:
-        if self._projection is not None and core.tree.listener is self._projection:
-            self._projection.close()
+        while self._projections:
+            self._projections.pop().close()
 
 
 class _Queue:
-    """Queue of at most `limit` blocks from the engine's thread to the publisher's. Neither thread ever waits."""
+    """Queue of at most `limit` blocks of one medium, from the engine's thread to the publisher's. Neither thread ever
+    waits.
+    """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, medium: str = MEDIUM) -> None:
         self.limit = limit
+        self.medium = medium
         self.dropped = 0
         self._events: deque[BlockEvent] = deque()
         # Only the engine's thread writes the first two, only the publisher's thread the third.
@@ -241,12 +247,12 @@ class _Block(NamedTuple):
 class _Publisher:
     """Sockets, and the thread that uses them once it has started."""
 
-    def __init__(self, config: KVEventsConfig, queue: _Queue) -> None:
+    def __init__(self, config: KVEventsConfig, *queues: _Queue) -> None:
         self._config = config
-        self._queue = queue
+        self._queues = queues
         self._topic = config.topic.encode("utf-8", "replace")
-        self._held: dict[int, _Block] = {}
-        """Cached blocks according to the batches sent so far; each follows its parent"""
+        self._held: dict[str, dict[int, _Block]] = {MEDIUM: {}, HOST_MEDIUM: {}}
+        """Cached blocks by medium, according to the batches sent so far; each follows its parent"""
         self._sent: deque[tuple[int, bytes]] = deque()
         self._sent_bytes = 0
         self._snapshot: tuple[int, bytes] | None = None
@@ -279,8 +285,9 @@ class _Publisher:
         return KVEventsStats(
             batches=self._batches,
             events=self._events,
-            blocks=len(self._held),
-            dropped_events=self._queue.dropped + self._failed,
+            blocks=len(self._held[MEDIUM]),
+            host_blocks=len(self._held[HOST_MEDIUM]),
+            dropped_events=sum(queue.dropped for queue in self._queues) + self._failed,
             lags=self._lags,
             replays=self._replays,
             snapshots=self._snapshots,
@@ -299,8 +306,9 @@ class _Publisher:
         while open_:
             open_ = not self._closing.is_set()
             self._wait()
-            while events := self._queue.take():
-                self._publish(events)
+            for queue in self._queues:
+                while events := queue.take():
+                    self._publish(events, queue.medium)
             if self._replay is not None and self._replay.poll(0):
                 try:
                     self._answer(self._replay)
@@ -315,12 +323,13 @@ class _Publisher:
         else:
             self._closing.wait(_INTERVAL_MS / 1_000)
 
-    def _publish(self, events: list[BlockEvent]) -> None:
+    def _publish(self, events: list[BlockEvent], medium: str) -> None:
         """Send one batch. If that fails, its sequence number is skipped, and replays start with a snapshot."""
         try:
-            for event in events:
-                self._apply(event)
-            payload = self._encode(_joined(events))
+            fields = [*self._fields([self._apply(event, medium) for event in events], medium)]
+            if not fields:
+                return
+            payload = self._encode(fields)
             self._send([self._topic, self._batches.to_bytes(8, "big"), payload])
             self._keep(payload)
         except Exception:
@@ -338,18 +347,23 @@ class _Publisher:
         while len(self._sent) > self._config.buffer_steps or self._sent_bytes > self._config.buffer_bytes:
             self._sent_bytes -= len(self._sent.popleft()[1])
 
-    def _apply(self, event: BlockEvent) -> None:
-        """Update the cached blocks."""
+    def _apply(self, event: BlockEvent, medium: str) -> BlockEvent:
+        """Update the cached blocks, and return the event to send: `AllBlocksCleared` has no medium, so a medium is
+        cleared by removing its blocks while another has some.
+        """
+        held, others = self._held[medium], [blocks for name, blocks in self._held.items() if name != medium]
         if isinstance(event, BlocksReset):
-            self._held.clear()
+            event = BlocksDropped([*reversed(held)]) if any(others) else event
+            held.clear()
         elif isinstance(event, BlocksDropped):
             for block in event.hashes:
-                self._held.pop(block, None)
+                held.pop(block, None)
         else:
             parent, size = event.parent, self._config.block_size
             for index, block in enumerate(event.hashes):
-                self._held[block] = _Block(parent, event.tokens[index * size : (index + 1) * size], event.namespace)
+                held[block] = _Block(parent, event.tokens[index * size : (index + 1) * size], event.namespace)
                 parent = block
+        return event
 
     def _send(self, frames: list[bytes]) -> None:
         """Send to all subscribers that keep up. ZeroMQ reports when one falls behind, but not what it misses then."""
@@ -387,64 +401,21 @@ class _Publisher:
             return []
         self._snapshots += 1
         if self._snapshot is None or self._snapshot[0] != self._batches - 1:
-            held = [BlocksAdded([block_hash], *block) for block_hash, block in self._held.items()]
-            self._snapshot = self._batches - 1, self._encode(_joined([BlocksReset(), *held]))
+            events = {
+                medium: [BlocksAdded([block_hash], *block) for block_hash, block in held.items()]
+                for medium, held in self._held.items()
+            }
+            fields = [self._fields(added, medium) for medium, added in events.items()]
+            self._snapshot = self._batches - 1, self._encode(chain(self._fields([BlocksReset()], MEDIUM), *fields))
         return [self._snapshot]
 
-    def _encode(self, events: Iterable[BlockEvent]) -> bytes:
-        fields = [_fields(event, self._config.block_size) for event in events]
-        form: list[Any] = fields if self._config.encoding == "map" else [[*event.values()] for event in fields]
+    def _fields(self, events: Iterable[BlockEvent], medium: str) -> Iterator[dict[str, Any]]:
+        """Fields of vLLM's events for events of one medium, neighbours merged."""
+        return (fields_of(event, self._config.block_size, medium) for event in joined_events(events))
+
+    def _encode(self, fields: Iterable[dict[str, Any]]) -> bytes:
+        form: list[Any] = [*fields] if self._config.encoding == "map" else [[*event.values()] for event in fields]
         return msgspec.msgpack.encode([time.time(), form, self._config.rank])
-
-
-def _fields(event: BlockEvent, block_size: int) -> dict[str, Any]:
-    """Fields of a vLLM event, in vLLM's order, without trailing fields that have default values."""
-    if isinstance(event, BlocksReset):
-        return {"type": "AllBlocksCleared"}
-    if isinstance(event, BlocksDropped):
-        return {"type": "BlockRemoved", "block_hashes": event.hashes, "medium": MEDIUM}
-    fields = {
-        "type": "BlockStored",
-        "block_hashes": event.hashes,
-        "parent_block_hash": event.parent,
-        "token_ids": event.tokens.tolist(),
-        "block_size": block_size,
-        "lora_id": None,
-        "medium": MEDIUM,
-        "lora_name": None,
-    }
-    if event.namespace and event.parent is None:  # as vLLM: the salt is in the first block only
-        own = event.namespace.encode("utf-8", "replace").decode()
-        fields["extra_keys"] = [[own]] + [None] * (len(event.hashes) - 1)
-    return fields
-
-
-def _joined(events: Iterable[BlockEvent]) -> Iterator[BlockEvent]:
-    """Merge neighbouring events: stored blocks that continue each other, and removed blocks."""
-    group: list[Any] = []
-    for event in events:
-        if group and not _continues(group[-1], event):
-            yield _join(group)
-            group = []
-        group.append(event)
-    if group:
-        yield _join(group)
-
-
-def _continues(before: BlockEvent, event: BlockEvent) -> bool:
-    if isinstance(before, BlocksAdded) and isinstance(event, BlocksAdded):
-        return event.parent == before.hashes[-1]
-    return isinstance(before, BlocksDropped) and isinstance(event, BlocksDropped)
-
-
-def _join(group: list[Any]) -> BlockEvent:
-    first: BlockEvent = group[0]
-    if len(group) == 1 or isinstance(first, BlocksReset):
-        return first
-    hashes = [block for event in group for block in event.hashes]
-    if isinstance(first, BlocksDropped):
-        return BlocksDropped(hashes)
-    return first._replace(hashes=hashes, tokens=np.concatenate([event.tokens for event in group]))
 
 
 def _num_blocks(event: BlockEvent) -> int:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from radixgen.core import InvalidRequest, RadixgenError
 from radixgen.serve.zmq.endpoint import Context, Interest, check_endpoint, ready
+from radixgen.serve.zmq.kv_event_fields import MEDIUM
 from radixgen.serve.zmq.kv_events import KVEventsConfig
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class BlockStored(Struct, tag="BlockStored"):
     """Blocks that were cached. Other fields of the event, such as token ids, are skipped."""
 
     block_hashes: list[int]
+    medium: str | None = None
 
 
 class BlockRemoved(Struct, tag="BlockRemoved"):
     """Blocks that are no longer cached."""
 
     block_hashes: list[int]
+    medium: str | None = None
 
 
 class AllBlocksCleared(Struct, tag="AllBlocksCleared"):
@@ -61,7 +64,7 @@ class KVSubscriber:
     """Follows the KV cache events of any number of workers, in its own thread.
 
     It starts with a snapshot of a worker's blocks and requests replays of missed batches. Events may repeat: the last
-    event of a block decides whether it is cached.
+    event of a block decides whether it is cached. Only blocks in the pool count, not those in host memory alone.
     """
 
     def __init__(self, apply: Apply) -> None:
@@ -80,7 +83,7 @@ class KVSubscriber:
     def follow(self, worker: Hashable, config: KVEventsConfig, kv_tokens: int) -> None:
         """Follow a worker. Raises `InvalidRequest`, `InsecureEndpoint`.
 
-        kv_tokens: size of the worker's KV cache, in tokens.
+        kv_tokens: size of the worker's KV cache, in tokens, host memory included.
         """
         if config.replay_endpoint is None:
             raise InvalidRequest("replay_endpoint", None, "is required to follow cache events")
@@ -140,6 +143,7 @@ class KVSubscriber:
                 events = feed.receive()
                 if events is None:
                     break
+                events = [event for event in events if _is_in_pool(event)]
                 if events:
                     self._apply(worker, events)
                     self.batches += 1
@@ -228,3 +232,7 @@ class _Feed:
         socket.setsockopt(zmq.MAXMSGSIZE, self._most_bytes)
         socket.connect(endpoint)
         return socket
+
+
+def _is_in_pool(event: Event) -> bool:
+    return isinstance(event, AllBlocksCleared) or event.medium in (None, MEDIUM)

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from msgspec import UNSET
 
 from radixgen.cache import TokenArray
 from radixgen.core import (
@@ -150,6 +151,8 @@ class Service:
                 priority=-request.priority,
                 namespace=namespace,
                 output_kind="delta",
+                cache_hints=wire_params.to_hints(sampling.cache_hints),
+                hint_owner=sampling.hint_owner,
             )
 
         if params.structured and self._compile is not None:
@@ -336,6 +339,7 @@ class Service:
             kv_cache_size_tokens=slots,
             kv_cache_max_concurrency=slots / self.max_len,
             eos_token_ids=sorted(self.engine.eos_token_ids),
+            host_kv_tokens=self.engine.stats().kv_tokens_host_total or UNSET,
         )
 
     def namespace(self, salt: str | None, key: bytes = b"") -> str:
@@ -408,6 +412,8 @@ class Service:
             self._started += 1
             prompt, cached = output.num_prompt_tokens, output.num_cached_tokens
             message.prefill_stats = wire.PrefillStats(prompt, prompt - cached, cached, cached)
+            if output.cache_hints:
+                message.prefill_stats.cache_hints = wire_params.from_results(output.cache_hints)
         if output.finished:
             assert new.finish_reason is not None
             message.finish_reason = _FINISH[new.finish_reason]

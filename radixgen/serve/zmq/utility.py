@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from msgspec import Struct
 
 from radixgen.core import InvalidRequest, check_integer
-from radixgen.serve.zmq import wire
+from radixgen.serve.zmq import wire, wire_params
 
 if TYPE_CHECKING:
     from radixgen.cache import Node
@@ -51,6 +51,15 @@ class PinArguments(Struct, array_like=True):
     priority: int = 0
     ttl: float | None = None
     replaces: int | None = None
+
+
+class HintArguments(Struct, array_like=True):
+    """Arguments of `Engine.apply_hints`."""
+
+    prompt_token_ids: list[int]
+    hints: list[wire.Hint]
+    cache_salt: str | None = None
+    hint_owner: str | None = None
 
 
 class UnpinArguments(Struct, array_like=True):
@@ -113,6 +122,16 @@ def _unpin(service: "Service", peer: "Peer", call: wire.Call, arguments: UnpinAr
     return service.engine.unpin(arguments.pin)
 
 
+def _apply_hints(service: "Service", peer: "Peer", call: wire.Call, arguments: HintArguments) -> list[wire.HintAnswer]:
+    results = service.engine.apply_hints(
+        arguments.prompt_token_ids,
+        wire_params.to_hints(arguments.hints),
+        namespace=service.namespace(arguments.cache_salt, peer.salt_key),
+        hint_owner=arguments.hint_owner,
+    )
+    return wire_params.from_results(results)
+
+
 def _stats(service: "Service", peer: "Peer", call: wire.Call, _: NoArguments) -> dict[str, Any]:
     return {"engine": asdict(service.engine.stats()), "live": service.num_live, "own": asdict(peer.counters)}
 
@@ -150,6 +169,7 @@ UTILITIES: Mapping[str, Utility] = {
     "fork": _taking(ForkArguments, _fork),
     "score": _taking(ScoreArguments, _score),
     "pin": _taking(PinArguments, _pin),
+    "apply_hints": _taking(HintArguments, _apply_hints),
     "unpin": _taking(UnpinArguments, _unpin),
     "stats": _taking(NoArguments, _stats),
     "tree": _taking(TreeArguments, _tree),

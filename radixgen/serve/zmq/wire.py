@@ -9,9 +9,9 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
-from msgspec import Raw, Struct, field
+from msgspec import UNSET, Raw, Struct, UnsetType, field
 
-from radixgen.core import FinishReason, RadixgenError, check_text
+from radixgen.core import FinishReason, HintAction, HintStatus, RadixgenError, check_text
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class Init(Struct):
 
 
 class Ready(Struct):
-    """First message of a worker on an input socket. The last two fields are radixgen's own."""
+    """First message of a worker on an input socket. The last three fields are radixgen's own."""
 
     max_model_len: int
     num_gpu_blocks: int
@@ -91,6 +91,7 @@ class Ready(Struct):
     supports_lora: bool = False
     max_loras: int = 0
     eos_token_ids: list[int] = []
+    host_kv_tokens: int | UnsetType = UNSET
     radixgen_version: str = ""
 
 
@@ -109,8 +110,29 @@ class StructuredOutputsParams(Struct, omit_defaults=True):
     structural_tag: Raw = NIL
 
 
+class Hint(Struct, array_like=True):
+    """A `CacheHint`, as an array."""
+
+    action: str
+    num_tokens: int | None = None
+    ttl: float | None = None
+    priority: int = 0
+
+
+class HintAnswer(Struct, array_like=True):
+    """A `HintResult`, as an array."""
+
+    action: HintAction
+    status: HintStatus
+    num_tokens: int
+    ttl: float | None
+    reason: str
+
+
 class Sampling(Struct, omit_defaults=True):
-    """vLLM's `SamplingParams`, as a map without the fields that have default values."""
+    """vLLM's `SamplingParams`, as a map without the fields that have default values. The last two fields are
+    radixgen's own.
+    """
 
     n: int = 1
     temperature: float = 1.0
@@ -135,6 +157,8 @@ class Sampling(Struct, omit_defaults=True):
     logprob_token_ids: Raw = NIL
     thinking_token_budget: Raw = NIL
     repetition_detection: Raw = NIL
+    cache_hints: list[Hint] = []
+    hint_owner: str | None = None
 
 
 class Add(Struct, array_like=True):
@@ -199,13 +223,16 @@ class Logprobs(Struct, array_like=True):
 
 
 class PrefillStats(Struct):
-    """Numbers of prompt tokens of a request: all, and those that were cached at its admission."""
+    """Numbers of prompt tokens of a request: all, and those that were cached at its admission. `cache_hints` is
+    radixgen's own.
+    """
 
     num_prompt_tokens: int
     num_computed_tokens: int
     num_cached_tokens: int
     num_local_cached_tokens: int
     num_external_cached_tokens: int = 0
+    cache_hints: list[HintAnswer] | UnsetType = UNSET
 
 
 class Output(Struct, array_like=True, gc=False):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Raw
+from msgspec.structs import astuple
 
-from radixgen.core import InvalidRequest, Limits, SamplingParams, check_texts
+from radixgen.core import CacheHint, HintResult, InvalidRequest, Limits, SamplingParams, check_texts
 from radixgen.core.adapters import ADAPTERS
 from radixgen.core.grammar import format_source
 from radixgen.serve.zmq import wire
@@ -158,3 +159,23 @@ def _structured(params: SamplingParams) -> wire.StructuredOutputsParams | None:
         grammar=params.grammar,
         json_object=any_object or None,
     )
+
+
+def to_hints(hints: Sequence[wire.Hint]) -> list[CacheHint]:
+    """Convert cache hints, which the engine checks."""
+    return [CacheHint(*astuple(hint)) for hint in hints]
+
+
+def from_hints(hints: Sequence[CacheHint]) -> list[wire.Hint]:
+    """Convert cache hints to those of the wire."""
+    return [wire.Hint(hint.action, hint.num_tokens, hint.ttl, hint.priority) for hint in hints]
+
+
+def to_results(answers: Sequence[wire.HintAnswer]) -> tuple[HintResult, ...]:
+    """Convert answers to cache hints."""
+    return tuple(HintResult(*astuple(answer)) for answer in answers)
+
+
+def from_results(results: Sequence[HintResult]) -> list[wire.HintAnswer]:
+    """Convert answers to cache hints to those of the wire."""
+    return [wire.HintAnswer(r.action, r.status, r.num_tokens, r.ttl, r.reason) for r in results]
