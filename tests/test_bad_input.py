@@ -167,6 +167,7 @@ ENTRIES: dict[str, Callable[[Engine, Any], object]] = {
     "score": lambda engine, prompt: engine.score(prompt, [[1]]),
     "submit_score": lambda engine, prompt: engine.submit_score(prompt, [1]),
     "pin": lambda engine, prompt: engine.pin(prompt),
+    "apply_hints": lambda engine, prompt: engine.apply_hints(prompt, []),
     "tokenize": lambda engine, prompt: engine.tokenize(prompt),
 }
 SERVED = tuple(ENTRIES)[:5]
@@ -450,6 +451,7 @@ OPTIONS: dict[str, tuple[list[Any], dict[str, Callable[[Engine, Any], object]]]]
             "score": lambda engine, value: engine.score(PROMPT, [[1], [2]], namespace=value),
             "submit_score": lambda engine, value: engine.submit_score(PROMPT, [1], namespace=value),
             "pin": lambda engine, value: engine.pin(PROMPT, namespace=value),
+            "apply_hints": lambda engine, value: engine.apply_hints(PROMPT, [], namespace=value),
         },
     ),
     "request_id": (
@@ -765,6 +767,7 @@ CLOSED: dict[str, Use] = {
     "warm_up_steps": Engine.warm_up_steps,
     "profile": lambda engine: engine.profile("."),
     "pin": lambda engine: engine.pin(PROMPT),
+    "apply_hints": lambda engine: engine.apply_hints(PROMPT, []),
     "unpin": lambda engine: engine.unpin(1),
     "reset_prefix_cache": lambda engine: engine.reset_prefix_cache(),
 }
