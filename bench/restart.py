@@ -9,8 +9,8 @@ fifth of computing the prompt, also with what the folder adds to the start: hash
 
 SmolLM2 in float32 on a CPU, in bfloat16 on a GPU; --toy is a tiny model, for tests.
 
-Bias. Medians of three restarts within one process, so the weights are in the page cache, and nothing else uses the disk.
-What the disk or a hypervisor caches by itself is not dropped.
+Bias. Medians of three restarts within one process, so the weights are in the page cache, and nothing else uses the
+disk. What the disk or a hypervisor caches by itself is not dropped.
 """
 
 import os
