@@ -9,8 +9,8 @@ fifth of computing the prompt, also with what the folder adds to the start: hash
 
 SmolLM2 in float32 on a CPU, in bfloat16 on a GPU; --toy is a tiny model, for tests.
 
-Bias. Medians of five restarts within one process, so the weights are in the page cache, and nothing else uses the disk.
-What the disk or a hypervisor caches by itself is not dropped.
+Bias. Medians of three restarts within one process, so the weights are in the page cache, and nothing else uses the
+disk. What the disk or a hypervisor caches by itself is not dropped.
 """
 
 import os
@@ -31,7 +31,7 @@ from radixgen import Engine, SamplingParams
 from radixgen.model import smollm2
 from radixgen.model.kv_dir import open_kv_dir
 
-RESTARTS = 5
+RESTARTS = 3
 FIRST_TOKEN = SamplingParams(temperature=0.0, max_tokens=1)
 
 

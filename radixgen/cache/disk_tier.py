@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_SIZE = 20
 _WRITING_SHARE = 4
-"""At most this fraction (1/n) of the host's slots waits to be written, because it cannot be evicted meanwhile."""
+"""At most one path, or this fraction (1/n) of the host's slots, waits to be written: it cannot be evicted meanwhile."""
 _TOUCH_SECONDS = 60.0
 """A file's time of use is written at most this often."""
 
@@ -189,7 +189,7 @@ class DiskTier:
         chunks = self._chunks(tokens, namespace)[: self._max_files]
         self._use(chunks)
         lacking = [chunk for chunk in chunks if chunk.name not in self._index and chunk.name not in self._writing]
-        room = self._max_writing - len(self._writing)
+        room = max(self._max_writing - len(self._writing), 0) if self._writing else self._max_files
         self.skipped_tokens += len(lacking[room:]) * self.chunk_tokens
         return lacking[:room]
 
