@@ -260,17 +260,20 @@ def measure(
     """One workload. The first of `workloads` warms up, and decides how an engine is opened; each other is a run."""
     warm_up, *timed = workloads
     seconds: dict[str, list[float]] = {label: [] for label in engines}
+    least: dict[str, float] = {}
     with ExitStack() as stack:
         opened, chosen = {}, {}
         for label, variants in engines.items():
             chosen[label] = fastest(variants, name, warm_up)
             opened[label] = stack.enter_context(variants[chosen[label]]())
             run(opened[label], name, warm_up, None)
-        ours = next(iter(opened.values()))
-        least = {dtype: run(ours, name, warm_up, limit)["limit_seconds"] for dtype, limit in limits.items()}
         for given in timed:
             for label, engine in opened.items():
-                seconds[label].append(run(engine, name, given, None)["seconds"])
+                dtype = label.removeprefix("radixgen ")
+                figures = run(engine, name, given, limits.get(dtype))
+                seconds[label].append(figures["seconds"])
+                if dtype in limits:
+                    least[dtype] = figures["limit_seconds"]
     words = describe(timed[0].scale)[name]
     report.say(f"{name}: {words}; limit: {', '.join(f'{dtype} {limit:.2f} s' for dtype, limit in least.items())}")
     medians = {label: statistics.median(values) for label, values in seconds.items()}
