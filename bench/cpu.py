@@ -4,14 +4,14 @@
 
 SmolLM2-135M, the same token ids for all, of English text; greedy (samples are drawn at T = 1), the end of text ignored.
 What is not installed is left out, with a line that says so: `pip install xllamacpp openvino-genai`. Contenders take
-turns, and the median of the runs counts. An engine starts each run with an empty cache, and each run has other prompts.
+turns, each in a process of its own, and the median of the runs counts. An engine starts each run with an empty cache, and each run has other prompts.
 
 - radixgen and transformers: `float32` and `bfloat16` are those of weights, products and keys.
 - llama.cpp: GGUF files in `F32`, `BF16` and, as published, `Q4_1`; keys in F16. What all prompts begin with is computed
   once and copied to all sequences, which are decoded in one batch. Of one KV buffer or one for each sequence, with
   flash attention or without, the fastest is taken, for each workload and file.
-- OpenVINO: a GGUF file in F16, multiplied in `f32` or `bf16`, with prefix caching; what all prompts begin with is sent
-  first.
+- OpenVINO: a GGUF file in F16, products and keys in `f32`, with prefix caching; what all prompts begin with is sent
+  first. Its other precision, bf16, is not measured: version 2026.4 ended with a division by zero where this was tried.
 - transformers: `generate` on one padded batch; the keys of what all prompts begin with are computed once.
 
 The limit is that of `bench.limits`: in each step the weights are read once, at the rate at which one large matrix is
@@ -21,17 +21,16 @@ come from memory: if a cache of the processor holds them, as it may in bfloat16,
 Bias. One small model, whose weights were dequantized from Q4_1 and Q8_0, so that Q4_1 loses nothing. One thread:
 engines differ in how they use more. The wheel of xllamacpp is built for AVX2, so on a processor with AVX-512 it is
 slower than llama.cpp can be: give a library of another build. llama.cpp's loop is Python and its tokens are drawn by
-torch. OpenVINO has keys of its weights' precision, not its default of 8 bits. Neither HTTP nor text is in it, and
-starting is not timed.
+torch. OpenVINO has keys in float32, not its default of 8 bits. Neither HTTP nor text is in it, and starting is not
+timed.
 
 Bounds with --check: where prompts overlap, not slower than llama.cpp in F32; and llama.cpp's first tokens are ours.
 """
 
-import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -49,6 +48,7 @@ from bench import llama_cpp
 from bench.baseline import Generate, cpu_ceilings
 from bench.compare import run
 from bench.contenders import Contender, Radixgen
+from bench.engine_process import EngineProcess, OpenContender
 from bench.limits import StepLimit
 from bench.openvino import OpenVino
 from bench.report import Report, benchmark_options
@@ -70,7 +70,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS = {"llama.cpp F32": "radixgen float32", "llama.cpp BF16": "radixgen bfloat16"}
 """What each of llama.cpp's files is compared with"""
 
-Variants = dict[str, Callable[[], AbstractContextManager[Contender]]]
+Variants = dict[str, OpenContender]
 """Settings of one contender, by description, and what opens it"""
 
 
@@ -113,6 +113,29 @@ class Transformers:
         return [answers[first : first + ask.n] for first in range(0, len(answers), ask.n)]
 
 
+def open_radixgen(path: Path, dtype: str, slots: int) -> AbstractContextManager[Contender]:
+    return closing(Radixgen(Engine(path, dtype=dtype, device="cpu", kv_tokens=slots)))
+
+
+def open_transformers(path: Path) -> AbstractContextManager[Contender]:
+    return nullcontext(Transformers(path))
+
+
+def open_llama(
+    library: Path, model: Path, sizes: dict[str, int], *, unified: bool, flash: bool
+) -> AbstractContextManager[Contender]:
+    return closing(llama_cpp.LlamaCpp(llama_cpp.load(library), model, **sizes, unified=unified, flash=flash))
+
+
+def open_openvino(model: Path, sequences: int, threads: int) -> AbstractContextManager[Contender]:
+    return nullcontext(OpenVino(model, sequences=sequences, threads=threads))
+
+
+def first_answer(contender: Contender, ask: Ask) -> tuple[dict[str, Any], Tokens]:
+    """What the contender is, and its first answer."""
+    return contender.about, contender.answer(ask)[0][0]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
     parser.add_argument("--threads", type=int, default=1)
@@ -130,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engines = ours_and_transformers(path, scale)
         if chosen.model is None:
             engines |= others(report, Path(folder), scale, chosen.threads, chosen.llama_library)
-        compare_tokens(report, engines, TextWorkloads(scale, text, 0), bound=not chosen.toy)
+        compare_tokens(report, engines, TextWorkloads(scale, text, 0), chosen.threads, bound=not chosen.toy)
         workloads = [TextWorkloads(scale, text, 1 + seed) for seed in range(1 + chosen.runs)]
         for name in chosen.workloads:
-            measure(report, name, engines, workloads, limits, bound=not chosen.toy)
+            measure(report, name, engines, workloads, limits, chosen.threads, bound=not chosen.toy)
     report.keep(threads=chosen.threads, runs=chosen.runs)
     return report.finish(check=chosen.check, save=chosen.save)
 
@@ -159,12 +182,10 @@ def step_limits(report: Report, config: PretrainedConfig) -> dict[str, StepLimit
 
 def ours_and_transformers(path: Path, scale: Scale) -> dict[str, Variants]:
     slots = largest(scale) * longest(scale)
-
-    def radixgen(dtype: str) -> AbstractContextManager[Contender]:
-        return closing(Radixgen(Engine(path, dtype=dtype, device="cpu", kv_tokens=slots)))
-
-    ours: dict[str, Variants] = {f"radixgen {dtype}": {"": partial(radixgen, dtype)} for dtype in DTYPES}
-    return {**ours, "transformers float32": {"": lambda: nullcontext(Transformers(path))}}
+    ours: dict[str, Variants] = {
+        f"radixgen {dtype}": {"": partial(open_radixgen, path, dtype, slots)} for dtype in DTYPES
+    }
+    return {**ours, "transformers float32": {"": partial(open_transformers, path)}}
 
 
 def others(report: Report, folder: Path, scale: Scale, threads: int, library: Path | None) -> dict[str, Variants]:
@@ -182,33 +203,26 @@ def others(report: Report, folder: Path, scale: Scale, threads: int, library: Pa
         llama_cpp.convert(published, target, GGMLQuantizationType[dtype])
         return target
 
-    def openvino(model: Path, precision: str) -> AbstractContextManager[Contender]:
-        return nullcontext(OpenVino(model, sequences=largest(scale), threads=threads, precision=precision))
-
     engines: dict[str, Variants] = {}
     if library:
-        sizes = {"sequences": largest(scale), "length": longest(scale), "threads": threads}
-        loaded = llama_cpp.load(library)
-        features = re.findall(r"(\w+) = 1", loaded.llama_print_system_info().decode())
+        features = llama_cpp.features(library)
         report.say(f"llama.cpp uses {' '.join(features)}")
         report.keep(llama_cpp_features=features)
+        sizes = {"sequences": largest(scale), "length": longest(scale), "threads": threads}
         for dtype in ("F32", "BF16"):
-            engines[f"llama.cpp {dtype}"] = llama_variants(loaded, converted(dtype), sizes)
-        engines["llama.cpp Q4_1"] = llama_variants(loaded, published, sizes)
+            engines[f"llama.cpp {dtype}"] = llama_variants(library, converted(dtype), sizes)
+        engines["llama.cpp Q4_1"] = llama_variants(library, published, sizes)
     if with_openvino:
-        half = converted("F16")
-        engines |= {f"OpenVINO {precision}": {"": partial(openvino, half, precision)} for precision in ("f32", "bf16")}
+        engines["OpenVINO f32"] = {"": partial(open_openvino, converted("F16"), largest(scale), threads)}
     return engines
 
 
-def llama_variants(library: Any, model: Path, sizes: dict[str, int]) -> Variants:
+def llama_variants(library: Path, model: Path, sizes: dict[str, int]) -> Variants:
     """llama.cpp with one KV buffer or several, with flash attention or without."""
-
-    def opened(*, unified: bool, flash: bool) -> AbstractContextManager[Contender]:
-        return closing(llama_cpp.LlamaCpp(library, model, **sizes, unified=unified, flash=flash))
-
     return {
-        f"{buffers}, flash attention {'on' if flash else 'off'}": partial(opened, unified=unified, flash=flash)
+        f"{buffers}, flash attention {'on' if flash else 'off'}": partial(
+            open_llama, library, model, sizes, unified=unified, flash=flash
+        )
         for buffers, unified in (("one buffer", True), ("a buffer each", False))
         for flash in (True, False)
     }
@@ -229,15 +243,17 @@ def longest(scale: Scale) -> int:
     )
 
 
-def compare_tokens(report: Report, engines: dict[str, Variants], workloads: TextWorkloads, *, bound: bool) -> None:
+def compare_tokens(
+    report: Report, engines: dict[str, Variants], workloads: TextWorkloads, threads: int, *, bound: bool
+) -> None:
     """How many greedy tokens of one request are those of the first engine, in each."""
     ask = next(workloads.latency())
     answers: dict[str, Tokens] = {}
     versions = {}
     for label, variants in engines.items():
-        with next(iter(variants.values()))() as engine:
-            answers[label] = engine.answer(ask)[0][0]
-            versions[engine.about["engine"]] = engine.about["version"]
+        with closing(EngineProcess(next(iter(variants.values())), threads)) as process:
+            about, answers[label] = process.call(first_answer, ask)
+        versions[about["engine"]] = about["version"]
     report.keep(versions=versions)
     first, *rest = answers
     for label in rest:
@@ -254,6 +270,7 @@ def measure(
     engines: dict[str, Variants],
     workloads: Sequence[TextWorkloads],
     limits: dict[str, StepLimit],
+    threads: int,
     *,
     bound: bool,
 ) -> None:
@@ -264,13 +281,13 @@ def measure(
     with ExitStack() as stack:
         opened, chosen = {}, {}
         for label, variants in engines.items():
-            chosen[label] = fastest(variants, name, warm_up)
-            opened[label] = stack.enter_context(variants[chosen[label]]())
-            run(opened[label], name, warm_up, None)
+            chosen[label] = fastest(variants, name, warm_up, threads)
+            opened[label] = stack.enter_context(closing(EngineProcess(variants[chosen[label]], threads)))
+            opened[label].call(run, name, warm_up, None)
         for given in timed:
-            for label, engine in opened.items():
+            for label, process in opened.items():
                 dtype = label.removeprefix("radixgen ")
-                figures = run(engine, name, given, limits.get(dtype))
+                figures = process.call(run, name, given, limits.get(dtype))
                 seconds[label].append(figures["seconds"])
                 if dtype in limits:
                     least[dtype] = figures["limit_seconds"]
@@ -290,14 +307,14 @@ def measure(
             report.figure(f"{name}_over_{theirs}", gain, text, at_least=least_gain)
 
 
-def fastest(variants: Variants, name: str, workloads: TextWorkloads) -> str:
+def fastest(variants: Variants, name: str, workloads: TextWorkloads, threads: int) -> str:
     """The variant by which the workload takes least."""
     if len(variants) == 1:
         return next(iter(variants))
     seconds = {}
-    for variant, open_engine in variants.items():
-        with open_engine() as engine:
-            seconds[variant] = run(engine, name, workloads, None)["seconds"]
+    for variant, open_contender in variants.items():
+        with closing(EngineProcess(open_contender, threads)) as process:
+            seconds[variant] = process.call(run, name, workloads, None)["seconds"]
     return min(seconds, key=lambda variant: seconds[variant])
 
 

@@ -9,6 +9,7 @@ one batch.
 """
 
 import ctypes
+import re
 import struct
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_float, c_int32, c_void_p
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quantize
 
 from bench.workloads import Answers, Ask, Tokens
@@ -36,8 +37,13 @@ CONTEXT_FIELDS = {
 SWITCHES = b"\0\1\1\1\1\0"
 """The booleans at the end of `llama_context_params`, by default; the last one is `kv_unified`"""
 
-DROPPED = {"general.architecture", "general.file_type", "general.quantization_version"}
-"""Keys that a converted file gets anew, or does not need"""
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+}
+REWRITTEN = {"general.architecture", "general.file_type"}
+"""Keys that a converted file gets anew"""
 
 
 class _Params(ctypes.Structure):
@@ -104,12 +110,18 @@ def load(path: Path) -> Any:
     return library
 
 
+def features(path: Path) -> list[str]:
+    """Instruction sets and options that a library uses on this machine."""
+    return re.findall(r"(\w+) = 1", load(path).llama_print_system_info().decode())
+
+
 def convert(source: Path, target: Path, dtype: GGMLQuantizationType) -> None:
-    """Write the GGUF file `source` again, with its matrices in `dtype`."""
+    """Write the GGUF file `source` again, with its matrices in `dtype`, one of `FILE_TYPES`."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    writer.add_file_type(FILE_TYPES[dtype])
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in DROPPED:
+        if not name.startswith("GGUF.") and name not in REWRITTEN:
             items = field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], items)
     for tensor in reader.tensors:

@@ -20,8 +20,8 @@ class OpenVino:
     what none of them has computed before.
     """
 
-    def __init__(self, model: Path, *, sequences: int, threads: int, precision: str) -> None:
-        """precision: that of products and of the KV cache, such as `f32` or `bf16`."""
+    def __init__(self, model: Path, *, sequences: int, threads: int) -> None:
+        """sequences: how many run at a time."""
         import openvino_genai
 
         self._genai: Any = openvino_genai
@@ -31,8 +31,8 @@ class OpenVino:
         scheduler.max_num_batched_tokens, scheduler.max_num_seqs = STEP_TOKENS, sequences
         properties = {
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": precision,
-            "KV_CACHE_PRECISION": precision,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(model), scheduler, "CPU", properties)

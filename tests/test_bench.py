@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import texts
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quantize
 from scripted_model import tokenizer
 from served import over_socket
@@ -453,6 +453,7 @@ def test_a_gguf_file_in_another_data_type(tmp_path) -> None:
     llama_cpp.convert(tmp_path / "published.gguf", tmp_path / "new.gguf", GGMLQuantizationType.BF16)
     found = GGUFReader(tmp_path / "new.gguf")
     assert [found.fields[name].contents() for name in ("names", "count")] == [["a", "b"], 7]
+    assert found.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_BF16
     assert [tensor.tensor_type.name for tensor in found.tensors] == ["BF16", "F32"]
     numbers = dequantize(found.tensors[0].data, found.tensors[0].tensor_type)
     np.testing.assert_allclose(numbers, matrix, atol=0.01)
