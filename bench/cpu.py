@@ -4,7 +4,8 @@
 
 SmolLM2-135M, the same token ids for all, of English text; greedy (samples are drawn at T = 1), the end of text ignored.
 What is not installed is left out, with a line that says so: `pip install xllamacpp openvino-genai`. Contenders take
-turns, each in a process of its own, and the median of the runs counts. An engine starts each run with an empty cache, and each run has other prompts.
+turns, each in a process of its own, and the median of the runs counts. An engine starts each run with an empty cache,
+and each run has other prompts.
 
 - radixgen and transformers: `float32` and `bfloat16` are those of weights, products and keys.
 - llama.cpp: GGUF files in `F32`, `BF16` and, as published, `Q4_1`; keys in F16. What all prompts begin with is computed
