@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from bench.device import Ceilings
+from bench.report import time_each
 from radixgen import Engine, SamplingParams
 from radixgen.model.quiet import quiet_transformers
 
@@ -48,15 +50,22 @@ def engine_seconds(engine: Engine, prompts: Sequence[list[int]], new_tokens: int
     return time.perf_counter() - begin
 
 
-def matrix_rate(rows: int, width: int = 576, height: int = 1536) -> float:
-    """float32 operations a second of `[rows, width] @ [width, height]`, the best of several."""
-    a, b = torch.randn(rows, width), torch.randn(width, height)
-    best = float("inf")
-    for _ in range(20):
-        begin = time.perf_counter()
-        torch.matmul(a, b)
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * rows * width * height / best
+def matrix_rate(rows: int, width: int = 576, height: int = 1536, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of `[rows, width] @ [width, height]`, the best of several."""
+    a, b = torch.randn(rows, width, dtype=dtype), torch.randn(width, height, dtype=dtype)
+    return 2.0 * rows * width * height / min(time_each(lambda: torch.matmul(a, b), times=20))
+
+
+def cpu_ceilings(dtype: torch.dtype) -> Ceilings:
+    """What this machine does with torch's threads: it reads a large float32 matrix, copies it, and multiplies in
+    `dtype`. The best of several.
+    """
+    matrix, vector = torch.ones(8192, 16_384), torch.ones(16_384)
+    target = torch.empty_like(matrix)
+    size = matrix.numel() * matrix.itemsize
+    read = min(time_each(lambda: torch.mv(matrix, vector), times=5))
+    copy = min(time_each(lambda: target.copy_(matrix), times=5))
+    return Ceilings(size / read, 2 * size / copy, matrix_rate(512, dtype=dtype))
 
 
 def layer_operations(model: Any) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.contenders import Contender, Options, Radixgen, Vllm
+from bench.contenders import Contender, Options, Radixgen, Vllm, random_engine
 from bench.device import Timer
 from bench.limits import StepLimit, WorkloadLimit
 from bench.report import Report
@@ -109,7 +109,8 @@ def _run_one(options: argparse.Namespace) -> int:
     )
     ceilings = Timer(torch.device("cuda")).ceilings() if cuda else None
     (name,) = options.engines
-    engine: Contender = Radixgen(given) if name == "radixgen" else Vllm(given, cascade=name == "vllm-cascade")
+    ours = name == "radixgen"
+    engine: Contender = Radixgen(random_engine(given)) if ours else Vllm(given, cascade=name == "vllm-cascade")
     measured = {} if ceilings is None else {"read": ceilings.read, "matrix": ceilings.matrix}
     print(json.dumps({**engine.about, **measured}), flush=True)
     step_limit = None if ceilings is None else StepLimit(shape, ceilings)

@@ -46,23 +46,28 @@ class Contender(Protocol):
         """Forget what is cached."""
 
 
+def random_engine(options: Options, config: str | None = None) -> Engine:
+    """An engine with random weights.
+
+    config: a directory with a configuration, of which each rank makes them; by default they are made here.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Engine(
+        config or build(options.shape, device, options.max_model_len),
+        load_format="dummy" if config else "auto",
+        tensor_parallel_size=options.ranks,
+        warm_up=options.warm_up,
+        kv_tokens=options.kv_tokens,
+        max_model_len=options.max_model_len,
+        max_step_tokens=options.step_tokens,
+        limits=Limits(max_num_seqs=options.max_seqs),
+    )
+
+
 class Radixgen:
-    def __init__(self, options: Options, config: str | None = None) -> None:
-        """config: a directory with a configuration, of which each rank makes random weights; by default they are made
-        here.
-        """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._engine = Engine(
-            config or build(options.shape, device, options.max_model_len),
-            load_format="dummy" if config else "auto",
-            tensor_parallel_size=options.ranks,
-            warm_up=options.warm_up,
-            kv_tokens=options.kv_tokens,
-            max_model_len=options.max_model_len,
-            max_step_tokens=options.step_tokens,
-            limits=Limits(max_num_seqs=options.max_seqs),
-        )
-        self.about = {"engine": "radixgen", "version": VERSION, "step_tokens": self._engine.max_step_tokens}
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.about = {"engine": "radixgen", "version": VERSION, "step_tokens": engine.max_step_tokens}
 
     def answer(self, ask: Ask) -> Answers:
         params = SamplingParams(n=ask.n, temperature=ask.temperature, max_tokens=ask.new, ignore_eos=True)

@@ -13,18 +13,17 @@ from bench.device import Ceilings
 from bench.shapes import Shape
 from bench.workloads import Answers, Ask, Tokens
 
-BYTES = 2
-"""Of each number of weights, keys and values: bfloat16"""
-
 TokenPath = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimit:
-    """Of a Llama of this shape, in bfloat16, on a chip with these ceilings. Times are seconds."""
+    """Of a Llama of this shape, on a chip with these ceilings. Times are seconds."""
 
     shape: Shape
     ceilings: Ceilings
+    itemsize: int = 2
+    """Bytes of each number of weights, keys and values"""
 
     def weights(self, rows: int, logit_rows: int) -> float:
         """Of reading the weights once, or multiplying `rows` by them, `logit_rows` of which give logits."""
@@ -32,13 +31,13 @@ class StepLimit:
         width = shape.head_dim * (2 * shape.q_heads + 2 * shape.kv_heads)
         layers = shape.layers * shape.hidden * (width + 3 * shape.inner)
         head = shape.hidden * shape.vocab
-        read = BYTES * (layers + head) / ceilings.read
+        read = self.itemsize * (layers + head) / ceilings.read
         return max(read, 2 * (rows * layers + logit_rows * head) / ceilings.matrix)
 
     def step(self, rows: int, logit_rows: int, keys: int, pairs: float) -> float:
         """Of a step that reads `keys` distinct tokens; `pairs` counts every row with every key that it sees."""
         shape, ceilings = self.shape, self.ceilings
-        read = 2 * BYTES * shape.layers * shape.kv_heads * shape.head_dim * keys / ceilings.read
+        read = 2 * self.itemsize * shape.layers * shape.kv_heads * shape.head_dim * keys / ceilings.read
         multiplied = 4 * shape.layers * shape.q_heads * shape.head_dim * pairs / ceilings.matrix
         return self.weights(rows, logit_rows) + max(read, multiplied)
 

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.compare import run
-from bench.contenders import Options, Radixgen, saved_config
+from bench.contenders import Options, Radixgen, random_engine, saved_config
 from bench.device import Timer
 from bench.limits import StepLimit
 from bench.report import Report, time_each
@@ -262,7 +262,7 @@ def _time_engine(part: str, ranks: int) -> Iterator[dict[str, Any]]:
     )
     limit = StepLimit(shape, Timer(torch.device("cuda")).ceilings()) if cuda else None
     with tempfile.TemporaryDirectory() as folder:
-        engine = Radixgen(options, saved_config(options, Path(folder)))
+        engine = Radixgen(random_engine(options, saved_config(options, Path(folder))))
     workloads: dict[str, Any] = {}
     for name in ("wide",) if part == "large" else ("latency", "prefix", "prefill"):
         workloads[name] = _time(engine, name, scale, shape, limit, options.ranks)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bench.compare import run
-from bench.contenders import Options, Radixgen
+from bench.contenders import Options, Radixgen, random_engine
 from bench.report import Report
 from bench.shapes import SHAPES
 from bench.workloads import FULL, TOY, Workloads, describe
@@ -162,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report, cuda = Report("profile"), torch.cuda.is_available()
     shape, scale = SHAPES["8B" if cuda else "toy"], FULL if cuda else TOY
     kv_tokens, longest = (400_000, 32_768) if cuda else (20_000, 512)
-    contender = Radixgen(Options(shape, kv_tokens, 1024, longest, options.step_tokens or None))
-    steps = Steps(contender._engine)
+    engine = random_engine(Options(shape, kv_tokens, 1024, longest, options.step_tokens or None))
+    contender, steps = Radixgen(engine), Steps(engine)
     for name in options.workloads:
         workloads = Workloads(scale, shape.vocab)
         run(contender, name, Workloads(scale, shape.vocab, seed=1), None)

@@ -1,4 +1,4 @@
-"""Writes what was measured into README.md (the demo, five workloads beside vLLM, three beside transformers), into
+"""Writes what was measured into README.md (the demo, and workloads beside vLLM, transformers and llama.cpp), into
 docs/benchmarks.md (all tables, and every miss) and into docs/cluster.md (routing, several GPUs).
 
 `python -m bench.readme [--demo]`
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bench import cpu
 from bench.attention import OWN
 from bench.compare import table
 from bench.plots import cold
@@ -87,6 +88,8 @@ def highlights() -> list[str]:
         f"{' and '.join(dict.fromkeys(steps))} tokens, torch {found['torch']}, {found['date']}.",
         "",
         *_against_transformers(),
+        "",
+        *_against_llama_cpp(),
     ]
 
 
@@ -116,6 +119,46 @@ def _against_transformers() -> list[str]:
         versions.append(f"transformers {found['transformers']}, torch {found['torch']}, {found['processor']}")
     about = "; ".join(dict.fromkeys(versions))
     return [*lines, "", f"SmolLM2-135M in float32: {about}, {min(dates)} to {max(dates)}."]
+
+
+def _against_llama_cpp() -> list[str]:
+    """SmolLM2 on a CPU: seconds in float32, and the speedup in bfloat16."""
+    found: dict[str, Any] = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    lines = ["| workload | llama.cpp | radixgen | speedup | in bfloat16 |", "| --- | --- | --- | --- | --- |"]
+    for name in cpu.WORKLOADS:
+        seconds = found[name]["seconds"]
+        pairs = [(seconds[theirs], seconds[ours]) for theirs, ours in cpu.OURS.items()]
+        gains = [f"{theirs / ours:.2f}×" for theirs, ours in pairs]
+        theirs, ours = pairs[0]
+        lines.append(f"| {found[name]['words']} | {theirs:.2f} s | {ours:.2f} s | {' | '.join(gains)} |")
+    return [*lines, "", f"SmolLM2-135M in float32, threads: {found['threads']}; {_cpu_engines(found)}."]
+
+
+def _cpu_engines(found: dict[str, Any]) -> str:
+    """What `bench.cpu` ran, and where."""
+    wide = [name for name in found["llama_cpp_features"] if name.startswith(("AVX", "AMX"))]
+    versions = {**found["versions"], "torch": found["torch"]}
+    names = [f"{name} {version}" for name, version in versions.items()]
+    return f"{', '.join(names)}; llama.cpp uses {', '.join(wide)}; {found['processor']}, {found['date']}"
+
+
+def _cpu() -> list[str]:
+    """All contenders of `bench.cpu`."""
+    found: dict[str, Any] = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    labels, dtypes = list(found[cpu.WORKLOADS[0]]["seconds"]), list(cpu.DTYPES)
+    heads = [*labels, *(f"limit in {dtype}" for dtype in dtypes)]
+    lines = [
+        f"`bench.cpu`, SmolLM2-135M, medians of {found['runs']} runs, threads: {found['threads']}; "
+        f"{_cpu_engines(found)}. The bias is in its first lines.",
+        "",
+        f"| workload | {' | '.join(heads)} |",
+        "| --- |" + " --- |" * len(heads),
+    ]
+    for name in cpu.WORKLOADS:
+        seconds, limits = found[name]["seconds"], found[name]["limits"]
+        cells = [f"{value:.2f} s" for value in (*map(seconds.get, labels), *map(limits.get, dtypes))]
+        lines.append(f"| {found[name]['words']} | {' | '.join(cells)} |")
+    return lines
 
 
 def parallel() -> str:
@@ -261,6 +304,8 @@ def tables() -> str:
             *_compared(describe(FULL)),
             "",
             *_families(),
+            "",
+            *_cpu(),
             "",
             *_simulated(),
             "",

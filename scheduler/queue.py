@@ -1,4 +1,4 @@
-"""Queue of waiting requests: by priority, then longest known prefix, with a bound on being overtaken."""
+"""Queue of waiting requests: by priority, then longest computed prefix, with a bound on being overtaken."""
 
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -13,10 +13,9 @@ class WaitingQueue:
     """Waiting requests, including those with only some sequences preempted.
 
     The highest priority comes first. Within it, of the first `max_overtaken + 1` requests by arrival, the one with the
-    longest known prefix. What a running sequence is about to compute is known, too: so once one of those that share a
-    prefix is admitted, the others follow, and it is computed once. A request is overtaken by at most `max_overtaken`
-    later ones of its priority. So a request with `k` earlier ones of its priority is admitted after at most
-    `k + max_overtaken` others of that priority.
+    longest computed prefix. So requests that share a prefix follow the first of them. A request is overtaken by at most
+    `max_overtaken` later ones of its priority. So a request with `k` earlier ones of its priority is admitted after at
+    most `k + max_overtaken` others of that priority.
     """
 
     def __init__(self, max_overtaken: int) -> None:
@@ -56,8 +55,8 @@ class WaitingQueue:
         candidates = self._candidates()
         if not candidates:
             return None
-        known = [(request.waiting[0].followed or follow(request.waiting[0])).length for request in candidates]
-        return candidates[known.index(max(known))]
+        computed = [(request.waiting[0].followed or follow(request.waiting[0])).computed for request in candidates]
+        return candidates[computed.index(max(computed))]
 
     def _candidates(self) -> list[Request]:
         """Return the requests of the highest priority, by arrival, up to the first that must not be overtaken again; of

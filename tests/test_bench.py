@@ -1,8 +1,9 @@
 """The benchmarks of tree and planner run to their end at toy size. Nothing here looks at a clock."""
 
+import ctypes
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import texts
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.quants import dequantize, quantize
 from scripted_model import tokenizer
 from served import over_socket
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +27,7 @@ from bench import (
     calibrate,
     cluster,
     compare,
+    cpu,
     data_parallel,
     engine,
     explain,
@@ -32,6 +36,7 @@ from bench import (
     http,
     kv_dtype,
     live,
+    llama_cpp,
     loads,
     model,
     peers,
@@ -51,12 +56,15 @@ from bench import (
 from bench import (
     families as bench_families,
 )
+from bench.device import Ceilings
 from bench.mixes import make_agents, make_groups
 from bench.null import NullModel
 from bench.orders import ORDERS
 from bench.report import Memory, Report
 from bench.sessions import SHARED, read_agents, read_conversations
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
+from bench.workloads import TOY as TOY_SCALE
+from bench.workloads import Ask
 from radixgen import AsyncClient, Engine, Limits, SamplingParams
 from radixgen.scheduler import planner
 from radixgen.serve.zmq.worker import Worker
@@ -377,6 +385,133 @@ def test_compare(capsys) -> None:
     assert about["engine"] == "radixgen" and about["step_tokens"] == 2048
     assert latency["workload"] == "latency" and latency["tokens"] == 4
     assert search["workload"] == "thoughts" and search["tokens"] == 2 * (1 + 2) * 2 * 3
+
+
+def test_cpu(capsys, monkeypatch, spoken) -> None:
+    monkeypatch.setattr(cpu, "cpu_ceilings", lambda dtype: Ceilings(read=1e9, copy=1e9, matrix=1e9))
+    names = ["questions", "parallel"]
+    assert cpu.main(["--model", str(spoken), "--toy", "--runs", "2", "--check", "--workloads", *names]) == 0
+    figures = last_line(capsys)
+    for name in names:
+        seconds = figures[name]["runs"]
+        assert list(seconds) == ["radixgen float32", "radixgen bfloat16", "transformers float32"]
+        assert all(len(runs) == 2 and min(runs) > 0 for runs in seconds.values())
+        assert 0 < figures[name]["limits"]["bfloat16"] <= figures[name]["limits"]["float32"]
+    assert figures["equal_tokens_transformers float32"] == TOY_SCALE.new
+
+
+class FakeLlama:
+    """llama.cpp's calls, for a model whose next token depends on the tokens before it and their order."""
+
+    vocabulary = 50
+
+    def __init__(self) -> None:
+        self.cells: dict[int, list[int]] = {}
+        self.computed = 0
+        self.logits = np.zeros((0, self.vocabulary), np.float32)
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        """Calls without effect, and handles."""
+        return lambda *_: 1
+
+    def llama_version(self) -> bytes:
+        return b"0"
+
+    def llama_context_default_params(self) -> ctypes.Structure:
+        params = llama_cpp._Params()
+        params.data[120 : 120 + len(llama_cpp.SWITCHES)] = llama_cpp.SWITCHES
+        return params
+
+    def llama_vocab_n_tokens(self, vocabulary: int) -> int:
+        return self.vocabulary
+
+    def llama_memory_clear(self, memory: int, data: bool) -> None:
+        self.cells.clear()
+
+    def llama_memory_seq_rm(self, memory: int, slot: int, first: int, end: int) -> bool:
+        del self.cells[slot][first:]
+        return True
+
+    def llama_memory_seq_cp(self, memory: int, source: int, target: int, first: int, end: int) -> None:
+        assert not self.cells.get(target)
+        self.cells[target] = list(self.cells[source])
+
+    def llama_decode(self, context: int, batch: ctypes.Structure) -> int:
+        size, rows = batch.n_tokens, []
+        tokens, positions = ((ctypes.c_int32 * size).from_address(field) for field in (batch.token, batch.pos))
+        slots = [ctypes.c_int32.from_address(one).value for one in (ctypes.c_uint64 * size).from_address(batch.seq_id)]
+        wanted = (ctypes.c_int8 * size).from_address(batch.logits)
+        for token, position, slot, is_wanted in zip(tokens, positions, slots, wanted, strict=True):
+            held = self.cells.setdefault(slot, [])
+            assert position == len(held)
+            held.append(token)
+            if is_wanted:
+                rows.append(np.eye(self.vocabulary, dtype=np.float32)[self.following(held)])
+        self.logits = np.array(rows)
+        self.computed += size
+        return 0
+
+    def llama_get_logits(self, context: int) -> object:
+        return self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+    def following(self, tokens: list[int]) -> int:
+        return hash(tuple(tokens)) % self.vocabulary
+
+    def alone(self, prompt: list[int], count: int) -> list[int]:
+        """The answer to a prompt, without sharing."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(self.following(tokens))
+        return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch", [2048, 3])
+def test_llama_cpp_shares_what_prompts_begin_with(monkeypatch, batch: int) -> None:
+    monkeypatch.setattr(llama_cpp, "BATCH", batch)
+    library = FakeLlama()
+    engine = llama_cpp.LlamaCpp(library, Path("it"), sequences=6, length=64, threads=1, unified=True, flash=True)
+    document, longer = list(range(20)), [*range(20), 30, 31]
+    asks = [
+        Ask([[*document, 40], [*document, 41, 42], [*document, 43]], 4),
+        Ask([document], 2),
+        Ask([longer, [*longer, 5]], 3, n=3),
+        Ask([[7, 8, 9], [7]], 2),
+        Ask([[7, 8, 9]], 1, n=6),
+    ]
+    for ask in asks:
+        for prompt, samples in zip(ask.prompts, engine.answer(ask), strict=True):
+            assert samples == [library.alone(prompt, ask.new)] * ask.n
+    engine.reset()
+    library.computed = 0
+    first, second = asks[0], engine.answer(asks[0])
+    assert library.computed == len(document) + 4 + 3 * (first.new - 1)
+    library.computed = 0
+    talks = [[*prompt, *samples[0], 1, 2] for prompt, samples in zip(first.prompts, second, strict=True)]
+    assert engine.answer(Ask(talks, 1)) == [[library.alone(talk, 1)] for talk in talks]
+    assert library.computed == 3 * 3
+    (samples,) = engine.answer(Ask([document], 1, n=6, temperature=1e3))
+    assert len({token for (token,) in samples}) > 1
+
+
+def test_a_gguf_file_in_another_data_type(tmp_path) -> None:
+    matrix, scales = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64), np.ones(64, np.float32)
+    writer = GGUFWriter(tmp_path / "published.gguf", "llama")
+    writer.add_array("names", ["a", "b"])
+    writer.add_uint32("count", 7)
+    writer.add_tensor("matrix", quantize(matrix, GGMLQuantizationType.Q8_0), raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.add_tensor("scales", scales)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    llama_cpp.convert(tmp_path / "published.gguf", tmp_path / "new.gguf", GGMLQuantizationType.BF16)
+    found = GGUFReader(tmp_path / "new.gguf")
+    assert [found.fields[name].contents() for name in ("names", "count")] == [["a", "b"], 7]
+    assert found.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_BF16
+    assert [tensor.tensor_type.name for tensor in found.tensors] == ["BF16", "F32"]
+    numbers = dequantize(found.tensors[0].data, found.tensors[0].tensor_type)
+    np.testing.assert_allclose(numbers, matrix, atol=0.01)
+    assert numbers.shape == matrix.shape
 
 
 def test_a_stage_is_kept_for_its_commit_device_and_arguments(monkeypatch, tmp_path) -> None:

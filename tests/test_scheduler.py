@@ -87,7 +87,7 @@ def lengths(length: Callable[[Request], int]) -> Callable[[Sequence], Any]:
     """Gives the sequences of requests matches of this length."""
 
     def follow(sequence: Sequence) -> Any:
-        sequence.followed = SimpleNamespace(length=length(sequence.request))
+        sequence.followed = SimpleNamespace(computed=length(sequence.request))
         return sequence.followed
 
     return follow

