@@ -27,8 +27,6 @@ from radixgen.chat.history import num_common
 
 BATCH = 2048
 """Tokens of one call of `llama_decode` at the most; llama.cpp's default"""
-PARAMS_BYTES = 512
-"""More than llama.cpp's structures of parameters have"""
 CONTEXT_FIELDS = {
     "n_ctx": (0, 512), "n_batch": (4, BATCH), "n_seq_max": (12, 1), "n_threads": (28, 4), "n_threads_batch": (32, 4),
     "flash_attn_type": (52, -1),
@@ -47,20 +45,15 @@ REWRITTEN = {"general.architecture", "general.file_type"}
 
 
 class _Params(ctypes.Structure):
-    """Parameters of a model or a context, as bytes: versions differ in what follows the fields that are set here."""
+    """Parameters of a model or a context, as more bytes than they have: versions differ behind the fields set here."""
 
-    _fields_ = (("data", ctypes.c_uint8 * PARAMS_BYTES),)
+    _fields_ = (("data", ctypes.c_uint8 * 512),)
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
         ("n_tokens", c_int32),
-        ("token", c_void_p),
-        ("embd", c_void_p),
-        ("pos", c_void_p),
-        ("n_seq_id", c_void_p),
-        ("seq_id", c_void_p),
-        ("logits", c_void_p),
+        *((name, c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
     )
 
 
@@ -161,8 +154,7 @@ class LlamaCpp:
         self._generator = np.random.default_rng(0)
         self._held: list[Tokens] = [[] for _ in range(sequences)]
         """Tokens whose keys each sequence holds"""
-        version = library.llama_version().decode()
-        self.about = {"engine": "llama.cpp", "version": version, "step_tokens": BATCH}
+        self.about = {"engine": "llama.cpp", "version": library.llama_version().decode(), "step_tokens": BATCH}
 
     def close(self) -> None:
         self._library.llama_free(self._context)

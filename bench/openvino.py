@@ -37,11 +37,8 @@ class OpenVino:
         }
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(model), scheduler, "CPU", properties)
         self._shared: Tokens = []
-        self.about = {
-            "engine": "OpenVINO",
-            "version": openvino_genai.__version__.split("-")[0],
-            "step_tokens": STEP_TOKENS,
-        }
+        version = openvino_genai.__version__.split("-")[0]
+        self.about = {"engine": "OpenVINO", "version": version, "step_tokens": STEP_TOKENS}
 
     def reset(self) -> None:
         """The prefix cache can't be dropped: every run has to ask for other prompts."""
