@@ -102,7 +102,7 @@ def measure(report: Report, memory: Memory, name: str, prefix_len: int, count: i
             engine.submit(one, PARAMS, output_kind="final")
         submitting = (time.perf_counter() - begin) / count
         del copies
-        admissions = timed(engine._core.scheduler, "_admit")
+        admissions = timed(engine._core.scheduler.admission, "admit")
         begin = time.perf_counter()
         engine.step()
         first = time.perf_counter() - begin

@@ -300,15 +300,15 @@ class EngineMachine(RuleBasedStateMachine):
         self._start()
 
     @precondition(lambda self: self.folder is not None)
-    @rule(file=st.integers(0, 99), position=st.integers(0, FILE_BYTES - 1), cut=st.booleans())
-    def damage_a_file(self, file: int, position: int, cut: bool) -> None:
+    @rule(every=st.booleans(), file=st.integers(0, 99), place=st.integers(1, FILE_BYTES), cut=st.booleans())
+    def damage_files(self, every: bool, file: int, place: int, cut: bool) -> None:
+        """Change a byte, counted from the end, of one file or of all, or cut them off there."""
         paths = sorted(self.folder.glob("*.safetensors"))
-        if paths:
-            path = paths[file % len(paths)]
+        for path in paths if every else paths[file % max(len(paths), 1) :][:1]:
             content = bytearray(path.read_bytes())
-            if position < len(content):
-                content[position] ^= 1
-                path.write_bytes(content[:position] if cut else content)
+            if place <= len(content):
+                content[-place] ^= 1
+                path.write_bytes(content[:-place] if cut else content)
 
     # -- what callers do ----------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from sizes import size
 
 import radixgen.cache.boundary as boundary_module
 import radixgen.cache.host_tier as host_tier_module
-import radixgen.cache.kv_files as kv_files_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
@@ -342,10 +341,6 @@ def a_fetch_that_nobody_waits_for_stays_locked(patch: Patch) -> None:
 # -- the disk tier ----------------------------------------------------------------------------------------
 
 
-def a_damaged_file_is_believed(patch: Patch) -> None:
-    patch.setattr(kv_files_module, "_checksum", lambda records: b"x" * 16)
-
-
 def a_read_counts_before_it_has_finished(patch: Patch) -> None:
     patch.setattr(DiskJob, "done", lambda job: True)
     patch.setattr(DiskTier, "complete_read", lambda disk, job: True)
@@ -367,7 +362,6 @@ def a_chunk_does_not_depend_on_those_before_it(patch: Patch) -> None:
 
 
 FAULTS = [
-    a_damaged_file_is_believed,
     a_read_counts_before_it_has_finished,
     what_is_read_is_one_token_off,
     a_chunk_does_not_depend_on_those_before_it,
