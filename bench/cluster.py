@@ -45,7 +45,7 @@ import numpy as np
 from bench.policies import SMG, Affinity, Dynamo, Policy, RoundRobin, Rule
 from bench.replicas import POOL, ROW, Outcome, Setting, Simulation
 from bench.report import Report, benchmark_options, time_each, track
-from bench.sessions import make_sessions, read_agents, read_conversations
+from bench.sessions import agents_and_conversations
 from radixgen.cache import hash_blocks
 from radixgen.serve.routing import Router
 
@@ -235,22 +235,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--blocks", type=int, default=1_000_000, help="cached blocks a replica when decisions are timed"
     )
     options = parser.parse_args(arguments)
-    agents = (
-        read_agents(options.agents)
-        if options.agents
-        else make_sessions("coding agents", unit=64, turns=40, first=24_000, later=2_000)
-    )
-    conversations = (
-        read_conversations(options.conversations)
-        if options.conversations
-        else make_sessions("conversations", unit=512, turns=1.6, first=8_000, later=4_000)
-    )
+    workloads = agents_and_conversations(options.agents, options.conversations)
     report = Report("cluster")
     report_settings(
         report,
         [
             Setting(workload, replicas, sessions, max(options.requests, 3 * sessions), pool=options.pool)
-            for workload in (agents, conversations)
+            for workload in workloads
             for sessions in options.sessions
             for replicas in options.replicas
         ],

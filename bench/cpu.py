@@ -9,8 +9,8 @@ and each run has other prompts.
 
 - radixgen and transformers: `float32` and `bfloat16` are those of weights, products and keys.
 - llama.cpp: GGUF files in `F32`, `BF16` and, as published, `Q4_1`; keys in F16. What all prompts begin with is computed
-  once and copied to all sequences, which are decoded in one batch. Of one KV buffer or one for each sequence, with
-  flash attention or without, the fastest is taken, for each workload and file.
+  once and copied to all sequences, which are decoded in one batch. Four variants are tried for each workload and file,
+  and the fastest is taken: one KV buffer or one for each sequence, with flash attention or without.
 - OpenVINO: a GGUF file in F16, products and keys in `f32`, with prefix caching; what all prompts begin with is sent
   first. Its other precision, bf16, is not measured: version 2026.4 ended with a division by zero where this was tried.
 - transformers: `generate` on one padded batch; the keys of what all prompts begin with are computed once.
@@ -64,12 +64,12 @@ SCALE = Scale(
     candidate=64, system=600, agents=8, turns=4, tool=48, answer=32, unshared=8,
 )  # fmt: skip
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16"}
-"""What others call these"""
+"""Data types by the names that other engines give them"""
 OVERLAPPING = ("questions", "parallel", "agents")
 WORKLOADS = (*OVERLAPPING, "unshared", "latency")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS = {"llama.cpp F32": "radixgen float32", "llama.cpp BF16": "radixgen bfloat16"}
-"""What each of llama.cpp's files is compared with"""
+"""The engine of ours that each of llama.cpp's files is compared with"""
 
 Variants = dict[str, OpenContender]
 """Settings of one contender, by description, and what opens it"""
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def step_limits(report: Report, config: PretrainedConfig) -> dict[str, StepLimit]:
-    """By data type."""
+    """The limit of a step, by data type."""
     shape = Shape(
         config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
         config.num_key_value_heads, config.vocab_size, config.head_dim,
@@ -190,7 +190,7 @@ def ours_and_transformers(path: Path, scale: Scale) -> dict[str, Variants]:
 
 
 def others(report: Report, folder: Path, scale: Scale, threads: int, library: Path | None) -> dict[str, Variants]:
-    """Those that are installed, with their models' files in `folder`."""
+    """llama.cpp and OpenVINO, if installed, with their model files written to `folder`."""
     library, with_openvino = library or llama_cpp.installed(), find_spec("openvino_genai")
     for name, there in (("llama.cpp", library), ("OpenVINO", with_openvino)):
         if not there:
@@ -247,7 +247,7 @@ def longest(scale: Scale) -> int:
 def compare_tokens(
     report: Report, engines: dict[str, Variants], workloads: TextWorkloads, threads: int, *, bound: bool
 ) -> None:
-    """How many greedy tokens of one request are those of the first engine, in each."""
+    """Report how many greedy tokens of one request each engine has in common with the first one."""
     ask = next(workloads.latency())
     answers: dict[str, Tokens] = {}
     versions = {}
@@ -309,7 +309,7 @@ def measure(
 
 
 def fastest(variants: Variants, name: str, workloads: TextWorkloads, threads: int) -> str:
-    """The variant by which the workload takes least."""
+    """The variant that is fastest at a workload."""
     if len(variants) == 1:
         return next(iter(variants))
     seconds = {}

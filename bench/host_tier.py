@@ -2,12 +2,12 @@
 
     python -m bench.host_tier [--check] [--save]
 
-- *Rates*: copies of one large piece of pinned memory, the limit; then fetches and saves of paths whose host slots lie
-  in pieces of 16, 256 and 4,096 tokens, in random order.
-- *First token*: of a prompt whose prefix of 16,256 tokens is in the host, over computing the prefix.
+- *Rates*: fetches and saves of paths whose host slots lie in pieces of 16, 256 and 4,096 tokens, in random order. The
+  limit is the rate of copying one large piece of pinned memory.
+- *First token*: time to the first token with a prefix of 16,256 tokens in the host, over computing the prefix.
 - *Agents*: each resends a growing conversation behind one system prompt, in turn, four at a time. The pool holds a
   third of all tokens. Tokens a second with and without a host tier.
-- *Nothing shared*: requests that have nothing in common, where a host tier can only cost.
+- *Nothing shared*: requests that have nothing in common, where a host tier costs time and saves none.
 
 A Llama of 8B shape in bfloat16 with random weights on a GPU, where limits are measured in the same run; elsewhere toy
 sizes in float32, without limits. Bounds with --check: those of each line.
@@ -70,9 +70,9 @@ class Bench:
 
     def engine(self, kv_tokens: int, host_kv_tokens: int = 0) -> Engine:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
         return Engine(
             self.network, kv_tokens=kv_tokens, host_kv_tokens=host_kv_tokens, torch_compile=cuda, warm_up=False
         )
@@ -90,7 +90,7 @@ def greedy(new: int) -> SamplingParams:
 
 
 def report_rates(bench: Bench, layers: Sequence[LayerShape]) -> None:
-    """Bytes a second of one large copy, and of paths in pieces."""
+    """Report the bytes a second of paths in pieces, as a share of one large copy."""
     count, record = bench.scale.copied, sum(layer.bytes_per_token for layer in layers)
     limits = {"fetch": 0.0, "save": 0.0}
     if bench.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Mixes of requests that `bench.simulate` serves with a pool smaller than what they need at the same time."""
+"""Mixes of requests for `bench.simulate`, which serves them with a pool smaller than their working set."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from radixgen.cache import ExtentPool, RadixTree, TokenArray
 
 VOCAB = 1 << 17
 OPEN_STREAMS = 128
-"""Streams open at a time, unless a mix says otherwise."""
+"""Default number of streams that are open at a time"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def mix_of_trace(streams: Sequence[Stream]) -> Mix:
 
 
 def _distinct_tokens(streams: Sequence[Stream]) -> int:
-    """Return how many tokens a tree needs for these streams' middle turns, if no answers are equal."""
+    """Return the distinct tokens of the streams, each in the middle of its turns. No two answers are equal."""
     halves = [stream.middle() for stream in streams]
     tree = RadixTree(ExtentPool(sum(half.num_tokens for half in halves)))
     outputs = 0

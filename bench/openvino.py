@@ -16,8 +16,8 @@ KV_CACHE_GB = 1
 
 
 class OpenVino:
-    """What all prompts begin with is computed first, by a request of its own: requests that run together do not share
-    what none of them has computed before.
+    """One pipeline. What all prompts begin with is computed by a request of its own first, because requests that start
+    together do not share what is not cached yet.
     """
 
     def __init__(self, model: Path, *, sequences: int, threads: int) -> None:

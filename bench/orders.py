@@ -1,5 +1,5 @@
-"""Orders of admission that `bench.simulate` compares. Those other than radixgen's count computed tokens only, and what
-waiting requests match is not evicted last.
+"""Orders of admission that `bench.simulate` compares. Only radixgen's own, `groups`, evicts last what waiting requests
+match.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.sequence import Request, Sequence
 
 _WINDOW = 64
+"""Waiting requests that `LongestPrefix` compares"""
 
 
 class FirstCome(WaitingQueue):

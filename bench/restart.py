@@ -1,11 +1,11 @@
-"""KV on disk: how soon a restarted engine has its system prompt again, compared with computing it.
+"""KV on disk: the first token of a restarted engine, with its system prompt read from disk or computed again.
 
     python -m bench.restart [--check] [--save] [--folder DIR] [--toy]
 
 An engine computes a prompt of 1,000 tokens, writes its KV and is closed. The files are dropped from the page cache, and
-another engine, over the same weights, serves the same prompt. The limit is its bytes of KV over the rate at which this
-disk reads files of that size one after the other, measured before. Bounds with --check: the first token takes at most a
-fifth of computing the prompt, also with what the folder adds to the start: hashing the weights and listing the files.
+another engine, over the same weights, serves the same prompt. The limit is the time in which this disk reads the files
+one after the other. Bounds with --check: the first token takes at most a fifth of computing the prompt, even with the
+time to open the folder, in which the weights are hashed and the files listed.
 
 SmolLM2 in float32 on a CPU, in bfloat16 on a GPU; --toy is a tiny model, for tests.
 
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load(device: torch.device) -> PreTrainedModel:
-    """SmolLM2."""
+    """Load SmolLM2."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

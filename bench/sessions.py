@@ -181,3 +181,13 @@ def make_sessions(name: str, *, unit: int, turns: float, first: int, later: int,
             session.append(Turn(pause, tuple(runs), length * unit, int(rng.geometric(1 / 350))))
         sessions.append(session)
     return Workload(f"{name}, made up", unit, sessions)
+
+
+def agents_and_conversations(agents: Path | None, conversations: Path | None) -> tuple[Workload, Workload]:
+    """Read both workloads from traces; without a trace, sessions of the same form are made up."""
+    return (
+        read_agents(agents) if agents else make_sessions("coding agents", unit=64, turns=40, first=24_000, later=2_000),
+        read_conversations(conversations)
+        if conversations
+        else make_sessions("conversations", unit=512, turns=1.6, first=8_000, later=4_000),
+    )

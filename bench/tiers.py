@@ -2,8 +2,8 @@
 
     python -m bench.tiers [--agents TRACE] [--conversations TRACE] [--check] [--save]
 
-One replica as in `bench.cluster`, under the sessions of the same traces, 64 and 256 alive at a time; its pool holds a
-million tokens. Printed for each workload: the share of prompt tokens that need not be computed with that pool alone,
+One replica as in `bench.cluster` serves the sessions of the same traces, 64 and 256 alive at a time. Its pool holds a
+million tokens. Printed for each workload: the share of prompt tokens that need not be computed, with that pool alone,
 with host tiers of 10 and 100 million tokens behind it, and with a single pool of each of these sizes, which is the
 limit. Bound, with --check: at most 0.3 points below the limit.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.cluster import calibrated
 from bench.replicas import Setting, Simulation
 from bench.report import Report, benchmark_options
-from bench.sessions import make_sessions, read_agents, read_conversations
+from bench.sessions import agents_and_conversations
 
 GAP_POINTS = 0.3
 POOL = 1_000_000
@@ -48,18 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiers", type=float, nargs="+", default=[1e7, 1e8], help="tokens of the host")
     parser.add_argument("--requests", type=int, default=12_000, help="of a run")
     options = parser.parse_args(arguments)
-    agents = (
-        read_agents(options.agents)
-        if options.agents
-        else make_sessions("coding agents", unit=64, turns=40, first=24_000, later=2_000)
-    )
-    conversations = (
-        read_conversations(options.conversations)
-        if options.conversations
-        else make_sessions("conversations", unit=512, turns=1.6, first=8_000, later=4_000)
-    )
+    workloads = agents_and_conversations(options.agents, options.conversations)
     report = Report("tiers")
-    for workload in (agents, conversations):
+    for workload in workloads:
         for alive in options.alive:
             setting = Setting(workload, replicas=1, sessions=alive, requests=options.requests)
             report_setting(report, setting, [int(tier) for tier in options.tiers])

@@ -1,4 +1,4 @@
-"""Admission of waiting requests: what fits, what is fetched from the host first, and what the cache had of a prompt."""
+"""Admission of waiting requests: which fit, what they fetch from the host first, and how much of them was cached."""
 
 from typing import get_args
 
@@ -18,7 +18,7 @@ _MAX_ADMITTED = 256
 
 
 class Admission:
-    """Moves sequences from `waiting` to `running`, and counts what the cache had of their prompts."""
+    """Moves sequences from `waiting` to `running`, and counts how many tokens of their prompts were cached."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Admission:
         return bool(self._running) or (self._host is not None and self._host.fetching)
 
     def _fetch(self, sequence: Sequence) -> bool:
-        """Return whether the sequence has to wait for KV from the host, which is on its way then."""
+        """Begin to fetch what the host has of the sequence. Returns whether the sequence must wait for that."""
         before = sequence.fetch
         if self._host is not None and (before is None or before.arrived):
             followed = self._follow(sequence)

@@ -1,4 +1,4 @@
-"""Cache hints: applied within bounds per owner, and answered."""
+"""Applies cache hints to the tree, within bounds per owner, and answers each."""
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -10,8 +10,8 @@ from radixgen.core import CacheHint, HintResult, HintStatus, Limits
 from radixgen.scheduler.pins import Pin, Pins, nodes_of
 from radixgen.scheduler.sequence import Request
 
-_SECONDS = {"retain": 300.0, "prefetch": 60.0}
-"""Default lifetimes; others last as long as they may."""
+_DEFAULT_TTL = {"retain": 300.0, "prefetch": 60.0}
+"""Seconds; other hints last for `Limits.max_hint_seconds` by default."""
 
 
 @dataclass(eq=False, slots=True)
@@ -26,11 +26,11 @@ class _Prefetch:
 
 
 class CacheHints:
-    """Applies hints to the tree. Those of a request wait until its prompt is computed; `demote` waits for its end."""
+    """Applies hints. Those of a request wait until its prompt is computed, and `demote` until the request has ended."""
 
     def __init__(self, tree: RadixTree, pins: Pins, host: HostTier | None, limits: Limits) -> None:
         self.counts: dict[HintStatus, int] = dict.fromkeys(get_args(HintStatus), 0)
-        """Number of answers"""
+        """Number of hints by answer"""
         self._tree = tree
         self._pins = pins
         self._host = host
@@ -66,7 +66,7 @@ class CacheHints:
             request.hint_results = self._counted([_refused(hint, reason) for hint in request.hints])
 
     def end(self, request: Request) -> None:
-        """Demote what a request that has ended leaves in the cache, if one of its hints says so."""
+        """Apply the `demote` hints of a request that has ended."""
         self.drop(request)
         for hint, result in zip(request.hints, request.hint_results, strict=True):
             if hint.action == "demote" and result.status != "refused":
@@ -88,7 +88,7 @@ class CacheHints:
             self._arrive(prefetch, now)
 
     def fetches(self) -> Iterator[Fetch]:
-        """Iterate over the fetches that hints began or joined."""
+        """Iterate over the fetches that `prefetch` hints began or joined."""
         return (prefetch.fetch for prefetch in self._prefetches)
 
     def check(self) -> None:
@@ -101,36 +101,29 @@ class CacheHints:
     def _apply(
         self, hint: CacheHint, tokens: TokenArray, namespace: str, owner: str | None, now: float, *, live: bool = False
     ) -> HintResult:
-        """`live`: whether the hint is one of a request, which `end` demotes."""
+        """`live`: whether the hint belongs to a request that has not ended; then `end` demotes."""
         if hint.action == "share":
-            return self._share(hint, tokens.size, live)
+            return _share(hint, tokens.size, live)
         if PRIVATE in namespace:
             return _refused(hint, "the request shares nothing")
         if hint.action == "demote":
-            start = hint.num_tokens or 0
-            if start > tokens.size:
-                return _refused(hint, _too_long(tokens))
-            count = tokens.size - start if live else self._demote(tokens, namespace, start)
-            if not count and not live:
-                return _refused(hint, "nothing is cached there that no other path shares")
-            return HintResult("demote", "accepted", count)
+            return self._demote_suffix(hint, tokens, namespace, live)
         return self._retain(hint, tokens, namespace, namespace if owner is None else owner, now)
 
-    def _share(self, hint: CacheHint, size: int, live: bool) -> HintResult:
-        if not live:
-            return _refused(hint, "is only for a request")
-        shared = size if hint.num_tokens is None else hint.num_tokens
-        if 0 < shared < size:
-            return HintResult(
-                "share", "clipped", size, reason="num_tokens: a prompt is shared as a whole or not at all"
-            )
-        return HintResult("share", "accepted", min(shared, size))
+    def _demote_suffix(self, hint: CacheHint, tokens: TokenArray, namespace: str, live: bool) -> HintResult:
+        start = hint.num_tokens or 0
+        if start > tokens.size:
+            return _refused(hint, _too_long(tokens))
+        count = tokens.size - start if live else self._demote(tokens, namespace, start)
+        if not count and not live:
+            return _refused(hint, "nothing is cached there that no other path shares")
+        return HintResult("demote", "accepted", count)
 
     def _retain(self, hint: CacheHint, tokens: TokenArray, namespace: str, owner: str, now: float) -> HintResult:
         """Pin a prefix, or fetch it from the host and pin it then."""
-        longest, own = self._limits.max_hint_seconds, [pin for pin in self._pins if pin.owner == owner]
+        longest, own = self._limits.max_hint_seconds, self._pins_of(owner)
         wanted = tokens.size if hint.num_tokens is None else min(hint.num_tokens, tokens.size)
-        ttl = min(hint.ttl if hint.ttl is not None else _SECONDS.get(hint.action, longest), longest)
+        ttl = min(hint.ttl if hint.ttl is not None else _DEFAULT_TTL.get(hint.action, longest), longest)
         clips = []
         if hint.ttl is not None and hint.ttl > longest:
             clips.append(f"ttl: at most {longest:g} seconds")
@@ -157,7 +150,7 @@ class CacheHints:
         return HintResult(hint.action, "clipped" if clips else "accepted", held, ttl, "; ".join(clips))
 
     def _room(self, tokens: TokenArray, namespace: str, owner: str, own: Seq[Pin]) -> int:
-        """Return how many of `tokens` may be pinned: those that pins of the owner hold, and what its share leaves."""
+        """Return how many of `tokens` the owner may pin: those that its pins hold, and what its share leaves."""
         held = nodes_of(own)
         coming = sum(prefetch.tokens.size for prefetch in self._prefetches if prefetch.owner == owner)
         share = int(self._limits.max_hint_pool_share * self._tree.pool.capacity)
@@ -168,8 +161,8 @@ class CacheHints:
         return min(tokens.size, shared + left)
 
     def _merge(self, pin: Pin, own: Seq[Pin]) -> str | None:
-        """Release the owner's pins that a new pin makes superfluous. If there are too many pins then, release the new
-        one instead, and return the reason.
+        """Release the owner's pins that a new pin replaces. If too many would be left, release the new one instead, and
+        return the reason.
         """
         path = set(pin.lock.held.path())
         covered = [old for old in own if old.lock.held in path and _outlasts(pin, old)]
@@ -184,6 +177,9 @@ class CacheHints:
             return None
         self._pins.release(pin.id)
         return reason
+
+    def _pins_of(self, owner: str) -> list[Pin]:
+        return [pin for pin in self._pins if pin.owner == owner]
 
     def _num_coming(self, owner: str | None) -> int:
         return sum(prefetch.owner == owner for prefetch in self._prefetches)
@@ -200,7 +196,7 @@ class CacheHints:
         assert self._host is not None
         fetch, owner = prefetch.fetch, prefetch.owner
         if fetch.locks_path and now < prefetch.expires:
-            own = [pin for pin in self._pins if pin.owner == owner]
+            own = self._pins_of(owner)
             pin = self._pins.add(prefetch.tokens, fetch.namespace, prefetch.priority, prefetch.expires, owner)
             if pin is not None:
                 self._merge(pin, own)
@@ -214,6 +210,15 @@ class CacheHints:
         for result in results:
             self.counts[result.status] += 1
         return tuple(results)
+
+
+def _share(hint: CacheHint, size: int, live: bool) -> HintResult:
+    if not live:
+        return _refused(hint, "is only for a request")
+    shared = size if hint.num_tokens is None else hint.num_tokens
+    if 0 < shared < size:
+        return HintResult("share", "clipped", size, reason="num_tokens: a prompt is shared as a whole or not at all")
+    return HintResult("share", "accepted", min(shared, size))
 
 
 def _outlasts(pin: Pin, other: Pin) -> bool:

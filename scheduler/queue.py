@@ -12,10 +12,9 @@ from radixgen.scheduler.sequence import Request, Sequence
 class WaitingQueue:
     """Waiting requests, including those with only some sequences preempted.
 
-    The highest priority comes first. Within it, of the first `max_overtaken + 1` requests by arrival, the one with the
-    longest computed prefix. So requests that share a prefix follow the first of them. A request is overtaken by at most
-    `max_overtaken` later ones of its priority. So a request with `k` earlier ones of its priority is admitted after at
-    most `k + max_overtaken` others of that priority.
+    The highest priority comes first; within it, of the first `max_overtaken + 1` requests by arrival, the one with the
+    longest computed prefix. Requests that share a prefix thus follow one another. At most `max_overtaken` later ones
+    of the same priority overtake a request, so one with `k` earlier ones is admitted after at most `k + max_overtaken`.
     """
 
     def __init__(self, max_overtaken: int) -> None:
@@ -48,7 +47,7 @@ class WaitingQueue:
             self._leave(request)
 
     def choose(self, follow: Callable[[Sequence], FollowedMatch]) -> Request | None:
-        """Return the request to admit next, or None while all that may be next fetch KV from the host.
+        """Return the request to admit next, or None if every candidate waits for KV from the host.
 
         `follow` makes the tree keep a candidate's match up to date. Each admission looks at all of them: this is hot.
         """
@@ -59,8 +58,8 @@ class WaitingQueue:
         return candidates[computed.index(max(computed))]
 
     def _candidates(self) -> list[Request]:
-        """Return the requests of the highest priority, by arrival, up to the first that must not be overtaken again; of
-        those that fetch nothing.
+        """Return the requests of the highest priority, by arrival, up to the first that must not be overtaken again,
+        without those that wait for KV from the host.
         """
         candidates: list[Request] = []
         for request in self._requests.islice(0, self.max_overtaken + 1):

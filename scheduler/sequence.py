@@ -27,7 +27,7 @@ class Request:
     """Seconds on the engine's clock, like `arrived`."""
     hints: tuple[CacheHint, ...] = ()
     hint_owner: str | None = None
-    """Whom the hints' pins count for; by default the namespace."""
+    """Whom the pins of `hints` count for; by default the namespace."""
     hint_results: tuple[HintResult, ...] = ()
     targets: TokenArray | None = None
     """If the prompt is scored: the token after each of its positions."""

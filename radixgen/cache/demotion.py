@@ -1,4 +1,4 @@
-"""Demotion: paths that will hardly be read again are evicted before all others."""
+"""Demotion: paths that nobody is expected to read again are evicted before all others."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from radixgen.cache.tree import RadixTree
 def demote(
     tree: RadixTree, tokens: TokenArray, namespace: str = "", start: int = 0, copying: Iterable[Lock] = ()
 ) -> int:
-    """Let the cached tokens from position `start` on, and what alone continues them, be evicted before everything else.
-    A new lock ends it. Returns how many of `tokens` that are.
+    """Let the cached tokens from position `start` on be evicted before everything else, with their only continuation.
+    Returns how many of `tokens` this applies to. A new lock ends it.
 
-    Nodes that another path shares or locks stay as they are. `copying`: locks of copies, which count as none.
+    Nodes that another path shares, or that are locked, stay as they are; locks in `copying` do not count.
     """
     match = tree.match_prefix(tokens, namespace)
     if match is None or match.length <= start or match.node.children:
@@ -34,5 +34,5 @@ def demote(
 
 
 def _is_free(node: Node, copies: int) -> bool:
-    """Whether no more than `copies` of copies lock the node, and at most one path leads through it."""
+    """Return whether only `copies` locks of copies hold the node, and at most one path leads through it."""
     return node.lock_count + node.locked_children <= copies and len(node.children) <= 1

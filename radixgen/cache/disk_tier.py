@@ -2,9 +2,9 @@
 
 A chunk's name is a hash of its namespace, of all tokens up to its end, and of a fingerprint of everything else that KV
 depends on. So a name never stands for other content, nothing is ever overwritten, and what is on disk can be used
-after a restart. Only hashes get there, besides KV.
+after a restart. Besides KV, only hashes are written.
 
-Index and names belong to the engine's thread; files are touched by two others, one for reads.
+Index and names belong to the engine's thread. Two other threads access the files: one reads, one writes.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_SIZE = 20
 _WRITING_SHARE = 4
-"""At most one path, or this fraction (1/n) of the host's slots, waits to be written: it cannot be evicted meanwhile."""
+"""At most this fraction (1/n) of the host's slots, or one path, waits to be written and cannot be evicted meanwhile."""
 _TOUCH_SECONDS = 60.0
 """A file's time of use is written at most this often."""
 
@@ -64,7 +64,7 @@ class _IndexEntry:
 
     num_bytes: int
     touched: float
-    """When its time of use was last written, in seconds since 1970."""
+    """When its time of use was last written to disk, in seconds since 1970"""
 
 
 class _ReadFailed(Exception):
@@ -76,7 +76,7 @@ class _ReadFailed(Exception):
 
 
 class DiskJob:
-    """Work on the files of `chunks` that another thread does."""
+    """A read or a write of `chunks` in another thread."""
 
     def __init__(self, chunks: Sequence[DiskChunk], future: "Future[float]") -> None:
         self.chunks = chunks
@@ -103,12 +103,11 @@ class DiskJob:
 
 
 class DiskTier:
-    """Finds, reads and writes chunks of KV within a bound of bytes; the least recently used go first."""
+    """Finds, reads and writes chunks of KV in a bounded folder; the least recently used are deleted first."""
 
     def __init__(self, files: KVFiles, records: HostRecords, fingerprint: bytes, max_bytes: int) -> None:
-        """`fingerprint`: of what KV depends on besides namespace and tokens; at most 64 bytes. The tier closes `files`.
-
-        Files that exceed `max_bytes` are deleted.
+        """`fingerprint`: hash of what KV depends on besides namespace and tokens, at most 64 bytes. `max_bytes`: bound
+        on the size of all files; the oldest beyond it are deleted. `close` closes `files`.
         """
         self.chunk_tokens = files.chunk_tokens
         self.read_tokens = self.written_tokens = self.evicted_tokens = self.skipped_tokens = 0
@@ -124,7 +123,7 @@ class DiskTier:
         """The files, least recently used first."""
         self._writing: set[str] = set()
         self._bytes = 0
-        """Of the files in the index and of those that are being written."""
+        """Size of the files in the index and of those that are being written"""
         self._logged: set[str] = set()
         self._reader = ThreadPoolExecutor(1, "radixgen-kv-reader")
         self._writer = ThreadPoolExecutor(1, "radixgen-kv-writer")
@@ -185,7 +184,9 @@ class DiskTier:
     # -- writing ------------------------------------------------------------------------------------------
 
     def lacking(self, tokens: TokenArray, namespace: str) -> list[DiskChunk]:
-        """Return the whole chunks of a path that are not on disk and should be. Those on disk count as used now."""
+        """Return the chunks of a path to write: those that are not on disk, as far as there is room for them. Those on
+        disk count as used now.
+        """
         chunks = self._chunks(tokens, namespace)[: self._max_files]
         self._use(chunks)
         lacking = [chunk for chunk in chunks if chunk.name not in self._index and chunk.name not in self._writing]
@@ -251,7 +252,7 @@ class DiskTier:
         }
 
     def close(self) -> None:
-        """Write what is to be written, and give up the folder."""
+        """Finish writing, and release the folder."""
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown()
         self._files.close()
@@ -283,7 +284,7 @@ class DiskTier:
             self.evicted_tokens += self.chunk_tokens
 
     def _drop(self, name: str) -> None:
-        """Delete a file, and forget it."""
+        """Delete a file, and remove it from the index."""
         file = self._index.pop(name, None)
         if file is not None:
             self._bytes -= file.num_bytes

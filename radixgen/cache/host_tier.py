@@ -1,14 +1,14 @@
 """KV in host memory: a second radix tree over slots of the host, which keeps what the device may evict.
 
-A path that its last lock leaves is copied to the host in the background, as far as the host lacks it, so that evicting
-it from the device loses nothing. If a prompt's prefix is cached in the host and not on the device, it is fetched while
-the request waits for admission. Sequences never read the host: a plan names slots of the device only.
+When a path loses its last lock, what the host lacks of it is copied there in the background, so that evicting it from
+the device loses nothing. If a prompt's prefix is cached in the host and not on the device, it is fetched while the
+request waits for admission. Sequences never read the host: a plan names slots of the device only.
 
 Both trees hold whole paths from position 0, so a path may be in one, in both or in none. A copy in flight locks its
 path in both trees.
 
-With a disk tier, what reaches the host is written to disk in the background, and a fetch may begin with reading from
-disk to the host.
+With a disk tier, what is saved to the host is then written to disk in the background, and a fetch may begin by reading
+from disk to the host.
 """
 
 from collections import deque
@@ -31,9 +31,9 @@ from radixgen.cache.tree import RadixTree
 _MIN_FETCH = 32
 """Shorter prefixes are computed again: a fetch takes at least until the next step."""
 _MANY_ROWS = 256
-"""Rows of a step that measures how long computing takes."""
+"""Only steps of at least so many rows measure how long computing a token takes."""
 _PATIENCE = 0.01
-"""Seconds to wait for the disk at a time when nothing else can run."""
+"""Seconds that one call waits for the disk when nothing else can run."""
 _SMOOTHING = 0.25
 """Weight of the latest measurement in a rate."""
 
@@ -43,7 +43,7 @@ class Copy(Protocol):
 
     @property
     def seconds(self) -> float:
-        """How long the copy took, once it has finished; without the copies before it."""
+        """Duration of the copy once it has finished, without waiting for earlier copies."""
 
     def done(self) -> bool:
         """Whether the copy has finished."""
@@ -82,8 +82,8 @@ class _Save:
 
 @dataclass(eq=False, slots=True)
 class Fetch:
-    """A prefix on its way to the device, for `waiters` waiting sequences. When it has arrived, its path stays locked
-    until all of them were admitted or are gone.
+    """A prefix on its way to the device, for `waiters` sequences or hints. When it has arrived, its path stays locked
+    until all of them have left.
     """
 
     tokens: TokenArray
@@ -97,9 +97,9 @@ class Fetch:
     first_read: int
     """Position of the first token that is read from disk."""
     read: DiskJob | None = None
-    """While it is read from disk to the host."""
+    """The read from disk to the host, while it lasts."""
     copy: Copy | None = None
-    """While it is copied from the host to the device."""
+    """The copy from the host to the device, once it has begun."""
     waiters: int = 1
     arrived: bool = False
 
@@ -137,8 +137,8 @@ class HostTier:
         min_fetch: int = _MIN_FETCH,
         stamps: bool = False,
     ) -> None:
-        """`disk`: over the same memory as `copies`; the tier closes both. `min_fetch`: prefixes of fewer tokens are
-        computed again. `stamps` as for `RadixTree`.
+        """`disk`: reads and writes the memory of `copies`; `close` closes both. `min_fetch`: shorter prefixes are
+        computed again. `stamps`: as for `RadixTree`.
         """
         self.tree = RadixTree(ExtentPool(copies.num_slots), stamps=stamps)
         self.saved_tokens = 0
@@ -154,7 +154,7 @@ class HostTier:
         self._writes: deque[_DiskWrite] = deque()
         self._fetches: list[Fetch] = []
         self._arrived: list[Fetch] = []
-        """Fetches that arrived and whose path is still locked for a waiting sequence."""
+        """Fetches that have arrived, and whose paths are still locked for their waiters."""
         self._seconds_per_read = self._seconds_per_fetched = 0.0
         self._seconds_per_computed = 0.0
         self._polled = 0.0
@@ -173,7 +173,7 @@ class HostTier:
     # -- to the host --------------------------------------------------------------------------------------
 
     def save(self, node: Node) -> None:
-        """Begin to copy the path to a node that was unlocked to the host, as far as the host lacks it.
+        """Begin to copy to the host what it lacks of the path to a node that was unlocked.
 
         Copies nothing if others lock the path, if it belongs to one sequence alone, or if it does not fit.
         """
@@ -197,7 +197,7 @@ class HostTier:
         self._write_behind(tokens, lock)
 
     def _write_behind(self, tokens: TokenArray, lock: Lock) -> None:
-        """Begin to write a path of the host to disk, as far as the disk lacks it. The path is unlocked afterwards."""
+        """Begin to write to disk what it lacks of a path of the host, and unlock the path when that is done."""
         chunks = self._disk.lacking(tokens, lock.held.namespace) if self._disk else []
         if self._disk is None or not chunks:
             self.tree.unlock(lock)
@@ -224,9 +224,9 @@ class HostTier:
     # -- to the device ------------------------------------------------------------------------------------
 
     def fetch(self, tokens: TokenArray, namespace: str, computed: int) -> Fetch | None:
-        """Begin to fetch what the host has of `tokens` after the first `computed`, which the device has.
+        """Begin to fetch what host and disk have of `tokens` after the first `computed`, which the device has.
 
-        Joins a fetch in flight that brings more of them. Returns None if computing is sooner or if there is no room.
+        Joins a fetch in flight that brings more of them. Returns None if computing takes less time, or without room.
         """
         for fetch in self._fetches:
             if fetch.namespace == namespace and common_prefix_len(fetch.tokens, tokens) > max(computed, fetch.first):
@@ -255,7 +255,7 @@ class HostTier:
         return fetch
 
     def _chunks_after(self, tokens: TokenArray, namespace: str, match: Match | None) -> list[DiskChunk]:
-        """Return the chunks on disk that go on where the host's match ends, as far as the host has room for them."""
+        """Return the chunks on disk that continue the host's match, as many as the host has room for."""
         if self._disk is None or PRIVATE in namespace or (match and match.length > match.computed):
             return []  # what follows in the host is still on its way there
         in_host = match.computed if match else 0
@@ -269,17 +269,16 @@ class HostTier:
         fetch.copy = self._copies.load(host_slots, _extent_slots(fetch.extents))
 
     def leave(self, fetch: Fetch) -> None:
-        """Count one waiter less. The last unlocks the path."""
+        """Remove one waiter. The last one unlocks the path."""
         fetch.waiters -= 1
         if fetch.arrived and fetch.locks_path and not fetch.waiters:
             self._arrived.remove(fetch)
             self._device.unlock(fetch.device)
 
     def _fetch_is_sooner(self, count: int, read: int) -> bool:
-        """Return whether fetching `count` tokens, of which `read` come from disk, is sooner than computing them, after
-        those on their way.
+        """Estimate whether fetching `count` tokens, `read` of them from disk, takes less time than computing them.
 
-        Until all was measured, fetching is.
+        Fetches in flight come first. Returns True until computing has been measured.
         """
         if not self._seconds_per_computed:
             return True
@@ -304,7 +303,7 @@ class HostTier:
         self._fetches = [fetch for fetch in self._fetches if not self._go_on(fetch)]
 
     def wait(self) -> bool:
-        """Block until a fetch in flight can go on; for the disk only a moment. Returns False if none can."""
+        """Block until a fetch in flight can go on, but only briefly for the disk. Returns whether one can."""
         if not self._fetches:
             return False
         began = perf_counter()
@@ -329,9 +328,7 @@ class HostTier:
         return bool(arrived)
 
     def reset(self) -> int:
-        """Evict everything from the host, and from the disk, once the copies in flight have finished. Returns the
-        number of tokens.
-        """
+        """Wait for copies in flight, then evict everything from host and disk. Returns the number of tokens."""
         while self._fetches:
             _wait(self._fetches[0], None)
             self._fetches = [fetch for fetch in self._fetches if not self._go_on(fetch)]
@@ -340,7 +337,7 @@ class HostTier:
         return self.tree.reset() + (self._disk.reset() if self._disk else 0)
 
     def complete_writes(self) -> None:
-        """Wait until the disk has what the host has begun to write."""
+        """Wait until everything that the host began to write is on disk."""
         while self._writes:
             self._writes[0].job.wait()
             self._complete_write(self._writes.popleft())
@@ -360,7 +357,7 @@ class HostTier:
         }
 
     def close(self) -> None:
-        """Write what is to be written to disk, and free the memory of the host."""
+        """Finish writing to disk, and free the memory of the host."""
         self._device.on_idle = None
         if self._disk is not None:
             self._disk.close()
@@ -431,7 +428,7 @@ class HostTier:
 
 
 def _wait(fetch: Fetch, seconds: float | None) -> bool:
-    """Block until what the fetch waits for has finished, for the disk at most `seconds`. Returns whether it has."""
+    """Block until the read or copy of a fetch has finished, a read for at most `seconds`. Returns whether it has."""
     if fetch.read is not None:
         return fetch.read.wait(seconds)
     if fetch.copy is not None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from radixgen.core import InvalidRequest
 
 CHUNK_TOKENS = 64
+"""Tokens of a file."""
 _FORMAT = "radixgen-kv-1"
 _SUFFIX, _UNFINISHED = ".safetensors", ".unfinished"
 _NAME_LEN = 40
@@ -60,7 +61,7 @@ class KVFiles:
             path.unlink(missing_ok=True)
 
     def files(self) -> list[KVFile]:
-        """Return all chunks, least recently used first; those of other models and settings, too."""
+        """Return all chunks, including those of other models and settings, least recently used first."""
         files = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
@@ -85,24 +86,24 @@ class KVFiles:
         return records.reshape(self.chunk_tokens, self.record_bytes)
 
     def touch(self, names: Iterable[str]) -> None:
-        """Mark chunks as used now, in this order, as far as they are there."""
+        """Mark those chunks that exist as used now, in this order."""
         for name in names:
             with suppress(OSError):
                 os.utime(self._path(name), ns=(time.time_ns(),) * 2)
 
     def delete(self, name: str) -> None:
-        """Delete a chunk, if it is there."""
+        """Delete a chunk if it exists."""
         with suppress(OSError):
             self._path(name).unlink()
 
     def close(self) -> None:
-        """Give up the folder. May be called twice."""
+        """Release the folder. May be called twice."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _content(self, name: str) -> NDArray[np.uint8]:
-        """Return what is in a file of the right size. Raises `OSError` and `DamagedFile`."""
+        """Return the bytes of a file. Raises `OSError`, and `DamagedFile` if it has another size."""
         content = np.empty(self.file_bytes + 1, np.uint8)
         size = 0
         with self._path(name).open("rb", buffering=0) as file:
@@ -156,7 +157,7 @@ def _open_folder(folder: Path) -> int:
 
 
 def _header(name: str, tokens: int, record_bytes: int, checksum: bytes) -> bytes:
-    """Return what stands in a file before the records."""
+    """Return the part of a file before the records."""
     tensor = {"dtype": "U8", "shape": [tokens, record_bytes], "data_offsets": [0, tokens * record_bytes]}
     metadata = {"format": _FORMAT, "name": name, "checksum": checksum.hex() or "0" * 32}
     text = json.dumps({"__metadata__": metadata, "kv": tensor}, separators=(",", ":")).encode()
@@ -169,7 +170,7 @@ def _checksum(records: NDArray[np.uint8]) -> bytes:
 
 
 def _write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file for its owner alone, which appears under its name when it is complete. Raises `OSError`."""
+    """Write a file that only its owner can read, and that has its name only once it is complete. Raises `OSError`."""
     unfinished = path.with_suffix(_UNFINISHED)
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:

@@ -29,8 +29,8 @@ def cancel_load(tree: "RadixTree", extents: list[Extent]) -> None:
 
 
 def end_load(tree: "RadixTree", node: Node, first: int, extents: list[Extent]) -> None:
-    """Give slots that hold the KV of the tokens from position `first` on to those of them that have none, on the path
-    to `node`. The other slots are released. Called between two steps.
+    """Give `extents`, the KV of the tokens from position `first` on, to the tokens on the path to `node` that have no
+    slots. The slots of the others are released. Called between two steps.
     """
     tree.loading.difference_update(extents)
     unused: list[Extent] = []

@@ -48,7 +48,7 @@ class FollowedMatch:
     __slots__ = ("_evictable", "length", "namespace", "next_token", "node", "tokens")
 
     def __init__(self, tokens: TokenArray, namespace: str, evictable: "EvictionQueue") -> None:
-        """`evictable`: queue in which nodes with a match have another place."""
+        """`evictable`: queue in which nodes that are matched are moved back."""
         self.tokens = tokens
         self.namespace = namespace
         self.node: Node | None = None

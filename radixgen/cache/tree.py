@@ -53,7 +53,7 @@ class RadixTree:
         self._slots = NodeSlots(pool, self.columns)
         self.listener: Listener | None = None
         self.on_idle: Callable[[Node], None] | None = None
-        """Called with a node after its last lock was released. It may have been removed."""
+        """Called with a node after its last lock was released. The node may have been removed by then."""
         self.recent_evictions = RecentEvictions()
         self.evicted_tokens = self.evictable_tokens = self.unscheduled_tokens = 0
         self.loading: set[Extent] = set()

@@ -1,4 +1,4 @@
-"""Cache hints: what a caller expects of a prefix's KV, and how the engine answered."""
+"""Cache hints: what a caller says about the future use of a prefix, and the engine's answers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +13,12 @@ class CacheHint:
 
     `action`:
 
-    - `retain`: keep the prefix cached for `ttl` seconds, by default 300. It is a pin: it gives way if memory is short,
-      lowest `priority` first;
+    - `retain`: pin the prefix for `ttl` seconds, by default 300. Pins give way when memory is short, lowest `priority`
+      first;
     - `pin`: as `retain`, by default for as long as `Limits.max_hint_seconds`;
     - `prefetch`: bring the prefix from host memory to the pool, and retain it, by default for 60 seconds;
-    - `demote`: let what follows the prefix be evicted before everything else, as far as no other path shares it. With
-      a request, when the request has ended, its output included;
+    - `demote`: let what follows the prefix be evicted before everything else, unless another path shares it. A hint of
+      a request applies when the request has ended, also to its output;
     - `share`: with 0 tokens, the request shares nothing with others.
 
     `num_tokens`: length of the prefix. Default: the whole prompt, and 0 for `demote`.
@@ -34,8 +34,8 @@ class CacheHint:
 class HintResult:
     """The answer to a hint: `accepted`, `clipped` to a bound, or `refused`. `reason` says why it is not `accepted`.
 
-    `num_tokens`: length of the prefix that is retained, pinned or on its way; of the prompt's tokens, how many are
-    demoted; 0 if refused. `ttl`: seconds that it lasts.
+    `num_tokens`: length of the prefix that is pinned or being fetched, or number of the prompt's tokens that are
+    demoted; 0 if refused. `ttl`: lifetime in seconds.
     """
 
     action: HintAction

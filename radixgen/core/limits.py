@@ -46,7 +46,7 @@ class Limits:
     max_cache_hints: int = 16
     """Cache hints per request."""
     max_hint_seconds: float = 3_600.0
-    """Lifetime of what a cache hint retains."""
+    """Lifetime of what a cache hint retains, in seconds."""
     max_hint_pins: int = 64
     """Prefixes that the cache hints of one owner retain."""
     max_hint_pool_share: float = 0.25

@@ -218,34 +218,34 @@ class Stats:
     failed_captures: int = 0
     """CUDA graph captures that failed. After each, some steps run eagerly; if the very first failed, all steps do."""
     hints_accepted: int = 0
-    """Cache hints by their answer."""
+    """Cache hints by their answer: accepted, clipped to a bound, or refused."""
     hints_clipped: int = 0
     hints_refused: int = 0
     kv_tokens_host_total: int = 0
-    """Slots of the host tier; 0 without one, as the following."""
+    """Slots of the host tier; without one, this and all figures of it are 0."""
     kv_tokens_host_used: int = 0
     host_saved_tokens: int = 0
-    """Copied to the host."""
+    """Tokens copied from the pool to the host."""
     host_fetched_tokens: int = 0
-    """Copied back to the pool for waiting requests."""
+    """Tokens copied back to the pool for waiting requests."""
     host_recomputed_tokens: int = 0
-    """Cached in the host, but computed again because that was sooner or the pool was full."""
+    """Tokens in the host that were computed again, because that took less time or the pool was full."""
     host_evicted_tokens: int = 0
     host_fetch_seconds: float = 0.0
     """Duration of the copies back to the pool."""
     host_waited_seconds: float = 0.0
     """Time in which nothing could run because KV was on its way from host or disk."""
     kv_bytes_disk_total: int = 0
-    """Maximum size of the files of the disk tier; 0 without one, as the following."""
+    """Maximum size of the files of the disk tier; without one, this and all figures of it are 0."""
     kv_bytes_disk_used: int = 0
     kv_tokens_disk: int = 0
     """Tokens whose KV is on disk, including those of other models and settings."""
     disk_written_tokens: int = 0
     disk_read_tokens: int = 0
-    """Read from disk to the host."""
+    """Tokens read from disk to the host."""
     disk_evicted_tokens: int = 0
     disk_skipped_tokens: int = 0
-    """Not written, because the disk is too slow or an error occurred."""
+    """Tokens that were not written, because the disk was too slow or an error occurred."""
     disk_failed_files: int = 0
     """Files that were damaged or could not be read. They are deleted, and their tokens computed again."""
     disk_read_seconds: float = 0.0

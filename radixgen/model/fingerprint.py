@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PIECE_BYTES = 8 << 20
-"""Hashed at once by a thread."""
+"""Bytes that a thread hashes at a time"""
 
 
 def kv_fingerprint(model: "PreTrainedModel", shapes: Sequence[LayerShape]) -> bytes:
     """Hash the tensors of `model` as they are in memory, its config, the shapes of its KV and the versions of the code.
 
-    A checkpoint that was overwritten thus gets another fingerprint, whatever its path and its times. Returns 32 bytes.
+    So a checkpoint that is overwritten in place gets another fingerprint. Returns 32 bytes.
     """
     import transformers
 
@@ -45,7 +45,7 @@ def kv_fingerprint(model: "PreTrainedModel", shapes: Sequence[LayerShape]) -> by
 
 
 def _public(config: object) -> object:
-    """Return a config without names of files, and without what transformers notes for itself."""
+    """Return a config without its private entries, such as the path it was loaded from."""
     if isinstance(config, dict):
         return {key: _public(value) for key, value in config.items() if not str(key).startswith("_")}
     return config

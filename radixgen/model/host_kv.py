@@ -1,7 +1,7 @@
 """KV in host memory, one record per token, and copies between it and the pool of a device.
 
-On a GPU the host's memory is pinned, and each direction has a stream and a staging buffer of its own. A kernel packs
-the KV of all layers into the buffer, which then crosses in few large copies, or the other way round.
+With a GPU, host memory is pinned, and each direction has a stream and a staging buffer of its own. A kernel packs the
+KV of all layers into the buffer, which is then copied in few large pieces; loading does the same in reverse.
 """
 
 import mmap
@@ -84,7 +84,7 @@ class HostKV:
 
 
 class _Direction:
-    """Copies of one direction: in a stream of their own on a GPU, else at once."""
+    """Copies in one direction: asynchronous in a stream of their own on a GPU, otherwise synchronous."""
 
     def __init__(self, record: int, device: torch.device) -> None:
         self._device = device
@@ -94,7 +94,7 @@ class _Direction:
 
     @contextmanager
     def begin(self) -> Iterator[Copy]:
-        """Enter the stream, after all work of the current stream. Yields what copies within the context will be."""
+        """Enter the stream, after all work of the current stream. Yields the copy that the block begins."""
         if self._stream is None:
             finished = _FinishedCopy()
             yield finished

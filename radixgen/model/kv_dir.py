@@ -9,13 +9,14 @@ from radixgen.model.base import Model, SupportsDiskKV
 
 DEFAULT_BYTES = 16 << 30
 _MAX_HOST_BYTES, _HOST_SHARE = 4 << 30, 0.25
-"""Size of the host tier if only a folder was given: at most this, and at most this share of the free memory."""
+"""The default host tier takes at most so many bytes, and at most this share of the free memory."""
 _HOST_POOLS = 4
+"""Its size, in pools"""
 
 
 def default_host_tokens(model: Model, slots: int) -> int:
-    """Return how many tokens host memory keeps if only a folder was given: four times a pool of `slots`, if there is
-    room.
+    """Return the size in tokens of the host tier that goes with a folder by default: four pools of `slots`, within
+    bounds of memory.
     """
     room = min(_MAX_HOST_BYTES, int(_HOST_SHARE * free_host_bytes())) // model.kv_bytes_per_token
     return max(min(_HOST_POOLS * slots, room), CHUNK_TOKENS)
@@ -32,7 +33,7 @@ def check_kv_dir(folder: str | Path | None, max_bytes: int | None) -> None:
 
 
 def open_kv_dir(model: Model, host_kv: object, folder: str | Path, max_bytes: int | None) -> DiskTier:
-    """Open the folder for the KV of `model`, whose `host_kv` returned `host_kv`. Raises `InvalidRequest`."""
+    """Open the folder for the KV of `model`. `host_kv`: what `model.host_kv` returned. Raises `InvalidRequest`."""
     if not isinstance(host_kv, HostRecords) or not isinstance(model, SupportsDiskKV):
         raise InvalidRequest("kv_dir", str(folder), f"must be None: {model.name} does not keep KV on disk")
     files = KVFiles(Path(folder).expanduser(), host_kv.record_bytes, CHUNK_TOKENS)

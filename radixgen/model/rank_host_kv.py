@@ -3,18 +3,13 @@
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from radixgen.cache import Copy
-from radixgen.model.host_kv import HostKV
+from radixgen.model.host_kv import HostKV, Slots
 from radixgen.model.lockstep import RankCommand
-
-Slots = NDArray[np.int64]
 
 
 class SharedHostKV:
-    """The `KVCopies` of rank 0. `send` gives a command and its arrays to the other ranks."""
+    """The `KVCopies` of rank 0. `send` sends a command and its arrays to the other ranks."""
 
     def __init__(self, own: HostKV, send: Callable[[RankCommand, list[Slots]], None]) -> None:
         self.num_slots = own.num_slots
@@ -64,7 +59,7 @@ class SharedCopy:
 
 
 class FollowerHostKV:
-    """The same on another rank, which follows the commands of rank 0."""
+    """The KV in host memory of another rank, which follows the commands of rank 0."""
 
     def __init__(self, own: HostKV) -> None:
         self._own = own

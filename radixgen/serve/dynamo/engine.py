@@ -222,10 +222,11 @@ def _parser() -> argparse.ArgumentParser:
         "--tensor-parallel-size", type=int, default=1, help="number of processes to shard the model over"
     )
     parser.add_argument("--kv-tokens", type=int, help="size of the KV cache, in tokens")
-    offloading = "host memory for KV that the KV cache evicts, in GiB"
-    parser.add_argument("--kv-offloading-size", type=float, default=0.0, help=offloading)
-    parser.add_argument("--kv-dir", help="keep KV on disk here")
-    parser.add_argument("--kv-dir-bytes", type=int)
+    parser.add_argument(
+        "--kv-offloading-size", type=float, default=0.0, help="host memory for KV that the KV cache evicts, in GiB"
+    )
+    parser.add_argument("--kv-dir", help="keep KV on disk here, also for later starts")
+    parser.add_argument("--kv-dir-bytes", type=int, help="maximum size of --kv-dir, in bytes")
     parser.add_argument("--max-model-len", type=int, help="maximum length of prompt plus output, in tokens")
     parser.add_argument(
         "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum number of running sequences"
