@@ -205,6 +205,23 @@ def test_a_demoted_path_is_evicted_first() -> None:
     assert served.cached(second) == 20
 
 
+def test_hints_that_demote_are_applied_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pins: each of a request's hints matched each of its sequences again, which held up the step."""
+    served, (prompt,) = Hinted(), texts(1)
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> int:
+        calls.append(arguments[3])
+        return demote(*arguments)
+
+    monkeypatch.setattr("radixgen.scheduler.cache_hints.demote", counted)
+    params = SamplingParams(temperature=0.0, max_tokens=4, n=3)
+    served.run(prompt, *[CacheHint("demote", start) for start in (20, 8, 15)], params=params)
+    assert calls == [8] * 3
+    demoted = [node for node in served.engine._core.tree.nodes() if node.priority == DEMOTED]
+    assert min(node.start for node in demoted) == 8
+
+
 def test_what_others_share_or_lock_is_not_demoted() -> None:
     served, (stem,) = Hinted(), texts(1)
     served.run([*stem, 0, 0])
