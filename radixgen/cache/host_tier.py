@@ -11,6 +11,7 @@ With a disk tier, what reaches the host is written to disk in the background, an
 disk to the host.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _MANY_ROWS = 256
 """Rows of a step that measures how long computing takes."""
 _PATIENCE = 0.01
 """Seconds to wait for the disk at a time when nothing else can run."""
+_FORGET_SECONDS = 60.0
+"""After this time, rates that spoke against a fetch are measured anew, so that one slow copy does not end fetching."""
 _SMOOTHING = 0.25
 """Weight of the latest measurement in a rate."""
 
@@ -158,6 +161,7 @@ class HostTier:
         self._seconds_per_read = self._seconds_per_fetched = 0.0
         self._seconds_per_computed = 0.0
         self._polled = 0.0
+        self._forget_at = math.inf
         device.on_idle = self.save
 
     @property
@@ -279,7 +283,7 @@ class HostTier:
         """Return whether fetching `count` tokens, of which `read` come from disk, is sooner than computing them, after
         those on their way.
 
-        Until all was measured, fetching is.
+        Until all was measured, fetching is. So it is once more when rates are forgotten.
         """
         if not self._seconds_per_computed:
             return True
@@ -288,7 +292,14 @@ class HostTier:
         seconds = (queued + count) * self._seconds_per_fetched
         if read:
             seconds += (reads + read) * self._seconds_per_read
-        return seconds <= count * self._seconds_per_computed
+        if seconds <= count * self._seconds_per_computed:
+            return True
+        self._forget_at = min(self._forget_at, self._polled + _FORGET_SECONDS)
+        if self._polled < self._forget_at:
+            return False
+        self._seconds_per_read = self._seconds_per_fetched = 0.0
+        self._forget_at = math.inf
+        return True
 
     # -- copies in flight ---------------------------------------------------------------------------------
 
