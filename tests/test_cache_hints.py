@@ -250,6 +250,18 @@ def test_demotion_of_what_is_copied_to_the_host() -> None:
     assert served.host.tree.match_prefix(second).computed == 20  # type: ignore[union-attr]
 
 
+def test_what_is_used_again_while_it_is_copied_is_demoted_no_more() -> None:
+    """Pins: the save's lock hid the new one, and what the next request generated was demoted as well."""
+    served, (prompt,) = Hinted(host_slots=400), texts(1)
+    assert served.host is not None
+    served.host._copies.delay = 1_000  # type: ignore[attr-defined]
+    served.run(prompt, CacheHint("demote"))
+    served.run([*prompt, 0, 1])
+    match = served.engine._core.tree.match_prefix([*prompt, 0, 1])
+    assert match is not None and match.length == 22
+    assert [node.priority for node in match.node.path()] == [0.0] * len(match.node.path())
+
+
 @pytest.mark.parametrize("start", [0, 1, 7, 19, 20, 24, 25, 99])
 def test_demotion_begins_anywhere(start: int) -> None:
     tree = RadixTree(ExtentPool(64), stamps=True)

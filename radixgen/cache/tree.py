@@ -215,7 +215,8 @@ class RadixTree:
     # -- locks --------------------------------------------------------------------------------------------
 
     def lock(self, node: Node) -> Lock:
-        """Keep the path to `node` in the tree until the returned lock is given to `unlock`."""
+        """Keep the path to `node` in the tree until the returned lock is given to `unlock`. Ends its demotion."""
+        self._end_demotion(node)
         node.lock_count += 1
         if node.lock_count + node.locked_children == 1:
             self._protect(node)
@@ -400,6 +401,7 @@ class RadixTree:
 
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
         self._slots.cut(parent, parent.scheduled)
+        self._end_demotion(parent)
         self.evictable.remove(parent)
         leaf = Node(parent, parent.namespace, tokens)
         leaf.priority = parent.priority
@@ -440,6 +442,7 @@ class RadixTree:
         """Move `locks` one node down. The parent stays locked through `child`."""
         parent = locks[0].held
         was_locked = child.locked
+        self._end_demotion(child)
         child.lock_count += len(locks)
         if not was_locked:
             self._protect(child)
@@ -448,13 +451,18 @@ class RadixTree:
             lock.node = child
         parent.lock_count -= len(locks)
 
+    def _end_demotion(self, node: Node) -> None:
+        """Give the demoted end of the path to `node`, which may be locked by copies, its place in the order again."""
+        above: Node | None = node
+        while above is not None and above.priority == DEMOTED:
+            above.priority = 0.0
+            above = above.parent
+
     def _protect(self, node: Node) -> None:
         """Update the counters of `node` and its ancestors after it became locked."""
         while True:
             self.evictable.remove(node)
             self.evictable_tokens -= node.computed
-            if node.priority == DEMOTED:
-                node.priority = 0.0
             parent = node.parent
             if parent is None:
                 return
