@@ -68,10 +68,10 @@ class CacheHints:
     def end(self, request: Request) -> None:
         """Apply the `demote` hints of a request that has ended."""
         self.drop(request)
-        for hint, result in zip(request.hints, request.hint_results, strict=True):
-            if hint.action == "demote" and result.status != "refused":
-                for sequence in request.sequences:
-                    self._demote(sequence.tokens(), sequence.namespace, hint.num_tokens or 0)
+        answered = zip(request.hints, request.hint_results, strict=True)
+        starts = [hint.num_tokens or 0 for hint, result in answered if _demotes(hint, result)]
+        for sequence in request.sequences if starts else ():
+            self._demote(sequence.tokens(), sequence.namespace, min(starts))
 
     # -- without a request --------------------------------------------------------------------------------
 
@@ -223,6 +223,10 @@ def _share(hint: CacheHint, size: int, live: bool) -> HintResult:
 
 def _outlasts(pin: Pin, other: Pin) -> bool:
     return pin.expires >= other.expires and pin.priority >= other.priority
+
+
+def _demotes(hint: CacheHint, result: HintResult) -> bool:
+    return hint.action == "demote" and result.status != "refused"
 
 
 def _refused(hint: CacheHint, reason: str) -> HintResult:

@@ -77,9 +77,8 @@ class WaitingQueue:
         self.remove(sequence)
         if request.waiting:
             return
-        for earlier in self._requests:
-            if earlier.serial > request.serial or earlier.priority != request.priority:
-                break
+        first = -request.priority, 0
+        for earlier in self._requests.irange_key(first, request.rank):  # those of higher priorities may be fetching
             earlier.overtaken += 1
 
     def check(self) -> None:

@@ -205,6 +205,23 @@ def test_a_demoted_path_is_evicted_first() -> None:
     assert served.cached(second) == 20
 
 
+def test_hints_that_demote_are_applied_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pins: each of a request's hints matched each of its sequences again, which held up the step."""
+    served, (prompt,) = Hinted(), texts(1)
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> int:
+        calls.append(arguments[3])
+        return demote(*arguments)
+
+    monkeypatch.setattr("radixgen.scheduler.cache_hints.demote", counted)
+    params = SamplingParams(temperature=0.0, max_tokens=4, n=3)
+    served.run(prompt, *[CacheHint("demote", start) for start in (20, 8, 15)], params=params)
+    assert calls == [8] * 3
+    demoted = [node for node in served.engine._core.tree.nodes() if node.priority == DEMOTED]
+    assert min(node.start for node in demoted) == 8
+
+
 def test_what_others_share_or_lock_is_not_demoted() -> None:
     served, (stem,) = Hinted(), texts(1)
     served.run([*stem, 0, 0])
@@ -231,6 +248,18 @@ def test_demotion_of_what_is_copied_to_the_host() -> None:
     served.evict(23)
     assert served.cached(second) == 0 and served.cached(first) == 20
     assert served.host.tree.match_prefix(second).computed == 20  # type: ignore[union-attr]
+
+
+def test_what_is_used_again_while_it_is_copied_is_demoted_no_more() -> None:
+    """Pins: the save's lock hid the new one, and what the next request generated was demoted as well."""
+    served, (prompt,) = Hinted(host_slots=400), texts(1)
+    assert served.host is not None
+    served.host._copies.delay = 1_000  # type: ignore[attr-defined]
+    served.run(prompt, CacheHint("demote"))
+    served.run([*prompt, 0, 1])
+    match = served.engine._core.tree.match_prefix([*prompt, 0, 1])
+    assert match is not None and match.length == 22
+    assert [node.priority for node in match.node.path()] == [0.0] * len(match.node.path())
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 19, 20, 24, 25, 99])

@@ -204,6 +204,20 @@ def test_fetching_that_takes_longer_than_computing_is_not_done() -> None:
     assert stats.host_fetched_tokens == 0 and stats.host_recomputed_tokens == 30
 
 
+def test_one_slow_copy_does_not_end_fetching() -> None:
+    """Pins: the rate of a first copy that compiled its kernel was never measured again."""
+    now = 0.0
+    served = Stamped(clock=lambda: now)
+    (prompt,) = texts(1)
+    served.run([prompt])
+    served.host._seconds_per_computed, served.host._seconds_per_fetched = 1e-3, 2e-3
+    fetched = []
+    for now in (1.0, 60.0, 61.0, 62.0):  # noqa: B007
+        served.empty_pool()
+        fetched.append(served.run([prompt])[0])
+    assert fetched == [0, 0, 30, 30]
+
+
 def test_a_host_that_is_full_evicts_what_was_used_least_recently() -> None:
     served = Stamped(host_slots=70)
     prompts = texts(3)

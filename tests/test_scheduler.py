@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -134,6 +134,17 @@ def test_nobody_is_overtaken_more_often_than_the_bound(bound: int) -> None:
     waited = [place[serial] - came[serial] for serial in came]
     ahead = [sum(place[other] >= came[serial] for other in range(1, serial)) for serial in came]
     assert all(wait <= before + bound for wait, before in zip(waited, ahead, strict=True))
+
+
+def test_requests_overtaken_while_a_higher_priority_fetches_are_counted() -> None:
+    """Pins: the count ended at the first request of another priority, so cold ones were overtaken without end."""
+    queue = WaitingQueue(max_overtaken=2)
+    queued(queue, 1, priority=1).waiting[0].fetch = cast("Any", SimpleNamespace(arrived=False))
+    known = {2: 0} | dict.fromkeys(range(3, 9), 5)
+    for serial in known:
+        queued(queue, serial)
+    order = [admit(queue, lambda r: known[r.serial]).serial for _ in range(4)]
+    assert order == [3, 4, 2, 5]
 
 
 # -- order in the engine ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ With a disk tier, what is saved to the host is then written to disk in the backg
 from disk to the host.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _MANY_ROWS = 256
 """Only steps of at least so many rows measure how long computing a token takes."""
 _PATIENCE = 0.01
 """Seconds that one call waits for the disk when nothing else can run."""
+_FORGET_SECONDS = 60.0
+"""After this time, rates that spoke against a fetch are measured anew, so that one slow copy does not end fetching."""
 _SMOOTHING = 0.25
 """Weight of the latest measurement in a rate."""
 
@@ -158,6 +161,7 @@ class HostTier:
         self._seconds_per_read = self._seconds_per_fetched = 0.0
         self._seconds_per_computed = 0.0
         self._polled = 0.0
+        self._forget_at = math.inf
         device.on_idle = self.save
 
     @property
@@ -278,7 +282,7 @@ class HostTier:
     def _fetch_is_sooner(self, count: int, read: int) -> bool:
         """Estimate whether fetching `count` tokens, `read` of them from disk, takes less time than computing them.
 
-        Fetches in flight come first. Returns True until computing has been measured.
+        Fetches in flight come first. Returns True until all was measured, and again when rates are forgotten.
         """
         if not self._seconds_per_computed:
             return True
@@ -287,7 +291,14 @@ class HostTier:
         seconds = (queued + count) * self._seconds_per_fetched
         if read:
             seconds += (reads + read) * self._seconds_per_read
-        return seconds <= count * self._seconds_per_computed
+        if seconds <= count * self._seconds_per_computed:
+            return True
+        self._forget_at = min(self._forget_at, self._polled + _FORGET_SECONDS)
+        if self._polled < self._forget_at:
+            return False
+        self._seconds_per_read = self._seconds_per_fetched = 0.0
+        self._forget_at = math.inf
+        return True
 
     # -- copies in flight ---------------------------------------------------------------------------------
 

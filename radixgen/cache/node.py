@@ -205,3 +205,11 @@ class Lock:
         """The locked node. Asserts that the lock was not released."""
         assert self.node is not None, "the lock was released"
         return self.node
+
+
+def end_demotion(node: Node) -> None:
+    """Give the demoted end of the path to `node`, which may be locked by copies, its place in the order again."""
+    above: Node | None = node
+    while above is not None and above.priority == DEMOTED:
+        above.priority = 0.0
+        above = above.parent

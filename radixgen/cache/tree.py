@@ -23,7 +23,7 @@ from radixgen.cache.match import (
     follow_removal,
     longest_match,
 )
-from radixgen.cache.node import DEMOTED, Lock, Node
+from radixgen.cache.node import Lock, Node, end_demotion
 from radixgen.cache.policy import EvictionPolicy, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
@@ -215,7 +215,8 @@ class RadixTree:
     # -- locks --------------------------------------------------------------------------------------------
 
     def lock(self, node: Node) -> Lock:
-        """Keep the path to `node` in the tree until the returned lock is given to `unlock`."""
+        """Keep the path to `node` in the tree until the returned lock is given to `unlock`. Ends its demotion."""
+        end_demotion(node)
         node.lock_count += 1
         if node.lock_count + node.locked_children == 1:
             self._protect(node)
@@ -400,6 +401,7 @@ class RadixTree:
 
     def _add_leaf(self, parent: Node, tokens: TokenArray) -> Node:
         self._slots.cut(parent, parent.scheduled)
+        end_demotion(parent)
         self.evictable.remove(parent)
         leaf = Node(parent, parent.namespace, tokens)
         leaf.priority = parent.priority
@@ -440,6 +442,7 @@ class RadixTree:
         """Move `locks` one node down. The parent stays locked through `child`."""
         parent = locks[0].held
         was_locked = child.locked
+        end_demotion(child)
         child.lock_count += len(locks)
         if not was_locked:
             self._protect(child)
@@ -453,8 +456,6 @@ class RadixTree:
         while True:
             self.evictable.remove(node)
             self.evictable_tokens -= node.computed
-            if node.priority == DEMOTED:
-                node.priority = 0.0
             parent = node.parent
             if parent is None:
                 return

@@ -111,12 +111,15 @@ def prepare_model(
             tree_model.release()
             raise
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
+    host_kv = None
     try:
         if kv_dir is not None and not kv_offloading_size and isinstance(served, SupportsDiskKV):
             host_kv_tokens = host_kv_tokens or default_host_tokens(served, slots)
         host_kv = allocate_host_kv(served, host_kv_tokens, kv_offloading_size)
         disk = None if kv_dir is None else open_kv_dir(served, host_kv, kv_dir, kv_dir_bytes)
     except BaseException:
+        if host_kv is not None:
+            host_kv.release()
         served.release()
         raise
     return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv, disk)
