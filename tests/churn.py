@@ -12,7 +12,7 @@ import logging
 import sys
 from collections import Counter
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -239,9 +239,18 @@ class EngineMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 3, 5]),
         host_slots=st.sampled_from([0, 20, 100, 400]),
         files=st.sampled_from([0, 0, 2, 10, 1000]),
+        max_overtaken=st.sampled_from([0, 6]),
     )
     def begin(
-        self, slots: int, budget: int, share: bool, plan: str, block_size: int, host_slots: int, files: int
+        self,
+        slots: int,
+        budget: int,
+        share: bool,
+        plan: str,
+        block_size: int,
+        host_slots: int,
+        files: int,
+        max_overtaken: int,
     ) -> None:
         self.now = 0.0
         self.folder = Path(mkdtemp()) if files and host_slots else None
@@ -254,7 +263,7 @@ class EngineMachine(RuleBasedStateMachine):
             "max_step_tokens": budget,
             "share": share,
             "plan": plan,
-            "limits": LIMITS,
+            "limits": replace(LIMITS, max_overtaken=max_overtaken),
             "clock": lambda: self.now,
             "debug": True,
         }
