@@ -3,19 +3,9 @@
 from radixgen.cache import Lock, Node
 
 
-def lacking(node: Node) -> list[Node]:
-    """Return the nodes of the path with tokens without a slot, from the top."""
-    nodes = []
-    above: Node | None = node
-    while above is not None and above.scheduled < above.known:
-        nodes.append(above)
-        above = above.parent
-    return nodes[::-1]
-
-
 def scheduled_end(node: Node) -> int:
     """Return the number of leading tokens of the path that have a slot."""
-    first = next(iter(lacking(node)), node)
+    first = next(iter(node.unscheduled_path()), node)
     return first.start + first.scheduled
 
 

@@ -15,7 +15,7 @@ from radixgen.cache.check import check_plan
 from radixgen.core import Limits
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
-from radixgen.scheduler.paths import holds_alone, lacking, scheduled_end
+from radixgen.scheduler.paths import holds_alone, scheduled_end
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -257,7 +257,7 @@ class Scheduler:
     def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
         """Schedule what the path to `node` lacks, from the top. Returns the rows added."""
         left = budget
-        for part in lacking(node):
+        for part in node.unscheduled_path():
             count = min(left, part.known - part.scheduled)
             if count == 0 or not self._make_room(part, count, sequence, batch):
                 break

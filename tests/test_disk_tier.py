@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import StampModel, run_late
-from test_exactness import Oracle, greedy, prompts
+from test_exactness import greedy, oracle_of, prompts
 from test_host_tier import texts
 
 from radixgen import Engine, InvalidRequest, Limits
@@ -418,32 +417,23 @@ def test_reset_deletes_the_files(folder: Path) -> None:
 # -- whole engines ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["llama", "gemma2"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def oracle(family: str) -> Iterator[Oracle]:
-    result = Oracle(families.build(family))
-    yield result
-    result.settle()
-
-
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_tokens_equal_those_of_transformers(family: str, oracle: Oracle, folder: Path, kv_dtype: str) -> None:
+def test_tokens_equal_those_of_transformers(family: str, folder: Path, kv_dtype: str) -> None:
     """With real threads; 8-bit KV is compared with itself."""
+    options = {"kv_tokens": 200, "kv_dir": folder, "kv_dtype": kv_dtype, "debug": True}
     answers = []
-    for _ in range(3):
-        with Engine(families.build(family), kv_tokens=200, kv_dir=folder, kv_dtype=kv_dtype, debug=True) as engine:
-            engine._core.host._min_fetch = 1
-            outputs = [engine.generate(one, greedy(16))[0].outputs[0].token_ids for one in prompts(families.VOCAB)]
-            answers.append(outputs)
-            engine.check()
-            read = engine.stats().disk_read_tokens
-            if kv_dtype == "auto":
-                for prompt, output in zip(prompts(families.VOCAB), outputs, strict=True):
-                    oracle.expect(engine, prompt, output, 16)
+    with oracle_of(family) as oracle:
+        for _ in range(3):
+            with Engine(families.build(family), **options) as engine:
+                engine._core.host._min_fetch = 1
+                outputs = [engine.generate(one, greedy(16))[0].outputs[0].token_ids for one in prompts(families.VOCAB)]
+                answers.append(outputs)
+                engine.check()
+                read = engine.stats().disk_read_tokens
+                if kv_dtype == "auto":
+                    for prompt, output in zip(prompts(families.VOCAB), outputs, strict=True):
+                        oracle.expect(engine, prompt, output, 16)
     assert read > 50 and answers[0] == answers[1] == answers[2]
 
 

@@ -1,6 +1,7 @@
 """Greedy decoding in float32 equals transformers' `generate`, token for token, however it is served."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import families
@@ -81,6 +82,14 @@ class Oracle:
         """Ties are rare, and the outputs are worth comparing."""
         assert self.ties <= self.tokens // 1000, f"{self.ties} ties in {self.tokens} tokens"
         assert len({tuple(out) for out in self.known.values()}) * 2 >= len(self.known)
+
+
+@contextmanager
+def oracle_of(family: str) -> Iterator[Oracle]:
+    """References of a family, settled at the end."""
+    result = Oracle(families.build(family))
+    yield result
+    result.settle()
 
 
 def greedy(count: int) -> SamplingParams:

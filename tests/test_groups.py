@@ -34,7 +34,7 @@ def order_of_ends(engine: Engine) -> list[str]:
 
 
 def cached(tree: RadixTree, tokens: list[int]) -> Node:
-    """Compute `tokens` and let go of them."""
+    """Compute `tokens`, then release their lock."""
     lock = tree.insert(tokens)
     node = lock.held
     tree.schedule(node, node.known - node.scheduled)

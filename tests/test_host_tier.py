@@ -1,13 +1,11 @@
 """KV in host memory: it is copied whole, fetched where it helps, and changes no token."""
 
-from collections.abc import Iterator
-
 import families
 import numpy as np
 import pytest
 import torch
 from oracle import StampHostKV, StampModel
-from test_exactness import Oracle, greedy, prompts
+from test_exactness import greedy, oracle_of, prompts
 
 from radixgen import Engine, InvalidRequest
 from radixgen.cache.host_tier import HostTier
@@ -240,21 +238,11 @@ def test_what_belongs_to_one_sequence_alone_is_not_kept() -> None:
 # -- whole engines ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["llama", "gemma2"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def oracle(family: str) -> Iterator[Oracle]:
-    result = Oracle(families.build(family))
-    yield result
-    result.settle()
-
-
-def test_tokens_equal_those_of_transformers(family: str, oracle: Oracle) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tokens_equal_those_of_transformers(family: str) -> None:
     """In a pool that holds a part of the prompts, twice in a row."""
-    with Engine(families.build(family), kv_tokens=96, host_kv_tokens=2_000, max_step_tokens=32, debug=True) as engine:
+    options = {"kv_tokens": 96, "host_kv_tokens": 2_000, "max_step_tokens": 32, "debug": True}
+    with oracle_of(family) as oracle, Engine(families.build(family), **options) as engine:
         engine._core.host._min_fetch = 1
         for _ in range(2):
             for prompt in prompts(families.VOCAB):

@@ -189,7 +189,7 @@ class HostTier:
         if self._reads(tokens, node.namespace):
             return
         lock = self.tree.insert(tokens, node.namespace, priority=node.priority)
-        count = sum(part.known - part.scheduled for part in lock.held.path())
+        count = sum(part.known - part.scheduled for part in lock.held.unscheduled_path())
         if count > self.tree.pool.free + self.tree.evictable_tokens:
             self.tree.unlock(lock)
             return
@@ -212,7 +212,7 @@ class HostTier:
 
     def _schedule(self, node: Node) -> NDArray[np.int64]:
         """Give slots of the host to the tokens of the path to `node` that have none, and return the slots."""
-        lacking = [part for part in node.path() if part.scheduled < part.known]
+        lacking = node.unscheduled_path()
         self.tree.evict(sum(part.known - part.scheduled for part in lacking) - self.tree.pool.free)
         return np.concatenate([self.tree.schedule(part, part.known - part.scheduled) for part in lacking])
 

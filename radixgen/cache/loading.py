@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def begin_load(tree: "RadixTree", count: int) -> list[Extent] | None:
-    """Take `count` slots, evicting what is unlocked. Returns None, with nothing evicted, if there are too few."""
+    """Take `count` slots, evicting what is unlocked. Returns None if too few are free then."""
     if count > tree.pool.free + tree.evictable_tokens:
         return None
     tree.evict(count - tree.pool.free)

@@ -156,6 +156,15 @@ class Node:
             nodes.append(parent)
         return nodes[::-1]
 
+    def unscheduled_path(self) -> list["Node"]:
+        """The nodes of the path that have tokens without a slot, from the top."""
+        nodes = []
+        node: Node | None = self
+        while node is not None and node.scheduled < node.known:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
     def path_tokens(self) -> TokenArray:
         """Every token from position 0 to the node's end."""
         return np.concatenate([node.tokens for node in self.path()])

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from radixgen.core import InvalidRequest, Limits
+from radixgen.core import DEFAULT_KV_DIR_BYTES, InvalidRequest, Limits
 from radixgen.model import smollm2
 
 DEFAULT_MODEL = smollm2.NAME
 DEFAULT_LIMITS = Limits()
-DEFAULT_KV_DIR_SIZE = 16.0
+DEFAULT_KV_DIR_SIZE = DEFAULT_KV_DIR_BYTES / 2**30
 _MAX_KV_DIR_GIB = 2**20
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Model: smollm2, a directory, a .gguf file or a hub id.")]

@@ -21,7 +21,7 @@ from radixgen.core.errors import (
 )
 from radixgen.core.grammar import AllowedTokens, Grammar, GrammarKind, GrammarState
 from radixgen.core.guard import StateGuard
-from radixgen.core.limits import Limits
+from radixgen.core.limits import DEFAULT_KV_DIR_BYTES, Limits
 from radixgen.core.outputs import (
     CompletionOutput,
     FinishReason,
@@ -40,6 +40,7 @@ from radixgen.core.plan import Chunk, NodeSummary, Plan, Window, first_seen
 from radixgen.core.texts import check_text, check_texts
 
 __all__ = [
+    "DEFAULT_KV_DIR_BYTES",
     "AllowedTokens",
     "BeamSearchParams",
     "CacheHint",

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+DEFAULT_KV_DIR_BYTES = 16 << 30
+"""Default bound on the files of a KV folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

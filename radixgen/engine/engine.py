@@ -301,7 +301,7 @@ class Engine:
         output_kind: `"cumulative"` outputs hold everything so far, `"delta"` outputs what is new, and `"final"` gives
             only the last output. A beam search always gives only the last.
         cache_hints: what to do with the KV of the prompt afterwards. The last output has an answer to each.
-        hint_owner: whom the pins that hints make count for, by default the namespace.
+        hint_owner: whose limits the pins of hints count towards. Default: the namespace.
 
         Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from radixgen.cache import CHUNK_TOKENS, DiskTier, HostRecords, KVFiles
 from radixgen.cache.storage import free_host_bytes
-from radixgen.core import InvalidRequest, check_integer
+from radixgen.core import DEFAULT_KV_DIR_BYTES, InvalidRequest, check_integer
 from radixgen.model.base import Model, SupportsDiskKV
 
-DEFAULT_BYTES = 16 << 30
 _MAX_HOST_BYTES, _HOST_SHARE = 4 << 30, 0.25
 """The default host tier takes at most so many bytes, and at most this share of the free memory."""
 _HOST_POOLS = 4
@@ -38,7 +37,7 @@ def open_kv_dir(model: Model, host_kv: object, folder: str | Path, max_bytes: in
         raise InvalidRequest("kv_dir", str(folder), f"must be None: {model.name} does not keep KV on disk")
     files = KVFiles(Path(folder).expanduser(), host_kv.record_bytes, CHUNK_TOKENS)
     try:
-        max_bytes = DEFAULT_BYTES if max_bytes is None else max_bytes
+        max_bytes = DEFAULT_KV_DIR_BYTES if max_bytes is None else max_bytes
         if max_bytes < files.file_bytes:
             limit = f"must be at least {files.file_bytes}, a file of {files.chunk_tokens} tokens"
             raise InvalidRequest("kv_dir_bytes", max_bytes, limit)
