@@ -17,6 +17,7 @@ from radixgen.core.plan import Int64Array
 _MOST = 2**31 - 1
 _MAX_BLOCKS = 4_096
 """Blocks of one kind that a row reads."""
+_MAX_LEVELS = 31
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,54 @@ class BigBird(PositionPolicy):
         return drawn
 
 
-POLICIES: dict[str, type[Reading]] = {kind.policy: kind for kind in (Exact, Window, BigBird)}
+@dataclass(frozen=True, kw_only=True)
+class Fading(PositionPolicy):
+    """As `Window`, and of the tokens before the window one in `ratio`, further away one in `ratio**2`, and so on.
+
+    Level `i` of `levels` reaches from `window * ratio**(i - 1)` to `window * ratio**i` tokens before the row's own
+    block, and has the positions in it that `ratio**i` divides. So each level has `window * (ratio - 1) / ratio` tokens,
+    the levels together O(log n) of a path of n, and what a row no longer reads is not read by later ones either. The
+    cascading KV cache (Willette et al. 2024, section 3.1), with tokens chosen by position alone, at their own
+    positions.
+
+    sinks, window: tokens. block: number of positions that read the same keys. prompt: whether prompts are read like
+    this, too.
+
+    Raises `InvalidRequest`.
+    """
+
+    policy: ClassVar[str] = "fading"
+    sinks: int = 4
+    window: int = 512
+    levels: int = 4
+    ratio: int = 2
+    block: int = 64
+    prompt: bool = False
+
+    def __post_init__(self) -> None:
+        self._check()
+        check_integer("reading.sinks", self.sinks, 0, _MOST)
+        check_integer("reading.window", self.window, 1, _MOST)
+        check_integer("reading.levels", self.levels, 1, _MAX_LEVELS)
+        check_integer("reading.ratio", self.ratio, 2, _MOST)
+
+    def visible(self, block: int) -> Int64Array:
+        own, stop = block * self.block, (block + 1) * self.block
+        end = window = own - self.window
+        if window <= self.sinks:
+            return np.array([(0, stop)], np.int64)
+        levels = list[Int64Array]()
+        for step in (self.ratio**level for level in range(1, self.levels + 1)):
+            begin = max(own - self.window * step, self.sinks)
+            levels.append(np.arange(-(-begin // step) * step, end, step))
+            end = begin
+        tokens = np.concatenate(levels[::-1])
+        starts, stops = np.concatenate([[0], tokens, [window]]), np.concatenate([[self.sinks], tokens + 1, [stop]])
+        ranges = np.stack([starts, stops], axis=1)
+        return ranges[starts < stops]
+
+
+POLICIES: dict[str, type[Reading]] = {kind.policy: kind for kind in (Exact, Window, BigBird, Fading)}
 """Policies by name."""
 
 
