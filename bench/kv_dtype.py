@@ -16,21 +16,19 @@ Bias. Weights are of a small model, which quantization harms more than large one
 continuations stop agreeing at the first near-tie.
 """
 
-import math
 import sys
 from collections.abc import Callable, Sequence
-from importlib.resources import files
-from itertools import takewhile
-from pydoc_data.topics import topics
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.device import Timer
+from bench.quality import LONG_TEXT, Agreement, continue_each, document, perplexity, topic_tokens
 from bench.report import Report, benchmark_options, time_each
 from bench.trees import Tree, lay_out, levels, shared_prefix
-from radixgen import Engine, SamplingParams
+from radixgen import Engine
 from radixgen.cache.storage import LayerShape
 from radixgen.calibration import cost_models
 from radixgen.kernels.backend import Attention, backend
@@ -42,7 +40,6 @@ ERRORS = {"int8": 0.01, "fp8": 0.04}
 CAPACITY = {64: 1.85, 128: 1.9}
 PERPLEXITY = 0.005
 """Largest relative change."""
-LONG_TEXT = 8_000
 CONTINUATIONS, CONTINUATION, CONTEXT = 32, 32, 200
 TREES: dict[str, tuple[Tree, float | None, float | None]] = {
     "256 rows, 2,048 own keys": (shared_prefix(256, 256, 2048), 1.6, None),
@@ -75,34 +72,27 @@ def report_model(report: Report, names: Sequence[str]) -> None:
     exact, greedy = found["auto"]
     for name in names:
         perplexities, tokens = found[name]
-        for text, perplexity in perplexities.items():
-            change = perplexity / exact[text] - 1.0
-            line = f"perplexity of {text}: {exact[text]:.4f}, in {name} {perplexity:.4f}, {change:+.3%}"
+        for text, value in perplexities.items():
+            change = value / exact[text] - 1.0
+            line = f"perplexity of {text}: {exact[text]:.4f}, in {name} {value:.4f}, {change:+.3%}"
             report.figure(f"perplexity_{name}_{text.replace(' ', '_')}", abs(change), line, at_most=PERPLEXITY)
-        pairs = [list(zip(a, b, strict=True)) for a, b in zip(greedy, tokens, strict=True)]
-        equal = [len(list(takewhile(lambda pair: pair[0] == pair[1], pair))) for pair in pairs]
-        whole = sum(length == CONTINUATION for length in equal)
+        agreement = Agreement.between(greedy, tokens)
         report.say(
-            f"greedy in {name}: {whole} of {len(equal)} continuations equal; the first {np.mean(equal):.1f} of "
-            f"{CONTINUATION} tokens on average"
+            f"greedy in {name}: {agreement.equal} of {agreement.of} continuations equal; the first "
+            f"{agreement.tokens:.1f} of {CONTINUATION} tokens on average"
         )
-        report.keep(**{f"greedy_{name}": {"equal": whole, "of": len(equal), "tokens": float(np.mean(equal))}})
+        report.keep(**{f"greedy_{name}": asdict(agreement)})
 
 
 def measure_model(kv_dtype: str) -> tuple[dict[str, float], list[list[int]]]:
     """Perplexity by text, and greedy continuations of parts of the document."""
-    document = files("radixgen.demo").joinpath("document.md").read_text(encoding="utf-8")
-    texts = {"the document": document, "the long text": "\n".join(topics.values())}
     with Engine("smollm2", dtype="float32", kv_dtype=kv_dtype, kv_tokens=16_384, warm_up=False) as engine:
-        perplexities = {}
-        for name, text in texts.items():
-            tokens = engine.tokenize(text).tolist()[:LONG_TEXT]
-            (logprobs,) = engine.score(tokens[:1], [tokens[1:]])
-            perplexities[name] = math.exp(-float(np.mean(logprobs)))
-        tokens = engine.tokenize(texts["the long text"]).tolist()[LONG_TEXT:]
-        prompts = [tokens[start : start + CONTEXT] for start in range(0, CONTINUATIONS * CONTEXT, CONTEXT)]
-        params = SamplingParams(temperature=0.0, max_tokens=CONTINUATION, ignore_eos=True)
-        return perplexities, [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
+        topics = topic_tokens(engine)
+        texts = {"the document": document(engine), "the long text": topics[:LONG_TEXT]}
+        perplexities = {name: perplexity(engine, tokens) for name, tokens in texts.items()}
+        rest = topics[LONG_TEXT:]
+        prompts = [rest[start : start + CONTEXT] for start in range(0, CONTINUATIONS * CONTEXT, CONTEXT)]
+        return perplexities, continue_each(engine, prompts, CONTINUATION)
 
 
 class Layer:
