@@ -7,7 +7,7 @@ import numpy as np
 
 from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray, marked
 from radixgen.core import CacheHint, FinishReason, HintResult, PromptTokens, SamplingParams, SamplingState, SharingEnd
-from radixgen.core.reading import Exact, Reading
+from radixgen.core.reading import EXACT, Reading
 from radixgen.sampling.beam_search import BeamSearch, Choices
 
 
@@ -21,7 +21,7 @@ class Request:
     params: SamplingParams
     max_output: int
     """Maximum tokens generated per sequence; 0 to only score the prompt."""
-    reading: Reading = Exact()
+    reading: Reading = EXACT
     mark: int = 0
     """Mark of the policy `reading`, 0 if it is exact."""
     priority: int = 0
@@ -63,10 +63,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = PromptTokens(self.prompt)
-        self.path = self.prompt
-        if self.mark and self.reading.reads_prompt:
-            self.path = self.prompt.copy()
-            self.path[0] = marked(int(self.prompt[0]), self.mark)
+        self.path = prompt_path(self.prompt, self.reading, self.mark)
 
     @property
     def first_read(self) -> int:
@@ -174,3 +171,12 @@ class Sequence:
         assert self.finish_reason is None, "a sequence ended twice"
         self.finish_reason, self.stop_reason = reason, stop_reason
         self.request.unfinished -= 1
+
+
+def prompt_path(prompt: TokenArray, reading: Reading, mark: int) -> TokenArray:
+    """Return a prompt as the tree has it if it is read under this policy, which has this mark."""
+    if not mark or not reading.reads_prompt or not prompt.size:
+        return prompt
+    path = prompt.copy()
+    path[0] = marked(int(prompt[0]), mark)
+    return path
