@@ -121,7 +121,8 @@ def restrict(forest: Forest, row_nodes: Int32Array, views: Views) -> tuple[Fores
     )  # fmt: skip
     new_rows = place[row_nodes]
     moved = sole[row_nodes] == _DIFFERS
-    new_rows[moved] = own_place[np.searchsorted(added, row_nodes[moved].astype(np.int64) * kinds + views.of_rows[moved])]
+    wanted = row_nodes[moved].astype(np.int64) * kinds + views.of_rows[moved]
+    new_rows[moved] = own_place[np.searchsorted(added, wanted)]
     rooms = np.full(anchors.size, -1, np.int32)
     rooms[place] = 0 if forest.rooms is None else forest.rooms
     np.minimum.at(rooms, new_rows, views.left)

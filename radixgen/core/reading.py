@@ -2,7 +2,7 @@
 
 `Exact` reads all, and is the default. Every other policy is inexact: it changes what the model computes, by as much as
 the keys that it leaves out would have changed it. The KV of tokens that were read inexactly is never found by other
-policies; `docs/inexact.md` says what is shared.
+policies; the documentation of inexact reading says what is shared.
 """
 
 from collections.abc import Mapping
@@ -49,6 +49,9 @@ class Exact(Reading):
     @property
     def exact(self) -> bool:
         return True
+
+
+EXACT = Exact()
 
 
 @dataclass(frozen=True)
