@@ -164,14 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def step_limits(report: Report, config: PretrainedConfig) -> dict[str, StepLimit]:
     """The limit of a step, by data type."""
-    shape = Shape(
-        config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-        config.num_key_value_heads, config.vocab_size, config.head_dim,
-    )  # fmt: skip
     limits = {}
     for name, dtype in DTYPES.items():
         ceilings = cpu_ceilings(dtype)
-        limits[name] = StepLimit(shape, ceilings, dtype.itemsize)
+        limits[name] = StepLimit(Shape.of(config), ceilings, dtype.itemsize)
         report.say(
             f"{name}: weights of {limits[name].weights(1, 1) * ceilings.read / 1e6:.0f} MB, read at "
             f"{ceilings.read / 1e9:.1f} GB/s, multiplied at {ceilings.matrix / 1e9:.0f} GFLOP/s: a step takes at least "

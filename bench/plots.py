@@ -1,9 +1,11 @@
-"""Pictures of `bench/results/attention.json`, one for each measure: by tree and head shape.
+"""Pictures of what was measured.
 
     python -m bench.plots [--out docs]
 
-`attention_speedup` shows how many times as fast as the fastest other contender our plan is, peers and our own other
-plans apart; `attention_roofline` what share of the roofline it reaches. Each as PNG and SVG.
+Of `bench/results/attention.json`, by tree and head shape: `attention_speedup` shows how many times as fast as the
+fastest other contender our plan is, peers and our own other plans apart; `attention_roofline` what share of the
+roofline it reaches. Each as PNG and SVG. Of `bench/results/reading.json`: `reading` shows what each reading policy
+keeps and saves, by the keys that it reads, as SVG.
 """
 
 import argparse
@@ -58,20 +60,41 @@ def draw_roofline(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
 PICTURES = {"attention_speedup": draw_speedup, "attention_roofline": draw_roofline}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    import matplotlib as mpl
+MEASURES = {
+    "needles": "needles, inexact answers",
+    "needles_prompts": "needles, inexact prompts too",
+    "perplexity": "perplexity over the exact one",
+    "decode": "time of a token over the exact one",
+}
+"""Figures of a policy, and the titles of their axes"""
 
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "radixgen"
+
+def draw_policies(found: dict[str, Any], out: Path) -> None:
+    """Write the picture of `bench.reading`'s results, `found`, to `out`."""
     from matplotlib import pyplot
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "attention.json")
-    parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs")
-    options = parser.parse_args(arguments)
-    found = json.loads(options.results.read_text(encoding="utf-8"))
+    figure, cells = pyplot.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.4))
+    for (measure, title), axes in zip(MEASURES.items(), cells, strict=True):
+        for policy in dict.fromkeys(row["policy"] for row in found["rows"]):
+            rows = [row for row in found["rows"] if row["policy"] == policy and measure in row]
+            axes.plot([row["keys"] for row in rows], [row[measure] for row in rows], "o-", label=policy)
+        exact = found[f"exact_needles_{found['needle_length']}"] if measure.startswith("needles") else 1.0
+        axes.axhline(exact, color="black", linewidth=0.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("keys read")
+        axes.grid(alpha=0.3)
+    cells[0].legend(fontsize=8)
+    figure.suptitle(f"{found['processor']}, {found['date']}, {found['commit']}; the line is exact reading", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "reading.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw_attention(found: dict[str, Any], out: Path) -> None:
+    """Write the pictures of `bench.attention`'s results, `found`, to `out`."""
+    from matplotlib import pyplot
+
     workloads = list(dict.fromkeys(row["workload"] for row in found["rows"]))
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         groups = [[row for row in found["rows"] if row["workload"] == workload] for workload in workloads]
         columns = min(3, len(groups))
@@ -92,9 +115,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cells.flat[0].legend(loc="upper right", fontsize=8)
         figure.suptitle(f"{found['device']}, {found['date']}, {found['commit']}", fontsize=8)
         figure.tight_layout()
-        figure.savefig(options.out / f"{name}.png", dpi=110, metadata={"Software": None})
-        figure.savefig(options.out / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
+
+
+DRAWN = {"attention": draw_attention, "reading": draw_policies}
+"""Benchmarks with pictures"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "radixgen"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in DRAWN.items():
+        path = options.results / f"{name}.json"
+        if path.exists():
+            draw(json.loads(path.read_text(encoding="utf-8")), options.out)
     return 0
 
 

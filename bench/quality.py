@@ -1,4 +1,4 @@
-"""What inexact keys, or inexact reading of them, cost a small model: texts, needles in them, and how answers compare."""
+"""What inexact keys, or inexact reading, cost a small model: texts, needles in them, and how answers compare."""
 
 import math
 import random
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import takewhile
 from pydoc_data.topics import topics
-from typing import Any
 
 import numpy as np
 
-from radixgen import Engine, RequestOutput, SamplingParams
+from radixgen import Engine, SamplingParams
+from radixgen.core.reading import EXACT, Reading
 
 LONG_TEXT = 8_000
 CITIES = (
@@ -35,32 +35,18 @@ def topic_tokens(engine: Engine) -> Tokens:
     return engine.tokenize("\n".join(topics.values())).tolist()
 
 
-def run(
-    engine: Engine, prompts: Sequence[Tokens], params: SamplingParams, options: dict[str, Any] | None = None
-) -> list[RequestOutput]:
-    """The outputs of all prompts, in their order. `options` are those of `Engine.submit`."""
-    ids = [engine.submit(prompt, params, output_kind="final", **(options or {})) for prompt in prompts]
-    outputs = {}
-    while len(outputs) < len(ids):
-        outputs |= {output.request_id: output for output in engine.receive() if output.finished}
-    return [outputs[request] for request in ids]
-
-
-def perplexity(engine: Engine, tokens: Tokens, options: dict[str, Any] | None = None) -> float:
+def perplexity(engine: Engine, tokens: Tokens, reading: Reading = EXACT) -> float:
     """Perplexity of `tokens`, given the first of them."""
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    (output,) = run(engine, [tokens], params, options)
+    (output,) = engine.generate([tokens], SamplingParams(max_tokens=1, prompt_logprobs=0, reading=reading))
     assert output.prompt_logprobs is not None
     each = [logprobs[token] for token, logprobs in zip(tokens, output.prompt_logprobs, strict=True) if logprobs]
     return math.exp(-float(np.mean(each)))
 
 
-def continue_each(
-    engine: Engine, prompts: Sequence[Tokens], count: int, options: dict[str, Any] | None = None
-) -> list[Tokens]:
+def continue_each(engine: Engine, prompts: Sequence[Tokens], count: int, reading: Reading = EXACT) -> list[Tokens]:
     """Greedy continuations of `count` tokens, whatever they are."""
-    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-    return [output.outputs[0].token_ids for output in run(engine, prompts, params, options)]
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, reading=reading)
+    return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +87,9 @@ class Needles:
         questions = [engine.tokenize(QUESTION.format(city=city)).tolist() for city in CITIES]
         return cls(text, questions, numbers)
 
-    def found(self, engine: Engine, options: dict[str, Any] | None = None) -> list[bool]:
+    def found(self, engine: Engine, reading: Reading = EXACT) -> list[bool]:
         """Whether the greedy answer to each question begins with its number."""
         prompts = [self.text + question for question in self.questions]
-        outputs = run(engine, prompts, SamplingParams(temperature=0.0, max_tokens=8), options)
-        texts = [output.outputs[0].text.strip() for output in outputs]
+        params = SamplingParams(temperature=0.0, max_tokens=8, reading=reading)
+        texts = [output.outputs[0].text.strip() for output in engine.generate(prompts, params)]
         return [text.startswith(answer) for text, answer in zip(texts, self.answers, strict=True)]

@@ -1,5 +1,6 @@
 """Writes what was measured into README.md (the demo, and workloads beside vLLM, transformers and llama.cpp), into
-docs/benchmarks.md (all tables, and every miss) and into docs/cluster.md (routing, several GPUs).
+docs/benchmarks.md (all tables, and every miss), into docs/cluster.md (routing, several GPUs) and into docs/inexact.md
+(reading policies).
 
 `python -m bench.readme [--demo]`
 
@@ -30,6 +31,7 @@ ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 CLUSTER = ROOT / "docs" / "cluster.md"
+INEXACT = ROOT / "docs" / "inexact.md"
 PICTURE = ROOT / "docs" / "demo.svg"
 
 TABLE = (
@@ -68,6 +70,7 @@ def main() -> None:
     text = _replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing())
     text = _replace(text, "parallel", parallel())
     CLUSTER.write_text(_replace(text, "replicas", replicas()), encoding="utf-8")
+    INEXACT.write_text(_replace(INEXACT.read_text(encoding="utf-8"), "policies", policies()), encoding="utf-8")
 
 
 def highlights() -> list[str]:
@@ -209,6 +212,33 @@ def replicas() -> str:
         lines.append(f"| {name.replace(' x ', ' × ')} | {cells} |")
     about = f"`python -m bench.data_parallel` on {found['device']}s, torch {found['torch']}, {found['date']}"
     return "\n".join([*lines, "", f"{about}, commit {found['commit']}; 8B shape, random weights, bfloat16."])
+
+
+def policies() -> str:
+    """What docs/inexact.md shows of `bench.reading`: each policy at each budget, beside exact reading."""
+    found: dict[str, Any] = json.loads((RESULTS / "reading.json").read_text(encoding="utf-8"))
+    length, context, of = found["needle_length"], found["context"], found["needles"]
+    exact = found[f"exact_needles_{length}"]
+    lines = [
+        "| policy | keys read | needles | equal tokens | time of a token | needles, prompts too | perplexity | prefill |",
+        "| --- |" + " --- |" * 7,
+        f"| exact | {context:,} | {exact} of {of} | {found['continuation']} | 1 | {exact} of {of} | 1 | 1 |",
+    ]
+    for row in found["rows"]:
+        cells = [f"{row['needles']} of {of}", f"{row['agreement']['tokens']:.1f}", f"{row['decode']:.2f}×"]
+        cells += [f"{row['needles_prompts']} of {of}", f"{row['perplexity']:.3f}×", f"{row['prefill']:.2f}×"]
+        lines.append(f"| {row['policy']} | {row['keys']:,} | {' | '.join(cells)} |")
+    lengths = {key.removeprefix("exact_needles_"): count for key, count in found.items() if "exact_needles_" in key}
+    tried = ", ".join(f"{count} at {int(size):,}" for size, count in lengths.items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`python -m bench.reading`: SmolLM2-135M in float32, {found['processor']}, torch {found['torch']}, "
+            f"{found['date']}, commit {found['commit']}. Needles in a text of {length:,} tokens; exact reading finds "
+            f"{tried}. Everything else after {context:,} tokens.",
+        ]
+    )
 
 
 def _over_gpus(found: dict[str, Any], part: str, name: str) -> list[str]:

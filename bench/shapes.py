@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,14 @@ class Shape:
     kv_heads: int
     vocab: int
     head_dim: int = 128
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Shape":
+        """Those of a checkpoint."""
+        return cls(
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
+            config.num_key_value_heads, config.vocab_size, config.head_dim,
+        )  # fmt: skip
 
 
 SHAPES = {

@@ -43,6 +43,7 @@ from bench import (
     plan,
     plots,
     readme,
+    reading,
     restart,
     serve,
     simulate,
@@ -86,6 +87,7 @@ def test_the_pages_show_the_results_that_are_kept() -> None:
     assert "\n".join(readme.misses()) in readme.BENCHMARKS.read_text(encoding="utf-8")
     for table in (readme.routing(), readme.parallel()):
         assert table in readme.CLUSTER.read_text(encoding="utf-8")
+    assert readme.policies() in readme.INEXACT.read_text(encoding="utf-8")
 
 
 def test_no_missed_bound_is_left_out() -> None:
@@ -234,6 +236,20 @@ def test_kv_dtype(capsys, monkeypatch) -> None:
     assert 0 < figures["error_int8"] < 0.01 and figures["cpu_int8"] > 0
     assert figures["perplexity_int8_text"] == pytest.approx(0.01) and figures["greedy_int8"]["tokens"] == 3
     assert "perplexity_int8_text" in figures["missed"]
+
+
+def test_reading(capsys, spoken, tmp_path) -> None:
+    sizes = ["--context", "260", "--lengths", "40", "--budgets", "130", "200", "--repeats", "1"]
+    assert reading.main(["--model", str(spoken), *sizes]) == 0
+    figures = last_line(capsys)
+    assert figures["needle_length"] == 40 and figures["seconds_exact"] > 0
+    assert [row["policy"] for row in figures["rows"]] == [name for name in reading.POLICIES for _ in range(2)]
+    for row in figures["rows"]:
+        assert 0 < row["keys"] <= 200 and row["decode"] > 0 and 0 <= row["needles"] <= 16
+        assert row["perplexity"] > 0 and row["agreement"]["of"] == reading.CONTINUATIONS
+    (tmp_path / "reading.json").write_text(json.dumps(figures))
+    assert plots.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "reading.svg").exists()
 
 
 def test_host_tier(capsys) -> None:
@@ -541,8 +557,8 @@ def test_plots(tmp_path) -> None:
         row("B", radixgen=2, unshared=3, prefix=4, naive=5),
     ]
     found = {"device": "chip", "date": "today", "commit": "abc", "rows": rows}
-    (tmp_path / "x.json").write_text(json.dumps(found))
-    assert plots.main(["--results", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == 0
+    (tmp_path / "attention.json").write_text(json.dumps(found))
+    assert plots.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
     drawn = {path.name for path in tmp_path.glob("attention_*")}
     assert drawn == {f"attention_{name}.{kind}" for name in ("speedup", "roofline") for kind in ("png", "svg")}
 

@@ -1,0 +1,227 @@
+"""Reading policies beside exact reading: what they find in a long text, how far they agree, and what they save.
+
+    python -m bench.reading [--budgets N ...] [--lengths N ...] [--check] [--save]
+
+SmolLM2-135M in float32, whose context is 8,192 tokens; one thread. Every policy is set to read about as many keys as a
+budget says, at the end of the long text. Under each, as far as the policy has it, either answers alone are read
+inexactly, or prompts too:
+
+- *Needles*: a text with 16 numbers at 16 depths, and a question for each; greedy answers that are right. The policies
+  run at the longest length at which exact reading finds at least 90 %. Where answers alone are inexact, the first token
+  of an answer is still exact.
+- *Perplexity* of the first 8,000 tokens of the Python documentation's topics, over the exact one; prompts are inexact.
+- *Agreement*: greedy continuations of 32 tokens after 16 prefixes of that text, from half of it on; answers alone are
+  inexact.
+- *Time*: of 32 tokens after the text, and of the perplexity. Contenders take turns; medians. The limit is reading the
+  weights and all keys of the text for each token, at the rate at which a large matrix is read.
+
+Bias. One small model, trained on short texts: larger ones look further back, and find more in texts of this length.
+Numbers in English sentences are easy needles. On a CPU a step of one row is mostly weights, so time says little about a
+GPU with many rows.
+
+Bounds with --check: those of each line.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from bench.baseline import cpu_ceilings
+from bench.limits import StepLimit
+from bench.quality import CITIES, LONG_TEXT, Agreement, Needles, Tokens, continue_each, perplexity, topic_tokens
+from bench.report import Report, benchmark_options
+from bench.shapes import Shape
+from radixgen import Engine
+from radixgen.model import smollm2
+from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, Reading, Window
+
+EXACT = Exact()
+
+BUDGETS = (512, 1_024, 2_048)
+LENGTHS = (500, 1_000, 2_000, 3_000, 4_000, 6_000)
+CONTINUATIONS, CONTINUATION = 16, 32
+RIGHT = 0.9
+"""Share of needles that exact reading must find at the length that policies are compared at."""
+BLOCK, SINKS = 64, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A policy with what it may read."""
+
+    name: str
+    budget: int
+    reading: Reading
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.budget:,}"
+
+
+def contenders(budgets: Sequence[int], context: int) -> list[Contender]:
+    """Every policy at every budget: about as many keys at position `context`."""
+    return [Contender(name, budget, make(budget, context)) for name, make in POLICIES.items() for budget in budgets]
+
+
+def window(budget: int, context: int) -> Reading:
+    return Window(sinks=SINKS, window=budget - SINKS - BLOCK, block=BLOCK)
+
+
+def big_bird(budget: int, context: int) -> Reading:
+    """Half of the blocks in the window, the others random but for an eighth at the beginning."""
+    blocks = budget // BLOCK
+    head, near = max(blocks // 8, 1), blocks // 2
+    return BigBird(block=BLOCK, global_blocks=head, window_blocks=near, random_blocks=blocks - head - near)
+
+
+def fading(budget: int, context: int) -> Reading:
+    """As few levels as reach over the context."""
+    for levels in range(1, 32):
+        size = int((budget - SINKS - BLOCK) / (1 + levels / 2))
+        if size * 2**levels >= context:
+            break
+    return Fading(sinks=SINKS, window=size, levels=levels, block=BLOCK)
+
+
+POLICIES: dict[str, Callable[[int, int], Reading]] = {"window": window, "bigbird": big_bird, "fading": fading}
+"""Policies by name: a policy for a number of keys at the end of a context."""
+
+
+def keys_read(reading: Reading, position: int) -> int:
+    """Keys that a row at `position` reads."""
+    if not isinstance(reading, PositionPolicy):
+        return position + 1
+    starts, stops = np.minimum(reading.visible(position // reading.block), position + 1).T
+    return int((stops - starts).sum())
+
+
+def inexact_prompts(reading: Reading) -> Reading | None:
+    """The policy for prompts too; None if it has only one for answers."""
+    return replace(reading, prompt=True) if isinstance(reading, PositionPolicy) else None
+
+
+class Bench:
+    """Measures contenders on one engine."""
+
+    def __init__(self, engine: Engine, report: Report, context: int, repeats: int) -> None:
+        self._engine, self._report, self._repeats = engine, report, repeats
+        self._text = topic_tokens(engine)[:context]
+
+    def longest_length(self, lengths: Sequence[int]) -> int:
+        """The longest of these lengths at which exact reading finds its needles; the shortest if it is none."""
+        longest = min(lengths)
+        for length in lengths:
+            needles = Needles.hidden(self._engine, length)
+            count = sum(needles.found(self._engine))
+            share = count / len(CITIES)
+            self._report.say(f"exact, {len(needles.text):,} tokens: {count} of {len(CITIES)} needles")
+            self._report.keep(**{f"exact_needles_{length}": count})
+            if share >= RIGHT:
+                longest = max(longest, length)
+            self._engine.reset_prefix_cache()
+        return longest
+
+    def decode_seconds(self, chosen: Sequence[Reading]) -> list[float]:
+        """Median seconds of tokens after the text under each policy. The text is computed, exactly, before."""
+        seconds: list[list[float]] = [[] for _ in chosen]
+        for turn in range(self._repeats + 1):
+            prompt = self._text[: len(self._text) - CONTINUATION - turn]
+            continue_each(self._engine, [prompt], 1)
+            for reading, each in zip(chosen, seconds, strict=True):
+                begin = time.perf_counter()
+                continue_each(self._engine, [prompt], CONTINUATION, reading)
+                each.append(time.perf_counter() - begin)
+        return [float(np.median(each[1:])) for each in seconds]
+
+    def continuations(self, reading: Reading) -> list[Tokens]:
+        """Greedy continuations of prefixes of the text, from its middle on."""
+        ends = np.linspace(len(self._text) // 2, len(self._text) - CONTINUATION, CONTINUATIONS, dtype=int)
+        return continue_each(self._engine, [self._text[:end] for end in ends], CONTINUATION, reading)
+
+    def timed_perplexity(self, reading: Reading) -> tuple[float, float]:
+        """Perplexity of the text, and the seconds that it took, from an empty cache."""
+        self._engine.reset_prefix_cache()
+        begin = time.perf_counter()
+        value = perplexity(self._engine, self._text, reading)
+        return value, time.perf_counter() - begin
+
+    def needles(self, reading: Reading, length: int) -> int:
+        return sum(Needles.hidden(self._engine, length).found(self._engine, reading))
+
+
+def measure(report: Report, bench: Bench, chosen: Sequence[Contender], length: int, context: int) -> None:
+    """All figures of exact reading, then of each contender."""
+    exact = bench.continuations(EXACT)
+    seconds = bench.decode_seconds([EXACT, *(one.reading for one in chosen)])
+    report.contender("seconds_exact", "exact", seconds[0])
+    value, took = bench.timed_perplexity(EXACT)
+    report.keep(perplexity_exact=value, perplexity_seconds_exact=took)
+    rows = []
+    for one, decode in zip(chosen, seconds[1:], strict=True):
+        report.contender(f"seconds_{one.label}", one.label, decode)
+        row = {
+            "policy": one.name,
+            "budget": one.budget,
+            "keys": keys_read(one.reading, context - 1),
+            "decode": decode / seconds[0],
+            "agreement": asdict(Agreement.between(exact, bench.continuations(one.reading))),
+            "needles": bench.needles(one.reading, length),
+        }
+        prompts = inexact_prompts(one.reading)
+        if prompts is not None:
+            inexact, inexact_took = bench.timed_perplexity(prompts)
+            row |= {"perplexity": inexact / value, "prefill": inexact_took / took}
+            row["needles_prompts"] = bench.needles(prompts, length)
+        rows.append(row)
+        report.say("  " + describe(row))
+    report.keep(rows=rows)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """What a policy kept and saved, in words."""
+    agreement = row["agreement"]
+    text = (
+        f"reads {row['keys']:,} keys; {row['needles']} of {len(CITIES)} needles; {agreement['equal']} of "
+        f"{agreement['of']} continuations equal, the first {agreement['tokens']:.1f} tokens; decoding takes "
+        f"{row['decode']:.2f}×"
+    )
+    if "perplexity" in row:
+        text += (
+            f"; with inexact prompts {row['needles_prompts']} needles, perplexity {row['perplexity']:.3f}×, prefill "
+            f"{row['prefill']:.2f}×"
+        )
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = benchmark_options(__doc__)
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="keys that a row reads, about")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of text around the needles")
+    parser.add_argument("--context", type=int, default=LONG_TEXT, help="tokens of the long text")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="a directory instead of SmolLM2, without bounds")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    report, path = Report("reading"), options.model or smollm2.fetch()
+    limit = StepLimit(Shape.of(AutoConfig.from_pretrained(path)), cpu_ceilings(torch.float32), itemsize=4)
+    step = limit.step(1, 1, options.context, options.context)
+    report.limit(f"{CONTINUATION} tokens after {options.context:,}, all keys read", CONTINUATION * step)
+    chosen = contenders(options.budgets, options.context)
+    report.keep(context=options.context, budgets=options.budgets, repeats=options.repeats, continuation=CONTINUATION)
+    with Engine(path, dtype="float32", kv_tokens=3 * options.context, warm_up=False) as engine:
+        bench = Bench(engine, report, options.context, options.repeats)
+        length = bench.longest_length(options.lengths)
+        report.keep(needle_length=length, needles=len(CITIES))
+        measure(report, bench, chosen, length, options.context)
+    return report.finish(check=options.check, save=options.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
