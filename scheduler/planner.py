@@ -225,7 +225,7 @@ class Planner:
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
-        restrict(forest, ids, Views(ids, np.array([(0, 1), (0, 2)]), np.arange(3), ids))
+        restrict(forest, ids, Views(ids, np.array([(0, 1), (0, 2)]), np.arange(3), np.arange(2)))
         rows = StepRows(ids, ids, ids.astype(np.int64), ids)
         row_updates(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))

@@ -32,7 +32,7 @@ from radixgen.engine.sequence_updates import append_token, conclude_search, fork
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
-from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
+from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cache_hints import CacheHints
