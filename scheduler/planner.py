@@ -174,6 +174,7 @@ def _fill(paths: Paths, choice: _Candidate) -> Plan:
         unit_segments=laid.unit_segments,
         unit_rank=laid.unit_rank,
         unit_cost=costs + cost.partial * cost.group * partials,
+        unit_blocks=np.zeros(len(rows), np.int32),
         tile_rows=cost.usable[int(cost.classes(rows).max(initial=0))].rows,
         predicted=choice.split.time,
         segment_starts=laid.segment_starts,
