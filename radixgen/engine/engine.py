@@ -24,6 +24,7 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
+from radixgen.core.reading import EXACT, Reading, check_reading
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
 from radixgen.engine.output_processor import OutputProcessor
@@ -78,6 +79,7 @@ class Engine:
         async_scheduling: bool = True,
         warm_up: bool | None = None,
         seed: int = 0,
+        reading: Reading = EXACT,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         debug: bool = False,
@@ -114,6 +116,7 @@ class Engine:
         async_scheduling: let the device begin a captured step while the host still reads the tokens of the last one.
             The tokens are the same either way.
         warm_up: call `Engine.warm_up` before the constructor returns. Default: on GPUs.
+        reading: policy of `radixgen.reading` by which requests read their keys, unless they bring their own.
         seed: base seed. A request without a seed derives one from this and its submission number.
         clock: monotonic time in seconds, for deadlines and the lifetime of pins.
         debug: stamp every slot with a hash of its prefix, so that `check()` can prove that each reader finds the right
@@ -124,6 +127,7 @@ class Engine:
         self.limits = limits or Limits()
         check_plan_mode("plan", plan)
         check_integer("seed", seed, 0, 2**64 - 1)
+        check_reading("reading", reading)
         prepared = prepare_model(
             model,
             tokenizer,
@@ -169,6 +173,7 @@ class Engine:
             seed=seed,
             debug=debug,
             drawable=self._inputs.drawable,
+            reading=reading,
         )
         self._guard = self._core.guard
         self._loop = RequestLoop(self._core, OutputProcessor(self._inputs.vocabulary), clock)
@@ -350,8 +355,8 @@ class Engine:
         """Keep the cached prefix of `prompt` even if unused. Returns the pin's id, or None if nothing is cached.
 
         A pin lasts until `unpin`, for `ttl` seconds, or until memory is needed and nothing else can be freed. Pins with
-        the lowest priority are released first. The pin `replaces` is released in the same call. Raises
-        `InvalidRequest`, `LimitReached`.
+        the lowest priority are released first. The pin `replaces` is released in the same call. `reading`: the policy
+        of the requests that are to find it, by default the engine's. Raises `InvalidRequest`, `LimitReached`.
         """
         return self._pins.pin(prompt, replaces, **options)
 
