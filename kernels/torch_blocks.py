@@ -75,6 +75,11 @@ def choose_blocks(weights: Tensor, total: int, room: int) -> Tensor:
     return chosen.view_as(levels)
 
 
+def unread_share(lse: Tensor, exact_lse: Tensor) -> Tensor:
+    """Return the share of attention in keys that were not read, from the log-sum-exp of those that were, and of all."""
+    return 1.0 - (lse.float() - exact_lse.float()).exp()
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
     first: int

@@ -51,10 +51,11 @@ class ModelRunner:
         kv_dtype: str = "auto",
         graphs: bool = True,
         max_graph_rows: int = MAX_GRAPH_ROWS,
+        top_blocks: bool = False,
         agree: Agree | None = None,
     ) -> None:
-        """`kv_dtype`: the model's own for `"auto"`, or one of `KV_DTYPES`. `agree`: coordinates the ranks of a sharded
-        model, which capture together.
+        """`kv_dtype`: the model's own for `"auto"`, or one of `KV_DTYPES`. `top_blocks`: keep bounds of keys, for plans
+        with units that choose blocks. `agree`: coordinates the ranks of a sharded model, which capture together.
         """
         self.model = model
         self.name = model.name
@@ -64,6 +65,7 @@ class ModelRunner:
         quantized = KV_DTYPES.get(kv_dtype)
         self.kv_shapes = [replace(shape, dtype=quantized or shape.dtype) for shape in model.layer_shapes]
         self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in self.kv_shapes)
+        self._bounds_dtype = model.layer_shapes[0].dtype if top_blocks else None
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self.failed_captures = 0
@@ -88,7 +90,7 @@ class ModelRunner:
 
     def allocate(self, slots: int) -> None:
         self._slots = slots
-        self.storage = KVStorage(self.kv_shapes, slots, self.model.device)
+        self.storage = KVStorage(self.kv_shapes, slots, self.model.device, self._bounds_dtype)
         self.storage.zero(WARM_UP_SLOTS)  # warm-up steps read these slots before they are written
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
