@@ -128,14 +128,17 @@ def run_gpu(case: Case, policy: TopBlocks, timer: Timer, ceilings: Ceilings, rep
     generator = torch.Generator(device).manual_seed(0)
     q = torch.randn(case.rows, Q_HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16, generator=generator)
     k, v = torch.randn(2, slots, KV_HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16, generator=generator)
-    bounds = BlockBounds([k], torch.bfloat16)
+    bounds = BlockBounds([k])
     bounds.prepare(sparse)
     calls = {
         name: _call(attention_of(made, device), q, k, v, bounds.layers[0])
         for name, made in (("exact", exact), ("top_blocks", sparse))
     }
     times = {name: timer.cold(call) for name, call in calls.items()}
-    limits = {"exact": limit_us(exact, slots, ceilings), "top_blocks": limit_us(sparse, sparse.kv_tokens_read, ceilings)}
+    limits = {
+        "exact": limit_us(exact, slots, ceilings),
+        "top_blocks": limit_us(sparse, sparse.kv_tokens_read, ceilings),
+    }
     kernels = {name: kernel_us(call) for name, call in calls.items()}
     ratio = times["top_blocks"].median / times["exact"].median
     twin = TorchAttention(sparse, None, device)
@@ -198,7 +201,7 @@ def cpu_runner() -> ModelRunner:
     """SmolLM2 whose pool is full of random keys and values."""
     loaded = load("smollm2", "float32", "cpu")
     model = TreeModel(loaded.model, loaded.name, CONTEXT, 64)
-    runner = ModelRunner(model, "auto", loaded.eos_token_ids, graphs=False, top_blocks=True)
+    runner = ModelRunner(model, "auto", loaded.eos_token_ids, graphs=False)
     runner.allocate(CONTEXT * max(streams for streams, _ in CPU_CASES))
     for pool in (*runner.storage.keys, *runner.storage.values):
         assert isinstance(pool, Tensor)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from radixgen.core import Plan
 from radixgen.core.plan import BLOCK
-from radixgen.kernels.quantized import KV, read
+from radixgen.kernels.quantized import KV, QuantizedKV, read
 from radixgen.kernels.torch_blocks import candidate_blocks
 from radixgen.kernels.upload import upload
 
@@ -22,18 +22,22 @@ _MOST = 256
 
 
 class BlockBounds:
-    """Bounds of the keys in a pool, of every layer."""
+    """Bounds of the keys in a pool, of every layer. They take 1/32 of the memory of K, from the first plan on that needs
+    any.
+    """
 
-    def __init__(self, keys: Sequence[KV], dtype: torch.dtype) -> None:
-        """`keys`: the pool's K of each layer, `[slots, kv_heads, head_dim]`, which is read when a plan needs it.
-
-        `dtype`: data type of the bounds, that of queries.
-        """
+    def __init__(self, keys: Sequence[KV]) -> None:
+        """`keys`: the pool's K of each layer, `[slots, kv_heads, head_dim]`."""
         self._keys = keys
-        slots = keys[0].shape[0] if keys else 0
-        self.layers = [_allocate(pool, slots // BLOCK, dtype) for pool in keys]
-        """`[blocks, kv_heads, 2, head_dim]` of each layer, undefined until a plan needs a block."""
-        self._known = np.zeros(-(-slots // BLOCK), np.bool_)
+        self.layers: list[Tensor] = []
+        """`[blocks, kv_heads, 2, head_dim]` of each layer, undefined until a plan needs a block; empty before that. In
+        the data type of the keys, or in bfloat16 if they are quantized.
+        """
+        self._known = np.zeros(-(-keys[0].shape[0] // BLOCK) if keys else 0, np.bool_)
+
+    def of(self, layer: int) -> Tensor | None:
+        """Return a layer's bounds, None before any plan needed them."""
+        return self.layers[layer] if self.layers else None
 
     def forget(self, slots: NDArray[np.int64]) -> None:
         """Drop the bounds of the blocks of `slots` `[n]`, which are about to be written. -1 is ignored."""
@@ -44,6 +48,8 @@ class BlockBounds:
         choosing = np.flatnonzero(plan.unit_blocks).tolist()
         if not choosing:
             return
+        if not self.layers:
+            self.layers.extend(map(_allocate, self._keys))
         blocks = np.unique(np.concatenate([candidate_blocks(plan, unit) for unit in choosing]))
         missing = blocks[~self._known[blocks]]
         for first in range(0, missing.size, _MOST):
@@ -53,10 +59,12 @@ class BlockBounds:
         self._known[missing] = True
 
 
-def _allocate(pool: KV, blocks: int, dtype: torch.dtype) -> Tensor:
-    _, kv_heads, head_dim = pool.shape
-    device = pool.device if isinstance(pool, Tensor) else pool.data.device
-    return torch.empty((blocks, kv_heads, 2, head_dim), dtype=dtype, device=device)
+def _allocate(pool: KV) -> Tensor:
+    slots, kv_heads, head_dim = pool.shape
+    shape = slots // BLOCK, kv_heads, 2, head_dim
+    if isinstance(pool, QuantizedKV):
+        return torch.empty(shape, dtype=torch.bfloat16, device=pool.data.device)
+    return torch.empty(shape, dtype=pool.dtype, device=pool.device)
 
 
 def block_bounds(pool: KV, blocks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -67,7 +67,7 @@ def withhold_blocks(
     budgets = np.array([policy.budget for policy in chosen])
     positions, offsets = forest.positions.astype(np.int64), forest.extent_offsets.astype(np.int64)
     written = np.unique(row_slots[row_slots >= 0] // BLOCK)
-    below, tops, found = _candidates(
+    tops, found = _candidates(
         forest.parents, node_groups, row_nodes, row_positions, table, offsets, forest.extent_starts.astype(np.int64),
         forest.extent_lengths, positions, written,
     )  # fmt: skip
@@ -193,9 +193,9 @@ def _used(parents: Int32Array, row_nodes: Int32Array) -> NDArray[np.bool_]:
 def _candidates(
     parents: Int32Array, groups: Int64Array, row_nodes: Int32Array, row_positions: Int32Array, policies: Int64Array,
     offsets: Int64Array, slots: Int64Array, keys: Int32Array, positions: Int64Array, written: Int64Array,
-) -> tuple[Int64Array, Int64Array, Int64Array]:  # fmt: skip
-    """Return the rows at or below each node `[nodes]`; the highest node above it with the same rows `[nodes]`; and the
-    blocks that may be withheld: node, block and position of its first key, `[blocks, 3]`.
+) -> tuple[Int64Array, Int64Array]:  # fmt: skip
+    """Return the highest node at or above each node that has the same rows at or below it, `[nodes]`; and the blocks
+    that may be withheld: node, block and position of its first key, `[blocks, 3]`.
 
     `policies` `[policies, 2]`: sinks and recent tokens. `written`: blocks written in this step, ascending.
     """
@@ -228,7 +228,7 @@ def _candidates(
                 if at == written.size or written[at] != block:
                     found[made, 0], found[made, 1], found[made, 2] = node, block, block * BLOCK - ahead
                     made += 1
-    return below, tops, found[:made]
+    return tops, found[:made]
 
 
 @compiled

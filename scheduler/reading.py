@@ -52,9 +52,7 @@ def row_views(policies: Sequence[Reading], row_policies: Int32Array, row_positio
     )
 
 
-def keep_views(
-    policies: Sequence[Reading], old: StepRows, rows: StepRows, updates: RowUpdates
-) -> RowUpdates | None:
+def keep_views(policies: Sequence[Reading], old: StepRows, rows: StepRows, updates: RowUpdates) -> RowUpdates | None:
     """Return `updates`, from the rows `old` to `rows`, with no room beyond where rows read the same keys; None if some
     of `rows` read other keys already.
     """

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from radixgen.core import Plan
-from radixgen.core.plan import BLOCK
 from radixgen.kernels.block_bounds import BlockBounds
 from radixgen.kernels.quantized import LARGEST, allocate, zero
 
@@ -34,40 +32,28 @@ class LayerShape:
         return self.kv_heads * ((self.head_dim + self.v_head_dim) * self.dtype.itemsize + scales)
 
 
-def bounds_bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
-    """Return the bytes that bounds of keys in `dtype` take per token, rounded up."""
-    return -(-sum(2 * shape.kv_heads * shape.head_dim * dtype.itemsize for shape in layers) // BLOCK)
-
-
 class KVStorage:
     """K `[slots, kv_heads, head_dim]` and V `[slots, kv_heads, v_head_dim]` of each layer, uninitialized."""
 
-    def __init__(
-        self,
-        layers: Sequence[LayerShape],
-        slots: int,
-        device: torch.device,
-        bounds_dtype: torch.dtype | None = None,
-    ) -> None:
-        """`bounds_dtype`: also keep bounds of keys, in this data type."""
+    def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
         self.keys = [allocate(slots, s.kv_heads, s.head_dim, s.dtype, device) for s in layers]
         self.values = [allocate(slots, s.kv_heads, s.v_head_dim, s.dtype, device) for s in layers]
-        self.bounds = BlockBounds(self.keys, bounds_dtype) if bounds_dtype else None
-
-    def bounds_of(self, layer: int) -> Tensor | None:
-        """Return a layer's bounds of keys, `[blocks, kv_heads, 2, head_dim]`, if they are kept."""
-        return self.bounds.layers[layer] if self.bounds else None
+        self.bounds = BlockBounds(self.keys)
 
     def prepare(self, plan: Plan, slots: NDArray[np.int64]) -> None:
         """Prepare for a step that runs `plan` and writes `slots` `[rows]`, -1 for none: compute bounds that it needs."""
-        if self.bounds is not None:
-            self.bounds.forget(slots)
-            self.bounds.prepare(plan)
+        self.bounds.forget(slots)
+        self.bounds.prepare(plan)
 
     def zero(self, slots: int) -> None:
         """Set the KV of the first slots to 0."""
         for pool in (*self.keys, *self.values):
             zero(pool, slots)
+
+    def release(self) -> None:
+        """Free the memory."""
+        for pools in (self.keys, self.values, self.bounds.layers):
+            pools.clear()
 
 
 def kv_room(device: torch.device) -> int:

@@ -163,8 +163,7 @@ class TopBlocks(Reading):
     """The first `sinks` tokens, the `recent` last ones, and a part of all blocks of keys between, chosen by queries.
 
     In each layer, every KV head reads the blocks whose keys are likely to get most attention from the rows of the step
-    (Quest, Tang et al. 2024, arXiv 2406.10774). Rows that share a prefix choose together. Prompts are read exactly. The
-    engine must be constructed with `top_blocks`, so that it keeps bounds of keys.
+    (Quest, Tang et al. 2024, arXiv 2406.10774). Rows that share a prefix choose together. Prompts are read exactly.
 
     block: slots of a block, 64. budget: fraction of the blocks that is read, on average over the KV heads, more than 0
     and at most 1. recent, sinks: tokens that are always read.

@@ -324,7 +324,7 @@ class _Graph:
             self._by_window[call.window] = self._new_attention(
                 self._plan, call.window, self._inputs.positions, self._workspace
             )
-        bounds = self._storage.bounds_of(call.layer)
+        bounds = self._storage.bounds.of(call.layer)
         return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks, bounds)
 
 

@@ -51,11 +51,10 @@ class ModelRunner:
         kv_dtype: str = "auto",
         graphs: bool = True,
         max_graph_rows: int = MAX_GRAPH_ROWS,
-        top_blocks: bool = False,
         agree: Agree | None = None,
     ) -> None:
-        """`kv_dtype`: the model's own for `"auto"`, or one of `KV_DTYPES`. `top_blocks`: keep bounds of keys, for plans
-        with units that choose blocks. `agree`: coordinates the ranks of a sharded model, which capture together.
+        """`kv_dtype`: the model's own for `"auto"`, or one of `KV_DTYPES`. `agree`: coordinates the ranks of a sharded
+        model, which capture together.
         """
         self.model = model
         self.name = model.name
@@ -65,7 +64,6 @@ class ModelRunner:
         quantized = KV_DTYPES.get(kv_dtype)
         self.kv_shapes = [replace(shape, dtype=quantized or shape.dtype) for shape in model.layer_shapes]
         self.kv_bytes_per_token = sum(shape.bytes_per_token for shape in self.kv_shapes)
-        self._bounds_dtype = model.layer_shapes[0].dtype if top_blocks else None
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
         self.failed_captures = 0
@@ -90,7 +88,7 @@ class ModelRunner:
 
     def allocate(self, slots: int) -> None:
         self._slots = slots
-        self.storage = KVStorage(self.kv_shapes, slots, self.model.device, self._bounds_dtype)
+        self.storage = KVStorage(self.kv_shapes, slots, self.model.device)
         self.storage.zero(WARM_UP_SLOTS)  # warm-up steps read these slots before they are written
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
@@ -231,8 +229,7 @@ class ModelRunner:
     def release(self) -> None:
         self.drop_graphs()
         self.model.release()
-        self.storage.keys.clear()
-        self.storage.values.clear()
+        self.storage.release()
 
 
 class _StepAttention:
@@ -264,5 +261,5 @@ class _StepAttention:
 
     def _answer(self, call: LayerCall, attention: Attention) -> tuple[Tensor, Tensor]:
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
-        bounds = self._storage.bounds_of(call.layer)
+        bounds = self._storage.bounds.of(call.layer)
         return attention(call.q, k, v, call.scale, call.softcap, call.sinks, bounds)
