@@ -44,13 +44,15 @@ class Attention(Protocol):
         scale: float,
         softcap: float | None = None,
         sinks: "Tensor | None" = None,
+        bounds: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]":
         """Compute attention of all rows, in the plan's order.
 
         q `[rows, q_heads, head_dim]`. k `[slots, kv_heads, head_dim]` and v `[slots, kv_heads, v_head_dim]` are the
         whole pool, in any floating dtype, or quantized. Scores are multiplied by `scale`, a positive number, then
         capped: `softcap * tanh(score / softcap)`. `sinks [q_heads]`: one logit per head that takes weight and has no
-        value.
+        value. `bounds [blocks, kv_heads, 2, head_dim]`: least and greatest keys of each block, for plans with units
+        that choose blocks.
 
         Returns `out [rows, q_heads, v_head_dim]` in q's dtype and `lse [rows, q_heads]` (natural log, without sinks) in
         float32, or in float64 for float64 inputs. Sums are in float32 or better. A row that sees no key gives 0 and
@@ -84,6 +86,7 @@ class StaticAttention(Protocol):
         scale: float,
         softcap: float | None = None,
         sinks: "Tensor | None" = None,
+        bounds: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]": ...
 
 

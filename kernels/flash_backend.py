@@ -357,13 +357,14 @@ class FlashAttention:
         self._merge = merge_by_kernel if self._own.name == "triton" else merge_reference
 
     def __call__(
-        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None,
+        bounds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `radixgen.kernels.backend.Attention`. Tensors that the package does not support go to our own kernels."""
         if not self._calls or not self._package.answers(q, k, v):
             if self._fallback is None:
                 self._fallback = self._own.attention(self._whole, self._window, self._device)
-            return self._fallback(q, k, v, scale, softcap, sinks)
+            return self._fallback(q, k, v, scale, softcap, sinks, bounds)
         assert isinstance(k, Tensor) and isinstance(v, Tensor)
         out = q.new_empty((self._tables.partials.numel(), q.shape[1], v.shape[2]))
         lse = torch.empty(out.shape[:2], dtype=_accumulated(q.dtype), device=q.device)
@@ -377,7 +378,8 @@ class FlashAttention:
             out[done:stop], lse[done:stop] = part, part_lse.T
             done = stop
         if self._rest is not None:
-            out[done:], lse[done:] = self._rest(q.index_select(0, self._rest_rows), k, v, scale, softcap)
+            queries = q.index_select(0, self._rest_rows)
+            out[done:], lse[done:] = self._rest(queries, k, v, scale, softcap, bounds=bounds)
         return self._merge(out, lse, self._tables, sinks)
 
 

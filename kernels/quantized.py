@@ -75,6 +75,16 @@ def read(pool: KV, slots: "slice | Tensor", dtype: torch.dtype) -> Tensor:
     return pool[slots].to(dtype)
 
 
+def read_heads(pool: KV, slots: Tensor, heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `[n, dim]`: one KV head of each slot, in `dtype`. `slots` and `heads` are broadcast to `n` numbers."""
+    data = pool.data if isinstance(pool, QuantizedKV) else pool
+    _, kv_heads, dim = data.shape
+    rows = as_bytes(data).view(-1, dim).index_select(0, (slots * kv_heads + heads).view(-1)).view(data.dtype).to(dtype)
+    if isinstance(pool, QuantizedKV):
+        rows *= pool.scales[heads, slots].view(-1, 1).to(dtype)
+    return rows
+
+
 def zero(pool: KV, slots: int) -> None:
     """Set the first slots to 0."""
     if isinstance(pool, QuantizedKV):

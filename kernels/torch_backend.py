@@ -1,8 +1,8 @@
 """Tree attention in plain PyTorch, on any device: the reference for all other backends.
 
-A plan has two kinds of units. A unit that reads long runs is computed by itself, directly from its extents. Units that
-read little are padded to a common shape, gathered, and computed together. Scores and sums are float32 (float64 for
-float64 inputs).
+A unit that reads long runs is computed by itself, directly from its extents. Units that read little are padded to a
+common shape, gathered, and computed together. Those that choose blocks are in `radixgen.kernels.torch_blocks`. Scores
+and sums are float32 (float64 for float64 inputs).
 
 On a CPU both kinds use PyTorch's fused kernel if it applies: no soft cap, K as wide as V, and no row without keys.
 `FUSED = False` disables it.
@@ -20,6 +20,7 @@ from torch import Tensor
 from radixgen.core import Plan, Window, first_seen
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.quantized import KV, QuantizedKV, read, write
+from radixgen.kernels.torch_blocks import BlockAttention
 
 _NEVER = np.iinfo(np.int32).max
 
@@ -125,13 +126,22 @@ class TorchAttention:
         self._owners = owners
         long = self._keys >= LONG_RUN.get(device.type, 4096) * np.maximum(counts, 1)
         long &= self._dense(plan)
-        self._long = [self._long_unit(unit) for unit in np.flatnonzero(long).tolist()]
-        self._padded = [self._pad(units) for units in self._classes(np.flatnonzero(~long), sizes)]
+        chooses = plan.unit_blocks > 0
+        self._long = [self._long_unit(unit) for unit in np.flatnonzero(long & ~chooses).tolist()]
+        self._padded = [self._pad(units) for units in self._classes(np.flatnonzero(~long & ~chooses), sizes)]
+        self._choosing = BlockAttention(plan, self._offsets, device) if plan.selects else None
         in_order = plan.single and bool((np.diff(plan.unit_rows[:, 0]) > 0).all())
         self._order = None if in_order else self._merge_order(sizes)
 
     def __call__(
-        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+        self,
+        q: Tensor,
+        k: KV,
+        v: KV,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `radixgen.kernels.backend.Attention`."""
         rows, q_heads, head_dim = q.shape
@@ -143,12 +153,15 @@ class TorchAttention:
         lse = queries.new_full(shape, float("-inf"))
         fuse = FUSED and q.device.type == "cpu" and softcap is None and head_dim == v.shape[2]
         layer = _Layer(k, v, softcap, fuse)
-        packed = queries.transpose(0, 1).reshape(kv_heads, rows * group, head_dim) if self._long else q
+        packed = queries.transpose(0, 1).reshape(kv_heads, rows * group, head_dim)
         for unit in self._long:
             stop = unit.partial + unit.stop - unit.first
             _attend_long(unit, packed, layer, out[unit.partial : stop], lse[unit.partial : stop])
         for padded in self._padded:
             _attend_padded(padded, queries, layer, out, lse)
+        if self._choosing is not None:
+            assert bounds is not None
+            self._choosing(packed, k, v, bounds, softcap, out, lse)
         if self._order is not None:
             out, lse = merge_partials(out, lse, self._order, rows)
         out, lse = out.view(rows, q_heads, -1), lse.view(rows, q_heads)

@@ -14,6 +14,7 @@ from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.quantized import KV, LARGEST, QuantizedKV
+from radixgen.kernels.triton_blocks import BlockChoice
 from radixgen.kernels.upload import Staging, upload
 from radixgen.kernels.work import TABLES, Launch, TileClass, Work, lay_out, pdl
 from radixgen.kernels.workspace import Workspace
@@ -57,10 +58,11 @@ def takes_wide(geometry: Geometry, chip: Chip) -> bool:
 
 
 def choose_launch(
-    geometry: Geometry, tile_rows: int, chip: Chip, *, rows: int = 64, windowed: bool = False, capped: bool = False
-) -> Launch:
+    geometry: Geometry, tile_rows: int, chip: Chip, *, rows: int = 64, windowed: bool = False, capped: bool = False,
+    block_rows: int = 0,
+) -> Launch:  # fmt: skip
     """Choose the launch for a plan of about `rows` rows, whose tiles hold at most `tile_rows` query-head rows: classes
-    of 16, 64 and 128 rows, as needed.
+    of 16, 64 and 128 rows, as needed. `block_rows`: as in `Plan`.
 
     Tiles of 128 rows are for Hopper's own kernel and for groups of more than 64 heads; otherwise 64 perform as well
     (`bench/NOTES.md`).
@@ -72,11 +74,21 @@ def choose_launch(
         most = 128 if wide or geometry.group > 64 else 64
         sizes = [size for size in (16, 64, 128) if geometry.group <= size <= most]
         sizes = sizes[: sum(size < tile_rows for size in sizes) + 1]
+    blocks = None
+    if block_rows:
+        blocks = _tile_class(geometry, _block_tile(geometry, block_rows), chip, rows, windowed, hopper=False)
     return Launch(
         classes=tuple(_tile_class(geometry, size, chip, rows, windowed, wide and size == 128) for size in sizes),
         least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
         overlap=overlaps(chip),
+        blocks=blocks,
     )
+
+
+def _block_tile(geometry: Geometry, block_rows: int) -> int:
+    """Return the query-head rows of tiles of units that choose blocks."""
+    least = max(16, triton.next_power_of_2(geometry.group))
+    return least if block_rows == 1 or geometry.dtype == torch.float32 else max(64, least)
 
 
 def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: bool, hopper: bool) -> TileClass:
@@ -188,6 +200,7 @@ class LaunchTables:
         self._staging = Staging(buffer)
         views = torch.split(buffer, list(self._sizes.tables))
         self.views = dict(zip(TABLES, views, strict=True))
+        self.choice = BlockChoice(self._sizes.blocks, device) if launch.blocks else None
         self.tickets = torch.zeros(len(launch.classes), dtype=torch.int32, device=device)
         self.launched = [kind for kind, used in enumerate(work.used) if used or static_rows][::-1]
         self.keys = torch.empty((3, max(self._sizes.keys, 4)), dtype=torch.int32, device=device)
@@ -229,23 +242,27 @@ class TritonAttention:
         self._torch: torch_backend.TorchAttention | None = None
 
     def __call__(
-        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None,
+        bounds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `radixgen.kernels.backend.Attention`. Shapes that the kernels do not support go to PyTorch."""
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
             if self._torch is None:
                 self._torch = torch_backend.TorchAttention(self._whole, self._window, self._device)
-            return self._torch(q, k, v, scale, softcap, sinks)
+            return self._torch(q, k, v, scale, softcap, sinks, bounds)
         capped = softcap is not None
         if (geometry, capped) not in self._tables:
             chip, rows, windowed = Chip.of(self._device), self._plan.num_rows, self._window is not None
-            launch = choose_launch(geometry, self._plan.tile_rows, chip, rows=rows, windowed=windowed, capped=capped)
+            launch = choose_launch(
+                geometry, self._plan.tile_rows, chip, rows=rows, windowed=windowed, capped=capped,
+                block_rows=self._plan.block_rows,
+            )  # fmt: skip
             work = lay_out(self._plan, launch, group=geometry.group, kv_heads=geometry.kv_heads)
             self._tables[geometry, capped] = LaunchTables(work, geometry, launch, self._device)
         out, lse = _empty_results(q, geometry)
         tables = self._tables[geometry, capped]
-        _attend(tables, self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
+        _attend(tables, self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks, bounds)
         return out, lse
 
 
@@ -276,8 +293,9 @@ class TritonStaticAttention:
         return lay_out(plan, launch, group=geometry.group, kv_heads=geometry.kv_heads, slack=_slack(self._plan))
 
     def __call__(
-        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: KV, v: KV, scale: float, softcap: float | None = None, sinks: Tensor | None = None,
+        bounds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `radixgen.kernels.backend.StaticAttention`."""
         geometry = Geometry.of(q, k, v)
         if not answers(geometry, q, k, v):
@@ -286,12 +304,13 @@ class TritonStaticAttention:
         if kind not in self._tables:
             chip, windowed = Chip.of(q.device), self._window is not None
             launch = choose_launch(
-                geometry, self._tile_rows, chip, rows=len(q), windowed=windowed, capped=softcap is not None
-            )
+                geometry, self._tile_rows, chip, rows=len(q), windowed=windowed, capped=softcap is not None,
+                block_rows=0 if windowed else self._plan.block_rows,
+            )  # fmt: skip
             work = self._lay_out(geometry, launch)
             self._tables[kind] = LaunchTables(work, geometry, launch, q.device, self._workspace, static_rows=q.shape[0])
         out, lse = _empty_results(q, geometry)
-        _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks)
+        _attend(self._tables[kind], self._positions, out, lse, q, k, v, scale, self._window, softcap, sinks, bounds)
         return out, lse
 
 
@@ -323,11 +342,18 @@ def _attend(
     window: Window | None,
     softcap: float | None,
     sinks: Tensor | None,
+    bounds: Tensor | None,
 ) -> None:
-    """Run all launches. `out` and `lse` are written for the rows of the plan, and for padding rows."""
-    launch, geometry, views = tables.launch, tables.geometry, tables.views
+    """Run all launches. `out` and `lse` are written for the rows of the plan, and for padding rows.
+
+    Blocks are chosen first, so that other keys are read while the last of these launches, which is small, runs.
+    """
+    launch, geometry, views, choice = tables.launch, tables.geometry, tables.views, tables.choice
     q, sinks = q.contiguous(), None if sinks is None else sinks.float()
     k_data, v_data = _numbers(k), _numbers(v)
+    if choice is not None and launch.blocks is not None:
+        assert bounds is not None
+        choice.choose(tables, launch.blocks, q, bounds, scale, softcap)
     for kind in tables.launched:
         shape = launch.classes[kind]
         if shape.hopper and not triton.knobs.runtime.interpret:  # Gluon has no interpreter
@@ -335,7 +361,8 @@ def _attend(
             continue
         options = constants(
             geometry, launch, kind, window=window is not None, chunked=isinstance(window, Chunk),
-            softcap=softcap is not None, sinks=sinks is not None, first=kind == tables.launched[0],
+            softcap=softcap is not None, sinks=sinks is not None,
+            first=kind == tables.launched[0] and choice is None,
         )  # fmt: skip
         triton_kernels.attend[(shape.programs,)](
             q, k_data, v_data, _scales(k), _scales(v), k.shape[0], *_blocks(k_data, v_data, launch, shape), out, lse,
@@ -344,6 +371,9 @@ def _attend(
             scale, 0.0 if softcap is None else softcap, window.size if isinstance(window, Chunk) else window or 0,
             **options, num_warps=shape.num_warps, maxnreg=shape.registers, **pdl(launch.overlap),
         )  # fmt: skip
+    if choice is not None and launch.blocks is not None:
+        keys = k_data, v_data, _scales(k), _scales(v), k.shape[0], *_blocks(k_data, v_data, launch, launch.blocks)
+        choice.attend(tables, launch.blocks, q, keys, scale, softcap)
     if not tables.most_merged:
         return
     q_heads = q.shape[1]

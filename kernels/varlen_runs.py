@@ -97,6 +97,7 @@ def _kinds(plan: Plan, owners: Int64Array) -> tuple[NDArray[np.bool_], NDArray[n
     clear = (plan.segment_rows == unit_rows[owners]).all(axis=1) & (plan.segment_lengths > 0)
     if plan.window is not None:
         clear &= first >= first_seen(plan.window, highest)
+    clear &= plan.unit_blocks[owners] == 0
     whole = clear & (last <= lowest)
     causal = clear & ~whole & a_span & (last == highest) & (first <= lowest)
     # The last tile of a span may have a single row, which sees all keys; it still belongs to the span.
@@ -182,6 +183,7 @@ def _rest(plan: Plan, owners: Int64Array, left: NDArray[np.bool_]) -> RemainingP
         unit_segments=np.stack([ends - counts[units], ends], axis=1).astype(np.int32),
         unit_rank=plan.unit_rank[units],
         unit_cost=plan.unit_cost[units],
+        unit_blocks=plan.unit_blocks[units],
         segment_starts=plan.segment_starts[left],
         segment_lengths=plan.segment_lengths[left],
         segment_positions=plan.segment_positions[left],

@@ -4,7 +4,7 @@ NumPy on the host, once per new plan. The tables, in the terms of `radixgen.kern
 
 | table | a row of it |
 | --- | --- |
-| counts | numbers of pieces, of rows to merge, and of rows |
+| counts | numbers of pieces, of rows to merge, of rows, of chunks, of choices, and of block tiles |
 | laid_out_positions | each row's position when the plan is laid out |
 | bounds | start of each class's items, and the end of the last's |
 | queue | for Hopper's kernel, `item * kv_heads + head`, or -1: entry `program + round * programs` is a program's next |
@@ -12,6 +12,8 @@ NumPy on the host, once per new plan. The tables, in the terms of `radixgen.kern
 | runs | first slot, keys: whole blocks that every row of the tile sees |
 | pieces | first slot, first position, keys, the tile's first row, rows that see them from, to, place, stride |
 | rows, offsets, partials | rows to merge, start of each one's list of partials, and the lists, from the root down |
+
+The last four tables are for units that choose blocks (`radixgen.kernels.block_work`).
 
 Items are ordered by class, longest first within a class.
 
@@ -27,9 +29,11 @@ from numpy.typing import NDArray
 from radixgen.core import Plan, first_seen
 from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
 from radixgen.kernels.assignment import assign
+from radixgen.kernels.block_work import BLOCK_TABLES, BlockSizes, lay_out_blocks
 
 TABLES = (
     "counts", "bounds", "queue", "laid_out_positions", "items", "runs", "pieces", "rows", "offsets", "partials",
+    *BLOCK_TABLES,
 )  # fmt: skip
 
 
@@ -68,6 +72,8 @@ class Launch:
     """Minimum consecutive keys, seen by all rows of a tile, that are copied in bulk; 0 if none are."""
     overlap: bool = False
     """Whether a launch begins while the previous one ends."""
+    blocks: TileClass | None = None
+    """Tiles of units that choose blocks, if any do."""
 
     def most_rows(self, group: int) -> int:
         """Return the rows of the tree in the widest tile."""
@@ -84,25 +90,30 @@ class WorkSizes:
     """Gathered keys, including those of future steps."""
     partials: int
     """Rows of partial results."""
+    blocks: BlockSizes = BlockSizes()
 
     def hold(self, other: "WorkSizes") -> bool:
         """Return whether `other` fits into memory of this size."""
         most, wanted = ((*sizes.tables, sizes.keys, sizes.partials) for sizes in (self, other))
-        return all(need <= room for need, room in zip(wanted, most, strict=True))
+        fits = all(need <= room for need, room in zip(wanted, most, strict=True))
+        return fits and self.blocks.hold(other.blocks)
 
     def roomy(self) -> "WorkSizes":
         """Return at least twice these sizes, so that growing plans seldom need more."""
-        tables = tuple(_room(size, 1 << 14) for size in self.tables)
-        return WorkSizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12))
+        chooses = self.blocks.candidates > 0
+        least = [1 << 14 if chooses or name not in BLOCK_TABLES else 0 for name in TABLES]
+        tables = tuple(map(_room, self.tables, least))
+        return WorkSizes(tables, _room(self.keys, 1 << 16), _room(self.partials, 1 << 12), self.blocks.roomy())
 
     def union(self, other: "WorkSizes") -> "WorkSizes":
         """Return sizes that hold both."""
         tables = tuple(map(max, self.tables, other.tables))
-        return WorkSizes(tables, max(self.keys, other.keys), max(self.partials, other.partials))
+        most_keys, most_partials = max(self.keys, other.keys), max(self.partials, other.partials)
+        return WorkSizes(tables, most_keys, most_partials, self.blocks.union(other.blocks))
 
 
 def _room(size: int, least: int) -> int:
-    return max(least, 1 << (2 * size - 1).bit_length())
+    return max(least, 1 << (2 * size - 1).bit_length()) if size else least
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +173,17 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
     anew, at most `plan.slack`.
     """
     assert 0 <= slack <= plan.slack
+    assert launch.blocks or not plan.selects
     tiles = _cut_tiles(plan, launch, group)
     reads = _read(plan, tiles, launch, slack)
-    partial, num_partials, merged = _partials(plan, tiles)
+    shape = launch.blocks or launch.classes[0]
+    choosing = lay_out_blocks(plan, group=group, kv_heads=kv_heads, tile_rows=shape.rows, programs=shape.programs)
+    partial, num_partials, merged = _partials(
+        plan,
+        np.concatenate([tiles.first, choosing.tiles[:, 0]]),
+        np.concatenate([tiles.rows, choosing.tiles[:, 1]]),
+        np.concatenate([plan.unit_rank[tiles.unit], choosing.ranks]),
+    )
     count = tiles.unit.size
     gathered, grows = (
         np.bincount(reads.tile, weights=weights, minlength=count).astype(np.int64)
@@ -183,18 +202,20 @@ def lay_out(plan: Plan, launch: Launch, *, group: int, kv_heads: int, slack: int
             run_bounds[1:],
             key_bounds[:-1],
             key_bounds[:-1] + gathered,
-            partial,
+            partial[:count],
             grows,
             np.bincount(reads.tile, weights=reads.run, minlength=count).astype(np.int64) // tiles.block,
         ],
         axis=1,
     )
-    counts = np.array([len(pieces), merged[0].size, plan.num_rows])
+    made = len(choosing.chunks), len(choosing.choices), len(choosing.tiles)
+    counts = np.array([len(pieces), merged[0].size, plan.num_rows, *made])
     bounds = np.searchsorted(tiles.kind, np.arange(len(launch.classes) + 1))
     queue = _queue(tiles, bounds[-2], launch.classes[-1], kv_heads)
     laid_out = counts, bounds, queue, plan.row_positions, items, runs, pieces, *merged
-    tables = tuple(_aligned(table) for table in laid_out)
-    sizes = WorkSizes(tuple(table.size for table in tables), -(-int(key_bounds[-1]) // 4) * 4, num_partials)
+    tables = tuple(_aligned(table) for table in (*laid_out, *choosing.tables(partial[count:])))
+    num_keys = -(-int(key_bounds[-1]) // 4) * 4
+    sizes = WorkSizes(tuple(table.size for table in tables), num_keys, num_partials, choosing.sizes)
     return Work(
         tables,
         tuple((np.diff(bounds) > 0).tolist()),
@@ -233,7 +254,7 @@ def _cut_tiles(plan: Plan, launch: Launch, group: int) -> _Tiles:
     widest = launch.most_rows(group)
     assert widest < 256, "a gathered key holds rows in 8 bits"
     sizes = np.diff(plan.unit_rows, axis=1)[:, 0].astype(np.int64)
-    counts = -(-sizes // widest)
+    counts = np.where(plan.unit_blocks > 0, 0, -(-sizes // widest))
     unit = np.repeat(np.arange(plan.num_units), counts)
     rank = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
     first = plan.unit_rows[unit, 0] + rank * widest
@@ -319,17 +340,20 @@ def _pieces(reads: _TileReads, tiles: _Tiles, key_bounds: Int64Array, grows: Int
     return np.stack(fields, axis=1)
 
 
-def _partials(plan: Plan, tiles: _Tiles) -> tuple[Int64Array, int, tuple[Int64Array, Int64Array, Int64Array]]:
-    """Return each tile's first partial result, -1 if its rows are final; and the rows to merge, with their lists."""
-    bounds = np.stack([tiles.first, tiles.first + tiles.rows], axis=1)
-    cut = reduce_ranges(np.maximum, plan.row_extra, bounds) > 0
-    ends = np.cumsum(np.where(cut, tiles.rows, 0))
-    partial = np.where(cut, ends - np.where(cut, tiles.rows, 0), -1)
+def _partials(
+    plan: Plan, first: Int64Array, rows: Int64Array, ranks: Int64Array
+) -> tuple[Int64Array, int, tuple[Int64Array, Int64Array, Int64Array]]:
+    """Return the first partial result of each tile `[tiles]`, -1 if its rows are final; and the rows to merge, with
+    their lists. `first`, `rows`, `ranks` `[tiles]`: a tile's rows, and its unit's rank.
+    """
+    cut = reduce_ranges(np.maximum, plan.row_extra, np.stack([first, first + rows], axis=1)) > 0
+    ends = np.cumsum(np.where(cut, rows, 0))
+    partial = np.where(cut, ends - np.where(cut, rows, 0), -1)
     owners = np.flatnonzero(cut)
-    rows_of, sizes = tiles.first[owners], tiles.rows[owners]
+    rows_of, sizes = first[owners], rows[owners]
     offset = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     row = np.repeat(rows_of, sizes) + offset
     place = np.repeat(partial[owners], sizes) + offset
-    order = np.lexsort((place, np.repeat(plan.unit_rank[tiles.unit[owners]], sizes), row))
+    order = np.lexsort((place, np.repeat(ranks[owners], sizes), row))
     merged, begins = np.unique(row[order], return_index=True)
     return partial, int(ends[-1]) if ends.size else 0, (merged, np.append(begins, row.size), place[order])

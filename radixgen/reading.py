@@ -6,9 +6,20 @@ from radixgen.core.reading import (
     Fading,
     PositionPolicy,
     Reading,
+    TopBlocks,
     Window,
     reading_from_json,
     reading_to_json,
 )
 
-__all__ = ["BigBird", "Exact", "Fading", "PositionPolicy", "Reading", "Window", "reading_from_json", "reading_to_json"]
+__all__ = [
+    "BigBird",
+    "Exact",
+    "Fading",
+    "PositionPolicy",
+    "Reading",
+    "TopBlocks",
+    "Window",
+    "reading_from_json",
+    "reading_to_json",
+]

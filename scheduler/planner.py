@@ -12,6 +12,7 @@ from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
 from radixgen.core.reading import Exact, Reading
+from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
 from radixgen.scheduler.partition import (
@@ -176,6 +177,7 @@ def _fill(paths: Paths, choice: _Candidate) -> Plan:
         unit_segments=laid.unit_segments,
         unit_rank=laid.unit_rank,
         unit_cost=costs + cost.partial * cost.group * partials,
+        unit_blocks=np.zeros(len(rows), np.int32),
         tile_rows=cost.usable[int(cost.classes(rows).max(initial=0))].rows,
         predicted=choice.split.time,
         segment_starts=laid.segment_starts,
@@ -266,7 +268,12 @@ class Planner:
         views = row_views(self.policies, rows.policies, rows.positions)
         if views is not None:
             forest, row_nodes = restrict(forest, row_nodes, views)
+        withheld = withhold_blocks(forest, row_nodes, rows.positions, rows.policies, self.policies, rows.slots)
+        if withheld is not None:
+            forest, row_nodes = withheld.forest, withheld.row_nodes
         new_plan = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
+        if withheld is not None:
+            new_plan = add_choosing_units(new_plan, withheld)
         self._built = _BuiltPlan(new_plan, active)
         return new_plan
 

@@ -194,6 +194,7 @@ def revise(plan: Plan, updates: RowUpdates) -> Plan:
         plan.path_rows,
     )  # fmt: skip
     unit_rows, unit_segments, ranks, costs, starts, lengths, firsts, readers, room, growing, path_rows = units
+    remain = before[plan.unit_rows[:, 0]] < before[plan.unit_rows[:, 1]]
     return Plan(
         row_positions=positions,
         row_order=order,
@@ -202,6 +203,7 @@ def revise(plan: Plan, updates: RowUpdates) -> Plan:
         unit_segments=unit_segments,
         unit_rank=ranks,
         unit_cost=costs,
+        unit_blocks=plan.unit_blocks[remain],
         tile_rows=plan.tile_rows,
         predicted=plan.predicted,
         segment_starts=starts,

@@ -4,8 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from radixgen.core import Plan
+from radixgen.kernels.block_bounds import BlockBounds
 from radixgen.kernels.quantized import LARGEST, allocate, zero
 
 _CPU_SHARE, _CUDA_SHARE = 0.25, 0.85
@@ -34,11 +38,22 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape], slots: int, device: torch.device) -> None:
         self.keys = [allocate(slots, s.kv_heads, s.head_dim, s.dtype, device) for s in layers]
         self.values = [allocate(slots, s.kv_heads, s.v_head_dim, s.dtype, device) for s in layers]
+        self.bounds = BlockBounds(self.keys)
+
+    def prepare(self, plan: Plan, slots: NDArray[np.int64]) -> None:
+        """Prepare for a step that runs `plan` and writes `slots` `[rows]`, -1 for none: compute bounds that it needs."""
+        self.bounds.forget(slots)
+        self.bounds.prepare(plan)
 
     def zero(self, slots: int) -> None:
         """Set the KV of the first slots to 0."""
         for pool in (*self.keys, *self.values):
             zero(pool, slots)
+
+    def release(self) -> None:
+        """Free the memory."""
+        for pools in (self.keys, self.values, self.bounds.layers):
+            pools.clear()
 
 
 def kv_room(device: torch.device) -> int:

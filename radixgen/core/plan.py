@@ -44,6 +44,9 @@ def first_seen(window: Window, positions: _Positions) -> _Positions:
     return positions - (window - 1)
 
 
+BLOCK = 64
+"""Slots of a block: block `b` is `[64 * b, 64 * b + 64)`."""
+
 FATES = ("folded", "cut", "mixed")
 
 
@@ -93,6 +96,11 @@ class Plan:
     """`[units]`: merge order. Ascending from the root down among the units that cover a row."""
     unit_cost: NDArray[np.float64]
     """`[units]`: cost per KV head by the cost model."""
+    unit_blocks: Int32Array
+    """`[units]`: if positive, the unit's segments are whole blocks, at least as many, in ascending order, and its rows
+    read only so many, on average over the KV heads: each head its own, chosen in each layer by the rows' queries (see
+    `radixgen.kernels.block_selection`). 0: they read every key. Layers with a window always do.
+    """
     tile_rows: int
     """Query-head rows of the largest tile class in use."""
     predicted: float
@@ -149,9 +157,31 @@ class Plan:
         return not self.row_extra.any()
 
     @property
+    def selects(self) -> bool:
+        """Whether some units read only chosen blocks."""
+        return bool(self.unit_blocks.any())
+
+    @property
     def kv_tokens_read(self) -> int:
-        """Keys read in one layer without a window: the total length of the segments of all units."""
-        return int(self.segment_lengths.sum())
+        """Keys read in one layer without a window: the total length of the segments of all units, or of the blocks that
+        are chosen among them.
+        """
+        every = int(self.segment_lengths.sum())
+        choosing = np.flatnonzero(self.unit_blocks)
+        if not choosing.size:
+            return every
+        candidates = int(reduce_ranges(np.add, self.segment_lengths, self.unit_segments[choosing]).sum())
+        return every - candidates + BLOCK * int(self.unit_blocks[choosing].sum())
+
+    @property
+    def block_rows(self) -> int:
+        """Kind of units that choose blocks: 0 if there are none, 1 if each has one row, otherwise 2."""
+        rows = np.diff(self.unit_rows, axis=1)[:, 0][self.unit_blocks > 0]
+        return min(int(rows.max(initial=0)), 2)
+
+    def read_all(self) -> "Plan":
+        """Return the plan in which every unit reads all its keys."""
+        return replace(self, unit_blocks=np.zeros_like(self.unit_blocks), _origin=None, _windowed={})
 
     @property
     def kv_tokens_unshared(self) -> int:
@@ -200,6 +230,7 @@ class Plan:
             unit_segments=kept[self.unit_segments[units]].astype(np.int32),
             unit_rank=self.unit_rank[units],
             unit_cost=self.unit_cost[units],
+            unit_blocks=self.unit_blocks[units],
             segment_starts=self.segment_starts[segments],
             segment_lengths=self.segment_lengths[segments],
             segment_positions=self.segment_positions[segments],
@@ -229,6 +260,7 @@ class Plan:
             segment_starts=self.segment_starts + cut,
             segment_lengths=(self.segment_lengths - cut).astype(np.int32),
             segment_positions=(self.segment_positions + cut).astype(np.int32),
+            unit_blocks=np.zeros_like(self.unit_blocks),
             window=window,
             _windowed={},
         )

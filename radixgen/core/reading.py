@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from radixgen.core.errors import InvalidRequest, check_integer
-from radixgen.core.plan import Int64Array
+from radixgen.core.plan import BLOCK, Int64Array
 
 _MOST = 2**31 - 1
 _MAX_BLOCKS = 4_096
@@ -206,7 +206,35 @@ class Fading(PositionPolicy):
         return ranges[starts < stops]
 
 
-POLICIES: dict[str, type[Reading]] = {kind.policy: kind for kind in (Exact, Window, BigBird, Fading)}
+@dataclass(frozen=True, kw_only=True)
+class TopBlocks(Reading):
+    """The first `sinks` tokens, the `recent` last ones, and a part of all blocks of keys between, chosen by queries.
+
+    In each layer, every KV head reads the blocks whose keys are likely to get most attention from the rows of the step
+    (Quest, Tang et al. 2024, arXiv 2406.10774). Rows that share a prefix choose together. Prompts are read exactly.
+
+    block: slots of a block, 64. budget: fraction of the blocks that is read, on average over the KV heads, more than 0
+    and at most 1. recent, sinks: tokens that are always read.
+
+    Raises `InvalidRequest`.
+    """
+
+    policy: ClassVar[str] = "top_blocks"
+    block: int = BLOCK
+    budget: float = 0.125
+    recent: int = 128
+    sinks: int = 64
+
+    def __post_init__(self) -> None:
+        check_integer("reading.block", self.block, BLOCK, BLOCK)
+        check_integer("reading.recent", self.recent, 1, _MOST)
+        check_integer("reading.sinks", self.sinks, 0, _MOST)
+        numeric = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        if not numeric or not 0 < self.budget <= 1:
+            raise InvalidRequest("reading.budget", self.budget, "must be more than 0 and at most 1")
+
+
+POLICIES: dict[str, type[Reading]] = {kind.policy: kind for kind in (Exact, Window, BigBird, Fading, TopBlocks)}
 """Policies by name."""
 
 

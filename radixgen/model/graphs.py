@@ -51,12 +51,15 @@ class GraphKey(NamedTuple):
     """Rows of logits: all rows, or `FEW_LOGITS` for steps with fewer, such as prefill steps."""
     tile_rows: int
     """`Plan.tile_rows`."""
+    block_rows: int
+    """`Plan.block_rows`."""
 
     @classmethod
     def of(cls, plan: Plan, logits: int) -> "GraphKey":
         """Return the key for a plan of which `logits` rows give logits."""
         rows = bucket(plan.num_rows)
-        return cls(rows, rows if logits > FEW_LOGITS else min(rows, FEW_LOGITS), plan.tile_rows)
+        few = rows if logits > FEW_LOGITS else min(rows, FEW_LOGITS)
+        return cls(rows, few, plan.tile_rows, plan.block_rows)
 
 
 def buckets(most: int) -> list[int]:
@@ -321,7 +324,8 @@ class _Graph:
             self._by_window[call.window] = self._new_attention(
                 self._plan, call.window, self._inputs.positions, self._workspace
             )
-        return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks)
+        bounds = self._storage.bounds.of(call.layer)
+        return self._by_window[call.window](call.q, k, v, call.scale, call.softcap, call.sinks, bounds)
 
 
 class _Inputs:

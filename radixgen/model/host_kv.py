@@ -32,6 +32,7 @@ class HostKV:
         """Raises `OSError` or `RuntimeError` if there is no memory for it."""
         pools = [pool for pair in zip(storage.keys, storage.values, strict=True) for pool in pair]
         self.num_slots = slots
+        self._bounds = storage.bounds
         self._records = KVRecords(pools)
         self.record_bytes = self._records.size
         self._host = _host_memory(slots, self._records.size, pinned=device.type == "cuda")
@@ -49,6 +50,7 @@ class HostKV:
 
     def load(self, host_slots: Slots, slots: Slots) -> Copy:
         """As `KVCopies.load`."""
+        self._bounds.forget(slots)
         with self._load.begin() as copy:
             for part, records, indices in self._load.chunks(slots):
                 for first, start, length in _runs(host_slots[part]):

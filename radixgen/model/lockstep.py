@@ -36,6 +36,7 @@ COLUMNS = (
     "unit_segments",
     "unit_rank",
     "unit_cost",
+    "unit_blocks",
     "segment_starts",
     "segment_lengths",
     "segment_positions",

@@ -111,6 +111,7 @@ class ModelRunner:
     ) -> Tensor:
         """As `Model.run`. The logits are valid until the next call."""
         self.count(plan)
+        self.storage.prepare(plan, slots)
         graphs = self._graphs_for(plan, logit_rows)
         logits = None if graphs is None else self._replay(graphs, plan, token_ids, slots, logit_rows)
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
@@ -161,6 +162,7 @@ class ModelRunner:
     ) -> Tensor | None:
         """As `radixgen.model.base.SupportsRunAhead`, for steps that were captured before."""
         graphs = self._graphs_for(plan, logit_rows)
+        self.storage.prepare(plan, slots)
         logits = None if graphs is None else graphs.run_ahead(plan, tokens, slots, logit_rows)
         if logits is not None:
             self.count(plan)
@@ -227,8 +229,7 @@ class ModelRunner:
     def release(self) -> None:
         self.drop_graphs()
         self.model.release()
-        self.storage.keys.clear()
-        self.storage.values.clear()
+        self.storage.release()
 
 
 class _StepAttention:
@@ -260,4 +261,5 @@ class _StepAttention:
 
     def _answer(self, call: LayerCall, attention: Attention) -> tuple[Tensor, Tensor]:
         k, v = self._storage.keys[call.layer], self._storage.values[call.layer]
-        return attention(call.q, k, v, call.scale, call.softcap, call.sinks)
+        bounds = self._storage.bounds.of(call.layer)
+        return attention(call.q, k, v, call.scale, call.softcap, call.sinks, bounds)

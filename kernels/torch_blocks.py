@@ -1,0 +1,162 @@
+"""Attention over chosen blocks of keys, in plain PyTorch: the reference for `radixgen.kernels.triton_blocks`.
+
+A unit of a plan with `unit_blocks` reads only some blocks of `BLOCK` slots, other ones in each layer and KV head. A
+block's score for a query is an upper bound of the scores of its keys, from their least and greatest numbers in each
+dimension (Quest, arXiv 2406.10774, section 3.2). Blocks are chosen once for all rows of the unit and all query heads of
+a KV head: by the sum of the softmax of these scores over the candidates. The KV heads of a layer compete for the unit's
+blocks, so that a head whose scores are spread widely reads more than one that is focused on few blocks.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radixgen.core.plan import BLOCK, Int64Array
+from radixgen.kernels.quantized import KV, read_heads
+
+if TYPE_CHECKING:
+    from radixgen.core import Plan
+
+MOST_SHARE = 2
+"""Maximum blocks of a KV head, as a multiple of the average over the heads."""
+
+
+def list_room(candidates: int, blocks: int) -> int:
+    """Return the maximum number of blocks per KV head of a unit that chooses `blocks` on average."""
+    return min(candidates, MOST_SHARE * blocks)
+
+
+def candidate_blocks(plan: "Plan", unit: int) -> Int64Array:
+    """Return the blocks among which a unit chooses, in the order of their positions."""
+    segments = slice(*plan.unit_segments[unit].tolist())
+    counts = plan.segment_lengths[segments].astype(np.int64) // BLOCK
+    offset = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(plan.segment_starts[segments] // BLOCK, counts) + offset
+
+
+def block_scores(q: Tensor, bounds: Tensor) -> Tensor:
+    """Return each query's upper bound of the scores in each block, `[kv_heads, rows, blocks]`.
+
+    q `[kv_heads, rows, head_dim]`, already scaled; bounds `[blocks, kv_heads, 2, head_dim]`: least and greatest keys.
+    """
+    blocks, kv_heads = bounds.shape[:2]
+    signed = torch.cat([q.clamp_max(0.0), q.clamp_min(0.0)], dim=-1)
+    return torch.matmul(signed, bounds.reshape(blocks, kv_heads, -1).to(q.dtype).permute(1, 2, 0))
+
+
+def block_weights(scores: Tensor, softcap: float | None = None) -> Tensor:
+    """Return each block's share of attention, summed over the rows: scores `[kv_heads, rows, blocks]` give `[kv_heads,
+    blocks]`.
+    """
+    if softcap is not None:
+        scores = scores.div(softcap).tanh_().mul_(softcap)
+    return scores.softmax(-1).sum(1)
+
+
+def choose_blocks(weights: Tensor, total: int, room: int) -> Tensor:
+    """Return which blocks are chosen, bool `[kv_heads, blocks]`: the `total` of the greatest weights.
+
+    weights `[kv_heads, blocks]`, not negative. Each head gets its best block, and `room` at most. Weights are compared
+    in 8 significant bits; of equal ones, those of the first head, and there the first blocks, are chosen.
+    """
+    count = weights.numel()
+    levels = (weights.float().contiguous().view(torch.int32) >> 16).long()
+    order = levels * count + torch.arange(count - 1, -1, -1, device=weights.device).view_as(levels)
+    best = order.argmax(1, keepdim=True)
+    order.scatter_add_(1, best, torch.full_like(best, count << 16))
+    if room < order.shape[1]:
+        least = order.topk(room, dim=1, sorted=False).values.amin(1, keepdim=True)
+        order.masked_fill_(order < least, -1)
+    chosen = torch.zeros(count, dtype=torch.bool, device=weights.device)
+    chosen[order.view(-1).topk(total, sorted=False).indices] = True
+    return chosen.view_as(levels)
+
+
+def unread_share(lse: Tensor, exact_lse: Tensor) -> Tensor:
+    """Return the share of attention in keys that were not read, from the log-sum-exp of those that were, and of all."""
+    return 1.0 - (lse.float() - exact_lse.float()).exp()
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    first: int
+    stop: int
+    partial: int
+    """Index of its first row among the partial results."""
+    blocks: Tensor
+    """`[candidates]` int64"""
+    consecutive: bool
+    chosen: int
+    """Blocks to choose per KV head, on average."""
+
+
+class BlockAttention:
+    """Attention of the units of a plan that choose blocks."""
+
+    def __init__(self, plan: "Plan", offsets: Int64Array, device: torch.device) -> None:
+        """`offsets` `[units]`: each unit's first partial result."""
+        self._units = []
+        for unit in np.flatnonzero(plan.unit_blocks).tolist():
+            blocks = candidate_blocks(plan, unit)
+            first, stop = plan.unit_rows[unit].tolist()
+            consecutive = bool((np.diff(blocks) == 1).all())
+            there = torch.from_numpy(blocks).to(device)
+            chosen = int(plan.unit_blocks[unit])
+            self._units.append(_Unit(first, stop, int(offsets[unit]), there, consecutive, chosen))
+        self._within = torch.arange(BLOCK, device=device)
+
+    def __call__(
+        self, packed: Tensor, k: KV, v: KV, bounds: Tensor, softcap: float | None, out: Tensor, lse: Tensor
+    ) -> None:
+        """Write the units' partial results to `out [partials, kv_heads, group, v_head_dim]` and `lse [partials,
+        kv_heads, group]`.
+
+        packed `[kv_heads, rows * group, head_dim]`: scaled queries; bounds `[blocks, kv_heads, 2, head_dim]`.
+        """
+        if not self._units:
+            return
+        kv_heads, group = out.shape[1:3]
+        queries = [packed[:, unit.first * group : unit.stop * group] for unit in self._units]
+        chosen = [self._choose(unit, q, bounds, softcap) for unit, q in zip(self._units, queries, strict=True)]
+        blocks = torch.cat([unit.blocks[pairs[:, 1]] for unit, pairs in zip(self._units, chosen, strict=True)])
+        heads = torch.cat([pairs[:, 0] for pairs in chosen])
+        slots = blocks[:, None] * BLOCK + self._within
+        keys, values = (read_heads(pool, slots, heads[:, None], packed.dtype) for pool in (k, v))
+        begin = 0
+        for unit, q, pairs in zip(self._units, queries, chosen, strict=True):
+            counts = torch.bincount(pairs[:, 0], minlength=kv_heads).tolist()
+            rows = slice(unit.partial, unit.partial + unit.stop - unit.first)
+            for head, count in enumerate(counts):
+                taken = slice(begin * BLOCK, (begin + count) * BLOCK)
+                _attend(q[head], keys[taken], values[taken], softcap, out[rows, head], lse[rows, head])
+                begin += count
+
+    @staticmethod
+    def _choose(unit: _Unit, q: Tensor, bounds: Tensor, softcap: float | None) -> Tensor:
+        """Return pairs of a KV head and the index of a block that it reads, int64 `[pairs, 2]`, in ascending order."""
+        candidates = unit.blocks.numel()
+        if unit.consecutive:
+            begin = int(unit.blocks[0])
+            theirs = bounds[begin : begin + candidates]
+        else:
+            theirs = bounds[unit.blocks]
+        weights = block_weights(block_scores(q, theirs), softcap)
+        return choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen)).nonzero()
+
+
+def _attend(q: Tensor, key: Tensor, value: Tensor, softcap: float | None, out: Tensor, lse: Tensor) -> None:
+    """Attend with q `[rows * group, head_dim]` to all of key `[keys, head_dim]`; out `[rows, group, v_head_dim]`."""
+    if softcap is None and q.device.type == "cpu" and key.shape[1] == value.shape[1]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        values, row_lse = flash(q[None, None], key[None, None], value[None, None], scale=1.0)
+    else:
+        scores = q @ key.T
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        row_lse = scores.logsumexp(-1)
+        values = (scores - row_lse[:, None]).exp_() @ value
+    out.copy_(values.reshape(out.shape))
+    lse.copy_(row_lse.reshape(lse.shape))

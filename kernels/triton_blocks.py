@@ -1,0 +1,75 @@
+"""Launches for the units of a plan that choose blocks: the choice, then attention to what was chosen.
+
+`radixgen.kernels.torch_blocks` says what is chosen, and does the same in plain PyTorch.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+
+from radixgen.core.plan import BLOCK
+from radixgen.kernels import block_kernels
+from radixgen.kernels.block_work import CHUNK, MOST_CANDIDATES, BlockSizes
+from radixgen.kernels.work import TileClass, pdl
+
+if TYPE_CHECKING:
+    from radixgen.kernels.triton_backend import LaunchTables
+
+
+class BlockChoice:
+    """Device memory of the choices of one kind of layer."""
+
+    def __init__(self, sizes: BlockSizes, device: torch.device) -> None:
+        self._lses = torch.empty(max(sizes.lses, 1), dtype=torch.float32, device=device)
+        self._weights = torch.empty(max(sizes.weights, 1), dtype=torch.float32, device=device)
+        self.lists = torch.empty(max(sizes.lists, 1), dtype=torch.int32, device=device)
+        self._candidates = max(16, triton.next_power_of_2(sizes.candidates))
+
+    def choose(
+        self, tables: "LaunchTables", shape: TileClass, q: Tensor, bounds: Tensor, scale: float, softcap: float | None
+    ) -> None:
+        """Choose blocks for q `[rows, q_heads, head_dim]` by bounds `[blocks, kv_heads, 2, head_dim]`."""
+        geometry, views, overlap = tables.geometry, tables.views, tables.launch.overlap
+        programs = min(4 * shape.programs, max(views["chunks"].numel() // 10 * geometry.kv_heads, 1))
+        cap = 0.0 if softcap is None else softcap
+        heads = {
+            "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
+            "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": shape.rows, "CHUNK": CHUNK,
+            "SOFTCAP": softcap is not None, "PDL": overlap,
+        }  # fmt: skip
+        listed = q, bounds, views["blocks"], views["chunks"], views["counts"], self._lses
+        block_kernels.sum_scores[(programs,)](*listed, scale, cap, **heads, num_warps=4, **pdl(overlap))
+        block_kernels.weigh_blocks[(programs,)](
+            *listed, self._weights, scale, cap, **heads, MOST_CHUNKS=MOST_CANDIDATES // CHUNK, num_warps=4,
+            **pdl(overlap),
+        )  # fmt: skip
+        width = triton.next_power_of_2(geometry.kv_heads)
+        units = max(min(views["choices"].numel() // 8, shape.programs), 1)
+        block_kernels.choose_blocks[(units,)](
+            self._weights, views["blocks"], views["choices"], views["counts"], self.lists, KV_HEADS=geometry.kv_heads,
+            HEADS=width, BLOCKS=self._candidates, PDL=overlap, num_warps=choose_warps(width, self._candidates),
+            **pdl(overlap),
+        )  # fmt: skip
+
+    def attend(
+        self, tables: "LaunchTables", shape: TileClass, q: Tensor, keys: tuple[object, ...], scale: float,
+        softcap: float | None,
+    ) -> None:  # fmt: skip
+        """Write the partial results of all chosen blocks. `keys`: K, V, their scales, slots, and blocks of both."""
+        geometry, views, overlap = tables.geometry, tables.views, tables.launch.overlap
+        block_kernels.attend_blocks[(shape.programs,)](
+            q, *keys, tables.partial_out, tables.partial_lse, views["block_tiles"], views["counts"], self.lists, scale,
+            0.0 if softcap is None else softcap, KV_HEADS=geometry.kv_heads, GROUP=geometry.group,
+            HEAD_DIM=geometry.head_dim, V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=geometry.padded[0],
+            PADDED_V_DIM=geometry.padded[1], BLOCK_ROWS=shape.rows, BLOCK_KEYS=shape.block_keys, SLOTS=BLOCK,
+            STAGES=shape.num_stages, BULK=tables.launch.least_run > 0, SOFTCAP=softcap is not None,
+            QUANTIZED=geometry.quantized, PDL=overlap, num_warps=shape.num_warps, maxnreg=shape.registers,
+            **pdl(overlap),
+        )  # fmt: skip
+
+
+def choose_warps(heads: int, candidates: int) -> int:
+    """Return the warps of the program that chooses among so many blocks of so many heads."""
+    return max(4, min(32, heads * candidates // 1024))
