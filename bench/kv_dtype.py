@@ -23,6 +23,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from bench.device import Timer
 from bench.quality import LONG_TEXT, Agreement, continue_each, document, perplexity, topic_tokens
@@ -34,6 +35,7 @@ from radixgen.calibration import cost_models
 from radixgen.kernels.backend import Attention, backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.quantized import KV, KV_DTYPES, allocate, read, write
+from radixgen.model import smollm2
 from radixgen.scheduler.planner import plan
 
 ERRORS = {"int8": 0.01, "fp8": 0.04}
@@ -86,9 +88,10 @@ def report_model(report: Report, names: Sequence[str]) -> None:
 
 def measure_model(kv_dtype: str) -> tuple[dict[str, float], list[list[int]]]:
     """Perplexity by text, and greedy continuations of parts of the document."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.fetch())
+    topics = topic_tokens(tokenizer)
+    texts = {"the document": document(tokenizer), "the long text": topics[:LONG_TEXT]}
     with Engine("smollm2", dtype="float32", kv_dtype=kv_dtype, kv_tokens=16_384, warm_up=False) as engine:
-        topics = topic_tokens(engine)
-        texts = {"the document": document(engine), "the long text": topics[:LONG_TEXT]}
         perplexities = {name: perplexity(engine, tokens) for name, tokens in texts.items()}
         rest = topics[LONG_TEXT:]
         prompts = [rest[start : start + CONTEXT] for start in range(0, CONTINUATIONS * CONTEXT, CONTEXT)]

@@ -78,7 +78,7 @@ def draw_policies(found: dict[str, Any], out: Path) -> None:
         for policy in dict.fromkeys(row["policy"] for row in found["rows"]):
             rows = [row for row in found["rows"] if row["policy"] == policy and measure in row]
             axes.plot([row["keys"] for row in rows], [row[measure] for row in rows], "o-", label=policy)
-        exact = found[f"exact_needles_{found['needle_length']}"] if measure.startswith("needles") else 1.0
+        exact = found["exact_needles"][str(found["needle_length"])] if measure.startswith("needles") else 1.0
         axes.axhline(exact, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("keys read")

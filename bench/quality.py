@@ -2,11 +2,12 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import takewhile
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 
@@ -14,25 +15,34 @@ from radixgen import Engine, SamplingParams
 from radixgen.core.reading import EXACT, Reading
 
 LONG_TEXT = 8_000
-CITIES = (
-    "Paris", "Rome", "Madrid", "Lisbon", "Vienna", "Berlin", "London", "Dublin", "Oslo", "Athens", "Warsaw", "Prague",
-    "Cairo", "Tokyo", "Delhi", "Lima",
+NUMBERS = (
+    "The phone number of Anna is", "The price of the red car is", "The height of the old tower is",
+    "The year of the great fire is", "The distance to the lake is", "The weight of the elephant is",
+    "The code of the garage door is", "The number of books in the library is", "The depth of the well is",
+    "The salary of the doctor is", "The population of the village is", "The flight to Tokyo has the number",
+    "The bus that goes to school has the number", "The cost of the wedding is",
+    "The combination of the bank safe is", "The length of the river is",
 )  # fmt: skip
-NEEDLE = "\nThe secret number of {city} is {number}.\n"
-QUESTION = "\nThe secret number of {city} is"
+"""What the numbers are of that are hidden in a text"""
 
 Tokens = list[int]
+Tokenizer = Callable[..., Any]
 
 
-def document(engine: Engine) -> Tokens:
+def tokens_of(tokenizer: Tokenizer, text: str) -> Tokens:
+    ids: Tokens = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def document(tokenizer: Tokenizer) -> Tokens:
     """Up to 8,000 tokens of the demo's document."""
     text = files("radixgen.demo").joinpath("document.md").read_text(encoding="utf-8")
-    return engine.tokenize(text).tolist()[:LONG_TEXT]
+    return tokens_of(tokenizer, text)[:LONG_TEXT]
 
 
-def topic_tokens(engine: Engine) -> Tokens:
+def topic_tokens(tokenizer: Tokenizer) -> Tokens:
     """The topics of the Python documentation."""
-    return engine.tokenize("\n".join(topics.values())).tolist()
+    return tokens_of(tokenizer, "\n".join(topics.values()))
 
 
 def perplexity(engine: Engine, tokens: Tokens, reading: Reading = EXACT) -> float:
@@ -76,16 +86,17 @@ class Needles:
     answers: list[str]
 
     @classmethod
-    def hidden(cls, engine: Engine, length: int) -> "Needles":
-        """A number for each of 16 cities, at even distances in a text of about `length` tokens."""
-        numbers = [str(number) for number in random.Random(length).sample(range(1_000, 10_000), len(CITIES))]
-        filler, size = topic_tokens(engine), length // (len(CITIES) + 1)
+    def hidden(cls, tokenizer: Tokenizer, length: int, count: int) -> "Needles":
+        """`count` numbers, at even distances in a text of about `length` tokens."""
+        numbers = [str(number) for number in random.Random(length).sample(range(1_000, 10_000), count)]
+        sentences = [f"\n{what} {number}.\n" for what, number in zip(NUMBERS, numbers, strict=False)]
+        needles = [tokens_of(tokenizer, sentence) for sentence in sentences]
+        size = max(length - sum(map(len, needles)), 0) // (count + 1)
+        filler = topic_tokens(tokenizer)
         text = filler[:size]
-        for place, (city, number) in enumerate(zip(CITIES, numbers, strict=True), start=1):
-            text += engine.tokenize(NEEDLE.format(city=city, number=number)).tolist()
-            text += filler[place * size : (place + 1) * size]
-        questions = [engine.tokenize(QUESTION.format(city=city)).tolist() for city in CITIES]
-        return cls(text, questions, numbers)
+        for place, needle in enumerate(needles, start=1):
+            text = text + needle + filler[place * size : (place + 1) * size]
+        return cls(text, [tokens_of(tokenizer, f"\n{what}") for what in NUMBERS[:count]], numbers)
 
     def found(self, engine: Engine, reading: Reading = EXACT) -> list[bool]:
         """Whether the greedy answer to each question begins with its number."""

@@ -1,10 +1,10 @@
 """Reading policies beside exact reading: what they find in a long text, how far they agree, and what they save.
 
-    python -m bench.reading [--budgets N ...] [--lengths N ...] [--check] [--save]
+    python -m bench.reading [--shares X ...] [--lengths N ...] [--check] [--save]
 
-SmolLM2-135M in float32, whose context is 8,192 tokens; one thread. Every policy is set to read about as many keys as a
-budget says, at the end of the long text. Under each, as far as the policy has it, either answers alone are read
-inexactly, or prompts too:
+SmolLM2-135M in float32, whose context is 8,192 tokens; one thread. Every policy is set to read about the same share of
+a text's keys at its end. Under each, as far as the policy has it, either answers alone are read inexactly, or prompts
+too:
 
 - *Needles*: a text with 16 numbers at 16 depths, and a question for each; greedy answers that are right. The policies
   run at the longest length at which exact reading finds at least 90 %. Where answers alone are inexact, the first token
@@ -31,20 +31,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from bench.baseline import cpu_ceilings
 from bench.limits import StepLimit
-from bench.quality import CITIES, LONG_TEXT, Agreement, Needles, Tokens, continue_each, perplexity, topic_tokens
+from bench.quality import (
+    LONG_TEXT,
+    NUMBERS,
+    Agreement,
+    Needles,
+    Tokenizer,
+    Tokens,
+    continue_each,
+    perplexity,
+    topic_tokens,
+)  # fmt: skip
 from bench.report import Report, benchmark_options
 from bench.shapes import Shape
 from radixgen import Engine
 from radixgen.model import smollm2
-from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, Reading, Window
+from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, Reading, TopBlocks, Window
 
 EXACT = Exact()
 
-BUDGETS = (512, 1_024, 2_048)
+SHARES = (0.0625, 0.125, 0.25, 0.5)
 LENGTHS = (500, 1_000, 2_000, 3_000, 4_000, 6_000)
 CONTINUATIONS, CONTINUATION = 16, 32
 RIGHT = 0.9
@@ -52,50 +62,59 @@ RIGHT = 0.9
 BLOCK, SINKS = 64, 4
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A policy with what it may read."""
-
-    name: str
-    budget: int
-    reading: Reading
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.budget:,}"
+def window(keys: int, context: int) -> Reading:
+    return Window(sinks=SINKS, window=max(keys - SINKS - BLOCK, 1), block=BLOCK)
 
 
-def contenders(budgets: Sequence[int], context: int) -> list[Contender]:
-    """Every policy at every budget: about as many keys at position `context`."""
-    return [Contender(name, budget, make(budget, context)) for name, make in POLICIES.items() for budget in budgets]
-
-
-def window(budget: int, context: int) -> Reading:
-    return Window(sinks=SINKS, window=budget - SINKS - BLOCK, block=BLOCK)
-
-
-def big_bird(budget: int, context: int) -> Reading:
+def big_bird(keys: int, context: int) -> Reading:
     """Half of the blocks in the window, the others random but for an eighth at the beginning."""
-    blocks = budget // BLOCK
-    head, near = max(blocks // 8, 1), blocks // 2
-    return BigBird(block=BLOCK, global_blocks=head, window_blocks=near, random_blocks=blocks - head - near)
+    blocks = keys // BLOCK
+    head, near = max(blocks // 8, 1), max(blocks // 2, 1)
+    return BigBird(block=BLOCK, global_blocks=head, window_blocks=near, random_blocks=max(blocks - head - near, 0))
 
 
-def fading(budget: int, context: int) -> Reading:
+def fading(keys: int, context: int) -> Reading:
     """As few levels as reach over the context."""
     for levels in range(1, 32):
-        size = int((budget - SINKS - BLOCK) / (1 + levels / 2))
+        size = max(int((keys - SINKS - BLOCK) / (1 + levels / 2)), 1)
         if size * 2**levels >= context:
             break
     return Fading(sinks=SINKS, window=size, levels=levels, block=BLOCK)
 
 
-POLICIES: dict[str, Callable[[int, int], Reading]] = {"window": window, "bigbird": big_bird, "fading": fading}
-"""Policies by name: a policy for a number of keys at the end of a context."""
+def top_blocks(keys: int, context: int) -> Reading:
+    """Chosen blocks, but for an eighth at the end and a block at the beginning."""
+    recent = max(keys // 8, 1)
+    always = recent + BLOCK
+    return TopBlocks(budget=max(keys - always, 1) / (context - always), recent=recent, sinks=BLOCK)
+
+
+POLICIES: dict[str, Callable[[int, int], Reading]] = {
+    "window": window, "bigbird": big_bird, "fading": fading, "top_blocks": top_blocks,
+}  # fmt: skip
+"""Policies by name: one that reads about so many keys at the end of a context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A policy, and the share of a text's keys that it reads at the end."""
+
+    name: str
+    share: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.share:.1%}"
+
+    def reading(self, context: int) -> Reading:
+        return POLICIES[self.name](int(self.share * context), context)
 
 
 def keys_read(reading: Reading, position: int) -> int:
-    """Keys that a row at `position` reads."""
+    """Keys that a row at `position` reads, on average over the KV heads."""
+    if isinstance(reading, TopBlocks):
+        always = reading.recent + reading.sinks
+        return always + round(reading.budget * max(position + 1 - always, 0))
     if not isinstance(reading, PositionPolicy):
         return position + 1
     starts, stops = np.minimum(reading.visible(position // reading.block), position + 1).T
@@ -103,30 +122,25 @@ def keys_read(reading: Reading, position: int) -> int:
 
 
 def inexact_prompts(reading: Reading) -> Reading | None:
-    """The policy for prompts too; None if it has only one for answers."""
+    """The policy for prompts too; None if it is only for answers."""
     return replace(reading, prompt=True) if isinstance(reading, PositionPolicy) else None
 
 
 class Bench:
     """Measures contenders on one engine."""
 
-    def __init__(self, engine: Engine, report: Report, context: int, repeats: int) -> None:
-        self._engine, self._report, self._repeats = engine, report, repeats
-        self._text = topic_tokens(engine)[:context]
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, needles: int, context: int, repeats: int) -> None:
+        self._engine, self._tokenizer, self._needles, self._repeats = engine, tokenizer, needles, repeats
+        self._text = topic_tokens(tokenizer)[:context]
 
-    def longest_length(self, lengths: Sequence[int]) -> int:
+    def longest_length(self, report: Report, lengths: Sequence[int]) -> int:
         """The longest of these lengths at which exact reading finds its needles; the shortest if it is none."""
-        longest = min(lengths)
-        for length in lengths:
-            needles = Needles.hidden(self._engine, length)
-            count = sum(needles.found(self._engine))
-            share = count / len(CITIES)
-            self._report.say(f"exact, {len(needles.text):,} tokens: {count} of {len(CITIES)} needles")
-            self._report.keep(**{f"exact_needles_{length}": count})
-            if share >= RIGHT:
-                longest = max(longest, length)
-            self._engine.reset_prefix_cache()
-        return longest
+        counts = {length: self.needles([EXACT], length)[0] for length in lengths}
+        for length, count in counts.items():
+            report.say(f"exact, {length:,} tokens: {count} of {self._needles} needles")
+        report.keep(exact_needles=counts)
+        enough = [length for length, count in counts.items() if count >= RIGHT * self._needles]
+        return max(enough, default=min(lengths))
 
     def decode_seconds(self, chosen: Sequence[Reading]) -> list[float]:
         """Median seconds of tokens after the text under each policy. The text is computed, exactly, before."""
@@ -152,33 +166,33 @@ class Bench:
         value = perplexity(self._engine, self._text, reading)
         return value, time.perf_counter() - begin
 
-    def needles(self, reading: Reading, length: int) -> int:
-        return sum(Needles.hidden(self._engine, length).found(self._engine, reading))
+    def needles(self, readings: Sequence[Reading], length: int) -> list[int]:
+        """How many needles each policy finds in one text, computed anew."""
+        self._engine.reset_prefix_cache()
+        hidden = Needles.hidden(self._tokenizer, length, self._needles)
+        return [sum(hidden.found(self._engine, reading)) for reading in readings]
 
 
 def measure(report: Report, bench: Bench, chosen: Sequence[Contender], length: int, context: int) -> None:
     """All figures of exact reading, then of each contender."""
+    readings = [one.reading(context) for one in chosen]
     exact = bench.continuations(EXACT)
-    seconds = bench.decode_seconds([EXACT, *(one.reading for one in chosen)])
+    seconds = bench.decode_seconds([EXACT, *readings])
     report.contender("seconds_exact", "exact", seconds[0])
+    agreements = [Agreement.between(exact, bench.continuations(reading)) for reading in readings]
+    needles = bench.needles([one.reading(length) for one in chosen], length)
     value, took = bench.timed_perplexity(EXACT)
     report.keep(perplexity_exact=value, perplexity_seconds_exact=took)
     rows = []
-    for one, decode in zip(chosen, seconds[1:], strict=True):
+    for one, reading, decode, agreement, count in zip(chosen, readings, seconds[1:], agreements, needles, strict=True):
         report.contender(f"seconds_{one.label}", one.label, decode)
-        row = {
-            "policy": one.name,
-            "budget": one.budget,
-            "keys": keys_read(one.reading, context - 1),
-            "decode": decode / seconds[0],
-            "agreement": asdict(Agreement.between(exact, bench.continuations(one.reading))),
-            "needles": bench.needles(one.reading, length),
-        }
-        prompts = inexact_prompts(one.reading)
+        row = {"policy": one.name, "share": one.share, "keys": keys_read(reading, context - 1)}
+        row |= {"decode": decode / seconds[0], "agreement": asdict(agreement), "needles": count}
+        prompts = inexact_prompts(reading)
         if prompts is not None:
             inexact, inexact_took = bench.timed_perplexity(prompts)
             row |= {"perplexity": inexact / value, "prefill": inexact_took / took}
-            row["needles_prompts"] = bench.needles(prompts, length)
+            (row["needles_prompts"],) = bench.needles([replace(one.reading(length), prompt=True)], length)
         rows.append(row)
         report.say("  " + describe(row))
     report.keep(rows=rows)
@@ -188,7 +202,7 @@ def describe(row: dict[str, Any]) -> str:
     """What a policy kept and saved, in words."""
     agreement = row["agreement"]
     text = (
-        f"reads {row['keys']:,} keys; {row['needles']} of {len(CITIES)} needles; {agreement['equal']} of "
+        f"reads {row['keys']:,} keys; {row['needles']} needles; {agreement['equal']} of "
         f"{agreement['of']} continuations equal, the first {agreement['tokens']:.1f} tokens; decoding takes "
         f"{row['decode']:.2f}×"
     )
@@ -202,8 +216,9 @@ def describe(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = benchmark_options(__doc__)
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="keys that a row reads, about")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of text around the needles")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of a text's keys that are read")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of texts with needles")
+    parser.add_argument("--needles", type=int, default=len(NUMBERS), help="numbers hidden in the text")
     parser.add_argument("--context", type=int, default=LONG_TEXT, help="tokens of the long text")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", type=Path, help="a directory instead of SmolLM2, without bounds")
@@ -213,12 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit = StepLimit(Shape.of(AutoConfig.from_pretrained(path)), cpu_ceilings(torch.float32), itemsize=4)
     step = limit.step(1, 1, options.context, options.context)
     report.limit(f"{CONTINUATION} tokens after {options.context:,}, all keys read", CONTINUATION * step)
-    chosen = contenders(options.budgets, options.context)
-    report.keep(context=options.context, budgets=options.budgets, repeats=options.repeats, continuation=CONTINUATION)
+    chosen = [Contender(name, share) for name in POLICIES for share in options.shares]
+    report.keep(context=options.context, repeats=options.repeats, continuation=CONTINUATION)
     with Engine(path, dtype="float32", kv_tokens=3 * options.context, warm_up=False) as engine:
-        bench = Bench(engine, report, options.context, options.repeats)
-        length = bench.longest_length(options.lengths)
-        report.keep(needle_length=length, needles=len(CITIES))
+        bench = Bench(engine, AutoTokenizer.from_pretrained(path), options.needles, options.context, options.repeats)
+        length = bench.longest_length(report, options.lengths)
+        report.keep(needle_length=length, needles=options.needles)
         measure(report, bench, chosen, length, options.context)
     return report.finish(check=options.check, save=options.save)
 

@@ -218,18 +218,19 @@ def policies() -> str:
     """What docs/inexact.md shows of `bench.reading`: each policy at each budget, beside exact reading."""
     found: dict[str, Any] = json.loads((RESULTS / "reading.json").read_text(encoding="utf-8"))
     length, context, of = found["needle_length"], found["context"], found["needles"]
-    exact = found[f"exact_needles_{length}"]
+    exact = found["exact_needles"][str(length)]
     lines = [
-        "| policy | keys read | needles | equal tokens | time of a token | needles, prompts too | perplexity | prefill |",
+        "| policy | keys read | needles | equal tokens | decoding | needles, prompts too | perplexity | prefill |",
         "| --- |" + " --- |" * 7,
         f"| exact | {context:,} | {exact} of {of} | {found['continuation']} | 1 | {exact} of {of} | 1 | 1 |",
     ]
     for row in found["rows"]:
         cells = [f"{row['needles']} of {of}", f"{row['agreement']['tokens']:.1f}", f"{row['decode']:.2f}×"]
-        cells += [f"{row['needles_prompts']} of {of}", f"{row['perplexity']:.3f}×", f"{row['prefill']:.2f}×"]
-        lines.append(f"| {row['policy']} | {row['keys']:,} | {' | '.join(cells)} |")
-    lengths = {key.removeprefix("exact_needles_"): count for key, count in found.items() if "exact_needles_" in key}
-    tried = ", ".join(f"{count} at {int(size):,}" for size, count in lengths.items())
+        prompts = ["–"] * 3
+        if "perplexity" in row:
+            prompts = [f"{row['needles_prompts']} of {of}", f"{row['perplexity']:.3f}×", f"{row['prefill']:.2f}×"]
+        lines.append(f"| {row['policy']} | {row['keys']:,} | {' | '.join(cells + prompts)} |")
+    tried = ", ".join(f"{count} at {int(size):,}" for size, count in found["exact_needles"].items())
     return "\n".join(
         [
             *lines,

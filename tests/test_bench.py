@@ -42,8 +42,8 @@ from bench import (
     peers,
     plan,
     plots,
-    readme,
     reading,
+    readme,
     restart,
     serve,
     simulate,
@@ -239,13 +239,13 @@ def test_kv_dtype(capsys, monkeypatch) -> None:
 
 
 def test_reading(capsys, spoken, tmp_path) -> None:
-    sizes = ["--context", "260", "--lengths", "40", "--budgets", "130", "200", "--repeats", "1"]
+    sizes = ["--context", "200", "--lengths", "140", "--needles", "2", "--shares", "0.5", "0.75", "--repeats", "1"]
     assert reading.main(["--model", str(spoken), *sizes]) == 0
     figures = last_line(capsys)
-    assert figures["needle_length"] == 40 and figures["seconds_exact"] > 0
+    assert figures["needle_length"] == 140 and figures["seconds_exact"] > 0
     assert [row["policy"] for row in figures["rows"]] == [name for name in reading.POLICIES for _ in range(2)]
     for row in figures["rows"]:
-        assert 0 < row["keys"] <= 200 and row["decode"] > 0 and 0 <= row["needles"] <= 16
+        assert 0 < row["keys"] <= 200 and row["decode"] > 0 and 0 <= row["needles"] <= 2
         assert row["perplexity"] > 0 and row["agreement"]["of"] == reading.CONTINUATIONS
     (tmp_path / "reading.json").write_text(json.dumps(figures))
     assert plots.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
