@@ -16,8 +16,8 @@ from radixgen.core.reading import EXACT, Reading
 
 LONG_TEXT = 8_000
 NUMBERS = (
-    "The phone number of Anna is", "The price of the red car is", "The height of the old tower is",
-    "The year of the great fire is", "The distance to the lake is", "The weight of the elephant is",
+    "The phone number of Anna is", "The price of the red car is", "The room number of the teacher is",
+    "The ticket number of Peter is", "The distance to the lake is", "The weight of the elephant is",
     "The code of the garage door is", "The number of books in the library is", "The depth of the well is",
     "The salary of the doctor is", "The population of the village is", "The flight to Tokyo has the number",
     "The bus that goes to school has the number", "The cost of the wedding is",
