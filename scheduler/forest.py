@@ -1,6 +1,7 @@
 """The active nodes of a step, extracted from the tree's columns, and the walk over them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -99,7 +100,19 @@ def active_forest(
         columns.following, columns.num_extents, columns.first_slot, columns.first_extent, columns.extents,
         columns.place,
     )  # fmt: skip
-    return Forest(parents, starts, lengths, offsets, slots, counts, rooms), rows, ids
+    forest = Forest(parents, starts, lengths, offsets, slots, counts, rooms)
+    if columns.thinned:
+        forest = replace(forest, extent_positions=_extent_positions(forest, ids, columns.thinned))
+    return forest, rows, ids
+
+
+def _extent_positions(forest: Forest, ids: Int64Array, thinned: Mapping[int, Int64Array]) -> Int32Array:
+    """Return `Forest.extent_positions` where some of the nodes, which have these ids, are `thinned`."""
+    positions = forest.positions
+    for at in np.flatnonzero(np.isin(ids, list(thinned))).tolist():
+        first, stop = forest.extent_offsets[at], forest.extent_offsets[at + 1]
+        positions[first:stop] = thinned[int(ids[at])]
+    return positions
 
 
 @compiled

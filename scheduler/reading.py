@@ -83,7 +83,7 @@ def restrict(forest: Forest, row_nodes: Int32Array, views: Views) -> tuple[Fores
     """Return a forest in which the path of each row has exactly the keys that the row reads, and those after the row;
     and each row's node in it.
 
-    `row_nodes` `[rows]`: nodes in `forest`, whose keys must be consecutive.
+    `row_nodes` `[rows]`: nodes in `forest`.
     """
     count, kinds = forest.parents.size, views.offsets.size - 1
     pairs = np.unique(row_nodes.astype(np.int64) * kinds + views.of_rows)
@@ -111,9 +111,9 @@ def restrict(forest: Forest, row_nodes: Int32Array, views: Views) -> tuple[Fores
     reads[place] = bounds
     reads[own_place] = np.stack([offsets[view], offsets[view + 1]], axis=1)
 
-    starts, lengths = forest.starts.astype(np.int64), forest.lengths.astype(np.int64)
+    starts, ends = forest.starts.astype(np.int64), _ends(forest)
     slots, keys, positions, new_offsets = _keys(
-        anchors, is_added, new_parents, reads, ranges, parents, starts, lengths,
+        anchors, is_added, new_parents, reads, ranges, parents, starts, ends,
         forest.extent_offsets.astype(np.int64), forest.extent_starts.astype(np.int64),
         forest.extent_lengths.astype(np.int64), forest.positions.astype(np.int64),
     )  # fmt: skip
@@ -128,7 +128,7 @@ def restrict(forest: Forest, row_nodes: Int32Array, views: Views) -> tuple[Fores
     return (
         Forest(
             parents=new_parents.astype(np.int32),
-            starts=np.where(is_added, starts[anchors] + lengths[anchors], starts[anchors]).astype(np.int32),
+            starts=np.where(is_added, ends[anchors], starts[anchors]).astype(np.int32),
             lengths=np.diff(sums[new_offsets]).astype(np.int32),
             extent_offsets=new_offsets,
             extent_starts=slots,
@@ -138,6 +138,14 @@ def restrict(forest: Forest, row_nodes: Int32Array, views: Views) -> tuple[Fores
         ),
         new_rows.astype(np.int32),
     )
+
+
+def _ends(forest: Forest) -> Int64Array:
+    """Return the position after the last key of each node, `[nodes]`; its first position if it has none."""
+    ends, keyed = forest.starts.astype(np.int64), np.diff(forest.extent_offsets) > 0
+    last = forest.extent_offsets[1:][keyed] - 1
+    ends[keyed] = forest.positions[last].astype(np.int64) + forest.extent_lengths[last]
+    return ends
 
 
 @compiled
@@ -190,7 +198,7 @@ def _meet(
 @compiled
 def _keys(
     anchors: Int64Array, is_added: NDArray[np.bool_], new_parents: Int64Array, reads: Int64Array, ranges: Int64Array,
-    parents: Int64Array, starts: Int64Array, lengths: Int64Array, offsets: Int64Array, slots: Int64Array,
+    parents: Int64Array, starts: Int64Array, ends: Int64Array, offsets: Int64Array, slots: Int64Array,
     keys: Int64Array, positions: Int64Array,
 ) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:  # fmt: skip
     """Return the extents of each new node: first slots, keys, positions, `[extents]`, and offsets `[nodes + 1]`.
@@ -207,7 +215,7 @@ def _keys(
             more = _difference(mine, ranges[reads[parent, 0] : reads[parent, 1]])
             at = anchor if is_added[node] else parents[anchor]
             while at >= 0 and len(more):
-                if starts[at] < more[-1, 1] and more[0, 0] < starts[at] + lengths[at]:
+                if starts[at] < more[-1, 1] and more[0, 0] < ends[at]:
                     table, made = _cut(more, offsets[at], offsets[at + 1], slots, keys, positions, table, made)
                 at = parents[at]
         if not is_added[node]:

@@ -15,6 +15,7 @@ from radixgen.cache.check import check_plan
 from radixgen.core import Limits
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
+from radixgen.scheduler.freeing import free_unread
 from radixgen.scheduler.paths import holds_alone, scheduled_end
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
@@ -178,6 +179,9 @@ class Scheduler:
             commit(node)
         self.computed_prompt_tokens += batch.prompt_tokens
         self.tree.pool.retire_step(batch.step)
+        if any(policy.frees for policy in self.planner.policies):
+            for sequence in self.running:
+                free_unread(self.tree, sequence)
 
     def rollback(self, batch: Batch) -> None:
         """Undo the scheduling of a failed step."""
@@ -384,7 +388,9 @@ class Scheduler:
         return victim
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Return a sequence to the queue with its tokens. What it computed stays cached until it is evicted."""
+        """Return a sequence to the queue with its tokens. What it computed stays cached until it is evicted,
+        unless its reading policy frees slots.
+        """
         self._leave(sequence)
         self.waiting.add(sequence)
         self.preemptions += 1
@@ -394,3 +400,6 @@ class Scheduler:
         self.running.remove(sequence)
         self.tree.unlock(sequence.cursor)
         sequence.cursor = None
+        if sequence.request.reading.frees:
+            self.tree.discard(sequence.namespace)
+            sequence.freed_block = -1

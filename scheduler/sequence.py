@@ -127,6 +127,8 @@ class Sequence:
     """Whether the last output token is an end token without text."""
     scheduled_in: int = -1
     """The last step in which the sequence took part."""
+    freed_block: int = -1
+    """Block of positions, of its reading policy, for which slots were freed last."""
     choices: Choices | None = None
     """Candidates for the next token of a parked beam, which has its logits while others of its generation do not."""
 

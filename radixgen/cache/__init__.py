@@ -15,6 +15,7 @@
     demotion          paths that are evicted before all others
     match             matches kept up to date while the tree changes
     recent_evictions  recently evicted continuations
+    thinning          slots that are freed while their tokens stay
     sharing           why a prompt was not shared to its end
     tokens            arrays of token ids
     host_tier         a second tree, in host memory
@@ -46,6 +47,7 @@ from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
 from radixgen.cache.sharing import sharing_end
+from radixgen.cache.thinning import thin
 from radixgen.cache.tokens import (
     MAX_MARK,
     MAX_MARKED_TOKEN,
@@ -98,5 +100,6 @@ __all__ = [
     "marked",
     "marks",
     "sharing_end",
+    "thin",
     "token_ids",
 ]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from radixgen.cache.columns import Columns
-from radixgen.cache.node import Node
+from radixgen.cache.node import PRIVATE, Node
 from radixgen.cache.pool import ExtentPool
 from radixgen.core import Plan
 
@@ -69,7 +69,10 @@ def _check_node(node: Node) -> None:
     assert node.lock_count >= 0
     assert node.locked_children == sum(child.locked for child in node.children.values())
     assert all(extent.length > 0 for extent in node.extents)
-    assert node.capacity == sum(extent.length for extent in node.extents)
+    if node.extent_positions is None:
+        assert node.capacity == sum(extent.length for extent in node.extents)
+    else:
+        _check_thinned(node)
     assert node.reserved >= 0 and (node.locked or not node.reserved)
     assert not node.children or node.reserved <= node.known - node.scheduled
     assert node.locked or node.complete, f"an unlocked node has an uncomputed tail: {node}"
@@ -83,9 +86,19 @@ def _check_node(node: Node) -> None:
         assert followed.node is node and followed.namespace == node.namespace
 
 
+def _check_thinned(node: Node) -> None:
+    """Assert that a thinned node belongs to one sequence, and that the positions of its slots ascend."""
+    assert PRIVATE in node.namespace and node.complete and node.capacity == node.known, node
+    assert len(node.children) == 1 and not node.lock_count, node
+    positions, _ = node.key_slots()
+    assert positions.size < node.known and (np.diff(positions) > 0).all(), node
+    assert not positions.size or node.start <= positions[0] <= positions[-1] < node.end, node
+
+
 def _check_columns(columns: Columns, node: Node) -> None:
     row = columns.parent[node.id], columns.start[node.id], columns.scheduled[node.id]
-    assert row == (node.parent.id if node.parent else -1, node.start, node.scheduled), (row, node)
+    assert row == (node.parent.id if node.parent else -1, node.start, node.num_keys), (row, node)
+    assert node.extent_positions == (columns.thinned[node.id].tolist() if node.id in columns.thinned else None)
     assert columns.reserved[node.id] == node.reserved
     assert columns.num_extents[node.id] == len(node.extents)
     assert not node.extents or columns.first_slot[node.id] == node.extents[0].start

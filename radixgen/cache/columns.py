@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radixgen.cache.node import Node
 
@@ -14,6 +15,7 @@ class Columns:
         self.parent = np.full(64, -1, np.int32)
         self.start = np.zeros(64, np.int32)
         self.scheduled = np.zeros(64, np.int32)
+        """Scheduled tokens that have a slot."""
         self.reserved = np.zeros(64, np.int32)
         self.following = np.zeros(64, np.int32)
         """Of a node continued by an only child: approximate number of the child's tokens in the slots right after the
@@ -35,6 +37,8 @@ class Columns:
         """Version of the tree at which tokens at the node's end were last removed."""
         self.extents = np.zeros((64, 2), np.int64)
         """Start and length of extents; those of one node are consecutive."""
+        self.thinned: dict[int, NDArray[np.int64]] = {}
+        """Of nodes that were thinned: position of each extent's first token."""
         self._num_extents = 0
 
     def fit(self, size: int) -> None:
@@ -49,9 +53,12 @@ class Columns:
         row = node.id
         self.parent[row] = node.parent.id if node.parent else -1
         self.start[row] = node.start
-        self.scheduled[row] = node.scheduled
+        self.scheduled[row] = node.num_keys
         self.reserved[row] = node.reserved
         self.following[row] = 0
+        self.thinned.pop(row, None)
+        if node.extent_positions is not None:
+            self.thinned[row] = np.array(node.extent_positions, np.int64)
         self.num_extents[row] = len(node.extents)
         if node.extents:
             self.first_slot[row] = node.extents[0].start

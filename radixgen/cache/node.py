@@ -6,6 +6,8 @@ grows.
 
     tokens   |---- computed ----|-- scheduled --|-- known --|
     extents  |------------ slots in use --------|-- reserve --|
+
+A node that was thinned (`radixgen.cache.thinning`) is computed to its end and has slots for some of its tokens only.
 """
 
 import math
@@ -37,6 +39,7 @@ class Node:
         "children",
         "computed",
         "epoch",
+        "extent_positions",
         "extents",
         "followers",
         "id",
@@ -57,6 +60,8 @@ class Node:
         self.namespace = namespace
         self.children: dict[int, Node] = {}
         self.extents: list[Extent] = []
+        self.extent_positions: list[int] | None = None
+        """Position of each extent's first token, of a node that was thinned: some of its tokens gave up their slots."""
         self.capacity = 0
         self.known = int(buffer.size)
         self.scheduled = 0
@@ -132,6 +137,11 @@ class Node:
         return not self.locked and not self.children and self.known > 0
 
     @property
+    def num_keys(self) -> int:
+        """Scheduled tokens that have a slot: all, unless the node was thinned."""
+        return self.scheduled if self.extent_positions is None else sum(extent.length for extent in self.extents)
+
+    @property
     def reserved(self) -> int:
         return self.capacity - self.scheduled
 
@@ -189,6 +199,17 @@ class Node:
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces[::-1]) if pieces else np.empty(0, np.int64)
+
+    def key_slots(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the positions and the slots of the node's scheduled tokens, ascending, without those that have none
+        any more.
+        """
+        if self.extent_positions is None:
+            return np.arange(self.start, self.start + self.scheduled), self.slots(0, self.scheduled)
+        pairs = zip(self.extent_positions, self.extents, strict=True)
+        runs = [np.arange(extent.length) + [[position], [extent.start]] for position, extent in pairs]
+        positions, slots = np.concatenate([np.empty((2, 0), np.int64), *runs], axis=1)
+        return positions, slots
 
     def __repr__(self) -> str:
         return (

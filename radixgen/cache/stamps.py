@@ -21,10 +21,10 @@ class SlotStamps:
     def check(self, node: Node) -> None:
         """Assert that the slots of the node's computed tokens hold the node's own prefix."""
         if node.computed:
-            expected = _prefix_hashes(node)[: node.computed]
-            assert np.array_equal(expected, self._stamps[node.slots(0, node.computed)]), (
-                f"a slot of {node} holds another prefix"
-            )
+            positions, slots = node.key_slots()
+            computed = positions < node.start + node.computed
+            expected = _prefix_hashes(node)[positions[computed] - node.start]
+            assert np.array_equal(expected, self._stamps[slots[computed]]), f"a slot of {node} holds another prefix"
 
 
 def _prefix_hashes(node: Node) -> NDArray[np.int64]:

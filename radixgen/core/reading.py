@@ -39,6 +39,11 @@ class Reading:
         """
         return False
 
+    @property
+    def frees(self) -> bool:
+        """Whether keys give up their slots once no later row reads them. Requests then share nothing."""
+        return False
+
 
 @dataclass(frozen=True)
 class Exact(Reading):
@@ -170,7 +175,8 @@ class Fading(PositionPolicy):
     positions.
 
     sinks, window: tokens. block: number of positions that read the same keys. prompt: whether prompts are read like
-    this, too.
+    this, too. free: whether tokens that are not read any more give up their slots; such a request shares nothing, and
+    computes its whole path again if it is preempted.
 
     Raises `InvalidRequest`.
     """
@@ -182,9 +188,16 @@ class Fading(PositionPolicy):
     ratio: int = 2
     block: int = 64
     prompt: bool = False
+    free: bool = False
+
+    @property
+    def frees(self) -> bool:
+        return self.free
 
     def __post_init__(self) -> None:
         self._check()
+        if not isinstance(self.free, bool):
+            raise InvalidRequest("reading.free", self.free, "must be true or false")
         check_integer("reading.sinks", self.sinks, 0, _MOST)
         check_integer("reading.window", self.window, 1, _MOST)
         check_integer("reading.levels", self.levels, 1, _MAX_LEVELS)

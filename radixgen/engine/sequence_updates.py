@@ -51,6 +51,7 @@ def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
         cursor=None,
         logprobs=list(origin.logprobs),
         scheduled_in=-1,
+        freed_block=-1,
         followed=None,
         fetch=None,
     )
