@@ -42,7 +42,7 @@ from radixgen import (
 )
 from radixgen.cache import BlockProjection, Lock, Node
 from radixgen.core import SamplingState
-from radixgen.core.reading import EXACT, BigBird, Reading, Window
+from radixgen.core.reading import EXACT, BigBird, Fading, Reading, Window
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
@@ -74,6 +74,9 @@ READINGS = st.sampled_from(
         Window(sinks=0, window=1, block=1, prompt=True),
         BigBird(block=2, window_blocks=2, global_blocks=1, random_blocks=1, seed=1),
         BigBird(block=3, window_blocks=2, global_blocks=0, random_blocks=1, prompt=True),
+        Fading(sinks=2, window=3, levels=2, block=4, free=True),
+        Fading(sinks=0, window=2, levels=3, block=1, prompt=True, free=True),
+        Fading(sinks=1, window=2, levels=2, ratio=3, block=3, prompt=True),
     ]
 )
 

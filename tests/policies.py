@@ -9,7 +9,7 @@ from oracle import ROOT, Reads, StampModel, all_reads, extend, keys_seen
 from radixgen.cache import marks, token_ids
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
-from radixgen.core.reading import EXACT, BigBird, Reading, Window
+from radixgen.core.reading import EXACT, BigBird, Fading, Reading, Window
 from radixgen.engine.core import EngineCore
 from radixgen.scheduler.batch import Batch, StepInput
 
@@ -28,6 +28,10 @@ def reads(policy: Reading, row: int, key: int) -> bool:
             or own - block < policy.window_blocks
             or block in random_blocks(policy, own, policy.global_blocks, own - policy.window_blocks)
         )
+    if isinstance(policy, Fading):
+        distance = row - row % policy.block - key
+        level = next((i for i in range(policy.levels + 1) if distance <= policy.window * policy.ratio**i), None)
+        return key < policy.sinks or (level is not None and key % policy.ratio**level == 0)
     assert policy.exact, policy
     return True
 
