@@ -246,7 +246,8 @@ def test_reading(capsys, spoken, tmp_path) -> None:
     assert [row["policy"] for row in figures["rows"]] == [name for name in reading.POLICIES for _ in range(2)]
     for row in figures["rows"]:
         assert 0 < row["keys"] <= 200 and row["decode"] > 0 and 0 <= row["needles"] <= 2
-        assert row["perplexity"] > 0 and row["agreement"]["of"] == reading.CONTINUATIONS
+        assert row["agreement"]["of"] == reading.CONTINUATIONS
+        assert row.get("perplexity", 0) > 0 or row["policy"] == "top_blocks"
     (tmp_path / "reading.json").write_text(json.dumps(figures))
     assert plots.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "reading.svg").exists()
