@@ -34,9 +34,8 @@ def test_allowed_policies_are_used_and_named() -> None:
             "/v1/completions", json=BODY | {"stream": True, "stream_options": {"include_usage": True}}
         )
         assert '"exact":false' in stream.text
-        chat = await client.post(
-            "/v1/chat/completions", json={"messages": HI, "max_tokens": 2} | {"reading": BODY["reading"]}
-        )
+        body = {"messages": HI, "max_tokens": 2, "reading": BODY["reading"]}
+        chat = await client.post("/v1/chat/completions", json=body)
         assert chat.json()["usage"]["exact"] is False
         same = await ask(client, **PLAIN, reading={"policy": "exact"})
         assert same["choices"] == exact["choices"] and "exact" not in same["usage"]
