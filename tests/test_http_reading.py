@@ -8,7 +8,7 @@ from served import HI, Served, in_process, tiny
 from test_http_workers import over_workers
 
 from radixgen import InvalidRequest, Limits, SamplingParams
-from radixgen.reading import BigBird, Exact, Reading, Window, reading_to_json
+from radixgen.reading import BigBird, Exact, ReadingPolicy, Window, reading_to_json
 from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.zmq import wire, wire_params
 
@@ -76,7 +76,7 @@ def test_workers_read_as_engines_do() -> None:
 
 
 @pytest.mark.parametrize("reading", [None, Exact(), WINDOW, BigBird(seed=2**64 - 1)])
-def test_policies_cross_the_wire(reading: Reading | None) -> None:
+def test_policies_cross_the_wire(reading: ReadingPolicy | None) -> None:
     sampling = wire_params.from_params(SamplingParams(reading=reading), ())
     sent = wire.decode(wire.encode(sampling), wire.Sampling)
     assert wire_params.to_params(sent, 16, Limits()).reading == reading

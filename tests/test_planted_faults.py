@@ -23,7 +23,7 @@ from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, R
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
 from radixgen.core import EngineDead, Plan
-from radixgen.core.reading import Reading
+from radixgen.core.reading import ReadingPolicy
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.run_ahead import RunAhead
@@ -315,7 +315,7 @@ def inexact_output_is_not_marked(patch: Patch) -> None:
 def all_policies_have_one_mark(patch: Patch) -> None:
     """The last that was asked for."""
 
-    def mark(policies: Policies, policy: Reading) -> int:
+    def mark(policies: Policies, policy: ReadingPolicy) -> int:
         policies._by_mark[1:] = [policy]
         return int(not policy.exact)
 

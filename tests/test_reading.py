@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from radixgen import BeamSearchParams, Engine, InvalidRequest, Limits, SamplingParams
 from radixgen.cache import BlockProjection, BlocksAdded, RadixTree, marked, marks, token_ids
 from radixgen.core.errors import QueueFull
-from radixgen.reading import BigBird, Exact, PositionPolicy, Reading, Window, reading_from_json, reading_to_json
+from radixgen.reading import BigBird, Exact, PositionPolicy, ReadingPolicy, Window, reading_from_json, reading_to_json
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode, Planner, plan
 from radixgen.scheduler.reading import restrict, row_views
 from radixgen.scheduler.revise import StepRows
@@ -25,7 +25,7 @@ WINDOW = Window(sinks=3, window=9, block=8)
 EVERYWHERE = Window(sinks=2, window=5, block=4, prompt=True)
 BIRD = BigBird(block=4, window_blocks=2, global_blocks=1, random_blocks=1, seed=5)
 BIRD_EVERYWHERE = BigBird(block=4, window_blocks=1, global_blocks=0, random_blocks=2, seed=9, prompt=True)
-POLICIES: tuple[Reading, ...] = (Exact(), WINDOW, EVERYWHERE, BIRD, BIRD_EVERYWHERE)
+POLICIES: tuple[ReadingPolicy, ...] = (Exact(), WINDOW, EVERYWHERE, BIRD, BIRD_EVERYWHERE)
 ANY_POLICY = st.one_of(
     st.just(Exact()),
     st.builds(Window, sinks=st.integers(0, 9), window=st.integers(0, 12), block=st.integers(1, 7)),
@@ -44,7 +44,7 @@ ANY_POLICY = st.one_of(
 
 
 @given(ANY_POLICY, st.integers(0, 300))
-def test_visible_ranges_are_what_the_policy_says(policy: Reading, row: int) -> None:
+def test_visible_ranges_are_what_the_policy_says(policy: ReadingPolicy, row: int) -> None:
     if not isinstance(policy, PositionPolicy):
         return
     ranges = policy.visible(row // policy.block)
@@ -56,7 +56,7 @@ def test_visible_ranges_are_what_the_policy_says(policy: Reading, row: int) -> N
 @settings(max_examples=150, deadline=None)
 @given(st.data(), forests(), st.sampled_from(PLAN_MODES), st.sampled_from(COSTS), st.lists(ANY_POLICY, min_size=1))
 def test_each_row_reads_what_its_policy_says(
-    data: Any, case: Any, mode: PlanMode, cost: Any, policies: list[Reading]
+    data: Any, case: Any, mode: PlanMode, cost: Any, policies: list[ReadingPolicy]
 ) -> None:
     forest, nodes, positions = case
     nodes, positions = nodes[positions >= 0], positions[positions >= 0]
@@ -92,7 +92,7 @@ def test_rows_that_read_alike_share_their_reads() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(2, 16), st.integers(1, 4), st.sampled_from(PLAN_MODES), st.lists(ANY_POLICY, min_size=1))
 def test_a_plan_that_is_carried_over_reads_what_a_new_one_does(
-    data: Any, leaves: int, branches: int, mode: PlanMode, policies: list[Reading]
+    data: Any, leaves: int, branches: int, mode: PlanMode, policies: list[ReadingPolicy]
 ) -> None:
     policies = [Exact(), *policies]
     tree, cursors = grown(leaves, branches)
@@ -159,7 +159,7 @@ def mistral() -> MistralForCausalLM:
     return MistralForCausalLM(config).float().eval()
 
 
-def expected(model: Any, prompt: list[int], policy: Reading, count: int) -> list[int]:
+def expected(model: Any, prompt: list[int], policy: ReadingPolicy, count: int) -> list[int]:
     """Greedy tokens of transformers under an explicit mask."""
     tokens, first = list(prompt), 0 if policy.reads_prompt else len(prompt)
     width = getattr(model.config, "sliding_window", None) or len(prompt) + count
@@ -199,7 +199,7 @@ def test_outputs_are_those_of_an_explicit_mask(make: Any) -> None:
             engine.check()
 
 
-def greedy(policy: Reading | None, count: int = 8, **more: Any) -> SamplingParams:
+def greedy(policy: ReadingPolicy | None, count: int = 8, **more: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, reading=policy, **more)
 
 
@@ -341,7 +341,7 @@ def tree_of(engine: Engine) -> RadixTree:
 
 
 @given(ANY_POLICY)
-def test_json_gives_the_same_policy(policy: Reading) -> None:
+def test_json_gives_the_same_policy(policy: ReadingPolicy) -> None:
     assert reading_from_json(reading_to_json(policy)) == policy
     assert reading_from_json({"policy": policy.policy}) == type(policy)()
 
