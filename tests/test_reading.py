@@ -287,6 +287,13 @@ def test_preempted_requests_go_on_under_their_policy() -> None:
         assert engine.stats().preemptions
 
 
+def test_keys_of_eight_bits_are_read_alike_alone_and_together() -> None:
+    with Engine(llama(), kv_tokens=900, kv_dtype="int8", debug=True) as engine:
+        alone = [engine.generate(PROMPT, greedy(policy))[0].outputs[0].token_ids for policy in POLICIES]
+        together = engine.generate([PROMPT] * len(POLICIES), [greedy(policy) for policy in POLICIES])
+        assert [output.outputs[0].token_ids for output in together] == alone
+
+
 # -- marks ------------------------------------------------------------------------------------------------
 
 
