@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from radixgen import Engine, SamplingParams
-from radixgen.core.reading import EXACT, Reading
+from radixgen.core.reading import EXACT, ReadingPolicy
 
 LONG_TEXT = 8_000
 NUMBERS = (
@@ -45,7 +45,7 @@ def topic_tokens(tokenizer: Tokenizer) -> Tokens:
     return tokens_of(tokenizer, "\n".join(topics.values()))
 
 
-def perplexity(engine: Engine, tokens: Tokens, reading: Reading = EXACT) -> float:
+def perplexity(engine: Engine, tokens: Tokens, reading: ReadingPolicy = EXACT) -> float:
     """Perplexity of `tokens`, given the first of them."""
     (output,) = engine.generate([tokens], SamplingParams(max_tokens=1, prompt_logprobs=0, reading=reading))
     assert output.prompt_logprobs is not None
@@ -53,7 +53,7 @@ def perplexity(engine: Engine, tokens: Tokens, reading: Reading = EXACT) -> floa
     return math.exp(-float(np.mean(each)))
 
 
-def continue_each(engine: Engine, prompts: Sequence[Tokens], count: int, reading: Reading = EXACT) -> list[Tokens]:
+def continue_each(engine: Engine, prompts: Sequence[Tokens], count: int, reading: ReadingPolicy = EXACT) -> list[Tokens]:
     """Greedy continuations of `count` tokens, whatever they are."""
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, reading=reading)
     return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
@@ -98,7 +98,7 @@ class Needles:
             text = text + needle + filler[place * size : (place + 1) * size]
         return cls(text, [tokens_of(tokenizer, f"\n{what}") for what in NUMBERS[:count]], numbers)
 
-    def found(self, engine: Engine, reading: Reading = EXACT) -> list[bool]:
+    def found(self, engine: Engine, reading: ReadingPolicy = EXACT) -> list[bool]:
         """Whether the greedy answer to each question begins with its number."""
         prompts = [self.text + question for question in self.questions]
         params = SamplingParams(temperature=0.0, max_tokens=8, reading=reading)

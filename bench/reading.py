@@ -50,7 +50,7 @@ from bench.report import Report, benchmark_options
 from bench.shapes import Shape
 from radixgen import Engine
 from radixgen.model import smollm2
-from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, Reading, TopBlocks, Window
+from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, ReadingPolicy, TopBlocks, Window
 
 EXACT = Exact()
 
@@ -62,18 +62,18 @@ RIGHT = 0.9
 BLOCK, SINKS = 64, 4
 
 
-def window(keys: int, context: int) -> Reading:
+def window(keys: int, context: int) -> ReadingPolicy:
     return Window(sinks=SINKS, window=max(keys - SINKS - BLOCK, 1), block=BLOCK)
 
 
-def big_bird(keys: int, context: int) -> Reading:
+def big_bird(keys: int, context: int) -> ReadingPolicy:
     """Half of the blocks in the window, the others random but for an eighth at the beginning."""
     blocks = keys // BLOCK
     head, near = max(blocks // 8, 1), max(blocks // 2, 1)
     return BigBird(block=BLOCK, global_blocks=head, window_blocks=near, random_blocks=max(blocks - head - near, 0))
 
 
-def fading(keys: int, context: int) -> Reading:
+def fading(keys: int, context: int) -> ReadingPolicy:
     """As few levels as reach over the context."""
     for levels in range(1, 32):
         size = max(int((keys - SINKS - BLOCK) / (1 + levels / 2)), 1)
@@ -82,14 +82,14 @@ def fading(keys: int, context: int) -> Reading:
     return Fading(sinks=SINKS, window=size, levels=levels, block=BLOCK)
 
 
-def top_blocks(keys: int, context: int) -> Reading:
+def top_blocks(keys: int, context: int) -> ReadingPolicy:
     """Chosen blocks, but for an eighth at the end and a block at the beginning."""
     recent = max(keys // 8, 1)
     always = recent + BLOCK
     return TopBlocks(budget=max(keys - always, 1) / (context - always), recent=recent, sinks=BLOCK)
 
 
-POLICIES: dict[str, Callable[[int, int], Reading]] = {
+POLICIES: dict[str, Callable[[int, int], ReadingPolicy]] = {
     "window": window, "bigbird": big_bird, "fading": fading, "top_blocks": top_blocks,
 }  # fmt: skip
 """Policies by name: one that reads about so many keys at the end of a context."""
@@ -106,11 +106,11 @@ class Contender:
     def label(self) -> str:
         return f"{self.name} {self.share:.1%}"
 
-    def reading(self, context: int) -> Reading:
+    def reading(self, context: int) -> ReadingPolicy:
         return POLICIES[self.name](int(self.share * context), context)
 
 
-def keys_read(reading: Reading, position: int) -> int:
+def keys_read(reading: ReadingPolicy, position: int) -> int:
     """Keys that a row at `position` reads, on average over the KV heads."""
     if isinstance(reading, TopBlocks):
         always = reading.recent + reading.sinks
@@ -121,7 +121,7 @@ def keys_read(reading: Reading, position: int) -> int:
     return int((stops - starts).sum())
 
 
-def inexact_prompts(reading: Reading) -> Reading | None:
+def inexact_prompts(reading: ReadingPolicy) -> ReadingPolicy | None:
     """The policy for prompts too; None if it is only for answers."""
     return replace(reading, prompt=True) if isinstance(reading, PositionPolicy) else None
 
@@ -142,7 +142,7 @@ class Bench:
         enough = [length for length, count in counts.items() if count >= RIGHT * self._needles]
         return max(enough, default=min(lengths))
 
-    def decode_seconds(self, chosen: Sequence[Reading]) -> list[float]:
+    def decode_seconds(self, chosen: Sequence[ReadingPolicy]) -> list[float]:
         """Median seconds of tokens after the text under each policy. The text is computed, exactly, before."""
         seconds: list[list[float]] = [[] for _ in chosen]
         for turn in range(self._repeats + 1):
@@ -154,19 +154,19 @@ class Bench:
                 each.append(time.perf_counter() - begin)
         return [float(np.median(each[1:])) for each in seconds]
 
-    def continuations(self, reading: Reading) -> list[Tokens]:
+    def continuations(self, reading: ReadingPolicy) -> list[Tokens]:
         """Greedy continuations of prefixes of the text, from its middle on."""
         ends = np.linspace(len(self._text) // 2, len(self._text) - CONTINUATION, CONTINUATIONS, dtype=int)
         return continue_each(self._engine, [self._text[:end] for end in ends], CONTINUATION, reading)
 
-    def timed_perplexity(self, reading: Reading) -> tuple[float, float]:
+    def timed_perplexity(self, reading: ReadingPolicy) -> tuple[float, float]:
         """Perplexity of the text, and the seconds that it took, from an empty cache."""
         self._engine.reset_prefix_cache()
         begin = time.perf_counter()
         value = perplexity(self._engine, self._text, reading)
         return value, time.perf_counter() - begin
 
-    def needles(self, readings: Sequence[Reading], length: int) -> list[int]:
+    def needles(self, readings: Sequence[ReadingPolicy], length: int) -> list[int]:
         """How many needles each policy finds in one text, computed anew."""
         self._engine.reset_prefix_cache()
         hidden = Needles.hidden(self._tokenizer, length, self._needles)

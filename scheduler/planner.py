@@ -11,7 +11,7 @@ import numpy as np
 from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.core.reading import Exact, Reading
+from radixgen.core.reading import Exact, ReadingPolicy
 from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
@@ -212,7 +212,7 @@ class Planner:
         self.tree = tree
         self.mode = mode
         self.cost = cost
-        self.policies: Sequence[Reading] = (Exact(),)
+        self.policies: Sequence[ReadingPolicy] = (Exact(),)
         """The policies that rows read under; a step may add some at the end."""
         self._last: Plan | None = None
         self._built: _BuiltPlan | None = None

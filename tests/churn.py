@@ -42,7 +42,7 @@ from radixgen import (
 )
 from radixgen.cache import BlockProjection, Lock, Node
 from radixgen.core import SamplingState
-from radixgen.core.reading import EXACT, BigBird, Fading, Reading, Window
+from radixgen.core.reading import EXACT, BigBird, Fading, ReadingPolicy, Window
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
@@ -134,7 +134,7 @@ class ShadowSequence:
 
     state: SamplingState
     stamp: bytes
-    policy: Reading
+    policy: ReadingPolicy
     seeds: dict[int, int]
     """From which output on which seed draws: a fork has its own from where it parted."""
     told: list[int] = field(default_factory=list)

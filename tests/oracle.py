@@ -21,7 +21,7 @@ from torch import Tensor
 from radixgen.cache import DiskTier
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
-from radixgen.core.reading import Reading
+from radixgen.core.reading import ReadingPolicy
 
 ROOT = bytes(16)
 """The stamp of the empty prefix."""
@@ -30,7 +30,7 @@ UNWRITTEN, POISONED = -1, -2
 _BLOCK = 16
 
 
-def extend(stamp: bytes, token: int, policy: Reading | None = None) -> bytes:
+def extend(stamp: bytes, token: int, policy: ReadingPolicy | None = None) -> bytes:
     """The stamp of a prefix and one more token, which is read under a policy if it is not exact."""
     how = b"" if policy is None or policy.exact else repr(policy).encode()
     return blake2b(stamp + token.to_bytes(8, "little") + how, digest_size=16).digest()

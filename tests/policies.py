@@ -9,12 +9,12 @@ from oracle import ROOT, Reads, StampModel, all_reads, extend, keys_seen
 from radixgen.cache import marks, token_ids
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
-from radixgen.core.reading import EXACT, BigBird, Fading, Reading, Window
+from radixgen.core.reading import EXACT, BigBird, Fading, ReadingPolicy, Window
 from radixgen.engine.core import EngineCore
 from radixgen.scheduler.batch import Batch, StepInput
 
 
-def reads(policy: Reading, row: int, key: int) -> bool:
+def reads(policy: ReadingPolicy, row: int, key: int) -> bool:
     """Whether a row at position `row` reads the key at position `key`."""
     if key > row:
         return False
@@ -58,7 +58,7 @@ def _mix(state: int) -> int:
 
 
 class _Row(NamedTuple):
-    policy: Reading
+    policy: ReadingPolicy
     path: list[bytes]
     """Stamps of the positions before the row's own; only of one that is not exact."""
 
@@ -124,7 +124,7 @@ class PolicyModel(StampModel):
                 assert self._stamp_at(slot) == path[position], f"row {row} reads another key at {position}"
 
 
-def _stamps(tokens: Int64Array, policies: Sequence[Reading]) -> list[bytes]:
+def _stamps(tokens: Int64Array, policies: Sequence[ReadingPolicy]) -> list[bytes]:
     """The stamps of each prefix of a path."""
     policy, stamp, found = EXACT, ROOT, []
     for token, own in zip(token_ids(tokens).tolist(), tokens, strict=True):
@@ -135,7 +135,7 @@ def _stamps(tokens: Int64Array, policies: Sequence[Reading]) -> list[bytes]:
     return found
 
 
-def stamp_under(prompt: Sequence[int], output: Sequence[int], policy: Reading) -> bytes:
+def stamp_under(prompt: Sequence[int], output: Sequence[int], policy: ReadingPolicy) -> bytes:
     """The stamp of a prompt and the output that followed it, read under a policy."""
     stamp = ROOT
     for token in prompt:

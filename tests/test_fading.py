@@ -7,7 +7,7 @@ from policies import PolicyModel, reads
 
 from radixgen import Engine, Limits, RequestOutput, SamplingParams
 from radixgen.core import InvalidRequest
-from radixgen.reading import Fading, Reading
+from radixgen.reading import Fading, ReadingPolicy
 
 POLICIES = [
     Fading(sinks=3, window=5, levels=3, ratio=2, block=4),
@@ -58,7 +58,7 @@ def test_bad_values_are_named(field: str, value: int) -> None:
         Fading(**{field: value})
 
 
-def serve(policy: Reading, prompt: list[int]) -> list[int]:
+def serve(policy: ReadingPolicy, prompt: list[int]) -> list[int]:
     """The keys that the tree holds after each step of two sequences. Rows that read other keys than they must fail."""
     model = PolicyModel(5, 256)
     with Engine(model, kv_tokens=600, limits=Limits(max_num_seqs=2), max_step_tokens=24, debug=True) as engine:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from radixgen.core import InvalidRequest, check_texts
-from radixgen.core.reading import Reading, reading_from_json
+from radixgen.core.reading import ReadingPolicy, reading_from_json
 
 
 def read_requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:
@@ -46,7 +46,7 @@ def read_text(file: Path | None) -> str:
         raise InvalidRequest("file", str(file or "stdin"), f"is not text: {error}") from error
 
 
-def read_reading(text: str) -> Reading:
+def read_reading(text: str) -> ReadingPolicy:
     """Reading policy of a JSON object. Raises `InvalidRequest`."""
     try:
         return reading_from_json(json.loads(text))

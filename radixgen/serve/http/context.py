@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
-from radixgen.core.reading import Reading
+from radixgen.core.reading import ReadingPolicy
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.errors import HTTPError
@@ -65,7 +65,7 @@ class Context:
                 404, f"model={name!r}: {limit}", field="model", value=name, limit=limit, code="model_not_found"
             )
 
-    def check_reading(self, reading: Reading | None) -> None:
+    def check_reading(self, reading: ReadingPolicy | None) -> None:
         """Raise `InvalidRequest` unless requests may read by this policy."""
         if reading is None or reading.exact or reading.policy in self.readings:
             return

@@ -9,7 +9,7 @@ from msgspec.structs import astuple
 from radixgen.core import CacheHint, HintResult, InvalidRequest, Limits, SamplingParams, check_texts
 from radixgen.core.adapters import ADAPTERS
 from radixgen.core.grammar import format_source
-from radixgen.core.reading import Reading, check_reading, reading_from_json, reading_to_json
+from radixgen.core.reading import ReadingPolicy, check_reading, reading_from_json, reading_to_json
 from radixgen.serve.zmq import wire
 
 _UNSERVED = (
@@ -125,7 +125,7 @@ def _bias(raw: Raw, limits: Limits) -> dict[int, float] | None:
         raise InvalidRequest("logit_bias", "…", str(error)) from None
 
 
-def _reading(raw: Raw) -> Reading | None:
+def _reading(raw: Raw) -> ReadingPolicy | None:
     if not wire.given(raw):
         return None
     if len(memoryview(raw)) > _MAX_READING_BYTES:
