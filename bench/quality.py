@@ -53,7 +53,9 @@ def perplexity(engine: Engine, tokens: Tokens, reading: ReadingPolicy = EXACT) -
     return math.exp(-float(np.mean(each)))
 
 
-def continue_each(engine: Engine, prompts: Sequence[Tokens], count: int, reading: ReadingPolicy = EXACT) -> list[Tokens]:
+def continue_each(
+    engine: Engine, prompts: Sequence[Tokens], count: int, reading: ReadingPolicy = EXACT
+) -> list[Tokens]:
     """Greedy continuations of `count` tokens, whatever they are."""
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, reading=reading)
     return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]

@@ -549,6 +549,7 @@ class EngineMachine(RuleBasedStateMachine):
         for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
         after = self.engine.stats()
+        self.seen["slots freed"] += any(node.extent_positions is not None for node in self.engine._core.tree.nodes())
         self.seen["read inexactly"] += self.model.sparse_rows - sparse
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens

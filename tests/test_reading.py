@@ -16,19 +16,40 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from radixgen import BeamSearchParams, Engine, InvalidRequest, Limits, SamplingParams
 from radixgen.cache import BlockProjection, BlocksAdded, RadixTree, marked, marks, token_ids
 from radixgen.core.errors import QueueFull
-from radixgen.reading import BigBird, Exact, PositionPolicy, ReadingPolicy, Window, reading_from_json, reading_to_json
+from radixgen.reading import (
+    BigBird,
+    Exact,
+    Fading,
+    PositionPolicy,
+    ReadingPolicy,
+    Window,
+    reading_from_json,
+    reading_to_json,
+)
 from radixgen.scheduler.planner import PLAN_MODES, PlanMode, Planner, plan
 from radixgen.scheduler.reading import restrict, row_views
 from radixgen.scheduler.revise import StepRows
 
 WINDOW = Window(sinks=3, window=9, block=8)
 EVERYWHERE = Window(sinks=2, window=5, block=4, prompt=True)
+FADING = Fading(sinks=1, window=4, levels=2, block=4)
+FADING_EVERYWHERE = Fading(sinks=3, window=3, levels=2, ratio=3, block=2, prompt=True)
 BIRD = BigBird(block=4, window_blocks=2, global_blocks=1, random_blocks=1, seed=5)
 BIRD_EVERYWHERE = BigBird(block=4, window_blocks=1, global_blocks=0, random_blocks=2, seed=9, prompt=True)
-POLICIES: tuple[ReadingPolicy, ...] = (Exact(), WINDOW, EVERYWHERE, BIRD, BIRD_EVERYWHERE)
+POLICIES: tuple[ReadingPolicy, ...] = (
+    Exact(), WINDOW, EVERYWHERE, FADING, FADING_EVERYWHERE, BIRD, BIRD_EVERYWHERE,
+)  # fmt: skip
 ANY_POLICY = st.one_of(
     st.just(Exact()),
     st.builds(Window, sinks=st.integers(0, 9), window=st.integers(0, 12), block=st.integers(1, 7)),
+    st.builds(
+        Fading,
+        sinks=st.integers(0, 9),
+        window=st.integers(1, 12),
+        levels=st.integers(1, 5),
+        ratio=st.integers(2, 4),
+        block=st.integers(1, 7),
+    ),
     st.builds(
         BigBird,
         block=st.integers(1, 5),

@@ -147,10 +147,7 @@ class BigBird(PositionPolicy):
         last = max(block - self.window_blocks + 1, 0)
         first = min(self.global_blocks, last)
         chosen = [*range(first), *sorted(self._random(block, first, last)), *range(last, block + 1)]
-        ids = np.array(chosen, np.int64)
-        joined = np.diff(ids) == 1
-        starts, stops = ids[np.append(True, ~joined)], ids[np.append(~joined, True)] + 1
-        return np.stack([starts, stops], axis=1) * self.block
+        return _ranges(np.array(chosen, np.int64)) * self.block
 
     def _random(self, block: int, first: int, last: int) -> set[int]:
         """Draw blocks in `[first, last)` for the rows of `block`."""
@@ -213,10 +210,7 @@ class Fading(PositionPolicy):
             begin = max(own - self.window * step, self.sinks)
             levels.append(np.arange(-(-begin // step) * step, end, step))
             end = begin
-        tokens = np.concatenate(levels[::-1])
-        starts, stops = np.concatenate([[0], tokens, [window]]), np.concatenate([[self.sinks], tokens + 1, [stop]])
-        ranges = np.stack([starts, stops], axis=1)
-        return ranges[starts < stops]
+        return _ranges(np.concatenate([np.arange(self.sinks), *levels[::-1], np.arange(window, stop)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +269,12 @@ def check_reading(field: str, value: object) -> None:
     """Raise `InvalidRequest` unless `value` is a policy."""
     if not isinstance(value, ReadingPolicy):
         raise InvalidRequest(field, value, f"must be a policy of radixgen.reading: {', '.join(POLICIES)}")
+
+
+def _ranges(values: Int64Array) -> Int64Array:
+    """Return ascending values as half-open ranges, `[ranges, 2]`."""
+    parted = np.diff(values) != 1
+    return np.stack([values[np.append(True, parted)], values[np.append(parted, True)] + 1], axis=1)
 
 
 def _mix(value: int) -> int:
