@@ -18,6 +18,7 @@ import radixgen.cache.host_tier as host_tier_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
+import radixgen.scheduler.freeing as freeing_module
 import radixgen.scheduler.planner as planner_module
 from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
@@ -326,6 +327,19 @@ def a_block_is_read_for_too_long(patch: Patch) -> None:
     patch.setattr(planner_module, "keep_views", lambda policies, old, rows, updates: updates)
 
 
+def slots_are_freed_while_they_are_read(patch: Patch) -> None:
+    plain = freeing_module.thin
+
+    def thin(tree: RadixTree, leaf: Node, ranges: NDArray[np.int64]) -> None:
+        plain(tree, leaf, np.delete(ranges, -2, axis=0) if len(ranges) > 1 else ranges)
+
+    patch.setattr(freeing_module, "thin", thin)
+
+
+def freed_slots_leave_positions_unchanged(patch: Patch) -> None:
+    patch.setattr(forest_module, "_extent_positions", lambda forest, ids, thinned: forest.positions)
+
+
 # -- the host tier ----------------------------------------------------------------------------------------
 
 
@@ -425,6 +439,8 @@ FAULTS = [
     inexact_output_is_not_marked,
     all_policies_have_one_mark,
     a_block_is_read_for_too_long,
+    slots_are_freed_while_they_are_read,
+    freed_slots_leave_positions_unchanged,
 ]
 
 
