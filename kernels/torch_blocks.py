@@ -20,6 +20,8 @@ from radixgen.kernels.quantized import KV, read_heads
 if TYPE_CHECKING:
     from radixgen.core import Plan
 
+LEVELS, LOWEST, LEVEL_SHIFT = 128, 432, 21
+"""Weights are compared by their exponent and two more bits, from 2^-19 to 2^13; less and more are as much as these."""
 MOST_SHARE = 2
 """Maximum blocks of a KV head, as a multiple of the average over the heads."""
 
@@ -57,22 +59,25 @@ def block_weights(scores: Tensor, softcap: float | None = None) -> Tensor:
 
 
 def choose_blocks(weights: Tensor, total: int, room: int) -> Tensor:
-    """Return which blocks are chosen, bool `[kv_heads, blocks]`: the `total` of the greatest weights.
+    """Return which blocks are chosen, bool `[kv_heads, blocks]`: the `total` of the greatest weights, and of these
+    `room` at most for each head.
 
-    weights `[kv_heads, blocks]`, not negative. Each head gets its best block, and `room` at most. Weights are compared
-    in 8 significant bits; of equal ones, those of the first head, and there the first blocks, are chosen.
+    weights `[kv_heads, blocks]`, not negative. Each head gets its best block. Weights are compared by their level,
+    which has four values per octave; of equal ones, those of the first head, and there the first blocks, are chosen.
     """
     count = weights.numel()
-    levels = (weights.float().contiguous().view(torch.int32) >> 16).long()
-    order = levels * count + torch.arange(count - 1, -1, -1, device=weights.device).view_as(levels)
+    levels = (weights.float().contiguous().view(torch.int32) >> LEVEL_SHIFT) - LOWEST
+    backwards = torch.arange(count - 1, -1, -1, device=weights.device).view_as(levels)
+    order = levels.clamp_(0, LEVELS - 1).long() * count + backwards
     best = order.argmax(1, keepdim=True)
-    order.scatter_add_(1, best, torch.full_like(best, count << 16))
-    if room < order.shape[1]:
-        least = order.topk(room, dim=1, sorted=False).values.amin(1, keepdim=True)
-        order.masked_fill_(order < least, -1)
+    order.scatter_add_(1, best, torch.full_like(best, LEVELS * count))
     chosen = torch.zeros(count, dtype=torch.bool, device=weights.device)
     chosen[order.view(-1).topk(total, sorted=False).indices] = True
-    return chosen.view_as(levels)
+    chosen = chosen.view_as(levels)
+    if room < order.shape[1]:
+        least = order.topk(room, dim=1, sorted=False).values.amin(1, keepdim=True)
+        chosen &= order >= least
+    return chosen
 
 
 def unread_share(lse: Tensor, exact_lse: Tensor) -> Tensor:

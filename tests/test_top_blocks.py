@@ -240,9 +240,10 @@ def test_choosing_kernel_equals_its_twin() -> None:
 
 
 def test_choice_takes_the_greatest_within_its_room() -> None:
-    weights = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0], [0.1, 0.4, 0.2, 0.3, 0.2]])
+    weights = torch.tensor([[90.0, 50.0, 30.0, 20.0, 10.0], [0.1, 0.4, 0.2, 0.3, 0.2]])
     chosen = choose_blocks(weights, total=4, room=3)
     assert chosen.tolist() == [[True, True, True, False, False], [False, True, False, False, False]]
+    assert choose_blocks(weights, total=4, room=2).sum(1).tolist() == [2, 1]
     assert choose_blocks(weights, 10, 5).all()
 
 
