@@ -22,8 +22,9 @@ _MOST = 256
 
 
 class BlockBounds:
-    """Bounds of the keys in a pool, of every layer. They take 1/32 of the memory of K, from the first plan on that needs
-    any.
+    """Bounds of the keys in a pool, of every layer.
+
+    They take 1/32 of the memory of K, from the first plan on that needs any.
     """
 
     def __init__(self, keys: Sequence[KV]) -> None:

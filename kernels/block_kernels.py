@@ -8,14 +8,16 @@ itself, one program per unit. Tables are as in `radixgen.kernels.block_work`.
 import triton
 import triton.language as tl
 
+from radixgen.kernels import block_levels
 from radixgen.kernels.quantized_kernels import normalize
 from radixgen.kernels.triton_kernels import LN_2, LOG2_E, _accumulate, _gather, _scale_of, _scores, _store, _unit
 
 CHUNK_FIELDS = tl.constexpr(10)
 CHOICE_FIELDS = tl.constexpr(8)
 TILE_FIELDS = tl.constexpr(8)
-LEVEL_SHIFT, LOWEST, BEST = tl.constexpr(21), tl.constexpr(432), tl.constexpr(128)
-"""As `LEVEL_SHIFT`, `LOWEST` and `LEVELS` of `radixgen.kernels.torch_blocks`."""
+LEVEL_SHIFT, LOWEST = tl.constexpr(block_levels.LEVEL_SHIFT), tl.constexpr(block_levels.LOWEST)
+BEST = tl.constexpr(block_levels.LEVELS)
+"""Level of each head's best block."""
 
 
 @triton.jit

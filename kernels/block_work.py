@@ -4,7 +4,7 @@
 | --- | --- |
 | blocks | a candidate block |
 | choices | first of `blocks`, candidates, blocks to choose, room per head, parts, first weight, first list entry, 0 |
-| chunks | first row, rows, first of `blocks`, blocks, first LSE, chunk, chunks, first weight, their and the LSEs' strides |
+| chunks | first row, rows, first of `blocks`, blocks, first LSE, chunk, chunks, first weight, strides of both |
 | block_tiles | first row, rows, first list entry, room per head, share, shares, first partial, 0 |
 
 A *choice* is one unit. Its rows are divided into parts, and its candidates into chunks. A *list entry* is a number of

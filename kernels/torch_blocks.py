@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from radixgen.core.plan import BLOCK, Int64Array
-from radixgen.kernels.quantized import KV, read_heads
+from radixgen.kernels import compiled_blocks
+from radixgen.kernels.block_levels import LEVEL_SHIFT, LEVELS, LOWEST
+from radixgen.kernels.quantized import KV, read_blocks
 
 if TYPE_CHECKING:
     from radixgen.core import Plan
 
-LEVELS, LOWEST, LEVEL_SHIFT = 128, 432, 21
-"""Weights are compared by their exponent and two more bits, from 2^-19 to 2^13; less and more are as much as these."""
+COMPILED = True
+"""Whether compiled loops replace operators for few rows on a CPU."""
 MOST_SHARE = 2
 """Maximum blocks of a KV head, as a multiple of the average over the heads."""
 
@@ -111,7 +113,6 @@ class BlockAttention:
             there = torch.from_numpy(blocks).to(device)
             chosen = int(plan.unit_blocks[unit])
             self._units.append(_Unit(first, stop, int(offsets[unit]), there, consecutive, chosen))
-        self._within = torch.arange(BLOCK, device=device)
 
     def __call__(
         self, packed: Tensor, k: KV, v: KV, bounds: Tensor, softcap: float | None, out: Tensor, lse: Tensor
@@ -121,27 +122,21 @@ class BlockAttention:
 
         packed `[kv_heads, rows * group, head_dim]`: scaled queries; bounds `[blocks, kv_heads, 2, head_dim]`.
         """
-        if not self._units:
-            return
-        kv_heads, group = out.shape[1:3]
-        queries = [packed[:, unit.first * group : unit.stop * group] for unit in self._units]
-        chosen = [self._choose(unit, q, bounds, softcap) for unit, q in zip(self._units, queries, strict=True)]
-        blocks = torch.cat([unit.blocks[pairs[:, 1]] for unit, pairs in zip(self._units, chosen, strict=True)])
-        heads = torch.cat([pairs[:, 0] for pairs in chosen])
-        slots = blocks[:, None] * BLOCK + self._within
-        keys, values = (read_heads(pool, slots, heads[:, None], packed.dtype) for pool in (k, v))
-        begin = 0
-        for unit, q, pairs in zip(self._units, queries, chosen, strict=True):
-            counts = torch.bincount(pairs[:, 0], minlength=kv_heads).tolist()
+        group = out.shape[2]
+        for unit in self._units:
+            q = packed[:, unit.first * group : unit.stop * group]
             rows = slice(unit.partial, unit.partial + unit.stop - unit.first)
-            for head, count in enumerate(counts):
-                taken = slice(begin * BLOCK, (begin + count) * BLOCK)
-                _attend(q[head], keys[taken], values[taken], softcap, out[rows, head], lse[rows, head])
-                begin += count
+            if COMPILED and softcap is None and compiled_blocks.supports(q, k, v):
+                total, room = len(q) * unit.chosen, list_room(unit.blocks.numel(), unit.chosen)
+                compiled_blocks.attend(q, k, v, bounds, unit.blocks.numpy(), total, room, out[rows], lse[rows])  # type: ignore[arg-type]
+                continue
+            for head, blocks in enumerate(self._choose(unit, q, bounds, softcap)):
+                key, value = (read_blocks(pool, blocks, BLOCK, head, q.dtype) for pool in (k, v))
+                _attend(q[head], key, value, softcap, out[rows, head], lse[rows, head])
 
     @staticmethod
-    def _choose(unit: _Unit, q: Tensor, bounds: Tensor, softcap: float | None) -> Tensor:
-        """Return pairs of a KV head and the index of a block that it reads, int64 `[pairs, 2]`, in ascending order."""
+    def _choose(unit: _Unit, q: Tensor, bounds: Tensor, softcap: float | None) -> tuple[Tensor, ...]:
+        """Return the blocks that each KV head reads."""
         candidates = unit.blocks.numel()
         if unit.consecutive:
             begin = int(unit.blocks[0])
@@ -149,7 +144,9 @@ class BlockAttention:
         else:
             theirs = bounds[unit.blocks]
         weights = block_weights(block_scores(q, theirs), softcap)
-        return choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen)).nonzero()
+        chosen = choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen))
+        blocks = unit.blocks[chosen.nonzero()[:, 1]]
+        return blocks.split(chosen.sum(1).tolist())
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, softcap: float | None, out: Tensor, lse: Tensor) -> None:
