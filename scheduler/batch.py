@@ -79,7 +79,7 @@ class Batch:
 
     def add_read(self, request: Request, node: Node, offset: int) -> int:
         """Add a row for a token whose KV exists: it reads its path, gives logits and writes no KV. Returns the row."""
-        self._add_row(request, node, node.start + offset, int(node.token_ids[offset]), -1)
+        self._add_row(request, node, node.start + offset, int(token_ids(node.tokens[offset : offset + 1])[0]), -1)
         row = len(self.row_nodes) - 1
         if offset == node.known - 1:
             self.last_row[node] = row
@@ -115,7 +115,7 @@ class Batch:
         self.row_positions.append(position)
         self.row_tokens.append(token)
         self.row_slots.append(slot)
-        self.row_marks.extend(request.marks_of(position, position + 1))
+        self.row_marks.append(request.mark if request.mark and position >= request.first_read else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from radixgen.core import Plan
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import BLOCK, Int32Array, Int64Array
-from radixgen.core.reading import Reading, TopBlocks
+from radixgen.core.reading import ReadingPolicy, TopBlocks
 from radixgen.kernels.block_work import MOST_CANDIDATES
 from radixgen.scheduler.forest import Forest
 
@@ -46,7 +46,7 @@ def withhold_blocks(
     row_nodes: Int32Array,
     row_positions: Int32Array,
     row_policies: Int32Array,
-    policies: Sequence[Reading],
+    policies: Sequence[ReadingPolicy],
     row_slots: Int64Array,
 ) -> WithheldBlocks | None:
     """Withhold the blocks among which rows choose from `forest`; None if there are none.

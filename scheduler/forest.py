@@ -57,7 +57,8 @@ class Forest:
         ends = np.cumsum(self.extent_lengths, dtype=np.int64)
         before = np.append(0, ends)[self.extent_offsets]
         owner = np.repeat(np.arange(self.parents.size), np.diff(self.extent_offsets))
-        return (ends - self.extent_lengths - before[owner] + self.starts[owner]).astype(np.int32)
+        positions: Int32Array = (ends - self.extent_lengths - before[owner] + self.starts[owner]).astype(np.int32)
+        return positions
 
 
 class Paths(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.core.reading import Exact, Reading
+from radixgen.core.reading import Exact, ReadingPolicy
 from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
@@ -212,7 +212,7 @@ class Planner:
         self.tree = tree
         self.mode = mode
         self.cost = cost
-        self.policies: Sequence[Reading] = (Exact(),)
+        self.policies: Sequence[ReadingPolicy] = (Exact(),)
         """The policies that rows read under; a step may add some at the end."""
         self._last: Plan | None = None
         self._built: _BuiltPlan | None = None
@@ -227,7 +227,7 @@ class Planner:
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
-        restrict(forest, ids, Views(ids, np.array([(0, 1), (0, 2)]), np.arange(3), ids))
+        restrict(forest, ids, Views(ids, np.array([(0, 1), (0, 2)]), np.arange(3), np.arange(2)))
         rows = StepRows(ids, ids, ids.astype(np.int64), ids)
         row_updates(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))

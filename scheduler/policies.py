@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from radixgen.cache import MAX_MARK, MAX_MARKED_TOKEN, RadixTree, marks
 from radixgen.core import InvalidRequest, QueueFull, StateGuard
-from radixgen.core.reading import Exact, Reading
+from radixgen.core.reading import Exact, ReadingPolicy
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.sequence import Request
 
@@ -22,8 +22,8 @@ class Policies:
     ) -> None:
         """`trees` and `requests`: those that may hold marks, live."""
         self.max_mark = MAX_MARK
-        self._by_mark: list[Reading] = [Exact()]
-        self._marks: dict[Reading, int] = {}
+        self._by_mark: list[ReadingPolicy] = [Exact()]
+        self._marks: dict[ReadingPolicy, int] = {}
         self._planner = planner
         self._trees = trees
         self._requests = requests
@@ -31,7 +31,7 @@ class Policies:
         self._vocab_size = vocab_size
         planner.policies = self._by_mark
 
-    def mark(self, policy: Reading) -> int:
+    def mark(self, policy: ReadingPolicy) -> int:
         """Return the mark of a policy, 0 if it is exact.
 
         If all marks are taken, everything that is not locked is evicted from the trees, to find one that nothing holds
@@ -51,7 +51,7 @@ class Policies:
                 self._replace(policy)
         return self._marks[policy]
 
-    def _replace(self, policy: Reading) -> None:
+    def _replace(self, policy: ReadingPolicy) -> None:
         """Give a policy the mark of another that is not in use."""
         with self._guard:
             self._planner.forget()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled, inlined
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.core.reading import PositionPolicy, Reading
+from radixgen.core.reading import PositionPolicy, ReadingPolicy
 from radixgen.scheduler.forest import Forest
 from radixgen.scheduler.revise import RowUpdates, StepRows
 
@@ -34,7 +34,7 @@ class Views(NamedTuple):
     """`[rows]`: positions after the row's own that have the same view."""
 
 
-def row_views(policies: Sequence[Reading], row_policies: Int32Array, row_positions: Int32Array) -> Views | None:
+def row_views(policies: Sequence[ReadingPolicy], row_policies: Int32Array, row_positions: Int32Array) -> Views | None:
     """Return the views of rows at `row_positions` `[rows]` under the policies with these indices `[rows]`, or None if
     every row reads all keys.
     """
@@ -52,7 +52,9 @@ def row_views(policies: Sequence[Reading], row_policies: Int32Array, row_positio
     )
 
 
-def keep_views(policies: Sequence[Reading], old: StepRows, rows: StepRows, updates: RowUpdates) -> RowUpdates | None:
+def keep_views(
+    policies: Sequence[ReadingPolicy], old: StepRows, rows: StepRows, updates: RowUpdates
+) -> RowUpdates | None:
     """Return `updates`, from the rows `old` to `rows`, with no room beyond where rows read the same keys; None if some
     of `rows` read other keys already.
     """
@@ -62,7 +64,7 @@ def keep_views(policies: Sequence[Reading], old: StepRows, rows: StepRows, updat
     return updates._replace(rooms=np.minimum(updates.rooms, left - 1).astype(np.int32))
 
 
-def _block_sizes(policies: Sequence[Reading]) -> Int64Array:
+def _block_sizes(policies: Sequence[ReadingPolicy]) -> Int64Array:
     """Return the block size of each policy, 0 of one that reads all keys."""
     return np.array([policy.block if isinstance(policy, PositionPolicy) else 0 for policy in policies], np.int64)
 
@@ -72,7 +74,7 @@ def _positions_left(sizes: Int64Array, positions: Int32Array) -> Int64Array:
     return np.where(sizes > 0, sizes - 1 - positions % np.maximum(sizes, 1), _END)
 
 
-def _visible(policies: Sequence[Reading], policy: int, block: int) -> Int64Array:
+def _visible(policies: Sequence[ReadingPolicy], policy: int, block: int) -> Int64Array:
     chosen = policies[policy]
     if policy < 0 or not isinstance(chosen, PositionPolicy):
         return np.array([(0, _END)], np.int64)

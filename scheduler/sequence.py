@@ -7,7 +7,7 @@ import numpy as np
 
 from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray, marked
 from radixgen.core import CacheHint, FinishReason, HintResult, PromptTokens, SamplingParams, SamplingState, SharingEnd
-from radixgen.core.reading import EXACT, Reading
+from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.sampling.beam_search import BeamSearch, Choices
 
 
@@ -21,7 +21,7 @@ class Request:
     params: SamplingParams
     max_output: int
     """Maximum tokens generated per sequence; 0 to only score the prompt."""
-    reading: Reading = EXACT
+    reading: ReadingPolicy = EXACT
     mark: int = 0
     """Mark of the policy `reading`, 0 if it is exact."""
     priority: int = 0
@@ -173,7 +173,7 @@ class Sequence:
         self.request.unfinished -= 1
 
 
-def prompt_path(prompt: TokenArray, reading: Reading, mark: int) -> TokenArray:
+def prompt_path(prompt: TokenArray, reading: ReadingPolicy, mark: int) -> TokenArray:
     """Return a prompt as the tree has it if it is read under this policy, which has this mark."""
     if not mark or not reading.reads_prompt or not prompt.size:
         return prompt

@@ -17,7 +17,7 @@ from radixgen.kernels.quantized import QuantizedKV, allocate, quantize, read, wr
 from radixgen.kernels.torch_backend import TorchAttention
 from radixgen.kernels.torch_blocks import block_scores, choose_blocks, list_room, unread_share
 from radixgen.kernels.work import lay_out
-from radixgen.reading import Exact, Reading, TopBlocks
+from radixgen.reading import Exact, ReadingPolicy, TopBlocks
 from radixgen.scheduler import blocks as block_planning
 from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel, TileCost
@@ -51,7 +51,7 @@ def shared_forest(rows: int, prefix: int, tail: int, first_slot: int = 5) -> tup
 def make_plan(
     forest: Forest,
     nodes: np.ndarray,
-    policies: list[Reading],
+    policies: list[ReadingPolicy],
     kinds: np.ndarray | None = None,
     positions: np.ndarray | None = None,
     slots: np.ndarray | None = None,
@@ -344,7 +344,7 @@ def test_bad_policies_are_named(options: dict) -> None:
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 
 
-def answers(engine: Engine, prompts: list[list[int]], reading: Reading) -> list[list[int]]:
+def answers(engine: Engine, prompts: list[list[int]], reading: ReadingPolicy) -> list[list[int]]:
     params = replace(GREEDY, reading=reading)
     return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
 

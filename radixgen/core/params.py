@@ -20,7 +20,7 @@ from radixgen.core.grammar import (
     text_source,
 )
 from radixgen.core.limits import Limits
-from radixgen.core.reading import Reading, check_reading
+from radixgen.core.reading import ReadingPolicy, check_reading
 from radixgen.core.texts import check_text
 
 
@@ -77,7 +77,7 @@ class SamplingParams:
     grammar: str | None = None
     choice: Sequence[str] | None = None
     response_format: Mapping[str, Any] | None = None
-    reading: Reading | None = None
+    reading: ReadingPolicy | None = None
 
     @property
     def greedy(self) -> bool:
@@ -175,7 +175,7 @@ class BeamSearchParams:
     stop_token_ids: Sequence[int] = ()
     end_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    reading: Reading | None = None
+    reading: ReadingPolicy | None = None
 
     @property
     def sampling(self) -> SamplingParams:

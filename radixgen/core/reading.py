@@ -20,7 +20,7 @@ _MAX_BLOCKS = 4_096
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingPolicy:
     """Base class of all policies. Policies are values: equal ones share what they compute."""
 
     policy: ClassVar[str]
@@ -40,7 +40,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Exact(Reading):
+class Exact(ReadingPolicy):
     """Every row reads every key of its path."""
 
     policy: ClassVar[str] = "exact"
@@ -54,7 +54,7 @@ EXACT = Exact()
 
 
 @dataclass(frozen=True)
-class PositionPolicy(Reading):
+class PositionPolicy(ReadingPolicy):
     """Base class of policies by which a row's position alone says which keys it reads.
 
     All rows in the same block of positions read the same keys, up to their own. Every row reads its own block.
@@ -159,7 +159,7 @@ class BigBird(PositionPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopBlocks(Reading):
+class TopBlocks(ReadingPolicy):
     """The first `sinks` tokens, the `recent` last ones, and a part of all blocks of keys between, chosen by queries.
 
     In each layer, every KV head reads the blocks whose keys are likely to get most attention from the rows of the step
@@ -186,16 +186,16 @@ class TopBlocks(Reading):
             raise InvalidRequest("reading.budget", self.budget, "must be more than 0 and at most 1")
 
 
-POLICIES: dict[str, type[Reading]] = {kind.policy: kind for kind in (Exact, Window, BigBird, TopBlocks)}
+POLICIES: dict[str, type[ReadingPolicy]] = {kind.policy: kind for kind in (Exact, Window, BigBird, TopBlocks)}
 """Policies by name."""
 
 
-def reading_to_json(reading: Reading) -> dict[str, Any]:
+def reading_to_json(reading: ReadingPolicy) -> dict[str, Any]:
     """Return a policy as JSON: `{"policy": name, field: value, …}`."""
     return {"policy": reading.policy, **asdict(reading)}
 
 
-def reading_from_json(value: object) -> Reading:
+def reading_from_json(value: object) -> ReadingPolicy:
     """Return the policy that `reading_to_json` gave as `value`. Fields may be left out. Raises `InvalidRequest`."""
     if not isinstance(value, Mapping):
         raise InvalidRequest("reading", value, 'must be an object with "policy"')
@@ -212,7 +212,7 @@ def reading_from_json(value: object) -> Reading:
 
 def check_reading(field: str, value: object) -> None:
     """Raise `InvalidRequest` unless `value` is a policy."""
-    if not isinstance(value, Reading):
+    if not isinstance(value, ReadingPolicy):
         raise InvalidRequest(field, value, f"must be a policy of radixgen.reading: {', '.join(POLICIES)}")
 
 

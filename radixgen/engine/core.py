@@ -22,7 +22,7 @@ from radixgen.core import (
     StateGuard,
     Stats,
 )
-from radixgen.core.reading import EXACT, Reading
+from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
 from radixgen.engine.make_request import make_request
@@ -32,7 +32,7 @@ from radixgen.engine.sequence_updates import append_token, conclude_search, fork
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
-from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
+from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cache_hints import CacheHints
@@ -66,7 +66,7 @@ class EngineCore:
         seed: int = 0,
         debug: bool = False,
         drawable: DrawableTokens | None = None,
-        reading: Reading = EXACT,
+        reading: ReadingPolicy = EXACT,
     ) -> None:
         """`reading`: policy of requests without one."""
         self.model = model
@@ -132,7 +132,7 @@ class EngineCore:
             **options,
         )
 
-    def path_of(self, prompt: TokenArray, reading: Reading | None) -> TokenArray:
+    def path_of(self, prompt: TokenArray, reading: ReadingPolicy | None) -> TokenArray:
         """Return a prompt as the tree has it if requests read it under this policy, by default the engine's."""
         reading = reading or self.reading
         return prompt_path(prompt, reading, self._policies.mark(reading))

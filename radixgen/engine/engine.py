@@ -24,7 +24,7 @@ from radixgen.core import (
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
-from radixgen.core.reading import EXACT, Reading, check_reading
+from radixgen.core.reading import EXACT, ReadingPolicy, check_reading
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
 from radixgen.engine.output_processor import OutputProcessor
@@ -79,7 +79,7 @@ class Engine:
         async_scheduling: bool = True,
         warm_up: bool | None = None,
         seed: int = 0,
-        reading: Reading = EXACT,
+        reading: ReadingPolicy = EXACT,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         debug: bool = False,

@@ -4,7 +4,7 @@ from typing import Unpack
 
 from radixgen.cache import TokenArray
 from radixgen.core import BeamSearchParams, Grammar, SamplingParams, SamplingState
-from radixgen.core.reading import Reading
+from radixgen.core.reading import ReadingPolicy
 from radixgen.engine.request_options import CoreOptions
 from radixgen.model.base import Model
 from radixgen.sampling.beam_search import BeamSearch
@@ -23,7 +23,7 @@ def make_request(
     share: bool,
     score_from: int | None,
     grammar: Grammar | None,
-    reading: Reading,
+    reading: ReadingPolicy,
     mark: int,
     **options: Unpack[CoreOptions],
 ) -> Request:

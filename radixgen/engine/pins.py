@@ -7,7 +7,7 @@ from functools import partial
 from typing import Unpack
 
 from radixgen.core import LimitReached, SamplingParams
-from radixgen.core.reading import Reading, check_reading
+from radixgen.core.reading import ReadingPolicy, check_reading
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Prompt, as_prompts
 from radixgen.engine.request_loop import RequestLoop
@@ -69,7 +69,7 @@ class PrefixPins:
         return [self.pin(ids, **options) for ids in tokens]
 
     def _check(
-        self, namespace: str = "", priority: int = 0, ttl: float | None = None, reading: Reading | None = None
+        self, namespace: str = "", priority: int = 0, ttl: float | None = None, reading: ReadingPolicy | None = None
     ) -> float:
         """Check the options of a pin and return its time of expiry. Releases expired pins."""
         self._inputs.check_place(namespace, priority)
