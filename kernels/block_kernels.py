@@ -63,12 +63,16 @@ def _block_scores(
 
 @triton.jit
 def _chunk(
-    bounds, blocks, chunks, task, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    bounds, blocks, chunks, task, tasks, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Load the fields of a task's chunk that all its rows need, and bounds of its blocks."""
-    chunk = chunks + task // KV_HEADS * CHUNK_FIELDS
-    first_row, num_rows, first, count = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
+    """Load the fields of a task's chunk that all its rows need, and bounds of its blocks. Beyond the last task, nothing
+    is loaded.
+    """
+    real = task < tasks
+    chunk = chunks + tl.where(real, task // KV_HEADS * CHUNK_FIELDS, 0)
+    first_row, num_rows, first = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    count = tl.where(real, tl.load(chunk + 3), 0)
     head = task % KV_HEADS
     least, greatest = _bounds_of(bounds, blocks, first, count, head, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK)
     return chunk, head, first_row, num_rows, count, least, greatest
@@ -88,7 +92,7 @@ def sum_scores(
     tasks = tl.load(counts + 3) * KV_HEADS
     task = tl.program_id(0)
     chunk, head, first_row, num_rows, count, least, greatest = _chunk(
-        bounds, blocks, chunks, tl.minimum(task, tl.maximum(tasks - 1, 0)), KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+        bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
     )
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -106,7 +110,7 @@ def sum_scores(
             tl.store(target + (begin + tl.arange(0, BLOCK_ROWS)) * num_chunks, lse, mask=real)
         task += tl.num_programs(0)
         chunk, head, first_row, num_rows, count, least, greatest = _chunk(
-            bounds, blocks, chunks, tl.minimum(task, tasks - 1), KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+            bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
         )
 
 
@@ -122,7 +126,7 @@ def weigh_blocks(
     tasks = tl.load(counts + 3) * KV_HEADS
     task = tl.program_id(0)
     chunk, head, first_row, num_rows, count, least, greatest = _chunk(
-        bounds, blocks, chunks, tl.minimum(task, tl.maximum(tasks - 1, 0)), KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+        bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
     )
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -147,17 +151,23 @@ def weigh_blocks(
         tl.store(target + place, weight, mask=place < count)
         task += tl.num_programs(0)
         chunk, head, first_row, num_rows, count, least, greatest = _chunk(
-            bounds, blocks, chunks, tl.minimum(task, tasks - 1), KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+            bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
         )
 
 
 @triton.jit
+def _count(chosen):
+    """Count `[heads, blocks]`; heads first, which needs no exchange between threads."""
+    return tl.sum(tl.sum(chosen.to(tl.int32), 0), 0)
+
+
+@triton.jit
 def _least_level(level, most):
-    """Return the least level that at most `most` of the levels reach."""
+    """Return the least level that at most `most` of the levels `[heads, blocks]` reach."""
     low, high = 0, BEST
     for _ in range(8):
         middle = (low + high) // 2
-        fits = tl.sum((level >= middle).to(tl.int32)) <= most
+        fits = _count(level >= middle) <= most
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, tl.minimum(middle + 1, high))
     return high
@@ -196,15 +206,15 @@ def choose_blocks(
         level = tl.where(listed, level, -1)
 
         bar = _least_level(level, total)
-        left = total - tl.sum((level >= bar).to(tl.int32))
-        before = tl.sum(((level == bar - 1) & listed & (head < mine)[:, None]).to(tl.int32))
+        left = total - _count(level >= bar)
+        before = _count((level == bar - 1) & listed & (head < mine)[:, None])
         own = tl.sum(tl.where((head == mine)[:, None], level, 0), 0)
-        reach = tl.sum((own >= bar).to(tl.int32))
+        reach = tl.sum((own >= bar).to(tl.int32), 0)
         tied = (own == bar - 1) & (place < count)
-        more = tl.minimum(tl.maximum(left - before, 0), tl.sum(tied.to(tl.int32)))
+        more = tl.minimum(tl.maximum(left - before, 0), tl.sum(tied.to(tl.int32), 0))
         if reach + more > room:
-            bar = _least_level(own, room)
-            reach = tl.sum((own >= bar).to(tl.int32))
+            bar = _least_level(own[None, :], room)
+            reach = tl.sum((own >= bar).to(tl.int32), 0)
             tied = (own == bar - 1) & (place < count)
             more = room - reach
         chosen = (own >= bar) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= more))

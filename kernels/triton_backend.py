@@ -88,9 +88,7 @@ def choose_launch(
 def _block_tile(geometry: Geometry, block_rows: int) -> int:
     """Return the query-head rows of tiles of units that choose blocks."""
     least = max(16, triton.next_power_of_2(geometry.group))
-    if block_rows * geometry.group <= 16 or geometry.dtype == torch.float32:
-        return least
-    return max(64 if block_rows * geometry.group < 128 else 128, least)
+    return least if block_rows == 1 or geometry.dtype == torch.float32 else max(64, least)
 
 
 def _tile_class(geometry: Geometry, size: int, chip: Chip, rows: int, windowed: bool, hopper: bool) -> TileClass:

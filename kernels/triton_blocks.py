@@ -78,4 +78,4 @@ def _stages(shape: TileClass) -> int:
 
 def choose_warps(heads: int, candidates: int) -> int:
     """Return the warps of a program that chooses among so many blocks of so many heads."""
-    return max(4, min(16, heads * candidates // 1024))
+    return max(4, min(16, heads * candidates // 512))

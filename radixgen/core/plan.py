@@ -175,11 +175,9 @@ class Plan:
 
     @property
     def block_rows(self) -> int:
-        """Size of units that choose blocks: 0 if there are none, 1 if each has one row, 32 if some have as many or
-        more, otherwise 2.
-        """
-        rows = int(np.diff(self.unit_rows, axis=1)[:, 0][self.unit_blocks > 0].max(initial=0))
-        return 32 if rows >= 32 else min(rows, 2)
+        """Kind of units that choose blocks: 0 if there are none, 1 if each has one row, otherwise 2."""
+        rows = np.diff(self.unit_rows, axis=1)[:, 0][self.unit_blocks > 0]
+        return min(int(rows.max(initial=0)), 2)
 
     def read_all(self) -> "Plan":
         """Return the plan in which every unit reads all its keys."""
