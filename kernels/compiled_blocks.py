@@ -4,6 +4,7 @@ Equal to `radixgen.kernels.torch_blocks`, up to the order of sums.
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,13 +20,11 @@ MOST_ROWS = 16
 """Maximum query-head rows of a unit per KV head; matrix products are faster for more."""
 
 
-def supports(q: Tensor, k: KV, v: KV) -> bool:
-    """Return whether `attend` takes q `[kv_heads, rows, head_dim]` and these pools."""
-    if compilation.njit is None or not isinstance(k, Tensor) or not isinstance(v, Tensor):
+def supports(q: Tensor, *pools: KV) -> bool:
+    """Return whether `attend` takes q `[kv_heads, rows, head_dim]` and these K, V and bounds."""
+    if compilation.njit is None or q.shape[1] > MOST_ROWS or q.device.type != "cpu":
         return False
-    few, on_cpu = q.shape[1] <= MOST_ROWS, q.device.type == "cpu"
-    floats = all(tensor.dtype.itemsize == 4 for tensor in (q, k, v))
-    return few and on_cpu and floats and k.is_contiguous() and v.is_contiguous()
+    return all(pool.dtype == torch.float32 and pool.is_contiguous() for pool in (q.contiguous(), *pools))
 
 
 def attend(
@@ -38,8 +37,7 @@ def attend(
     q `[kv_heads, rows * group, head_dim]`, scaled; bounds `[blocks, kv_heads, 2, head_dim]`; `candidates` and what is
     chosen of them as in `radixgen.kernels.torch_blocks`.
     """
-    arrays = [tensor.numpy() for tensor in (q.contiguous(), k, v, bounds)]
-    queries, keys, values, least_greatest = arrays
+    queries, keys, values, least_greatest = (tensor.numpy() for tensor in (q.contiguous(), k, v, bounds))
     weights = _weigh(queries, least_greatest, candidates)
     chosen = _choose(weights, total, room)
     _attend(queries, keys, values, candidates, chosen, out.numpy(), lse.numpy())

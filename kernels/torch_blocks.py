@@ -126,9 +126,10 @@ class BlockAttention:
         for unit in self._units:
             q = packed[:, unit.first * group : unit.stop * group]
             rows = slice(unit.partial, unit.partial + unit.stop - unit.first)
-            if COMPILED and softcap is None and compiled_blocks.supports(q, k, v):
+            if COMPILED and softcap is None and compiled_blocks.supports(q, k, v, bounds):
+                assert isinstance(k, Tensor) and isinstance(v, Tensor)
                 total, room = len(q) * unit.chosen, list_room(unit.blocks.numel(), unit.chosen)
-                compiled_blocks.attend(q, k, v, bounds, unit.blocks.numpy(), total, room, out[rows], lse[rows])  # type: ignore[arg-type]
+                compiled_blocks.attend(q, k, v, bounds, unit.blocks.numpy(), total, room, out[rows], lse[rows])
                 continue
             for head, blocks in enumerate(self._choose(unit, q, bounds, softcap)):
                 key, value = (read_blocks(pool, blocks, BLOCK, head, q.dtype) for pool in (k, v))

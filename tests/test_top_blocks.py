@@ -206,6 +206,20 @@ def test_kernels_equal_their_twin(rows, prefix, budget, heads, dims, softcap) ->
     assert float((exact[0] - expected[0]).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 5, 9])
+def test_compiled_loops_equal_their_twin(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """For up to 16 query-head rows; where there are more, nothing changes."""
+    forest, nodes = shared_forest(rows, 5_000, 9)
+    made = make_plan(forest, nodes, [TopBlocks(budget=0.1, recent=20, sinks=10)])
+    q, k, v, bounds = tensors(made, (6, 2), (24, 16))
+    found = TorchAttention(made, None, CPU)(q, k, v, 0.3, bounds=bounds.layers[0])
+    monkeypatch.setattr(torch_blocks, "COMPILED", False)
+    expected = TorchAttention(made, None, CPU)(q, k, v, 0.3, bounds=bounds.layers[0])
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).abs().max()) < 1e-5
+    assert torch.equal(found[0], expected[0]) == (rows == 9)
+
+
 def test_choosing_kernel_equals_its_twin() -> None:
     """With heads that want more than their room, ties, and the least and the most that can be chosen."""
     triton_backend = pytest.importorskip("radixgen.kernels.triton_backend")
@@ -368,6 +382,7 @@ def test_engine_reads_less_and_layers_and_heads_choose_differently(monkeypatch: 
         chosen.append(choose_blocks(weights, total, room))
         return chosen[-1]
 
+    monkeypatch.setattr(torch_blocks, "COMPILED", False)
     monkeypatch.setattr(torch_blocks, "choose_blocks", record)
     with Engine(families.build("llama"), kv_tokens=1024, attention="torch", debug=True) as engine:
         prompts = prompts_of(3)
