@@ -33,7 +33,7 @@ class BlockChoice:
         """Choose blocks for q `[rows, q_heads, head_dim]` by bounds `[blocks, kv_heads, 2, head_dim]`."""
         geometry, views, overlap = tables.geometry, tables.views, tables.launch.overlap
         tasks = views["chunks"].numel() // 10 * geometry.kv_heads
-        programs = max(min(4 * shape.programs, tasks), 1)
+        programs = max(min(shape.programs // (2 if shape.rows <= 16 else 1), tasks), 1)
         cap = 0.0 if softcap is None else softcap
         heads = {
             "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
@@ -47,7 +47,7 @@ class BlockChoice:
             **pdl(overlap),
         )  # fmt: skip
         width = triton.next_power_of_2(geometry.kv_heads)
-        heads_of_units = views["choices"].numel() // 8 * geometry.kv_heads
+        heads_of_units = min(views["choices"].numel() // 8, len(q)) * geometry.kv_heads
         block_kernels.choose_blocks[(max(min(heads_of_units, shape.programs), 1),)](
             self._weights, views["blocks"], views["choices"], views["counts"], self.lists, KV_HEADS=geometry.kv_heads,
             HEADS=width, BLOCKS=self._candidates, PDL=overlap, num_warps=choose_warps(width, self._candidates),
