@@ -22,8 +22,9 @@ _MOST = 256
 
 
 class BlockBounds:
-    """Bounds of the keys in a pool, of every layer. They take 1/32 of the memory of K, from the first plan on that needs
-    any.
+    """Bounds of the keys in a pool, of every layer.
+
+    They take 1/32 of the memory of K, from the first plan on that needs any.
     """
 
     def __init__(self, keys: Sequence[KV]) -> None:
@@ -71,4 +72,4 @@ def block_bounds(pool: KV, blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the bounds of `blocks` `[n]` of K, `[n, kv_heads, 2, head_dim]` in `dtype`."""
     slots = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
     keys = read(pool, slots.view(-1), dtype).view(len(blocks), BLOCK, *pool.shape[1:])
-    return torch.stack(keys.aminmax(dim=1), dim=2)
+    return torch.stack(keys.aminmax(dim=1), dim=2).to(dtype)

@@ -8,14 +8,16 @@ itself, one program per unit. Tables are as in `radixgen.kernels.block_work`.
 import triton
 import triton.language as tl
 
+from radixgen.kernels import block_levels
 from radixgen.kernels.quantized_kernels import normalize
 from radixgen.kernels.triton_kernels import LN_2, LOG2_E, _accumulate, _gather, _scale_of, _scores, _store, _unit
 
 CHUNK_FIELDS = tl.constexpr(10)
 CHOICE_FIELDS = tl.constexpr(8)
 TILE_FIELDS = tl.constexpr(8)
-BEST = tl.constexpr(1 << 15)
-"""Level of each head's best block: higher than the upper 16 bits of any number."""
+LEVEL_SHIFT, LOWEST = tl.constexpr(block_levels.LEVEL_SHIFT), tl.constexpr(block_levels.LOWEST)
+BEST = tl.constexpr(block_levels.LEVELS)
+"""Level of each head's best block."""
 
 
 @triton.jit
@@ -60,6 +62,23 @@ def _block_scores(
 
 
 @triton.jit
+def _chunk(
+    bounds, blocks, chunks, task, tasks, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Load the fields of a task's chunk that all its rows need, and bounds of its blocks. Beyond the last task, nothing
+    is loaded.
+    """
+    real = task < tasks
+    chunk = chunks + tl.where(real, task // KV_HEADS * CHUNK_FIELDS, 0)
+    first_row, num_rows, first = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    count = tl.where(real, tl.load(chunk + 3), 0)
+    head = task % KV_HEADS
+    least, greatest = _bounds_of(bounds, blocks, first, count, head, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK)
+    return chunk, head, first_row, num_rows, count, least, greatest
+
+
+@triton.jit
 def sum_scores(
     q, bounds, blocks, chunks, counts, chunk_lse, scale, softcap, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -67,20 +86,18 @@ def sum_scores(
 ):  # fmt: skip
     """Write the log-sum-exp (base 2) of each query's block scores in each chunk of blocks.
 
-    q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; bounds `[blocks, KV_HEADS, 2, HEAD_DIM]`: least and greatest keys.
+    q `[rows, KV_HEADS * GROUP, HEAD_DIM]`; bounds `[blocks, KV_HEADS, 2, HEAD_DIM]`: least and greatest keys, which no
+    launch of a step changes.
     """
     tasks = tl.load(counts + 3) * KV_HEADS
+    task = tl.program_id(0)
+    chunk, head, first_row, num_rows, count, least, greatest = _chunk(
+        bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+    )
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        chunk = chunks + task // KV_HEADS * CHUNK_FIELDS
-        head = task % KV_HEADS
-        first_row, num_rows = tl.load(chunk), tl.load(chunk + 1)
-        count = tl.load(chunk + 3)
-        least, greatest = _bounds_of(
-            bounds, blocks, tl.load(chunk + 2), count, head, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
-        )
+    while task < tasks:
         num_chunks = tl.load(chunk + 6)
         target = chunk_lse + tl.load(chunk + 4) + head * tl.load(chunk + 9) + tl.load(chunk + 5)
         for begin in range(0, num_rows * GROUP, BLOCK_ROWS):
@@ -91,6 +108,10 @@ def sum_scores(
             top = tl.max(scores, 1)
             lse = top + tl.log2(tl.sum(tl.exp2(scores - top[:, None]), 1))
             tl.store(target + (begin + tl.arange(0, BLOCK_ROWS)) * num_chunks, lse, mask=real)
+        task += tl.num_programs(0)
+        chunk, head, first_row, num_rows, count, least, greatest = _chunk(
+            bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+        )
 
 
 @triton.jit
@@ -103,17 +124,14 @@ def weigh_blocks(
     `sum_scores`.
     """
     tasks = tl.load(counts + 3) * KV_HEADS
+    task = tl.program_id(0)
+    chunk, head, first_row, num_rows, count, least, greatest = _chunk(
+        bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+    )
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        chunk = chunks + task // KV_HEADS * CHUNK_FIELDS
-        head = task % KV_HEADS
-        first_row, num_rows = tl.load(chunk), tl.load(chunk + 1)
-        count = tl.load(chunk + 3)
-        least, greatest = _bounds_of(
-            bounds, blocks, tl.load(chunk + 2), count, head, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
-        )
+    while task < tasks:
         num_chunks = tl.load(chunk + 6)
         source = chunk_lse + tl.load(chunk + 4) + head * tl.load(chunk + 9)
         turn = tl.arange(0, MOST_CHUNKS)
@@ -131,6 +149,28 @@ def weigh_blocks(
         place = tl.arange(0, CHUNK)
         target = weights + tl.load(chunk + 7) + head * tl.load(chunk + 8)
         tl.store(target + place, weight, mask=place < count)
+        task += tl.num_programs(0)
+        chunk, head, first_row, num_rows, count, least, greatest = _chunk(
+            bounds, blocks, chunks, task, tasks, KV_HEADS, HEAD_DIM, PADDED_DIM, CHUNK
+        )
+
+
+@triton.jit
+def _count(chosen):
+    """Count `[heads, blocks]`; heads first, which needs no exchange between threads."""
+    return tl.sum(tl.sum(chosen.to(tl.int32), 0), 0)
+
+
+@triton.jit
+def _least_level(level, most):
+    """Return the least level that at most `most` of the levels `[heads, blocks]` reach."""
+    low, high = 0, BEST
+    for _ in range(8):
+        middle = (low + high) // 2
+        fits = _count(level >= middle) <= most
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, tl.minimum(middle + 1, high))
+    return high
 
 
 @triton.jit
@@ -138,16 +178,18 @@ def choose_blocks(
     weights, blocks, choices, counts, lists, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the blocks that each KV head reads: as `radixgen.kernels.torch_blocks.choose_blocks`, one unit at a time.
+    """Write the blocks that each KV head reads: as `radixgen.kernels.torch_blocks.choose_blocks`, one program for each
+    unit and head.
 
     A level that exactly enough blocks reach is found by bisection, so that there is no sort.
     """
-    units = tl.load(counts + 4)
+    tasks = tl.load(counts + 4) * KV_HEADS
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
-        choice = choices + unit * CHOICE_FIELDS
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        choice = choices + task // KV_HEADS * CHOICE_FIELDS
+        mine = task % KV_HEADS
         first, count, total, room = tl.load(choice), tl.load(choice + 1), tl.load(choice + 2), tl.load(choice + 3)
         parts, source, target = tl.load(choice + 4), tl.load(choice + 5), tl.load(choice + 6)
         head = tl.arange(0, HEADS)
@@ -157,41 +199,29 @@ def choose_blocks(
         for part in range(parts):
             entry = source + (part * KV_HEADS + head)[:, None] * count + place[None, :]
             weight += tl.load(weights + entry, mask=listed, other=0.0)
-        level = weight.to(tl.int32, bitcast=True) >> 16
+        level = (weight.to(tl.int32, bitcast=True) >> LEVEL_SHIFT) - LOWEST
+        level = tl.minimum(tl.maximum(level, 0), BEST - 1)
         order = tl.where(listed, level * BLOCKS + (BLOCKS - 1 - place)[None, :], -1)
         level = tl.where(order == tl.max(order, 1)[:, None], BEST, level)
         level = tl.where(listed, level, -1)
 
-        low, high = 0, 1 << 15
-        for _ in range(16):
-            middle = (low + high) // 2
-            reach = tl.sum((level >= middle).to(tl.int32), 1)
-            fits = tl.sum(tl.minimum(reach, room), 0) <= total
-            high = tl.where(fits, middle, high)
-            low = tl.where(fits, low, tl.minimum(middle + 1, high))
-        reach = tl.sum((level >= high).to(tl.int32), 1)
-        full = reach > room
-        left = total - tl.sum(tl.minimum(reach, room), 0)
-        bar = tl.full([HEADS], 0, tl.int32) + high
-        if tl.max(reach, 0) > room:  # such heads have a higher bar
-            above, below = tl.full([HEADS], 1 << 15, tl.int32), bar
-            for _ in range(16):
-                middle = (above + below) // 2
-                fits = tl.sum((level >= middle[:, None]).to(tl.int32), 1) <= room
-                above = tl.where(fits, middle, above)
-                below = tl.where(fits, below, tl.minimum(middle + 1, above))
-            bar = above
-        reach = tl.sum((level >= bar[:, None]).to(tl.int32), 1)
-        tied = (level == (bar - 1)[:, None]) & listed
-        wanted = tl.where(full, 0, tl.minimum(tl.sum(tied.to(tl.int32), 1), room - reach))
-        before = tl.cumsum(wanted, 0) - wanted
-        more = tl.where(full, room - reach, tl.minimum(tl.maximum(left - before, 0), wanted))
-        chosen = (level >= bar[:, None]) | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= more[:, None]))
-        turn = tl.cumsum(chosen.to(tl.int32), 1) - 1
+        bar = _least_level(level, total)
+        left = total - _count(level >= bar)
+        before = _count((level == bar - 1) & listed & (head < mine)[:, None])
+        own = tl.sum(tl.where((head == mine)[:, None], level, 0), 0)
+        reach = tl.sum((own >= bar).to(tl.int32), 0)
+        tied = (own == bar - 1) & (place < count)
+        more = tl.minimum(tl.maximum(left - before, 0), tl.sum(tied.to(tl.int32), 0))
+        if reach + more > room:
+            bar = _least_level(own[None, :], room)
+            reach = tl.sum((own >= bar).to(tl.int32), 0)
+            tied = (own == bar - 1) & (place < count)
+            more = room - reach
+        chosen = (own >= bar) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= more))
+        turn = tl.cumsum(chosen.to(tl.int32), 0) - 1
         block = tl.load(blocks + first + place, mask=place < count, other=0)
-        entry = target + KV_HEADS + head[:, None] * room + turn
-        tl.store(lists + entry, tl.broadcast_to(block[None, :], [HEADS, BLOCKS]), mask=chosen)
-        tl.store(lists + target + head, reach + more, mask=head < KV_HEADS)
+        tl.store(lists + target + KV_HEADS + mine * room + turn, block, mask=chosen)
+        tl.store(lists + target + mine, reach + more)
 
 
 @triton.jit

@@ -4,7 +4,7 @@
 | --- | --- |
 | blocks | a candidate block |
 | choices | first of `blocks`, candidates, blocks to choose, room per head, parts, first weight, first list entry, 0 |
-| chunks | first row, rows, first of `blocks`, blocks, first LSE, chunk, chunks, first weight, their and the LSEs' strides |
+| chunks | first row, rows, first of `blocks`, blocks, first LSE, chunk, chunks, first weight, strides of both |
 | block_tiles | first row, rows, first list entry, room per head, share, shares, first partial, 0 |
 
 A *choice* is one unit. Its rows are divided into parts, and its candidates into chunks. A *list entry* is a number of
@@ -73,6 +73,11 @@ class BlockWork:
         return self.blocks, self.choices, self.chunks, tiles
 
 
+def score_rows(tile_rows: int) -> int:
+    """Return the query-head rows that one program scores at a time, if tiles have so many."""
+    return min(tile_rows, 64)
+
+
 def lay_out_blocks(plan: Plan, *, group: int, kv_heads: int, tile_rows: int, programs: int) -> BlockWork:
     """Lay out the units of `plan` that choose blocks.
 
@@ -95,8 +100,8 @@ def lay_out_blocks(plan: Plan, *, group: int, kv_heads: int, tile_rows: int, pro
         count, chosen, first = candidates.size, int(plan.unit_blocks[unit]), int(plan.unit_rows[unit, 0])
         assert count <= MOST_CANDIDATES
         room, num_chunks = list_room(count, chosen), -(-count // CHUNK)
-        unit_tiles = -(-rows // rows_per_tile)
-        part_rows = -(-unit_tiles // min(unit_tiles, _MOST_PARTS)) * rows_per_tile
+        scored = max(score_rows(tile_rows) // group, 1)
+        part_rows = -(-rows // (scored * _MOST_PARTS)) * scored
         parts = range(0, rows, part_rows)
         choices.append([listed, count, kv_heads * chosen, room, len(parts), weights, lists, 0])
         for part, begin in enumerate(parts):

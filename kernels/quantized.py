@@ -75,14 +75,19 @@ def read(pool: KV, slots: "slice | Tensor", dtype: torch.dtype) -> Tensor:
     return pool[slots].to(dtype)
 
 
-def read_heads(pool: KV, slots: Tensor, heads: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `[n, dim]`: one KV head of each slot, in `dtype`. `slots` and `heads` are broadcast to `n` numbers."""
+def read_blocks(pool: KV, blocks: Tensor, size: int, head: int, dtype: torch.dtype) -> Tensor:
+    """Return `[n * size, dim]`: one KV head of `blocks` `[n]` of `size` slots each, in `dtype`."""
     data = pool.data if isinstance(pool, QuantizedKV) else pool
-    _, kv_heads, dim = data.shape
-    rows = as_bytes(data).view(-1, dim).index_select(0, (slots * kv_heads + heads).view(-1)).view(data.dtype).to(dtype)
+    numbers = _blocks(as_bytes(data)[:, head], blocks, size).view(data.dtype).to(dtype)
     if isinstance(pool, QuantizedKV):
-        rows *= pool.scales[heads, slots].view(-1, 1).to(dtype)
-    return rows
+        numbers *= _blocks(pool.scales[head], blocks, size)[:, None].to(dtype)
+    return numbers
+
+
+def _blocks(rows: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """Gather blocks of `rows` `[slots, ...]`."""
+    whole = len(rows) // size
+    return rows[: whole * size].unflatten(0, (whole, size)).index_select(0, blocks).flatten(0, 1)
 
 
 def zero(pool: KV, slots: int) -> None:

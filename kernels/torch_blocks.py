@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from radixgen.core.plan import BLOCK, Int64Array
-from radixgen.kernels.quantized import KV, read_heads
+from radixgen.kernels import compiled_blocks
+from radixgen.kernels.block_levels import LEVEL_SHIFT, LEVELS, LOWEST
+from radixgen.kernels.quantized import KV, read_blocks
 
 if TYPE_CHECKING:
     from radixgen.core import Plan
 
+COMPILED = True
+"""Whether compiled loops replace operators for few rows on a CPU."""
 MOST_SHARE = 2
 """Maximum blocks of a KV head, as a multiple of the average over the heads."""
 
@@ -57,22 +61,25 @@ def block_weights(scores: Tensor, softcap: float | None = None) -> Tensor:
 
 
 def choose_blocks(weights: Tensor, total: int, room: int) -> Tensor:
-    """Return which blocks are chosen, bool `[kv_heads, blocks]`: the `total` of the greatest weights.
+    """Return which blocks are chosen, bool `[kv_heads, blocks]`: the `total` of the greatest weights, and of these
+    `room` at most for each head.
 
-    weights `[kv_heads, blocks]`, not negative. Each head gets its best block, and `room` at most. Weights are compared
-    in 8 significant bits; of equal ones, those of the first head, and there the first blocks, are chosen.
+    weights `[kv_heads, blocks]`, not negative. Each head gets its best block. Weights are compared by their level,
+    which has four values per octave; of equal ones, those of the first head, and there the first blocks, are chosen.
     """
     count = weights.numel()
-    levels = (weights.float().contiguous().view(torch.int32) >> 16).long()
-    order = levels * count + torch.arange(count - 1, -1, -1, device=weights.device).view_as(levels)
+    levels = (weights.float().contiguous().view(torch.int32) >> LEVEL_SHIFT) - LOWEST
+    backwards = torch.arange(count - 1, -1, -1, device=weights.device).view_as(levels)
+    order = levels.clamp_(0, LEVELS - 1).long() * count + backwards
     best = order.argmax(1, keepdim=True)
-    order.scatter_add_(1, best, torch.full_like(best, count << 16))
-    if room < order.shape[1]:
-        least = order.topk(room, dim=1, sorted=False).values.amin(1, keepdim=True)
-        order.masked_fill_(order < least, -1)
+    order.scatter_add_(1, best, torch.full_like(best, LEVELS * count))
     chosen = torch.zeros(count, dtype=torch.bool, device=weights.device)
     chosen[order.view(-1).topk(total, sorted=False).indices] = True
-    return chosen.view_as(levels)
+    chosen = chosen.view_as(levels)
+    if room < order.shape[1]:
+        least = order.topk(room, dim=1, sorted=False).values.amin(1, keepdim=True)
+        chosen &= order >= least
+    return chosen
 
 
 def unread_share(lse: Tensor, exact_lse: Tensor) -> Tensor:
@@ -106,7 +113,6 @@ class BlockAttention:
             there = torch.from_numpy(blocks).to(device)
             chosen = int(plan.unit_blocks[unit])
             self._units.append(_Unit(first, stop, int(offsets[unit]), there, consecutive, chosen))
-        self._within = torch.arange(BLOCK, device=device)
 
     def __call__(
         self, packed: Tensor, k: KV, v: KV, bounds: Tensor, softcap: float | None, out: Tensor, lse: Tensor
@@ -116,27 +122,22 @@ class BlockAttention:
 
         packed `[kv_heads, rows * group, head_dim]`: scaled queries; bounds `[blocks, kv_heads, 2, head_dim]`.
         """
-        if not self._units:
-            return
-        kv_heads, group = out.shape[1:3]
-        queries = [packed[:, unit.first * group : unit.stop * group] for unit in self._units]
-        chosen = [self._choose(unit, q, bounds, softcap) for unit, q in zip(self._units, queries, strict=True)]
-        blocks = torch.cat([unit.blocks[pairs[:, 1]] for unit, pairs in zip(self._units, chosen, strict=True)])
-        heads = torch.cat([pairs[:, 0] for pairs in chosen])
-        slots = blocks[:, None] * BLOCK + self._within
-        keys, values = (read_heads(pool, slots, heads[:, None], packed.dtype) for pool in (k, v))
-        begin = 0
-        for unit, q, pairs in zip(self._units, queries, chosen, strict=True):
-            counts = torch.bincount(pairs[:, 0], minlength=kv_heads).tolist()
+        group = out.shape[2]
+        for unit in self._units:
+            q = packed[:, unit.first * group : unit.stop * group]
             rows = slice(unit.partial, unit.partial + unit.stop - unit.first)
-            for head, count in enumerate(counts):
-                taken = slice(begin * BLOCK, (begin + count) * BLOCK)
-                _attend(q[head], keys[taken], values[taken], softcap, out[rows, head], lse[rows, head])
-                begin += count
+            if COMPILED and softcap is None and compiled_blocks.supports(q, k, v, bounds):
+                assert isinstance(k, Tensor) and isinstance(v, Tensor)
+                total, room = len(q) * unit.chosen, list_room(unit.blocks.numel(), unit.chosen)
+                compiled_blocks.attend(q, k, v, bounds, unit.blocks.numpy(), total, room, out[rows], lse[rows])
+                continue
+            for head, blocks in enumerate(self._choose(unit, q, bounds, softcap)):
+                key, value = (read_blocks(pool, blocks, BLOCK, head, q.dtype) for pool in (k, v))
+                _attend(q[head], key, value, softcap, out[rows, head], lse[rows, head])
 
     @staticmethod
-    def _choose(unit: _Unit, q: Tensor, bounds: Tensor, softcap: float | None) -> Tensor:
-        """Return pairs of a KV head and the index of a block that it reads, int64 `[pairs, 2]`, in ascending order."""
+    def _choose(unit: _Unit, q: Tensor, bounds: Tensor, softcap: float | None) -> tuple[Tensor, ...]:
+        """Return the blocks that each KV head reads."""
         candidates = unit.blocks.numel()
         if unit.consecutive:
             begin = int(unit.blocks[0])
@@ -144,7 +145,9 @@ class BlockAttention:
         else:
             theirs = bounds[unit.blocks]
         weights = block_weights(block_scores(q, theirs), softcap)
-        return choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen)).nonzero()
+        chosen = choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen))
+        blocks = unit.blocks[chosen.nonzero()[:, 1]]
+        return blocks.split(chosen.sum(1).tolist())
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, softcap: float | None, out: Tensor, lse: Tensor) -> None:

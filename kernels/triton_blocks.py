@@ -11,7 +11,7 @@ from torch import Tensor
 
 from radixgen.core.plan import BLOCK
 from radixgen.kernels import block_kernels
-from radixgen.kernels.block_work import CHUNK, MOST_CANDIDATES, BlockSizes
+from radixgen.kernels.block_work import CHUNK, BlockSizes, score_rows
 from radixgen.kernels.work import TileClass, pdl
 
 if TYPE_CHECKING:
@@ -32,22 +32,23 @@ class BlockChoice:
     ) -> None:
         """Choose blocks for q `[rows, q_heads, head_dim]` by bounds `[blocks, kv_heads, 2, head_dim]`."""
         geometry, views, overlap = tables.geometry, tables.views, tables.launch.overlap
-        programs = min(4 * shape.programs, max(views["chunks"].numel() // 10 * geometry.kv_heads, 1))
+        tasks = views["chunks"].numel() // 10 * geometry.kv_heads
+        programs = max(min(shape.programs // (2 if shape.rows <= 16 else 1), tasks), 1)
         cap = 0.0 if softcap is None else softcap
         heads = {
             "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
-            "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": shape.rows, "CHUNK": CHUNK,
+            "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": score_rows(shape.rows), "CHUNK": CHUNK,
             "SOFTCAP": softcap is not None, "PDL": overlap,
         }  # fmt: skip
         listed = q, bounds, views["blocks"], views["chunks"], views["counts"], self._lses
         block_kernels.sum_scores[(programs,)](*listed, scale, cap, **heads, num_warps=4, **pdl(overlap))
         block_kernels.weigh_blocks[(programs,)](
-            *listed, self._weights, scale, cap, **heads, MOST_CHUNKS=MOST_CANDIDATES // CHUNK, num_warps=4,
+            *listed, self._weights, scale, cap, **heads, MOST_CHUNKS=max(self._candidates // CHUNK, 1), num_warps=4,
             **pdl(overlap),
         )  # fmt: skip
         width = triton.next_power_of_2(geometry.kv_heads)
-        units = max(min(views["choices"].numel() // 8, shape.programs), 1)
-        block_kernels.choose_blocks[(units,)](
+        heads_of_units = min(views["choices"].numel() // 8, len(q)) * geometry.kv_heads
+        block_kernels.choose_blocks[(max(min(heads_of_units, shape.programs), 1),)](
             self._weights, views["blocks"], views["choices"], views["counts"], self.lists, KV_HEADS=geometry.kv_heads,
             HEADS=width, BLOCKS=self._candidates, PDL=overlap, num_warps=choose_warps(width, self._candidates),
             **pdl(overlap),
@@ -64,12 +65,17 @@ class BlockChoice:
             0.0 if softcap is None else softcap, KV_HEADS=geometry.kv_heads, GROUP=geometry.group,
             HEAD_DIM=geometry.head_dim, V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=geometry.padded[0],
             PADDED_V_DIM=geometry.padded[1], BLOCK_ROWS=shape.rows, BLOCK_KEYS=shape.block_keys, SLOTS=BLOCK,
-            STAGES=shape.num_stages, BULK=tables.launch.least_run > 0, SOFTCAP=softcap is not None,
+            STAGES=_stages(shape), BULK=tables.launch.least_run > 0, SOFTCAP=softcap is not None,
             QUANTIZED=geometry.quantized, PDL=overlap, num_warps=shape.num_warps, maxnreg=shape.registers,
             **pdl(overlap),
         )  # fmt: skip
 
 
+def _stages(shape: TileClass) -> int:
+    """Return Triton's stages: an entry of a list, and the keys that it names, are loaded one after the other."""
+    return 2 * shape.num_stages - 1 if shape.rows <= 16 else shape.num_stages
+
+
 def choose_warps(heads: int, candidates: int) -> int:
-    """Return the warps of the program that chooses among so many blocks of so many heads."""
-    return max(4, min(32, heads * candidates // 1024))
+    """Return the warps of a program that chooses among so many blocks of so many heads."""
+    return max(4, min(16, heads * candidates // 512))

@@ -21,7 +21,7 @@ With each step in which every row advances by a token of its own leaf, an item *
 These keys come after the others, one per such segment, step by step: their pieces have a stride.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ class WorkSizes:
     """Gathered keys, including those of future steps."""
     partials: int
     """Rows of partial results."""
-    blocks: BlockSizes = BlockSizes()
+    blocks: BlockSizes = field(default_factory=BlockSizes)
 
     def hold(self, other: "WorkSizes") -> bool:
         """Return whether `other` fits into memory of this size."""

@@ -41,7 +41,7 @@ class KVStorage:
         self.bounds = BlockBounds(self.keys)
 
     def prepare(self, plan: Plan, slots: NDArray[np.int64]) -> None:
-        """Prepare for a step that runs `plan` and writes `slots` `[rows]`, -1 for none: compute bounds that it needs."""
+        """Compute the bounds that a step needs, which runs `plan` and writes `slots` `[rows]`, -1 for none."""
         self.bounds.forget(slots)
         self.bounds.prepare(plan)
 

@@ -22,6 +22,14 @@ def compiled(function: Function) -> Function:
     return result
 
 
+def compiled_fast(function: Function) -> Function:
+    """As `compiled`, but floating-point sums may be computed in any order, and nothing may be infinite or NaN."""
+    if njit is None:
+        return function
+    result: Function = njit(cache=True, error_model="numpy", fastmath=True)(function)
+    return result
+
+
 def inlined(function: Function) -> Function:
     """As `compiled`, but inlined into the compiled caller: passing a dozen arrays costs more than most of the work on
     them.
