@@ -19,7 +19,7 @@ Bias. One small model, trained on short texts: larger ones look further back, an
 Numbers in English sentences are easy needles. On a CPU a step of one row is mostly weights, so time says little about a
 GPU with many rows.
 
-Bounds with --check: those of each line.
+Bound with --check: exact reading finds its needles at the length that policies are compared at.
 """
 
 import sys
@@ -133,14 +133,18 @@ class Bench:
         self._engine, self._tokenizer, self._needles, self._repeats = engine, tokenizer, needles, repeats
         self._text = topic_tokens(tokenizer)[:context]
 
-    def longest_length(self, report: Report, lengths: Sequence[int]) -> int:
+    def longest_length(self, report: Report, lengths: Sequence[int], *, bound: bool) -> int:
         """The longest of these lengths at which exact reading finds its needles; the shortest if it is none."""
         counts = {length: self.needles([EXACT], length)[0] for length in lengths}
         for length, count in counts.items():
             report.say(f"exact, {length:,} tokens: {count} of {self._needles} needles")
         report.keep(exact_needles=counts)
         enough = [length for length, count in counts.items() if count >= RIGHT * self._needles]
-        return max(enough, default=min(lengths))
+        chosen = max(enough, default=min(lengths))
+        share = counts[chosen] / self._needles
+        text = f"exact reading finds {share:.0%} of the needles in {chosen:,} tokens"
+        report.figure("exact_share", share, text, at_least=RIGHT if bound else None)
+        return chosen
 
     def decode_seconds(self, chosen: Sequence[ReadingPolicy]) -> list[float]:
         """Median seconds of tokens after the text under each policy. The text is computed, exactly, before."""
@@ -232,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.keep(context=options.context, repeats=options.repeats, continuation=CONTINUATION)
     with Engine(path, dtype="float32", kv_tokens=3 * options.context, warm_up=False) as engine:
         bench = Bench(engine, AutoTokenizer.from_pretrained(path), options.needles, options.context, options.repeats)
-        length = bench.longest_length(report, options.lengths)
+        length = bench.longest_length(report, options.lengths, bound=options.model is None)
         report.keep(needle_length=length, needles=options.needles)
         measure(report, bench, chosen, length, options.context)
     return report.finish(check=options.check, save=options.save)
