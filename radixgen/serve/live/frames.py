@@ -193,6 +193,8 @@ class TreeReader:
         self._drawn[:] = False
         self._drawn[ids] = True
         scheduled = columns.scheduled[ids].astype(np.int64)
+        thinned = np.isin(ids, list(columns.thinned))
+        scheduled[thinned] = [tree.node(node_id).scheduled for node_id in ids[thinned].tolist()]
         read: dict[str, NDArray[np.int64]] = {
             "parent": columns.parent[ids].astype(np.int64),
             "serial": self._serials[ids],
