@@ -177,45 +177,49 @@ class Bench:
         return [sum(hidden.found(self._engine, reading)) for reading in readings]
 
 
-def measure(report: Report, bench: Bench, chosen: Sequence[Contender], length: int, context: int) -> None:
-    """All figures of exact reading, then of each contender."""
+def measure_answers(
+    report: Report, bench: Bench, chosen: Sequence[Contender], length: int, context: int
+) -> list[dict[str, Any]]:
+    """Figures of each contender with exact prompts, after those of exact reading."""
     readings = [one.reading(context) for one in chosen]
-    exact = bench.continuations(EXACT)
     seconds = bench.decode_seconds([EXACT, *readings])
     report.contender("seconds_exact", "exact", seconds[0])
+    for one, decode in zip(chosen, seconds[1:], strict=True):
+        report.contender(f"seconds_{one.label}", one.label, decode)
+    exact = bench.continuations(EXACT)
     agreements = [Agreement.between(exact, bench.continuations(reading)) for reading in readings]
     needles = bench.needles([one.reading(length) for one in chosen], length)
-    value, took = bench.timed_perplexity(EXACT)
-    report.keep(perplexity_exact=value, perplexity_seconds_exact=took)
     rows = []
     for one, reading, decode, agreement, count in zip(chosen, readings, seconds[1:], agreements, needles, strict=True):
-        report.contender(f"seconds_{one.label}", one.label, decode)
-        row = {"policy": one.name, "share": one.share, "keys": keys_read(reading, context - 1)}
-        row |= {"decode": decode / seconds[0], "agreement": asdict(agreement), "needles": count}
-        prompts = inexact_prompts(reading)
-        if prompts is not None:
-            inexact, inexact_took = bench.timed_perplexity(prompts)
-            row |= {"perplexity": inexact / value, "prefill": inexact_took / took}
-            (row["needles_prompts"],) = bench.needles([replace(one.reading(length), prompt=True)], length)
-        rows.append(row)
-        report.say("  " + describe(row))
-    report.keep(rows=rows)
-
-
-def describe(row: dict[str, Any]) -> str:
-    """What a policy kept and saved, in words."""
-    agreement = row["agreement"]
-    text = (
-        f"reads {row['keys']:,} keys; {row['needles']} needles; {agreement['equal']} of "
-        f"{agreement['of']} continuations equal, the first {agreement['tokens']:.1f} tokens; decoding takes "
-        f"{row['decode']:.2f}×"
-    )
-    if "perplexity" in row:
-        text += (
-            f"; with inexact prompts {row['needles_prompts']} needles, perplexity {row['perplexity']:.3f}×, prefill "
-            f"{row['prefill']:.2f}×"
+        keys = keys_read(reading, context - 1)
+        report.say(
+            f"{one.label}: {keys:,} keys; {count} needles; {agreement.equal} of {agreement.of} continuations equal, "
+            f"the first {agreement.tokens:.1f} tokens; decoding takes {decode / seconds[0]:.2f}×"
         )
-    return text
+        row = {"policy": one.name, "share": one.share, "keys": keys, "needles": count, "decode": decode / seconds[0]}
+        rows.append({**row, "agreement": asdict(agreement)})
+    return rows
+
+
+def measure_prompts(
+    report: Report, bench: Bench, chosen: Sequence[Contender], length: int, context: int
+) -> list[dict[str, Any]]:
+    """Figures of each contender with inexact prompts; none of one that reads prompts exactly."""
+    exact, exact_seconds = bench.timed_perplexity(EXACT)
+    report.keep(perplexity_exact=exact, perplexity_seconds_exact=exact_seconds)
+    rows: list[dict[str, Any]] = []
+    for one in chosen:
+        reading, shorter = inexact_prompts(one.reading(context)), inexact_prompts(one.reading(length))
+        rows.append({})
+        if reading is not None and shorter is not None:
+            value, seconds = bench.timed_perplexity(reading)
+            (count,) = bench.needles([shorter], length)
+            rows[-1] = {"perplexity": value / exact, "prefill": seconds / exact_seconds, "needles_prompts": count}
+            report.say(
+                f"{one.label}, prompts too: {count} needles; perplexity {value / exact:.3f}×, prefill "
+                f"{seconds / exact_seconds:.2f}×"
+            )
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -225,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--needles", type=int, default=len(NUMBERS), help="numbers hidden in the text")
     parser.add_argument("--context", type=int, default=LONG_TEXT, help="tokens of the long text")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-prompts", action="store_true", help="exact prompts alone; inexact ones take most time")
     parser.add_argument("--model", type=Path, help="a directory instead of SmolLM2, without bounds")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -238,7 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(engine, AutoTokenizer.from_pretrained(path), options.needles, options.context, options.repeats)
         length = bench.longest_length(report, options.lengths, bound=options.model is None)
         report.keep(needle_length=length, needles=options.needles)
-        measure(report, bench, chosen, length, options.context)
+        rows = measure_answers(report, bench, chosen, length, options.context)
+        if not options.no_prompts:
+            prompts = measure_prompts(report, bench, chosen, length, options.context)
+            rows = [row | more for row, more in zip(rows, prompts, strict=True)]
+    report.keep(rows=rows)
     return report.finish(check=options.check, save=options.save)
 
 
