@@ -56,9 +56,11 @@ def perplexity(engine: Engine, tokens: Tokens, reading: ReadingPolicy = EXACT) -
 def continue_each(
     engine: Engine, prompts: Sequence[Tokens], count: int, reading: ReadingPolicy = EXACT
 ) -> list[Tokens]:
-    """Greedy continuations of `count` tokens, whatever they are."""
+    """Greedy continuations of `count` tokens, whatever they are, one prompt after another: where rows with a common
+    prefix choose their keys together, each shall choose alone.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, reading=reading)
-    return [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
+    return [engine.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +102,11 @@ class Needles:
             text = text + needle + filler[place * size : (place + 1) * size]
         return cls(text, [tokens_of(tokenizer, f"\n{what}") for what in NUMBERS[:count]], numbers)
 
-    def found(self, engine: Engine, reading: ReadingPolicy = EXACT) -> list[bool]:
-        """Whether the greedy answer to each question begins with its number."""
+    def found(self, engine: Engine, reading: ReadingPolicy = EXACT, *, together: bool = False) -> list[bool]:
+        """Whether the greedy answer to each question begins with its number. `together`: all are asked at once."""
         prompts = [self.text + question for question in self.questions]
-        params = SamplingParams(temperature=0.0, max_tokens=8, reading=reading)
-        texts = [output.outputs[0].text.strip() for output in engine.generate(prompts, params)]
+        params = SamplingParams(temperature=0.0, max_tokens=6, reading=reading)
+        batches = [prompts] if together else [[prompt] for prompt in prompts]
+        outputs = [output for batch in batches for output in engine.generate(batch, params)]
+        texts = [output.outputs[0].text.strip() for output in outputs]
         return [text.startswith(answer) for text, answer in zip(texts, self.answers, strict=True)]

@@ -8,9 +8,10 @@ too:
 
 - *Needles*: a text with 16 numbers at 16 depths, and a question for each; greedy answers that are right. The policies
   run at the longest length at which exact reading finds at least 90 %. Where answers alone are inexact, the first token
-  of an answer is still exact.
+  of an answer is still exact. Questions are asked one after another, and under `TopBlocks` once more all together,
+  because their rows then choose together.
 - *Perplexity* of the first 8,000 tokens of the Python documentation's topics, over the exact one; prompts are inexact.
-- *Agreement*: greedy continuations of 32 tokens after 16 prefixes of that text, from half of it on; answers alone are
+- *Agreement*: greedy continuations of 32 tokens after 8 prefixes of that text, from half of it on; answers alone are
   inexact.
 - *Time*: of 32 tokens after the text, and of the perplexity. Contenders take turns; medians. The limit is reading the
   weights and all keys of the text for each token, at the rate at which a large matrix is read.
@@ -56,7 +57,7 @@ EXACT = Exact()
 
 SHARES = (0.0625, 0.125, 0.25, 0.5)
 LENGTHS = (500, 1_000, 2_000, 3_000, 4_000, 6_000)
-CONTINUATIONS, CONTINUATION = 16, 32
+CONTINUATIONS, CONTINUATION = 8, 32
 RIGHT = 0.9
 """Share of needles that exact reading must find at the length that policies are compared at."""
 BLOCK, SINKS = 64, 4
@@ -170,11 +171,11 @@ class Bench:
         value = perplexity(self._engine, self._text, reading)
         return value, time.perf_counter() - begin
 
-    def needles(self, readings: Sequence[ReadingPolicy], length: int) -> list[int]:
+    def needles(self, readings: Sequence[ReadingPolicy], length: int, *, together: bool = False) -> list[int]:
         """How many needles each policy finds in one text, computed anew."""
         self._engine.reset_prefix_cache()
         hidden = Needles.hidden(self._tokenizer, length, self._needles)
-        return [sum(hidden.found(self._engine, reading)) for reading in readings]
+        return [sum(hidden.found(self._engine, reading, together=together)) for reading in readings]
 
 
 def measure_answers(
@@ -198,6 +199,11 @@ def measure_answers(
         )
         row = {"policy": one.name, "share": one.share, "keys": keys, "needles": count, "decode": decode / seconds[0]}
         rows.append({**row, "agreement": asdict(agreement)})
+    choosing = [place for place, one in enumerate(chosen) if isinstance(one.reading(length), TopBlocks)]
+    at_once = bench.needles([chosen[place].reading(length) for place in choosing], length, together=True)
+    for place, count in zip(choosing, at_once, strict=True):
+        rows[place]["needles_together"] = count
+        report.say(f"{chosen[place].label}: {count} needles if all questions are asked together")
     return rows
 
 

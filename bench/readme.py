@@ -229,6 +229,8 @@ def policies() -> str:
         prompts = ["–"] * 3
         if "perplexity" in row:
             prompts = [f"{row['needles_prompts']} of {of}", f"{row['perplexity']:.3f}×", f"{row['prefill']:.2f}×"]
+        if "needles_together" in row:
+            cells[0] += f" ({row['needles_together']} together)"
         lines.append(f"| {row['policy']} | {row['keys']:,} | {' | '.join(cells + prompts)} |")
     tried = ", ".join(f"{count} at {int(size):,}" for size, count in found["exact_needles"].items())
     return "\n".join(
