@@ -24,6 +24,14 @@ def test_what_is_not_read_once_is_never_read_again(policy: Fading) -> None:
         assert all(reads(policy, row, key) for key in range(row + 1) if reads(policy, later, key)), row
 
 
+def test_the_largest_numbers_that_are_allowed() -> None:
+    most = 2**31 - 1
+    far = Fading(sinks=0, window=1, levels=31, ratio=most, block=most)
+    assert far.visible(1).tolist() == [[0, 1], [most - 1, 2 * most]]
+    assert Fading(sinks=most, window=most, levels=31, ratio=most).visible(3).tolist() == [[0, 256]]
+    assert Fading(sinks=0, window=1, levels=31, ratio=2, block=1).visible(2**20)[0].tolist() == [0, 1]
+
+
 def test_tokens_beyond_the_window_grow_with_the_logarithm() -> None:
     policy = Fading(sinks=4, window=64, levels=20, ratio=2, block=16)
     counts = [int((policy.visible(block) @ [-1, 1]).sum()) for block in (2**6, 2**8, 2**10, 2**12)]

@@ -208,8 +208,9 @@ class Fading(PositionPolicy):
         end = window = own - self.window
         if window <= self.sinks:
             return np.array([(0, stop)], np.int64)
-        levels = list[Int64Array]()
-        for step in (self.ratio**level for level in range(1, self.levels + 1)):
+        levels, step = list[Int64Array](), 1
+        while end > self.sinks and len(levels) < self.levels:
+            step *= self.ratio
             begin = max(own - self.window * step, self.sinks)
             levels.append(np.arange(-(-begin // step) * step, end, step))
             end = begin
