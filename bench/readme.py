@@ -216,7 +216,10 @@ def replicas() -> str:
 
 def policies() -> str:
     """What docs/inexact.md shows of `bench.reading`: each policy at each budget, beside exact reading."""
-    found: dict[str, Any] = json.loads((RESULTS / "reading.json").read_text(encoding="utf-8"))
+    path = RESULTS / "reading.json"
+    if not path.exists():
+        return "No results are kept yet: `python -m bench.reading --save`, then `python -m bench.readme`."
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     length, context, of = found["needle_length"], found["context"], found["needles"]
     exact = found["exact_needles"][str(length)]
     lines = [
