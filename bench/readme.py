@@ -215,7 +215,7 @@ def replicas() -> str:
 
 
 def policies() -> str:
-    """What docs/inexact.md shows of `bench.reading`: each policy at each budget, beside exact reading."""
+    """What docs/inexact.md shows of `bench.reading`: each policy at each share of keys, beside exact reading."""
     path = RESULTS / "reading.json"
     if not path.exists():
         return "No results are kept yet: `python -m bench.reading --save`, then `python -m bench.readme`."
