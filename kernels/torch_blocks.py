@@ -147,7 +147,7 @@ class BlockAttention:
         weights = block_weights(block_scores(q, theirs), softcap)
         chosen = choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen))
         blocks = unit.blocks[chosen.nonzero()[:, 1]]
-        return blocks.split(chosen.sum(1).tolist())
+        return torch.split(blocks, chosen.sum(1).tolist())
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, softcap: float | None, out: Tensor, lse: Tensor) -> None:

@@ -37,18 +37,17 @@ class BlockChoice:
         programs = max(min(shape.programs // (2 if shape.rows <= 16 else 1), tasks), 1)
         fixed = scoring(geometry, shape, softcap=softcap is not None, overlap=overlap)
         listed = q, bounds, views["blocks"], views["chunks"], views["counts"], self._lses
-        warps = score_warps(geometry)
         factors = scale, 0.0 if softcap is None else softcap
-        block_kernels.sum_scores[(programs,)](*listed, *factors, **fixed, num_warps=warps, **pdl(overlap))
+        block_kernels.sum_scores[(programs,)](*listed, *factors, **fixed, num_warps=4, **pdl(overlap))
         chunks = max(self._candidates // CHUNK, 1)
         block_kernels.weigh_blocks[(programs,)](
-            *listed, self._weights, *factors, **fixed, MOST_CHUNKS=chunks, num_warps=warps, **pdl(overlap)
+            *listed, self._weights, *factors, **fixed, MOST_CHUNKS=chunks, num_warps=4, **pdl(overlap)
         )
         heads_of_units = min(views["choices"].numel() // 8, len(q)) * geometry.kv_heads
         block_kernels.choose_blocks[(max(min(heads_of_units, shape.programs), 1),)](
             self._weights, views["blocks"], views["choices"], views["counts"], self.lists,
-            **choosing(geometry, self._candidates, overlap), num_warps=choose_warps(geometry.kv_heads, self._candidates),
-            **pdl(overlap),
+            **choosing(geometry, self._candidates, overlap),
+            num_warps=choose_warps(geometry.kv_heads, self._candidates), **pdl(overlap),
         )  # fmt: skip
 
     def attend(
@@ -67,9 +66,10 @@ class BlockChoice:
 
 def scoring(geometry: Geometry, shape: TileClass, *, softcap: bool, overlap: bool) -> dict[str, Any]:
     """Return the compile-time constants of the kernels that score blocks."""
+    rows = score_rows(shape.rows) if geometry.padded[0] <= 128 else 16  # for want of registers
     return {
         "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
-        "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": score_rows(shape.rows), "CHUNK": CHUNK, "SOFTCAP": softcap,
+        "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": rows, "CHUNK": CHUNK, "SOFTCAP": softcap,
         "PDL": overlap,
     }  # fmt: skip
 
@@ -95,11 +95,6 @@ def _stages(shape: TileClass) -> int:
     return 2 * shape.num_stages - 1 if shape.rows <= 16 else shape.num_stages
 
 
-def score_warps(geometry: Geometry) -> int:
-    """Return the warps of a program that scores blocks: enough for its registers."""
-    return 4 if geometry.padded[0] <= 128 else 8
-
-
 def choose_warps(heads: int, candidates: int) -> int:
     """Return the warps of a program that chooses among so many blocks of so many heads."""
-    return max(4, min(16, triton.next_power_of_2(heads) * candidates // 512))
+    return max(4, min(16, int(triton.next_power_of_2(heads) * candidates) // 512))
