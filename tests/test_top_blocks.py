@@ -13,9 +13,10 @@ from radixgen.core import InvalidRequest, Plan
 from radixgen.core.plan import BLOCK
 from radixgen.kernels import torch_blocks
 from radixgen.kernels.block_bounds import BlockBounds
+from radixgen.kernels.block_work import candidate_blocks, list_room
 from radixgen.kernels.quantized import QuantizedKV, allocate, quantize, read, write
 from radixgen.kernels.torch_backend import TorchAttention
-from radixgen.kernels.torch_blocks import block_scores, choose_blocks, list_room, unread_share
+from radixgen.kernels.torch_blocks import block_scores, choose_blocks, unread_share
 from radixgen.kernels.work import lay_out
 from radixgen.reading import Exact, ReadingPolicy, TopBlocks
 from radixgen.scheduler import blocks as block_planning
@@ -131,7 +132,7 @@ def test_plans_cover_each_path_once(seed: int) -> None:
         over[first:stop] += 1
         if not made.unit_blocks[unit]:
             continue
-        candidates = torch_blocks.candidate_blocks(made, unit)
+        candidates = candidate_blocks(made, unit)
         assert 0 < made.unit_blocks[unit] < candidates.size
         assert not np.isin(slots[slots >= 0] // BLOCK, candidates).any()
         segments = slice(*made.unit_segments[unit].tolist())
@@ -269,7 +270,7 @@ def test_bounds_are_bounds_of_scores() -> None:
     bounds.prepare(made)
     (unit,) = np.flatnonzero(made.unit_blocks).tolist()
     q = torch.randn(2, 3, 8)
-    for block in torch_blocks.candidate_blocks(made, unit).tolist():
+    for block in candidate_blocks(made, unit).tolist():
         scores = torch.einsum("hrd,khd->hrk", q, keys[block * BLOCK : (block + 1) * BLOCK]).amax(-1)
         assert (block_scores(q, bounds.layers[0][block : block + 1])[..., 0] >= scores - 1e-5).all()
 
@@ -283,7 +284,7 @@ def test_bounds_follow_what_is_written() -> None:
     keys += 1.0
     bounds.prepare(made)
     (unit,) = np.flatnonzero(made.unit_blocks).tolist()
-    block = int(torch_blocks.candidate_blocks(made, unit)[0])
+    block = int(candidate_blocks(made, unit)[0])
     assert bounds.layers[0][block].unique().tolist() == [0.0]
     bounds.forget(np.array([-1, block * BLOCK + 3]))
     bounds.prepare(made)
