@@ -18,6 +18,7 @@ from radixgen.kernels.quantized import QuantizedKV, allocate, quantize, read, wr
 from radixgen.kernels.torch_backend import TorchAttention
 from radixgen.kernels.torch_blocks import block_scores, choose_blocks, unread_share
 from radixgen.kernels.work import lay_out
+from radixgen.kernels.workspace import Workspace
 from radixgen.reading import Exact, ReadingPolicy, TopBlocks
 from radixgen.scheduler import blocks as block_planning
 from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
@@ -183,7 +184,7 @@ CASES = [
     (1, 430, 0.4, (4, 2), (16, 16), None),
     (65, 900, 0.2, (2, 1), (16, 16), None),
     (3, 5000, 0.1, (6, 3), (24, 16), None),
-    (2, 700, 0.9, (3, 3), (16, 24), 5.0),
+    (2, 700, 0.6, (3, 3), (16, 24), 5.0),
 ]
 
 
@@ -205,6 +206,30 @@ def test_kernels_equal_their_twin(rows, prefix, budget, heads, dims, softcap) ->
         assert float((one.cpu() - other).abs().max()) < 1e-5
     exact = TorchAttention(made.read_all(), None, CPU)(q, k, v, 0.3, softcap)
     assert float((exact[0] - expected[0]).abs().max()) > 1e-3
+
+
+def test_kernels_at_fixed_addresses_take_other_plans() -> None:
+    """As in a captured step: tables are loaded with a plan of other candidates, rows and positions."""
+    triton_backend = pytest.importorskip("radixgen.kernels.triton_backend")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not triton_backend.runs_on(device):
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    policy, static = TopBlocks(budget=0.3, recent=20, sinks=10), None
+    positions = torch.zeros(4, dtype=torch.int64, device=device)
+    for rows, prefix in ((3, 700), (4, 1100), (2, 500)):
+        forest, nodes = shared_forest(rows, prefix, 9)
+        made = make_plan(forest, nodes, [policy])
+        q, k, v, bounds = tensors(made, (4, 2), (16, 16))
+        (of_keys,) = bounds.layers
+        expected = TorchAttention(made, None, CPU)(q, k, v, 0.3, bounds=of_keys)
+        positions[:rows] = torch.from_numpy(made.row_positions.astype(np.int64))
+        if static is None:
+            static = triton_backend.TritonStaticAttention(made, None, positions, Workspace())
+        assert static.load(made)
+        padded = torch.cat([q, q.new_zeros(4 - rows, *q.shape[1:])]).to(device)
+        found = static(padded, k.to(device), v.to(device), 0.3, bounds=of_keys.to(device))
+        for one, other in zip(found, expected, strict=True):
+            assert float((one[:rows].cpu() - other).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 5, 9])
