@@ -424,3 +424,17 @@ def test_engine_reads_less_and_layers_and_heads_choose_differently(monkeypatch: 
     steps = [chosen[first : first + layers] for first in range(0, len(chosen), layers)]
     assert any(not torch.equal(step[0], step[1]) for step in steps)
     assert any(not torch.equal(mask[0], mask[1]) for mask in chosen)
+
+
+def test_engine_gives_the_same_tokens_with_kernels() -> None:
+    """In captured steps, which are kept apart from those of other plans."""
+    triton_backend = pytest.importorskip("radixgen.kernels.triton_backend")
+    if not triton_backend.runs_on(CPU) or torch.cuda.is_available():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    params = SamplingParams(temperature=0.0, max_tokens=3, reading=TopBlocks(budget=0.3, recent=1, sinks=0))
+    found = []
+    for attention in ("torch", "triton"):
+        with Engine(families.build("llama"), kv_tokens=256, attention=attention, debug=True) as engine:
+            found.append(engine.generate(prompts_of(1)[0][:150], params)[0].outputs[0].token_ids)
+            assert engine._model.storage.bounds.layers
+    assert found[0] == found[1]
