@@ -8,6 +8,7 @@ many matrix (`HGMMA` on sm_90, `HMMA`), bulk copy (`UTMALDG`) and asynchronous c
 code holds. The limits are the chip's own: 255 registers a thread, 227 KiB of shared memory on sm_90, 163 on sm_80.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.report import Report, benchmark_options, track
-from radixgen.kernels import triton_kernels
+from radixgen.kernels import block_kernels, triton_kernels
 from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.triton_backend import Chip, choose_launch, constants
+from radixgen.kernels.triton_blocks import attending, choose_warps, choosing, scoring
 from radixgen.kernels.work import Launch, TileClass
 
 CHIPS = (80, 90)
@@ -122,6 +124,30 @@ def others(head_dim: int, chip: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def of_blocks(head_dim: int, rows: int, chip: int) -> Iterator[dict[str, Any]]:
+    """The kernels that choose blocks and attend to them, for 32 query heads of 8 KV heads and units of `rows` rows."""
+    geometry = Geometry(8, 4, head_dim, head_dim, torch.bfloat16)
+    launch = choose_launch(geometry, 64, Chip(chip, 132), rows=rows, block_rows=min(rows, 2))
+    shape = launch.blocks
+    assert shape is not None
+    heads = scoring(geometry, shape, softcap=False, overlap=launch.overlap)
+    types = dict.fromkeys(("q", "bounds", "k", "v"), "*bf16")
+    types |= dict.fromkeys(("chunk_lse", "weights", "partial_out", "partial_lse", "k_scales", "v_scales"), "*fp32")
+    types |= {"scale": "fp32", "softcap": "fp32", "num_slots": "i32"}
+    types |= {name: _type(name, geometry, shape, launch.least_run > 0) for name in ("k_blocks", "v_blocks")}
+    for kernel, fixed, warps, registers in (
+        (block_kernels.sum_scores, heads, 4, None),
+        (block_kernels.weigh_blocks, heads | {"MOST_CHUNKS": 8}, 4, None),
+        (block_kernels.choose_blocks, choosing(geometry, 512, launch.overlap), choose_warps(8, 512), None),
+        (block_kernels.choose_blocks, choosing(geometry, 2048, launch.overlap), choose_warps(8, 2048), None),
+        (block_kernels.attend_blocks, attending(geometry, launch, shape, softcap=False), shape.num_warps,
+         shape.registers),
+    ):  # fmt: skip
+        signature = {name: types.get(name, "*i32") for name in kernel.arg_names if name not in fixed}
+        found = _compiled(kernel, signature, fixed, warps, chip, registers, disassemble=False)
+        yield {"kernel": kernel.fn.__name__, "chip": chip, "head_dim": head_dim, "tiles": shape.rows, **found}
+
+
 def _compiled(
     kernel: Any,
     types: dict[str, str],
@@ -190,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     for chip in CHIPS:
         for head_dim in (64, 128, 256):
-            for one in others(head_dim, chip):
+            blocks = (one for rows in (1, 64) for one in of_blocks(head_dim, rows, chip))
+            for one in itertools.chain(others(head_dim, chip), blocks):
                 found.append(one)
                 report.say(
                     f"sm_{chip} {one['kernel']:17s} {head_dim:3d}: {one['registers']} registers, "

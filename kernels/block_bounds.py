@@ -13,8 +13,8 @@ from torch import Tensor
 
 from radixgen.core import Plan
 from radixgen.core.plan import BLOCK
+from radixgen.kernels.block_work import candidate_blocks
 from radixgen.kernels.quantized import KV, QuantizedKV, read
-from radixgen.kernels.torch_blocks import candidate_blocks
 from radixgen.kernels.upload import upload
 
 _MOST = 256

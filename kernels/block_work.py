@@ -16,18 +16,32 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from radixgen.core import Plan
-from radixgen.core.plan import Int64Array
-from radixgen.kernels.torch_blocks import candidate_blocks, list_room
+from radixgen.core.plan import BLOCK, Int64Array
 
 CHUNK = 64
 """Candidate blocks per program."""
 MOST_CANDIDATES = 2048
 """Maximum candidate blocks of a unit, which one program compares."""
+MOST_SHARE = 2
+"""Maximum blocks of a KV head, as a multiple of the average over the heads."""
 _MOST_PARTS = 8
 _LEAST_SHARE = 2
 """Minimum average number of blocks that a program attends to."""
 
 BLOCK_TABLES = ("blocks", "choices", "chunks", "block_tiles")
+
+
+def list_room(candidates: int, blocks: int) -> int:
+    """Return the maximum number of blocks per KV head of a unit that chooses `blocks` on average."""
+    return min(candidates, MOST_SHARE * blocks)
+
+
+def candidate_blocks(plan: Plan, unit: int) -> Int64Array:
+    """Return the blocks among which a unit chooses, in the order of their positions."""
+    segments = slice(*plan.unit_segments[unit].tolist())
+    counts = plan.segment_lengths[segments].astype(np.int64) // BLOCK
+    offset = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(plan.segment_starts[segments] // BLOCK, counts) + offset
 
 
 @dataclass(frozen=True, slots=True)

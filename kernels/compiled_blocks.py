@@ -8,8 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.core import compiled as compilation
-from radixgen.core.compiled import compiled, compiled_fast
+from radixgen.core.compiled import HAS_NUMBA, compiled, compiled_fast
 from radixgen.core.plan import BLOCK, Int64Array
 from radixgen.kernels.block_levels import LEVEL_SHIFT, LEVELS, LOWEST
 from radixgen.kernels.quantized import KV
@@ -22,7 +21,7 @@ MOST_ROWS = 16
 
 def supports(q: Tensor, *pools: KV) -> bool:
     """Return whether `attend` takes q `[kv_heads, rows, head_dim]` and these K, V and bounds."""
-    if compilation.njit is None or q.shape[1] > MOST_ROWS or q.device.type != "cpu":
+    if not HAS_NUMBA or q.shape[1] > MOST_ROWS or q.device.type != "cpu":
         return False
     return all(pool.dtype == torch.float32 and pool.is_contiguous() for pool in (q.contiguous(), *pools))
 

@@ -87,7 +87,9 @@ def read_blocks(pool: KV, blocks: Tensor, size: int, head: int, dtype: torch.dty
 def _blocks(rows: Tensor, blocks: Tensor, size: int) -> Tensor:
     """Gather blocks of `rows` `[slots, ...]`."""
     whole = len(rows) // size
-    return rows[: whole * size].unflatten(0, (whole, size)).index_select(0, blocks).flatten(0, 1)
+    shape, strides = rows.shape[1:], rows.stride()
+    grouped = rows.as_strided((whole, size, *shape), (size * strides[0], *strides), rows.storage_offset())
+    return grouped.index_select(0, blocks).flatten(0, 1)
 
 
 def zero(pool: KV, slots: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from radixgen.core.plan import BLOCK, Int64Array
 from radixgen.kernels import compiled_blocks
 from radixgen.kernels.block_levels import LEVEL_SHIFT, LEVELS, LOWEST
+from radixgen.kernels.block_work import candidate_blocks, list_room
 from radixgen.kernels.quantized import KV, read_blocks
 
 if TYPE_CHECKING:
@@ -24,21 +25,6 @@ if TYPE_CHECKING:
 
 COMPILED = True
 """Whether compiled loops replace operators for few rows on a CPU."""
-MOST_SHARE = 2
-"""Maximum blocks of a KV head, as a multiple of the average over the heads."""
-
-
-def list_room(candidates: int, blocks: int) -> int:
-    """Return the maximum number of blocks per KV head of a unit that chooses `blocks` on average."""
-    return min(candidates, MOST_SHARE * blocks)
-
-
-def candidate_blocks(plan: "Plan", unit: int) -> Int64Array:
-    """Return the blocks among which a unit chooses, in the order of their positions."""
-    segments = slice(*plan.unit_segments[unit].tolist())
-    counts = plan.segment_lengths[segments].astype(np.int64) // BLOCK
-    offset = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(plan.segment_starts[segments] // BLOCK, counts) + offset
 
 
 def block_scores(q: Tensor, bounds: Tensor) -> Tensor:
@@ -147,7 +133,7 @@ class BlockAttention:
         weights = block_weights(block_scores(q, theirs), softcap)
         chosen = choose_blocks(weights, len(q) * unit.chosen, list_room(candidates, unit.chosen))
         blocks = unit.blocks[chosen.nonzero()[:, 1]]
-        return blocks.split(chosen.sum(1).tolist())
+        return torch.split(blocks, chosen.sum(1).tolist())
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, softcap: float | None, out: Tensor, lse: Tensor) -> None:

@@ -87,7 +87,7 @@ def choose_launch(
 
 def _block_tile(geometry: Geometry, block_rows: int) -> int:
     """Return the query-head rows of tiles of units that choose blocks."""
-    least = max(16, triton.next_power_of_2(geometry.group))
+    least = max(16, int(triton.next_power_of_2(geometry.group)))
     return least if block_rows == 1 or geometry.dtype == torch.float32 else max(64, least)
 
 

@@ -3,7 +3,7 @@
 `radixgen.kernels.torch_blocks` says what is chosen, and does the same in plain PyTorch.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -12,7 +12,8 @@ from torch import Tensor
 from radixgen.core.plan import BLOCK
 from radixgen.kernels import block_kernels
 from radixgen.kernels.block_work import CHUNK, BlockSizes, score_rows
-from radixgen.kernels.work import TileClass, pdl
+from radixgen.kernels.geometry import Geometry
+from radixgen.kernels.work import Launch, TileClass, pdl
 
 if TYPE_CHECKING:
     from radixgen.kernels.triton_backend import LaunchTables
@@ -34,24 +35,19 @@ class BlockChoice:
         geometry, views, overlap = tables.geometry, tables.views, tables.launch.overlap
         tasks = views["chunks"].numel() // 10 * geometry.kv_heads
         programs = max(min(shape.programs // (2 if shape.rows <= 16 else 1), tasks), 1)
-        cap = 0.0 if softcap is None else softcap
-        heads = {
-            "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
-            "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": score_rows(shape.rows), "CHUNK": CHUNK,
-            "SOFTCAP": softcap is not None, "PDL": overlap,
-        }  # fmt: skip
+        fixed = scoring(geometry, shape, softcap=softcap is not None, overlap=overlap)
         listed = q, bounds, views["blocks"], views["chunks"], views["counts"], self._lses
-        block_kernels.sum_scores[(programs,)](*listed, scale, cap, **heads, num_warps=4, **pdl(overlap))
+        factors = scale, 0.0 if softcap is None else softcap
+        block_kernels.sum_scores[(programs,)](*listed, *factors, **fixed, num_warps=4, **pdl(overlap))
+        chunks = max(self._candidates // CHUNK, 1)
         block_kernels.weigh_blocks[(programs,)](
-            *listed, self._weights, scale, cap, **heads, MOST_CHUNKS=max(self._candidates // CHUNK, 1), num_warps=4,
-            **pdl(overlap),
-        )  # fmt: skip
-        width = triton.next_power_of_2(geometry.kv_heads)
+            *listed, self._weights, *factors, **fixed, MOST_CHUNKS=chunks, num_warps=4, **pdl(overlap)
+        )
         heads_of_units = min(views["choices"].numel() // 8, len(q)) * geometry.kv_heads
         block_kernels.choose_blocks[(max(min(heads_of_units, shape.programs), 1),)](
-            self._weights, views["blocks"], views["choices"], views["counts"], self.lists, KV_HEADS=geometry.kv_heads,
-            HEADS=width, BLOCKS=self._candidates, PDL=overlap, num_warps=choose_warps(width, self._candidates),
-            **pdl(overlap),
+            self._weights, views["blocks"], views["choices"], views["counts"], self.lists,
+            **choosing(geometry, self._candidates, overlap),
+            num_warps=choose_warps(geometry.kv_heads, self._candidates), **pdl(overlap),
         )  # fmt: skip
 
     def attend(
@@ -59,16 +55,39 @@ class BlockChoice:
         softcap: float | None,
     ) -> None:  # fmt: skip
         """Write the partial results of all chosen blocks. `keys`: K, V, their scales, slots, and blocks of both."""
-        geometry, views, overlap = tables.geometry, tables.views, tables.launch.overlap
+        launch, views = tables.launch, tables.views
+        fixed = attending(tables.geometry, launch, shape, softcap=softcap is not None)
         block_kernels.attend_blocks[(shape.programs,)](
             q, *keys, tables.partial_out, tables.partial_lse, views["block_tiles"], views["counts"], self.lists, scale,
-            0.0 if softcap is None else softcap, KV_HEADS=geometry.kv_heads, GROUP=geometry.group,
-            HEAD_DIM=geometry.head_dim, V_HEAD_DIM=geometry.v_head_dim, PADDED_DIM=geometry.padded[0],
-            PADDED_V_DIM=geometry.padded[1], BLOCK_ROWS=shape.rows, BLOCK_KEYS=shape.block_keys, SLOTS=BLOCK,
-            STAGES=_stages(shape), BULK=tables.launch.least_run > 0, SOFTCAP=softcap is not None,
-            QUANTIZED=geometry.quantized, PDL=overlap, num_warps=shape.num_warps, maxnreg=shape.registers,
-            **pdl(overlap),
+            0.0 if softcap is None else softcap, **fixed, num_warps=shape.num_warps, maxnreg=shape.registers,
+            **pdl(launch.overlap),
         )  # fmt: skip
+
+
+def scoring(geometry: Geometry, shape: TileClass, *, softcap: bool, overlap: bool) -> dict[str, Any]:
+    """Return the compile-time constants of the kernels that score blocks."""
+    rows = score_rows(shape.rows) if geometry.padded[0] <= 128 else 16  # for want of registers
+    return {
+        "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
+        "PADDED_DIM": geometry.padded[0], "BLOCK_ROWS": rows, "CHUNK": CHUNK, "SOFTCAP": softcap,
+        "PDL": overlap,
+    }  # fmt: skip
+
+
+def choosing(geometry: Geometry, candidates: int, overlap: bool) -> dict[str, Any]:
+    """Return the compile-time constants of the kernel that chooses among `candidates` blocks or fewer."""
+    width = triton.next_power_of_2(geometry.kv_heads)
+    return {"KV_HEADS": geometry.kv_heads, "HEADS": width, "BLOCKS": candidates, "PDL": overlap}
+
+
+def attending(geometry: Geometry, launch: Launch, shape: TileClass, *, softcap: bool) -> dict[str, Any]:
+    """Return the compile-time constants of the kernel that attends to chosen blocks."""
+    return {
+        "KV_HEADS": geometry.kv_heads, "GROUP": geometry.group, "HEAD_DIM": geometry.head_dim,
+        "V_HEAD_DIM": geometry.v_head_dim, "PADDED_DIM": geometry.padded[0], "PADDED_V_DIM": geometry.padded[1],
+        "BLOCK_ROWS": shape.rows, "BLOCK_KEYS": shape.block_keys, "SLOTS": BLOCK, "STAGES": _stages(shape),
+        "BULK": launch.least_run > 0, "SOFTCAP": softcap, "QUANTIZED": geometry.quantized, "PDL": launch.overlap,
+    }  # fmt: skip
 
 
 def _stages(shape: TileClass) -> int:
@@ -78,4 +97,4 @@ def _stages(shape: TileClass) -> int:
 
 def choose_warps(heads: int, candidates: int) -> int:
     """Return the warps of a program that chooses among so many blocks of so many heads."""
-    return max(4, min(16, heads * candidates // 512))
+    return max(4, min(16, int(triton.next_power_of_2(heads) * candidates) // 512))

@@ -7,6 +7,7 @@ under different policies do not choose together: each policy has nodes of its ow
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from radixgen.core.plan import BLOCK, Int32Array, Int64Array
 from radixgen.core.reading import ReadingPolicy, TopBlocks
 from radixgen.kernels.block_work import MOST_CANDIDATES
 from radixgen.scheduler.forest import Forest
+
+Number = TypeVar("Number", bound=np.generic)
 
 LEAST_CANDIDATES = 16
 """Rows read fewer blocks exactly, which takes less time than choosing among them."""
@@ -134,7 +137,7 @@ def add_choosing_units(plan: Plan, withheld: WithheldBlocks) -> Plan:
     )
 
 
-def _append(array: NDArray[np.generic], more: NDArray[np.generic]) -> NDArray[np.generic]:
+def _append(array: NDArray[Number], more: NDArray[Any]) -> NDArray[Number]:
     return np.concatenate([array, more.astype(array.dtype)])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
-from radixgen.core.reading import Exact, ReadingPolicy
+from radixgen.core.reading import Exact, ReadingPolicy, TopBlocks
 from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
@@ -229,6 +229,11 @@ class Planner:
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
         restrict(forest, ids, Views(ids, np.array([(0, 1), (0, 2)]), np.arange(3), np.arange(2)))
         rows = StepRows(ids, ids, ids.astype(np.int64), ids)
+        node, row, length = ids[:1], np.full(1, -1), np.full(1, 4096, np.int32)
+        long = Forest(node - np.int32(1), node, length, np.arange(2), np.arange(1), length)
+        withheld = withhold_blocks(long, node, length - np.int32(1), node, [TopBlocks()], row)
+        assert withheld is not None
+        add_choosing_units(plan(withheld.forest, node, length - np.int32(1), mode=self.mode, cost=self.cost), withheld)
         row_updates(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))
 

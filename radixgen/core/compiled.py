@@ -8,6 +8,9 @@ try:
 except ImportError:
     njit = None
 
+HAS_NUMBA = njit is not None
+"""Whether anything is compiled."""
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
