@@ -192,8 +192,8 @@ def test_a_command_that_breaks_the_engine_ends_every_stream(monkeypatch: pytest.
     """Of `AsyncEngine`: a call that was cut short fails, and so does all that is open."""
 
     async def whole() -> None:
-        async with AsyncEngine(Engine(StampModel(VOCAB, CONTEXT, frozenset()), kv_tokens=90)) as engine:
-            stream = engine.generate([1, 2], SamplingParams(max_tokens=50, ignore_eos=True))
+        async with AsyncEngine(Engine(StampModel(VOCAB, 100_000, frozenset()), kv_tokens=100_000)) as engine:
+            stream = engine.generate([1, 2], SamplingParams(max_tokens=90_000, ignore_eos=True))
             await anext(stream)
 
             def fail(*_: object) -> None:
