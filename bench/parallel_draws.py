@@ -2,11 +2,11 @@
 
     python -m bench.parallel_draws [--ranks 2] [--times 3] [--save]
 
-Prints a line for each way to draw: milliseconds of a decoding step either way, and their ratio. A Llama of 8B shape in
-bfloat16 with random weights generates for 256 requests on one cached prefix of 16,256 tokens, 128 tokens each. All
-prompts are cached before they are timed, and the time of a single token is subtracted. The two ways alternate on one
-engine, after one round that is not counted; figures are medians. top-p without top-k gathers either way: it shows the
-noise.
+Prints a line for each kind of draw: milliseconds of a decoding step either way, and their ratio. A Llama of 8B shape in
+bfloat16 with random weights generates 128 tokens each for 256 requests on one prefix of 16,256 tokens, and for one
+request alone. All prompts are cached before they are timed, and the time of a single token is subtracted. The two ways
+alternate on one engine, after one round that is not counted; figures are medians. top-p without top-k gathers either
+way: it shows the noise.
 
 Bias. A workload whose step is short, so that draws weigh more than in most. Without a GPU all sizes are toys.
 """
@@ -26,16 +26,19 @@ import torch
 from bench.contenders import Options, random_engine, saved_config
 from bench.report import Report
 from bench.shapes import SHAPES
-from bench.workloads import FULL, TOY, Workloads
+from bench.workloads import FULL, TOY, Ask, Workloads
 from radixgen import Engine, SamplingParams
 from radixgen.model.parallel import ParallelModel
 
-KINDS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "temperature 1": {},
-    "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
-    "top-p 0.9": {"top_p": 0.9},
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "greedy": ("prefix", {"temperature": 0.0}),
+    "temperature 1": ("prefix", {}),
+    "top-k 50, top-p 0.9": ("prefix", {"top_k": 50, "top_p": 0.9}),
+    "top-p 0.9": ("prefix", {"top_p": 0.9}),
+    "one request, greedy": ("latency", {"temperature": 0.0}),
+    "one request, temperature 1": ("latency", {}),
 }
+"""Workload of `bench.workloads`, and sampling parameters."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, random_engine(sizes, saved_config(sizes, Path(folder))) as engine:
         model = engine._model
         assert isinstance(model, ParallelModel)
-        for name, params in KINDS.items():
+        for name, (workload, params) in KINDS.items():
             found: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(1 + options.times):
                 for gather, times in found.items():
                     model.gather_logits = gather
-                    times.append(_step_ms(engine, workloads, params))
+                    times.append(_step_ms(engine, [*workloads.start(workload)][-1], params))
             ours, gathered = (median(times[1:]) for times in found.values())
             report.keep(**{name: {"ms": ours, "gathered_ms": gathered, "all_ms": [*found.values()]}})
             ratio = f"{gathered / ours:.3f}×"
@@ -74,10 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report.finish(check=False, save=options.save)
 
 
-def _step_ms(engine: Engine, workloads: Workloads, params: dict[str, Any]) -> float:
+def _step_ms(engine: Engine, ask: Ask, params: dict[str, Any]) -> float:
     """Milliseconds of a decoding step of requests whose prompts are cached."""
     engine.reset_prefix_cache()
-    *_, ask = workloads.start("prefix")
     engine.generate(ask.prompts[:1], SamplingParams(max_tokens=1))
     seconds = []
     for count in (1, 1, ask.new):

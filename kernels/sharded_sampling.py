@@ -18,7 +18,7 @@ for a uniform within 1e-6 of the boundary between two tokens.
 import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.core import SamplingParams
-from radixgen.kernels.draw_settings import MIN_P, ROW, TOP_K, TOP_P, UNIFORM, UNIT
+from radixgen.kernels.draw_settings import MIN_P, ROW, TOP_K, TOP_P, UNIT
 from radixgen.kernels.drawable_tokens import DrawableTokens
+from radixgen.kernels.torch_sharded_sampling import BlockWeights, Shard, ShardSampler, TorchShardSampler, weights_of
 from radixgen.kernels.upload import upload
 
 MAX_TOP_K = 256
@@ -54,40 +55,6 @@ class ShardedLogits(Protocol):
         drawable: DrawableTokens | None,
     ) -> Tensor:
         """As `radixgen.kernels.torch_sampling.draw_tokens`, of drawable tokens, for params that `is_exact` allows."""
-
-
-class Shard(NamedTuple):
-    """A rank's part of the vocabulary."""
-
-    rank: int
-    ranks: int
-    first: int
-    """Token of the first column"""
-    most: int
-    """Columns of the rank that has most"""
-
-
-class BlockWeights(NamedTuple):
-    """What is known of blocks of tokens, each `[draws, blocks]`."""
-
-    tops: Tensor
-    """Largest logit; NaN if the block holds NaN or +inf."""
-    masses: Tensor
-    """Sum of the weights, relative to the block's largest logit."""
-    best: Tensor
-    """First token with the largest logit."""
-
-
-class ShardSampler(Protocol):
-    """One rank's part in the draws of a step."""
-
-    def weigh(self, floors: Tensor | None) -> BlockWeights:
-        """Weigh the rank's blocks. With `floors` `[draws]`, only logits that reach them have a weight."""
-
-    def choose(self, blocks: BlockWeights, floors: Tensor | None) -> Tensor:
-        """Return the tokens, int64 `[draws]`, given the blocks of all ranks: -1 if the row is invalid, and 0 for tokens
-        that another rank has. What all ranks know, rank 0 returns.
-        """
 
 
 def is_exact(params: SamplingParams) -> bool:
@@ -154,8 +121,8 @@ def _raised_floors(floors: Tensor | None, largest: Tensor | None, blocks: BlockW
     raised = top + settings[MIN_P] / unit.clamp(min=1e-300)
     if floors is not None and largest is not None:
         raised = torch.maximum(raised, floors.double())
-        weights = _weights(largest.double(), top, unit) * (largest >= floors[:, None])
-        total = (blocks.masses * _weights(blocks.tops.double(), top, unit)).sum(-1)
+        weights = weights_of(largest.double(), top, unit) * (largest >= floors[:, None])
+        total = (blocks.masses * weights_of(blocks.tops.double(), top, unit)).sum(-1)
         kept = (weights.cumsum(-1) - weights < (settings[TOP_P] * total)[:, None]) & (largest >= floors[:, None])
         least = torch.where(kept, largest.double(), math.inf).amin(-1)
         raised = torch.maximum(raised, torch.where(settings[TOP_P] < 1.0, least, -math.inf))
@@ -163,65 +130,7 @@ def _raised_floors(floors: Tensor | None, largest: Tensor | None, blocks: BlockW
     return raised.to(blocks.tops.dtype)
 
 
-def _gather_blocks(own: BlockWeights, gather: Gather) -> BlockWeights:
-    """Return the blocks of all ranks, in the order of tokens."""
-    words = [part.contiguous().view(torch.int32).flatten() for part in own]
-    parts = torch.split(gather(torch.cat(words)), [part.numel() for part in words], -1)
-    return BlockWeights(*(_beside(part, like) for part, like in zip(parts, own, strict=True)))
-
-
-def _beside(words: Tensor, like: Tensor) -> Tensor:
-    """Return tensors of all ranks, int32 `[ranks, ...]`, side by side: each is as `like`, `[draws, blocks]`."""
-    parts = words.contiguous().view(like.dtype).view(-1, *like.shape)
-    return parts.transpose(0, 1).flatten(1).contiguous()
-
-
-def _weights(scores: Tensor, top: Tensor, unit: Tensor) -> Tensor:
-    """Return powers of two of logits `[draws, ...]`, 1 for the largest of a draw, `top` `[draws]`; 0 if that is
-    -inf.
-    """
-    return torch.exp2((scores - torch.where(top.isneginf(), 0.0, top)[:, None]) * unit[:, None])
-
-
-class TorchShardSampler:
-    """As `ShardSampler`, in PyTorch and float64. A rank's part of the vocabulary is one block."""
-
-    def __init__(self, logits: Tensor, shard: Shard, settings: Tensor) -> None:
-        self._scores = logits.index_select(0, settings[ROW].long()).double()
-        self._shard, self._unit, self._uniform = shard, settings[UNIT], settings[UNIFORM]
-        self._top, best = self._scores.max(-1)
-        broken = (self._scores.isnan() | self._scores.isposinf()).any(-1, keepdim=True)
-        self._tops = torch.where(broken, math.nan, self._top[:, None])
-        self._best = shard.first + best[:, None]
-
-    def weigh(self, floors: Tensor | None) -> BlockWeights:
-        """As `ShardSampler.weigh`."""
-        masses = _weights(self._kept(floors), self._top, self._unit).sum(-1, keepdim=True)
-        return BlockWeights(self._tops, masses, self._best)
-
-    def choose(self, blocks: BlockWeights, floors: Tensor | None) -> Tensor:
-        """As `ShardSampler.choose`."""
-        tops, rank = blocks.tops, self._shard.rank
-        top = tops.amax(-1)
-        likeliest = torch.where(tops == top[:, None], blocks.best, torch.iinfo(torch.int64).max).amin(-1)
-        ends = (blocks.masses * _weights(tops, top, self._unit)).cumsum(-1)
-        target = self._uniform * ends[:, -1]
-        chosen = _first_beyond(ends, target)
-        before = ends[:, rank - 1] if rank else torch.zeros_like(target)
-        reached = before[:, None] + _weights(self._kept(floors), top, self._unit).cumsum(-1)
-        own = torch.where(chosen == rank, self._shard.first + _first_beyond(reached, target), 0)
-        common = torch.where(top.isfinite(), likeliest, -1) if rank == 0 else torch.zeros_like(own)
-        return torch.where((self._unit > 0) & top.isfinite(), own, common)
-
-    def _kept(self, floors: Tensor | None) -> Tensor:
-        return self._scores if floors is None else self._scores.masked_fill(self._scores < floors[:, None], -math.inf)
-
-
-def _first_beyond(ends: Tensor, target: Tensor) -> Tensor:
-    """Return the first place at which a cumulative sum `[draws, n]` exceeds `target` `[draws]`, or the last at which it
-    grows.
-    """
-    grows = ends.diff(dim=-1, prepend=torch.zeros_like(ends[:, :1])) > 0
-    place = torch.arange(ends.shape[-1], device=ends.device)
-    last = torch.where(grows, place, 0).amax(-1)
-    return torch.minimum(torch.where(ends > target[:, None], place, ends.shape[-1]).amin(-1), last)
+def _gather_blocks(own: Tensor, gather: Gather) -> BlockWeights:
+    """Return the blocks of all ranks, in the order of tokens. `own`: as returned by `ShardSampler.weigh`."""
+    parts = gather(own.view(torch.int32)).view(own.dtype)
+    return BlockWeights.of(parts.permute(1, 2, 0, 3).flatten(2).contiguous())

@@ -12,7 +12,8 @@ from torch import Tensor
 from radixgen import SamplingParams
 from radixgen.kernels import sharded_sampling, torch_sampling
 from radixgen.kernels.draw_settings import draw_settings
-from radixgen.kernels.sharded_sampling import MAX_TOP_K, Shard, TorchShardSampler, is_exact
+from radixgen.kernels.sharded_sampling import MAX_TOP_K, is_exact
+from radixgen.kernels.torch_sharded_sampling import Shard, TorchShardSampler
 from radixgen.kernels.triton_sharded_sampling import TritonShardSampler
 
 INF = float("inf")

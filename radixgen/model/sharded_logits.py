@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from radixgen.core import SamplingParams
 from radixgen.kernels.draw_settings import draw_settings
 from radixgen.kernels.drawable_tokens import DrawableTokens
-from radixgen.kernels.sharded_sampling import Shard, draw_tokens
+from radixgen.kernels.sharded_sampling import draw_tokens
+from radixgen.kernels.torch_sharded_sampling import Shard
 from radixgen.model.collectives import GatherColumns, Rank, gather_ranks
 from radixgen.model.graphs import Agree
 from radixgen.model.lockstep import RankCommand, pack
