@@ -28,10 +28,11 @@ from radixgen.engine.check import check_engine
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence
+from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
-from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
+from radixgen.sampling.sampler import SamplerOutput, fork_seed, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cache_hints import CacheHints
@@ -294,7 +295,7 @@ class EngineCore:
         del self._suspects[:1]
         self._steps += 1
         self._computed_rows += batch.num_rows
-        self._logit_rows += logits.values.shape[0]
+        self._logit_rows += len(logits.values)
 
     def _score(self, batch: Batch, logits: StepLogits) -> None:
         """Score prompt tokens, and end requests that want nothing else once all are scored."""
@@ -303,7 +304,7 @@ class EngineCore:
             index = logits.scoring[at : at + len(rows)]
             at += len(rows)
             try:
-                self._score_rows(request, logits.values[index])
+                self._score_rows(request, logits.whole[index])
             except Exception as error:
                 self.abort(
                     request, "error", _request_error(error, request, "the prompt of request %s could not be scored")
@@ -328,7 +329,7 @@ class EngineCore:
         for request, row_of in rows.items():
             assert request.search is not None
             try:
-                beams = self._choose(request, request.search, logits.values, row_of)
+                beams = self._choose(request, request.search, logits.whole, row_of)
             except FloatingPointError as error:
                 self.abort(request, "error", str(error))
                 continue
