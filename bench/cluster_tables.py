@@ -42,6 +42,20 @@ def parallel() -> str:
     )
 
 
+def draws() -> str:
+    """What docs/cluster.md shows of `bench.parallel_draws`."""
+    found: dict[str, Any] = json.loads((RESULTS / "parallel_draws.json").read_text(encoding="utf-8"))
+    lines = ["| a step, by what draws | own logits | all gathered | |", "| --- | --- | --- | --- |"]
+    for name, figures in found.items():
+        if isinstance(figures, dict):
+            own, gathered = figures["ms"], figures["gathered_ms"]
+            lines.append(f"| {name} | {own:.2f} ms | {gathered:.2f} ms | {gathered / own:.3f}× |")
+    where = f"{found['ranks']} × {found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}"
+    return "\n".join(
+        [*lines, "", f"`python -m bench.parallel_draws` on {where}; top-p without top-k gathers either way."]
+    )
+
+
 def replicas() -> str:
     """What docs/cluster.md shows of `bench.data_parallel`: replicas with a GPU each beside one."""
     found: dict[str, Any] = json.loads((RESULTS / "data_parallel.json").read_text(encoding="utf-8"))

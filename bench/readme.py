@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench import cpu
 from bench.attention import OWN
-from bench.cluster_tables import parallel, replicas, routing
+from bench.cluster_tables import draws, parallel, replicas, routing
 from bench.compare import table
 from bench.plots import cold
 from bench.report import RESULTS
@@ -68,6 +68,7 @@ def main() -> None:
     BENCHMARKS.write_text(_replace(text, "misses", "\n".join(misses())), encoding="utf-8")
     text = _replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing())
     text = _replace(text, "parallel", parallel())
+    text = _replace(text, "draws", draws())
     CLUSTER.write_text(_replace(text, "replicas", replicas()), encoding="utf-8")
 
 
