@@ -444,6 +444,7 @@ class EngineCore:
             preemptions=scheduler.preemptions,
             kv_bytes_read=self.model.kv_bytes_read,
             kv_bytes_unshared=self.model.kv_bytes_unshared,
+            kv_bytes_per_token=self.model.kv_bytes_per_token,
             num_running=len(scheduler.running),
             num_waiting=scheduler.waiting.num_sequences,
             num_waiting_tokens=scheduler.waiting.num_tokens,
