@@ -83,6 +83,25 @@ _Place = tuple[Node, int]
 """The first tokens of a node of the host's tree, and how many"""
 
 
+class _Held(NamedTuple):
+    """A node of the pool, all of whose `known` tokens are in host memory, and the node there in which they end."""
+
+    below: Node
+    known: int
+
+    def lasts(self, node: Node, host: RadixTree) -> bool:
+        """Whether this still holds for `node`, whose tokens are the same unless their number is another."""
+        below = self.below
+        return self.known == node.known and host.find(below.id) is below and node.end <= below.start + below.computed
+
+    def place(self, node: Node) -> _Place:
+        """Where the path to `node` ends in the host's tree now; `below` may have been split."""
+        below = self.below
+        while below.start >= node.end and below.parent is not None:
+            below = below.parent
+        return below, node.end - below.start
+
+
 @dataclass(eq=False, slots=True)
 class _ChunkPath:
     """Names of the disk chunks that end in a row, and what the next name depends on."""
@@ -108,6 +127,8 @@ class TierReader:
     """Reads the host's tree and the disk's index beside the tree of the pool. Call it in the engine's thread."""
 
     def __init__(self) -> None:
+        self._held: dict[int, _Held] = {}
+        """Nodes that are in host memory as a whole, by id: nearly all, and so not compared again in each reading"""
         self._states: dict[int, tuple[int, int, int]] = {}
         self._paths: dict[int, _ChunkPath] = {}
 
@@ -115,11 +136,17 @@ class TierReader:
         """`nodes`: the drawn nodes of the pool, ancestors before descendants. `fresh`: ids of those whose tokens may
         have changed, other than by more at their end. `room`: number of rows that may be added.
         """
-        tiers = _walk(tree, host.tree, nodes, room)
+        changed = set(fresh)
+        self._held = {
+            node.id: held
+            for node in nodes
+            if (held := self._held.get(node.id)) and node.id not in changed and held.lasts(node, host.tree)
+        }
+        tiers = _walk(tree, host.tree, nodes, self._held, room)
         before, self._states = self._states, {row.id: row.state for row in tiers.rows}
         tiers.fresh = [row_id for row_id, state in self._states.items() if before.get(row_id) != state]
         if host.disk is not None:
-            tiers.disk = self._on_disk(host.disk, nodes, tiers.rows, {*fresh, *tiers.fresh})
+            tiers.disk = self._on_disk(host.disk, nodes, tiers.rows, changed.union(tiers.fresh))
         tiers.rows.sort(key=lambda row: row.id)
         return tiers
 
@@ -162,8 +189,11 @@ def host_row(tree: RadixTree, host: RadixTree, row_id: int) -> HostRow | None:
     return row if row.known > 0 or node.parent is None else None
 
 
-def _walk(tree: RadixTree, host: RadixTree, nodes: Sequence[Node], room: int) -> Tiers:
-    """Find what host memory has of the nodes, and draw what follows them there: that of nodes before that of others."""
+def _walk(tree: RadixTree, host: RadixTree, nodes: Sequence[Node], held: dict[int, _Held], room: int) -> Tiers:
+    """Find what host memory has of the nodes, and draw what follows them there: that of nodes before that of others.
+
+    held: nodes that are there as a whole; more of them are added.
+    """
     tiers = Tiers([], {}, {})
     places: dict[int, _Place] = {}  # where the path to a node ends in the host
 
@@ -181,8 +211,14 @@ def _walk(tree: RadixTree, host: RadixTree, nodes: Sequence[Node], room: int) ->
         if node.parent is None:
             root = host.root(node.namespace)
             place = (root, 0) if root else None
+        elif node.id in held:
+            place, tiers.host[node.id] = held[node.id].place(node), node.known
         else:
-            place, tiers.host[node.id] = _descend(places.get(node.parent.id), node.tokens)
+            place = places.get(node.parent.id)
+            if place is not None:
+                place, tiers.host[node.id] = _descend(place, node.tokens)
+            if place is not None and tiers.host[node.id] == node.known:
+                held[node.id] = _Held(place[0], node.known)
         if place is not None:
             places[node.id] = place
             for below, offset in _continuations(place, node):
@@ -210,19 +246,21 @@ def _continuations(place: _Place, node: Node) -> list[_Place]:
     return [(child, 0) for token, child in below.children.items() if token not in node.children]
 
 
-def _descend(place: _Place | None, tokens: TokenArray) -> tuple[_Place | None, int]:
+def _descend(place: _Place, tokens: TokenArray) -> tuple[_Place | None, int]:
     """Follow `tokens` from a place of the host's tree. Returns where they end, None if they are not all known there,
     and how many have KV there.
     """
     known = computed = 0
-    while place is not None and known < tokens.size:
-        node, offset = place
+    node, offset = place
+    while known < tokens.size:
         if offset == node.known:
             child = node.children.get(int(tokens[known]))
-            place = (child, 0) if child else None
-            continue
+            if child is None:
+                return None, computed
+            node, offset = child, 0
         common = common_prefix_len(node.tokens[offset:], tokens[known:])
+        if not common:
+            return None, computed
         computed += min(max(node.computed - offset, 0), common)
-        known += common
-        place = (node, offset + common) if common else None
-    return place, computed
+        known, offset = known + common, offset + common
+    return (node, offset), computed
