@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from radixgen.core import SamplingState
 from radixgen.sampling.beam_search import Beam
 from radixgen.scheduler.scheduler import Scheduler
@@ -31,6 +33,14 @@ def branch(scheduler: Scheduler, request: Request, beams: Seq[Beam]) -> None:
         child.choices = None
         child.output.append(beam.token_ids[-1])
     scheduler.advance([(child, child.output[-1]) for child in children if child.cursor is not None])
+
+
+def conclude(scheduler: Scheduler, request: Request, hypotheses: Seq[Seq[int]]) -> None:
+    """Drop the beams of a search that has ended. With a host tier, only the paths of its hypotheses are saved."""
+    for beam in request.sequences:
+        scheduler.drop(beam)
+    for tokens in hypotheses if scheduler.host is not None else ():
+        scheduler.keep(np.concatenate([request.prompt, np.array(tokens, np.int32)]), request.namespace)
 
 
 def _fork(scheduler: Scheduler, origin: Sequence) -> Sequence:

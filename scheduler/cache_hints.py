@@ -161,16 +161,16 @@ class CacheHints:
         return min(tokens.size, shared + left)
 
     def _merge(self, pin: Pin, own: Seq[Pin]) -> str | None:
-        """Release the owner's pins that a new pin replaces. If too many would be left, release the new one instead, and
-        return the reason.
+        """Release the owner's pins that a new pin replaces. If too many would be left, the owner with the most loses
+        its weakest; if that is this one, release the new pin instead, and return the reason.
         """
         path = set(pin.lock.held.path())
         covered = [old for old in own if old.lock.held in path and _outlasts(pin, old)]
-        limits = self._limits
-        if len(self._pins) - len(covered) > limits.max_pins:
-            reason = f"at most {limits.max_pins} prefixes are pinned"
-        elif len(own) + 1 + self._num_coming(pin.owner) - len(covered) > limits.max_hint_pins:
+        limits, count = self._limits, len(own) + 1 - len(covered)
+        if count + self._num_coming(pin.owner) > limits.max_hint_pins:
             reason = f"one owner's hints retain at most {limits.max_hint_pins} prefixes"
+        elif len(self._pins) - len(covered) > limits.max_pins and not self._pins.release_from_largest(count):
+            reason = f"at most {limits.max_pins} prefixes are pinned, and no owner's hints retain more than this one's"
         else:
             for old in covered:
                 self._pins.release(old.id)

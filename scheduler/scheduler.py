@@ -10,7 +10,7 @@ from operator import attrgetter
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import HostTier, Node, RadixTree
+from radixgen.cache import HostTier, Node, RadixTree, TokenArray
 from radixgen.cache.check import check_plan
 from radixgen.core import Limits
 from radixgen.scheduler.admission import Admission
@@ -389,5 +389,16 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.cursor is not None
         self.running.remove(sequence)
-        self.tree.unlock(sequence.cursor)
+        node, request = sequence.cursor.held, sequence.request
+        self.tree.unlock(sequence.cursor, idle=request.search is None)
         sequence.cursor = None
+        if request.search is not None and self.tree.on_idle is not None:
+            while node.start >= request.prompt.size and node.parent is not None:
+                node = node.parent  # most beams will not be continued
+            self.tree.on_idle(node)
+
+    def keep(self, tokens: TokenArray, namespace: str) -> None:
+        """Use what is cached of `tokens` as if a sequence had ended there."""
+        match = self.tree.match_prefix(tokens, namespace)
+        if match is not None and match.computed:
+            self.tree.unlock(self.tree.insert(tokens[: match.computed], namespace))

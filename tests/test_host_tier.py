@@ -85,6 +85,27 @@ def test_copies_there_and_back(shapes: list[LayerShape], monkeypatch: pytest.Mon
     host.release()
 
 
+def test_the_kernel_is_compiled_before_the_first_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both directions, and the pool stays as it is."""
+    pytest.importorskip("triton")
+    launched = []
+
+    class Recorded(KVRecords):
+        def __init__(self, pools: list) -> None:
+            super().__init__(pools, kernel=True)
+
+        def _launch(self, table: torch.Tensor, slots: torch.Tensor, records: torch.Tensor, *, pack: bool) -> None:
+            launched.append((slots.tolist(), pack))
+            super()._launch(table, slots, records, pack=pack)
+
+    monkeypatch.setattr("radixgen.model.host_kv.KVRecords", Recorded)
+    storage, tensors = filled(SHAPES["int8"], 30)
+    before = [tensor.clone() for tensor in tensors]
+    HostKV(storage, 20, DEVICE).release()
+    assert launched == [([0], True), ([0], False)]
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+
+
 # -- what is kept and fetched, by the oracle --------------------------------------------------------------
 
 

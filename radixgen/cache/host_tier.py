@@ -165,6 +165,10 @@ class HostTier:
         device.on_idle = self.save
 
     @property
+    def disk(self) -> DiskTier | None:
+        return self._disk
+
+    @property
     def fetching(self) -> bool:
         """Whether a fetch is in flight."""
         return bool(self._fetches)

@@ -34,7 +34,7 @@ from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
 from radixgen.sampling.sampler import SamplerOutput, fork_seed, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
-from radixgen.scheduler.beams import branch
+from radixgen.scheduler.beams import branch, conclude
 from radixgen.scheduler.cache_hints import CacheHints
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PlanMode, Planner
@@ -362,8 +362,7 @@ class EngineCore:
 
     def _conclude(self, request: Request, search: BeamSearch, stop_reason: str | None = None) -> None:
         """End a search: replace its beams by its hypotheses."""
-        for beam in request.sequences:
-            self.scheduler.drop(beam)
+        conclude(self.scheduler, request, [hypothesis.token_ids for hypothesis in search.hypotheses])
         conclude_search(request, search, stop_reason)
         self._ended += request.sequences
 
@@ -444,6 +443,7 @@ class EngineCore:
             preemptions=scheduler.preemptions,
             kv_bytes_read=self.model.kv_bytes_read,
             kv_bytes_unshared=self.model.kv_bytes_unshared,
+            kv_bytes_per_token=self.model.kv_bytes_per_token,
             num_running=len(scheduler.running),
             num_waiting=scheduler.waiting.num_sequences,
             num_waiting_tokens=scheduler.waiting.num_tokens,
