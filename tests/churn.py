@@ -280,7 +280,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine = Engine(self.model, **self.options)
         self.host = self.engine._core.host
         if self.host is not None:
-            self.host._min_fetch = 1
+            self.host.fetches.min_fetch = 1
             if self.folder is not None:
                 run_late(self.host._disk)
         self.router = Consumer(self.block_size)

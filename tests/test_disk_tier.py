@@ -225,7 +225,7 @@ class Stamped:
         core = self.engine._core
         assert core.host is not None and core.host._disk is not None
         self.host, self.disk = core.host, core.host._disk
-        self.host._min_fetch = 1
+        self.host.fetches.min_fetch = 1
         run_late(self.disk)
         self.disk._reader.delay = self.disk._writer.delay = delay
 
@@ -391,7 +391,8 @@ def test_reading_that_takes_longer_than_computing_is_not_done(folder: Path) -> N
     (prompt,) = texts(1)
     served.run([prompt])
     served = restarted(served, folder)
-    served.host._seconds_per_computed, served.host._seconds_per_read = 1e-3, 2e-3
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_read = 1e-3, 2e-3
     assert served.run([prompt]) == [0]
     assert served.engine.stats().disk_read_tokens == 0
     served.engine.close()
@@ -426,7 +427,7 @@ def test_tokens_equal_those_of_transformers(family: str, folder: Path, kv_dtype:
     with oracle_of(family) as oracle:
         for _ in range(3):
             with Engine(families.build(family), **options) as engine:
-                engine._core.host._min_fetch = 1
+                engine._core.host.fetches.min_fetch = 1
                 outputs = [engine.generate(one, greedy(16))[0].outputs[0].token_ids for one in prompts(families.VOCAB)]
                 answers.append(outputs)
                 engine.check()
@@ -444,7 +445,7 @@ def test_a_checkpoint_that_was_overwritten_in_place_finds_nothing(tmp_path: Path
 
     def serve() -> tuple[int, list[int]]:
         with Engine(checkpoint, kv_tokens=200, kv_dir=folder, device="cpu") as engine:
-            engine._core.host._min_fetch = 1
+            engine._core.host.fetches.min_fetch = 1
             (output,) = engine.generate(prompt, greedy(8))
             return engine.stats().disk_read_tokens, output.outputs[0].token_ids
 

@@ -256,7 +256,7 @@ class EngineCore:
         if batch is None and self.ahead.pending:
             self.ahead.drop()
             batch = self.scheduler.schedule()
-        while batch is None and self.host is not None and self.host.wait():
+        while batch is None and self.host is not None and self.host.fetches.wait():
             batch = self.scheduler.schedule()
         return batch
 
