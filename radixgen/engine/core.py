@@ -1,8 +1,6 @@
 """`EngineCore`: the engine's step, from token ids to token ids."""
 
-import heapq
 import logging
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Unpack
@@ -25,6 +23,7 @@ from radixgen.core import (
 )
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
+from radixgen.engine.deadlines import Deadlines
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence
@@ -83,7 +82,7 @@ class EngineCore:
         self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
         self._ended: list[Sequence] = []
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines = Deadlines()
         self._serial = 0
         self._suspects: list[Request] = []
         self._steps = self._computed_rows = self._logit_rows = self._generated = 0
@@ -409,8 +408,8 @@ class EngineCore:
     def _expire(self, now: float) -> None:
         """Abort requests past their deadline, and release expired pins."""
         self.scheduler.pins.expire(now)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
+        for request in self._deadlines.take_expired(now):
+            self.abort(request, "abort", "deadline")
 
     # -- the engine itself --------------------------------------------------------------------------------
 
@@ -475,12 +474,7 @@ class EngineCore:
     def _register(self, request: Request) -> None:
         self.requests[request.id] = request
         self.hints.add(request)
-        if request.deadline == math.inf:
-            return
-        heapq.heappush(self._deadlines, (request.deadline, request.serial, request))
-        if len(self._deadlines) > 2 * len(self.requests) + 64:
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].finished]
-            heapq.heapify(self._deadlines)
+        self._deadlines.add(request)
 
     def _new_id(self) -> str:
         serial = self._serial
