@@ -12,7 +12,8 @@ from radixgen.cache.host_tier import HostTier
 from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.kernels.kv_records import KVRecords
 from radixgen.kernels.quantized import as_bytes
-from radixgen.model.host_kv import HostKV
+from radixgen.model.host_kv import HostKV, _FinishedCopy
+from radixgen.model.rank_host_kv import SharedCopy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {
@@ -83,6 +84,24 @@ def test_copies_there_and_back(shapes: list[LayerShape], monkeypatch: pytest.Mon
         assert torch.equal(tensor[targets], old[slots])
         assert not np.delete(tensor.cpu().numpy(), targets, 0).any()
     host.release()
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_other_ranks_learn_of_the_end_of_a_copy(error: type[BaseException] | None) -> None:
+    """Pins: an interrupt in the middle made the next steps of other ranks begin before their copies had finished."""
+    told: list[int] = []
+
+    def tell() -> None:
+        told.append(1)
+        if error is not None and len(told) == 1:
+            raise error
+
+    copy = SharedCopy(_FinishedCopy(), tell)
+    if error is not None:
+        with pytest.raises(error):
+            copy.wait()
+    copy.wait()
+    assert copy.done() and len(told) == 1 + (error is not None)
 
 
 # -- what is kept and fetched, by the oracle --------------------------------------------------------------

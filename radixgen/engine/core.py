@@ -222,7 +222,8 @@ class EngineCore:
 
         If the model raises an exception, the step is undone and each of its requests is tried alone, in a step of its
         own. A request that fails again ends with `error`. `AssertionError`, `EngineDead` and interrupts are raised to
-        the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
+        the caller. An interrupt while the model runs or a fetch is waited for undoes the step and leaves the engine
+        usable.
         """
         batch = self._schedule(now)
         logits = self._run(batch) if batch is not None else None
@@ -255,9 +256,14 @@ class EngineCore:
         if batch is None and self.ahead.pending:
             self.ahead.drop()
             batch = self.scheduler.schedule()
-        while batch is None and self.host is not None and self.host.fetches.wait():
+        while batch is None and self._wait_for_fetch():
             batch = self.scheduler.schedule()
         return batch
+
+    def _wait_for_fetch(self) -> bool:
+        """Wait until a fetch can go on. Returns False if none can."""
+        with self.guard.interruptible():
+            return self.host is not None and self.host.fetches.wait()
 
     def _run(self, batch: Batch) -> StepLogits | None:
         """Return the logits of the step, or None if the model failed and the step was undone."""

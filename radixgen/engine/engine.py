@@ -328,7 +328,8 @@ class Engine:
 
         If the model raises an exception, the step is undone and its requests are tried again, each alone. A request
         that fails again ends with `error`. After any other exception or interrupt in a step, the engine is dead: all
-        later calls except `close` raise `EngineDead`. An interrupt while the model runs only undoes the step.
+        later calls except `close` raise `EngineDead`. An interrupt while the model runs or a fetch is waited for only
+        undoes the step.
         """
         return self._loop.step()
 
