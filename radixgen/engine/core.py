@@ -205,8 +205,8 @@ class EngineCore:
 
     @property
     def fetching(self) -> bool:
-        """Whether KV is on its way to the pool for requests that wait for it."""
-        return self.host is not None and self.host.fetching
+        """Whether KV is on its way to the pool, or has arrived and is to be pinned for a hint."""
+        return self.host is not None and (self.host.fetching or any(self.hints.fetches()))
 
     @property
     def num_attempts(self) -> int:
@@ -256,7 +256,7 @@ class EngineCore:
         if batch is None and self.ahead.pending:
             self.ahead.drop()
             batch = self.scheduler.schedule()
-        while batch is None and self._wait_for_fetch():
+        while batch is None and self.requests and self._wait_for_fetch():
             batch = self.scheduler.schedule()
         return batch
 

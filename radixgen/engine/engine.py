@@ -421,6 +421,11 @@ class Engine:
         """True if `step` has work or output left. Also true if the engine is dead, so that `step` raises."""
         return self._loop.has_unfinished
 
+    @property
+    def fetching(self) -> bool:
+        """Whether KV is on its way from host memory or disk. `step` goes on with it, and waits only for requests."""
+        return not self._loop.closed and self._core.fetching
+
     # -- the engine itself --------------------------------------------------------------------------------
 
     def inspect(self, function: Callable[[EngineCore], T]) -> T:
