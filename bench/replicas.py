@@ -128,7 +128,7 @@ class Replica:
         host = self.host
         if host is None:
             return 0
-        fetch = host.fetches.begin(prompt, "", computed)
+        fetch = host.fetches.begin(prompt, "", computed, computed)
         if fetch is None:
             return 0
         host.poll(0.0, 0)

@@ -69,7 +69,9 @@ class Admission:
         before = sequence.fetch
         if self._host is not None and (before is None or before.arrived):
             followed = self._follow(sequence)
-            sequence.fetch = self._host.fetches.begin(followed.tokens, sequence.namespace, followed.computed)
+            sequence.fetch = self._host.fetches.begin(
+                followed.tokens, sequence.namespace, followed.computed, followed.length
+            )
             if before is not None:
                 self._host.fetches.leave(before)
         return sequence.request.fetching

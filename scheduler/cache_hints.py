@@ -190,7 +190,9 @@ class CacheHints:
             return None
         match = self._tree.match_prefix(tokens, namespace)
         computed = match.computed if match is not None else 0
-        return self._host.fetches.begin(tokens, namespace, computed) if computed < tokens.size else None
+        if computed == tokens.size:
+            return None
+        return self._host.fetches.begin(tokens, namespace, computed, known=tokens.size)  # none is computed for a hint
 
     def _arrive(self, prefetch: _Prefetch, now: float) -> None:
         assert self._host is not None

@@ -7,7 +7,7 @@ import torch
 from oracle import StampHostKV, StampModel
 from test_exactness import greedy, oracle_of, prompts
 
-from radixgen import Engine, InvalidRequest
+from radixgen import CacheHint, Engine, InvalidRequest, SamplingParams
 from radixgen.cache.host_tier import HostTier
 from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.kernels.kv_records import KVRecords
@@ -220,6 +220,26 @@ def test_fetching_that_takes_longer_than_computing_is_not_done() -> None:
     assert served.run([prompt]) == [0]
     stats = served.engine.stats()
     assert stats.host_fetched_tokens == 0 and stats.host_recomputed_tokens == 30
+
+
+def test_what_is_computed_again_counts_once() -> None:
+    """Pins: each sequence and each hint counted a prefix that it shared with others."""
+    served = Stamped(slots=200)
+    (prompt,) = texts(1)
+    served.run([prompt])
+    served.empty_pool()
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_fetched = 1e-3, 2e-3
+    served.engine.apply_hints(prompt, [CacheHint("prefetch")])
+    assert served.engine.stats().host_recomputed_tokens == 0
+    for sampling in (SamplingParams(n=3, max_tokens=2), greedy(4), greedy(5)):
+        served.engine.submit(prompt, sampling)
+    served.run([prompt[:20] + [0] * 5])
+    stats = served.engine.stats()
+    assert stats.host_fetched_tokens == 0 and stats.host_recomputed_tokens == 30
+    served.empty_pool()
+    served.run([prompt, prompt])
+    assert served.engine.stats().host_recomputed_tokens == 60
 
 
 def test_one_slow_copy_does_not_end_fetching() -> None:

@@ -79,10 +79,11 @@ class HostFetches:
         """Whether a fetch is in flight."""
         return bool(self._fetches)
 
-    def begin(self, tokens: TokenArray, namespace: str, computed: int) -> Fetch | None:
+    def begin(self, tokens: TokenArray, namespace: str, computed: int, known: int) -> Fetch | None:
         """Begin to fetch what host and disk have of `tokens` after the first `computed`, which the device has.
 
-        Joins a fetch in flight that brings more of them. Returns None if computing takes less time, or without room.
+        Joins a fetch in flight that brings more of them. Returns None if computing takes less time, or without room;
+        then those after the first `known` count as computed again, for nobody computes them yet.
         """
         for fetch in self._fetches:
             if fetch.namespace == namespace and common_prefix_len(fetch.tokens, tokens) > max(computed, fetch.first):
@@ -99,7 +100,7 @@ class HostFetches:
         extents = begin_load(self._device, count) if self._fetch_is_sooner(count, stop - in_host) else None
         if extents is None:
             self._device.unlock(device)
-            self.recomputed_tokens += count
+            self.recomputed_tokens += max(stop - known, 0)
             return None
         prefix = tokens[:stop]
         fetch = Fetch(prefix, namespace, computed, extents, device, self._host.insert(prefix, namespace), in_host)
