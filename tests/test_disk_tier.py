@@ -398,6 +398,23 @@ def test_reading_that_takes_longer_than_computing_is_not_done(folder: Path) -> N
     served.engine.close()
 
 
+def test_what_the_host_has_is_fetched_even_if_reading_the_rest_takes_longer(folder: Path) -> None:
+    """Pins: a slow disk made the engine compute also what host memory had."""
+    served = Stamped(folder)
+    (prompt,) = texts(1)
+    served.run([prompt])
+    served.host.saves.complete()
+    served.host.saves.complete_writes()
+    served.engine._core.tree.reset()
+    served.host.tree.evict(served.host.tree.evictable_tokens - 16)
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_read, costs.seconds_per_fetched = 1e-3, 2e-3, 1e-4
+    assert served.run([prompt]) == [16]
+    stats = served.engine.stats()
+    assert stats.host_fetched_tokens == 16 and stats.host_recomputed_tokens == 12 and not stats.disk_read_tokens
+    served.engine.close()
+
+
 def test_a_host_that_is_small_reads_a_part(folder: Path) -> None:
     served = Stamped(folder)
     (prompt,) = texts(1, 40)

@@ -21,7 +21,7 @@
     host_saves        copies to it, and writes to disk
     host_fetches      copies from it, and reads from disk
     host_copies       interface for what copies
-    fetch_costs       whether fetching is sooner than computing
+    fetch_costs       which part of a prefix is fetched, and which is computed
     disk_tier         KV on disk: which chunks are there, and the threads that read and write them
     kv_files          the chunk files
     loading           slots filled by copies

@@ -1,4 +1,4 @@
-"""Whether fetching KV takes less time than computing it, by the rates measured so far."""
+"""Which part of a prefix is fetched, and which is computed, by the rates measured so far."""
 
 import math
 
@@ -32,25 +32,34 @@ class FetchCosts:
             self.seconds_per_computed = _smoothed(self.seconds_per_computed, (now - self._now) / rows)
         self._now = now
 
-    def fetch_is_sooner(self, count: int, read: int, queued: int, queued_reads: int) -> bool:
-        """Estimate whether fetching `count` tokens, `read` of them from disk, takes less time than computing them.
+    def best_end(self, first: int, in_host: int, stop: int, *, queued: int, queued_reads: int) -> int:
+        """Return the position up to which a prefix is to be fetched from `first` on, so that this and computing the
+        rest up to `stop` take the least time. What lies behind `in_host` is read from disk before.
 
-        `queued`, `queued_reads`: the same of the fetches in flight, which come first. Returns True until all was
-        measured, and again when rates are forgotten.
+        `queued`, `queued_reads`: tokens of the fetches and reads in flight, which come first. As times are linear, the
+        best is one of `stop`, `in_host` and `first`. Returns `stop` until all was measured, and again when rates are
+        forgotten.
         """
         if not self.seconds_per_computed:
-            return True
-        seconds = (queued + count) * self.seconds_per_fetched
-        if read:
-            seconds += (queued_reads + read) * self.seconds_per_read
-        if seconds <= count * self.seconds_per_computed:
-            return True
+            return stop
+
+        def seconds(end: int) -> float:
+            total = (stop - end) * self.seconds_per_computed
+            if end > first:
+                total += (queued + end - first) * self.seconds_per_fetched
+            if end > max(first, in_host):
+                total += (queued_reads + end - in_host) * self.seconds_per_read
+            return total
+
+        best = min(stop, max(first, in_host), first, key=seconds)
+        if best == stop:
+            return stop
         self._forget_at = min(self._forget_at, self._now + _FORGET_SECONDS)
         if self._now < self._forget_at:
-            return False
+            return best
         self.seconds_per_read = self.seconds_per_fetched = 0.0
         self._forget_at = math.inf
-        return True
+        return stop
 
 
 def _smoothed(average: float, value: float) -> float:

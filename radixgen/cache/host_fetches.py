@@ -80,10 +80,11 @@ class HostFetches:
         return bool(self._fetches)
 
     def begin(self, tokens: TokenArray, namespace: str, computed: int, known: int) -> Fetch | None:
-        """Begin to fetch what host and disk have of `tokens` after the first `computed`, which the device has.
+        """Begin to fetch what host and disk have of `tokens` after the first `computed`, which the device has. A
+        part of it that is computed in less time is left out.
 
-        Joins a fetch in flight that brings more of them. Returns None if computing takes less time, or without room;
-        then those after the first `known` count as computed again, for nobody computes them yet.
+        Joins a fetch in flight that brings more of them. Returns None if nothing is fetched, also for lack of room.
+        Then those after the first `known`, which nobody computes yet, count as computed again.
         """
         for fetch in self._fetches:
             if fetch.namespace == namespace and common_prefix_len(fetch.tokens, tokens) > max(computed, fetch.first):
@@ -93,18 +94,18 @@ class HostFetches:
         in_host = match.computed if match else 0
         chunks = self._chunks_after(tokens, namespace, match)
         stop = chunks[-1].start + self._disk.chunk_tokens if self._disk and chunks else in_host
-        count = stop - computed
-        if count < self.min_fetch:
+        if stop - computed < self.min_fetch:
             return None
+        end = self._best_end(computed, in_host, stop)
         device = self._device.insert(tokens[:computed], namespace)
-        extents = begin_load(self._device, count) if self._fetch_is_sooner(count, stop - in_host) else None
+        extents = begin_load(self._device, end - computed) if end - computed >= self.min_fetch else None
         if extents is None:
             self._device.unlock(device)
             self.recomputed_tokens += max(stop - known, 0)
             return None
-        prefix = tokens[:stop]
+        prefix = tokens[:end]
         fetch = Fetch(prefix, namespace, computed, extents, device, self._host.insert(prefix, namespace), in_host)
-        if self._disk and chunks:
+        if self._disk and end > in_host:
             fetch.read = self._disk.read(chunks, in_host, schedule_path(self._host, fetch.host.held))
         else:
             self._load(fetch)
@@ -181,10 +182,10 @@ class HostFetches:
         chunks = self._disk.find(tokens, namespace, in_host)
         return [chunk for chunk in chunks if chunk.start + self._disk.chunk_tokens - in_host <= room]
 
-    def _fetch_is_sooner(self, count: int, read: int) -> bool:
+    def _best_end(self, first: int, in_host: int, stop: int) -> int:
         queued = sum(fetch.num_tokens for fetch in self._fetches)
         reads = sum(fetch.num_read for fetch in self._fetches if fetch.read)
-        return self.costs.fetch_is_sooner(count, read, queued, reads)
+        return self.costs.best_end(first, in_host, stop, queued=queued, queued_reads=reads)
 
     def _load(self, fetch: Fetch) -> None:
         """Begin to copy what is fetched from the host to the device."""
