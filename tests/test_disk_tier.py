@@ -1,6 +1,7 @@
 """KV on disk: a later engine finds it, damage is found out, and no token changes."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -412,6 +413,36 @@ def test_what_the_host_has_is_fetched_even_if_reading_the_rest_takes_longer(fold
     assert served.run([prompt]) == [16]
     stats = served.engine.stats()
     assert stats.host_fetched_tokens == 16 and stats.host_recomputed_tokens == 12 and not stats.disk_read_tokens
+    served.engine.close()
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("per_read", [0.5, 2.0], ids=["fast disk", "slow disk"])
+def test_each_part_of_a_prefix_is_fetched_or_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, per_read: float, delay: int
+) -> None:
+    """Random histories in a small host: by the oracle, no row reads what is not there."""
+    served, draw = Stamped(folder, slots=100, host_slots=90, delay=delay), random.Random(0)
+    costs, ends = served.host.fetches.costs, []
+    best_end = costs.best_end
+
+    def recorded(first: int, in_host: int, stop: int, **queues: int) -> int:
+        costs.seconds_per_computed, costs.seconds_per_fetched, costs.seconds_per_read = 1.0, 0.1, per_read
+        ends.append((first, best_end(first, in_host, stop, **queues), stop))
+        return ends[-1][1]
+
+    monkeypatch.setattr(costs, "best_end", recorded)
+    bases = texts(3, 40)
+    for _ in range(40):
+        prompts = [draw.choice(bases)[: draw.randrange(10, 40)] + [2] for _ in range(2)]
+        served.run(prompts)
+        served.host.saves.complete()
+        served.engine._core.tree.evict(draw.randrange(100))
+        served.host.tree.evict(draw.randrange(40))
+        served.engine.check()
+    parts = sum(first < end < stop for first, end, stop in ends)
+    read = served.engine.stats().disk_read_tokens
+    assert read if per_read < 1 else parts and not read, (read, parts)
     served.engine.close()
 
 
