@@ -162,7 +162,7 @@ def report_first_token(bench: Bench) -> None:
         assert host is not None
         fetched = []
         for seed in range(10, 15):
-            host.complete_saves()
+            host.saves.complete()
             engine._core.tree.reset()
             fetched.append(first_token_seconds(engine, prefixes[-1] + bench.tokens(seed, 16)))
         stats = engine.stats()

@@ -190,7 +190,9 @@ class CacheHints:
             return None
         match = self._tree.match_prefix(tokens, namespace)
         computed = match.computed if match is not None else 0
-        return self._host.fetch(tokens, namespace, computed) if computed < tokens.size else None
+        if computed == tokens.size:
+            return None
+        return self._host.fetches.begin(tokens, namespace, computed, known=tokens.size)  # none is computed for a hint
 
     def _arrive(self, prefetch: _Prefetch, now: float) -> None:
         assert self._host is not None
@@ -200,7 +202,7 @@ class CacheHints:
             pin = self._pins.add(prefetch.tokens, fetch.namespace, prefetch.priority, prefetch.expires, owner)
             if pin is not None:
                 self._merge(pin, own)
-        self._host.leave(fetch)
+        self._host.fetches.leave(fetch)
 
     def _demote(self, tokens: TokenArray, namespace: str, start: int) -> int:
         copying = self._host.locks() if self._host is not None else ()

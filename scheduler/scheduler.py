@@ -360,7 +360,7 @@ class Scheduler:
 
     def _complete_copies(self) -> bool:
         """Unlock paths that only copies from or to the host have locked. Returns False if there are none."""
-        return self.host is not None and (self.host.complete_saves() or self.host.release_fetched())
+        return self.host is not None and (self.host.saves.complete() or self.host.fetches.release_arrived())
 
     def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
         """Return the other sequences without a part in this step, youngest first, without the oldest of all."""

@@ -39,7 +39,7 @@ class Hinted:
         )
         self.host = self.engine._core.host
         if self.host is not None:
-            self.host._min_fetch = 1
+            self.host.fetches.min_fetch = 1
 
     def run(
         self, prompt: list[int], *hints: CacheHint, params: SamplingParams = GREEDY, **options: Any
@@ -67,7 +67,7 @@ class Hinted:
 
     def evict(self, count: int = 10_000) -> None:
         if self.host is not None:
-            self.host.complete_saves()
+            self.host.saves.complete()
         self.engine._core.tree.evict(count)
 
 
@@ -344,7 +344,7 @@ def test_a_prefetch_that_is_late_locks_nothing() -> None:
     served.clock.now = 5.0
     served.run(other)
     served.run(other)
-    served.host.complete_saves()
+    served.host.saves.complete()
     assert not served.engine.pins and not list(served.host.locks())
 
 

@@ -20,8 +20,8 @@ LAYERS = [
     {"calibration", "sampling.json_numbers", "text.messages", "text.vocabulary"},
     {"attention", "model", "sampling.sampler", "sampling.structured", "detokenize"},
     {
-        "engine.batch_draws", "engine.check", "engine.profiler", "engine.request_options", "engine.run_ahead",
-        "engine.sequence_updates", "engine.throughput", "engine.warm_up", "sampling.grammar_budget",
+        "engine.batch_draws", "engine.check", "engine.deadlines", "engine.profiler", "engine.request_options",
+        "engine.run_ahead", "engine.sequence_updates", "engine.throughput", "engine.warm_up", "sampling.grammar_budget",
     },
     {"engine.core"},
     {"engine.input_processor", "engine.output_processor", "text.template_variables"},

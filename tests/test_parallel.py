@@ -288,7 +288,7 @@ def test_two_ranks_keep_their_kv_in_host_memory(llama: Path) -> None:
     for options in {}, {"tensor_parallel_size": 2, "host_kv_tokens": 2_000}:
         with Engine(llama, **TIGHT, **options) as engine:
             if engine._core.host is not None:
-                engine._core.host._min_fetch = 1
+                engine._core.host.fetches.min_fetch = 1
             found = [engine.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in 2 * prompts()]
             engine.check()
             assert bool(engine.stats().host_fetched_tokens) == bool(options)

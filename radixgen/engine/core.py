@@ -1,8 +1,6 @@
 """`EngineCore`: the engine's step, from token ids to token ids."""
 
-import heapq
 import logging
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Unpack
@@ -25,6 +23,7 @@ from radixgen.core import (
 )
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
+from radixgen.engine.deadlines import Deadlines
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence
@@ -84,7 +83,7 @@ class EngineCore:
         self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
         self._ended: list[Sequence] = []
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines = Deadlines()
         self._serial = 0
         self._suspects: list[Request] = []
         self._steps = self._computed_rows = self._logit_rows = self._generated = 0
@@ -207,8 +206,8 @@ class EngineCore:
 
     @property
     def fetching(self) -> bool:
-        """Whether KV is on its way to the pool for requests that wait for it."""
-        return self.host is not None and self.host.fetching
+        """Whether KV is on its way to the pool, or has arrived and is to be pinned for a hint."""
+        return self.host is not None and (self.host.fetching or any(self.hints.fetches()))
 
     @property
     def num_attempts(self) -> int:
@@ -224,7 +223,8 @@ class EngineCore:
 
         If the model raises an exception, the step is undone and each of its requests is tried alone, in a step of its
         own. A request that fails again ends with `error`. `AssertionError`, `EngineDead` and interrupts are raised to
-        the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
+        the caller. An interrupt while the model runs or a fetch is waited for undoes the step and leaves the engine
+        usable.
         """
         batch = self._schedule(now)
         logits = self._run(batch) if batch is not None else None
@@ -257,9 +257,14 @@ class EngineCore:
         if batch is None and self.ahead.pending:
             self.ahead.drop()
             batch = self.scheduler.schedule()
-        while batch is None and self.host is not None and self.host.wait():
+        while batch is None and self.requests and self._wait_for_fetch():
             batch = self.scheduler.schedule()
         return batch
+
+    def _wait_for_fetch(self) -> bool:
+        """Wait until a fetch can go on. Returns False if none can."""
+        with self.guard.interruptible():
+            return self.host is not None and self.host.fetches.wait()
 
     def _run(self, batch: Batch) -> StepLogits | None:
         """Return the logits of the step, or None if the model failed and the step was undone."""
@@ -409,8 +414,8 @@ class EngineCore:
     def _expire(self, now: float) -> None:
         """Abort requests past their deadline, and release expired pins."""
         self.scheduler.pins.expire(now)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
+        for request in self._deadlines.take_expired(now):
+            self.abort(request, "abort", "deadline")
 
     # -- the engine itself --------------------------------------------------------------------------------
 
@@ -476,12 +481,7 @@ class EngineCore:
     def _register(self, request: Request) -> None:
         self.requests[request.id] = request
         self.hints.add(request)
-        if request.deadline == math.inf:
-            return
-        heapq.heappush(self._deadlines, (request.deadline, request.serial, request))
-        if len(self._deadlines) > 2 * len(self.requests) + 64:
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].finished]
-            heapq.heapify(self._deadlines)
+        self._deadlines.add(request)
 
     def _new_id(self) -> str:
         serial = self._serial

@@ -328,7 +328,8 @@ class Engine:
 
         If the model raises an exception, the step is undone and its requests are tried again, each alone. A request
         that fails again ends with `error`. After any other exception or interrupt in a step, the engine is dead: all
-        later calls except `close` raise `EngineDead`. An interrupt while the model runs only undoes the step.
+        later calls except `close` raise `EngineDead`. An interrupt while the model runs or a fetch is waited for only
+        undoes the step.
         """
         return self._loop.step()
 
@@ -419,6 +420,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         """True if `step` has work or output left. Also true if the engine is dead, so that `step` raises."""
         return self._loop.has_unfinished
+
+    @property
+    def fetching(self) -> bool:
+        """Whether KV is on its way from host memory or disk. `step` goes on with it, and waits only for requests."""
+        return not self._loop.closed and self._core.fetching
 
     # -- the engine itself --------------------------------------------------------------------------------
 

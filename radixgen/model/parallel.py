@@ -230,6 +230,9 @@ class ParallelModel:
         except Exception as error:
             self._mark_dead(f"a copy failed: {self.followers.describe_exits() or repr(error)}")
             raise EngineDead(self._dead) from error
+        except BaseException as error:
+            self._mark_dead(f"a copy was broken off by {error!r}")
+            raise
 
     def _mark_dead(self, reason: str) -> None:
         self._dead = self._dead or f"{self.name}: {reason}"
