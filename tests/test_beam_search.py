@@ -525,7 +525,7 @@ def test_only_hypotheses_are_saved_to_host_memory(slots: int) -> None:
         (output,) = engine.beam_search(prompt, params)
         host = engine._core.host
         assert host is not None
-        host.complete_saves()
+        host.saves.complete()
         paths = [[*prompt, *one.token_ids] for one in output.outputs]
         for path in paths:
             match = host.tree.match_prefix(path)

@@ -140,12 +140,12 @@ def in_tiers(engine: Engine) -> None:
     core = engine._core
     assert core.host is not None
     engine.generate(SYSTEM + "One", SamplingParams(max_tokens=4, seed=1))
-    core.host.complete_saves()
-    core.host.complete_writes()
+    core.host.saves.complete()
+    core.host.saves.complete_writes()
     core.tree.reset()
     engine.generate(SYSTEM + "Two", SamplingParams(max_tokens=4, seed=1))
-    core.host.complete_saves()
-    core.host.complete_writes()
+    core.host.saves.complete()
+    core.host.saves.complete_writes()
 
 
 SYSTEM = "You are kind, and you answer in one short sentence, in plain words, always. "

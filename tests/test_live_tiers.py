@@ -33,7 +33,7 @@ def engine_of(limits: Limits | None = None, **options: Any) -> Engine:
     options = {"kv_tokens": 120, "host_kv_tokens": 300, "debug": True, "limits": limits} | options
     engine = Engine(StampModel(VOCAB, 64), **options)
     assert engine._core.host is not None
-    engine._core.host._min_fetch = 1
+    engine._core.host.fetches.min_fetch = 1
     return engine
 
 
@@ -49,8 +49,8 @@ def act(engine: Engine, step: tuple[str, Any]) -> None:
         case ("finish", _):
             while engine.has_unfinished:
                 engine.step()
-            host.complete_saves()
-            host.complete_writes()
+            host.saves.complete()
+            host.saves.complete_writes()
         case ("evict", count):
             engine._core.tree.evict(count)
         case ("forget", count):
