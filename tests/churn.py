@@ -24,7 +24,8 @@ from consumer import Consumer
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from oracle import StampModel, extend, logits_of, run_late, stamp_of
+from oracle import extend, logits_of, run_late
+from policies import PolicyModel, stamp_under
 from rich.progress import Progress
 
 from radixgen import (
@@ -41,6 +42,7 @@ from radixgen import (
 )
 from radixgen.cache import BlockProjection, Lock, Node
 from radixgen.core import SamplingState
+from radixgen.core.reading import EXACT, BigBird, ReadingPolicy, Window
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
@@ -63,6 +65,17 @@ HINTS = st.lists(
 )
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
 SEEDS = st.integers(0, 2**64 - 1)
+READINGS = st.sampled_from(
+    [
+        None,
+        None,
+        None,
+        Window(sinks=1, window=5, block=4),
+        Window(sinks=0, window=1, block=1, prompt=True),
+        BigBird(block=2, window_blocks=2, global_blocks=1, random_blocks=1, seed=1),
+        BigBird(block=3, window_blocks=2, global_blocks=0, random_blocks=1, prompt=True),
+    ]
+)
 
 DISK_LOG = logging.getLogger("radixgen.cache.disk_tier")
 
@@ -77,6 +90,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         "max_tokens": draw(st.integers(1, 16)),
         "ignore_eos": draw(st.booleans()),
         "temperature": 0.0,
+        "reading": draw(READINGS),
     }
     if draw(st.booleans()):
         chosen |= {"temperature": draw(st.sampled_from([0.7, 2.0])), "seed": draw(SEEDS)}
@@ -107,6 +121,7 @@ def beam_search_params(draw: st.DrawFn) -> BeamSearchParams:
         length_penalty=draw(st.sampled_from([0.0, 1.0, 2.0])),
         early_stopping=draw(st.sampled_from([True, False, "never"])),
         ignore_eos=draw(st.booleans()),
+        reading=draw(READINGS),
     )
 
 
@@ -116,6 +131,7 @@ class ShadowSequence:
 
     state: SamplingState
     stamp: bytes
+    policy: ReadingPolicy
     seeds: dict[int, int]
     """From which output on which seed draws: a fork has its own from where it parted."""
     told: list[int] = field(default_factory=list)
@@ -127,7 +143,7 @@ class ShadowSequence:
         assert token == self.draw(), f"{self.state} after {self.told}: {token}"
         self.told.append(token)
         self.state.output.append(token)
-        self.stamp = extend(self.stamp, token)
+        self.stamp = extend(self.stamp, token, self.policy)
 
     def draw(self) -> int:
         self.state.seed = self.seeds.get(len(self.told), self.state.seed)
@@ -155,7 +171,8 @@ class Shadow:
     @classmethod
     def of(cls, prompt: list[int], params: SamplingParams, kind: str, namespace: str, deadline: float) -> "Shadow":
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {0})
-        stamp, tokens = stamp_of(prompt), np.array(prompt, np.int32)
+        policy, tokens = params.reading or EXACT, np.array(prompt, np.int32)
+        stamp = stamp_under(prompt, [], policy)
         return cls(
             prompt,
             params,
@@ -164,7 +181,7 @@ class Shadow:
             deadline,
             min(params.max_tokens, CONTEXT - len(prompt)),
             [
-                ShadowSequence(SamplingState(params, 0, i, tokens, [], ends), stamp, {0: params.seed or 0})
+                ShadowSequence(SamplingState(params, 0, i, tokens, [], ends), stamp, policy, {0: params.seed or 0})
                 for i in range(params.n)
             ],
         )
@@ -219,7 +236,8 @@ class ShadowSearch:
         return BeamSearch(self.params, min(self.params.max_tokens, CONTEXT - len(self.prompt)), ends)
 
     def _step(self, search: BeamSearch) -> None:
-        rows = [logits_of(stamp_of(self.prompt + beam.token_ids), VOCAB) for beam in search.beams]
+        policy = self.params.reading or EXACT
+        rows = [logits_of(stamp_under(self.prompt, beam.token_ids, policy), VOCAB) for beam in search.beams]
         search.select(likeliest(torch.from_numpy(np.stack(rows)), range(len(rows)), search.num_choices))
 
     def _ended(self, search: BeamSearch) -> list[Hypothesis]:
@@ -241,6 +259,7 @@ class EngineMachine(RuleBasedStateMachine):
         files=st.sampled_from([0, 0, 2, 10, 1000]),
         max_overtaken=st.sampled_from([0, 6]),
         rates=st.sampled_from([(0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 0.0, 2.0), (1.0, 2.0, 0.0)]),
+        max_mark=st.sampled_from([2, 4, 4]),
     )
     def begin(
         self,
@@ -253,10 +272,12 @@ class EngineMachine(RuleBasedStateMachine):
         files: int,
         max_overtaken: int,
         rates: tuple[float, float, float],
+        max_mark: int,
     ) -> None:
         """`rates`: seconds per token of computing, fetching and reading, as if they had been measured."""
         self.now = 0.0
         self.rates = rates
+        self.max_mark = max_mark
         self.folder = Path(mkdtemp()) if files and host_slots else None
         DISK_LOG.disabled = True
         self.options: dict[str, Any] = {
@@ -279,9 +300,11 @@ class EngineMachine(RuleBasedStateMachine):
         self._start()
 
     def _start(self) -> None:
-        self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
+        self.model = PolicyModel(VOCAB, CONTEXT, frozenset({0}))
         with patch("radixgen.model.kv_dir.CHUNK_TOKENS", CHUNK):
             self.engine = Engine(self.model, **self.options)
+        self.model.watch(self.engine._core)
+        self.engine._core._policies.max_mark = self.max_mark
         self.host = self.engine._core.host
         if self.host is not None:
             self.host.fetches.min_fetch = 1
@@ -520,7 +543,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.live[name] = Shadow.of(prompt, params, kind, namespace, self.now + (timeout or np.inf))
 
     def _step(self) -> None:
-        before, rows = self.engine.stats(), self.model.rows
+        before, rows, sparse = self.engine.stats(), self.model.rows, self.model.sparse_rows
         outputs = self.engine.step()
         self.engine.check()
         self.router.check(self.engine._core.tree)
@@ -529,6 +552,7 @@ class EngineMachine(RuleBasedStateMachine):
         for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
         after = self.engine.stats()
+        self.seen["read inexactly"] += self.model.sparse_rows - sparse
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
         self.seen["compute instead of fetching"] += after.host_recomputed_tokens - before.host_recomputed_tokens
@@ -557,6 +581,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.seen["search"] += 1
             del self.live[output.request_id]
             return
+        assert output.exact == (shadow.params.reading is None)
         assert output.prompt_token_ids == shadow.prompt[: len(output.prompt_token_ids)]
         assert shadow.kind != "final" or output.finished
         for one in output.outputs:
@@ -602,10 +627,11 @@ class EngineMachine(RuleBasedStateMachine):
     def _compare_prompt(self, shadow: Shadow, logprobs: list[dict[int, float] | None]) -> None:
         first = len(shadow.prompt) - len(logprobs) + 1
         assert logprobs[0] is None and (first == 1 or shadow.max_output == 0)
-        stamp = stamp_of(shadow.prompt[:first])
+        policy = shadow.params.reading if shadow.params.reading and shadow.params.reading.reads_prompt else EXACT
+        stamp = stamp_under(shadow.prompt[:first], [], policy)
         for token, found in zip(shadow.prompt[first:], logprobs[1:], strict=True):
             _check_logprobs(found, stamp, token, shadow.params.prompt_logprobs)
-            stamp = extend(stamp, token)
+            stamp = extend(stamp, token, policy)
         self.seen["prompt_logprobs"] += 1
 
     # -- counting -----------------------------------------------------------------------------------------

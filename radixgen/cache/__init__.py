@@ -52,11 +52,23 @@ from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
 from radixgen.cache.sharing import sharing_end
-from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
+from radixgen.cache.tokens import (
+    MAX_MARK,
+    MAX_MARKED_TOKEN,
+    TokenArray,
+    as_tokens,
+    common_prefix_len,
+    exact_len,
+    marked,
+    marks,
+    token_ids,
+)
 from radixgen.cache.tree import RadixTree
 
 __all__ = [
     "CHUNK_TOKENS",
+    "MAX_MARK",
+    "MAX_MARKED_TOKEN",
     "PRIVATE",
     "BlockEvent",
     "BlockProjection",
@@ -85,8 +97,12 @@ __all__ = [
     "as_tokens",
     "common_prefix_len",
     "demote",
+    "exact_len",
     "first_in",
     "hash_blocks",
     "least_recently_used",
+    "marked",
+    "marks",
     "sharing_end",
+    "token_ids",
 ]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixgen.cache.kv_files import DamagedFile, KVFiles
-from radixgen.cache.tokens import TokenArray
+from radixgen.cache.tokens import TokenArray, exact_len
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,9 @@ class DiskTier:
         return name in self._index
 
     def _chunks(self, tokens: TokenArray, namespace: str) -> list[DiskChunk]:
-        """Return the whole chunks of a path."""
-        return [DiskChunk(name, i * self.chunk_tokens) for i, name in enumerate(self.names(tokens, namespace))]
+        """Return the whole chunks of a path, as far as it is exact: marks mean nothing to later engines."""
+        names = self.names(tokens[: exact_len(tokens)], namespace)
+        return [DiskChunk(name, i * self.chunk_tokens) for i, name in enumerate(names)]
 
     # -- reading ------------------------------------------------------------------------------------------
 

@@ -132,6 +132,8 @@ class RequestOutput:
 
     `queue_seconds`: time from submission to admission. `cache_hints`: answers to the request's hints, in their order,
     once its prompt is computed.
+
+    `exact`: whether all keys were read. If not, the outputs are those of the model under the request's reading policy.
     """
 
     request_id: str
@@ -144,6 +146,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     queue_seconds: float = field(default=0.0, compare=False)
     cache_hints: tuple[HintResult, ...] = ()
+    exact: bool = True
 
     @property
     def prompt_token_ids(self) -> list[int]:

@@ -170,6 +170,7 @@ class OutputProcessor:
             prompt_logprobs=_prompt_logprobs(request, state),
             queue_seconds=request.queue_seconds,
             cache_hints=request.hint_results,
+            exact=request.reading.exact,
         )
 
 
@@ -240,7 +241,7 @@ def _failure(request: Request, error: Exception, to_abort: list[Sequence]) -> Re
     for sequence in request.sequences:
         _end(sequence, "error", repr(error), to_abort)
     outputs = [CompletionOutput(s.index, "", [], s.finish_reason, s.stop_reason) for s in request.sequences]
-    return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True)
+    return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True, exact=request.reading.exact)
 
 
 def scores_of(output: RequestOutput) -> list[float]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from radixgen.core import CacheHint, OutputKind
+from radixgen.core.reading import ReadingPolicy
 
 
 class RequestOptions(TypedDict, total=False):
@@ -40,3 +41,4 @@ class PinOptions(TypedDict, total=False):
     namespace: str
     priority: int
     ttl: float | None
+    reading: ReadingPolicy | None

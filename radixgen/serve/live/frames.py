@@ -253,7 +253,7 @@ class TreeReader:
         """Copy the first `most` tokens of each of the nodes `wanted` that is drawn."""
         drawn = [i for i in wanted if i in rows or (i < self._drawn.size and self._drawn[i])]
         nodes = [rows[i] if i in rows else tree.node(i) for i in drawn]
-        return [NodeTokens(node.id, node.known <= most, node.tokens[:most]) for node in nodes]
+        return [NodeTokens(node.id, node.known <= most, node.token_ids[:most]) for node in nodes]
 
     def _fit(self, size: int) -> None:
         more = size - self._drawn.size

@@ -129,7 +129,7 @@ def _node_details(core: EngineCore, node_id: int) -> dict[str, Any] | None:
         node = host_row(core.tree, core.host.tree, node_id) if core.host else None
     if node is None:
         return None
-    tokens, most = node.tokens, _HEAD_TOKENS + _TAIL_TOKENS
+    tokens, most = node.token_ids, _HEAD_TOKENS + _TAIL_TOKENS
     cut = max(0, node.known - most)
     return {
         "id": node.id,

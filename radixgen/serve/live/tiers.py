@@ -54,6 +54,10 @@ class HostRow(NamedTuple):
         return self.node.tokens[self.offset : self.node.computed]
 
     @property
+    def token_ids(self) -> TokenArray:
+        return self.node.token_ids[self.offset : self.node.computed]
+
+    @property
     def namespace(self) -> str:
         return self.node.namespace
 
