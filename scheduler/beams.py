@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence as Seq
 
-import numpy as np
-
 from radixgen.core import SamplingState
 from radixgen.sampling.beam_search import Beam
 from radixgen.scheduler.scheduler import Scheduler
@@ -40,7 +38,7 @@ def conclude(scheduler: Scheduler, request: Request, hypotheses: Seq[Seq[int]]) 
     for beam in request.sequences:
         scheduler.drop(beam)
     for tokens in hypotheses if scheduler.host is not None else ():
-        scheduler.keep(np.concatenate([request.prompt, np.array(tokens, np.int32)]), request.namespace)
+        scheduler.keep(request.path_with(tokens), request.namespace)
 
 
 def _fork(scheduler: Scheduler, origin: Sequence) -> Sequence:

@@ -191,7 +191,7 @@ class Scheduler:
         groups: dict[tuple[Node, int], list[Sequence]] = {}
         for sequence, token in drawn:
             assert sequence.cursor is not None
-            node, token = sequence.cursor.held, sequence.in_tree(token, len(sequence.output) - 1)
+            node, token = sequence.cursor.held, sequence.request.in_tree(token, len(sequence.output) - 1)
             if node.lock_count == 1:
                 self.tree.advance((sequence.cursor,), token)
             else:

@@ -184,18 +184,19 @@ class StampModel:
     def _write(self, tokens: list[int], slots: list[int], reads: "Reads", lost: Sequence[int]) -> list[bytes]:
         """Write the rows that have a slot. Returns the stamp of every row, of those that are lost what is there.
 
-        A row's predecessor is written before it or stands in its slot already; that it is the right one,
-        `_check_chains` tells.
+        Rows are written by position, so a row's predecessor is written before it or stands in its slot already; that it
+        is the right one, `_check_chains` tells.
         """
         own = reads.slots[reads.last].tolist()
         before = reads.slots[reads.last - 1].tolist()
         writers: dict[int, int] = {}
-        stamps: list[bytes] = []
+        stamps = [b""] * len(tokens)
         positions = reads.positions[reads.last].tolist()
-        for row, (position, token, slot) in enumerate(zip(positions, tokens, slots, strict=True)):
+        for row in sorted(range(len(tokens)), key=positions.__getitem__):
+            position, token, slot = positions[row], tokens[row], slots[row]
             parent = self._stamp_at(before[row]) if position else ROOT
             stamp = self._stamp_at(own[row]) if row in lost else self._extend(row, parent, token)
-            stamps.append(stamp)
+            stamps[row] = stamp
             if slot < 0:
                 if self._positions[own[row]] != position or self._stamp_at(own[row]) != stamp:
                     _fail(row, position, own[row], f"KV of {stamp.hex()} before the step", self._held(own[row]))
