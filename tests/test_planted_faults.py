@@ -35,7 +35,7 @@ from radixgen.scheduler.policies import Policies
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.revise import RowUpdates, StepRows
 from radixgen.scheduler.scheduler import Scheduler
-from radixgen.scheduler.sequence import Request, Sequence
+from radixgen.scheduler.sequence import Request
 
 PROFILE = settings(
     max_examples=120,
@@ -310,7 +310,7 @@ def a_last_output_is_lost(patch: Patch) -> None:
 
 
 def inexact_output_is_not_marked(patch: Patch) -> None:
-    patch.setattr(Sequence, "in_tree", lambda sequence, token, index: token)
+    patch.setattr(Request, "in_tree", lambda request, token, index: token)
 
 
 def all_policies_have_one_mark(patch: Patch) -> None:
