@@ -31,6 +31,8 @@ class Options:
     ranks: int = 1
     warm_up: bool | None = None
     """None: the engine's own default"""
+    host_kv_tokens: int = 0
+    """Tokens that host memory keeps"""
 
 
 class Contender(Protocol):
@@ -58,6 +60,7 @@ def random_engine(options: Options, config: str | None = None) -> Engine:
         tensor_parallel_size=options.ranks,
         warm_up=options.warm_up,
         kv_tokens=options.kv_tokens,
+        host_kv_tokens=options.host_kv_tokens,
         max_model_len=options.max_model_len,
         max_step_tokens=options.step_tokens,
         limits=Limits(max_num_seqs=options.max_seqs),
@@ -93,6 +96,8 @@ class Vllm:
         more: dict[str, Any] = {"disable_cascade_attn": False} if cascade else {}
         if options.step_tokens:
             more["max_num_batched_tokens"] = options.step_tokens
+        if options.host_kv_tokens:
+            more["kv_offloading_size"] = options.host_kv_tokens * token_bytes(options.shape) / 2**30
         self._llm = vllm.LLM(
             model=saved_config(options, Path(tempfile.mkdtemp())),
             skip_tokenizer_init=True,
@@ -127,6 +132,11 @@ class Vllm:
 
     def reset(self) -> None:
         assert self._llm.reset_prefix_cache(), "vLLM kept its prefix cache"
+
+
+def token_bytes(shape: Shape) -> int:
+    """Bytes of one token's KV in all layers, in 16 bits."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
 
 
 def saved_config(options: Options, folder: Path) -> str:

@@ -1,12 +1,13 @@
 """KV in host memory: how fast it is fetched, what a fetched prefix saves, and agents whose KV the pool cannot hold.
 
-    python -m bench.host_tier [--check] [--save]
+    python -m bench.host_tier [--vllm] [--check] [--save]
 
 - *Rates*: fetches and saves of paths whose host slots lie in pieces of 16, 256 and 4,096 tokens, in random order. The
   limit is the rate of copying one large piece of pinned memory.
 - *First token*: time to the first token with a prefix of 16,256 tokens in the host, over computing the prefix.
 - *Agents*: each resends a growing conversation behind one system prompt, in turn, four at a time. The pool holds a
   third of all tokens. Tokens a second with and without a host tier.
+  With --vllm only these, by vLLM with and without its offloading connector (`host_tier_vllm.json`).
 - *Nothing shared*: requests that have nothing in common, where a host tier costs time and saves none.
 
 A Llama of 8B shape in bfloat16 with random weights on a GPU, where limits are measured in the same run; elsewhere toy
@@ -20,13 +21,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from bench.contenders import Contender, Options, Radixgen, Vllm
 from bench.report import Report, benchmark_options
 from bench.shapes import SHAPES, build
+from bench.workloads import Ask
 from radixgen import Engine, SamplingParams
 from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.model.host_kv import HostKV
@@ -52,6 +56,11 @@ class Scale:
     unshared: tuple[int, int, int]
     """Requests, prompt tokens, new tokens"""
 
+    @property
+    def all_agents(self) -> int:
+        """Tokens of all agents in the end."""
+        return self.system + self.agents * (self.own + self.turns * (self.message + self.new))
+
 
 FULL = Scale(16_384, 16_256, 16, 4, 3_000, 8_000, 300, 32, (64, 1024, 128))
 TOY = Scale(4_096, 120, 6, 2, 30, 60, 8, 4, (4, 16, 8))
@@ -65,8 +74,7 @@ class Bench:
         self.device = network.device
 
     def tokens(self, seed: int, count: int) -> list[int]:
-        drawn: list[int] = np.random.default_rng(seed).integers(3, self.vocab, count).tolist()
-        return drawn
+        return tokens(seed, count, self.vocab)
 
     def engine(self, kv_tokens: int, host_kv_tokens: int = 0) -> Engine:
         gc.collect()
@@ -80,6 +88,11 @@ class Bench:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def tokens(seed: int, count: int, vocab: int) -> list[int]:
+    drawn: list[int] = np.random.default_rng(seed).integers(3, vocab, count).tolist()
+    return drawn
 
 
 def greedy(new: int) -> SamplingParams:
@@ -149,7 +162,7 @@ def report_first_token(bench: Bench) -> None:
         assert host is not None
         fetched = []
         for seed in range(10, 15):
-            host.complete_saves()
+            host.saves.complete()
             engine._core.tree.reset()
             fetched.append(first_token_seconds(engine, prefixes[-1] + bench.tokens(seed, 16)))
         stats = engine.stats()
@@ -172,19 +185,18 @@ def first_token_seconds(engine: Engine, prompt: list[int]) -> float:
 
 
 def report_agents(bench: Bench) -> None:
-    scale = bench.scale
-    total = scale.system + scale.agents * (scale.own + scale.turns * (scale.message + scale.new))
+    scale, total = bench.scale, bench.scale.all_agents
     pools = {"without": 0, "with": total}
     bench.report.say(f"{scale.agents} agents of {total:,} tokens in all, {scale.turns} turns, {TOGETHER} at a time")
     rates = {}
     for name, host in pools.items():
         with bench.engine(total // 3, host) as engine:
-            serve_agents(bench, engine, seed=100, agents=TOGETHER, turns=1)
+            contender = Radixgen(engine)
+            serve_agents(scale, bench.vocab, contender, seed=100, agents=TOGETHER, turns=1)
             engine.reset_prefix_cache()
             before = engine.stats()
-            seconds = serve_agents(bench, engine, seed=0, agents=scale.agents, turns=scale.turns)
+            rates[name] = serve_agents(scale, bench.vocab, contender, seed=0, agents=scale.agents, turns=scale.turns)
             stats = engine.stats()
-        rates[name] = scale.agents * scale.turns * scale.new / seconds
         rows, fetched = stats.computed_rows - before.computed_rows, stats.host_fetched_tokens
         waited = stats.host_waited_seconds
         bench.report.say(
@@ -196,22 +208,41 @@ def report_agents(bench: Bench) -> None:
     bench.report.figure("agents", ratio, f"agents, with the host tier over without: {ratio:.2f}×", at_least=2.0)
 
 
-def serve_agents(bench: Bench, engine: Engine, *, seed: int, agents: int, turns: int) -> float:
-    """Seconds for all turns of all agents."""
-    scale = bench.scale
-    system = bench.tokens(seed, scale.system)
-    talks = [system + bench.tokens(seed + 1 + agent, scale.own) for agent in range(agents)]
+def serve_agents(scale: Scale, vocab: int, contender: Contender, *, seed: int, agents: int, turns: int) -> float:
+    """Serve all turns of all agents. Returns new tokens a second."""
+    system = tokens(seed, scale.system, vocab)
+    talks = [system + tokens(seed + 1 + agent, scale.own, vocab) for agent in range(agents)]
     begin = time.perf_counter()
     for turn in range(turns):
         for first in range(0, agents, TOGETHER):
             group = range(first, min(first + TOGETHER, agents))
             for agent in group:
-                talks[agent] += bench.tokens(seed + 1000 * (turn + 1) + agent, scale.message)
-            outputs = engine.generate([talks[agent] for agent in group], greedy(scale.new))
-            for agent, output in zip(group, outputs, strict=True):
-                talks[agent] += output.outputs[0].token_ids
-    bench.synchronize()
-    return time.perf_counter() - begin
+                talks[agent] += tokens(seed + 1000 * (turn + 1) + agent, scale.message, vocab)
+            answers = contender.answer(Ask([talks[agent] for agent in group], scale.new))
+            for agent, answer in zip(group, answers, strict=True):
+                talks[agent] += answer[0]
+    return agents * turns * scale.new / (time.perf_counter() - begin)
+
+
+def report_vllm(report: Report) -> None:
+    """Report the agents by vLLM with and without its offloading connector, each in a process of its own."""
+    total, rates = FULL.all_agents, {}
+    for name, host in {"without": 0, "with": total}.items():
+        with get_context("spawn").Pool(1) as pool:
+            rates[name] = pool.apply(serve_by_vllm, (host,))
+        report.say(f"vLLM, {name} its offloading connector: {rates[name]:,.0f} tokens/s")
+        report.keep(**{f"agents, {name}": {"tokens_per_second": rates[name]}})
+    ratio = rates["with"] / rates["without"]
+    report.figure("agents", ratio, f"vLLM, with the connector over without: {ratio:.2f}×")
+
+
+def serve_by_vllm(host_kv_tokens: int) -> float:
+    """New tokens a second of the agents."""
+    shape, total = SHAPES["8B"], FULL.all_agents
+    contender = Vllm(Options(shape, total // 3, 64, 32_768, None, host_kv_tokens=host_kv_tokens))
+    serve_agents(FULL, shape.vocab, contender, seed=100, agents=TOGETHER, turns=1)
+    contender.reset()
+    return serve_agents(FULL, shape.vocab, contender, seed=0, agents=FULL.agents, turns=FULL.turns)
 
 
 def report_unshared(bench: Bench) -> None:
@@ -234,7 +265,13 @@ def report_unshared(bench: Bench) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = benchmark_options(__doc__).parse_args(arguments)
+    parser = benchmark_options(__doc__)
+    parser.add_argument("--vllm", action="store_true", help="the agents by vLLM, which must be installed")
+    options = parser.parse_args(arguments)
+    if options.vllm:
+        report = Report("host_tier_vllm")
+        report_vllm(report)
+        return report.finish(check=options.check, save=options.save)
     report, cuda = Report("host_tier"), torch.cuda.is_available()
     shape = SHAPES["8B" if cuda else "toy"]
     network = build(shape, torch.device("cuda" if cuda else "cpu"))

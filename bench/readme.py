@@ -20,6 +20,7 @@ from rich.console import Console
 
 from bench import cpu
 from bench.attention import OWN
+from bench.cluster_tables import draws, parallel, replicas, routing
 from bench.compare import table
 from bench.plots import cold
 from bench.report import RESULTS
@@ -37,7 +38,7 @@ PICTURE = ROOT / "docs" / "demo.svg"
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
     "plan", "step", "simulate", "cluster", "startup", "kv_dtype", "kv_dtype_gpu",
-    "host_tier",
+    "host_tier", "tiers",
 )  # fmt: skip
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
 SHOWN = ("latency", "agents", "parallel", "prefix", "unshared")
@@ -69,6 +70,7 @@ def main() -> None:
     BENCHMARKS.write_text(_replace(text, "misses", "\n".join(misses())), encoding="utf-8")
     text = _replace(CLUSTER.read_text(encoding="utf-8"), "routing", routing())
     text = _replace(text, "parallel", parallel())
+    text = _replace(text, "draws", draws())
     CLUSTER.write_text(_replace(text, "replicas", replicas()), encoding="utf-8")
     INEXACT.write_text(_replace(INEXACT.read_text(encoding="utf-8"), "policies", policies()), encoding="utf-8")
 
@@ -165,55 +167,6 @@ def _cpu() -> list[str]:
     return lines
 
 
-def parallel() -> str:
-    """What docs/cluster.md shows of `bench.parallel`: sums over GPUs, and a model over several beside one."""
-    found: dict[str, Any] = json.loads((RESULTS / "parallel.json").read_text(encoding="utf-8"))
-    ranks, reduces, exact = found["ranks"], found["reduce"]["us"], found.get("exact")
-    lines = ["| all-reduce, bfloat16 | our kernel | NCCL | speedup |", "| --- | --- | --- | --- |"]
-    for size in (size for size in reduces if not size.endswith(" by nccl")):
-        ours, theirs = reduces[size], reduces[f"{size} by nccl"]
-        lines.append(f"| {size.replace('x', '×')} | {ours:.1f} µs | {theirs:.1f} µs | {theirs / ours:.2f}× |")
-    lines += [
-        "",
-        f"| workload | 1 GPU | {ranks} GPUs | speedup | a step on {ranks} GPUs | limit of that step |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    words = {
-        ("many", "latency"): "8B shape, one request",
-        ("many", "prefix"): "8B shape, 256 requests on one prefix",
-        ("many", "prefill"): "8B shape, prompts that share nothing",
-        ("large", "wide"): "70B shape, 64 requests that share nothing",
-    }
-    lines += [f"| {what} | {' | '.join(_over_gpus(found, *key))} |" for key, what in words.items() if key[0] in found]
-    compared = "Its part `exact`, which compares tokens with those of one process, was not run."
-    if exact:
-        count = exact["equal"] + len(exact["different"])
-        compared = f"{exact['equal']} of {count} answers of tiny models were equal to those of one process."
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`python -m bench.parallel --ranks {ranks}` on {ranks} × {found['device']}, torch {found['torch']}, "
-            f"{found['date']}, commit {found['commit']}; weights are random, in bfloat16. The limit of a step is "
-            "reading weights and keys once, divided by the ranks, and two all-reduces per layer as measured above. "
-            f"{compared}",
-        ]
-    )
-
-
-def replicas() -> str:
-    """What docs/cluster.md shows of `bench.data_parallel`: replicas with a GPU each beside one."""
-    found: dict[str, Any] = json.loads((RESULTS / "data_parallel.json").read_text(encoding="utf-8"))
-    lines = ["| replicas × agents | tokens/s | speedup | prompt tokens not computed |", "| --- | --- | --- | --- |"]
-    rows = [(name, figures) for name, figures in found.items() if " x " in name]
-    for name, figures in rows:
-        ratio = figures["throughput"] / rows[0][1]["throughput"]
-        cells = f"{figures['throughput']:,.0f} | {ratio:.2f}× | {figures['hit_rate']:.1%}"
-        lines.append(f"| {name.replace(' x ', ' × ')} | {cells} |")
-    about = f"`python -m bench.data_parallel` on {found['device']}s, torch {found['torch']}, {found['date']}"
-    return "\n".join([*lines, "", f"{about}, commit {found['commit']}; 8B shape, random weights, bfloat16."])
-
-
 def policies() -> str:
     """What docs/inexact.md shows of `bench.reading`: each policy at each share of keys, beside exact reading."""
     path = RESULTS / "reading.json"
@@ -245,19 +198,6 @@ def policies() -> str:
             f"{tried}. Everything else after {context:,} tokens.",
         ]
     )
-
-
-def _over_gpus(found: dict[str, Any], part: str, name: str) -> list[str]:
-    """Cells of one workload: seconds on one GPU and on all, their ratio, milliseconds of a step and their limit."""
-    figures = found[part]
-    ours, one = figures["workloads"][name], found.get("one", {}).get("workloads", {}).get(name)
-    cells = [f"{one['seconds']:.2f} s" if one else "–", f"{ours['seconds']:.2f} s"]
-    cells.append(f"{one['seconds'] / ours['seconds']:.2f}×" if one else "–")
-    if "limit_ms" not in ours:
-        return [*cells, "–", "–"]
-    reduce = found["reduce"]["us"][f"{ours['rows']} x {figures['hidden']}"]
-    limit = ours["limit_ms"] + 2 * figures["layers"] * reduce / 1e3
-    return [*cells, f"{ours['ms_a_step']:.2f} ms ({ours['ms_a_step'] / limit:.2f}× the limit)", f"{limit:.2f} ms"]
 
 
 def misses() -> list[str]:
@@ -294,6 +234,20 @@ def _compared(names: Iterable[str]) -> list[str]:
         f"A Llama of 8B shape in bfloat16 by {about}, on one {found['device']}, torch {found['torch']}, "
         f"{found['date']}; behind each time its ratio to the least that the chip could take.",
     ]
+
+
+def _host_tiers() -> list[str]:
+    """Agents whose conversations the pool cannot hold, by both engines."""
+    names = {"radixgen": "host_tier", "vLLM, by its offloading connector": "host_tier_vllm"}
+    lines = [
+        "| agents; the pool holds a third | without host memory | with | |",
+        "| --- | --- | --- | --- |",
+    ]
+    for engine, name in names.items():
+        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        rates = [found[f"agents, {one}"]["tokens_per_second"] for one in ("without", "with")]
+        lines.append(f"| {engine} | {rates[0]:,.0f} tokens/s | {rates[1]:,.0f} tokens/s | {found['agents']:.2f} × |")
+    return lines
 
 
 def _families() -> list[str]:
@@ -340,6 +294,8 @@ def tables() -> str:
             "",
             *_compared(describe(FULL)),
             "",
+            *_host_tiers(),
+            "",
             *_families(),
             "",
             *_cpu(),
@@ -353,58 +309,6 @@ def tables() -> str:
             *_engines(),
         ]
     )
-
-
-def routing() -> str:
-    """What docs/cluster.md shows of `bench.cluster`: hit rates and p99 waits of each contender and setting."""
-    found: dict[str, Any] = json.loads((RESULTS / "cluster.json").read_text(encoding="utf-8"))
-    settings = found["settings"]
-    tried = [one for one in settings if "variants" in one]
-    faults = [{**one, "contenders": one["faults"]} for one in tried]
-    return "\n".join(
-        [
-            "Token hit rate, and p99 of the wait for the first token:",
-            "",
-            *_waits(settings, settings[0]["contenders"]),
-            "",
-            "With replicas that die and return (one pool does not):",
-            "",
-            *_waits(faults, faults[0]["contenders"]),
-            "",
-            "Other settings of our rule, and other rules:",
-            "",
-            *_variants(tried),
-            "",
-            f"`bench.cluster`, {found['date']}; times are the simulated clock's.",
-        ]
-    )
-
-
-def _waits(settings: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[str]:
-    """A row a setting: one pool of the sum, then the contenders."""
-    names = [one["contender"] for one in contenders]
-    lines = [
-        f"| workload | replicas | sessions | one pool | {' | '.join(names)} |",
-        "| --- |" + " --- |" * (len(names) + 3),
-    ]
-    for one in settings:
-        cells = [_wait(row) for row in (one["limit"], *one["contenders"])]
-        lines.append(f"| {one['workload']} | {one['replicas']} | {one['sessions']:,} | {' | '.join(cells)} |")
-    return lines
-
-
-def _variants(settings: list[dict[str, Any]]) -> list[str]:
-    """A row a rule, a column a setting."""
-    titles = [f"{one['replicas']} replicas" for one in settings]
-    lines = [f"| {settings[0]['workload']}, {settings[0]['sessions']:,} sessions | {' | '.join(titles)} |"]
-    lines.append("| --- |" + " --- |" * len(titles))
-    columns = zip(*([one["contenders"][0], *one["variants"]] for one in settings), strict=True)
-    lines += [f"| {rows[0]['contender']} | {' | '.join(_wait(row) for row in rows)} |" for rows in columns]
-    return lines
-
-
-def _wait(row: dict[str, Any]) -> str:
-    return f"{row['hit_rate']:.1%}, {row['wait_p99_seconds']:.1f} s"
 
 
 def _attention() -> list[str]:

@@ -128,11 +128,11 @@ class Replica:
         host = self.host
         if host is None:
             return 0
-        fetch = host.fetch(prompt, "", computed)
+        fetch = host.fetches.begin(prompt, "", computed, computed)
         if fetch is None:
             return 0
         host.poll(0.0, 0)
-        host.leave(fetch)
+        host.fetches.leave(fetch)
         return fetch.num_tokens
 
     def finish(self, request: Request) -> None:

@@ -33,6 +33,16 @@ class KVRecords:
         whole_words = all(size % _WORD == 0 for size in self._sizes)
         self._table = self._word_table() if kernel and whole_words else None
 
+    def warm_up(self) -> None:
+        """Compile the kernel, if there is one, by copying a token to a record and back. Nothing else may use the pools
+        meanwhile.
+        """
+        if self._table is not None:
+            slots = torch.zeros(1, dtype=torch.int64, device=self._table.device)
+            records = torch.empty((1, self.size), dtype=torch.uint8, device=self._table.device)
+            self.pack(slots, records)
+            self.unpack(records, slots)
+
     def pack(self, slots: Tensor, records: Tensor) -> None:
         """Copy the KV of `slots` int64 `[tokens]` to `records` uint8 `[tokens, size]`, contiguous."""
         if self._table is not None:

@@ -9,26 +9,24 @@ Every sum has a fixed order that depends only on the width of the vocabulary, so
 row, and runs are reproducible.
 
 Symbols: `draws` tokens are drawn from `logits` `[rows, width]`, whose rows are `row_stride` apart, divided into
-`blocks` of BLOCK tokens; BLOCKS is `blocks` rounded up to a power of two. `settings` float64 `[6, draws]`, see below;
-`floors` float32 `[draws]`; `tops`, `masses` float32 and `best` int32 `[draws, blocks]`, see `weigh_blocks`.
+`blocks` of BLOCK tokens; BLOCKS is `blocks` rounded up to a power of two. `settings` float64 `[6, draws]`, see
+`radixgen.kernels.draw_settings`; `floors` float32 `[draws]`; `tops`, `masses` float32 and `best` int32
+`[draws, blocks]`, see `weigh_blocks`. `first`: token of the first column, more than 0 where `logits` are a part of the
+vocabulary.
 """
 
 import triton
 import triton.language as tl
 
+from radixgen.kernels import draw_settings
+
 # Rows of `settings`
-ROW = tl.constexpr(0)
-"""Row of the logits."""
-UNIT = tl.constexpr(1)
-"""Factor that turns logits into exponents of 2; 0 for greedy draws."""
-TOP_K = tl.constexpr(2)
-"""Number of tokens to keep; 0 for all."""
-TOP_P = tl.constexpr(3)
-"""Share of the weight to keep."""
-MIN_P = tl.constexpr(4)
-"""Base-2 logarithm of the minimum weight to keep, relative to the largest."""
-UNIFORM = tl.constexpr(5)
-"""Random number in [0, 1)."""
+ROW = tl.constexpr(draw_settings.ROW)
+UNIT = tl.constexpr(draw_settings.UNIT)
+TOP_K = tl.constexpr(draw_settings.TOP_K)
+TOP_P = tl.constexpr(draw_settings.TOP_P)
+MIN_P = tl.constexpr(draw_settings.MIN_P)
+UNIFORM = tl.constexpr(draw_settings.UNIFORM)
 
 
 @triton.jit
@@ -49,9 +47,9 @@ def _weights(scores, top, unit):
     return tl.exp2((scores - tl.where(top == float("-inf"), 0.0, top)) * unit)
 
 
-@triton.jit(do_not_specialize=("draws",))
+@triton.jit(do_not_specialize=("draws", "first"))
 def weigh_blocks(
-    logits, row_stride, settings, floors, tops, masses, best, width, draws, blocks,
+    logits, row_stride, settings, floors, tops, masses, best, width, first, draws, blocks,
     BLOCK: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """Compute for each block of each draw: its largest logit into `tops`, NaN if it holds NaN or +inf; the first token
@@ -68,7 +66,7 @@ def weigh_blocks(
         scores = tl.where(scores >= tl.load(floors + draw), scores, float("-inf"))
     else:
         top = tl.max(scores, 0)
-        tl.store(best + place, tl.min(tl.where(scores == top, token, 2147483647), 0))
+        tl.store(best + place, tl.min(tl.where(scores == top, first + token, 2147483647), 0))
         broken = tl.max(((scores != scores) | (scores == float("inf"))).to(tl.int32), 0)
         tl.store(tops + place, tl.where(broken > 0, float("nan"), top))
     tl.store(masses + place, tl.sum(_weights(scores, top, unit), 0))
@@ -199,13 +197,14 @@ def _next_bounds(bounds, before, draws, blocks, draw, BLOCKS: tl.constexpr, WAYS
     return low, high, target
 
 
-@triton.jit(do_not_specialize=("draws",))
+@triton.jit(do_not_specialize=("draws", "first", "first_block"))
 def choose(
-    logits, row_stride, settings, floors, tops, masses, best, tokens, width, draws, blocks,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr,
+    logits, row_stride, settings, floors, tops, masses, best, tokens, width, first, draws, blocks, first_block,
+    own_blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """Write the token of each draw, int64 `[draws]`: first its block by the blocks' weights, then its place within the
-    block.
+    block. `logits` have `own_blocks` of the blocks, from `first_block` on: tokens of other blocks become 0, and so do
+    those that need no logits, unless `first_block` is 0.
     """
     draw = tl.program_id(0)
     unit = _setting(settings, UNIT, draws, draw).to(tl.float32)
@@ -214,8 +213,10 @@ def choose(
     own_tops = tl.load(tops + draw * blocks + block, mask=inside, other=float("-inf"))
     broken = tl.max((own_tops != own_tops).to(tl.int32), 0) > 0
     top = tl.max(own_tops, 0)
-    first = tl.load(best + draw * blocks + block, mask=inside, other=0)
-    chosen_token = tl.min(tl.where(own_tops == top, first, 2147483647), 0)
+    likeliest = tl.load(best + draw * blocks + block, mask=inside, other=0)
+    chosen_token = tl.min(tl.where(own_tops == top, likeliest, 2147483647), 0)
+    chosen_token = tl.where(broken | (top == float("-inf")), -1, chosen_token)
+    chosen_token = tl.where(first_block == 0, chosen_token, 0)
     if (unit > 0.0) & (broken == 0) & (top > float("-inf")):
         mass = tl.load(masses + draw * blocks + block, mask=inside, other=0.0)
         mass = (mass * _weights(own_tops, top, unit)).to(tl.float64)
@@ -224,12 +225,14 @@ def choose(
         last = tl.max(tl.where(mass > 0.0, block, 0), 0)
         chosen = tl.min(tl.where((mass > 0.0) & (ends > target), block, last), 0)
         before = tl.max(tl.where(block < chosen, ends, 0.0), 0)
-        token = chosen * BLOCK + tl.arange(0, BLOCK)
+        is_own = (chosen >= first_block) & (chosen < first_block + own_blocks)
+        token = tl.where(is_own, chosen - first_block, 0) * BLOCK + tl.arange(0, BLOCK)
         scores = _scores(logits, row_stride, settings, width, draws, draw, token)
         if FILTERED:
             scores = tl.where(scores >= tl.load(floors + draw), scores, float("-inf"))
         weights = _weights(scores, top, unit)
         reached = before + tl.cumsum(weights.to(tl.float64), 0)
         final = tl.max(tl.where(weights > 0.0, token, 0), 0)
-        chosen_token = tl.min(tl.where((weights > 0.0) & (reached > target), token, final), 0)
-    tl.store(tokens + draw, tl.where(broken | (top == float("-inf")), -1, chosen_token).to(tl.int64))
+        drawn = tl.min(tl.where((weights > 0.0) & (reached > target), token, final), 0)
+        chosen_token = tl.where(is_own, first + drawn, 0)
+    tl.store(tokens + draw, chosen_token.to(tl.int64))

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from radixgen.core import SamplingParams
 from radixgen.kernels import sampling_kernels
+from radixgen.kernels.draw_settings import draw_settings
 from radixgen.kernels.upload import upload
 
 BLOCK = 2048
 """Tokens whose logits one program reads at once."""
 _WAYS, _PASSES = 8, 12
 """Thresholds per pass of the search for a floor, and number of passes: its precision is 8**-12 of the logits' range."""
-_LARGEST_UNIT = 1e30
-"""Maximum base-2 exponents per logit. Lower temperatures draw only the most likely tokens."""
 
 
 def draw_tokens(
@@ -33,7 +32,7 @@ def draw_tokens(
     top_k = any(param.top_k > 0 for param in sampled)
     top_p = any(param.top_p < 1.0 for param in sampled)
     filtered = top_k or top_p or any(param.min_p for param in sampled)
-    step = _SamplingStep(logits, upload(_settings(rows, params, uniforms), logits.device))
+    step = _SamplingStep(logits, upload(draw_settings(rows, params, uniforms), logits.device))
     step.weigh_blocks()
     if top_k:
         step.find_floors(weighed=False)
@@ -50,7 +49,7 @@ class _SamplingStep:
     """All draws of one step: the kernels' launches, and the memory that passes results between them."""
 
     def __init__(self, logits: Tensor, settings: Tensor) -> None:
-        """Logits `[rows, vocab]`, not float64; settings as returned by `_settings`."""
+        """Logits `[rows, vocab]`, not float64; settings as returned by `draw_settings`."""
         self._logits = logits
         self._settings = settings
         self._draws, self._width = settings.shape[1], logits.shape[1]
@@ -71,7 +70,7 @@ class _SamplingStep:
     def weigh_blocks(self, *, filtered: bool = False) -> None:
         sampling_kernels.weigh_blocks[(self._blocks, self._draws)](
             self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses, self._best,
-            self._width, self._draws, self._blocks, BLOCK=BLOCK, FILTERED=filtered, num_warps=4,
+            self._width, 0, self._draws, self._blocks, BLOCK=BLOCK, FILTERED=filtered, num_warps=4,
         )  # fmt: skip
 
     def find_floors(self, *, weighed: bool) -> None:
@@ -101,23 +100,7 @@ class _SamplingStep:
         tokens = self._logits.new_empty(self._draws, dtype=torch.int64)
         sampling_kernels.choose[(self._draws,)](
             self._logits, self._logits.stride(0), self._settings, self._floors, self._tops, self._masses, self._best,
-            tokens, self._width, self._draws, self._blocks,
+            tokens, self._width, 0, self._draws, self._blocks, 0, self._blocks,
             BLOCKS=self._padded_blocks, BLOCK=BLOCK, FILTERED=filtered, num_warps=4,
         )  # fmt: skip
         return tokens
-
-
-def _settings(
-    rows: Sequence[int], params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the settings of each draw, float64 `[6, draws]`, in the order of `radixgen.kernels.sampling_kernels`."""
-    settings = np.empty((6, len(rows)))
-    columns: dict[int, tuple[float, float, float, float]] = {}
-    for param in params:
-        if id(param) not in columns:  # many draws share parameters
-            unit = 0.0 if param.greedy else min(math.log2(math.e) / param.temperature, _LARGEST_UNIT)
-            min_p = math.log2(param.min_p) if param.min_p else -math.inf
-            columns[id(param)] = unit, max(param.top_k, 0), param.top_p, min_p
-    settings[0], settings[5] = rows, uniforms
-    settings[1:5] = np.array([columns[id(param)] for param in params]).T
-    return settings

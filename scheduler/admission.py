@@ -69,9 +69,11 @@ class Admission:
         before = sequence.fetch
         if self._host is not None and (before is None or before.arrived):
             followed = self._follow(sequence)
-            sequence.fetch = self._host.fetch(followed.tokens, sequence.namespace, followed.computed)
+            sequence.fetch = self._host.fetches.begin(
+                followed.tokens, sequence.namespace, followed.computed, followed.length
+            )
             if before is not None:
-                self._host.leave(before)
+                self._host.fetches.leave(before)
         return sequence.request.fetching
 
     def withdraw(self, sequence: Sequence) -> None:
@@ -79,7 +81,7 @@ class Admission:
         self._waiting.remove(sequence)
         self._unfollow(sequence)
         if self._host is not None and sequence.fetch is not None:
-            self._host.leave(sequence.fetch)
+            self._host.fetches.leave(sequence.fetch)
             sequence.fetch = None
 
     def _follow(self, sequence: Sequence) -> FollowedMatch:

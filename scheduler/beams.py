@@ -33,6 +33,14 @@ def branch(scheduler: Scheduler, request: Request, beams: Seq[Beam]) -> None:
     scheduler.advance([(child, child.output[-1]) for child in children if child.cursor is not None])
 
 
+def conclude(scheduler: Scheduler, request: Request, hypotheses: Seq[Seq[int]]) -> None:
+    """Drop the beams of a search that has ended. With a host tier, only the paths of its hypotheses are saved."""
+    for beam in request.sequences:
+        scheduler.drop(beam)
+    for tokens in hypotheses if scheduler.host is not None else ():
+        scheduler.keep(request.path_with(tokens), request.namespace)
+
+
 def _fork(scheduler: Scheduler, origin: Sequence) -> Sequence:
     """Add a beam at the position of `origin`."""
     request, state = origin.request, origin.sampling

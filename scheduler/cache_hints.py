@@ -159,16 +159,16 @@ class CacheHints:
         return min(tokens.size, shared + left)
 
     def _merge(self, pin: Pin, own: Seq[Pin]) -> str | None:
-        """Release the owner's pins that a new pin replaces. If too many would be left, release the new one instead, and
-        return the reason.
+        """Release the owner's pins that a new pin replaces. If too many would be left, the owner with the most loses
+        its weakest; if that is this one, release the new pin instead, and return the reason.
         """
         path = set(pin.lock.held.path())
         covered = [old for old in own if old.lock.held in path and _outlasts(pin, old)]
-        limits = self._limits
-        if len(self._pins) - len(covered) > limits.max_pins:
-            reason = f"at most {limits.max_pins} prefixes are pinned"
-        elif len(own) + 1 + self._num_coming(pin.owner) - len(covered) > limits.max_hint_pins:
+        limits, count = self._limits, len(own) + 1 - len(covered)
+        if count + self._num_coming(pin.owner) > limits.max_hint_pins:
             reason = f"one owner's hints retain at most {limits.max_hint_pins} prefixes"
+        elif len(self._pins) - len(covered) > limits.max_pins and not self._pins.release_from_largest(count):
+            reason = f"at most {limits.max_pins} prefixes are pinned, and no owner's hints retain more than this one's"
         else:
             for old in covered:
                 self._pins.release(old.id)
@@ -188,7 +188,9 @@ class CacheHints:
             return None
         match = self._tree.match_prefix(tokens, namespace)
         computed = match.computed if match is not None else 0
-        return self._host.fetch(tokens, namespace, computed) if computed < tokens.size else None
+        if computed == tokens.size:
+            return None
+        return self._host.fetches.begin(tokens, namespace, computed, known=tokens.size)  # none is computed for a hint
 
     def _arrive(self, prefetch: _Prefetch, now: float) -> None:
         assert self._host is not None
@@ -198,7 +200,7 @@ class CacheHints:
             pin = self._pins.add(prefetch.tokens, fetch.namespace, prefetch.priority, prefetch.expires, owner)
             if pin is not None:
                 self._merge(pin, own)
-        self._host.leave(fetch)
+        self._host.fetches.leave(fetch)
 
     def _demote(self, tokens: TokenArray, namespace: str, start: int) -> int:
         copying = self._host.locks() if self._host is not None else ()

@@ -73,6 +73,17 @@ class Pins:
         self.release(self._by_weakness[0].id)
         return True
 
+    def release_from_largest(self, most: int) -> bool:
+        """Release the weakest pin of the owner with the most pins of hints, if these are more than `most`. Returns
+        whether they were.
+        """
+        counts = Counter(pin.owner for pin in self if pin.owner is not None)
+        for owner, count in counts.most_common(1):
+            if count > most:
+                self.release(next(pin.id for pin in self if pin.owner == owner))
+                return True
+        return False
+
     def freed_by_release(self, match: Match | None = None) -> int:
         """Return how many slots become evictable if all pins are released, not counting those of `match`."""
         alone = self._alone()

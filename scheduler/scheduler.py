@@ -10,7 +10,7 @@ from operator import attrgetter
 import numpy as np
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import HostTier, Node, RadixTree
+from radixgen.cache import HostTier, Node, RadixTree, TokenArray
 from radixgen.cache.check import check_plan
 from radixgen.core import Limits
 from radixgen.scheduler.admission import Admission
@@ -195,7 +195,7 @@ class Scheduler:
         groups: dict[tuple[Node, int], list[Sequence]] = {}
         for sequence, token in drawn:
             assert sequence.cursor is not None
-            node, token = sequence.cursor.held, sequence.in_tree(token, len(sequence.output) - 1)
+            node, token = sequence.cursor.held, sequence.request.in_tree(token, len(sequence.output) - 1)
             if node.lock_count == 1:
                 self.tree.advance((sequence.cursor,), token)
             else:
@@ -367,7 +367,7 @@ class Scheduler:
 
     def _complete_copies(self) -> bool:
         """Unlock paths that only copies from or to the host have locked. Returns False if there are none."""
-        return self.host is not None and (self.host.complete_saves() or self.host.release_fetched())
+        return self.host is not None and (self.host.saves.complete() or self.host.fetches.release_arrived())
 
     def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
         """Return the other sequences without a part in this step, youngest first, without the oldest of all."""
@@ -398,8 +398,19 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.cursor is not None
         self.running.remove(sequence)
-        self.tree.unlock(sequence.cursor)
+        node, request = sequence.cursor.held, sequence.request
+        self.tree.unlock(sequence.cursor, idle=request.search is None)
         sequence.cursor = None
-        if sequence.request.reading.frees:
+        if request.search is not None and self.tree.on_idle is not None:
+            while node.start >= request.prompt.size and node.parent is not None:
+                node = node.parent  # most beams will not be continued
+            self.tree.on_idle(node)
+        if request.reading.frees:
             self.tree.discard(sequence.namespace)
             sequence.freed_block = -1
+
+    def keep(self, tokens: TokenArray, namespace: str) -> None:
+        """Use what is cached of `tokens` as if a sequence had ended there."""
+        match = self.tree.match_prefix(tokens, namespace)
+        if match is not None and match.computed:
+            self.tree.unlock(self.tree.insert(tokens[: match.computed], namespace))

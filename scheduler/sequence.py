@@ -1,6 +1,7 @@
 """Requests and their sequences, as the scheduler sees them."""
 
 import math
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +75,22 @@ class Request:
         """Return the mark of the policy by which each of the positions `[first, stop)` is read."""
         exact = min(max(self.first_read - first, 0), stop - first) if self.mark else stop - first
         return [0] * exact + [self.mark] * (stop - first - exact)
+
+    def path_with(self, output: Seq[int]) -> TokenArray:
+        """Return prompt and output as the tree has them: the first token that is read under an inexact policy is
+        marked.
+        """
+        if not output:
+            return self.path
+        tokens = np.concatenate([self.path, np.array(output, np.int32)])
+        tokens[self.prompt.size] = self.in_tree(output[0], 0)
+        return tokens
+
+    def in_tree(self, token: int, index: int) -> int:
+        """Return the output token at `index` as the tree has it."""
+        if self.mark and index == 0 and not self.reading.reads_prompt:
+            return marked(token, self.mark)
+        return token
 
     @property
     def finished(self) -> bool:
@@ -151,22 +168,8 @@ class Sequence:
         return self.request.scoring and self.index == 0
 
     def tokens(self) -> TokenArray:
-        """Return prompt and output as the tree has them: the first token that is read under an inexact policy is
-        marked.
-        """
-        request = self.request
-        if not self.output:
-            return request.path
-        tokens = np.concatenate([request.path, np.array(self.output, np.int32)])
-        tokens[request.prompt.size] = self.in_tree(self.output[0], 0)
-        return tokens
-
-    def in_tree(self, token: int, index: int) -> int:
-        """Return the output token at `index` as the tree has it."""
-        request = self.request
-        if request.mark and index == 0 and not request.reading.reads_prompt:
-            return marked(token, request.mark)
-        return token
+        """Return prompt and output as the tree has them."""
+        return self.request.path_with(self.output)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End the sequence. Must be called only once."""

@@ -261,6 +261,7 @@ class EngineMachine(RuleBasedStateMachine):
         host_slots=st.sampled_from([0, 20, 100, 400]),
         files=st.sampled_from([0, 0, 2, 10, 1000]),
         max_overtaken=st.sampled_from([0, 6]),
+        rates=st.sampled_from([(0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 0.0, 2.0), (1.0, 2.0, 0.0)]),
         max_mark=st.sampled_from([2, 4, 4]),
     )
     def begin(
@@ -273,9 +274,12 @@ class EngineMachine(RuleBasedStateMachine):
         host_slots: int,
         files: int,
         max_overtaken: int,
+        rates: tuple[float, float, float],
         max_mark: int,
     ) -> None:
+        """`rates`: seconds per token of computing, fetching and reading, as if they had been measured."""
         self.now = 0.0
+        self.rates = rates
         self.max_mark = max_mark
         self.folder = Path(mkdtemp()) if files and host_slots else None
         DISK_LOG.disabled = True
@@ -306,7 +310,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine._core._policies.max_mark = self.max_mark
         self.host = self.engine._core.host
         if self.host is not None:
-            self.host._min_fetch = 1
+            self.host.fetches.min_fetch = 1
+            costs = self.host.fetches.costs
+            costs.seconds_per_computed, costs.seconds_per_fetched, costs.seconds_per_read = self.rates
             if self.folder is not None:
                 run_late(self.host._disk)
         self.router = Consumer(self.block_size)
@@ -553,6 +559,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.seen["read inexactly"] += self.model.sparse_rows - sparse
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
+        self.seen["compute instead of fetching"] += after.host_recomputed_tokens - before.host_recomputed_tokens
         self.seen["read from disk"] += after.disk_read_tokens - before.disk_read_tokens
         self.seen["file failed"] += after.disk_failed_files - before.disk_failed_files
         self.seen["evict"] += after.evicted_tokens - before.evicted_tokens

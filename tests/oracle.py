@@ -184,8 +184,8 @@ class StampModel:
     def _write(self, tokens: list[int], slots: list[int], reads: "Reads", lost: Sequence[int]) -> list[bytes]:
         """Write the rows that have a slot. Returns the stamp of every row, of those that are lost what is there.
 
-        By position, so that a row's predecessor is written before it or stands in its slot already; that it is the
-        right one, `_check_chains` tells.
+        Rows are written by position, so a row's predecessor is written before it or stands in its slot already; that it
+        is the right one, `_check_chains` tells.
         """
         own = reads.slots[reads.last].tolist()
         before = reads.slots[reads.last - 1].tolist()

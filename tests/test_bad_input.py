@@ -781,6 +781,7 @@ OPEN = {
     "dtype",
     "eos_token_ids",
     "explain_plan",
+    "fetching",
     "has_unfinished",
     "inputs",
     "inspect",

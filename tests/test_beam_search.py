@@ -515,3 +515,21 @@ def test_a_search_of_width_one_is_greedy(early: Any) -> None:
     search = BeamSearch(BeamSearchParams(beam_width=1, early_stopping=early), 16, frozenset([0]))
     search.select([choices(-1, -1.1)])
     assert search.done and [one.token_ids for one in search.hypotheses] == [[0]]
+
+
+@pytest.mark.parametrize("slots", [40, 400])
+def test_only_hypotheses_are_saved_to_host_memory(slots: int) -> None:
+    """Also where the beams take turns, because the pool has no room for all of them."""
+    prompt, params = some(20, vocab=24), BeamSearchParams(beam_width=4, max_tokens=8)
+    with serve(24, kv_tokens=slots, host_kv_tokens=2_000) as engine:
+        (output,) = engine.beam_search(prompt, params)
+        host = engine._core.host
+        assert host is not None
+        host.saves.complete()
+        paths = [[*prompt, *one.token_ids] for one in output.outputs]
+        for path in paths:
+            match = host.tree.match_prefix(path)
+            assert match is not None and match.computed >= (len(path) - 1 if slots == 400 else len(prompt))
+        for node in host.tree.nodes():
+            saved = node.path_tokens().tolist()
+            assert any(path[: len(saved)] == saved for path in paths)

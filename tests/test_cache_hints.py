@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import StampModel
 
-from radixgen import CacheHint, Engine, HintResult, InvalidRequest, Limits, RequestOutput, SamplingParams
+from radixgen import CacheHint, Engine, HintResult, InvalidRequest, LimitReached, Limits, RequestOutput, SamplingParams
 from radixgen.cache import ExtentPool, RadixTree, as_tokens, demote
 from radixgen.cache.node import DEMOTED
 
@@ -39,7 +39,7 @@ class Hinted:
         )
         self.host = self.engine._core.host
         if self.host is not None:
-            self.host._min_fetch = 1
+            self.host.fetches.min_fetch = 1
 
     def run(
         self, prompt: list[int], *hints: CacheHint, params: SamplingParams = GREEDY, **options: Any
@@ -67,7 +67,7 @@ class Hinted:
 
     def evict(self, count: int = 10_000) -> None:
         if self.host is not None:
-            self.host.complete_saves()
+            self.host.saves.complete()
         self.engine._core.tree.evict(count)
 
 
@@ -147,7 +147,28 @@ def test_pins_are_bounded_per_owner() -> None:
 def test_pins_are_bounded_in_all() -> None:
     served, prompts = Hinted(slots=400, limits=Limits(max_pins=2, max_hint_pool_share=1.0)), texts(3)
     results = [served.run(prompt, CacheHint("retain"), hint_owner=str(i)) for i, prompt in enumerate(prompts)]
-    assert [output.cache_hints[0].reason for output in results] == ["", "", "at most 2 prefixes are pinned"]
+    assert [output.cache_hints[0].status for output in results] == ["accepted", "accepted", "refused"]
+    assert results[2].cache_hints[0].reason.startswith("at most 2 prefixes are pinned")
+
+
+def test_no_owner_stops_another() -> None:
+    """The owner of the most pins loses its weakest to another's hint, and any to `Engine.pin`."""
+    served, prompts = Hinted(slots=400, limits=Limits(max_pins=4, max_hint_pool_share=1.0)), texts(7)
+    retained = [
+        served.run(p, CacheHint("retain", priority=int(i != 1)), hint_owner="greedy") for i, p in enumerate(prompts)
+    ]
+    assert [output.cache_hints[0].status for output in retained] == 4 * ["accepted"] + 3 * ["refused"]
+    pins = served.engine._core.scheduler.pins
+    for prompt in prompts[:3]:
+        served.run(prompt, CacheHint("retain"), hint_owner="modest")
+    assert sorted(pin.owner or "" for pin in pins) == ["greedy", "greedy", "modest", "modest"]
+    assert all(pin.priority == 1 for pin in pins if pin.owner == "greedy")
+    ours = [served.engine.pin(prompt) for prompt in prompts[:4]]
+    assert None not in ours and {pin.owner for pin in pins} == {None}
+    with pytest.raises(LimitReached, match="at most 4 prefixes"):
+        served.engine.pin(prompts[0])
+    (result,) = served.apply(prompts[0], CacheHint("retain"), hint_owner="modest")
+    assert result.status == "refused" and set(ours) == set(served.engine.pins)
 
 
 def test_a_longer_pin_replaces_those_that_it_outlasts() -> None:
@@ -323,7 +344,7 @@ def test_a_prefetch_that_is_late_locks_nothing() -> None:
     served.clock.now = 5.0
     served.run(other)
     served.run(other)
-    served.host.complete_saves()
+    served.host.saves.complete()
     assert not served.engine.pins and not list(served.host.locks())
 
 

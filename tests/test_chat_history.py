@@ -433,3 +433,18 @@ def test_any_answers(name: str, answers: list[tuple[str, bool, bool]], mode: His
             assert draft.token_ids[: draft.history_break.position] == kept[: draft.history_break.position]
         if mode == "template":
             assert written(talk, draft.token_ids) == draft.text
+
+
+@pytest.mark.parametrize("name", templates.FAMILIES)
+def test_tokens_are_counted_as_by_decoding_each_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters of several tokens may lie on the end of a block."""
+    template = ChatTemplate(templates.tokenizer(templates.FAMILIES[name]))
+    text = "the r\u00e9\u6f22\u6f22 rain\n in the\u00e9" * 3
+    ids = spell(template.tokenizer, text)
+    lengths = [0, 1, 7, 7, 9, 23, len(text) - 1, len(text), len(text) + 5]
+    sizes = [len(template.text(ids[:count])) for count in range(len(ids) + 1)]
+    wanted = [max(count for count, size in enumerate(sizes) if size <= most) if most else 0 for most in lengths]
+    for block in (1, 2, 3, 5, 256):
+        monkeypatch.setattr("radixgen.text.chat_template._BLOCK", block)
+        assert template.count_tokens(ids, lengths) == wanted
+        assert template.count_tokens(ids, lengths[:2]) == wanted[:2]

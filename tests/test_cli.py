@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from radixgen import Engine, SamplingParams
-from radixgen.cli import app, serve
+from radixgen.cli import app, options, serve
 from radixgen.core import EngineDead
 from radixgen.serve.replicas import ReplicaOptions
 
@@ -257,13 +257,11 @@ def test_options_of_an_engine_are_refused_in_front_of_workers(option: str) -> No
 
 
 def test_every_option_of_an_engine_is_known() -> None:
-    names = {
-        "tensor_parallel_size": "tp", "max_step_tokens": "max_num_batched_tokens", "kv_dtype": "kv_cache_dtype",
-        "kv_dir_bytes": "kv_dir_size",
-    }  # fmt: skip
-    own = {names.get(name, name) for name in inspect.signature(Engine).parameters} - {"model"}
-    own |= {"profile", "profile_steps"}  # those of `Engine.profile`
-    assert own & set(inspect.signature(serve.serve).parameters) == set(serve._ENGINE_OPTIONS)
+    arguments = set(inspect.signature(Engine).parameters)
+    assert set(options.ENGINE_OPTIONS.values()) <= arguments
+    commands = set(inspect.signature(serve.serve).parameters)
+    assert set(options.ENGINE_OPTIONS) | set(options.PROCESS_OPTIONS) <= commands
+    assert arguments & commands <= {*options.ENGINE_OPTIONS.values(), *options.PROCESS_OPTIONS, "model"}
 
 
 @pytest.mark.parametrize("warm_up", ["--warm-up", "--no-warm-up"])
@@ -283,7 +281,7 @@ def test_replicas_get_every_option_of_an_engine(monkeypatch: pytest.MonkeyPatch,
     assert "enough" in result.stderr, result.output
     own, replica = parsed("serve", given), parsed("worker", found[0].command("ipc:///nowhere/handshake", 1)[5:])
     assert found[0].count == 2 and replica["model"] == "absent"
-    for name in (*serve._ENGINE_OPTIONS, "max_num_seqs"):
+    for name in (*options.ENGINE_OPTIONS, *options.PROCESS_OPTIONS, "max_num_seqs"):
         assert own[name] == replica[name], name
         assert own[name] != inspect.signature(serve.serve).parameters[name].default, f"{name} is not tested"
 

@@ -1,6 +1,7 @@
 """KV on disk: a later engine finds it, damage is found out, and no token changes."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -225,7 +226,7 @@ class Stamped:
         core = self.engine._core
         assert core.host is not None and core.host._disk is not None
         self.host, self.disk = core.host, core.host._disk
-        self.host._min_fetch = 1
+        self.host.fetches.min_fetch = 1
         run_late(self.disk)
         self.disk._reader.delay = self.disk._writer.delay = delay
 
@@ -391,9 +392,57 @@ def test_reading_that_takes_longer_than_computing_is_not_done(folder: Path) -> N
     (prompt,) = texts(1)
     served.run([prompt])
     served = restarted(served, folder)
-    served.host._seconds_per_computed, served.host._seconds_per_read = 1e-3, 2e-3
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_read = 1e-3, 2e-3
     assert served.run([prompt]) == [0]
     assert served.engine.stats().disk_read_tokens == 0
+    served.engine.close()
+
+
+def test_what_the_host_has_is_fetched_even_if_reading_the_rest_takes_longer(folder: Path) -> None:
+    """Pins: a slow disk made the engine compute also what host memory had."""
+    served = Stamped(folder)
+    (prompt,) = texts(1)
+    served.run([prompt])
+    served.host.saves.complete()
+    served.host.saves.complete_writes()
+    served.engine._core.tree.reset()
+    served.host.tree.evict(served.host.tree.evictable_tokens - 16)
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_read, costs.seconds_per_fetched = 1e-3, 2e-3, 1e-4
+    assert served.run([prompt]) == [16]
+    stats = served.engine.stats()
+    assert stats.host_fetched_tokens == 16 and stats.host_recomputed_tokens == 12 and not stats.disk_read_tokens
+    served.engine.close()
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("per_read", [0.5, 2.0], ids=["fast disk", "slow disk"])
+def test_each_part_of_a_prefix_is_fetched_or_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, per_read: float, delay: int
+) -> None:
+    """Random histories in a small host: by the oracle, no row reads what is not there."""
+    served, draw = Stamped(folder, slots=100, host_slots=90, delay=delay), random.Random(0)
+    costs, ends = served.host.fetches.costs, []
+    best_end = costs.best_end
+
+    def recorded(first: int, in_host: int, stop: int, **queues: int) -> int:
+        costs.seconds_per_computed, costs.seconds_per_fetched, costs.seconds_per_read = 1.0, 0.1, per_read
+        ends.append((first, best_end(first, in_host, stop, **queues), stop))
+        return ends[-1][1]
+
+    monkeypatch.setattr(costs, "best_end", recorded)
+    bases = texts(3, 40)
+    for _ in range(40):
+        prompts = [draw.choice(bases)[: draw.randrange(10, 40)] + [2] for _ in range(2)]
+        served.run(prompts)
+        served.host.saves.complete()
+        served.engine._core.tree.evict(draw.randrange(100))
+        served.host.tree.evict(draw.randrange(40))
+        served.engine.check()
+    parts = sum(first < end < stop for first, end, stop in ends)
+    read = served.engine.stats().disk_read_tokens
+    assert read if per_read < 1 else parts and not read, (read, parts)
     served.engine.close()
 
 
@@ -426,7 +475,7 @@ def test_tokens_equal_those_of_transformers(family: str, folder: Path, kv_dtype:
     with oracle_of(family) as oracle:
         for _ in range(3):
             with Engine(families.build(family), **options) as engine:
-                engine._core.host._min_fetch = 1
+                engine._core.host.fetches.min_fetch = 1
                 outputs = [engine.generate(one, greedy(16))[0].outputs[0].token_ids for one in prompts(families.VOCAB)]
                 answers.append(outputs)
                 engine.check()
@@ -444,7 +493,7 @@ def test_a_checkpoint_that_was_overwritten_in_place_finds_nothing(tmp_path: Path
 
     def serve() -> tuple[int, list[int]]:
         with Engine(checkpoint, kv_tokens=200, kv_dir=folder, device="cpu") as engine:
-            engine._core.host._min_fetch = 1
+            engine._core.host.fetches.min_fetch = 1
             (output,) = engine.generate(prompt, greedy(8))
             return engine.stats().disk_read_tokens, output.outputs[0].token_ids
 

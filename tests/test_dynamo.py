@@ -15,7 +15,7 @@ from oracle import StampModel
 from typer.testing import CliRunner
 
 import radixgen.engine.engine as engine_module
-from radixgen import CompletionOutput, InvalidRequest, RequestOutput, SamplingParams
+from radixgen import CompletionOutput, InvalidRequest, Limits, RequestOutput, SamplingParams
 from radixgen.cli import app
 from radixgen.core import PromptTokens
 from radixgen.serve.dynamo.requests import UsageCounter, chunks, sampling_params
@@ -71,9 +71,9 @@ class Context:
         self.id = lambda: name
 
 
-async def started(module: ModuleType, *flags: str) -> Any:
-    flags = ("--model", "stamp", "--kv-tokens", "256", "--block-size", "4", "--drain-timeout", "0.5", *flags)
-    served, _ = await module.DynamoEngine.from_args(list(flags))
+async def started(module: ModuleType, **options: Any) -> Any:
+    launch = module.LaunchOptions("stamp", {"kv_tokens": 256}, drain_timeout=0.5, **options)
+    served, _ = await module.DynamoEngine.from_args(["--block-size", "4"], launch)
     await served.start(7)
     return served
 
@@ -89,8 +89,9 @@ def asked(tokens: list[int], **stops: Any) -> dict[str, Any]:
 
 def test_what_is_registered(dynamo: ModuleType) -> None:
     async def main() -> None:
-        flags = ["--model", "stamp", "--served-model-name", "s", "--kv-tokens", "64", "--block-size", "4"]
-        served, config = await dynamo.DynamoEngine.from_args([*flags, "--discovery-backend", "file"])
+        launch = dynamo.LaunchOptions("stamp", {"kv_tokens": 64})
+        flags = ["--served-model-name", "s", "--block-size", "4", "--discovery-backend", "file"]
+        served, config = await dynamo.DynamoEngine.from_args(flags, launch)
         assert (config.model_name, config.served_model_name, config.discovery_backend) == ("stamp", "s", "file")
         await served.cleanup()  # it never started
         found = await served.start(7)
@@ -109,24 +110,34 @@ def test_what_is_registered(dynamo: ModuleType) -> None:
 
 
 def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found: list[list[str]] = []
-    monkeypatch.setattr(dynamo, "main", found.append)
+    found: list[Any] = []
+    monkeypatch.setattr(dynamo, "main", lambda *arguments: found.extend(arguments))
     flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", "64", "--seed", "3", "--tensor-parallel-size", "2"]
-    flags += ["--profile", str(tmp_path), "--profile-steps", "5", "--kv-offloading-size", "0.5"]
-    flags += ["--kv-dir", "kept", "--kv-dir-size", "0.5"]
+    flags += ["--profile", str(tmp_path), "--profile-steps", "5", "--kv-offloading-size", "0.5", "--no-warm-up"]
+    flags += ["--kv-dir", "kept", "--kv-dir-size", "0.5", "--kv-cache-dtype", "int8", "--drain-timeout", "3"]
     command = ["worker", "--backend", "dynamo", "--model", "stamp", "--block-size", "4", "--enforce-eager", *flags]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    options = dynamo._parser().parse_args(found[0])
-    assert (options.model, options.block_size, options.max_num_seqs, options.max_num_batched_tokens) == (
-        "stamp",
-        4,
-        7,
-        64,
-    )
-    assert options.enforce_eager and (options.seed, options.tensor_parallel_size) == (3, 2)
-    assert (options.profile, options.profile_steps, options.kv_offloading_size) == (str(tmp_path), 5, 0.5)
-    assert (options.kv_dir, options.kv_dir_bytes) == ("kept", 2**29)
+    launch, rest = found
+    assert dynamo._parser().parse_args(rest).block_size == 4
+    assert launch == dynamo.LaunchOptions("stamp", launch.engine, 3.0, tmp_path, 5)
+    assert launch.engine == {
+        "load_format": "auto",
+        "dtype": "auto",
+        "kv_dtype": "int8",
+        "device": "auto",
+        "tensor_parallel_size": 2,
+        "max_model_len": None,
+        "max_step_tokens": 64,
+        "kv_tokens": None,
+        "kv_offloading_size": 0.5,
+        "kv_dir": Path("kept"),
+        "kv_dir_bytes": 2**29,
+        "enforce_eager": True,
+        "warm_up": False,
+        "seed": 3,
+        "limits": Limits(max_num_seqs=7),
+    }
 
 
 def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: ModuleType) -> None:
@@ -157,7 +168,7 @@ def test_a_request_is_streamed_with_its_usage_and_its_blocks_are_told(dynamo: Mo
 
 def test_steps_are_profiled(dynamo: ModuleType, tmp_path: Path) -> None:
     async def main() -> None:
-        served = await started(dynamo, "--profile", str(tmp_path), "--profile-steps", "3")
+        served = await started(dynamo, profile=tmp_path, profile_steps=3)
         assert [chunk async for chunk in served.generate(asked([1, 2]), Context("one"))]
         await served.cleanup()
 

@@ -1,14 +1,16 @@
 """`EngineThread`: commands run between two steps, and what they raise goes where it belongs."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
-from oracle import StampModel
+from oracle import StampCopy, StampModel
 
-from radixgen import Engine, EngineClosed, EngineDead, RequestOutput, SamplingParams
+from radixgen import CacheHint, Engine, EngineClosed, EngineDead, RequestOutput, SamplingParams
 from radixgen.engine.thread import EngineThread
 
 SECONDS = 30.0
@@ -17,8 +19,8 @@ SECONDS = 30.0
 class Running:
     """An engine's thread, and what it delivered."""
 
-    def __init__(self) -> None:
-        self.engine = Engine(StampModel(4, 64), kv_tokens=256)
+    def __init__(self, host_kv_tokens: int = 0) -> None:
+        self.engine = Engine(StampModel(4, 64), kv_tokens=256, host_kv_tokens=host_kv_tokens)
         self.outputs: list[RequestOutput] = []
         self.ends: list[EngineClosed] = []
         self.finished = threading.Event()
@@ -31,8 +33,8 @@ class Running:
 
 
 @contextmanager
-def running() -> Iterator[Running]:
-    thread = Running()
+def running(host_kv_tokens: int = 0) -> Iterator[Running]:
+    thread = Running(host_kv_tokens)
     thread.thread.start()
     yield thread
     thread.thread.stop()
@@ -100,6 +102,50 @@ def test_commands_run_in_their_order_and_before_the_end() -> None:
         with pytest.raises(EngineClosed):
             after.result(SECONDS)
         assert ran == [0, 1, 2, 3, 4, 6]
+
+
+def run_then_prefetch(run: Running, polls: int) -> None:
+    """Have only the host keep a prompt, and begin to prefetch it by a copy that finishes at the given poll."""
+    prompt = list(range(4)) * 10
+    run.thread.call(lambda: run.engine.submit(prompt, SamplingParams(max_tokens=1))).result(SECONDS)
+    assert run.finished.wait(SECONDS)
+    run.finished.clear()
+
+    def prefetch() -> None:
+        run.engine.inspect(lambda core: core.host.saves.complete())
+        run.engine.inspect(lambda core: core.tree.reset())
+        run.engine.inspect(lambda core: setattr(core.host._copies, "delay", polls))
+        (result,) = run.engine.apply_hints(prompt, [CacheHint("prefetch")])
+        assert result.status == "accepted" and run.engine.fetching and not run.engine.pins
+
+    run.thread.call(prefetch).result(SECONDS)
+
+
+def test_a_prefetch_goes_on_without_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pins: on an idle engine it was pinned only when the next request came. The thread sleeps between two polls."""
+    with running(400) as run:
+        steps: list[float] = []
+        step = run.thread.step
+        monkeypatch.setattr(run.thread, "step", lambda: (steps.append(time.monotonic()), step())[1])
+        run_then_prefetch(run, polls=4)
+        begin, until = len(steps), time.monotonic() + SECONDS
+        while not run.thread.idle and time.monotonic() < until:
+            time.sleep(0.001)
+        assert run.thread.idle and len(run.engine.pins) == 1 and not run.engine.fetching
+        waits = np.diff(steps[begin:])
+        assert waits.size in (4, 5, 6) and waits.min() > 0.005
+        assert run.engine.stats().host_fetched_tokens == 40
+
+
+def test_a_request_does_not_wait_for_a_prefetch_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a step waits for the prefetch")
+
+    with running(400) as run:
+        run_then_prefetch(run, polls=10**9)
+        monkeypatch.setattr(StampCopy, "wait", fail)
+        run.thread.call(lambda: run.engine.submit([3, 2, 1], SamplingParams(max_tokens=4))).result(SECONDS)
+        assert run.finished.wait(SECONDS) and run.engine.fetching and not run.thread.idle
 
 
 def test_a_thread_with_work_that_does_nothing_is_stalled() -> None:

@@ -7,12 +7,13 @@ import torch
 from oracle import StampHostKV, StampModel
 from test_exactness import greedy, oracle_of, prompts
 
-from radixgen import Engine, InvalidRequest
+from radixgen import CacheHint, Engine, InvalidRequest, SamplingParams
 from radixgen.cache.host_tier import HostTier
 from radixgen.cache.storage import KVStorage, LayerShape
 from radixgen.kernels.kv_records import KVRecords
 from radixgen.kernels.quantized import as_bytes
-from radixgen.model.host_kv import HostKV
+from radixgen.model.host_kv import HostKV, _FinishedCopy
+from radixgen.model.rank_host_kv import SharedCopy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {
@@ -85,6 +86,45 @@ def test_copies_there_and_back(shapes: list[LayerShape], monkeypatch: pytest.Mon
     host.release()
 
 
+def test_the_kernel_is_compiled_before_the_first_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both directions, and the pool stays as it is."""
+    pytest.importorskip("triton")
+    launched = []
+
+    class Recorded(KVRecords):
+        def __init__(self, pools: list) -> None:
+            super().__init__(pools, kernel=True)
+
+        def _launch(self, table: torch.Tensor, slots: torch.Tensor, records: torch.Tensor, *, pack: bool) -> None:
+            launched.append((slots.tolist(), pack))
+            super()._launch(table, slots, records, pack=pack)
+
+    monkeypatch.setattr("radixgen.model.host_kv.KVRecords", Recorded)
+    storage, tensors = filled(SHAPES["int8"], 30)
+    before = [tensor.clone() for tensor in tensors]
+    HostKV(storage, 20, DEVICE).release()
+    assert launched == [([0], True), ([0], False)]
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_other_ranks_learn_of_the_end_of_a_copy(error: type[BaseException] | None) -> None:
+    """Pins: an interrupt in the middle made the next steps of other ranks begin before their copies had finished."""
+    told: list[int] = []
+
+    def tell() -> None:
+        told.append(1)
+        if error is not None and len(told) == 1:
+            raise error
+
+    copy = SharedCopy(_FinishedCopy(), tell)
+    if error is not None:
+        with pytest.raises(error):
+            copy.wait()
+    copy.wait()
+    assert copy.done() and len(told) == 1 + (error is not None)
+
+
 # -- what is kept and fetched, by the oracle --------------------------------------------------------------
 
 
@@ -98,7 +138,7 @@ class Stamped:
         )
         assert self.engine._core.host is not None
         self.host: HostTier = self.engine._core.host
-        self.host._min_fetch = 1
+        self.host.fetches.min_fetch = 1
         copies = self.host._copies
         assert isinstance(copies, StampHostKV)
         self.copies = copies
@@ -114,7 +154,7 @@ class Stamped:
         return [cached[name] for name in names]
 
     def empty_pool(self) -> None:
-        self.host.complete_saves()
+        self.host.saves.complete()
         self.engine._core.tree.reset()
 
 
@@ -173,7 +213,7 @@ def test_a_request_that_leaves_while_it_fetches_locks_nothing() -> None:
     served.engine.cancel(name)
     served.engine.check()
     served.run(texts(2, seed=3))
-    served.host.complete_saves()
+    served.host.saves.complete()
     assert not served.host.fetching and not list(served.host.locks())
     assert served.engine.reset_prefix_cache() > 0
     assert served.engine._core.tree.pool.free == 64 and not served.host.tree.pool.used
@@ -196,10 +236,31 @@ def test_fetching_that_takes_longer_than_computing_is_not_done() -> None:
     (prompt,) = texts(1)
     served.run([prompt])
     served.empty_pool()
-    served.host._seconds_per_computed, served.host._seconds_per_fetched = 1e-3, 2e-3
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_fetched = 1e-3, 2e-3
     assert served.run([prompt]) == [0]
     stats = served.engine.stats()
     assert stats.host_fetched_tokens == 0 and stats.host_recomputed_tokens == 30
+
+
+def test_what_is_computed_again_counts_once() -> None:
+    """Pins: each sequence and each hint counted a prefix that it shared with others."""
+    served = Stamped(slots=200)
+    (prompt,) = texts(1)
+    served.run([prompt])
+    served.empty_pool()
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_fetched = 1e-3, 2e-3
+    served.engine.apply_hints(prompt, [CacheHint("prefetch")])
+    assert served.engine.stats().host_recomputed_tokens == 0
+    for sampling in (SamplingParams(n=3, max_tokens=2), greedy(4), greedy(5)):
+        served.engine.submit(prompt, sampling)
+    served.run([prompt[:20] + [0] * 5])
+    stats = served.engine.stats()
+    assert stats.host_fetched_tokens == 0 and stats.host_recomputed_tokens == 30
+    served.empty_pool()
+    served.run([prompt, prompt])
+    assert served.engine.stats().host_recomputed_tokens == 60
 
 
 def test_one_slow_copy_does_not_end_fetching() -> None:
@@ -208,7 +269,8 @@ def test_one_slow_copy_does_not_end_fetching() -> None:
     served = Stamped(clock=lambda: now)
     (prompt,) = texts(1)
     served.run([prompt])
-    served.host._seconds_per_computed, served.host._seconds_per_fetched = 1e-3, 2e-3
+    costs = served.host.fetches.costs
+    costs.seconds_per_computed, costs.seconds_per_fetched = 1e-3, 2e-3
     fetched = []
     for now in (1.0, 60.0, 61.0, 62.0):  # noqa: B007
         served.empty_pool()
@@ -221,7 +283,7 @@ def test_a_host_that_is_full_evicts_what_was_used_least_recently() -> None:
     prompts = texts(3)
     for prompt in (prompts[0], prompts[1], prompts[0], prompts[2]):
         served.run([prompt])
-    served.host.complete_saves()
+    served.host.saves.complete()
     kept = [served.host.tree.match_prefix(prompt) for prompt in prompts]
     assert [match.computed if match else 0 for match in kept][::2] == [30, 30]
     served.run([[0] * 60])
@@ -243,7 +305,7 @@ def test_tokens_equal_those_of_transformers(family: str) -> None:
     """In a pool that holds a part of the prompts, twice in a row."""
     options = {"kv_tokens": 96, "host_kv_tokens": 2_000, "max_step_tokens": 32, "debug": True}
     with oracle_of(family) as oracle, Engine(families.build(family), **options) as engine:
-        engine._core.host._min_fetch = 1
+        engine._core.host.fetches.min_fetch = 1
         for _ in range(2):
             for prompt in prompts(families.VOCAB):
                 (output,) = engine.generate(prompt, greedy(16))
@@ -257,7 +319,7 @@ def test_8_bit_kv_keeps_its_scales() -> None:
     for host in (0, 2_000):
         with Engine(families.build("llama"), kv_tokens=96, host_kv_tokens=host, kv_dtype="int8") as engine:
             if engine._core.host is not None:
-                engine._core.host._min_fetch = 1
+                engine._core.host.fetches.min_fetch = 1
             answers.append([engine.generate(p, greedy(8))[0].outputs[0].token_ids for p in 2 * prompts(160)])
             assert bool(engine.stats().host_fetched_tokens) == bool(host)
     assert answers[0] == answers[1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import StampModel, expected_logits
+from oracle import StampCopy, StampModel, expected_logits
 from sizes import size
 
 from radixgen import AsyncEngine, Engine, EngineClosed, EngineDead, Limits, RequestOutput, SamplingParams
@@ -170,6 +170,62 @@ def test_an_interrupt_of_the_model_undoes_the_step() -> None:
     assert history.finish() == "right"
 
 
+def waiting_for_a_fetch() -> tuple[Engine, list[int]]:
+    """An engine, and a prompt of which only the host has the KV."""
+    engine = Engine(StampModel(VOCAB, CONTEXT, frozenset()), kv_tokens=64, host_kv_tokens=200, debug=True)
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 40).tolist()
+    engine.generate(prompt, SamplingParams(max_tokens=2))
+    host = engine._core.host
+    assert host is not None
+    host.saves.complete()
+    engine._core.tree.reset()
+    host._copies.delay = 3  # type: ignore[attr-defined]
+    return engine, prompt
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_of_a_wait_for_a_fetch_changes_nothing(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pins: Ctrl-C while an engine waited only for KV from host memory killed it."""
+    engine, prompt = waiting_for_a_fetch()
+    for _ in range(2):
+        engine.submit(prompt, SamplingParams(temperature=0.0, max_tokens=4))
+
+    def interrupted(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StampCopy, "wait", interrupted)
+        for _ in range(2):
+            with pytest.raises(error):
+                engine.step()
+            engine.check()
+            assert engine.num_unfinished_requests == 2 and engine.stats().num_waiting == 2
+    outputs = {}
+    while engine.has_unfinished:
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.check()
+    assert [output.outputs[0].token_ids for output in outputs.values()] == 2 * [greedy(prompt, 4)]
+    assert engine.stats().host_fetched_tokens == 40
+    engine.close()
+
+
+def test_an_error_of_a_wait_for_a_fetch_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, prompt = waiting_for_a_fetch()
+    engine.submit(prompt, SamplingParams(max_tokens=4))
+
+    def failed(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(StampCopy, "wait", failed)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    with pytest.raises(EngineDead, match="planted"):
+        engine.step()
+    engine.close()
+
+
 def test_a_stream_of_a_dead_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(StampModel(VOCAB, CONTEXT, frozenset()), kv_tokens=90)
     stream = engine.stream([1, 2], SamplingParams(max_tokens=9))
@@ -192,8 +248,8 @@ def test_a_command_that_breaks_the_engine_ends_every_stream(monkeypatch: pytest.
     """Of `AsyncEngine`: a call that was cut short fails, and so does all that is open."""
 
     async def whole() -> None:
-        async with AsyncEngine(Engine(StampModel(VOCAB, CONTEXT, frozenset()), kv_tokens=90)) as engine:
-            stream = engine.generate([1, 2], SamplingParams(max_tokens=50, ignore_eos=True))
+        async with AsyncEngine(Engine(StampModel(VOCAB, 100_000, frozenset()), kv_tokens=100_000)) as engine:
+            stream = engine.generate([1, 2], SamplingParams(max_tokens=90_000, ignore_eos=True))
             await anext(stream)
 
             def fail(*_: object) -> None:

@@ -206,7 +206,7 @@ def test_the_medium_is_told() -> None:
             served.check()
         for reset in (False, True):
             if reset:
-                served._core.host.complete_saves()
+                served._core.host.saves.complete()
                 served._core.tree.reset()
             wait_until(lambda: not (events._queue._events or events._host_queue._events))
             time.sleep(0.05)

@@ -136,7 +136,7 @@ def test_blocks_in_host_memory_do_not_count(tmp_path: Path) -> None:
         wait_for(lambda: events.stats().host_blocks > 24)
         wait_for(lambda: held.blocks.get("worker") == set(events._publisher._held["GPU"]))
         assert engine._core.host is not None
-        engine._core.host.complete_saves()
+        engine._core.host.saves.complete()
         engine._core.tree.reset()
         wait_for(lambda: held.blocks["worker"] == set() and not events.stats().blocks)
         assert events.stats().host_blocks

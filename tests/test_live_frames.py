@@ -47,7 +47,9 @@ def plain_rows(engine: Engine) -> dict[int, Row]:
             node.computed,
             sum(one is node for one in cursors),
             sum(one is node for one in pins),
-            0,
+            hidden=0,
+            host=0,
+            disk=0,
         )
         for node in engine._core.tree.nodes()
     }

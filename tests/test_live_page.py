@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 from urllib.request import urlopen
@@ -15,11 +16,12 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import Depends, FastAPI, Header, HTTPException
+from oracle import StampModel
 from scripted_model import tokenizer
 from selenium.webdriver import ActionChains
 from served import over_socket, tiny
 
-from bench.browser import WANTED, chromium, installed, serving
+from bench.browser import WANTED, chromium, installed, look_like, serving
 from bench.null import NullModel
 from radixgen import AsyncEngine, Engine, Limits, SamplingParams
 from radixgen.serve.live.feed import Feed
@@ -49,9 +51,18 @@ def driver() -> Iterator[Any]:
 
 
 @contextmanager
-def page(driver: Any, *, guard: Any = None, limits: Limits | None = None, fill: Callable[[Engine], None] | None = None):
+def page(
+    driver: Any,
+    *,
+    guard: Any = None,
+    limits: Limits | None = None,
+    fill: Callable[[Engine], None] | None = None,
+    model: Any = None,
+    **options: Any,
+):
     """The page of an engine whose tokens are bytes; `GET /ask` serves a prompt on it. Gives `ask` and the engine."""
-    inner = Engine(Paced(256), tokenizer=tokenizer(), kv_tokens=1 << 17, limits=limits)
+    options = {"kv_tokens": 1 << 17} | options
+    inner = Engine(model or Paced(256), tokenizer=tokenizer(), limits=limits, **options)
     if fill is not None:
         fill(inner)
     engine = AsyncEngine(inner)
@@ -122,6 +133,51 @@ def test_the_counts_are_the_engines(driver: Any) -> None:
         until(driver, PAGE.format("rows"), f"{stats['saved']:,}")
         until(driver, PAGE.format("pool"), f"{stats['used']:,}")
         until(driver, PAGE.format("running"), "0")
+
+
+def in_tiers(engine: Engine) -> None:
+    """Leave a system prompt everywhere, one answer in pool and host memory, and one in host memory alone."""
+    core = engine._core
+    assert core.host is not None
+    engine.generate(SYSTEM + "One", SamplingParams(max_tokens=4, seed=1))
+    core.host.saves.complete()
+    core.host.saves.complete_writes()
+    core.tree.reset()
+    engine.generate(SYSTEM + "Two", SamplingParams(max_tokens=4, seed=1))
+    core.host.saves.complete()
+    core.host.saves.complete_writes()
+
+
+SYSTEM = "You are kind, and you answer in one short sentence, in plain words, always. "
+
+
+def test_the_outline_says_where_kv_is(driver: Any, tmp_path: Path) -> None:
+    tiers = {"kv_tokens": 400, "host_kv_tokens": 4_000, "kv_dir": tmp_path / "kv"}
+    with page(driver, model=StampModel(256, 4_096), fill=in_tiers, **tiers):
+        until(driver, f"Number({PAGE.format('drawn')})", 4)
+        until(driver, "document.getElementById('tiers').hidden", False)
+        legend = "document.querySelectorAll('#legend [data-tier]:not([hidden])').length"
+        until(driver, legend, 3)
+        until(driver, PAGE.format("host-all"), "4,000")
+        until(driver, PAGE.format("disk"), "64")
+        outline = "getComputedStyle(document.documentElement).getPropertyValue('--tier')"
+        colours = set()
+        for dark in (True, False):
+            look_like(driver, 1200, 800, dark=dark)
+            time.sleep(0.5)
+            colours.add(driver.execute_script(f"return {outline}"))
+            if folder := os.environ.get("RADIXGEN_TEST_PICTURES"):
+                driver.save_screenshot(f"{folder}/tiers_{'dark' if dark else 'light'}.png")
+        assert len(colours) == 2
+        press(driver, "Home")
+        until(driver, f"{PAGE.format('facts')}.includes('In the pool{len(SYSTEM)}In host memory{len(SYSTEM)}')", True)
+        until(driver, f"{PAGE.format('facts')}.includes('On disk64')", True)
+        press(driver, "ArrowRight", "ArrowDown")
+        until(driver, f"{PAGE.format('facts')}.includes('In the pool0In host memory6')", True)
+        assert "in host memory" in says(driver, "said")
+    with page(driver):
+        until(driver, "document.getElementById('tiers').hidden", True)
+        until(driver, legend, 0)
 
 
 METRICS = {

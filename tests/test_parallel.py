@@ -39,6 +39,7 @@ from radixgen import (
 )
 from radixgen.core import Plan
 from radixgen.core.settings import rank_environment
+from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model import ranks
 from radixgen.model.follower import _agree as agree
 from radixgen.model.follower import follow
@@ -60,6 +61,7 @@ from radixgen.model.lockstep import (
 )
 from radixgen.model.parallel import ParallelModel
 from radixgen.model.ranks import Followers
+from radixgen.model.sharded_logits import RankLogits
 
 ARCHITECTURES = ("llama", "qwen3-moe", "gemma2")
 TIGHT = {"kv_tokens": 96, "max_step_tokens": 16}
@@ -140,6 +142,37 @@ def test_two_ranks_score_as_one_process(pair: Pair) -> None:
     assert np.concatenate(found) == pytest.approx(np.concatenate(wanted), abs=1e-4)
 
 
+OWN_LOGITS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=5, top_p=0.8),
+    SamplingParams(min_p=0.1, top_k=0),
+]
+ALL_LOGITS = [
+    SamplingParams(top_p=0.8),
+    SamplingParams(top_k=300, top_p=0.9),
+    SamplingParams(top_k=5, repetition_penalty=1.2),
+    SamplingParams(temperature=0.0, logprobs=2),
+]
+
+
+def test_ranks_draw_from_their_own_logits(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gather where that is exact, in one batch or alone; tokens that may not be drawn are known to all."""
+    gathered = count_calls(monkeypatch, RankLogits, "gather")
+    both = pair.plain, pair.sharded
+    for excluded in None, DrawableTokens(np.array([3, 30, families.VOCAB - 1]), families.VOCAB), None:
+        for engine in both:
+            monkeypatch.setattr(engine._core, "_drawable", excluded)
+        own = [replace(params, max_tokens=6, seed=7, n=2 - params.greedy, ignore_eos=True) for params in OWN_LOGITS]
+        expected, found = (tokens(engine.generate(prompts()[:4], own)) for engine in both)
+        assert found == expected and not gathered
+        if excluded is not None:
+            assert not {3, 30, families.VOCAB - 1} & {token for one in found for answer in one for token in answer}
+    every = [replace(params, max_tokens=6, seed=7, ignore_eos=True) for params in ALL_LOGITS]
+    expected, found = ([tokens(engine.generate(prompts()[1], params)) for params in every] for engine in both)
+    assert found == expected and len(gathered) == 6 * len(every)
+
+
 def test_a_rank_has_its_share_of_the_heads(pair: Pair) -> None:
     shapes = pair.plain._model.model.layer_shapes
     shares = pair.model.runner.model.layer_shapes
@@ -212,14 +245,17 @@ def test_what_breaks_a_rank_ends_every_request(pair: Pair, monkeypatch: pytest.M
 
 def test_four_ranks_equal_one_process_until_one_of_them_is_killed(tmp_path: Path) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
-    sizes = {"vocab_size": families.VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes = {"vocab_size": families.VOCAB + 3, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     torch.manual_seed(0)
     config = LlamaConfig(**heads, **sizes, bos_token_id=None, eos_token_id=None, initializer_range=0.3)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
+    params = [replace(own, max_tokens=8, seed=3, ignore_eos=True) for own in OWN_LOGITS]
     with Engine(tmp_path, **TIGHT) as plain:
-        expected = tokens(plain.generate(prompts(), GREEDY))
+        expected = tokens(plain.generate(prompts()[:4], params))
     with Engine(tmp_path, **TIGHT, tensor_parallel_size=4) as sharded:
-        assert tokens(sharded.generate(prompts(), GREEDY)) == expected
+        for gather in True, False:
+            sharded._model.gather_logits = gather
+            assert tokens(sharded.generate(prompts()[:4], params)) == expected
         processes = sharded._model.followers.processes
         processes[1].kill()
         with pytest.raises(EngineDead, match="rank 2 was killed by signal 9"):
@@ -252,7 +288,7 @@ def test_two_ranks_keep_their_kv_in_host_memory(llama: Path) -> None:
     for options in {}, {"tensor_parallel_size": 2, "host_kv_tokens": 2_000}:
         with Engine(llama, **TIGHT, **options) as engine:
             if engine._core.host is not None:
-                engine._core.host._min_fetch = 1
+                engine._core.host.fetches.min_fetch = 1
             found = [engine.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in 2 * prompts()]
             engine.check()
             assert bool(engine.stats().host_fetched_tokens) == bool(options)
@@ -598,7 +634,7 @@ def test_captured_steps_of_two_ranks_equal_one_process(
     with Engine(llama, **options, attention="triton", tensor_parallel_size=2, warm_up=False) as sharded:
         model = sharded._model
         for step in model.warm_up_steps(2, 2)[:3]:
-            assert step().shape[1] == families.VOCAB
+            assert step().gather().shape[1] == families.VOCAB
         graphs = model.runner._graphs
         assert graphs._graphs and sharded.stats().kv_bytes_read == 0
         begun = count_calls(monkeypatch, ParallelModel, "run_ahead")

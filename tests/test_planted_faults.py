@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sizes import size
 
 import radixgen.cache.boundary as boundary_module
-import radixgen.cache.host_tier as host_tier_module
+import radixgen.cache.host_fetches as host_fetches_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
 import radixgen.scheduler.forest as forest_module
@@ -23,6 +23,7 @@ import radixgen.scheduler.planner as planner_module
 from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
+from radixgen.cache.host_fetches import HostFetches
 from radixgen.core import EngineDead, Plan
 from radixgen.core.reading import ReadingPolicy
 from radixgen.engine.core import EngineCore
@@ -35,7 +36,7 @@ from radixgen.scheduler.policies import Policies
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.revise import RowUpdates, StepRows
 from radixgen.scheduler.scheduler import Scheduler
-from radixgen.scheduler.sequence import Request, Sequence
+from radixgen.scheduler.sequence import Request
 
 PROFILE = settings(
     max_examples=120,
@@ -310,7 +311,7 @@ def a_last_output_is_lost(patch: Patch) -> None:
 
 
 def inexact_output_is_not_marked(patch: Patch) -> None:
-    patch.setattr(Sequence, "in_tree", lambda sequence, token, index: token)
+    patch.setattr(Request, "in_tree", lambda request, token, index: token)
 
 
 def all_policies_have_one_mark(patch: Patch) -> None:
@@ -351,29 +352,29 @@ def finish(copies: Iterable[Any]) -> None:
 
 
 def a_fetch_is_used_before_it_has_arrived(patch: Patch) -> None:
-    before(patch, HostTier, "poll", lambda host, *_: finish(host._fetches))
+    before(patch, HostTier, "poll", lambda host, *_: finish(host.fetches._fetches))
 
 
 def a_save_counts_before_it_has_finished(patch: Patch) -> None:
-    before(patch, HostTier, "poll", lambda host, *_: finish(host._saves))
+    before(patch, HostTier, "poll", lambda host, *_: finish(host.saves._saves))
 
 
 def fetched_slots_go_to_other_tokens(patch: Patch) -> None:
-    plain = host_tier_module.end_load
+    plain = host_fetches_module.end_load
 
     def end_load(tree: RadixTree, node: Node, first: int, extents: list[Extent]) -> None:
         plain(tree, node, first, extents[::-1])
 
-    patch.setattr(host_tier_module, "end_load", end_load)
+    patch.setattr(host_fetches_module, "end_load", end_load)
 
 
 def what_is_saved_is_one_token_off(patch: Patch) -> None:
-    plain = host_tier_module._path_slots
-    patch.setattr(host_tier_module, "_path_slots", lambda *arguments: np.roll(plain(*arguments), 1))
+    plain = Node.path_slots
+    patch.setattr(Node, "path_slots", lambda *arguments: np.roll(plain(*arguments), 1))
 
 
 def a_fetch_that_nobody_waits_for_stays_locked(patch: Patch) -> None:
-    patch.setattr(HostTier, "leave", lambda self, fetch: None)
+    patch.setattr(HostFetches, "leave", lambda self, fetch: None)
 
 
 # -- the disk tier ----------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ from radixgen import (
     SamplingParams,
 )
 from radixgen.explain import PromptText, explain
+from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model.loader import load_tokenizer
-from radixgen.sampling.sampler import DrawableTokens, draw
+from radixgen.sampling.sampler import draw
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.zmq import wire, wire_params
 from radixgen.serve.zmq.service import Service

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutate_frames import frames, mutated
 
-from radixgen import InvalidRequest, Limits, SamplingParams
+from radixgen import CacheHint, InvalidRequest, Limits, SamplingParams
 from radixgen.serve.zmq import wire, wire_params
 
 LIMITS = Limits()
@@ -216,3 +216,76 @@ def test_bias_that_is_too_large_or_no_map() -> None:
         wire.Sampling(logit_bias=msgspec.Raw(b"\x81\x05\xca\x7f\x80\x00\x00")), 9, LIMITS
     ).logit_bias
     assert bias == {5: math.inf}  # for the engine to refuse
+
+
+def kv_hints(*actions: object) -> msgspec.Raw:
+    """vLLM's envelope of `(type, payload)`, or of whole actions."""
+    whole = [
+        {"action_id": "a", "action_type": action[0], "action_version": "1.0", "payload": action[1]}
+        if isinstance(action, tuple)
+        else action
+        for action in actions
+    ]
+    return msgspec.Raw(msgspec.msgpack.encode({"protocol_version": "0.1", "message_id": "m", "actions": whole}))
+
+
+OURS = {"include_current_request": True, "block_hashes": ["11"], "execute_at": "request_completion"}
+
+
+@pytest.mark.parametrize(
+    ("action", "payload", "wanted"),
+    [
+        (
+            "kv.retain",
+            {"directives": [{"start": 0, "end": 7, "priority": 80, "duration": 9.0}]},
+            ("retain", 7, 9.0, 80),
+        ),
+        ("kv.retain", {"directives": [{"end": 999, "priority": 1, "duration": 5}]}, ("retain", 20, 5.0, 1)),
+        ("kv.retain", {"scope": None, "directives": [{"priority": 5}]}, ("pin", 20, None, 5)),
+        ("kv.retain", {"directives": [{"start": 9, "end": 12, "priority": 0}]}, ("demote", 9, None, 0)),
+        ("kv.retain", {"directives": [{"covers_output": True, "priority": 0}]}, ("demote", 20, None, 0)),
+        ("kv.retain", OURS | {"priority": 3, "ttl_seconds": 2.5}, ("retain", 20, 2.5, 3)),
+        ("kv.retain", OURS | {"priority": 0, "ttl_seconds": 2.5}, ("retain", 20, 2.5, 1)),
+        ("kv.evict", OURS, ("demote", 0, None, 0)),
+        ("kv.retain", {"directives": [{"covers_output": True, "priority": 9}]}, None),
+        ("kv.retain", {"directives": [{"start": 25, "priority": 9}]}, None),
+        ("kv.retain", {"directives": [{"start": 25, "priority": 0}]}, None),
+        ("kv.retain", {"directives": [{"end": 5, "priority": -1}]}, None),
+        ("kv.retain", {"directives": [{"end": 5, "priority": 1, "duration": 0}]}, None),
+        ("kv.retain", {"directives": [{"end": 5, "priority": 1, "duration": float("inf")}]}, None),
+        ("kv.retain", {"directives": [{"end": "5", "priority": 1}]}, None),
+        ("kv.retain", {"block_hashes": ["11"], "ttl_seconds": 9.0}, None),
+        ("kv.evict", {"block_hashes": ["11"]}, None),
+        ("kv.fetch", OURS, None),
+    ],
+)
+def test_kv_hints_of_a_request_s_own_tokens(
+    action: str, payload: dict[str, object], wanted: tuple[str, int, float | None, int] | None
+) -> None:
+    found = wire_params.to_kv_hints(kv_hints((action, payload)), 20, 16)
+    assert found == ([] if wanted is None else [CacheHint(*wanted)])
+
+
+def test_kv_hints_are_advice() -> None:
+    """Neither bad ones nor too many end a request, and good ones beside them apply."""
+    evict = ("kv.evict", OURS)
+    bad = [3, {"action_type": "kv.evict"}]
+    for other in ("future", "0.9", "2.0", ""):
+        later = {"action_type": "kv.evict", "action_version": other, "payload": OURS}
+        assert wire_params.to_kv_hints(kv_hints(later, evict), 20, 16) == [CacheHint("demote", 0)]
+    for whole in (kv_hints(*bad), wire.NIL, msgspec.Raw(b"\x81"), msgspec.Raw(b"\xa4what")):
+        assert wire_params.to_kv_hints(whole, 20, 16) == []
+    spoilt = ("kv.retain", {"directives": [{"priority": None}]})
+    assert wire_params.to_kv_hints(kv_hints(spoilt, evict), 20, 16) == [CacheHint("demote", 0)]
+    assert len(wire_params.to_kv_hints(kv_hints(*(50 * [evict])), 20, 3)) == 3
+    assert wire_params.to_kv_hints(kv_hints(evict), 20, 0) == []
+    huge = ("kv.evict", OURS | {"block_hashes": 200_000 * ["11111111"]})
+    assert wire_params.to_kv_hints(kv_hints(huge), 20, 16) == []
+
+
+def test_kv_hints_stand_where_vllm_puts_them() -> None:
+    """After 20 fields and the session's id."""
+    add = wire.Add("a", [1], kv_hints=kv_hints(("kv.evict", OURS)))
+    array = msgspec.msgpack.decode(wire.encode(add))
+    assert len(array) == 22 and array[20] is None and array[21]["actions"][0]["action_type"] == "kv.evict"
+    assert wire_params.to_kv_hints(wire.decode(wire.encode(add), wire.Add).kv_hints, 1, 1) == [CacheHint("demote", 0)]

@@ -133,6 +133,21 @@ def test_utilities() -> None:
         settled(served)
 
 
+def test_vllm_s_kv_hints_are_applied_and_answered() -> None:
+    keep = {"directives": [{"start": 0, "end": 3, "priority": 50, "duration": 60.0}]}
+    action = {"action_id": "a", "action_type": "kv.retain", "action_version": "1.0", "payload": keep}
+    envelope = {"protocol_version": "0.1", "message_id": "m", "actions": [action]}
+    with serving() as served:
+        (front,) = served.fronts
+        sampling = {"temperature": 0.0, "max_tokens": 4}
+        start = ["first", [1, 2, 3, 4, 5], None, sampling, None, 0.0, None, None, None, None, None, 0]
+        front.send(ADD, encode([*start, 0, 0, None, False, None, None, None, False, "session", envelope]))
+        front.ended("first")
+        (pin,) = served.inside(lambda: list(served.worker._thread.service.engine._core.scheduler.pins))
+        assert (pin.num_tokens, pin.priority) == (3, 50)
+        assert front.outputs_of["first"][0][11]["cache_hints"] == [["retain", "accepted", 3, 60.0, ""]]
+
+
 def test_pins_that_expired_are_forgotten() -> None:
     """Of a front end that pins for ever so short a while, again and again."""
     with serving(limits=Limits(max_pins=2)) as served:

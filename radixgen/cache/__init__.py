@@ -19,6 +19,10 @@
     sharing           why a prompt was not shared to its end
     tokens            arrays of token ids
     host_tier         a second tree, in host memory
+    host_saves        copies to it, and writes to disk
+    host_fetches      copies from it, and reads from disk
+    host_copies       interface for what copies
+    fetch_costs       which part of a prefix is fetched, and which is computed
     disk_tier         KV on disk: which chunks are there, and the threads that read and write them
     kv_files          the chunk files
     loading           slots filled by copies
@@ -38,7 +42,9 @@ from radixgen.cache.block_projection import (
 from radixgen.cache.columns import Columns
 from radixgen.cache.demotion import demote
 from radixgen.cache.disk_tier import DiskTier, HostRecords
-from radixgen.cache.host_tier import Copy, Fetch, HostTier, KVCopies
+from radixgen.cache.host_copies import Copy, KVCopies
+from radixgen.cache.host_fetches import Fetch
+from radixgen.cache.host_tier import HostTier
 from radixgen.cache.kv_files import CHUNK_TOKENS, KVFiles
 from radixgen.cache.listener import Listener
 from radixgen.cache.match import FollowedMatch, Match

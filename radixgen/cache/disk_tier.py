@@ -9,7 +9,7 @@ Index and names belong to the engine's thread. Two other threads access the file
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -139,16 +139,23 @@ class DiskTier:
         chunks = self._chunks(tokens, namespace)[first // self.chunk_tokens :]
         return list(takewhile(lambda chunk: chunk.name in self._index, chunks))
 
+    def names(self, tokens: TokenArray, namespace: str, after: str = "") -> Iterator[str]:
+        """Iterate over the names of the whole chunks of `tokens`, a path or what continues it `after` a chunk."""
+        root = blake2b(namespace.encode("utf-8", "surrogatepass"), key=self._fingerprint, digest_size=_DIGEST_SIZE)
+        digest = bytes.fromhex(after) or root.digest()
+        content, size = np.ascontiguousarray(tokens, "<i4").data.cast("B"), 4 * self.chunk_tokens
+        for first in range(0, len(content) - size + 1, size):
+            digest = blake2b(content[first : first + size], key=digest, digest_size=_DIGEST_SIZE).digest()
+            yield digest.hex()
+
+    def holds(self, name: str) -> bool:
+        """Return whether the chunk with this name is on disk."""
+        return name in self._index
+
     def _chunks(self, tokens: TokenArray, namespace: str) -> list[DiskChunk]:
         """Return the whole chunks of a path, as far as it is exact: marks mean nothing to later engines."""
-        tokens = tokens[: exact_len(tokens)]
-        digest = blake2b(namespace.encode("utf-8", "surrogatepass"), key=self._fingerprint, digest_size=_DIGEST_SIZE)
-        content, size = np.ascontiguousarray(tokens, "<i4").data.cast("B"), 4 * self.chunk_tokens
-        chunks = []
-        for start in range(0, len(content) - size + 1, size):
-            digest = blake2b(content[start : start + size], key=digest.digest(), digest_size=_DIGEST_SIZE)
-            chunks.append(DiskChunk(digest.hexdigest(), start // 4))
-        return chunks
+        names = self.names(tokens[: exact_len(tokens)], namespace)
+        return [DiskChunk(name, i * self.chunk_tokens) for i, name in enumerate(names)]
 
     # -- reading ------------------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from radixgen.cache.node import Node
 from radixgen.cache.pool import Extent, split_extents
 
@@ -19,6 +22,15 @@ def begin_load(tree: "RadixTree", count: int) -> list[Extent] | None:
     extents = tree.pool.allocate(count)
     tree.loading.update(extents)
     return extents
+
+
+def schedule_path(tree: "RadixTree", node: Node) -> NDArray[np.int64]:
+    """Give slots to the tokens of the path to `node` that have none, evicting what is unlocked, and return the slots,
+    int64 `[tokens]`. Raises `OutOfSlots`.
+    """
+    lacking = node.unscheduled_path()
+    tree.evict(sum(part.known - part.scheduled for part in lacking) - tree.pool.free)
+    return np.concatenate([tree.schedule(part, part.known - part.scheduled) for part in lacking])
 
 
 def cancel_load(tree: "RadixTree", extents: list[Extent]) -> None:

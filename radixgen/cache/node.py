@@ -211,6 +211,18 @@ class Node:
         positions, slots = np.concatenate([np.empty((2, 0), np.int64), *runs], axis=1)
         return positions, slots
 
+    def path_slots(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return the slots of the tokens at positions `[first, stop)` of the path to the node's end."""
+        pieces = []
+        part: Node | None = self
+        while part is not None and stop > first:
+            begin = max(first, part.start)
+            if begin < stop:
+                pieces.append(part.slots(begin - part.start, stop - part.start))
+                stop = begin
+            part = part.parent
+        return np.concatenate(pieces[::-1])
+
     def __repr__(self) -> str:
         return (
             f"Node(id={self.id}, start={self.start}, known={self.known}, scheduled={self.scheduled}, "

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from sortedcontainers import SortedList
 
 from radixgen.core import OutOfSlots
@@ -176,6 +178,11 @@ class ExtentPool:
         del self._start_before[start + length]
         self._by_length.remove((length, start))
         self.free -= length
+
+
+def extent_slots(extents: list[Extent]) -> NDArray[np.int64]:
+    """Return the slots of `extents`, int64 `[slots]`."""
+    return np.concatenate([np.arange(extent.start, extent.end) for extent in extents])
 
 
 def split_extents(extents: list[Extent], count: int) -> tuple[list[Extent], list[Extent]]:

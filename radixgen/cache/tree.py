@@ -222,15 +222,15 @@ class RadixTree:
             self._protect(node)
         return Lock(node)
 
-    def unlock(self, lock: Lock) -> None:
-        """Release a lock. The last lock to leave a node removes its uncomputed tokens and its reserve."""
+    def unlock(self, lock: Lock, *, idle: bool = True) -> None:
+        """Release a lock. The last on a node removes its uncomputed tokens and its reserve. `idle`: call `on_idle`."""
         node = lock.held
         lock.node = None
         assert node.lock_count > 0
         node.lock_count -= 1
         if not node.locked:
             self._unprotect(node)
-            if self.on_idle is not None:
+            if idle and self.on_idle is not None:
                 self.on_idle(node)
 
     # -- slots --------------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from typing import Any, Generic, Literal, Protocol, Self, TypedDict, TypeVar, Un
 import numpy as np
 
 from radixgen.chat import saved_history
-from radixgen.chat.history import ChatHistory, Draft, HistoryBreak, HistoryMode, num_common
+from radixgen.chat.history import (
+    ChatHistory,
+    Draft,
+    HistoryBreak,
+    HistoryMode,
+    Superseded,
+    num_common,
+    superseded,
+)
 from radixgen.core import (
     CacheHint,
     ContextOverflow,
@@ -167,8 +175,7 @@ class Dialogue(Generic[E]):
         self._on_overflow = on_overflow
         self._on_break = on_break
         self._pin: int | None = None
-        self._superseded: tuple[list[int], list[CacheHint]] | None = None
-        """Tokens that the last turn left behind, and the hint that demotes them"""
+        self._superseded: Superseded | None = None
         self._busy = False
         self._closed = False
 
@@ -264,7 +271,7 @@ class Dialogue(Generic[E]):
             return False
         if not output.outputs[0].token_ids:
             return False
-        self._supersede(turn.draft)
+        self._superseded = superseded(self._history.state, turn.draft) or self._superseded
         self._history.answer(
             turn.draft,
             output.outputs[0],
@@ -273,15 +280,6 @@ class Dialogue(Generic[E]):
             show_special=not turn.params.skip_special_tokens,
         )
         return True
-
-    def _supersede(self, draft: Draft) -> None:
-        """Note where the turn of `draft` left the path of the history, if it did."""
-        state = self._history.state
-        if draft.exchanges is not state.exchanges:
-            old = state.token_ids
-            common = num_common(old, draft.token_ids)
-            if common < len(old):
-                self._superseded = old, [CacheHint("demote", common)]
 
     def _fork(self) -> Self:
         twin = copy(self)

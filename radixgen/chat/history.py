@@ -15,9 +15,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import eq
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from radixgen.core import CompletionOutput, InvalidRequest, check_integer, end_token
+from radixgen.core import CacheHint, CompletionOutput, InvalidRequest, check_integer, end_token
 from radixgen.text.chat_template import ChatTemplate, Message
 
 HistoryMode = Literal["template", "exact"]
@@ -107,6 +107,13 @@ class Draft:
     def token_ids(self) -> list[int]:
         """Prompt tokens of the request."""
         return [*chain.from_iterable(exchange.token_ids for exchange in self.exchanges), *self.prompt_ids]
+
+
+class Superseded(NamedTuple):
+    """Tokens of a path that a turn left, and the hints that demote what the new path does not share."""
+
+    token_ids: list[int]
+    hints: list[CacheHint]
 
 
 class ChatHistory:
@@ -384,6 +391,15 @@ class ChatHistory:
         most = self.template.limits.max_messages
         if count > most:
             raise InvalidRequest("len(messages)", count, f"a conversation has at most {most} messages")
+
+
+def superseded(state: State, draft: Draft) -> Superseded | None:
+    """What a draft leaves behind of the path of a state; None if it continues the path."""
+    if draft.exchanges is state.exchanges:
+        return None
+    old = state.token_ids
+    common = num_common(old, draft.token_ids)
+    return Superseded(old, [CacheHint("demote", common)]) if common < len(old) else None
 
 
 def _changed(exchange: Exchange, **now: Any) -> Exchange:

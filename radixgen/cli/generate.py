@@ -30,7 +30,7 @@ from radixgen.cli.options import (
     TensorParallel,
     TopK,
     TopP,
-    kv_dir_bytes,
+    engine_arguments,
 )
 from radixgen.cli.prompts import read_reading, read_requests, read_text
 from radixgen.core import SamplingParams
@@ -38,6 +38,7 @@ from radixgen.progress import announce_loading, waiting
 
 
 def generate(
+    context: typer.Context,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts to complete. Read from --file or stdin if omitted.")
     ] = None,
@@ -102,19 +103,7 @@ def generate(
         requests = list(read_requests(prompts, file))
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
-            engine = Engine(
-                model,
-                load_format=load_format,
-                dtype=dtype,
-                kv_dtype=kv_cache_dtype,
-                device=device,
-                tensor_parallel_size=tp,
-                kv_tokens=kv_tokens,
-                kv_offloading_size=kv_offloading_size,
-                kv_dir=kv_dir,
-                kv_dir_bytes=kv_dir_bytes(kv_dir, kv_dir_size),
-                warm_up=False,
-            )
+            engine = Engine(model, warm_up=False, **engine_arguments(context.params | {"seed": 0}))
         with engine, engine.profile(profile, profile_steps) if profile else nullcontext() as profiler:
             inputs = [
                 engine.chat_tokens(request["messages"], request.get("tools"))

@@ -1,6 +1,6 @@
 """Options that several commands share, and checks of options that exclude each other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +78,33 @@ PromptFile = Annotated[
 ]
 
 
+ENGINE_OPTIONS = {
+    "load_format": "load_format",
+    "dtype": "dtype",
+    "kv_cache_dtype": "kv_dtype",
+    "device": "device",
+    "tp": "tensor_parallel_size",
+    "max_model_len": "max_model_len",
+    "max_num_batched_tokens": "max_step_tokens",
+    "kv_tokens": "kv_tokens",
+    "kv_offloading_size": "kv_offloading_size",
+    "kv_dir": "kv_dir",
+    "kv_dir_size": "kv_dir_bytes",
+    "enforce_eager": "enforce_eager",
+    "seed": "seed",
+}
+"""Options of commands that are arguments of `Engine`, with their names there"""
+PROCESS_OPTIONS = ("warm_up", "profile", "profile_steps")
+"""Options about a process with an engine, besides `ENGINE_OPTIONS`"""
+
+
+def engine_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Engine` that a command's options are. Raises `InvalidRequest`."""
+    folder = options["kv_dir"] and Path(options["kv_dir"])
+    given = {**options, "kv_dir": folder, "kv_dir_size": kv_dir_bytes(folder, options["kv_dir_size"])}
+    return {own: given[name] for name, own in ENGINE_OPTIONS.items() if name in given}
+
+
 def kv_dir_bytes(folder: Path | None, gib: float) -> int | None:
     """The value of `--kv-dir-size` in bytes, or None without a folder. Raises `InvalidRequest`."""
     if not 0.0 < gib <= _MAX_KV_DIR_GIB:
@@ -85,7 +112,14 @@ def kv_dir_bytes(folder: Path | None, gib: float) -> int | None:
     return None if folder is None else int(gib * 2**30)
 
 
-def to_flags(options: dict[str, Any]) -> list[str]:
+def replica_flags(model: str, options: Mapping[str, Any]) -> list[str]:
+    """The arguments of `radixgen worker` for replicas of a server with these options, but for GPUs."""
+    names = {*ENGINE_OPTIONS, *PROCESS_OPTIONS, "max_num_seqs"} - {"tp", "device"}
+    shared = {name: options[name] for name in sorted(names)}
+    return _to_flags({"model": model, "no_warm_up": options["warm_up"] is False, **shared})
+
+
+def _to_flags(options: dict[str, Any]) -> list[str]:
     """Options as command-line arguments, without those that are None or False."""
     flags = []
     for name, value in options.items():

@@ -11,6 +11,8 @@ from radixgen.cli.options import (
     DEFAULT_KV_DIR_SIZE,
     DEFAULT_LIMITS,
     DEFAULT_MODEL,
+    ENGINE_OPTIONS,
+    PROCESS_OPTIONS,
     DataParallel,
     Device,
     DrainTimeout,
@@ -33,32 +35,12 @@ from radixgen.cli.options import (
     StallTimeout,
     TensorParallel,
     WarmUp,
-    kv_dir_bytes,
+    engine_arguments,
     reject_options,
-    to_flags,
+    replica_flags,
 )
 from radixgen.core import Limits
 from radixgen.progress import announce_loading, waiting
-
-_ENGINE_OPTIONS = [
-    "load_format",
-    "dtype",
-    "kv_cache_dtype",
-    "device",
-    "tp",
-    "max_model_len",
-    "max_num_batched_tokens",
-    "kv_tokens",
-    "kv_offloading_size",
-    "kv_dir",
-    "kv_dir_size",
-    "enforce_eager",
-    "warm_up",
-    "seed",
-    "profile",
-    "profile_steps",
-]
-"""Options of an engine in this process, rejected with --zmq"""
 
 
 def serve(
@@ -163,7 +145,9 @@ def serve(
 
     with report_errors():
         if zmq is not None:
-            reject_options(context, _ENGINE_OPTIONS, "is an option of workers: pass it to `radixgen worker`")
+            reject_options(
+                context, [*ENGINE_OPTIONS, *PROCESS_OPTIONS], "is an option of workers: pass it to `radixgen worker`"
+            )
             reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
         else:
             reject_options(context, ["workers"], "requires --zmq")
@@ -222,26 +206,7 @@ def serve(
         )
         replicas = None
         if data_parallel_size != 1:
-            sizes = {
-                "model": name or model,
-                "load_format": load_format,
-                "dtype": dtype,
-                "kv_cache_dtype": kv_cache_dtype,
-                "max_model_len": max_model_len,
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": max_num_batched_tokens,
-                "kv_tokens": kv_tokens,
-                "kv_offloading_size": kv_offloading_size,
-                "kv_dir": kv_dir,
-                "kv_dir_size": kv_dir_size,
-                "enforce_eager": enforce_eager,
-                "warm_up": warm_up,
-                "no_warm_up": warm_up is False,
-                "seed": seed,
-                "profile": profile,
-                "profile_steps": profile_steps,
-            }
-            replicas = ReplicaOptions(data_parallel_size, tp, device, to_flags(sizes))
+            replicas = ReplicaOptions(data_parallel_size, tp, device, replica_flags(name or model, context.params))
             replicas.environments()
         options.check()
         binding.check([*options.api_keys, *options.operator_keys])
@@ -259,20 +224,8 @@ def serve(
                     name or model,
                     warm_up=False,
                     tokenizer=tokenizer,
-                    load_format=load_format,
-                    dtype=dtype,
-                    kv_dtype=kv_cache_dtype,
-                    device=device,
-                    tensor_parallel_size=tp,
-                    max_model_len=max_model_len,
-                    max_step_tokens=max_num_batched_tokens,
-                    kv_tokens=kv_tokens,
-                    kv_offloading_size=kv_offloading_size,
-                    kv_dir=kv_dir,
-                    kv_dir_bytes=kv_dir_bytes(kv_dir, kv_dir_size),
-                    enforce_eager=enforce_eager,
-                    seed=seed,
                     limits=limits,
+                    **engine_arguments(context.params),
                 )
                 if profile is not None:
                     engine.profile(profile, profile_steps)

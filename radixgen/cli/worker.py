@@ -31,8 +31,7 @@ from radixgen.cli.options import (
     StallTimeout,
     TensorParallel,
     WarmUp,
-    kv_dir_bytes,
-    to_flags,
+    engine_arguments,
 )
 from radixgen.core import InvalidRequest, Limits
 from radixgen.progress import announce_loading, waiting
@@ -91,23 +90,11 @@ def worker(
 
     On SIGTERM it refuses new requests and finishes open ones; a second SIGTERM stops it at once.
     """
-    sizes = {
-        "load_format": load_format,
-        "dtype": dtype,
-        "kv_dtype": kv_cache_dtype,
-        "device": device,
-        "tensor_parallel_size": tp,
-        "max_model_len": max_model_len,
-        "kv_tokens": kv_tokens,
-        "kv_offloading_size": kv_offloading_size,
-        "enforce_eager": enforce_eager,
-        "seed": seed,
-    }
-    step_sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    limits = Limits(max_num_seqs=max_num_seqs)
     with report_errors():
-        # replicas of one server are given the same folder
-        folder = kv_dir if kv_dir is None or parent_fd is None else kv_dir / str(engine_index)
-        sizes |= {"kv_dir": folder, "kv_dir_bytes": kv_dir_bytes(folder, kv_dir_size)}
+        arguments = engine_arguments(context.params)
+        if kv_dir is not None and parent_fd is not None:  # replicas of one server are given the same folder
+            arguments["kv_dir"] = kv_dir / str(engine_index)
         if profile is not None:
             from radixgen.engine.profiler import check_profile
 
@@ -125,15 +112,8 @@ def worker(
             for field, value in zmq_only.items():
                 if value:
                     raise InvalidRequest(field, value, "requires --backend zmq")
-            options = {
-                "model": model,
-                "drain_timeout": drain_timeout,
-                "warm_up": warm_up,
-                "no_warm_up": warm_up is False,
-                "profile": profile,
-                "profile_steps": profile_steps,
-            }
-            _serve_dynamo(options | sizes | step_sizes, context.args)
+            engine = arguments | {"limits": limits, "warm_up": warm_up}
+            _serve_dynamo(context.args, model, engine, drain_timeout, profile, profile_steps)
             return
         if backend != "zmq":
             raise InvalidRequest("backend", backend, "must be zmq or dynamo")
@@ -149,17 +129,10 @@ def worker(
             from radixgen.engine.engine import Engine
             from radixgen.engine.warm_up import announce_warm_up
 
-            limits = Limits(max_num_seqs=max_num_seqs)
             interactive = None if parent_fd is None else False  # replicas share one terminal: no spinners
             with waiting(Console(stderr=True, force_terminal=interactive)) as say:
                 announce_loading(say, model)
-                engine = Engine(
-                    model,
-                    max_step_tokens=max_num_batched_tokens,
-                    limits=limits,
-                    warm_up=False,
-                    **sizes,  # type: ignore[arg-type]
-                )
+                engine = Engine(model, limits=limits, warm_up=False, **arguments)
                 if profile is not None:
                     engine.profile(profile, profile_steps)
                 if engine.runs_on_gpu if warm_up is None else warm_up:
@@ -182,10 +155,10 @@ def worker(
     raise typer.Exit(0 if drained else 1)
 
 
-def _serve_dynamo(options: dict[str, Any], extra_arguments: list[str]) -> None:
+def _serve_dynamo(extra_arguments: list[str], *launch: Any) -> None:
     """Run Dynamo's own worker until it ends. extra_arguments: options that Dynamo defines."""
     try:
-        from radixgen.serve.dynamo.engine import main
+        from radixgen.serve.dynamo.engine import LaunchOptions, main
     except ModuleNotFoundError as error:
         raise InvalidRequest("backend", "dynamo", "requires pip install 'radixgen[dynamo]'") from error
-    main([*to_flags(options), *extra_arguments])
+    main(LaunchOptions(*launch), extra_arguments)

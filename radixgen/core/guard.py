@@ -1,5 +1,7 @@
 """Detection of interrupted changes, so that nothing builds on a half-changed state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from radixgen.core.errors import EngineDead, LimitReached
@@ -27,6 +29,17 @@ class StateGuard:
     def undone(self) -> None:
         """Declare that the current change was undone completely, so that the exception on its way out is harmless."""
         self.broken = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Enclose a wait within a change, with the state whole: an interrupt there is harmless."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.undone()
+            raise
 
     def _reason(self) -> str:
         if isinstance(self._error, EngineDead):

@@ -45,7 +45,7 @@ class Limits:
     max_ranks: int = 64
     """Processes over which one model is sharded."""
     max_pins: int = 1_024
-    """Pinned prefixes."""
+    """Pinned prefixes. Beyond it, the owner whose cache hints retain the most loses the weakest pin."""
     max_cache_hints: int = 16
     """Cache hints per request."""
     max_hint_seconds: float = 3_600.0

@@ -224,6 +224,8 @@ class Stats:
     """Cache hints by their answer: accepted, clipped to a bound, or refused."""
     hints_clipped: int = 0
     hints_refused: int = 0
+    kv_bytes_per_token: int = 0
+    """KV bytes of one token in all layers, in the pool and in the host."""
     kv_tokens_host_total: int = 0
     """Slots of the host tier; without one, this and all figures of it are 0."""
     kv_tokens_host_used: int = 0
@@ -260,6 +262,11 @@ class Stats:
         While prompts are being prefilled, their missing tokens are included.
         """
         return max(0, self.prompt_tokens - self.computed_prompt_tokens)
+
+    @property
+    def host_hidden_seconds(self) -> float:
+        """Time in which KV was on its way to the pool from host or disk while something else could run."""
+        return max(0.0, self.host_fetch_seconds + self.disk_read_seconds - self.host_waited_seconds)
 
     @property
     def kv_bytes_saved(self) -> int:

@@ -4,27 +4,31 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
-from torch import Tensor
-
-from radixgen.sampling.sampler import DrawableTokens, PendingTokens, SamplerOutput, draw, report, sample
+from radixgen.core import EngineDead
+from radixgen.kernels.drawable_tokens import DrawableTokens
+from radixgen.model.base import Logits
+from radixgen.sampling.sampler import PendingTokens, SamplerOutput, draw, report, sample
 from radixgen.scheduler.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
 
 class BatchDraws:
-    """The draws of a step, while they run on the device. If a draw fails, only its own sequence gets no token."""
+    """The draws of a step, while they run on the device. If a draw fails, only its own sequence gets no token.
+
+    Raises `EngineDead` if ranks can no longer draw together.
+    """
 
     def __init__(
         self,
-        logits: Tensor,
+        logits: Logits,
         rows: Seq[int],
         sequences: Seq[Sequence],
         drawable: DrawableTokens | None,
         faults: Mapping[int, str],
     ) -> None:
         """
-        logits: `[n, vocab]` float32.
+        logits: `[n, vocab]`.
         rows: logits row of each sequence.
         faults: error by index, for sequences that must end without a draw.
         """
@@ -38,6 +42,8 @@ class BatchDraws:
         self._draws: PendingTokens | None = None
         try:
             self._draws = draw(logits, self._rows, self._states, drawable)
+        except EngineDead:
+            raise
         except Exception:
             logger.exception("drawing %d tokens at once failed; drawing them one by one", len(self._places))
 
@@ -64,6 +70,8 @@ class BatchDraws:
         for place, row, state in zip(self._places, self._rows, self._states, strict=True):
             try:
                 single = sample(self._logits, [row], [state], self._drawable)
+            except EngineDead:
+                raise
             except Exception as error:
                 logger.exception("request %s could not be sampled", self._sequences[place].request.id)
                 drawn.faults[place] = repr(error)

@@ -1,8 +1,6 @@
 """`EngineCore`: the engine's step, from token ids to token ids."""
 
-import heapq
 import logging
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Unpack
@@ -25,16 +23,18 @@ from radixgen.core import (
 from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
+from radixgen.engine.deadlines import Deadlines
 from radixgen.engine.make_request import make_request
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence
+from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
-from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, likeliest, token_logprobs
+from radixgen.sampling.sampler import SamplerOutput, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
-from radixgen.scheduler.beams import branch
+from radixgen.scheduler.beams import branch, conclude
 from radixgen.scheduler.cache_hints import CacheHints
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PlanMode, Planner
@@ -90,7 +90,7 @@ class EngineCore:
         trees = [self.tree, *([self.host.tree] if self.host else [])]
         self._policies = Policies(self.planner, trees, self.requests, self.guard, model.vocab_size)
         self._ended: list[Sequence] = []
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines = Deadlines()
         self._serial = 0
         self._suspects: list[Request] = []
         self._steps = self._computed_rows = self._logit_rows = self._generated = 0
@@ -205,8 +205,8 @@ class EngineCore:
 
     @property
     def fetching(self) -> bool:
-        """Whether KV is on its way to the pool for requests that wait for it."""
-        return self.host is not None and self.host.fetching
+        """Whether KV is on its way to the pool, or has arrived and is to be pinned for a hint."""
+        return self.host is not None and (self.host.fetching or any(self.hints.fetches()))
 
     @property
     def num_attempts(self) -> int:
@@ -222,7 +222,8 @@ class EngineCore:
 
         If the model raises an exception, the step is undone and each of its requests is tried alone, in a step of its
         own. A request that fails again ends with `error`. `AssertionError`, `EngineDead` and interrupts are raised to
-        the caller. An interrupt while the model runs undoes the step and leaves the engine usable.
+        the caller. An interrupt while the model runs or a fetch is waited for undoes the step and leaves the engine
+        usable.
         """
         batch = self._schedule(now)
         logits = self._run(batch) if batch is not None else None
@@ -255,9 +256,14 @@ class EngineCore:
         if batch is None and self.ahead.pending:
             self.ahead.drop()
             batch = self.scheduler.schedule()
-        while batch is None and self.host is not None and self.host.wait():
+        while batch is None and self.requests and self._wait_for_fetch():
             batch = self.scheduler.schedule()
         return batch
+
+    def _wait_for_fetch(self) -> bool:
+        """Wait until a fetch can go on. Returns False if none can."""
+        with self.guard.interruptible():
+            return self.host is not None and self.host.fetches.wait()
 
     def _run(self, batch: Batch) -> StepLogits | None:
         """Return the logits of the step, or None if the model failed and the step was undone."""
@@ -293,7 +299,7 @@ class EngineCore:
         del self._suspects[:1]
         self._steps += 1
         self._computed_rows += batch.num_rows
-        self._logit_rows += logits.values.shape[0]
+        self._logit_rows += len(logits.values)
 
     def _score(self, batch: Batch, logits: StepLogits) -> None:
         """Score prompt tokens, and end requests that want nothing else once all are scored."""
@@ -302,7 +308,7 @@ class EngineCore:
             index = logits.scoring[at : at + len(rows)]
             at += len(rows)
             try:
-                self._score_rows(request, logits.values[index])
+                self._score_rows(request, logits.whole[index])
             except Exception as error:
                 self.abort(
                     request, "error", _request_error(error, request, "the prompt of request %s could not be scored")
@@ -327,7 +333,7 @@ class EngineCore:
         for request, row_of in rows.items():
             assert request.search is not None
             try:
-                beams = self._choose(request, request.search, logits.values, row_of)
+                beams = self._choose(request, request.search, logits.whole, row_of)
             except FloatingPointError as error:
                 self.abort(request, "error", str(error))
                 continue
@@ -360,8 +366,7 @@ class EngineCore:
 
     def _conclude(self, request: Request, search: BeamSearch, stop_reason: str | None = None) -> None:
         """End a search: replace its beams by its hypotheses."""
-        for beam in request.sequences:
-            self.scheduler.drop(beam)
+        conclude(self.scheduler, request, [hypothesis.token_ids for hypothesis in search.hypotheses])
         conclude_search(request, search, stop_reason)
         self._ended += request.sequences
 
@@ -408,8 +413,8 @@ class EngineCore:
     def _expire(self, now: float) -> None:
         """Abort requests past their deadline, and release expired pins."""
         self.scheduler.pins.expire(now)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self.abort(heapq.heappop(self._deadlines)[2], "abort", "deadline")
+        for request in self._deadlines.take_expired(now):
+            self.abort(request, "abort", "deadline")
 
     # -- the engine itself --------------------------------------------------------------------------------
 
@@ -442,6 +447,7 @@ class EngineCore:
             preemptions=scheduler.preemptions,
             kv_bytes_read=self.model.kv_bytes_read,
             kv_bytes_unshared=self.model.kv_bytes_unshared,
+            kv_bytes_per_token=self.model.kv_bytes_per_token,
             num_running=len(scheduler.running),
             num_waiting=scheduler.waiting.num_sequences,
             num_waiting_tokens=scheduler.waiting.num_tokens,
@@ -474,12 +480,7 @@ class EngineCore:
     def _register(self, request: Request) -> None:
         self.requests[request.id] = request
         self.hints.add(request)
-        if request.deadline == math.inf:
-            return
-        heapq.heappush(self._deadlines, (request.deadline, request.serial, request))
-        if len(self._deadlines) > 2 * len(self.requests) + 64:
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].finished]
-            heapq.heapify(self._deadlines)
+        self._deadlines.add(request)
 
     def _new_id(self) -> str:
         serial = self._serial

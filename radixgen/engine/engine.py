@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
@@ -20,13 +20,13 @@ from radixgen.core import (
     Limits,
     OutputKind,
     RequestOutput,
-    Stats,
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.core.reading import EXACT, ReadingPolicy, check_reading
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
+from radixgen.engine.introspection import EngineIntrospection
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.pins import PrefixPins
 from radixgen.engine.profiler import StepProfiler
@@ -35,16 +35,14 @@ from radixgen.engine.request_options import PinOptions, RequestOptions, SubmitOp
 from radixgen.engine.submitter import RequestSubmitter
 from radixgen.engine.warm_up import run_warm_up, warm_up_steps
 from radixgen.model.base import Model
-from radixgen.model.prepare import costs_of, dtype_of, prepare_model, runs_on_gpu
+from radixgen.model.prepare import costs_of, prepare_model, runs_on_gpu
 from radixgen.scheduler.planner import PlanMode, check_plan_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-T = TypeVar("T")
 
-
-class Engine:
+class Engine(EngineIntrospection):
     """Serves one model. Not thread-safe: use it from one thread.
 
     ```python
@@ -333,7 +331,8 @@ class Engine:
 
         If the model raises an exception, the step is undone and its requests are tried again, each alone. A request
         that fails again ends with `error`. After any other exception or interrupt in a step, the engine is dead: all
-        later calls except `close` raise `EngineDead`. An interrupt while the model runs only undoes the step.
+        later calls except `close` raise `EngineDead`. An interrupt while the model runs or a fetch is waited for only
+        undoes the step.
         """
         return self._loop.step()
 
@@ -410,66 +409,7 @@ class Engine:
         self._loop.begin_call()
         return self._loop.profile(StepProfiler(directory, num_steps))
 
-    @property
-    def num_steps(self) -> int:
-        """Number of steps that ran or failed."""
-        return self._core.num_attempts
-
-    @property
-    def num_unfinished_requests(self) -> int:
-        """Number of requests without their last output."""
-        return len(self._core.requests)
-
-    @property
-    def has_unfinished(self) -> bool:
-        """True if `step` has work or output left. Also true if the engine is dead, so that `step` raises."""
-        return self._loop.has_unfinished
-
     # -- the engine itself --------------------------------------------------------------------------------
-
-    def inspect(self, function: Callable[[EngineCore], T]) -> T:
-        """Call `function` with the live core (tree, scheduler, planner, counters) and return its result. It may read
-        everything and may add listeners to the tree, but must change nothing else.
-        """
-        return function(self._core)
-
-    @property
-    def inputs(self) -> InputProcessor:
-        """Tokenizes and checks requests. May be used from another thread."""
-        return self._inputs
-
-    @property
-    def model_name(self) -> str:
-        return self._model.name
-
-    @property
-    def dtype(self) -> str:
-        """Data type of the weights, or of the logits if the model is not transformers'."""
-        return dtype_of(self._model)
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """The model's own end tokens. For those of chats, see `inputs.chat_eos_token_ids`."""
-        return self._model.eos_token_ids
-
-    @property
-    def max_step_tokens(self) -> int:
-        return self._core.scheduler.max_step_tokens
-
-    def knows(self, request_id: str) -> bool:
-        """Whether there is a request with this id whose last output was not made yet."""
-        return request_id in self._core.requests
-
-    def explain_plan(self) -> str:
-        """Describe the last step's plan, in bytes of KV over all layers. For why a prompt was not shared, see
-        `sharing_ended` of its output.
-        """
-        last = self._core.planner.last
-        return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
-
-    def stats(self) -> Stats:
-        self._guard.require()
-        return self._core.stats()
 
     def check(self) -> None:
         """Assert every invariant: slots have one owner, locks belong to cursors and pins, counts add up."""

@@ -27,8 +27,8 @@ from radixgen.core import (
     check_text,
     check_texts,
 )
+from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model.end_tokens import chat_end_tokens
-from radixgen.sampling.sampler import DrawableTokens
 from radixgen.sampling.structured import Grammars
 from radixgen.text.messages import Roles, template_messages
 from radixgen.text.vocabulary import Vocabulary

@@ -81,8 +81,11 @@ class PrefixPins:
         return now + lifetime
 
     def _require_room(self, count: int) -> None:
-        """Raise `LimitReached` if this many more pins exceed the limit."""
-        pins, limit = len(self._pins) + count, self._core.limits.max_pins
+        """Raise `LimitReached` if this many more pins exceed the limit. Pins of cache hints make room."""
+        limit = self._core.limits.max_pins
+        while len(self._pins) + count > limit and self._pins.release_from_largest(0):
+            pass
+        pins = len(self._pins) + count
         if pins > limit:
             raise LimitReached("pins", pins, f"at most {limit} prefixes are pinned")
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from radixgen.kernels.upload import upload
-from radixgen.model.base import Model, SupportsRunAhead
+from radixgen.model.base import Logits, Model, SupportsRunAhead
 from radixgen.sampling.sampler import PendingTokens
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.scheduler import Scheduler
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class StepLogits(NamedTuple):
     """The logits of a step, and the rows that each kind of reader uses."""
 
-    values: Tensor
-    """`[n, vocab]` float32"""
+    values: Logits
+    """`[n, vocab]`"""
     drawing: list[int]
     """Row of the logits for each of `Batch.drawing`."""
     branching: list[int]
@@ -35,11 +35,16 @@ class StepLogits(NamedTuple):
     scoring: list[int]
     """The same for the rows of `Batch.scoring`, concatenated."""
 
+    @property
+    def whole(self) -> Tensor:
+        """`values` on one device."""
+        return self.values if isinstance(self.values, Tensor) else self.values.gather()
+
 
 class _PendingStep(NamedTuple):
     """A step that was begun before its tokens were known."""
 
-    logits: Tensor
+    logits: Logits
     """One row per row of the batch, in its order"""
     batch: Batch
     draws: PendingTokens

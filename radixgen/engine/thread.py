@@ -17,8 +17,8 @@ T = TypeVar("T")
 Command = Callable[[], Any]
 logger = logging.getLogger(__name__)
 
-_STUCK_SECONDS = 0.01
-"""How long to wait for a command if requests are open but none can run"""
+_PAUSE_SECONDS = 0.01
+"""How long to wait for a command if requests are open but none can run, or if there are only fetches to go on with"""
 
 
 class EngineThread:
@@ -124,12 +124,12 @@ class EngineThread:
 
     def run_commands(self, *, wait: bool) -> bool:
         """Run queued commands; with `wait`, sleep until there is one. Returns False if the thread was stopped."""
-        busy = self.engine.has_unfinished
+        busy = self.engine.has_unfinished or self.engine.fetching
         self.idle = not busy
         if self.idle:
             self._throughput.pause()
         try:
-            command = self._commands.get(block=wait, timeout=_STUCK_SECONDS if busy else None)
+            command = self._commands.get(block=wait, timeout=_PAUSE_SECONDS if busy else None)
             while command is not None:
                 if self.idle:
                     self._progress_time, self.idle = time.monotonic(), False

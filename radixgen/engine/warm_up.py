@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor
-
 from radixgen.core import EngineDead
-from radixgen.model.base import Model, SupportsWarmUp
-from radixgen.sampling.sampler import DrawableTokens, warm_up_sampling
+from radixgen.kernels.drawable_tokens import DrawableTokens
+from radixgen.model.base import Logits, Model, SupportsWarmUp
+from radixgen.sampling.sampler import warm_up_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def announce_warm_up(say: Callable[[str], None]) -> Callable[[int, int], None]:
     return progress
 
 
-def _warm_up(name: str, run: Callable[[], Tensor], drawable: DrawableTokens | None) -> None:
+def _warm_up(name: str, run: Callable[[], Logits], drawable: DrawableTokens | None) -> None:
     try:
         logits = run()
         if len(logits):

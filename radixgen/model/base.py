@@ -1,6 +1,6 @@
 """Interface of models to the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -9,6 +9,10 @@ from torch import Tensor
 
 from radixgen.cache import KVCopies
 from radixgen.core import Plan
+from radixgen.kernels.sharded_sampling import ShardedLogits
+
+Logits = Tensor | ShardedLogits
+"""Logits `[n, vocab]` in any floating dtype, perhaps on several devices."""
 
 
 @runtime_checkable
@@ -37,11 +41,11 @@ class Model(Protocol):
         token_ids: NDArray[np.int64],
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
-    ) -> Tensor:
+    ) -> Logits:
         """Write the K and V of the plan's rows into their slots, then attend by the plan.
 
         `token_ids` `[rows]`; `slots` `[rows]`, -1 if a row's KV exists already; `logit_rows` `[n]`. Returns logits
-        `[n, vocab]` in any floating dtype.
+        `[n, vocab]`.
         """
 
     def release(self) -> None:
@@ -73,7 +77,7 @@ class SupportsDiskKV(SupportsHostKV, Protocol):
 class SupportsWarmUp(Protocol):
     """A model whose first step of each kind is slow, because something is compiled or captured for it."""
 
-    def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
+    def warm_up_steps(self, max_rows: int, max_logits: int) -> Sequence[Callable[[], Logits]]:
         """Return one call for each kind of step of up to `max_rows` rows and `max_logits` rows of logits.
 
         The calls are made in this order, after `allocate`. They write no KV and update no counters. Each returns
@@ -101,7 +105,7 @@ class SupportsRunAhead(Protocol):
 
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """As `Model.run`, without waiting for the device, for a step in which every row gives logits.
 
         `tokens` int64 `[n]`, on the model's device, are the token ids of the rows `logit_rows` `[n]`. The logits may

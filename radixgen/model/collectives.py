@@ -64,8 +64,14 @@ class GatherColumns(nn.Module):
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
         self.width, self.size = width, size
+        self.gathers = True
+        """Whether a forward pass gathers them; otherwise it returns this rank's columns."""
 
     def forward(self, given: Tensor) -> Tensor:
+        return self.gather(given) if self.gathers else given
+
+    def gather(self, given: Tensor) -> Tensor:
+        """Return the columns of all ranks."""
         gathered: Tensor = torch.ops.radixgen.all_gather(given, self.width, self.size)
         return gathered
 
@@ -157,6 +163,14 @@ def register() -> None:
     @all_gather.register_fake
     def _(given: Tensor, width: int, size: int) -> Tensor:
         return given.new_empty((*given.shape[:-1], width))
+
+
+def gather_ranks(own: Tensor) -> Tensor:
+    """All-gather of a small int32 tensor, as an all-reduce: `[ranks, *own.shape]`."""
+    parts = own.new_zeros((dist.get_world_size(), *own.shape))
+    parts[dist.get_rank()] = own
+    RANK_ALL_REDUCE.all_reduce(parts)
+    return parts
 
 
 def _gather_by_sum(own: Tensor, most: int, width: int) -> Tensor:

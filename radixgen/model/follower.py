@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from torch import Tensor
+
 from radixgen.cache.storage import kv_room
 from radixgen.core import Plan
 from radixgen.model.frame_ring import RingReader
-from radixgen.model.lockstep import Channel, ChannelClosed, RankCommand, RankJob, unpack, unpack_step
+from radixgen.model.lockstep import Channel, ChannelClosed, ModelInput, RankCommand, RankJob, unpack, unpack_step
 from radixgen.model.parallel import load_rank, run_ahead
 from radixgen.model.rank_host_kv import FollowerHostKV
 from radixgen.model.ranks import await_hangup, join
 from radixgen.model.runner import ModelRunner
+from radixgen.model.sharded_logits import RankLogits
 
 T = TypeVar("T")
 Receive = Callable[[], bytearray]
@@ -53,9 +56,9 @@ def main() -> None:
         channel.answer(started=1)
         join(job)
         receive = partial(_receive, ring, channel)
-        runner, _ = load_rank(job, partial(_agree, channel, receive))
+        runner, _, logits = load_rank(job, partial(_agree, channel, receive))
         channel.answer(kv_bytes_per_token=runner.kv_bytes_per_token, kv_room=kv_room(runner.device))
-        follow(receive, channel, runner)
+        follow(receive, channel, runner, logits)
     except ChannelClosed:
         end()
     except BaseException as error:
@@ -65,8 +68,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
-    """Execute the commands of rank 0 and answer on `channel`.
+def follow(receive: Receive, channel: Channel, model: ModelRunner, logits: RankLogits | None = None) -> None:
+    """Execute the commands of rank 0 and answer on `channel`. `logits`: keeps those of the last step, if each rank has
+    only its own.
 
     Raises `ChannelClosed` if `receive` does, and whatever a step of `model` raises.
     """
@@ -74,13 +78,14 @@ def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
     host: FollowerHostKV | None = None
     while True:
         kind, arrays = unpack(receive())
-        if kind is RankCommand.RUN:
-            model.run(*unpack_step(arrays, origins))
-        elif kind is RankCommand.WARM_UP:
-            model.warm_up(*unpack_step(arrays, origins))
-        elif kind is RankCommand.RUN_AHEAD:
-            plan, _, slots, logit_rows = unpack_step(arrays, origins)
-            run_ahead(model, plan, None, slots, logit_rows)
+        if kind in (RankCommand.RUN, RankCommand.WARM_UP, RankCommand.RUN_AHEAD):
+            own = _run(kind, model, unpack_step(arrays, origins))
+            if logits is not None and own is not None:
+                logits.last = own
+        elif kind is RankCommand.DRAW and logits is not None:
+            logits.draw(*arrays)
+        elif kind is RankCommand.GATHER and logits is not None:
+            logits.gather()
         elif kind is RankCommand.ROOM:
             channel.answer(kv_room=kv_room(model.device))
         elif kind is RankCommand.ALLOCATE:
@@ -91,6 +96,13 @@ def follow(receive: Receive, channel: Channel, model: ModelRunner) -> None:
             host.follow(kind, arrays)
         else:
             raise ValueError(f"{kind.name} is not a command to follow")
+
+
+def _run(kind: RankCommand, model: ModelRunner, step: ModelInput) -> Tensor | None:
+    """Take part in a step. Returns this rank's logits, or None if the step needs another command."""
+    if kind is RankCommand.RUN_AHEAD:
+        return run_ahead(model, step.plan, None, step.slots, step.logit_rows)
+    return model.run(*step) if kind is RankCommand.RUN else model.warm_up(*step)
 
 
 def _answer(channel: Channel, allocate: Callable[[], T]) -> T | None:

@@ -34,6 +34,7 @@ class HostKV:
         self.num_slots = slots
         self._bounds = storage.bounds
         self._records = KVRecords(pools)
+        self._records.warm_up()  # so that the first save does not compile within a step
         self.record_bytes = self._records.size
         self._host = _host_memory(slots, self._records.size, pinned=device.type == "cuda")
         self._save = _Direction(self._records.size, device)

@@ -71,6 +71,10 @@ class RankCommand(IntEnum):
     LOAD = 10
     """Begins a copy from host memory."""
     LOADED = 11
+    DRAW = 12
+    """Draws tokens from the logits of the last step."""
+    GATHER = 13
+    """Gathers these logits."""
 
 
 class ChannelClosed(Exception):

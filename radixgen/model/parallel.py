@@ -2,9 +2,9 @@
 
 transformers shards the weights by the plan in the model's config. Each rank has its share of the heads, and a KV pool
 with the same slots for those heads. Tree, scheduler and sampling run on rank 0: `ParallelModel` sends each call to the
-other ranks and takes part in it. Within a step the ranks communicate by torch.distributed, after which each has all
-logits. Other decisions, such as capturing a graph or running ahead, follow from state that all ranks share, or are
-agreed on.
+other ranks and takes part in it. Within a step the ranks communicate by torch.distributed. Each computes its columns of
+the logits, from which they draw together (`radixgen.model.sharded_logits`). Other decisions, such as capturing a graph
+or running ahead, follow from state that all ranks share, or are agreed on.
 """
 
 import logging
@@ -23,6 +23,7 @@ from torch import Tensor
 from radixgen.cache.storage import kv_room
 from radixgen.core import EngineDead, InvalidRequest, Plan, RadixgenError
 from radixgen.core.settings import as_rank_0
+from radixgen.model.base import Logits
 from radixgen.model.collectives import Rank, use_plain_collectives
 from radixgen.model.graphs import Agree
 from radixgen.model.loader import LoadedModel, check_shards, load, resolve_device
@@ -31,6 +32,7 @@ from radixgen.model.rank_all_reduce import RANK_ALL_REDUCE
 from radixgen.model.rank_host_kv import SharedHostKV
 from radixgen.model.ranks import START_SECONDS, Followers, StepDeadline, bound_steps, join, watch_steps
 from radixgen.model.runner import WARM_UP_SLOTS, ModelRunner
+from radixgen.model.sharded_logits import RankLogits, StepOfRanks, shard_logits
 from radixgen.model.tree_model import TreeModel
 from radixgen.model.warm_up import WarmUpStep
 
@@ -51,8 +53,12 @@ class ParallelModel:
     the model: from then on every call raises `EngineDead`.
     """
 
-    def __init__(self, runner: ModelRunner, followers: Followers, kv_room: int) -> None:
-        """`kv_room`: total bytes available to the pools of all ranks."""
+    def __init__(
+        self, runner: ModelRunner, followers: Followers, kv_room: int, logits: RankLogits | None = None
+    ) -> None:
+        """`kv_room`: total bytes available to the pools of all ranks. `logits`: keeps those of the last step, if each
+        rank has only its own.
+        """
         self.name = runner.name
         self.vocab_size = runner.vocab_size
         self.max_model_len = runner.max_model_len
@@ -66,6 +72,9 @@ class ParallelModel:
         """Over all ranks, like all byte counts here."""
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
+        self.gather_logits = False
+        """Whether to gather all logits in every step, even if ranks could draw from their own."""
+        self._logits = logits
         self._origins = PlanOrigins()
         self._dead = ""
         """Why the model has failed; empty while it works."""
@@ -105,10 +114,10 @@ class ParallelModel:
         token_ids: NDArray[np.int64],
         slots: NDArray[np.int64],
         logit_rows: NDArray[np.int64],
-    ) -> Tensor:
+    ) -> Logits:
         """As `Model.run`. Raises `EngineDead` if any rank fails."""
         step = ModelInput(plan, token_ids, slots, logit_rows)
-        return self._run_on_all_ranks(RankCommand.RUN, step, partial(self.runner.run, *step))
+        return self._of_all_ranks(self._run_on_all_ranks(RankCommand.RUN, step, partial(self.runner.run, *step)))
 
     @property
     def runs_ahead(self) -> bool:
@@ -117,11 +126,12 @@ class ParallelModel:
 
     def run_ahead(
         self, plan: Plan, tokens: Tensor, slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
-    ) -> Tensor | None:
+    ) -> Logits | None:
         """As `radixgen.model.base.SupportsRunAhead`; all ranks have captured the same steps. Raises as `run`."""
         step = ModelInput(plan, _NO_TOKENS, slots, logit_rows)
         begin = partial(run_ahead, self.runner, plan, tokens, slots, logit_rows)
-        return self._run_on_all_ranks(RankCommand.RUN_AHEAD, step, begin)
+        own = self._run_on_all_ranks(RankCommand.RUN_AHEAD, step, begin)
+        return None if own is None else self._of_all_ranks(own)
 
     def confirm_step(self) -> None:
         """As `radixgen.model.base.SupportsStepConfirmation`. A device finishes its step even if a peer has died."""
@@ -131,7 +141,7 @@ class ParallelModel:
         if self._dead:
             raise EngineDead(self._dead)
 
-    def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
+    def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Logits]]:
         """As `radixgen.model.base.SupportsWarmUp`, on all ranks."""
         return [partial(self._warm_up, kind) for kind in self.runner.warm_up_kinds(max_rows, max_logits)]
 
@@ -154,16 +164,33 @@ class ParallelModel:
         self._mark_dead("it was released")
         self.runner.release()
 
-    def _warm_up(self, kind: WarmUpStep) -> Tensor:
+    def _warm_up(self, kind: WarmUpStep) -> Logits:
         step = self.runner.warm_up_inputs(kind)
-        return self._run_on_all_ranks(RankCommand.WARM_UP, step, partial(self.runner.warm_up, *step))
+        return self._of_all_ranks(
+            self._run_on_all_ranks(RankCommand.WARM_UP, step, partial(self.runner.warm_up, *step))
+        )
+
+    def _of_all_ranks(self, own: Tensor) -> Logits:
+        """Return the logits of a step, of which this rank computed `own`."""
+        if self._logits is None:
+            return own
+        self._logits.last = own
+        logits = StepOfRanks(self._logits, self._take_part)
+        return logits.gather() if self.gather_logits else logits
 
     def _run_on_all_ranks(self, kind: RankCommand, step: ModelInput, take_part: Callable[[], T]) -> T:
-        """Send a step to the other ranks and take part in it. Raises `EngineDead` if any rank fails."""
+        """Run a step on all ranks. Raises `EngineDead` if any of them fails."""
+        result = self._take_part(pack_step(step, kind, self._origins.number(step.plan)), take_part)
+        self.kv_bytes_read = self._size * self.runner.kv_bytes_read
+        self.kv_bytes_unshared = self._size * self.runner.kv_bytes_unshared
+        return result
+
+    def _take_part(self, frame: bytes, take_part: Callable[[], T]) -> T:
+        """Send a command to the other ranks and take part in it. Raises `EngineDead` if any rank fails."""
         if self._dead:
             raise EngineDead(self._dead)
         try:
-            self.followers.send(pack_step(step, kind, self._origins.number(step.plan)))
+            self.followers.send(frame)
             result = take_part()
             if self._last is not None:
                 self._last.begin()
@@ -174,8 +201,6 @@ class ParallelModel:
         except BaseException as error:
             self._mark_dead(f"a step was broken off by {error!r}")
             raise
-        self.kv_bytes_read = self._size * self.runner.kv_bytes_read
-        self.kv_bytes_unshared = self._size * self.runner.kv_bytes_unshared
         return result
 
     def _allocate(self, slots: int) -> None:
@@ -205,6 +230,9 @@ class ParallelModel:
         except Exception as error:
             self._mark_dead(f"a copy failed: {self.followers.describe_exits() or repr(error)}")
             raise EngineDead(self._dead) from error
+        except BaseException as error:
+            self._mark_dead(f"a copy was broken off by {error!r}")
+            raise
 
     def _mark_dead(self, reason: str) -> None:
         self._dead = self._dead or f"{self.name}: {reason}"
@@ -263,9 +291,11 @@ def shard(
         if place == "cuda":
             torch.cuda.set_device(0)  # in this thread, since steps may run in it
         with as_rank_0():
-            runner, loaded = followers.run_watched(partial(_join_and_load, followers.job, followers.agree, tokenizer))
+            runner, loaded, logits = followers.run_watched(
+                partial(_join_and_load, followers.job, followers.agree, tokenizer)
+            )
         rooms = [kv_room(runner.device), *(answer["kv_room"] for answer in followers.answers(START_SECONDS))]
-        return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1)), loaded
+        return ParallelModel(runner, followers, min(rooms) * (ranks if place == "cuda" else 1), logits), loaded
     except BaseException as error:
         how = followers.describe_exits() if isinstance(error, Exception) else ""
         followers.stop()
@@ -276,15 +306,19 @@ def shard(
 
 def _join_and_load(
     job: RankJob, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None"
-) -> tuple[ModelRunner, LoadedModel]:
+) -> tuple[ModelRunner, LoadedModel, RankLogits | None]:
     join(job)
     return load_rank(job, agree, tokenizer)
 
 
 def load_rank(
     job: RankJob, agree: Agree, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> tuple[ModelRunner, LoadedModel]:
-    """Load one rank's shard. All ranks load at the same time, because probing a `TreeModel` runs steps on all."""
+) -> tuple[ModelRunner, LoadedModel, RankLogits | None]:
+    """Load one rank's shard. All ranks load at the same time, because probing a `TreeModel` runs steps on all.
+
+    The `RankLogits` draw from the logits if each rank has only its own columns of them.
+    """
+    rank = Rank(job.rank, job.size)
     loaded = load(
         job.model,
         job.dtype,
@@ -294,10 +328,11 @@ def load_rank(
         rank=job.rank,
         tokenizer=tokenizer,
     )
-    plain = use_plain_collectives(loaded.model, Rank(job.rank, job.size))
+    plain = use_plain_collectives(loaded.model, rank)
     if not plain:
         logger.warning("%s: its plan is run by transformers' own code, neither compiled nor captured", loaded.name)
     tree_model = TreeModel(loaded.model, loaded.name, job.max_model_len, job.max_step_tokens)
+    logits = shard_logits(tree_model, rank, agree) if plain else None
     bound_steps(loaded.model)
     if plain and job.device == "cuda":
         tree_model.fuse_linears()
@@ -314,7 +349,7 @@ def load_rank(
         max_graph_rows=job.max_graph_rows,
         agree=agree,
     )
-    return runner, loaded
+    return runner, loaded, logits
 
 
 def run_ahead(

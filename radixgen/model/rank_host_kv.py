@@ -53,9 +53,9 @@ class SharedCopy:
         self._finish()
 
     def _finish(self) -> None:
-        tell, self._tell = self._tell, None
-        if tell is not None:
-            tell()
+        if self._tell is not None:
+            self._tell()
+            self._tell = None  # only now: if an interrupt comes between, the others must not miss the end of the copy
 
 
 class FollowerHostKV:

@@ -409,6 +409,11 @@ class TreeModel:
         finally:
             self.attend = self._no_attend
 
+    def probe(self) -> Tensor:
+        """Return the logits of a short sequence, `[n, vocab]`."""
+        sequence = self._sequence(3, min(4, self.max_model_len))
+        return self._logits([sequence], causal_over([sequence]))
+
     def _sequence(self, first: int, length: int) -> list[int]:
         return [token % self.vocab_size for token in range(first, first + length)]
 

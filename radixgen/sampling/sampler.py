@@ -1,6 +1,5 @@
 """Sampling: from logits to tokens, with penalties and filters as in transformers and counter-based random numbers."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from radixgen.core import SamplingParams, SamplingState
 from radixgen.kernels import torch_sampling
+from radixgen.kernels.drawable_tokens import DrawableTokens
+from radixgen.kernels.sharded_sampling import ShardedLogits, is_exact
 from radixgen.kernels.torch_sampling import probabilities
 from radixgen.kernels.upload import upload
 from radixgen.sampling.beam_search import Choices
@@ -66,43 +67,11 @@ class PendingTokens:
         return tokens
 
 
-class DrawableTokens:
-    """The tokens that may be sampled, if not all: a model may have more tokens than its tokenizer.
-
-    The others are sampled as if the model gave them no probability. Reported log-probabilities remain the model's own.
-    """
-
-    def __init__(self, others: NDArray[np.int64], vocab_size: int) -> None:
-        """`others`: tokens below `vocab_size` that must not be sampled, ascending, at least one and not all."""
-        self.count = vocab_size - others.size
-        last = vocab_size - 1
-        for token in others[::-1]:
-            if token != last:
-                break
-            last -= 1
-        self._width = last + 1
-        self._holes = torch.from_numpy(others[others < last])
-        self._placed: dict[torch.device, Tensor] = {}
-
-    def among(self, scores: Tensor) -> Tensor:
-        """Return scores `[n, vocab]` without the excluded tokens; only the leading columns, if those are at the end."""
-        kept = scores[:, : self._width]
-        return kept.index_fill(-1, self._holes_on(scores.device), -math.inf) if self._holes.numel() else kept
-
-    def hide(self, scores: Tensor) -> None:
-        """Set the scores `[n, vocab]` of excluded tokens to -inf, in place."""
-        scores[:, self._width :] = -math.inf
-        if self._holes.numel():
-            scores.index_fill_(-1, self._holes_on(scores.device), -math.inf)
-
-    def _holes_on(self, device: torch.device) -> Tensor:
-        if device not in self._placed:
-            self._placed[device] = self._holes.to(device)
-        return self._placed[device]
-
-
 def sample(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None = None
+    logits: Tensor | ShardedLogits,
+    rows: Sequence[int],
+    states: Sequence[SamplingState],
+    drawable: DrawableTokens | None = None,
 ) -> SamplerOutput:
     """Sample one token per draw: draw `i` from row `rows[i]` of logits `[rows, vocab]`, for `states[i]`.
 
@@ -112,12 +81,19 @@ def sample(
 
 
 def draw(
-    logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], drawable: DrawableTokens | None = None
+    logits: Tensor | ShardedLogits,
+    rows: Sequence[int],
+    states: Sequence[SamplingState],
+    drawable: DrawableTokens | None = None,
 ) -> PendingTokens:
     """As `sample`, without waiting for the device."""
-    draw_tokens = _fastest_draw_tokens(logits.is_cuda)
     params = [state.params for state in states]
     uniforms = np.zeros(len(states)) if all(p.greedy for p in params) else uniform(states)
+    if not isinstance(logits, Tensor):
+        if not any(map(_needs_all_logits, states)):
+            return PendingTokens(logits.draw_tokens(rows, params, uniforms, drawable))
+        logits = logits.gather()
+    draw_tokens = _fastest_draw_tokens(logits.is_cuda)
     among = logits if drawable is None else drawable.among(logits)
     shaped = [i for i, state in enumerate(states) if state.shaped]
     if not shaped:
@@ -131,7 +107,7 @@ def draw(
     return PendingTokens(tokens)
 
 
-def warm_up_sampling(logits: Tensor, drawable: DrawableTokens | None = None) -> None:
+def warm_up_sampling(logits: Tensor | ShardedLogits, drawable: DrawableTokens | None = None) -> None:
     """Sample from the first rows of logits `[rows, vocab]` by every kernel, to compile them, and discard the tokens."""
     prompt = np.zeros(1, np.int32)
     for options in _WARM_UP_PARAMS:
@@ -142,13 +118,15 @@ def warm_up_sampling(logits: Tensor, drawable: DrawableTokens | None = None) -> 
                 draw(logits, range(count), states, drawable).wait()
 
 
-def report(logits: Tensor, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]) -> SamplerOutput:
+def report(
+    logits: Tensor | ShardedLogits, rows: Sequence[int], states: Sequence[SamplingState], tokens: list[int]
+) -> SamplerOutput:
     """Add the requested log-probabilities to the sampled tokens."""
     requested = [i for i, state in enumerate(states) if state.params.logprobs is not None and tokens[i] >= 0]
     if not requested:
         return SamplerOutput(tokens)
     logprobs = token_logprobs(
-        _pick(logits, [rows[i] for i in requested]),
+        _pick(logits if isinstance(logits, Tensor) else logits.gather(), [rows[i] for i in requested]),
         np.array([tokens[i] for i in requested]),
         [states[i].params.logprobs or 0 for i in requested],
     )
@@ -238,6 +216,11 @@ def philox4x32(counters: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArra
 
 
 # -- inside -----------------------------------------------------------------------------------------------
+
+
+def _needs_all_logits(state: SamplingState) -> bool:
+    """Return whether a sequence's draw needs all logits on one device, where each rank has some of them."""
+    return state.shaped or state.params.logprobs is not None or not is_exact(state.params)
 
 
 def _philox_single(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _HALF = "\ufffd"
 _CONTEXT = 16
+_BLOCK = 256
+"""Tokens that are decoded at a time, where they are counted."""
 """Number of tokens, or characters, of context for decoding or tokenizing a text"""
 
 
@@ -79,10 +82,37 @@ class ChatTemplate:
 
     def text(self, token_ids: Seq[int], before: Seq[int] = (), *, special: bool = True) -> str:
         """Decode `token_ids` as a continuation of the tokens `before`, without an incomplete character at the end."""
+        return self._continuation(token_ids, before, special).rstrip(_HALF)
+
+    def count_tokens(self, token_ids: Seq[int], lengths: Seq[int]) -> list[int]:
+        """For each of `lengths`, in characters, return how many leading tokens have text of at most this length.
+
+        The text is decoded once, in blocks, and then only the blocks in which a length ends.
+        """
+        begins, starts, longest = [0], [0], max(lengths, default=0)  # first token and first character of each block
+        while begins[-1] < len(token_ids) and starts[-1] <= longest:
+            begin = begins[-1]
+            before, stop = token_ids[max(begin - _CONTEXT, 0) : begin], begin + _BLOCK
+            text = self._continuation(token_ids[begin:stop], before)
+            while text.endswith(_HALF) and stop < min(begin + _BLOCK + _CONTEXT, len(token_ids)):
+                stop += 1
+                text = self._continuation(token_ids[begin:stop], before)
+            begins.append(min(stop, len(token_ids)))
+            starts.append(starts[-1] + len(text))
+
+        def count(length: int) -> int:
+            block = bisect_right(starts, length) - 1
+            begin, left = begins[block], length - starts[block]
+            rest, before = token_ids[begin : begin + _BLOCK + _CONTEXT], token_ids[max(begin - _CONTEXT, 0) : begin]
+            sizes = range(len(rest) + 1)
+            return begin + bisect_right(sizes, left, key=lambda size: len(self.text(rest[:size], before))) - 1
+
+        return [count(length) if length else 0 for length in lengths]
+
+    def _continuation(self, token_ids: Seq[int], before: Seq[int] = (), special: bool = True) -> str:
         context = list(before[-_CONTEXT:])
         head, both = self._decode(context, special), self._decode([*context, *token_ids], special)
-        own = both[len(head) :] if both.startswith(head) else self._decode(token_ids, special)
-        return own.rstrip(_HALF)
+        return both[len(head) :] if both.startswith(head) else self._decode(token_ids, special)
 
     def message(self, text: str, raw: str, prompt: str) -> Message:
         """Convert an answer to a message of the assistant.

@@ -8,9 +8,12 @@ router, and drains open requests on shutdown.
 import argparse
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, Self
 
 from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration, WorkerConfig
@@ -18,7 +21,7 @@ from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
 from dynamo.common.backend.run import run
 from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
 
-from radixgen.core import EngineClosed, InvalidRequest, Limits, Stats
+from radixgen.core import EngineClosed, InvalidRequest, Stats
 from radixgen.core.settings import wait_without_spinning
 from radixgen.engine.async_engine import AsyncEngine
 from radixgen.engine.engine import Engine
@@ -30,16 +33,33 @@ from radixgen.serve.zmq.kv_events import KVEvents, KVEventsConfig
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_SECONDS = 0.5
-_DRAIN_HELP = "seconds that open requests have to finish, after Dynamo's grace period"
-"""Dynamo drains after 5 s (`DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS`) and kills the process 35 s after the signal
-(`DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT`).
-"""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """What a worker runs: options that it shares with all others, unlike those of Dynamo.
+
+    engine: arguments of `Engine`.
+    drain_timeout: seconds that open requests have to finish, after Dynamo's grace period. Dynamo drains after 5 s
+        (`DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS`) and kills the process 35 s after the signal
+        (`DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT`).
+    profile, profile_steps: as for `Engine.profile`.
+    """
+
+    model: str = smollm2.NAME
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    drain_timeout: float = 25.0
+    profile: Path | None = None
+    profile_steps: int = 10
 
 
 class DynamoEngine(LLMEngine):  # type: ignore[misc]
     """`dynamo.common.backend.LLMEngine` on an `AsyncEngine`."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, launch: LaunchOptions, model: str, options: argparse.Namespace) -> None:
+        """model: name or path to load. options: those of Dynamo."""
+        self._launch = launch
+        self._model = model
         self._options = options
         self._engine: AsyncEngine | None = None
         self._events: KVEvents | None = None
@@ -54,51 +74,35 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         self._serial = count(1)
 
     @classmethod
-    async def from_args(cls, argv: list[str] | None = None) -> tuple[Self, Any]:
-        """Create an engine that is not loaded yet, and the `WorkerConfig` for Dynamo."""
-        options = _parser().parse_args(argv)
-        options.served_model_name = options.served_model_name or options.model
-        if options.model == smollm2.NAME:
-            options.model = str(await asyncio.to_thread(smollm2.fetch))
+    async def from_args(
+        cls, argv: list[str] | None = None, launch: LaunchOptions = LaunchOptions()
+    ) -> tuple[Self, Any]:
+        """Create an engine that is not loaded yet, and the `WorkerConfig` for Dynamo. argv: options of Dynamo."""
+        options, model = _parser().parse_args(argv), launch.model
+        options.served_model_name = options.served_model_name or model
+        if model == smollm2.NAME:
+            model = str(await asyncio.to_thread(smollm2.fetch))
         config = WorkerConfig(
             namespace=options.namespace,
             component=options.component,
             endpoint=options.endpoint,
-            model_name=options.model,
+            model_name=model,
             served_model_name=options.served_model_name,
             endpoint_types="chat,completions",
             discovery_backend=options.discovery_backend,
             request_plane=options.request_plane,
             event_plane=options.event_plane,
         )
-        return cls(options), config
+        return cls(launch, model, options), config
 
     async def start(self, worker_id: int) -> Any:
         """Load the model. Returns the `EngineConfig` that Dynamo registers."""
         del worker_id
         options = self._options
-        self._defaults = await asyncio.to_thread(sampling_defaults, options.model, options.generation_config)
-        inner = await asyncio.to_thread(
-            Engine,
-            options.model,
-            load_format=options.load_format,
-            dtype=options.dtype,
-            kv_dtype=options.kv_dtype,
-            device=options.device,
-            tensor_parallel_size=options.tensor_parallel_size,
-            kv_tokens=options.kv_tokens,
-            kv_offloading_size=options.kv_offloading_size,
-            kv_dir=options.kv_dir,
-            kv_dir_bytes=options.kv_dir_bytes,
-            max_model_len=options.max_model_len,
-            max_step_tokens=options.max_num_batched_tokens,
-            enforce_eager=options.enforce_eager,
-            warm_up=options.warm_up,
-            seed=options.seed,
-            limits=Limits(max_num_seqs=options.max_num_seqs),
-        )
-        if options.profile is not None:
-            inner.profile(options.profile, options.profile_steps)
+        self._defaults = await asyncio.to_thread(sampling_defaults, self._model, options.generation_config)
+        inner = await asyncio.to_thread(Engine, self._model, **self._launch.engine)
+        if self._launch.profile is not None:
+            inner.profile(self._launch.profile, self._launch.profile_steps)
         slots = inner.stats().kv_tokens_total
         self._room = min(inner.max_model_len, slots)
         self._text_of = lambda token: inner.decode([token])
@@ -107,7 +111,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         self._events = KVEvents(self._engine, config)
         self._snapshots = asyncio.create_task(self._tell_snapshots(self._engine))
         return EngineConfig(
-            model=options.model,
+            model=self._model,
             served_model_name=options.served_model_name,
             llm=LlmRegistration(
                 context_length=self._room,
@@ -126,7 +130,7 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         own = f"dynamo-{next(self._serial)}"
         self._open.setdefault(name, set()).add(own)
         try:
-            check_adapter(request, (self._options.served_model_name, self._options.model))
+            check_adapter(request, (self._options.served_model_name, self._model))
             prompt = request["token_ids"]
             params = sampling_params(request, self._room - len(prompt), self._defaults)
             usage = UsageCounter(len(prompt))
@@ -150,12 +154,12 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
                 await self._engine.abort(own)
 
     async def cleanup(self) -> None:
-        """Wait up to `--drain-timeout` seconds for open requests to finish, then close the engine.
+        """Wait up to `drain_timeout` seconds for open requests to finish, then close the engine.
 
         May be called twice, and after a failed `start`.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._options.drain_timeout):
+            async with asyncio.timeout(self._launch.drain_timeout):
                 while self._open:
                     await asyncio.sleep(0.05)
         snapshots, self._snapshots = self._snapshots, None
@@ -204,41 +208,15 @@ class DynamoEngine(LLMEngine):  # type: ignore[misc]
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run until Dynamo's worker stops."""
+def main(launch: LaunchOptions, argv: list[str]) -> None:
+    """Run until Dynamo's worker stops. argv: options of Dynamo."""
     wait_without_spinning()
-    run(DynamoEngine, argv)
+    run(DynamoEngine, argv, partial(DynamoEngine.from_args, launch=launch))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("radixgen worker --backend dynamo", description=__doc__)
-    parser.add_argument("--model", default=smollm2.NAME, help="model: smollm2, a directory or a hub id")
     parser.add_argument("--served-model-name", help="model name in the API; default: --model")
-    parser.add_argument("--load-format", default="auto", help="weights: auto (read the checkpoint) or dummy (random)")
-    parser.add_argument("--dtype", default="auto", help="data type: auto, float32, bfloat16 or float16")
-    parser.add_argument("--kv-dtype", default="auto", help="data type of the KV cache: auto, int8 or fp8 (on GPUs)")
-    parser.add_argument("--device", default="auto", help="device: auto, cpu or cuda")
-    parser.add_argument(
-        "--tensor-parallel-size", type=int, default=1, help="number of processes to shard the model over"
-    )
-    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache, in tokens")
-    parser.add_argument(
-        "--kv-offloading-size", type=float, default=0.0, help="host memory for KV that the KV cache evicts, in GiB"
-    )
-    parser.add_argument("--kv-dir", help="keep KV on disk here, also for later starts")
-    parser.add_argument("--kv-dir-bytes", type=int, help="maximum size of --kv-dir, in bytes")
-    parser.add_argument("--max-model-len", type=int, help="maximum length of prompt plus output, in tokens")
-    parser.add_argument(
-        "--max-num-seqs", type=int, default=Limits().max_num_seqs, help="maximum number of running sequences"
-    )
-    parser.add_argument("--max-num-batched-tokens", type=int, help="maximum number of tokens per step")
-    parser.add_argument("--enforce-eager", action="store_true", help="disable model compilation and CUDA graphs")
-    warm_up = "compile and capture before accepting requests; default: on a GPU"
-    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, help=warm_up)
-    parser.add_argument("--seed", type=int, default=0, help="default sampling seed")
-    profile = "write a torch profiler trace of the first steps to this directory"
-    parser.add_argument("--profile", metavar="DIR", help=profile)
-    parser.add_argument("--profile-steps", type=int, default=10, help="number of steps in the trace of --profile")
     parser.add_argument(
         "--generation-config",
         default="auto",
@@ -247,7 +225,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-size", type=int, default=16, help="block size of KV cache events, in tokens")
     endpoint = "address to publish KV cache events on; port * picks a free port"
     parser.add_argument("--kv-events-endpoint", default="tcp://127.0.0.1:*", help=endpoint)
-    parser.add_argument("--drain-timeout", type=float, default=25.0, help=_DRAIN_HELP)
     parser.add_argument("--namespace", default="dynamo")
     parser.add_argument("--component", default="backend")
     parser.add_argument("--endpoint", default="generate")

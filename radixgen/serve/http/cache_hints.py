@@ -1,6 +1,5 @@
 """Cache hints of HTTP requests: the field `cache_hints`, and Anthropic's `cache_control` in messages."""
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
@@ -72,13 +71,13 @@ def breakpoint_hints(
         rest = template.render(marked)
     except InvalidRequest:
         rest = ""
-    hints, head = [], ""
-    for at, point in enumerate(breakpoints):
+    lengths, head = [], ""
+    for at in range(len(breakpoints)):
         before, found, rest = rest.partition(_mark(at))
         head += before
-        length = num_common(head, text) if found else 0
-        hints.append(CacheHint("retain", _count_tokens(template, token_ids, length), point.ttl))
-    return hints
+        lengths.append(num_common(head, text) if found else 0)
+    counts = template.count_tokens(token_ids, lengths)
+    return [CacheHint("retain", count, point.ttl) for count, point in zip(counts, breakpoints, strict=True)]
 
 
 def with_marks(messages: Seq[Mapping[str, Any]], breakpoints: Seq[Breakpoint]) -> list[dict[str, Any]]:
@@ -124,12 +123,3 @@ def _ttl(control: object, field: str) -> float:
 
 def _mark(index: int) -> str:
     return f"{_MARK}{index}-"
-
-
-def _count_tokens(template: ChatTemplate, token_ids: Seq[int], length: int) -> int:
-    """Number of tokens whose text is at most the first `length` characters."""
-
-    def characters(count: int) -> int:
-        return len(template.text(token_ids[:count]))
-
-    return bisect_right(range(len(token_ids) + 1), length, key=characters) - 1 if length else 0

@@ -15,7 +15,6 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from radixgen.chat.history import num_common
 from radixgen.core import CacheHint, CompletionOutput, InvalidRequest, RadixgenError, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.cache_hints import (
@@ -298,13 +297,11 @@ class _ChatResponder:
             params = self._generation.request.params
             end = partial(self._context.sessions.end, turn, output, message, params)
             await self._context.preparer.finish(turn.key.key_id, end)
-            if turn.superseded:
-                await self._demote(turn)
+            if turn.superseded is not None:
+                await self._demote(*turn.superseded)
 
-    async def _demote(self, turn: SessionTurn) -> None:
+    async def _demote(self, token_ids: list[int], hints: list[CacheHint]) -> None:
         """Let what only the session's previous path holds be evicted first."""
-        old = np.array(turn.superseded, np.int32)
-        hint = CacheHint("demote", num_common(turn.superseded, turn.draft.token_ids))
-        request = self._generation.request
+        old, namespace = np.array(token_ids, np.int32), self._generation.request.namespace
         with suppress(RadixgenError):  # the answer is there, whatever becomes of the cache
-            await self._context.engine.apply_hints(old, [hint], namespace=request.namespace, hint_owner=None)
+            await self._context.engine.apply_hints(old, hints, namespace=namespace, hint_owner=None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
 
-from radixgen.chat.history import ChatHistory, Draft
+from radixgen.chat.history import ChatHistory, Draft, Superseded, superseded
 from radixgen.core import CompletionOutput, Limits, SamplingParams
 from radixgen.serve.http.session_sizes import bytes_of, new_bytes
 from radixgen.text.chat_template import ChatTemplate, Message
@@ -55,8 +55,8 @@ class SessionTurn:
     key: SessionKey
     draft: Draft
     session: _SessionState
-    superseded: list[int]
-    """Tokens of the session's last turn if this one leaves their path, else empty"""
+    superseded: Superseded | None
+    """What this turn leaves behind of the last one"""
 
 
 class Sessions:
@@ -102,8 +102,7 @@ class Sessions:
         history.rollback(turn)
         session.sizes = held.sizes[: len(history.turns)]
         draft = history.draft(messages[len(history.state.messages) :])
-        superseded = [] if draft.exchanges is last.exchanges else last.token_ids
-        return SessionTurn(key, draft, session, superseded)
+        return SessionTurn(key, draft, session, superseded(last, draft))
 
     def end(self, turn: SessionTurn, output: CompletionOutput, answer: Message, params: SamplingParams) -> None:
         """Save the answer of a turn.

@@ -5,7 +5,7 @@ they are new, were split, or are not fully computed. Rows are made outside of th
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from radixgen.cache import Node, RadixTree, TokenArray
 from radixgen.core import Limits, Stats
 from radixgen.engine.core import EngineCore
+from radixgen.serve.live.tiers import HostRow, TierReader
 
 _LARGEST_ARRAYS = 8
 """A tree with arrays larger than so many times the drawn nodes is walked instead of read as arrays."""
@@ -28,9 +29,12 @@ class Row(NamedTuple):
     parent: id of the parent; -1 for a root, which has no tokens.
     serial: siblings are drawn in this order.
     start: position of its first token.
-    known, computed: numbers of tokens in these states.
+    known, computed: numbers of tokens in these states; of computed tokens, the KV is in the pool.
     cursors, pins: numbers of cursors and pins on this node, not below it.
     hidden: number of children without a row.
+    host, disk: numbers of tokens whose KV is in host memory, and on disk.
+
+    What only host memory holds has rows of its own, with `computed=0`, if it branches off at the end of a node.
     """
 
     id: int
@@ -42,6 +46,8 @@ class Row(NamedTuple):
     cursors: int
     pins: int
     hidden: int
+    host: int
+    disk: int
 
 
 class Text(NamedTuple):
@@ -133,6 +139,8 @@ class TreeReading:
     captured: list[NodeTokens]
     stats: Stats
     num_nodes: int
+    tiers: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Numbers to add to columns of `Row`, by name and id"""
     fresh: list[int] = field(default_factory=list)
     """Ids of nodes that were not drawn before, or whose tokens may have changed"""
     namespaces: dict[int, str] = field(default_factory=dict)
@@ -144,6 +152,8 @@ class TreeReading:
         table[:, 0] = self.ids
         for name, column in self.columns.items():
             table[:, Row._fields.index(name)] = column
+        for name, counts in self.tiers.items():
+            table[self._places(counts), Row._fields.index(name)] += np.fromiter(counts.values(), np.int64)
         known = Row._fields.index("known")
         if self.lacking:
             table[self._places(self.lacking), known] = list(self.lacking.values())
@@ -169,6 +179,7 @@ class TreeReader:
         self._version = -1
         self._drawn = np.zeros(0, np.bool_)
         self._serials = np.zeros(0, np.int64)
+        self._tiers = TierReader()
 
     def read(self, core: EngineCore, wanted: Sequence[int] = (), max_tokens: int = 0) -> TreeReading:
         """Read the tree; call it in the engine's thread.
@@ -210,14 +221,41 @@ class TreeReader:
             lacking=_lacking(cursors, self._drawn),
             cursors=on,
             pins=pinned,
-            captured=[_capture(tree.node(node_id), max_tokens) for node_id in wanted if self._drawn[node_id]],
+            captured=[],
             stats=core.stats(),
             num_nodes=tree.num_nodes,
             fresh=fresh,
             namespaces={node.id: node.namespace for node in nodes if node.parent is None},
         )
+        rows = self._read_tiers(core, reading, most - ids.size) if core.host is not None else {}
+        reading.captured = self._capture(tree, rows, wanted, max_tokens)
         self.seconds = time.thread_time() - begin
         return reading
+
+    def _read_tiers(self, core: EngineCore, reading: TreeReading, room: int) -> dict[int, HostRow]:
+        """Add to a reading where else its nodes' KV is, and up to `room` rows of what the pool lacks. Returns these."""
+        assert core.host is not None
+        is_root = reading.columns["parent"] < 0
+        nodes = [core.tree.node(i) for i in reading.ids[np.lexsort((~is_root, reading.columns["start"]))].tolist()]
+        tiers = self._tiers.read(core.tree, core.host, nodes, reading.fresh, room)
+        reading.tiers = {"host": tiers.host, "disk": tiers.disk, "hidden": tiers.hidden}
+        reading.num_nodes += len(tiers.rows)
+        reading.fresh += tiers.fresh
+        roots = {row.id: row.namespace for row in tiers.rows if row.parent < 0}
+        reading.namespaces |= {row_id: roots[row_id] for row_id in tiers.fresh if row_id in roots}
+        reading.ids = np.concatenate([reading.ids, np.array([row.id for row in tiers.rows], np.int64)])
+        for name, column in reading.columns.items():
+            more = [getattr(row, name) for row in tiers.rows]
+            reading.columns[name] = np.concatenate([column, np.array(more, np.int64)])
+        return {row.id: row for row in tiers.rows}
+
+    def _capture(
+        self, tree: RadixTree, rows: Mapping[int, HostRow], wanted: Sequence[int], most: int
+    ) -> list[NodeTokens]:
+        """Copy the first `most` tokens of each of the nodes `wanted` that is drawn."""
+        drawn = [i for i in wanted if i in rows or (i < self._drawn.size and self._drawn[i])]
+        nodes = [rows[i] if i in rows else tree.node(i) for i in drawn]
+        return [NodeTokens(node.id, node.known <= most, node.token_ids[:most]) for node in nodes]
 
     def _fit(self, size: int) -> None:
         more = size - self._drawn.size
@@ -234,12 +272,8 @@ def held_nodes(core: EngineCore) -> tuple[list[Node], list[Node]]:
 
 def figures(stats: Stats, num_nodes: int) -> dict[str, Any]:
     """Numbers that the page shows."""
-    saved = {"rows_saved": stats.rows_saved, "kv_bytes_saved": stats.kv_bytes_saved}
-    return {**asdict(stats), **saved, "num_nodes": num_nodes}
-
-
-def _capture(node: Node, most: int) -> NodeTokens:
-    return NodeTokens(node.id, node.known <= most, node.token_ids[:most])
+    names = ("rows_saved", "kv_bytes_saved", "host_hidden_seconds")
+    return {**asdict(stats), **{name: getattr(stats, name) for name in names}, "num_nodes": num_nodes}
 
 
 def _lacking(cursors: Sequence[Node], drawn: NDArray[np.bool_]) -> dict[int, int]:

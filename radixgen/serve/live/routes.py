@@ -16,6 +16,7 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from radixgen.cache import Node
 from radixgen.core import LimitReached, Limits, RadixgenError
 from radixgen.engine.async_engine import AsyncEngine
 from radixgen.engine.core import EngineCore
@@ -23,6 +24,7 @@ from radixgen.serve.http.errors import ClientGone, HTTPError, encode, status_of
 from radixgen.serve.http.stream import while_connected
 from radixgen.serve.live.feed import Feed
 from radixgen.serve.live.texts import plain
+from radixgen.serve.live.tiers import FIRST_HOST_ID, HostRow, host_row
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -120,7 +122,11 @@ async def _send_some(send: Send, body: bytes, *, more: bool = True) -> None:
 
 def _node_details(core: EngineCore, node_id: int) -> dict[str, Any] | None:
     """Details of a node, with its tokens not decoded yet; None for an unknown id. Call it in the engine's thread."""
-    node = core.tree.find(node_id)
+    node: Node | HostRow | None
+    if node_id < FIRST_HOST_ID:
+        node = core.tree.find(node_id)
+    else:
+        node = host_row(core.tree, core.host.tree, node_id) if core.host else None
     if node is None:
         return None
     tokens, most = node.token_ids, _HEAD_TOKENS + _TAIL_TOKENS

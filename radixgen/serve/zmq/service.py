@@ -140,6 +140,8 @@ class Service:
         tokens = engine.tokenize(_as_array(request.prompt_token_ids, self.max_len))
         params = wire_params.to_params(sampling, self.max_len - tokens.size, limits)
         namespace = self.namespace(request.cache_salt, peer.salt_key)
+        hints = wire_params.to_hints(sampling.cache_hints)
+        hints += wire_params.to_kv_hints(request.kv_hints, tokens.size, limits.max_cache_hints - len(hints))
         live = LiveRequest(peer, request.request_id, self._new_id(), params, sampling.eos_token_id)
 
         def submit() -> None:
@@ -151,7 +153,7 @@ class Service:
                 priority=-request.priority,
                 namespace=namespace,
                 output_kind="delta",
-                cache_hints=wire_params.to_hints(sampling.cache_hints),
+                cache_hints=hints,
                 hint_owner=sampling.hint_owner,
             )
 

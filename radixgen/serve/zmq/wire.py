@@ -185,6 +185,42 @@ class Add(Struct, array_like=True):
     reasoning_ended: Raw = NIL
     reasoning_parser_kwargs: Raw = NIL
     abort_immediately: bool = False
+    session_id: Raw = NIL
+    kv_hints: Raw = NIL
+
+
+class KVHintAction(Struct):
+    """An action of `KVHints`; its type says what the payload is."""
+
+    action_type: str
+    action_version: str
+    payload: Raw = Raw(b"\x80")
+
+
+class KVHints(Struct):
+    """vLLM's `KvHintsEnvelope`, without its version and ids."""
+
+    actions: list[KVHintAction] = []
+
+
+class KVRange(Struct):
+    """Tokens of a request to keep (`priority` above 0) or to give up, from `start` to `end`, the last by default."""
+
+    priority: int
+    start: int = 0
+    end: int | None = None
+    duration: float | None = None
+    covers_output: bool = False
+    """The range is the output"""
+
+
+class KVRetention(Struct):
+    """Payload of `kv.retain` and `kv.evict`: ranges of the request, or all of it (`include_current_request`)."""
+
+    directives: list[KVRange] = []
+    include_current_request: bool = False
+    priority: int = 0
+    ttl_seconds: float | None = None
 
 
 class _Head(Struct, array_like=True):

@@ -1,6 +1,8 @@
 """Conversion between `SamplingParams` and the sampling parameters of vLLM's protocol."""
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec import Raw
@@ -19,6 +21,7 @@ _UNSERVED = (
     "thinking_token_budget",
     "repetition_detection",
 )
+_MAX_KV_HINT_BYTES = 1 << 20
 _MAX_READING_BYTES = 1_024
 _GRAMMARS = ("json_schema", "regex", "grammar", "choice", "response_format")
 
@@ -181,6 +184,42 @@ def _structured(params: SamplingParams) -> wire.StructuredOutputsParams | None:
 def to_hints(hints: Sequence[wire.Hint]) -> list[CacheHint]:
     """Convert cache hints, which the engine checks."""
     return [CacheHint(*astuple(hint)) for hint in hints]
+
+
+def to_kv_hints(raw: Raw, prompt_len: int, most: int) -> list[CacheHint]:
+    """Convert up to `most` hints of vLLM's `kv_hints`, an advice: what is malformed or unknown is skipped."""
+    if most <= 0 or not wire.given(raw) or len(memoryview(raw)) > _MAX_KV_HINT_BYTES:
+        return []
+    hints: list[CacheHint] = []
+    with suppress(wire.Malformed):
+        for action in wire.decode(raw, wire.KVHints).actions:
+            if action.action_version.partition(".")[0] == "1":
+                with suppress(wire.Malformed):
+                    hints += _action_hints(action, prompt_len)
+    return hints[:most]
+
+
+def _action_hints(action: wire.KVHintAction, prompt_len: int) -> list[CacheHint]:
+    if action.action_type not in ("kv.retain", "kv.evict"):
+        return []
+    given = wire.decode(action.payload, wire.KVRetention)
+    ranges = given.directives
+    if given.include_current_request:
+        keeps = action.action_type == "kv.retain"
+        ranges = [wire.KVRange(max(given.priority, 1) if keeps else 0, duration=given.ttl_seconds)]
+    return [hint for part in ranges if (hint := _range_hint(part, prompt_len)) is not None]
+
+
+def _range_hint(part: wire.KVRange, prompt_len: int) -> CacheHint | None:
+    """A range to keep as a prefix up to its end, since KV is of no use without that before it."""
+    start = prompt_len if part.covers_output else part.start
+    if not part.priority:
+        return CacheHint("demote", start) if 0 <= start <= prompt_len else None
+    end = prompt_len if part.end is None else min(part.end, prompt_len)
+    ttl, priority = part.duration, min(part.priority, 2**31 - 1)
+    if part.covers_output or priority < 0 or not 0 <= start < end or not (ttl is None or 0 < ttl < math.inf):
+        return None
+    return CacheHint("pin" if ttl is None else "retain", end, ttl, priority)
 
 
 def from_hints(hints: Sequence[CacheHint]) -> list[wire.Hint]:

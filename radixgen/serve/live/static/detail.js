@@ -1,6 +1,6 @@
 // The selected node, as text: what it holds, the path to it, what follows. All of it can be reached by keyboard.
 
-import { COMPUTED, CURSORS, HIDDEN, ID, KNOWN, SERIAL, START } from "./state.js";
+import { COMPUTED, CURSORS, DISK, HIDDEN, HOST, ID, KNOWN, SERIAL, START } from "./state.js";
 import { end, pathOf } from "./forest.js";
 import { ago, count, line, plural, put, shared } from "./format.js";
 
@@ -30,12 +30,13 @@ export class Detail {
       return;
     }
     const { row, record } = item;
-    put($("what"), item.live ? `Shared by ${plural(item.live, "live sequence")}` : item.pins ? "Pinned" : "Cached");
+    put($("what"), item.live ? `Shared by ${plural(item.live, "live sequence")}` : item.pins ? "Pinned" : item.away ? "In host memory" : "Cached");
     this.#facts([
-      ["Tokens", row[COMPUTED] < row[KNOWN] ? `${count(row[KNOWN])}, ${count(row[COMPUTED])} computed` : count(row[KNOWN])],
+      ["Tokens", row[COMPUTED] < row[KNOWN] && !item.away ? `${count(row[KNOWN])}, ${count(row[COMPUTED])} computed` : count(row[KNOWN])],
       ["Positions", `${count(row[START])} to ${count(end(item))}`],
       ["Sequences here", `${count(row[CURSORS])}, below ${count(item.live - row[CURSORS])}`],
       ["Pins", count(item.pins)],
+      ...places(row, state.figures),
       ["Nodes below", count(item.below + (row[HIDDEN] ? row[HIDDEN] : 0))],
       ["Known for", ago(state.births.get(row[SERIAL]) ?? null, now, begin)],
       ["Last grew", `${ago(record.grown, now, begin)} ago`],
@@ -103,4 +104,11 @@ export class Detail {
     entry.append(button);
     return entry;
   }
+}
+
+/** How many of a node's tokens each tier has, if there is more than the pool. */
+function places(row, figures) {
+  if (!figures.kv_tokens_host_total) return [];
+  const host = [["In the pool", count(row[COMPUTED])], ["In host memory", count(row[HOST])]];
+  return figures.kv_bytes_disk_total ? [...host, ["On disk", count(row[DISK])]] : host;
 }

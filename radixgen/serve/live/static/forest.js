@@ -1,6 +1,6 @@
 // Rows as a forest, and where each node stands.
 
-import { CURSORS, HIDDEN, ID, KNOWN, PARENT, PINS, SERIAL, START } from "./state.js";
+import { COMPUTED, CURSORS, HIDDEN, HOST, ID, KNOWN, PARENT, PINS, SERIAL, START } from "./state.js";
 
 const LEAST = 3; // of a node's length, in units of the square root of a token
 const CACHED_SHARE = 0.4; // of the height that cached leaves may take while requests are live
@@ -12,6 +12,7 @@ export function link(state) {
     const { row } = record;
     items.set(row[ID], {
       id: row[ID], serial: row[SERIAL], row, record, parent: null, children: [],
+      away: row[HOST] > 0 && row[COMPUTED] === 0,
       live: row[CURSORS], pins: row[PINS], below: 0, weight: 0, reach: 0, x: 0, y: 0, w: 0, h: 0, taken: 0,
     });
   }

@@ -33,5 +33,5 @@ export function put(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-export const shared = ({ live, pins }) =>
-  live ? `${plural(live, "live sequence")}` : pins ? `pinned (${count(pins)})` : "cached";
+export const shared = ({ live, pins, away }) =>
+  live ? `${plural(live, "live sequence")}` : pins ? `pinned (${count(pins)})` : away ? "in host memory" : "cached";

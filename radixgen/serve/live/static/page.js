@@ -19,6 +19,7 @@ const charts = {
   rows: new Chart($("chart-rows"), ["spent", "saved"], { rate: true }),
   bytes: new Chart($("chart-bytes"), ["spent", "saved"], { rate: true }),
   pool: new Chart($("chart-pool"), ["saved", "spent"]),
+  tiers: new Chart($("chart-tiers"), ["tier", "spent"]),
 };
 
 let shown = state; // what is drawn: the state of now, or of the replay
@@ -64,12 +65,31 @@ function cards() {
   put($("pool"), count(figures.kv_tokens_used));
   put($("pool-all"), count(figures.kv_tokens_total));
   put($("pool-cached"), count(figures.kv_tokens_cached));
+  tierCard(figures);
   put($("drawn"), count(forest.order.length));
   put($("nodes"), count(figures.num_nodes));
   const folded = figures.num_nodes - forest.order.length;
   $("folded").hidden = folded <= 0;
   put($("folded"), `${count(folded)} of ${count(figures.num_nodes)} nodes are not drawn; the short stubs stand for them.`);
   document.documentElement.dataset.cursors = String(cursors);
+}
+
+function tierCard(figures) {
+  const disk = figures.kv_bytes_disk_total > 0;
+  $("tiers").hidden = !figures.kv_tokens_host_total;
+  $("disk-title").hidden = $("disk-part").hidden = !disk;
+  for (const item of document.querySelectorAll("#legend [data-tier]")) {
+    item.hidden = item.dataset.tier === "disk" ? !disk : !figures.kv_tokens_host_total;
+  }
+  put($("host"), count(figures.kv_tokens_host_used));
+  put($("host-all"), count(figures.kv_tokens_host_total));
+  put($("host-bytes"), bytes(figures.kv_tokens_host_used * figures.kv_bytes_per_token));
+  put($("disk"), count(figures.kv_tokens_disk));
+  put($("disk-bytes"), bytes(figures.kv_bytes_disk_used));
+  put($("fetched"), count(figures.host_fetched_tokens));
+  put($("recomputed"), count(figures.host_recomputed_tokens));
+  put($("hidden-seconds"), figures.host_hidden_seconds.toFixed(1));
+  put($("waited"), figures.host_waited_seconds.toFixed(1));
 }
 
 function plot(now) {
@@ -84,6 +104,7 @@ function measure(frame, at) {
   charts.rows.add(at, [figures.computed_prompt_tokens, figures.rows_saved]);
   charts.bytes.add(at, [figures.kv_bytes_read, figures.kv_bytes_saved]);
   charts.pool.add(at, [figures.kv_tokens_used - figures.kv_tokens_cached, figures.kv_tokens_cached]);
+  charts.tiers.add(at, [figures.kv_tokens_host_used, figures.kv_tokens_disk]);
 }
 
 const detail = new Detail({
@@ -218,7 +239,7 @@ function tell(item, x, y) {
   const [title, counts, words] = ["b", "span", "p"].map((name) => document.createElement(name));
   const { row, record } = item;
   put(title, item.live ? `shared by ${shared(item)}` : shared(item));
-  const computed = row[COMPUTED] < row[KNOWN] ? `, ${count(row[COMPUTED])} computed` : "";
+  const computed = row[COMPUTED] < row[KNOWN] && !item.away ? `, ${count(row[COMPUTED])} computed` : "";
   const now = performance.now();
   const age = ago(shown.births.get(item.serial) ?? null, replay ? replay.at : now, history.begin ?? now);
   put(counts, `${plural(row[KNOWN], "token")}${computed}; ${plural(item.below, "node")} below; known for ${age}`);

@@ -1,6 +1,6 @@
 // The tree on its canvas. Sprites move towards where their items belong; what is new grows, what is gone fades.
 
-import { COMPUTED, CURSORS, HIDDEN, KNOWN } from "./state.js";
+import { COMPUTED, CURSORS, DISK, HIDDEN, HOST, KNOWN } from "./state.js";
 import { palette, shade } from "./palette.js";
 
 const SETTLE_MS = 110;
@@ -119,14 +119,36 @@ export class Painter {
     const tall = Math.max(h - gap, 0.7);
     const wide = Math.max(w - (w > 4 ? 1 : 0), 0.7);
     context.globalAlpha = alpha;
-    context.fillStyle = item.live ? palette.ramp[shade(item.live)] : palette.css.cached;
-    this.#shape(x, y, wide, tall);
     const { row } = item;
-    const computed = row[KNOWN] ? row[COMPUTED] / row[KNOWN] : 1;
+    context.fillStyle = item.live ? palette.ramp[shade(item.live)] : item.away ? palette.css.card : palette.css.cached;
+    this.#shape(x, y, wide, tall);
+    this.#outline(row, x, y, wide, tall);
+    const computed = row[KNOWN] && !item.away ? row[COMPUTED] / row[KNOWN] : 1;
     if (computed < 1 && row[KNOWN] - row[COMPUTED] > 1) this.#hatch(x + wide * computed, y, wide * (1 - computed), tall);
     if (item.pins && !item.live) {
       context.fillStyle = palette.css.soft;
       context.fillRect(x, y, Math.min(2, wide), tall);
+    }
+  }
+
+  /** Solid around the tokens that are in host memory, dashed around more that are on disk; a line where it is thin. */
+  #outline(row, x, y, w, h) {
+    const { context } = this;
+    for (const [count, dash] of [[row[DISK] > row[HOST] ? row[DISK] : 0, [4, 3]], [row[HOST], []]]) {
+      if (!count) continue;
+      const wide = (w * Math.min(count, row[KNOWN])) / row[KNOWN];
+      if (h < 7 || wide < 5) {
+        context.fillStyle = palette.css.tier;
+        this.#bar(x, y + h - Math.max(1, h / 4), wide, Math.max(1, h / 4));
+        continue;
+      }
+      context.strokeStyle = palette.css.tier;
+      context.lineWidth = 2;
+      context.setLineDash(dash);
+      context.beginPath();
+      context.roundRect(x + 1, y + 1, wide - 2, h - 2, Math.min(4, h / 4));
+      context.stroke();
+      context.setLineDash([]);
     }
   }
 

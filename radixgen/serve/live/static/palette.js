@@ -19,7 +19,7 @@ function read() {
   });
   palette.ink = palette.ramp.map((colour) => inkOn(colour));
   palette.ramp = palette.ramp.map((colour) => `rgb(${colour.join(" ")})`);
-  for (const name of ["page", "card", "line", "ink", "soft", "cached", "saved", "spent", "ring", "shine", "shine0"]) {
+  for (const name of ["page", "card", "line", "ink", "soft", "cached", "saved", "spent", "ring", "shine", "shine0", "tier"]) {
     palette.css[name] = styles.getPropertyValue(`--${name}`).trim();
   }
 }

@@ -1,6 +1,7 @@
 // What frames add up to, and the last minute of it.
 
 export const ID = 0, PARENT = 1, SERIAL = 2, START = 3, KNOWN = 4, COMPUTED = 5, CURSORS = 6, PINS = 7, HIDDEN = 8;
+export const HOST = 9, DISK = 10;
 
 /** The tree at one moment. Records are never changed, only replaced, so that copies are cheap. */
 export class State {
