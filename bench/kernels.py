@@ -28,7 +28,7 @@ from radixgen.kernels import block_kernels, triton_kernels
 from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.triton_backend import Chip, choose_launch, constants
-from radixgen.kernels.triton_blocks import attending, choose_warps, choosing, scoring
+from radixgen.kernels.triton_blocks import attending, choose_warps, choosing, score_warps, scoring
 from radixgen.kernels.work import Launch, TileClass
 
 CHIPS = (80, 90)
@@ -136,8 +136,8 @@ def of_blocks(head_dim: int, rows: int, chip: int) -> Iterator[dict[str, Any]]:
     types |= {"scale": "fp32", "softcap": "fp32", "num_slots": "i32"}
     types |= {name: _type(name, geometry, shape, launch.least_run > 0) for name in ("k_blocks", "v_blocks")}
     for kernel, fixed, warps, registers in (
-        (block_kernels.sum_scores, heads, 4, None),
-        (block_kernels.weigh_blocks, heads | {"MOST_CHUNKS": 8}, 4, None),
+        (block_kernels.sum_scores, heads, score_warps(geometry), None),
+        (block_kernels.weigh_blocks, heads | {"MOST_CHUNKS": 8}, score_warps(geometry), None),
         (block_kernels.choose_blocks, choosing(geometry, 512, launch.overlap), choose_warps(8, 512), None),
         (block_kernels.choose_blocks, choosing(geometry, 2048, launch.overlap), choose_warps(8, 2048), None),
         (block_kernels.attend_blocks, attending(geometry, launch, shape, softcap=False), shape.num_warps,

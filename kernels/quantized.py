@@ -70,9 +70,14 @@ def write(pool: KV, slots: Tensor, rows: Tensor) -> None:
 def read(pool: KV, slots: "slice | Tensor", dtype: torch.dtype) -> Tensor:
     """Return `[n, kv_heads, dim]` of a run of slots or of slots `[n]`, in `dtype`."""
     if isinstance(pool, QuantizedKV):
-        numbers = as_bytes(pool.data)[slots].view(pool.dtype)
+        numbers = _rows(as_bytes(pool.data), slots).view(pool.dtype)
         return numbers.to(dtype) * pool.scales[:, slots].T[..., None]
-    return pool[slots].to(dtype)
+    return _rows(pool, slots).to(dtype)
+
+
+def _rows(data: Tensor, slots: "slice | Tensor") -> Tensor:
+    """Return rows of a tensor. `index_select` is faster than indexing."""
+    return data[slots] if isinstance(slots, slice) else data.index_select(0, slots)
 
 
 def read_blocks(pool: KV, blocks: Tensor, size: int, head: int, dtype: torch.dtype) -> Tensor:

@@ -38,10 +38,18 @@ class BlockChoice:
         fixed = scoring(geometry, shape, softcap=softcap is not None, overlap=overlap)
         listed = q, bounds, views["blocks"], views["chunks"], views["counts"], self._lses
         factors = scale, 0.0 if softcap is None else softcap
-        block_kernels.sum_scores[(programs,)](*listed, *factors, **fixed, num_warps=4, **pdl(overlap))
+        block_kernels.sum_scores[(programs,)](
+            *listed, *factors, **fixed, num_warps=score_warps(geometry), **pdl(overlap)
+        )
         chunks = max(self._candidates // CHUNK, 1)
         block_kernels.weigh_blocks[(programs,)](
-            *listed, self._weights, *factors, **fixed, MOST_CHUNKS=chunks, num_warps=4, **pdl(overlap)
+            *listed,
+            self._weights,
+            *factors,
+            **fixed,
+            MOST_CHUNKS=chunks,
+            num_warps=score_warps(geometry),
+            **pdl(overlap),
         )
         heads_of_units = min(views["choices"].numel() // 8, len(q)) * geometry.kv_heads
         block_kernels.choose_blocks[(max(min(heads_of_units, shape.programs), 1),)](
@@ -93,6 +101,11 @@ def attending(geometry: Geometry, launch: Launch, shape: TileClass, *, softcap: 
 def _stages(shape: TileClass) -> int:
     """Return Triton's stages: an entry of a list, and the keys that it names, are loaded one after the other."""
     return 2 * shape.num_stages - 1 if shape.rows <= 16 else shape.num_stages
+
+
+def score_warps(geometry: Geometry) -> int:
+    """Return the warps of a program that scores blocks: enough for its registers."""
+    return 4 if geometry.padded[0] <= 128 else 8
 
 
 def choose_warps(heads: int, candidates: int) -> int:
