@@ -6,8 +6,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray
-from radixgen.core import CacheHint, FinishReason, HintResult, PromptTokens, SamplingParams, SamplingState, SharingEnd
+from radixgen.core import (
+    CacheHint,
+    FinishReason,
+    HintResult,
+    PromptTokens,
+    Reuse,
+    SamplingParams,
+    SamplingState,
+    SharingEnd,
+)
 from radixgen.sampling.beam_search import BeamSearch, Choices
+from radixgen.scheduler.runs import TakenRuns
 
 
 @dataclass(eq=False, slots=True)
@@ -22,6 +32,11 @@ class Request:
     """Maximum tokens generated per sequence; 0 to only score the prompt."""
     priority: int = 0
     namespace: str = ""
+    reuse: Reuse = "prefix"
+    exact: bool = True
+    """Whether all KV that it reads was computed at its own place."""
+    num_moved_tokens: int = 0
+    """Prompt tokens whose KV was copied from runs that are no prefix."""
     arrived: float = 0.0
     deadline: float = math.inf
     """Seconds on the engine's clock, like `arrived`."""
@@ -115,6 +130,8 @@ class Sequence:
 
     followed: FollowedMatch | None = None
     """Match of its tokens while it waits, once it may be next."""
+    runs: TakenRuns | None = None
+    """Where its tokens are copied from, until all are computed."""
     fetch: Fetch | None = None
     """Fetch of its tokens from the host while it waits."""
 

@@ -330,8 +330,8 @@ def fetched_slots_go_to_other_tokens(patch: Patch) -> None:
 
 
 def what_is_saved_is_one_token_off(patch: Patch) -> None:
-    plain = host_tier_module._path_slots
-    patch.setattr(host_tier_module, "_path_slots", lambda *arguments: np.roll(plain(*arguments), 1))
+    plain = Node.path_slots
+    patch.setattr(Node, "path_slots", lambda *arguments: np.roll(plain(*arguments), 1))
 
 
 def a_fetch_that_nobody_waits_for_stays_locked(patch: Patch) -> None:

@@ -15,6 +15,7 @@
     demotion          paths that are evicted before all others
     match             matches kept up to date while the tree changes
     recent_evictions  recently evicted continuations
+    runs              tokens of a prompt that are cached at other positions
     sharing           why a prompt was not shared to its end
     tokens            arrays of token ids
     host_tier         a second tree, in host memory
@@ -41,15 +42,17 @@ from radixgen.cache.host_tier import Copy, Fetch, HostTier, KVCopies
 from radixgen.cache.kv_files import CHUNK_TOKENS, KVFiles
 from radixgen.cache.listener import Listener
 from radixgen.cache.match import FollowedMatch, Match
-from radixgen.cache.node import PRIVATE, Lock, Node
+from radixgen.cache.node import BLENDED, PRIVATE, Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
+from radixgen.cache.runs import KVMover, KVMoves, Run, RunIndex, blended_namespace
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
 from radixgen.cache.tree import RadixTree
 
 __all__ = [
+    "BLENDED",
     "CHUNK_TOKENS",
     "PRIVATE",
     "BlockEvent",
@@ -69,14 +72,19 @@ __all__ = [
     "HostTier",
     "KVCopies",
     "KVFiles",
+    "KVMover",
+    "KVMoves",
     "Listener",
     "Lock",
     "Match",
     "Node",
     "RadixTree",
     "RecentEvictions",
+    "Run",
+    "RunIndex",
     "TokenArray",
     "as_tokens",
+    "blended_namespace",
     "common_prefix_len",
     "demote",
     "first_in",

@@ -194,7 +194,7 @@ class HostTier:
             self.tree.unlock(lock)
             return
         if count:
-            slots = _path_slots(node, tokens.size - count, tokens.size)
+            slots = node.path_slots(tokens.size - count, tokens.size)
             copy = self._copies.save(slots, self._schedule(lock.held))
             self.saved_tokens += count
             self._saves.append(_Save(copy, self._device.lock(node), self.tree.lock(lock.held)))
@@ -207,7 +207,7 @@ class HostTier:
             self.tree.unlock(lock)
             return
         ready = self._saves[-1].copy.wait if self._saves else _nothing
-        job = self._disk.write(chunks, _path_slots(lock.held, 0, tokens.size), ready)
+        job = self._disk.write(chunks, lock.held.path_slots(0, tokens.size), ready)
         self._writes.append(_DiskWrite(job, lock))
 
     def _schedule(self, node: Node) -> NDArray[np.int64]:
@@ -269,7 +269,7 @@ class HostTier:
 
     def _load(self, fetch: Fetch) -> None:
         """Begin to copy what is fetched from the host to the device."""
-        host_slots = _path_slots(fetch.host.held, fetch.first, fetch.tokens.size)
+        host_slots = fetch.host.held.path_slots(fetch.first, fetch.tokens.size)
         fetch.copy = self._copies.load(host_slots, _extent_slots(fetch.extents))
 
     def leave(self, fetch: Fetch) -> None:
@@ -449,19 +449,6 @@ def _wait(fetch: Fetch, seconds: float | None) -> bool:
 
 def _nothing() -> None:
     pass
-
-
-def _path_slots(node: Node, first: int, stop: int) -> NDArray[np.int64]:
-    """Return the slots of the tokens at positions `[first, stop)` of the path to `node`."""
-    pieces = []
-    part: Node | None = node
-    while part is not None and stop > first:
-        begin = max(first, part.start)
-        if begin < stop:
-            pieces.append(part.slots(begin - part.start, stop - part.start))
-            stop = begin
-        part = part.parent
-    return np.concatenate(pieces[::-1])
 
 
 def _extent_slots(extents: list[Extent]) -> NDArray[np.int64]:

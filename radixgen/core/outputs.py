@@ -130,6 +130,9 @@ class RequestOutput:
     prompt token, the token itself first. With several sequences, all but the first may output tokens before it is
     complete.
 
+    `exact`: whether the outputs are those of the model itself; False under `reuse="segments"` if KV was moved from
+    other positions for the prompt, of `num_moved_tokens` tokens.
+
     `queue_seconds`: time from submission to admission. `cache_hints`: answers to the request's hints, in their order,
     once its prompt is computed.
     """
@@ -144,6 +147,8 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     queue_seconds: float = field(default=0.0, compare=False)
     cache_hints: tuple[HintResult, ...] = ()
+    num_moved_tokens: int = 0
+    exact: bool = True
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -215,6 +220,8 @@ class Stats:
     """Tokens saved by sharing now: the path lengths of all running sequences and pins, less the distinct tokens they
     hold.
     """
+    moved_prompt_tokens: int = 0
+    """Prompt tokens whose KV was copied from runs that are no prefix, instead of being computed."""
     failed_captures: int = 0
     """CUDA graph captures that failed. After each, some steps run eagerly; if the very first failed, all steps do."""
     hints_accepted: int = 0

@@ -1,11 +1,11 @@
 """`Engine`: serves requests to one model, with one radix tree as its KV cache."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import torch
 
@@ -20,12 +20,15 @@ from radixgen.core import (
     Limits,
     OutputKind,
     RequestOutput,
+    Reuse,
+    SegmentReuse,
     Stats,
     check_integer,
+    segment_reuse,
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.engine.core import EngineCore
-from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
+from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, chat_tokens
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.pins import PrefixPins
 from radixgen.engine.profiler import StepProfiler
@@ -66,6 +69,7 @@ class Engine:
         kv_dtype: str = "auto",
         plan: PlanMode = "auto",
         share: bool = True,
+        reuse: Reuse | SegmentReuse = "prefix",
         kv_tokens: int | None = None,
         host_kv_tokens: int = 0,
         kv_offloading_size: float = 0.0,
@@ -98,6 +102,8 @@ class Engine:
         plan: how steps read shared prefixes. `"auto"` minimizes the predicted time, `"unshared"` reads each row's path
             separately, `"prefix"` shares only the first node of each path, `"naive"` shares every node.
         share: False gives every sequence a separate tree, so that nothing is stored or computed together.
+        reuse: `"segments"`, or `SegmentReuse` with settings, also takes cached tokens that are no prefix. Such outputs
+            are inexact. Requests may choose `"prefix"`.
         kv_tokens: slots of the KV pool. Default: as many as fit in 85 % of the GPU memory left free after the largest
             step, or in 25 % of the free memory on a CPU; fewer if that allocation fails.
         host_kv_tokens: tokens whose KV host memory keeps as well, to be fetched after the pool has evicted it; or
@@ -124,6 +130,7 @@ class Engine:
         self.limits = limits or Limits()
         check_plan_mode("plan", plan)
         check_integer("seed", seed, 0, 2**64 - 1)
+        segments = segment_reuse(reuse, share)
         prepared = prepare_model(
             model,
             tokenizer,
@@ -143,6 +150,7 @@ class Engine:
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
             torch_compile=torch_compile,
+            moves_kv=segments is not None,
         )
         served = prepared.model
         self.tokenizer = prepared.tokenizer
@@ -161,6 +169,8 @@ class Engine:
             kv_tokens=prepared.kv_tokens,
             host_kv=prepared.host_kv,
             disk=prepared.disk,
+            kv_mover=prepared.kv_mover,
+            reuse=segments,
             max_step_tokens=prepared.max_step_tokens,
             limits=self.limits,
             plan=plan,
@@ -219,11 +229,7 @@ class Engine:
         `{"type": "text", "text": …}`. An answer also ends at the tokenizer's end token and at the token that ends a
         turn in the template. Raises `InvalidRequest`.
         """
-        self._loop.begin_call()
-        many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
-        conversations: Any = messages if many else [messages]
-        each = [self._inputs.for_chat(own) for own in as_params(params, len(conversations))]
-        return self.generate([self.chat_tokens(conversation) for conversation in conversations], each)
+        return self._submitter.chat(messages, params)
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """Start a conversation with the system message `system`. Each turn computes only its new tokens.
@@ -302,6 +308,7 @@ class Engine:
             only the last output. A beam search always gives only the last.
         cache_hints: what to do with the KV of the prompt afterwards. The last output has an answer to each.
         hint_owner: whose limits the pins of hints count towards. Default: the namespace.
+        reuse: `"prefix"` for exact outputs, or `"segments"`. Default: as the engine.
 
         Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """

@@ -166,6 +166,8 @@ class OutputProcessor:
             finished=request.finished,
             num_cached_tokens=request.num_cached_tokens or 0,
             num_shared_tokens=request.num_shared_tokens,
+            num_moved_tokens=request.num_moved_tokens,
+            exact=request.exact,
             sharing_ended=request.sharing_ended,
             prompt_logprobs=_prompt_logprobs(request, state),
             queue_seconds=request.queue_seconds,
