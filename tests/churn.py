@@ -37,9 +37,10 @@ from radixgen import (
     Limits,
     RequestOutput,
     SamplingParams,
+    SegmentReuse,
     UnknownRequest,
 )
-from radixgen.cache import BlockProjection, Lock, Node
+from radixgen.cache import BLENDED, BlockProjection, Lock, Node
 from radixgen.core import SamplingState
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
@@ -62,6 +63,7 @@ HINTS = st.lists(
     max_size=3,
 )
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
+REUSES = st.sampled_from([None, None, "prefix"])
 SEEDS = st.integers(0, 2**64 - 1)
 
 DISK_LOG = logging.getLogger("radixgen.cache.disk_tier")
@@ -125,6 +127,10 @@ class ShadowSequence:
     def check_next(self, token: int) -> None:
         """The next token is the one that this prefix draws, alone."""
         assert token == self.draw(), f"{self.state} after {self.told}: {token}"
+        self.take(token)
+
+    def take(self, token: int) -> None:
+        """The next token, whatever it is."""
         self.told.append(token)
         self.state.output.append(token)
         self.stamp = extend(self.stamp, token)
@@ -151,6 +157,8 @@ class Shadow:
     failed: bool = False
     started: bool = False
     prompt_told: bool = False
+    may_move: bool = False
+    """Whether it may take KV from other positions. If it does, nobody knows what it generates."""
 
     @classmethod
     def of(cls, prompt: list[int], params: SamplingParams, kind: str, namespace: str, deadline: float) -> "Shadow":
@@ -173,7 +181,7 @@ class Shadow:
         """The same once more, to part from it where its sequences have generated so many tokens."""
         self.forks += 1
         forked = Shadow.of(self.prompt, self.params, self.kind, self.namespace, self.deadline)
-        forked.started, forked.max_output = True, self.max_output
+        forked.started, forked.max_output, forked.may_move = True, self.max_output, self.may_move
         for old, new, length in zip(self.sequences, forked.sequences, lengths, strict=True):
             seeds = {at: seed for at, seed in old.seeds.items() if at <= length}
             new.seeds = seeds | {length: fork_seed(seeds[max(seeds)], self.forks)}
@@ -194,10 +202,14 @@ class ShadowSearch:
     finished = False
     cancelled: bool = False
     started: bool = False
+    may_move: bool = False
 
     def check(self, output: RequestOutput, now: float) -> None:
         """It ended as it would alone, or tells how far it had come by some step."""
         assert output.finished and output.prompt_token_ids == self.prompt
+        assert output.exact or self.may_move
+        if not output.exact:
+            return
         reasons = {one.finish_reason for one in output.outputs}
         told = [(one.token_ids, one.score) for one in output.outputs]
         search = self._begin()
@@ -240,6 +252,9 @@ class EngineMachine(RuleBasedStateMachine):
         host_slots=st.sampled_from([0, 20, 100, 400]),
         files=st.sampled_from([0, 0, 2, 10, 1000]),
         max_overtaken=st.sampled_from([0, 6]),
+        reuse=st.one_of(
+            st.just("prefix"), st.builds(SegmentReuse, st.sampled_from([2, 3, 6]), st.sampled_from([0.0, 0.15, 0.5]))
+        ),
     )
     def begin(
         self,
@@ -251,8 +266,10 @@ class EngineMachine(RuleBasedStateMachine):
         host_slots: int,
         files: int,
         max_overtaken: int,
+        reuse: str | SegmentReuse,
     ) -> None:
         self.now = 0.0
+        self.moves = share and reuse != "prefix"
         self.folder = Path(mkdtemp()) if files and host_slots else None
         DISK_LOG.disabled = True
         self.options: dict[str, Any] = {
@@ -262,6 +279,7 @@ class EngineMachine(RuleBasedStateMachine):
             "kv_dir_bytes": files * FILE_BYTES if self.folder else None,
             "max_step_tokens": budget,
             "share": share,
+            "reuse": reuse if share else "prefix",
             "plan": plan,
             "limits": replace(LIMITS, max_overtaken=max_overtaken),
             "clock": lambda: self.now,
@@ -329,6 +347,7 @@ class EngineMachine(RuleBasedStateMachine):
         timeout=st.sampled_from([None, None, 4.0]),
         kind=KINDS,
         hints=st.one_of(st.just([]), HINTS),
+        reuse=REUSES,
     )
     def submit(self, **request: Any) -> None:
         self._submit(**request)
@@ -405,7 +424,7 @@ class EngineMachine(RuleBasedStateMachine):
             )
         except (InvalidRequest, LimitReached):
             return
-        self.live[name] = ShadowSearch(prompt, params, self.now + (timeout or np.inf))
+        self.live[name] = ShadowSearch(prompt, params, self.now + (timeout or np.inf), may_move=self.moves)
 
     @rule(prompt=TOKENS, continuations=st.lists(TOKENS.map(lambda t: t[:8]), min_size=1, max_size=3))
     def score(self, prompt: list[int], continuations: list[list[int]]) -> None:
@@ -417,6 +436,7 @@ class EngineMachine(RuleBasedStateMachine):
             params = SamplingParams(max_tokens=1, prompt_logprobs=0)
             shadow = Shadow.of(prompt + continuation, params, "final", "", np.inf)
             shadow.max_output = 0
+            shadow.may_move = self.moves
             self.live[name] = shadow
 
     @precondition(lambda self: self.texts)
@@ -496,6 +516,7 @@ class EngineMachine(RuleBasedStateMachine):
         timeout: float | None = None,
         kind: str = "cumulative",
         hints: list[CacheHint] | None = None,
+        reuse: str | None = None,
     ) -> None:
         try:
             name = self.engine.submit(
@@ -506,12 +527,14 @@ class EngineMachine(RuleBasedStateMachine):
                 timeout=timeout,
                 output_kind=kind,
                 cache_hints=hints or [],
+                reuse=reuse,
             )
         except (InvalidRequest, LimitReached):
             self.engine.check()
             return
         assert name not in self.live
         self.live[name] = Shadow.of(prompt, params, kind, namespace, self.now + (timeout or np.inf))
+        self.live[name].may_move = self.moves and reuse is None
 
     def _step(self) -> None:
         before, rows = self.engine.stats(), self.model.rows
@@ -522,7 +545,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.host_router.check(self.host.tree)
         for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
+        if self.moves:
+            self._check_kv()
         after = self.engine.stats()
+        self.seen["move"] += after.moved_prompt_tokens - before.moved_prompt_tokens
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
         self.seen["read from disk"] += after.disk_read_tokens - before.disk_read_tokens
@@ -543,6 +569,15 @@ class EngineMachine(RuleBasedStateMachine):
             self.live[sequence.request.id].started = True
         self._count()
 
+    def _check_kv(self) -> None:
+        """Each slot holds its node's token, and what exact requests find was computed at its own place."""
+        for node in self.engine._core.tree.nodes():
+            slots = node.path_slots(0, node.start + node.computed)
+            if node.computed:
+                assert self.model.tokens_at(slots[node.start :]) == node.tokens[: node.computed].tolist()
+            if BLENDED not in node.namespace and node.computed:
+                assert self.model.is_exact(slots), f"{node} holds moved keys"
+
     def _compare(self, output: RequestOutput) -> None:
         shadow = self.live[output.request_id]
         if isinstance(shadow, ShadowSearch):
@@ -552,16 +587,18 @@ class EngineMachine(RuleBasedStateMachine):
             return
         assert output.prompt_token_ids == shadow.prompt[: len(output.prompt_token_ids)]
         assert shadow.kind != "final" or output.finished
+        assert output.exact or shadow.may_move
+        self.seen["inexact"] += not output.exact
         for one in output.outputs:
-            self._compare_sequence(shadow, one)
-        if output.prompt_logprobs is not None:
+            self._compare_sequence(shadow, one, output.exact)
+        if output.prompt_logprobs is not None and output.exact:
             self._compare_prompt(shadow, output.prompt_logprobs)
         assert output.finished == shadow.finished
         if output.finished:
             del self.live[output.request_id]
             self.texts = [*self.texts[-15:], shadow.prompt + shadow.sequences[0].told]
 
-    def _compare_sequence(self, shadow: Shadow, one: CompletionOutput) -> None:
+    def _compare_sequence(self, shadow: Shadow, one: CompletionOutput, exact: bool) -> None:
         sequence = shadow.sequences[one.index]
         assert sequence.ended is None or (shadow.kind == "cumulative" and one.finish_reason == sequence.ended)
         tokens = one.token_ids
@@ -571,6 +608,9 @@ class EngineMachine(RuleBasedStateMachine):
         logprobs = one.logprobs[-len(tokens) :] if one.logprobs is not None and tokens else [None] * len(tokens)
         assert (one.logprobs is None) == (shadow.params.logprobs is None)
         for token, found in zip(tokens, logprobs, strict=True):
+            if not exact:
+                sequence.take(token)
+                continue
             if found is not None:
                 _check_logprobs(found, sequence.stamp, token, shadow.params.logprobs)
             sequence.check_next(token)

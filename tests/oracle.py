@@ -126,18 +126,18 @@ class StampModel:
 
     def tokens_at(self, slots: Int64Array) -> list[int]:
         """The tokens whose KV slots hold, -1 where that is none."""
-        held = [
-            (self._stamp_at(slot), bytes(self._parent_bytes[16 * slot : 16 * slot + 16])) for slot in slots.tolist()
-        ]
+        stamps, parents = ([part.tobytes() for part in held[slots]] for held in (self._stamps, self._parents))
         return [
             next((token for token in range(self.vocab_size) if extend(parent, token) == stamp), -1)
-            for stamp, parent in held
+            for stamp, parent in zip(stamps, parents, strict=True)
         ]
 
-    def exact_at(self, slots: Int64Array) -> list[bool]:
-        """Of slots that hold a prefix from its beginning on: whether each continues the one before it."""
+    def is_exact(self, slots: Int64Array) -> bool:
+        """Whether slots hold the KV of one prefix, from its beginning on, each on top of the one before it."""
         wanted = np.concatenate([np.zeros((1, 2), np.uint64), self._stamps[slots[:-1]]])
-        return (self._parents[slots] == wanted).all(axis=1).tolist()
+        return np.array_equal(self._positions[slots], np.arange(slots.size)) and np.array_equal(
+            self._parents[slots], wanted[: slots.size]
+        )
 
     def host_kv(self, slots: int) -> "StampHostKV":
         return StampHostKV(self, slots)

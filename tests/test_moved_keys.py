@@ -1,4 +1,4 @@
-"""Keys moved to other positions: equal to those computed there, in every family; and the models that have no such keys."""
+"""Keys moved to other positions: equal to those computed there, in every family, unless positions are learned."""
 
 import families
 import numpy as np
@@ -81,9 +81,8 @@ def test_mover_against_one_token_at_a_time(interleaved: bool, first: int, dtype:
     slots = torch.arange(2 * tokens + 5)
     torch.manual_seed(0)
     for pool in (*storage.keys, *storage.values):
-        write(
-            pool, slots, torch.randn(slots.numel(), *pool.shape[1:]).to(dtype if dtype.itemsize > 1 else torch.float32)
-        )
+        rows = torch.randn(slots.numel(), *pool.shape[1:])
+        write(pool, slots, rows.to(dtype) if dtype.itemsize > 1 else rows)
     before = [[read(pool, slots, torch.float64) for pool in pools] for pools in (storage.keys, storage.values)]
     mixed = generator.permutation(slots.numel())
     moves = KVMoves(mixed[:tokens], mixed[tokens : 2 * tokens], *generator.integers(0, 9_000, (2, tokens)))
