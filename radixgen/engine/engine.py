@@ -102,8 +102,7 @@ class Engine:
         plan: how steps read shared prefixes. `"auto"` minimizes the predicted time, `"unshared"` reads each row's path
             separately, `"prefix"` shares only the first node of each path, `"naive"` shares every node.
         share: False gives every sequence a separate tree, so that nothing is stored or computed together.
-        reuse: `"segments"`, or `SegmentReuse` with settings, also takes cached tokens that are no prefix. Such outputs
-            are inexact. Requests may choose `"prefix"`.
+        reuse: `"segments"`, or its settings, also takes cached tokens that are no prefix. Such outputs are inexact.
         kv_tokens: slots of the KV pool. Default: as many as fit in 85 % of the GPU memory left free after the largest
             step, or in 25 % of the free memory on a CPU; fewer if that allocation fails.
         host_kv_tokens: tokens whose KV host memory keeps as well, to be fetched after the pool has evicted it; or
@@ -152,10 +151,9 @@ class Engine:
             torch_compile=torch_compile,
             moves_kv=segments is not None,
         )
-        served = prepared.model
+        self._model = served = prepared.model
         self.tokenizer = prepared.tokenizer
         self.max_model_len = served.max_model_len
-        self._model = served
         self._inputs = InputProcessor(
             self.tokenizer,
             vocab_size=served.vocab_size,
@@ -261,7 +259,9 @@ class Engine:
         self._inputs.check_params(params)
 
     @refuses_adapters
-    def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
+    def score(
+        self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "", reuse: Reuse | None = None
+    ) -> list[list[float]]:
         """Return the natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
         distribution.
 
@@ -269,7 +269,7 @@ class Engine:
         continuation is tokenized separately, without special tokens; pass token ids if that matters. Raises
         `InvalidRequest`, and `RequestFailed` if a continuation could not be scored.
         """
-        return self._submitter.score(prompt, continuations, namespace)
+        return self._submitter.score(prompt, continuations, namespace, reuse)
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Return the text of `token_ids`, including special tokens, or the ids as text if there is no tokenizer."""

@@ -115,14 +115,17 @@ class RequestSubmitter:
         each = [self._inputs.for_chat(own) for own in as_params(params, len(conversations))]
         return self.generate([chat_tokens(self._inputs.tokenizer, one) for one in conversations], each, None)
 
-    def score(self, prompt: Prompt, continuations: Seq[Prompt], namespace: str) -> list[list[float]]:
+    def score(
+        self, prompt: Prompt, continuations: Seq[Prompt], namespace: str, reuse: Reuse | None
+    ) -> list[list[float]]:
         self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
         each = [self._inputs.tokenize_continuation(text) for text in as_prompts(continuations, "continuations")]
         for rest in each:
             self._inputs.check_score(tokens, rest)
         self._inputs.check_place(namespace)
-        submits = [partial(self._submit_score, tokens, rest, namespace=namespace) for rest in each]
+        options = {"namespace": namespace, "reuse": self._check_reuse(reuse)}
+        submits = [partial(self._submit_score, tokens, rest, **options) for rest in each]
         return [scores_of(output) for output in self._loop.serve(submits)]
 
     def apply_hints(

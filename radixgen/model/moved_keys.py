@@ -104,8 +104,8 @@ def find_rotaries(model: TreeModel) -> list[Rotary]:
     Raises `UnsupportedModel` if something else than a rotation depends on the position, as with learned positions.
     """
     far = model.max_model_len - 1
-    near_keys, near_values = _one_token(model, 0)
-    far_keys, far_values = _one_token(model, far)
+    near_keys, near_values = _probe_position(model, 0)
+    far_keys, far_values = _probe_position(model, far)
     rotaries: dict[int, list[Rotary]] = {}
     found: list[Rotary] = []
     for layer, (near, expected) in enumerate(zip(near_keys, far_keys, strict=True)):
@@ -122,7 +122,7 @@ def find_rotaries(model: TreeModel) -> list[Rotary]:
     return found
 
 
-def _one_token(model: TreeModel, position: int) -> tuple[list[Tensor], list[Tensor]]:
+def _probe_position(model: TreeModel, position: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the keys and values of all layers of a sequence of one token: of each `[1, kv_heads, dim]`."""
     keys: list[Tensor] = []
     values: list[Tensor] = []
