@@ -134,20 +134,20 @@ class Admission:
         request, runs = sequence.request, self._runs
         if runs is None or request.reuse != "segments" or sequence.namespace != request.namespace:
             return
-        if request.exact and request.num_cached_tokens is not None:
+        if not request.blended and request.num_cached_tokens is not None:
             return
         tokens = self._follow(sequence).tokens
         stop = min(tokens.size - 1, tokens.size if request.targets is None else request.next_scored)
         taken = runs.take(tokens, request.namespace, stop)
         if taken is None:
             return
-        blended = request.namespace if not request.exact else blended_namespace(request.namespace)
+        blended = request.namespace if request.blended else blended_namespace(request.namespace)
         wanted = tokens.size + self._growth(len(request.waiting))
         if self._missing_slots(wanted, self._tree.match_prefix(tokens, blended)) > 0:
             taken.release(self._tree)
             return
         sequence.runs = taken
-        if request.exact:
+        if not request.blended:
             self._move_request(request, blended, taken)
 
     def _move_request(self, request: Request, namespace: str, taken: TakenRuns) -> None:
@@ -155,7 +155,7 @@ class Admission:
         for sequence in request.sequences:
             self._unfollow(sequence)
             sequence.namespace = namespace
-        request.namespace, request.exact = namespace, False
+        request.namespace, request.blended = namespace, True
         request.num_moved_tokens = taken.num_moved
 
     def _enter(self, sequence: Sequence, now: float) -> None:

@@ -33,8 +33,8 @@ class Request:
     priority: int = 0
     namespace: str = ""
     reuse: Reuse = "prefix"
-    exact: bool = True
-    """Whether all KV that it reads was computed at its own place."""
+    blended: bool = False
+    """Whether it is in the namespace of inexact KV, and reads KV that was moved from other positions."""
     num_moved_tokens: int = 0
     """Prompt tokens whose KV was copied from runs that are no prefix."""
     arrived: float = 0.0
@@ -72,6 +72,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = PromptTokens(self.prompt)
+
+    @property
+    def exact(self) -> bool:
+        """Whether its outputs are those of the model itself."""
+        return not self.blended
 
     @property
     def finished(self) -> bool:

@@ -109,7 +109,7 @@ class RunIndex:
         comes first.
         """
         self._update()
-        found = [
+        found: list[tuple[int, bool, int, int, Run]] = [
             (-run.length, BLENDED in run.node.namespace, run.start, order, run)
             for order, run in enumerate(self._candidates(tokens, namespace, first, stop))
         ]
@@ -117,13 +117,13 @@ class RunIndex:
         free = np.ones(stop, np.bool_)
         runs: list[Run] = []
         while found:
-            *rank, run = heappop(found)
+            _, inexact, _, order, run = heappop(found)
             if free[run.start : run.stop].all():
                 free[run.start : run.stop] = False
                 runs.append(run)
                 continue
             for part in self._parts(run, free):
-                heappush(found, (-part.length, rank[1], part.start, rank[3], part))
+                heappush(found, (-part.length, inexact, part.start, order, part))
         return runs
 
     def check(self) -> None:
@@ -214,13 +214,15 @@ def window_hashes(tokens: TokenArray, window: int) -> NDArray[np.uint64]:
         return np.empty(0, np.uint64)
     values = tokens.astype(np.uint64) + np.uint64(1)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * _powers(_BASE, tokens.size), dtype=np.uint64)])
-    return (sums[window:] - sums[:-window]) * _powers(_INVERSE, tokens.size - window + 1)
+    hashes: NDArray[np.uint64] = (sums[window:] - sums[:-window]) * _powers(_INVERSE, tokens.size - window + 1)
+    return hashes
 
 
 def _powers(base: int, count: int) -> NDArray[np.uint64]:
     factors = np.full(count, base, np.uint64)
     factors[0] = 1
-    return np.multiply.accumulate(factors)
+    powers: NDArray[np.uint64] = np.multiply.accumulate(factors)
+    return powers
 
 
 def _owner(node: Node) -> str | None:

@@ -173,7 +173,7 @@ def serve(
             reject_options(context, _ENGINE_OPTIONS, "is an option of workers: pass it to `radixgen worker`")
             reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
         else:
-            reject_options(context, ["workers"], "requires --zmq")
+            _reject_for_engines(context, data_parallel_size)
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.cache.kv_files import folder_secret
         from radixgen.engine.async_engine import AsyncEngine
@@ -240,9 +240,6 @@ def serve(
                 "kv_offloading_size": kv_offloading_size,
                 "kv_dir": kv_dir,
                 "kv_dir_size": kv_dir_size,
-                "reuse": reuse,
-                "min_run": min_run,
-                "recompute": recompute,
                 "enforce_eager": enforce_eager,
                 "warm_up": warm_up,
                 "no_warm_up": warm_up is False,
@@ -293,3 +290,10 @@ def serve(
                 )
                 backend = AsyncEngine(engine)
         server.serve(backend, options, binding)
+
+
+def _reject_for_engines(context: typer.Context, count: int) -> None:
+    """Raise `InvalidRequest` for options that `count` engines of this command do not have."""
+    reject_options(context, ["workers"], "requires --zmq")
+    if count > 1:
+        reject_options(context, ["reuse", "min_run", "recompute"], "is an option of a single engine")

@@ -11,7 +11,6 @@ from radixgen.cli.options import (
     DEFAULT_KV_DIR_SIZE,
     DEFAULT_LIMITS,
     DEFAULT_MODEL,
-    DEFAULT_REUSE,
     Device,
     DrainTimeout,
     Dtype,
@@ -26,17 +25,13 @@ from radixgen.cli.options import (
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
-    MinRun,
     Model,
     Profile,
     ProfileSteps,
-    Recompute,
-    Reuse,
     StallTimeout,
     TensorParallel,
     WarmUp,
     kv_dir_bytes,
-    reuse_settings,
     to_flags,
 )
 from radixgen.core import InvalidRequest, Limits
@@ -70,9 +65,6 @@ def worker(
     kv_offloading_size: KVOffloadingSize = 0.0,
     kv_dir: KVDir = None,
     kv_dir_size: KVDirSize = DEFAULT_KV_DIR_SIZE,
-    reuse: Reuse = "prefix",
-    min_run: MinRun = DEFAULT_REUSE.min_run,
-    recompute: Recompute = DEFAULT_REUSE.recompute,
     enforce_eager: EnforceEager = False,
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
@@ -115,7 +107,6 @@ def worker(
     with report_errors():
         # replicas of one server are given the same folder
         folder = kv_dir if kv_dir is None or parent_fd is None else kv_dir / str(engine_index)
-        reuses = reuse_settings(reuse, min_run, recompute)
         sizes |= {"kv_dir": folder, "kv_dir_bytes": kv_dir_bytes(folder, kv_dir_size)}
         if profile is not None:
             from radixgen.engine.profiler import check_profile
@@ -130,7 +121,6 @@ def worker(
                 "curve_secret": curve_secret,
                 "curve_server": curve_server,
                 "allow_insecure_tcp": allow_insecure_tcp,
-                "reuse": None if reuse == "prefix" else reuse,
             }
             for field, value in zmq_only.items():
                 if value:
@@ -168,7 +158,6 @@ def worker(
                     max_step_tokens=max_num_batched_tokens,
                     limits=limits,
                     warm_up=False,
-                    reuse=reuses,
                     **sizes,  # type: ignore[arg-type]
                 )
                 if profile is not None:
