@@ -72,7 +72,7 @@ def _label(view: NodeView) -> Text:
 
 
 def _preview(node: Node, decode: Decode) -> str:
-    tokens = node.tokens.tolist()
+    tokens = node.token_ids.tolist()
     if len(tokens) <= 2 * _PREVIEW_TOKENS:
         return _single_line(decode(tokens))
     head, tail = decode(tokens[:_PREVIEW_TOKENS]), decode(tokens[-_PREVIEW_TOKENS:])

@@ -126,7 +126,7 @@ class Admission:
         return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
 
     def _take_runs(self, sequence: Sequence) -> None:
-        """Let a sequence that is admitted take runs, if its request may and they spare enough.
+        """Let a sequence that is admitted take runs, if its request may, reads all keys, and they spare enough.
 
         From then on, all sequences of the request are in the namespace of inexact KV. One that was admitted as exact
         stays so.
@@ -134,7 +134,7 @@ class Admission:
         request, runs = sequence.request, self._runs
         if runs is None or request.reuse != "segments" or sequence.namespace != request.namespace:
             return
-        if not request.blended and request.num_cached_tokens is not None:
+        if request.mark or (not request.blended and request.num_cached_tokens is not None):
             return
         tokens = self._follow(sequence).tokens
         stop = min(tokens.size - 1, tokens.size if request.targets is None else request.next_scored)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache import KVMoves, Node
+from radixgen.cache import KVMoves, Node, token_ids
 from radixgen.core import Plan
 from radixgen.scheduler.runs import TakenRuns
 from radixgen.scheduler.sequence import Request, Sequence
@@ -34,6 +34,8 @@ class Batch:
     row_positions: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     row_slots: list[int] = field(default_factory=list)
+    row_marks: list[int] = field(default_factory=list)
+    """Mark of the policy by which each row reads."""
     read_slots: dict[int, int] = field(default_factory=dict)
     """Slots, by row, of the KV that rows reading cached tokens read."""
     last_row: dict[Node, int] = field(default_factory=dict)
@@ -58,8 +60,8 @@ class Batch:
     moves: list[KVMoves] = field(default_factory=list)
     """KV that is copied before the step."""
 
-    def add_span(self, node: Node, first: int, slots: NDArray[np.int64]) -> None:
-        """Compute the node's tokens from `first` on, one per slot."""
+    def add_span(self, request: Request, node: Node, first: int, slots: NDArray[np.int64]) -> None:
+        """Compute the node's tokens from `first` on, one per slot, as the request reads them."""
         count = slots.size
         begin = node.start + first
         if not self.nodes or self.nodes[-1] is not node:
@@ -67,8 +69,9 @@ class Batch:
         self.spans[node] = len(self.row_nodes), begin
         self.row_nodes.extend([node.id] * count)
         self.row_positions.extend(range(begin, begin + count))
-        self.row_tokens.extend(node.tokens[first : first + count].tolist())
+        self.row_tokens.extend(token_ids(node.tokens[first : first + count]).tolist())
         self.row_slots.extend(slots.tolist())
+        self.row_marks.extend(request.marks_of(begin, begin + count))
         if first + count == node.known:
             self.last_row[node] = len(self.row_nodes) - 1
 
@@ -83,15 +86,15 @@ class Batch:
         """Number of tokens whose KV is copied."""
         return sum(moves.targets.size for moves in self.moves)
 
-    def add_next(self, node: Node, token: int, slot: int) -> None:
+    def add_next(self, request: Request, node: Node, token: int, slot: int) -> None:
         """Compute the node's last token, the only one without KV."""
         self.nodes.append(node)
         self.last_row[node] = len(self.row_nodes)
-        self._add_row(node, node.start + node.known - 1, token, slot)
+        self._add_row(request, node, node.start + node.known - 1, token, slot)
 
-    def add_read(self, node: Node, offset: int) -> int:
+    def add_read(self, request: Request, node: Node, offset: int) -> int:
         """Add a row for a token whose KV exists: it reads its path, gives logits and writes no KV. Returns the row."""
-        self._add_row(node, node.start + offset, int(node.tokens[offset]), -1)
+        self._add_row(request, node, node.start + offset, int(token_ids(node.tokens[offset : offset + 1])[0]), -1)
         row = len(self.row_nodes) - 1
         if offset == node.known - 1:
             self.last_row[node] = row
@@ -122,11 +125,12 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.row_nodes)
 
-    def _add_row(self, node: Node, position: int, token: int, slot: int) -> None:
+    def _add_row(self, request: Request, node: Node, position: int, token: int, slot: int) -> None:
         self.row_nodes.append(node.id)
         self.row_positions.append(position)
         self.row_tokens.append(token)
         self.row_slots.append(slot)
+        self.row_marks.append(request.mark if request.mark and position >= request.first_read else 0)
 
 
 @dataclass(frozen=True, slots=True)

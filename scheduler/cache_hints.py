@@ -53,9 +53,7 @@ class CacheHints:
             if request in self._waiting:
                 del self._waiting[request]
                 namespace, owner = request.sequences[0].namespace, request.hint_owner
-                results = [
-                    self._apply(hint, request.prompt, namespace, owner, now, live=True) for hint in request.hints
-                ]
+                results = [self._apply(hint, request.path, namespace, owner, now, live=True) for hint in request.hints]
                 request.hint_results = self._counted(results)
 
     def drop(self, request: Request) -> None:

@@ -10,11 +10,13 @@ from radixgen.cache import RadixTree
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Int32Array, Int64Array
 from radixgen.scheduler.tables import (
+    E_KEYS,
+    E_POSITION,
+    E_SLOT,
     FIRST_EXTENT,
     LENGTH,
     PARENT,
     ROOM,
-    START,
     STOP_EXTENT,
     W_DEPTH,
     W_FIRST_ROW,
@@ -43,7 +45,20 @@ class Forest:
     extent_lengths: Int32Array
     """`[extents]`, summing to the node's length."""
     rooms: Int32Array | None = None
-    """Slots after the node's last extent into which it can grow. Default: none."""
+    """Slots after the node's last extent into which it can grow; -1 if the node must not. Default: none."""
+    extent_positions: Int32Array | None = None
+    """`[extents]`: position of the first key. Default: the keys of a node are consecutive."""
+
+    @property
+    def positions(self) -> Int32Array:
+        """`extent_positions`, with its default."""
+        if self.extent_positions is not None:
+            return self.extent_positions
+        ends = np.cumsum(self.extent_lengths, dtype=np.int64)
+        before = np.append(0, ends)[self.extent_offsets]
+        owner = np.repeat(np.arange(self.parents.size), np.diff(self.extent_offsets))
+        positions: Int32Array = (ends - self.extent_lengths - before[owner] + self.starts[owner]).astype(np.int32)
+        return positions
 
 
 class Paths(NamedTuple):
@@ -52,9 +67,9 @@ class Paths(NamedTuple):
     """
 
     nodes: Int64Array
-    """`[nodes, 6]`: the columns `PARENT` to `ROOM`."""
+    """`[nodes, 5]`: the columns `PARENT` to `ROOM`."""
     extents: Int64Array
-    """`[extents, 2]`: first slot, keys."""
+    """`[extents, 3]`: the columns `E_SLOT` to `E_POSITION`."""
     lowest: Int64Array
     walk: Int64Array
     keys: Int64Array
@@ -164,9 +179,9 @@ def walk_paths(forest: Forest, row_nodes: Int32Array, row_positions: Int32Array,
     """
     rooms = np.zeros_like(forest.parents) if forest.rooms is None else forest.rooms
     nodes, extents, short = _tables(
-        _narrow(forest.parents), _narrow(forest.starts), _narrow(forest.lengths), _narrow(rooms),
+        _narrow(forest.parents), _narrow(forest.lengths), _narrow(rooms),
         forest.extent_offsets.astype(np.int64, copy=False), forest.extent_starts.astype(np.int64, copy=False),
-        _narrow(forest.extent_lengths), least_run,
+        _narrow(forest.extent_lengths), _narrow(forest.positions), least_run,
     )  # fmt: skip
     return Paths(nodes, extents, *preorder(nodes, short, _narrow(row_nodes), _narrow(row_positions)))
 
@@ -177,20 +192,21 @@ def _narrow(values: NDArray[np.integer]) -> Int32Array:
 
 @compiled
 def _tables(
-    parents: Int32Array, starts: Int32Array, lengths: Int32Array, rooms: Int32Array, offsets: Int64Array,
-    extent_starts: Int64Array, extent_lengths: Int32Array, least_run: int,
+    parents: Int32Array, lengths: Int32Array, rooms: Int32Array, offsets: Int64Array, extent_starts: Int64Array,
+    extent_lengths: Int32Array, extent_positions: Int32Array, least_run: int,
 ) -> tuple[Int64Array, Int64Array, Int64Array]:  # fmt: skip
     """Return `Paths.nodes` and `Paths.extents` of a forest, and the number of keys in short extents of each node."""
-    nodes = np.zeros((parents.size + 1, 6), np.int64)
+    nodes = np.zeros((parents.size + 1, 5), np.int64)
     nodes[0, PARENT] = -1
-    extents = np.empty((extent_starts.size, 2), np.int64)
+    extents = np.empty((extent_starts.size, 3), np.int64)
     short = np.zeros(parents.size + 1, np.int64)
     for extent in range(extent_starts.size):
-        extents[extent, 0], extents[extent, 1] = extent_starts[extent], extent_lengths[extent]
+        extents[extent, E_SLOT], extents[extent, E_KEYS] = extent_starts[extent], extent_lengths[extent]
+        extents[extent, E_POSITION] = extent_positions[extent]
     for at in range(parents.size):
         node = at + 1
         nodes[node, PARENT] = parents[at] + 1
-        nodes[node, START], nodes[node, LENGTH], nodes[node, ROOM] = starts[at], lengths[at], rooms[at]
+        nodes[node, LENGTH], nodes[node, ROOM] = lengths[at], rooms[at]
         nodes[node, FIRST_EXTENT], nodes[node, STOP_EXTENT] = offsets[at], offsets[at + 1]
         for extent in range(offsets[at], offsets[at + 1]):
             if extent_lengths[extent] < least_run:
@@ -204,7 +220,7 @@ def preorder(
 ) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array, Int64Array]:
     """Walk the nodes at or below which there are rows, depth first.
 
-    nodes `[nodes, 6]` as in `Paths`, parents before children. Node 0 is the only root, and `row_nodes` counts from the
+    nodes `[nodes, 5]` as in `Paths`, parents before children. Node 0 is the only root, and `row_nodes` counts from the
     node after it. A node with one child and no rows of its own is merged into the child. Rows of a node without keys
     belong to the nearest node above with keys.
 

@@ -11,6 +11,7 @@ import numpy as np
 from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
+from radixgen.core.reading import Exact, ReadingPolicy
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
 from radixgen.scheduler.partition import (
@@ -21,6 +22,7 @@ from radixgen.scheduler.partition import (
     readers,
     unmixed_total,
 )
+from radixgen.scheduler.reading import Views, keep_views, restrict, row_views
 from radixgen.scheduler.revise import RowUpdates, StepRows, revise, row_updates
 from radixgen.scheduler.segments import lay_out, path_rows
 from radixgen.scheduler.split_units import SplitUnits, coverage, split_units
@@ -208,10 +210,13 @@ class Planner:
         self.tree = tree
         self.mode = mode
         self.cost = cost
+        self.policies: Sequence[ReadingPolicy] = (Exact(),)
+        """The policies that rows read under; a step may add some at the end."""
         self._last: Plan | None = None
         self._built: _BuiltPlan | None = None
         self._version = -1
-        self._rows = StepRows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
+        none = np.empty(0, np.int32)
+        self._rows = StepRows(none, none, np.empty(0, np.int64), none)
         self._compile_planner()
 
     def _compile_planner(self) -> None:
@@ -220,7 +225,8 @@ class Planner:
         forest = Forest(ids - 1, ids, ones, np.arange(3), np.arange(2), ones)
         active_forest(self.tree, ids[:0], ids[:0])
         made = plan(forest, ids, ids, mode=self.mode, cost=self.cost)
-        rows = StepRows(ids, ids, ids.astype(np.int64))
+        restrict(forest, ids, Views(ids, np.array([(0, 1), (0, 2)]), np.arange(3), np.arange(2)))
+        rows = StepRows(ids, ids, ids.astype(np.int64), ids)
         row_updates(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))
 
@@ -229,13 +235,22 @@ class Planner:
         """The plan of the previous step, if any."""
         return self._last
 
-    def plan(self, node_ids: Int32Array, row_positions: Int32Array, row_slots: Int64Array) -> Plan:
+    def plan(
+        self,
+        node_ids: Int32Array,
+        row_positions: Int32Array,
+        row_slots: Int64Array,
+        row_policies: Int32Array | None = None,
+    ) -> Plan:
         """Plan rows at `row_positions` `[rows]` in the tree nodes `node_ids` `[rows]`, whose KV goes to `row_slots`
         `[rows]`.
 
         A slot is -1 if the row's KV exists. A leaf need not know its row's token yet, if it has reserved the slot.
+        `row_policies` `[rows]`: the policy, of `policies`, that each row reads under. Default: the first, `Exact`.
         """
-        rows = StepRows(node_ids, row_positions, row_slots)
+        rows = StepRows(
+            node_ids, row_positions, row_slots, np.zeros_like(node_ids) if row_policies is None else row_policies
+        )
         new_plan = self._carry(rows) or self.build_plan(rows)
         self._last, self._rows, self._version = new_plan, rows, self.tree.version
         return new_plan
@@ -248,6 +263,9 @@ class Planner:
     def build_plan(self, rows: StepRows) -> Plan:
         """As `plan`, without using earlier plans."""
         forest, row_nodes, active = active_forest(self.tree, rows.nodes, rows.positions)
+        views = row_views(self.policies, rows.policies, rows.positions)
+        if views is not None:
+            forest, row_nodes = restrict(forest, row_nodes, views)
         new_plan = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
         self._built = _BuiltPlan(new_plan, active)
         return new_plan
@@ -262,6 +280,8 @@ class Planner:
         if last.growing.size != last.num_rows:
             return None
         updates = row_updates(columns, self._version, built.nodes, self._rows, rows)
+        if updates is not None and (rows.policies.any() or self._rows.policies.any()):
+            updates = keep_views(self.policies, self._rows, rows, updates)
         if updates is None:
             return None
         built.steps += 1

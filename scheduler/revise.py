@@ -39,6 +39,8 @@ class StepRows(NamedTuple):
     """Slot that the row's KV is written to; or where it is cached, if that directly follows the previous row's slot;
     else -1.
     """
+    policies: Int32Array
+    """Index of the policy that the row reads under."""
 
     def same(self, other: "StepRows") -> bool:
         """Compare positions first: they differ in most steps."""
@@ -46,6 +48,7 @@ class StepRows(NamedTuple):
             np.array_equal(self.positions, other.positions)
             and np.array_equal(self.nodes, other.nodes)
             and np.array_equal(self.slots, other.slots)
+            and np.array_equal(self.policies, other.policies)
         )
 
 
@@ -83,8 +86,8 @@ def row_updates(columns: Columns, version: int, nodes: Int64Array, old: StepRows
     the plan reads, changed in more than length since the tree's `version`.
     """
     follows, kept, slots, rooms, num_extended = _row_updates(
-        *old,
-        *rows,
+        *old[:3],
+        *rows[:3],
         columns.start,
         columns.scheduled,
         columns.reserved,

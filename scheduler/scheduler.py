@@ -158,6 +158,7 @@ class Scheduler:
             row_slots=slots,
             read_slots=reading,
             drawing=going,
+            row_marks=[s.request.mark for s in going],
             drawing_rows=list(range(len(nodes))),
         )
 
@@ -167,6 +168,7 @@ class Scheduler:
             np.array(batch.row_nodes, np.int32),
             np.array(batch.row_positions, np.int32),
             slots_used(batch),
+            np.array(batch.row_marks, np.int32),
         )
         if self._debug:
             check_plan(plan, self.tree.pool)
@@ -196,11 +198,11 @@ class Scheduler:
         self.tree.pool.retire_step(batch.step)
 
     def advance(self, drawn: Seq[tuple[Sequence, int]]) -> None:
-        """Move cursors by the sampled tokens. Sequences on one node with the same token stay together."""
+        """Move cursors by the last tokens of the outputs. Sequences on one node with the same token stay together."""
         groups: dict[tuple[Node, int], list[Sequence]] = {}
         for sequence, token in drawn:
             assert sequence.cursor is not None
-            node = sequence.cursor.held
+            node, token = sequence.cursor.held, sequence.in_tree(token, len(sequence.output) - 1)
             if node.lock_count == 1:
                 self.tree.advance((sequence.cursor,), token)
             else:
@@ -246,7 +248,7 @@ class Scheduler:
         if row is None:
             if taken == budget:
                 return taken
-            row = batch.add_read(node, node.known - 1)
+            row = batch.add_read(sequence.request, node, node.known - 1)
             taken += 1
         sequence.scheduled_in = batch.step
         batch.draw(sequence, row)
@@ -262,7 +264,7 @@ class Scheduler:
         slot = self.tree.schedule_next(node)
         if slot < 0:
             return False
-        batch.add_next(node, sequence.output[-1], slot)
+        batch.add_next(sequence.request, node, sequence.output[-1], slot)
         return True
 
     def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
@@ -299,7 +301,7 @@ class Scheduler:
                 if row is None:
                     if added == budget:
                         break
-                    row = batch.add_read(part, position - part.start)
+                    row = batch.add_read(request, part, position - part.start)
                     added += 1
                 rows.append(row)
                 position += 1
@@ -431,7 +433,7 @@ def _add_tokens(sequence: Sequence, node: Node, slots: NDArray[np.int64], batch:
     """Add the node's last scheduled tokens to a step, one per slot: those of runs as copies, all others as rows."""
     first = node.scheduled - slots.size
     if sequence.runs is None:
-        batch.add_span(node, first, slots)
+        batch.add_span(sequence.request, node, first, slots)
         return
     start = node.start + first
     for begin, end, copied in sequence.runs.pieces(start, start + slots.size):
@@ -439,4 +441,4 @@ def _add_tokens(sequence: Sequence, node: Node, slots: NDArray[np.int64], batch:
         if copied:
             batch.add_copies(sequence.runs, begin, part)
         else:
-            batch.add_span(node, begin - node.start, part)
+            batch.add_span(sequence.request, node, begin - node.start, part)

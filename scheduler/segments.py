@@ -8,8 +8,10 @@ from radixgen.core.compiled import compiled, inlined
 from radixgen.core.plan import Int32Array, Int64Array
 from radixgen.scheduler.forest import Paths
 from radixgen.scheduler.tables import (
+    E_KEYS,
+    E_POSITION,
+    E_SLOT,
     FIRST_EXTENT,
-    LENGTH,
     P_FIRST_ROW,
     P_FIRST_SEGMENT,
     P_KEYS,
@@ -27,7 +29,6 @@ from radixgen.scheduler.tables import (
     S_ROOM,
     S_SLOT,
     S_STOP_ROW,
-    START,
     STOP_EXTENT,
     U_FIRST_NODE,
     U_FIRST_ROW,
@@ -163,10 +164,11 @@ def _fill(
                 node = lowest[at]
                 for _ in range(step):
                     node = nodes[node, PARENT]
-                position, end = nodes[node, START], nodes[node, START] + nodes[node, LENGTH]
+                last = nodes[node, STOP_EXTENT] - 1 if alone and step == 0 and nodes[node, ROOM] >= 0 else -1
                 for extent in range(nodes[node, FIRST_EXTENT], nodes[node, STOP_EXTENT]):
-                    slot, length = extents[extent, 0], min(extents[extent, 1], seen - position + 1)
-                    short = masked or extents[extent, 1] < least_run
+                    slot, position = extents[extent, E_SLOT], extents[extent, E_POSITION]
+                    length, end = min(extents[extent, E_KEYS], seen - position + 1), position + extents[extent, E_KEYS]
+                    short = masked or extents[extent, E_KEYS] < least_run
                     each = weight if short else 1
                     while length > 0:
                         if left < each:
@@ -174,7 +176,7 @@ def _fill(
                             made_units = _write(done, unit_table, made_units)
                             piece, left, begun, keys, mixed = piece + 1, limit, made, 0, 0
                         part = length if length * each <= left else left // each
-                        grows = alone and step == 0 and position + part == end
+                        grows = extent == last and position + part == end
                         room = nodes[node, ROOM] if grows else 0
                         made = _write((slot, part, position, low, high, int(grows), room), segment_table, made)
                         keys, mixed, left = keys + part, mixed + (part if short else 0), left - part * each

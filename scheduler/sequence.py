@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray
+from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray, marked
 from radixgen.core import (
     CacheHint,
     FinishReason,
@@ -16,6 +16,7 @@ from radixgen.core import (
     SamplingState,
     SharingEnd,
 )
+from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.sampling.beam_search import BeamSearch, Choices
 from radixgen.scheduler.runs import TakenRuns
 
@@ -30,6 +31,9 @@ class Request:
     params: SamplingParams
     max_output: int
     """Maximum tokens generated per sequence; 0 to only score the prompt."""
+    reading: ReadingPolicy = EXACT
+    mark: int = 0
+    """Mark of the policy `reading`, 0 if it is exact."""
     priority: int = 0
     namespace: str = ""
     reuse: Reuse = "prefix"
@@ -69,14 +73,27 @@ class Request:
     unfinished: int = 0
     prompt_tokens: PromptTokens = field(init=False)
     """The prompt as returned in outputs."""
+    path: TokenArray = field(init=False)
+    """The prompt as the tree has it."""
 
     def __post_init__(self) -> None:
         self.prompt_tokens = PromptTokens(self.prompt)
+        self.path = prompt_path(self.prompt, self.reading, self.mark)
+
+    @property
+    def first_read(self) -> int:
+        """The first position that is read under the policy."""
+        return 0 if self.reading.reads_prompt else self.prompt.size
+
+    def marks_of(self, first: int, stop: int) -> list[int]:
+        """Return the mark of the policy by which each of the positions `[first, stop)` is read."""
+        exact = min(max(self.first_read - first, 0), stop - first) if self.mark else stop - first
+        return [0] * exact + [self.mark] * (stop - first - exact)
 
     @property
     def exact(self) -> bool:
         """Whether its outputs are those of the model itself."""
-        return not self.blended
+        return not self.blended and self.reading.exact
 
     @property
     def finished(self) -> bool:
@@ -154,13 +171,34 @@ class Sequence:
         return self.request.scoring and self.index == 0
 
     def tokens(self) -> TokenArray:
-        """Return prompt and output."""
+        """Return prompt and output as the tree has them: the first token that is read under an inexact policy is
+        marked.
+        """
+        request = self.request
         if not self.output:
-            return self.request.prompt
-        return np.concatenate([self.request.prompt, np.array(self.output, np.int32)])
+            return request.path
+        tokens = np.concatenate([request.path, np.array(self.output, np.int32)])
+        tokens[request.prompt.size] = self.in_tree(self.output[0], 0)
+        return tokens
+
+    def in_tree(self, token: int, index: int) -> int:
+        """Return the output token at `index` as the tree has it."""
+        request = self.request
+        if request.mark and index == 0 and not request.reading.reads_prompt:
+            return marked(token, request.mark)
+        return token
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End the sequence. Must be called only once."""
         assert self.finish_reason is None, "a sequence ended twice"
         self.finish_reason, self.stop_reason = reason, stop_reason
         self.request.unfinished -= 1
+
+
+def prompt_path(prompt: TokenArray, reading: ReadingPolicy, mark: int) -> TokenArray:
+    """Return a prompt as the tree has it if it is read under this policy, which has this mark."""
+    if not mark or not reading.reads_prompt or not prompt.size:
+        return prompt
+    path = prompt.copy()
+    path[0] = marked(int(prompt[0]), mark)
+    return path

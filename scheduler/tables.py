@@ -1,7 +1,10 @@
 """Columns of the integer tables that the planner's compiled loops share."""
 
-# Nodes: parent, first position, keys, extents from, to, room to grow.
-PARENT, START, LENGTH, FIRST_EXTENT, STOP_EXTENT, ROOM = range(6)
+# Nodes: parent, keys, extents from, to, room to grow.
+PARENT, LENGTH, FIRST_EXTENT, STOP_EXTENT, ROOM = range(5)
+
+# Extents: first slot, keys, position of the first key.
+E_SLOT, E_KEYS, E_POSITION = range(3)
 
 # Walk: the parent's place (-1 at the root), depth, places and rows at or below the node, its own rows, the first of all
 # these rows, and the number of nodes that the place stands for.

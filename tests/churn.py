@@ -24,7 +24,8 @@ from consumer import Consumer
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from oracle import StampModel, extend, logits_of, run_late, stamp_of
+from oracle import extend, logits_of, run_late
+from policies import PolicyModel, stamp_under
 from rich.progress import Progress
 
 from radixgen import (
@@ -41,7 +42,9 @@ from radixgen import (
     UnknownRequest,
 )
 from radixgen.cache import BLENDED, BlockProjection, Lock, Node
+from radixgen.cache.tokens import exact_len
 from radixgen.core import SamplingState
+from radixgen.core.reading import EXACT, BigBird, ReadingPolicy, Window
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
@@ -65,6 +68,17 @@ HINTS = st.lists(
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
 REUSES = st.sampled_from([None, None, "prefix"])
 SEEDS = st.integers(0, 2**64 - 1)
+READINGS = st.sampled_from(
+    [
+        None,
+        None,
+        None,
+        Window(sinks=1, window=5, block=4),
+        Window(sinks=0, window=1, block=1, prompt=True),
+        BigBird(block=2, window_blocks=2, global_blocks=1, random_blocks=1, seed=1),
+        BigBird(block=3, window_blocks=2, global_blocks=0, random_blocks=1, prompt=True),
+    ]
+)
 
 DISK_LOG = logging.getLogger("radixgen.cache.disk_tier")
 
@@ -79,6 +93,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         "max_tokens": draw(st.integers(1, 16)),
         "ignore_eos": draw(st.booleans()),
         "temperature": 0.0,
+        "reading": draw(READINGS),
     }
     if draw(st.booleans()):
         chosen |= {"temperature": draw(st.sampled_from([0.7, 2.0])), "seed": draw(SEEDS)}
@@ -109,6 +124,7 @@ def beam_search_params(draw: st.DrawFn) -> BeamSearchParams:
         length_penalty=draw(st.sampled_from([0.0, 1.0, 2.0])),
         early_stopping=draw(st.sampled_from([True, False, "never"])),
         ignore_eos=draw(st.booleans()),
+        reading=draw(READINGS),
     )
 
 
@@ -118,6 +134,7 @@ class ShadowSequence:
 
     state: SamplingState
     stamp: bytes
+    policy: ReadingPolicy
     seeds: dict[int, int]
     """From which output on which seed draws: a fork has its own from where it parted."""
     told: list[int] = field(default_factory=list)
@@ -133,7 +150,7 @@ class ShadowSequence:
         """The next token, whatever it is."""
         self.told.append(token)
         self.state.output.append(token)
-        self.stamp = extend(self.stamp, token)
+        self.stamp = extend(self.stamp, token, self.policy)
 
     def draw(self) -> int:
         self.state.seed = self.seeds.get(len(self.told), self.state.seed)
@@ -163,7 +180,8 @@ class Shadow:
     @classmethod
     def of(cls, prompt: list[int], params: SamplingParams, kind: str, namespace: str, deadline: float) -> "Shadow":
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {0})
-        stamp, tokens = stamp_of(prompt), np.array(prompt, np.int32)
+        policy, tokens = params.reading or EXACT, np.array(prompt, np.int32)
+        stamp = stamp_under(prompt, [], policy)
         return cls(
             prompt,
             params,
@@ -172,7 +190,7 @@ class Shadow:
             deadline,
             min(params.max_tokens, CONTEXT - len(prompt)),
             [
-                ShadowSequence(SamplingState(params, 0, i, tokens, [], ends), stamp, {0: params.seed or 0})
+                ShadowSequence(SamplingState(params, 0, i, tokens, [], ends), stamp, policy, {0: params.seed or 0})
                 for i in range(params.n)
             ],
         )
@@ -207,8 +225,8 @@ class ShadowSearch:
     def check(self, output: RequestOutput, now: float) -> None:
         """It ended as it would alone, or tells how far it had come by some step."""
         assert output.finished and output.prompt_token_ids == self.prompt
-        assert output.exact or self.may_move
-        if not output.exact:
+        if not output.exact and self.params.reading is None:
+            assert self.may_move
             return
         reasons = {one.finish_reason for one in output.outputs}
         told = [(one.token_ids, one.score) for one in output.outputs]
@@ -231,7 +249,8 @@ class ShadowSearch:
         return BeamSearch(self.params, min(self.params.max_tokens, CONTEXT - len(self.prompt)), ends)
 
     def _step(self, search: BeamSearch) -> None:
-        rows = [logits_of(stamp_of(self.prompt + beam.token_ids), VOCAB) for beam in search.beams]
+        policy = self.params.reading or EXACT
+        rows = [logits_of(stamp_under(self.prompt, beam.token_ids, policy), VOCAB) for beam in search.beams]
         search.select(likeliest(torch.from_numpy(np.stack(rows)), range(len(rows)), search.num_choices))
 
     def _ended(self, search: BeamSearch) -> list[Hypothesis]:
@@ -255,6 +274,7 @@ class EngineMachine(RuleBasedStateMachine):
         reuse=st.one_of(
             st.just("prefix"), st.builds(SegmentReuse, st.sampled_from([2, 3, 6]), st.sampled_from([0.0, 0.15, 0.5]))
         ),
+        max_mark=st.sampled_from([2, 4, 4]),
     )
     def begin(
         self,
@@ -267,9 +287,11 @@ class EngineMachine(RuleBasedStateMachine):
         files: int,
         max_overtaken: int,
         reuse: str | SegmentReuse,
+        max_mark: int,
     ) -> None:
         self.now = 0.0
         self.moves = share and reuse != "prefix"
+        self.max_mark = max_mark
         self.folder = Path(mkdtemp()) if files and host_slots else None
         DISK_LOG.disabled = True
         self.options: dict[str, Any] = {
@@ -293,9 +315,11 @@ class EngineMachine(RuleBasedStateMachine):
         self._start()
 
     def _start(self) -> None:
-        self.model = StampModel(VOCAB, CONTEXT, frozenset({0}))
+        self.model = PolicyModel(VOCAB, CONTEXT, frozenset({0}))
         with patch("radixgen.model.kv_dir.CHUNK_TOKENS", CHUNK):
             self.engine = Engine(self.model, **self.options)
+        self.model.watch(self.engine._core)
+        self.engine._core._policies.max_mark = self.max_mark
         self.host = self.engine._core.host
         if self.host is not None:
             self.host._min_fetch = 1
@@ -537,7 +561,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.live[name].may_move = self.moves and reuse is None
 
     def _step(self) -> None:
-        before, rows = self.engine.stats(), self.model.rows
+        before, rows, sparse = self.engine.stats(), self.model.rows, self.model.sparse_rows
         outputs = self.engine.step()
         self.engine.check()
         self.router.check(self.engine._core.tree)
@@ -549,6 +573,7 @@ class EngineMachine(RuleBasedStateMachine):
             self._check_kv()
         after = self.engine.stats()
         self.seen["move"] += after.moved_prompt_tokens - before.moved_prompt_tokens
+        self.seen["read inexactly"] += self.model.sparse_rows - sparse
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
         self.seen["read from disk"] += after.disk_read_tokens - before.disk_read_tokens
@@ -572,10 +597,10 @@ class EngineMachine(RuleBasedStateMachine):
     def _check_kv(self) -> None:
         """Each slot holds its node's token, and what exact requests find was computed at its own place."""
         for node in self.engine._core.tree.nodes():
-            slots = node.path_slots(0, node.start + node.computed)
-            if node.computed:
-                assert self.model.tokens_at(slots[node.start :]) == node.tokens[: node.computed].tolist()
-            if BLENDED not in node.namespace and node.computed:
+            tokens = node.path_tokens(0, node.start + node.computed)
+            slots = node.path_slots(0, exact_len(tokens))
+            assert self.model.tokens_at(slots[node.start :]) == tokens[node.start : slots.size].tolist()
+            if BLENDED not in node.namespace and slots.size:
                 assert self.model.is_exact(slots), f"{node} holds moved keys"
 
     def _compare(self, output: RequestOutput) -> None:
@@ -585,13 +610,15 @@ class EngineMachine(RuleBasedStateMachine):
             self.seen["search"] += 1
             del self.live[output.request_id]
             return
+        moved = not output.exact and shadow.params.reading is None
+        assert output.exact <= (shadow.params.reading is None)
         assert output.prompt_token_ids == shadow.prompt[: len(output.prompt_token_ids)]
         assert shadow.kind != "final" or output.finished
-        assert output.exact or shadow.may_move
-        self.seen["inexact"] += not output.exact
+        assert not moved or shadow.may_move
+        self.seen["moved"] += moved
         for one in output.outputs:
-            self._compare_sequence(shadow, one, output.exact)
-        if output.prompt_logprobs is not None and output.exact:
+            self._compare_sequence(shadow, one, not moved)
+        if output.prompt_logprobs is not None and not moved:
             self._compare_prompt(shadow, output.prompt_logprobs)
         assert output.finished == shadow.finished
         if output.finished:
@@ -635,10 +662,11 @@ class EngineMachine(RuleBasedStateMachine):
     def _compare_prompt(self, shadow: Shadow, logprobs: list[dict[int, float] | None]) -> None:
         first = len(shadow.prompt) - len(logprobs) + 1
         assert logprobs[0] is None and (first == 1 or shadow.max_output == 0)
-        stamp = stamp_of(shadow.prompt[:first])
+        policy = shadow.params.reading if shadow.params.reading and shadow.params.reading.reads_prompt else EXACT
+        stamp = stamp_under(shadow.prompt[:first], [], policy)
         for token, found in zip(shadow.prompt[first:], logprobs[1:], strict=True):
             _check_logprobs(found, stamp, token, shadow.params.prompt_logprobs)
-            stamp = extend(stamp, token)
+            stamp = extend(stamp, token, policy)
         self.seen["prompt_logprobs"] += 1
 
     # -- counting -----------------------------------------------------------------------------------------

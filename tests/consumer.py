@@ -56,7 +56,7 @@ def blocks_of(tree: RadixTree, size: int) -> set[Block]:
     for node in tree.nodes():
         tokens = tuple(node.path_tokens().tolist())
         for end in range(node.start + 1, node.start + node.computed + 1):
-            if end % size == 0 and "\0" not in node.namespace:
+            if end % size == 0 and "\0" not in node.namespace and min(tokens[:end]) >= 0:
                 found.add((node.namespace, tokens[:end]))
     return found
 

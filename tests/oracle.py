@@ -24,6 +24,7 @@ from torch import Tensor
 from radixgen.cache import DiskTier, KVMoves
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
+from radixgen.core.reading import ReadingPolicy
 
 ROOT = bytes(16)
 """The stamp of the empty prefix."""
@@ -32,9 +33,10 @@ UNWRITTEN, POISONED = -1, -2
 _BLOCK = 16
 
 
-def extend(stamp: bytes, token: int) -> bytes:
-    """The stamp of a prefix and one more token."""
-    return blake2b(stamp + token.to_bytes(8, "little"), digest_size=16).digest()
+def extend(stamp: bytes, token: int, policy: ReadingPolicy | None = None) -> bytes:
+    """The stamp of a prefix and one more token, which is read under a policy if it is not exact."""
+    how = b"" if policy is None or policy.exact else repr(policy).encode()
+    return blake2b(stamp + token.to_bytes(8, "little") + how, digest_size=16).digest()
 
 
 def stamp_of(tokens: Iterable[int]) -> bytes:
@@ -172,19 +174,19 @@ class StampModel:
 
     def _not_cached(self, plan: Plan, token_ids: Int64Array, slots: Int64Array) -> list[int]:
         """The rows that only read, and do not find their tokens in their slots: nobody may use their logits."""
-        reads = _reads(plan, self._positions.size)
+        reads = self._reads(plan)
         own, before = reads.slots[reads.last].tolist(), reads.slots[reads.last - 1].tolist()
         return [
             row
             for row in np.flatnonzero(slots < 0).tolist()
-            if self._stamp_at(own[row]) != extend(self._stamp_at(before[row]), int(token_ids[row]))
+            if self._stamp_at(own[row]) != self._extend(row, self._stamp_at(before[row]), int(token_ids[row]))
         ]
 
     def _compute(
         self, plan: Plan, token_ids: Int64Array, slots: Int64Array, logit_rows: Int64Array, lost: Sequence[int] = ()
     ) -> Tensor:
         """lost: the rows that may find another token in their slots than their own."""
-        reads = _reads(plan, self._positions.size)
+        reads = self._reads(plan)
         stamps = self._write(token_ids.tolist(), slots.tolist(), reads, lost)
         self._check_chains(reads, stamps)
         self.steps += 1
@@ -208,7 +210,15 @@ class StampModel:
             return f"logits of rows {logit_rows} of {rows}"
         return ""
 
-    def _write(self, tokens: list[int], slots: list[int], reads: "_Reads", lost: Sequence[int]) -> list[bytes]:
+    def _reads(self, plan: Plan) -> "Reads":
+        """What the rows of a plan see. Fails unless it is what they are to see."""
+        return all_reads(plan, self._positions.size)
+
+    def _extend(self, row: int, parent: bytes, token: int) -> bytes:
+        """The stamp of a row of this step, on top of that of the row's prefix."""
+        return extend(parent, token)
+
+    def _write(self, tokens: list[int], slots: list[int], reads: "Reads", lost: Sequence[int]) -> list[bytes]:
         """Write the rows that have a slot. Returns the stamp of every row, of those that are lost what is there.
 
         A row's predecessor is written before it or stands in its slot already; that it is the right one,
@@ -221,7 +231,7 @@ class StampModel:
         positions = reads.positions[reads.last].tolist()
         for row, (position, token, slot) in enumerate(zip(positions, tokens, slots, strict=True)):
             parent = self._stamp_at(before[row]) if position else ROOT
-            stamp = self._stamp_at(own[row]) if row in lost else extend(parent, token)
+            stamp = self._stamp_at(own[row]) if row in lost else self._extend(row, parent, token)
             stamps.append(stamp)
             if slot < 0:
                 if self._positions[own[row]] != position or self._stamp_at(own[row]) != stamp:
@@ -237,7 +247,7 @@ class StampModel:
             self._parent_bytes[16 * slot : 16 * slot + 16] = parent
         return stamps
 
-    def _check_chains(self, reads: "_Reads", stamps: list[bytes]) -> None:
+    def _check_chains(self, reads: "Reads", stamps: list[bytes]) -> None:
         """All writes made, every slot holds its position, on top of what the slot read before it holds; the
         last of each row holds the row's own stamp.
         """
@@ -246,14 +256,15 @@ class StampModel:
         wanted[1:] = held[:-1]
         wanted[reads.first] = 0
         wrong = self._positions[reads.slots] != reads.positions
-        parted = (self._parents[reads.slots] != wanted) & ~self._moved[reads.slots, None]
+        follows = reads.follows & ~self._moved[reads.slots]
+        parted = (self._parents[reads.slots] != wanted) & follows[:, None]
         own = b"".join(stamps)
         if wrong.any() or parted.any() or held[reads.last].tobytes() != own:
             wrong |= parted.any(axis=1)
             wrong[reads.last] |= (held[reads.last] != np.frombuffer(own, np.uint64).reshape(-1, 2)).any(axis=1)
             self._report(int(np.flatnonzero(wrong)[0]), reads, stamps, wanted)
 
-    def _report(self, key: int, reads: "_Reads", stamps: list[bytes], wanted: NDArray[np.uint64]) -> NoReturn:
+    def _report(self, key: int, reads: "Reads", stamps: list[bytes], wanted: NDArray[np.uint64]) -> NoReturn:
         row = int(np.searchsorted(reads.first, key, side="right")) - 1
         position, slot = int(reads.positions[key]), int(reads.slots[key])
         expected = f"position {position} on top of {wanted[key].tobytes().hex()}"
@@ -416,22 +427,24 @@ class LateCall:
         return self._result
 
 
-class _Reads(NamedTuple):
-    """Every key that the rows of a step see: row by row, in each the positions from 0 to the row's own."""
+class Reads(NamedTuple):
+    """Every key that the rows of a step see: row by row, in each by position, up to the row's own."""
 
     positions: Int64Array
     """`[keys]`"""
     slots: Int64Array
     """`[keys]`"""
     first: Int64Array
-    """`[rows]`: the row's key at position 0."""
+    """`[rows]`: the row's first key."""
     last: Int64Array
     """`[rows]`: the row's own key."""
+    follows: NDArray[np.bool_]
+    """`[keys]`: whether the row's key before it, if any, is at the position before it."""
 
 
-def _reads(plan: Plan, capacity: int) -> _Reads:
+def all_reads(plan: Plan, capacity: int) -> Reads:
     """The keys of a plan. Fails where a row does not see each position of its path exactly once."""
-    rows, positions, slots = _keys_seen(plan)
+    rows, positions, slots = keys_seen(plan)
     sizes = plan.row_positions.astype(np.int64) + 1
     first = np.cumsum(sizes) - sizes
     places = first[rows] + positions
@@ -444,10 +457,10 @@ def _reads(plan: Plan, capacity: int) -> _Reads:
         _fail_coverage(plan, rows, positions, slots)
     read = np.empty(keys.size, np.int64)
     read[places] = slots
-    return _Reads(keys, read, first, first + sizes - 1)
+    return Reads(keys, read, first, first + sizes - 1, np.ones(keys.size, np.bool_))
 
 
-def _keys_seen(plan: Plan) -> tuple[Int64Array, Int64Array, Int64Array]:
+def keys_seen(plan: Plan) -> tuple[Int64Array, Int64Array, Int64Array]:
     """The row, position and slot of every key that a row sees: of each segment of each unit that covers it,
     the keys up to the row's position.
     """

@@ -49,6 +49,15 @@ def test_generate_from_a_file_and_from_stdin(model: Path, tmp_path: Path) -> Non
     assert lines(call(*options, "--temperature", 1.0, stdin=file.read_text())) == found
 
 
+def test_generate_under_a_reading_policy(model: Path) -> None:
+    options = ("generate", "--model", model, "--kv-tokens", 64, "--max-tokens", 2, "abc")
+    policy = json.dumps({"policy": "window", "window": 1, "block": 1, "prompt": True})
+    assert [one["exact"] for one in lines(call(*options)) + lines(call(*options, "--reading", policy))] == [True, False]
+    for bad, says in (("{", "is not JSON"), ("3", "must be an object"), ('{"policy": "none"}', "must be one of exact")):
+        result = call(*options, "--reading", bad)
+        assert result.exit_code == 1 and says in result.stderr and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("stdin", "says"),
     [

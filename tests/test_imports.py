@@ -14,14 +14,15 @@ import radixgen
 ROOT = Path(radixgen.__file__).parent
 LAYERS = [
     {"core", "version"},
-    {"kernels"},
+    {"kernels", "reading"},
     {"sampling.beam_search", "cache"},
     {"scheduler"},
     {"calibration", "sampling.json_numbers", "text.messages", "text.vocabulary"},
     {"attention", "model", "sampling.sampler", "sampling.structured", "detokenize"},
     {
-        "engine.batch_draws", "engine.check", "engine.profiler", "engine.request_options", "engine.run_ahead",
-        "engine.sequence_updates", "engine.throughput", "engine.warm_up", "sampling.grammar_budget",
+        "engine.batch_draws", "engine.check", "engine.make_request", "engine.profiler", "engine.request_options",
+        "engine.run_ahead", "engine.sequence_updates", "engine.throughput", "engine.warm_up",
+        "sampling.grammar_budget",
     },
     {"engine.core"},
     {"engine.input_processor", "engine.output_processor", "text.template_variables"},

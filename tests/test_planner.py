@@ -360,6 +360,7 @@ def decode_rows(locks: list[Lock]) -> StepRows:
         np.array([n.id for n in nodes], np.int32),
         np.array([n.end - 1 for n in nodes], np.int32),
         np.concatenate([n.slots(n.known - 1, n.known) for n in nodes]),
+        np.zeros(len(nodes), np.int32),
     )
 
 

@@ -23,15 +23,18 @@ from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, R
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
 from radixgen.core import EngineDead, Plan
+from radixgen.core.reading import ReadingPolicy
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.run_ahead import RunAhead
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
+from radixgen.scheduler.policies import Policies
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.revise import RowUpdates, StepRows
 from radixgen.scheduler.scheduler import Scheduler
+from radixgen.scheduler.sequence import Request, Sequence
 
 PROFILE = settings(
     max_examples=120,
@@ -189,7 +192,7 @@ def a_new_extent_is_missed(patch: Patch) -> None:
 def a_read_row_writes(patch: Patch) -> None:
     """Into the slot of the token before it."""
 
-    def write(_: object, batch: Batch, node: Any, offset: int) -> None:
+    def write(_: object, batch: Batch, request: Request, node: Any, offset: int) -> None:
         batch.row_slots[-1] = int(node.slots(max(offset - 1, 0), offset + 1)[0])
 
     after(patch, Batch, "add_read", write)
@@ -302,6 +305,27 @@ def a_last_output_is_lost(patch: Patch) -> None:
     after(patch, OutputProcessor, "process", lose)
 
 
+# -- reading policies -------------------------------------------------------------------------------------
+
+
+def inexact_output_is_not_marked(patch: Patch) -> None:
+    patch.setattr(Sequence, "in_tree", lambda sequence, token, index: token)
+
+
+def all_policies_have_one_mark(patch: Patch) -> None:
+    """The last that was asked for."""
+
+    def mark(policies: Policies, policy: ReadingPolicy) -> int:
+        policies._by_mark[1:] = [policy]
+        return int(not policy.exact)
+
+    patch.setattr(Policies, "mark", mark)
+
+
+def a_block_is_read_for_too_long(patch: Patch) -> None:
+    patch.setattr(planner_module, "keep_views", lambda policies, old, rows, updates: updates)
+
+
 # -- the host tier ----------------------------------------------------------------------------------------
 
 
@@ -398,6 +422,9 @@ FAULTS = [
     anyone_may_be_overtaken_for_ever,
     a_last_output_is_told_twice,
     a_last_output_is_lost,
+    inexact_output_is_not_marked,
+    all_policies_have_one_mark,
+    a_block_is_read_for_too_long,
 ]
 
 

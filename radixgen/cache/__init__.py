@@ -48,12 +48,24 @@ from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
 from radixgen.cache.runs import KVMover, KVMoves, Run, RunIndex, blended_namespace
 from radixgen.cache.sharing import sharing_end
-from radixgen.cache.tokens import TokenArray, as_tokens, common_prefix_len
+from radixgen.cache.tokens import (
+    MAX_MARK,
+    MAX_MARKED_TOKEN,
+    TokenArray,
+    as_tokens,
+    common_prefix_len,
+    exact_len,
+    marked,
+    marks,
+    token_ids,
+)
 from radixgen.cache.tree import RadixTree
 
 __all__ = [
     "BLENDED",
     "CHUNK_TOKENS",
+    "MAX_MARK",
+    "MAX_MARKED_TOKEN",
     "PRIVATE",
     "BlockEvent",
     "BlockProjection",
@@ -87,8 +99,12 @@ __all__ = [
     "blended_namespace",
     "common_prefix_len",
     "demote",
+    "exact_len",
     "first_in",
     "hash_blocks",
     "least_recently_used",
+    "marked",
+    "marks",
     "sharing_end",
+    "token_ids",
 ]

@@ -10,7 +10,8 @@ one node: the node of its last token. Therefore:
 - leaves are evicted from their ends, so a block is removed after all blocks that continue it. The set of held blocks
   always includes the predecessor of each of its blocks.
 
-Blocks with colliding hashes count as one, held while any of them is. Blocks of private namespaces are not reported.
+Blocks with colliding hashes count as one, held while any of them is. Blocks of private namespaces, and those that were
+not read exactly, are not reported.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from radixgen.cache.node import PRIVATE, Node
-from radixgen.cache.tokens import TokenArray
+from radixgen.cache.tokens import TokenArray, exact_len
 from radixgen.cache.tree import RadixTree
 
 
@@ -63,6 +64,8 @@ class BlockProjection:
         self._overflowed = False
         self._held: Counter[int] = Counter()
         """Number of blocks per hash; above 1 only for collisions."""
+        self._inexact: set[int] = set()
+        """Hashes of nodes that are not reported."""
         self.emit_all()
         tree.listeners.append(self)
 
@@ -74,6 +77,7 @@ class BlockProjection:
         """Emit `BlocksReset` and all held blocks. Hashes every token again."""
         self._overflowed = False
         self._held.clear()
+        self._inexact.clear()
         self._emit_event(BlocksReset())
         nodes = self._tree.roots()
         for node in nodes:  # grows during the loop: parents come before their children
@@ -97,7 +101,7 @@ class BlockProjection:
         for node in self._tree.nodes():
             hashes = [] if PRIVATE in node.namespace else self._hashes_of(node)
             assert list(node.block_hashes) == hashes, f"the blocks of {node} are others"
-            held.update(hashes)
+            held.update(block_hash for block_hash in hashes if block_hash not in self._inexact)
         assert held == self._held
 
     # -- Listener ------------------------------------------------------------------------------------------
@@ -134,6 +138,12 @@ class BlockProjection:
         tokens = node.path_tokens(start, start + count * size)
         hashes = hash_blocks(tokens, self.block_size, node.namespace, parent)
         node.block_hashes += tuple(hashes)
+        exact = 0 if parent in self._inexact else exact_len(tokens) // size
+        if exact < count:
+            self._inexact.update(hashes[exact:])
+            hashes, tokens, count = hashes[:exact], tokens[: exact * size], exact
+        if not hashes:
+            return
         if self._held.keys().isdisjoint(hashes) and len(set(hashes)) == count:
             self._held.update(hashes)
             self._emit_event(BlocksAdded(hashes, parent, tokens, node.namespace))
@@ -151,13 +161,16 @@ class BlockProjection:
         hashes, node.block_hashes = node.block_hashes[count:], node.block_hashes[:count]
         gone = []
         for block_hash in reversed(hashes):
+            if block_hash in self._inexact:
+                self._inexact.remove(block_hash)
+                continue
             self._held[block_hash] -= 1
             if not self._held[block_hash]:
                 del self._held[block_hash]
                 gone.append(block_hash)
         if gone:
             self._emit_event(BlocksDropped(gone))
-        if not self._held:
+        if gone and not self._held:
             self._emit_event(BlocksReset())
 
     def _emit_event(self, event: BlockEvent) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixgen.cache.kv_files import DamagedFile, KVFiles
-from radixgen.cache.tokens import TokenArray
+from radixgen.cache.tokens import TokenArray, exact_len
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ class DiskTier:
         return list(takewhile(lambda chunk: chunk.name in self._index, chunks))
 
     def _chunks(self, tokens: TokenArray, namespace: str) -> list[DiskChunk]:
-        """Return the whole chunks of a path."""
+        """Return the whole chunks of a path, as far as it is exact: marks mean nothing to later engines."""
+        tokens = tokens[: exact_len(tokens)]
         digest = blake2b(namespace.encode("utf-8", "surrogatepass"), key=self._fingerprint, digest_size=_DIGEST_SIZE)
         content, size = np.ascontiguousarray(tokens, "<i4").data.cast("B"), 4 * self.chunk_tokens
         chunks = []

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from radixgen.cache.match import FollowedMatch
 from radixgen.cache.pool import Extent
 from radixgen.cache.recent_evictions import End
-from radixgen.cache.tokens import TokenArray
+from radixgen.cache.tokens import TokenArray, token_ids
 
 PRIVATE = "\0"
 """Part of a namespace that nothing outside the engine may find: of one sequence alone, or `BLENDED`."""
@@ -81,7 +81,13 @@ class Node:
 
     @property
     def tokens(self) -> TokenArray:
+        """The node's tokens; the first one that was read inexactly on its path is marked."""
         return self._buffer[self._offset : self._offset + self.known]
+
+    @property
+    def token_ids(self) -> TokenArray:
+        """The node's tokens without marks."""
+        return token_ids(self.tokens)
 
     @property
     def first_token(self) -> int:

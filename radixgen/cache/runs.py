@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radixgen.cache.node import BLENDED, PRIVATE, Node
-from radixgen.cache.tokens import TokenArray, common_prefix_len
+from radixgen.cache.tokens import TokenArray, common_prefix_len, exact_len
 from radixgen.cache.tree import RadixTree
 
 _BASE = 0x9E3779B97F4A7C15
@@ -166,9 +166,10 @@ class RunIndex:
 
     def _window_range(self, node: Node) -> tuple[int, int]:
         """Return the numbers of the first window that ends in the node's computed tokens, and of the one after the
-        last.
+        last. Tokens that were read inexactly are left out.
         """
-        return node.start // self._window, (node.start + node.computed) // self._window
+        exact = exact_len(node.path_tokens(0, node.start + node.computed))
+        return node.start // self._window, max(node.start, exact) // self._window
 
     def _update(self) -> None:
         """Index what has changed since the last search."""

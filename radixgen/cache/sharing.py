@@ -4,7 +4,7 @@ from itertools import islice
 
 from radixgen.cache.match import Match
 from radixgen.cache.node import Node
-from radixgen.cache.tokens import TokenArray
+from radixgen.cache.tokens import TokenArray, token_ids
 from radixgen.cache.tree import RadixTree
 from radixgen.core import SharingEnd
 
@@ -21,11 +21,11 @@ def sharing_end(tree: RadixTree, tokens: TokenArray, namespace: str, match: Matc
     position = match.length if match else 0
     if position == tokens.size:
         return None
-    following = tuple(tokens[position : position + _SHOWN_TOKENS].tolist())
+    following = tuple(token_ids(tokens[position : position + _SHOWN_TOKENS]).tolist())
     inside = match is not None and match.offset < match.node.known
     if not inside:
         end = match.node.epoch_end if match else (namespace, 0)
-        if (end, following[0]) in tree.recent_evictions:
+        if (end, int(tokens[position])) in tree.recent_evictions:
             return SharingEnd("evicted", position, following)
     if not position and _held_elsewhere(tree, tokens[:_SHOWN_TOKENS], namespace):
         return SharingEnd("namespace", position, following)
@@ -43,9 +43,9 @@ def _held_elsewhere(tree: RadixTree, head: TokenArray, namespace: str) -> bool:
 
 def _continuation(node: Node, offset: int) -> tuple[int, ...]:
     """Return the tokens after the first `offset` of `node`, through the children in use or used last."""
-    tokens = node.tokens[offset : offset + _SHOWN_TOKENS].tolist()
+    tokens = node.token_ids[offset : offset + _SHOWN_TOKENS].tolist()
     while node.children and len(tokens) < _SHOWN_TOKENS:
         newest = islice(reversed(node.children.values()), _MAX_BRANCHES)
         node = max(newest, key=lambda child: (child.locked, child.last_used))
-        tokens += node.tokens[: _SHOWN_TOKENS - len(tokens)].tolist()
+        tokens += node.token_ids[: _SHOWN_TOKENS - len(tokens)].tolist()
     return tuple(tokens)

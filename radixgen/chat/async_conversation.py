@@ -60,7 +60,11 @@ class AsyncConversation(Dialogue[AsyncConversationEngine]):
             prefix = await asyncio.to_thread(self._prefix)
             if prefix:
                 (pin,) = await self._engine.preload(
-                    [prefix], namespace=self.namespace, priority=self.priority, ttl=self._retain or None
+                    [prefix],
+                    namespace=self.namespace,
+                    priority=self.priority,
+                    ttl=self._retain or None,
+                    reading=self.params.reading,
                 )
                 old, self._pin = self._pin, pin
                 if old is not None:
@@ -102,7 +106,12 @@ class AsyncConversation(Dialogue[AsyncConversationEngine]):
         pin, self._pin = self._pin, None
         try:
             self._pin = await self._engine.pin(
-                self.token_ids, namespace=self.namespace, priority=self.priority, ttl=self._retain, replaces=pin
+                self.token_ids,
+                namespace=self.namespace,
+                priority=self.priority,
+                ttl=self._retain,
+                reading=self.params.reading,
+                replaces=pin,
             )
         except (EngineClosed, LimitReached) as error:
             logger.info("a conversation is not retained: %s", error)

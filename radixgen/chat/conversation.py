@@ -82,7 +82,11 @@ class Conversation(Dialogue[ConversationEngine]):
         prefix = self._prefix()
         if prefix:
             (pin,) = self._engine.preload(
-                [prefix], namespace=self.namespace, priority=self.priority, ttl=self._retain or None
+                [prefix],
+                namespace=self.namespace,
+                priority=self.priority,
+                ttl=self._retain or None,
+                reading=self.params.reading,
             )
             self._release()
             self._pin = pin
@@ -136,6 +140,7 @@ class Conversation(Dialogue[ConversationEngine]):
                 namespace=self.namespace,
                 priority=self.priority,
                 ttl=self._retain,
+                reading=self.params.reading,
                 replaces=self._pin,
             )
         except (EngineClosed, LimitReached) as error:

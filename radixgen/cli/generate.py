@@ -32,7 +32,7 @@ from radixgen.cli.options import (
     TopP,
     kv_dir_bytes,
 )
-from radixgen.cli.prompts import read_requests, read_text
+from radixgen.cli.prompts import read_reading, read_requests, read_text
 from radixgen.core import SamplingParams
 from radixgen.progress import announce_loading, waiting
 
@@ -58,6 +58,9 @@ def generate(
     regex: Annotated[str | None, typer.Option(help="Regular expression that the output must match.")] = None,
     choice: Annotated[
         list[str] | None, typer.Option(help="Restrict the output to one of these strings. Can be given multiple times.")
+    ] = None,
+    reading: Annotated[
+        str | None, typer.Option(metavar="JSON", help='Reading policy, as {"policy": "window", "window": 1024}.')
     ] = None,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
@@ -92,6 +95,7 @@ def generate(
             json_schema=read_text(json_schema) if json_schema else None,
             regex=regex,
             choice=choice or None,
+            reading=None if reading is None else read_reading(reading),
         )
         if profile is not None:
             check_profile(profile, profile_steps)
@@ -130,6 +134,7 @@ def generate(
                 "num_prompt_tokens": output.num_prompt_tokens,
                 "num_cached_tokens": output.num_cached_tokens,
                 "num_shared_tokens": output.num_shared_tokens,
+                "exact": output.exact,
                 "sharing_ended": output.sharing_ended and asdict(output.sharing_ended),
                 "outputs": [asdict(completion) for completion in output.outputs],
             }

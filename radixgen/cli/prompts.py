@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from radixgen.core import InvalidRequest, check_texts
+from radixgen.core.reading import ReadingPolicy, reading_from_json
 
 
 def read_requests(prompts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]]:
@@ -43,6 +44,14 @@ def read_text(file: Path | None) -> str:
         return file.read_text(encoding="utf-8-sig") if file else sys.stdin.read()
     except UnicodeDecodeError as error:
         raise InvalidRequest("file", str(file or "stdin"), f"is not text: {error}") from error
+
+
+def read_reading(text: str) -> ReadingPolicy:
+    """Reading policy of a JSON object. Raises `InvalidRequest`."""
+    try:
+        return reading_from_json(json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidRequest("reading", text, f"is not JSON: {error}") from error
 
 
 def _find_fault(request: Any) -> str | None:

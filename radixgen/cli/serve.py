@@ -154,6 +154,10 @@ def serve(
     ignore_unknown_fields: Annotated[
         bool, typer.Option("--ignore-unknown-fields", help="Ignore unsupported request fields, with a warning.")
     ] = False,
+    allow_reading: Annotated[
+        list[str] | None,
+        typer.Option(help="Reading policy that requests may name, as window. Can be given multiple times."),
+    ] = None,
     metrics_compat: Annotated[str | None, typer.Option(help="vllm: add vLLM's metric names to /metrics.")] = None,
     access_log: Annotated[bool, typer.Option(help="Log one line per request.")] = True,
     profile: Profile = None,
@@ -203,6 +207,7 @@ def serve(
             metrics_compat=metrics_compat,
             ignore_unknown_fields=ignore_unknown_fields,
             root_path=root_path,
+            readings=parse_list("allow_reading", allow_reading),
             origins=OriginPolicy(
                 allowed_origins=parse_list("allowed_origins", allowed_origins),
                 allowed_methods=parse_list("allowed_methods", allowed_methods) or ["*"],

@@ -130,11 +130,11 @@ class RequestOutput:
     prompt token, the token itself first. With several sequences, all but the first may output tokens before it is
     complete.
 
-    `exact`: whether the outputs are those of the model itself; False under `reuse="segments"` if KV was moved from
-    other positions for the prompt, of `num_moved_tokens` tokens.
-
     `queue_seconds`: time from submission to admission. `cache_hints`: answers to the request's hints, in their order,
     once its prompt is computed.
+
+    `exact`: whether all keys were read, and were computed at their own places. If not, the outputs are those of the
+    model under the request's reading policy, or KV of `num_moved_tokens` prompt tokens was moved from other positions.
     """
 
     request_id: str

@@ -20,6 +20,7 @@ from radixgen.core.grammar import (
     text_source,
 )
 from radixgen.core.limits import Limits
+from radixgen.core.reading import ReadingPolicy, check_reading
 from radixgen.core.texts import check_text
 
 
@@ -46,6 +47,9 @@ class SamplingParams:
     (Lark), `choice` (a list of texts), or OpenAI's `response_format`. Only tokens allowed by the grammar are sampled,
     and an end token only if the text is complete. A sequence ends with `stop` once its text is complete and cannot be
     extended, even before `min_tokens`. `max_tokens`, `stop` and `stop_token_ids` may still cut it short.
+
+    `reading` is a policy of `radixgen.reading` by which the request reads its keys; by default the engine's, which is
+    exact unless it was made with another.
     """
 
     n: int = 1
@@ -73,6 +77,7 @@ class SamplingParams:
     grammar: str | None = None
     choice: Sequence[str] | None = None
     response_format: Mapping[str, Any] | None = None
+    reading: ReadingPolicy | None = None
 
     @property
     def greedy(self) -> bool:
@@ -128,6 +133,8 @@ class SamplingParams:
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 check_integer(name, count, 0, limits.max_logprobs)
+        if self.reading is not None:
+            check_reading("reading", self.reading)
         self.grammar_source(limits)
 
     def grammar_source(self, limits: Limits) -> GrammarSource | None:
@@ -168,6 +175,7 @@ class BeamSearchParams:
     stop_token_ids: Sequence[int] = ()
     end_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    reading: ReadingPolicy | None = None
 
     @property
     def sampling(self) -> SamplingParams:
@@ -179,6 +187,7 @@ class BeamSearchParams:
             stop_token_ids=self.stop_token_ids,
             end_token_ids=self.end_token_ids,
             ignore_eos=self.ignore_eos,
+            reading=self.reading,
         )
 
     def validate(self, limits: Limits, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack
 from uuid import uuid4
@@ -182,11 +183,12 @@ class AsyncEngine:
         each = as_prompts(prompts)
         self.inputs.check_seconds("ttl", options.get("ttl"))
         namespace, priority = options.get("namespace", ""), options.get("priority", 0)
+        params = replace(PRELOADING, reading=options.get("reading"))
         pins: list[int | None] = [None] * len(each)
 
         async def preload_prompt(index: int, prompt: Prompt) -> None:
             tokens = await asyncio.to_thread(self._engine.tokenize, prompt)
-            await _last(await self.open(tokens, PRELOADING, namespace=namespace, priority=priority))
+            await _last(await self.open(tokens, params, namespace=namespace, priority=priority))
 
             def pin() -> None:
                 pins[index] = self._engine.pin(tokens, **options)

@@ -18,27 +18,29 @@ from radixgen.core import (
     Grammar,
     Limits,
     SamplingParams,
-    SamplingState,
     SegmentReuse,
     StateGuard,
     Stats,
 )
+from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
+from radixgen.engine.make_request import make_request
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence, request_error
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
 from radixgen.sampling.grammar_budget import GrammarBudget
-from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, fork_seed, likeliest, token_logprobs
+from radixgen.sampling.sampler import DrawableTokens, SamplerOutput, likeliest, token_logprobs
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.beams import branch
 from radixgen.scheduler.cache_hints import CacheHints
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PlanMode, Planner
+from radixgen.scheduler.policies import Policies
 from radixgen.scheduler.scheduler import Scheduler
-from radixgen.scheduler.sequence import Request, Sequence
+from radixgen.scheduler.sequence import Request, Sequence, prompt_path
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +68,16 @@ class EngineCore:
         seed: int = 0,
         debug: bool = False,
         drawable: DrawableTokens | None = None,
+        reading: ReadingPolicy = EXACT,
     ) -> None:
+        """`reading`: policy of requests without one."""
         self.model = model
         self._confirm_step = model.confirm_step if isinstance(model, SupportsStepConfirmation) else None
         self._drawable = drawable
         self._kv_mover = kv_mover
         self.limits = limits
         self.seed = seed
+        self.reading = reading
         self.guard = StateGuard()
         """To be entered by the caller around each call that changes something"""
         self.tree = RadixTree(ExtentPool(kv_tokens), stamps=debug)
@@ -91,6 +96,8 @@ class EngineCore:
         self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
         self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
+        trees = [self.tree, *([self.host.tree] if self.host else [])]
+        self._policies = Policies(self.planner, trees, self.requests, self.guard, model.vocab_size)
         self._ended: list[Sequence] = []
         self._deadlines: list[tuple[float, int, Request]] = []
         self._serial = 0
@@ -116,36 +123,28 @@ class EngineCore:
         position. The last token then needs no KV and does not enter the tree. Raises `QueueFull`.
         """
         self.require_room(1, prompt.size)
+        reading = params.reading or self.reading
+        mark = self._policies.mark(reading)
         self._serial += 1
-        beams, params = (params, params.sampling) if isinstance(params, BeamSearchParams) else (None, params)
-        assert grammar is not None or not params.structured, "a grammar was not compiled"
-        targets, first, max_output = None, 0, min(params.max_tokens, self.model.max_model_len - prompt.size)
-        if score_from is not None:
-            prompt, targets, first, max_output = prompt[:-1], prompt[1:], score_from, 0
-        elif params.prompt_logprobs is not None:
-            targets = prompt[1:]
-        request = Request(
-            id=self._new_id() if request_id is None else request_id,
+        return make_request(
+            self.model,
+            prompt,
+            params,
+            request_id=self._new_id() if request_id is None else request_id,
             serial=self._serial,
-            prompt=prompt,
-            params=params,
-            max_output=max_output,
-            targets=targets,
-            next_scored=first,
+            seed=self.seed,
+            share=share,
+            score_from=score_from,
+            grammar=grammar,
+            reading=reading,
+            mark=mark,
             **options,
         )
-        seed = params.seed if params.seed is not None else fork_seed(self.seed, self._serial)
-        ends = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self.model.eos_token_ids | frozenset(params.end_token_ids)
-        if beams is not None:
-            request.search = BeamSearch(beams, max_output, ends)
-        share = share and not any(hint.action == "share" and hint.num_tokens == 0 for hint in request.hints)
-        for index in range(params.n):
-            own = request.namespace if share else request.private_namespace(index)
-            state = SamplingState(params, seed, index, prompt, [], ends, grammar.start() if grammar else None)
-            request.add_sequence(Sequence(request, index, own, state))
-        return request
+
+    def path_of(self, prompt: TokenArray, reading: ReadingPolicy | None) -> TokenArray:
+        """Return a prompt as the tree has it if requests read it under this policy, by default the engine's."""
+        reading = reading or self.reading
+        return prompt_path(prompt, reading, self._policies.mark(reading))
 
     def add(self, request: Request) -> None:
         """Queue a new request."""

@@ -20,13 +20,12 @@ from radixgen.core import (
     Limits,
     OutputKind,
     RequestOutput,
-    Reuse,
-    SegmentReuse,
     Stats,
     check_integer,
-    segment_reuse,
 )
 from radixgen.core.adapters import refuses_adapters
+from radixgen.core.reading import EXACT, ReadingPolicy, check_reading
+from radixgen.core.reuse import Reuse, SegmentReuse, segment_reuse
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, chat_tokens
 from radixgen.engine.output_processor import OutputProcessor
@@ -82,6 +81,7 @@ class Engine:
         async_scheduling: bool = True,
         warm_up: bool | None = None,
         seed: int = 0,
+        reading: ReadingPolicy = EXACT,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         debug: bool = False,
@@ -119,10 +119,10 @@ class Engine:
         async_scheduling: let the device begin a captured step while the host still reads the tokens of the last one.
             The tokens are the same either way.
         warm_up: call `Engine.warm_up` before the constructor returns. Default: on GPUs.
+        reading: policy of `radixgen.reading` by which requests read their keys, unless they bring their own.
         seed: base seed. A request without a seed derives one from this and its submission number.
         clock: monotonic time in seconds, for deadlines and the lifetime of pins.
-        debug: stamp every slot with a hash of its prefix, so that `check()` can prove that each reader finds the right
-            content, and check before every step that its plan uses no free slot.
+        debug: stamp every slot with a hash of its prefix, for `check()`, and check that no plan uses a free slot.
 
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`, and `EngineDead` if a process cannot be started.
         """
@@ -130,6 +130,7 @@ class Engine:
         check_plan_mode("plan", plan)
         check_integer("seed", seed, 0, 2**64 - 1)
         segments = segment_reuse(reuse, share)
+        check_reading("reading", reading)
         prepared = prepare_model(
             model,
             tokenizer,
@@ -177,6 +178,7 @@ class Engine:
             seed=seed,
             debug=debug,
             drawable=self._inputs.drawable,
+            reading=reading,
         )
         self._guard = self._core.guard
         self._loop = RequestLoop(self._core, OutputProcessor(self._inputs.vocabulary), clock)
@@ -357,8 +359,8 @@ class Engine:
         """Keep the cached prefix of `prompt` even if unused. Returns the pin's id, or None if nothing is cached.
 
         A pin lasts until `unpin`, for `ttl` seconds, or until memory is needed and nothing else can be freed. Pins with
-        the lowest priority are released first. The pin `replaces` is released in the same call. Raises
-        `InvalidRequest`, `LimitReached`.
+        the lowest priority are released first. The pin `replaces` is released in the same call. `reading`: the policy
+        of the requests that are to find it, by default the engine's. Raises `InvalidRequest`, `LimitReached`.
         """
         return self._pins.pin(prompt, replaces, **options)
 
@@ -463,9 +465,7 @@ class Engine:
         return request_id in self._core.requests
 
     def explain_plan(self) -> str:
-        """Describe the last step's plan, in bytes of KV over all layers. For why a prompt was not shared, see
-        `sharing_ended` of its output.
-        """
+        """Describe the last step's plan, in bytes of KV over all layers."""
         last = self._core.planner.last
         return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
 

@@ -242,7 +242,7 @@ def _failure(request: Request, error: Exception, to_abort: list[Sequence]) -> Re
     for sequence in request.sequences:
         _end(sequence, "error", repr(error), to_abort)
     outputs = [CompletionOutput(s.index, "", [], s.finish_reason, s.stop_reason) for s in request.sequences]
-    return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True)
+    return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True, exact=request.exact)
 
 
 def scores_of(output: RequestOutput) -> list[float]:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
 from radixgen.core import LimitReached, SamplingParams
+from radixgen.core.reading import ReadingPolicy, check_reading
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Prompt, as_prompts
 from radixgen.engine.request_loop import RequestLoop
@@ -42,10 +44,11 @@ class PrefixPins:
         self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
         expires = self._check(**options)
+        path = self._core.path_of(tokens, options.get("reading"))
         with self._core.guard:
             self._release(replaces)
             self._require_room(1)
-            pin = self._pins.add(tokens, options.get("namespace", ""), options.get("priority", 0), expires)
+            pin = self._pins.add(path, options.get("namespace", ""), options.get("priority", 0), expires)
             return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:
@@ -56,19 +59,24 @@ class PrefixPins:
     def preload(self, prompts: Prompt | Seq[Prompt], **options: Unpack[PinOptions]) -> list[int | None]:
         self._loop.begin_call()
         tokens = [self._inputs.tokenize(prompt) for prompt in as_prompts(prompts)]
+        params = replace(PRELOADING, reading=options.get("reading"))
         for ids in tokens:
-            self._inputs.check(ids, PRELOADING)
+            self._inputs.check(ids, params)
         self._check(**options)
         self._require_room(len(tokens))
         place = CoreOptions(namespace=options.get("namespace", ""), priority=options.get("priority", 0))
         self._loop.serve(
-            [partial(self._submitter.submit_checked, ids, PRELOADING, reuse="prefix", **place) for ids in tokens]
+            [partial(self._submitter.submit_checked, ids, params, reuse="prefix", **place) for ids in tokens]
         )
         return [self.pin(ids, **options) for ids in tokens]
 
-    def _check(self, namespace: str = "", priority: int = 0, ttl: float | None = None) -> float:
+    def _check(
+        self, namespace: str = "", priority: int = 0, ttl: float | None = None, reading: ReadingPolicy | None = None
+    ) -> float:
         """Check the options of a pin and return its time of expiry. Releases expired pins."""
         self._inputs.check_place(namespace, priority)
+        if reading is not None:
+            check_reading("reading", reading)
         lifetime, now = self._inputs.check_seconds("ttl", ttl), self._clock()
         with self._core.guard:
             self._pins.expire(now)

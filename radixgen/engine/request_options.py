@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from radixgen.core import CacheHint, OutputKind, Reuse
+from radixgen.core.reading import ReadingPolicy
 
 
 class RequestOptions(TypedDict, total=False):
@@ -42,3 +43,4 @@ class PinOptions(TypedDict, total=False):
     namespace: str
     priority: int
     ttl: float | None
+    reading: ReadingPolicy | None

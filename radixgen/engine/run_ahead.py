@@ -127,9 +127,7 @@ def _rows_of(step: _PendingStep, batch: Batch) -> Seq[int] | None:
     else:
         row_of = {node: row for row, node in enumerate(expected.nodes)}
         rows = [row_of.get(node, -1) for node in nodes]
-    actual = zip(batch.row_positions, batch.row_slots, batch.row_tokens, strict=True)
-    same = all(
-        row >= 0 and values == (expected.row_positions[row], expected.row_slots[row], tokens[row])
-        for row, values in zip(rows, actual, strict=True)
-    )
+    actual = zip(batch.row_positions, batch.row_slots, batch.row_marks, batch.row_tokens, strict=True)
+    predicted = list(zip(expected.row_positions, expected.row_slots, expected.row_marks, tokens, strict=True))
+    same = all(row >= 0 and values == predicted[row] for row, values in zip(rows, actual, strict=True))
     return rows if same else None

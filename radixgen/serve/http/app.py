@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from radixgen.core import InvalidRequest, RadixgenError, check_integer
+from radixgen.core.reading import POLICIES
 from radixgen.serve.http.access_log import AccessLog
 from radixgen.serve.http.auth import Gate, Keys, check_routes
 from radixgen.serve.http.backend import EngineBackend
@@ -56,6 +57,7 @@ class ServeOptions:
     origins: allowed origins (CORS) and hosts.
     root_path: path prefix that a proxy adds, whether it strips it or not.
     sampling_defaults: default fields of `SamplingParams`; its `max_tokens` is a limit for all requests.
+    readings: names of the reading policies that requests may name, beside `exact`.
     warm_up: run every kind of step before the server is ready.
     """
 
@@ -72,6 +74,7 @@ class ServeOptions:
     origins: OriginPolicy = field(default_factory=OriginPolicy)
     root_path: str = ""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    readings: Sequence[str] = ()
     warm_up: bool = False
     secret: bytes = field(default=b"", repr=False)
 
@@ -86,6 +89,9 @@ class ServeOptions:
                 raise InvalidRequest(name, seconds, "must be a number of seconds above 0")
         if self.metrics_compat is not None and self.metrics_compat not in COMPAT:
             raise InvalidRequest("metrics_compat", self.metrics_compat, f"must be one of {', '.join(COMPAT)}")
+        for name in self.readings:
+            if name not in POLICIES:
+                raise InvalidRequest("allow_reading", name, f"must be one of {', '.join(POLICIES)}")
         Keys(self.api_keys, self.operator_keys)
         self.origins.check()
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
@@ -172,6 +178,7 @@ def _context(engine: EngineBackend, options: ServeOptions) -> Context:
         request_timeout=options.request_timeout,
         send_timeout=options.send_timeout,
         sampling_defaults=dict(options.sampling_defaults),
+        readings=frozenset(options.readings),
     )
 
 

@@ -138,6 +138,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.params(max_tokens, logprobs, context.sampling_defaults)
+    context.check_reading(params.reading)
     params = replace(params, response_format=enforceable_format(params.response_format, warn))
     return constrain(params, body, context.limits, warn)
 

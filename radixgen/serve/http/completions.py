@@ -77,6 +77,7 @@ def _prepare(
     max_tokens = context.answer_tokens(_max_tokens(body), longest)
     params = body.params(max_tokens, body.logprobs, context.sampling_defaults)
     params = replace(params, response_format=enforceable_format(params.response_format, warn))
+    context.check_reading(params.reading)
     if body.echo:
         params = replace(params, prompt_logprobs=body.logprobs)
     for prompt in prompts:

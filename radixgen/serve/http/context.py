@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from radixgen.core import InvalidRequest, Limits
+from radixgen.core.reading import ReadingPolicy
 from radixgen.serve.http.auth import Caller, Keys
 from radixgen.serve.http.backend import EngineBackend
 from radixgen.serve.http.errors import HTTPError
@@ -25,6 +26,7 @@ class Context:
     created: start time, in seconds since the epoch.
     tokenizing: limit on requests to `/tokenize` and `/detokenize`.
     sampling_defaults: default fields of `SamplingParams`.
+    readings: names of the reading policies that requests may name.
     """
 
     engine: EngineBackend
@@ -43,6 +45,7 @@ class Context:
     request_timeout: float | None
     send_timeout: float
     sampling_defaults: Mapping[str, Any]
+    readings: frozenset[str]
 
     @property
     def limits(self) -> Limits:
@@ -61,6 +64,13 @@ class Context:
             raise HTTPError(
                 404, f"model={name!r}: {limit}", field="model", value=name, limit=limit, code="model_not_found"
             )
+
+    def check_reading(self, reading: ReadingPolicy | None) -> None:
+        """Raise `InvalidRequest` unless requests may read by this policy."""
+        if reading is None or reading.exact or reading.policy in self.readings:
+            return
+        allowed = f"must be one of {', '.join(sorted(self.readings))}" if self.readings else "is not allowed"
+        raise InvalidRequest("reading.policy", reading.policy, f"{allowed} on this server (--allow-reading)")
 
     def namespace(self, caller: Caller, cache_salt: str | None) -> str:
         """Namespace of a caller's requests with this cache salt. Raises `InvalidRequest`."""

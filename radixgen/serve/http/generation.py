@@ -81,6 +81,7 @@ class Generation:
         """Prompts without an output so far"""
         self.cached_tokens = [0] * len(opened)
         self._hint_results: tuple[HintResult, ...] = ()
+        self._exact = True
         self._opened = opened
         self._open_count = open_count
         self._meters = meters
@@ -93,6 +94,7 @@ class Generation:
                 self._meters[prompt].see(output, time.monotonic())
                 self.cached_tokens[prompt] = output.num_cached_tokens
                 self._hint_results = output.cache_hints or self._hint_results
+                self._exact = self._exact and output.exact
                 for completion in output.outputs:
                     if completion.finish_reason == "error":
                         raise _failure(completion)
@@ -109,6 +111,7 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(
                 sum(self.cached_tokens), answers_of(self._hint_results) if self.request.hints else UNSET
             ),
+            exact=UNSET if self._exact else False,
         )
 
     async def aclose(self) -> None:

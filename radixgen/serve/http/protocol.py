@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from radixgen.core import FinishReason, HintAction, HintStatus, InvalidRequest, SamplingParams
+from radixgen.core.reading import reading_from_json
 
 ChatMessage = Annotated[
     dict[str, Any],
@@ -119,6 +120,7 @@ class SamplingFields(IgnoredFields, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     cache_hints: list[CacheHintFields] | None = None
+    reading: dict[str, Any] | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
 
@@ -140,13 +142,16 @@ class SamplingFields(IgnoredFields, kw_only=True):
     def params(
         self, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any] | None = None
     ) -> SamplingParams:
-        """Sampling parameters for the engine, not validated. `defaults`: values of fields that are null."""
+        """Sampling parameters for the engine, not validated but for `reading`. `defaults`: values of fields that are
+        null.
+        """
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         seed = None if self.seed in (None, -1) else self.seed % 2**64
         return SamplingParams(
             **{**(defaults or {}), **given, "max_tokens": max_tokens},
             seed=seed,
             logprobs=logprobs,
+            reading=None if self.reading is None else reading_from_json(self.reading),
             **self._grammar(),
         )
 
@@ -265,12 +270,13 @@ class PromptTokensDetails(Struct):
 
 
 class Usage(Struct, kw_only=True):
-    """Number of tokens of all prompts and of all choices."""
+    """Number of tokens of all prompts and of all choices. `exact`: false if keys were left out."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    exact: Literal[False] | UnsetType = UNSET
 
 
 Reason = FinishReason | Literal["tool_calls"]

@@ -25,6 +25,7 @@ from radixgen.core import (
     Stats,
     end_token,
 )
+from radixgen.core.reading import EXACT
 from radixgen.engine.input_processor import InputProcessor
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.request_loop import Progress
@@ -236,7 +237,8 @@ class _Answer(AsyncIterator[RequestOutput]):
 
 def _mirror(params: SamplingParams, prompt: TokenArray, eos_token_ids: frozenset[int]) -> Request:
     """Make a copy of the worker's request, before its first output."""
-    request = Request("", 0, prompt, params, params.max_tokens, num_cached_tokens=prompt.size)
+    reading = params.reading or EXACT
+    request = Request("", 0, prompt, params, params.max_tokens, reading=reading, num_cached_tokens=prompt.size)
     ends = frozenset(params.stop_token_ids)
     if not params.ignore_eos:
         ends |= eos_token_ids.union(params.end_token_ids)

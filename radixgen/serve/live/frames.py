@@ -237,7 +237,7 @@ def figures(stats: Stats, num_nodes: int) -> dict[str, Any]:
 
 
 def _capture(node: Node, most: int) -> NodeTokens:
-    return NodeTokens(node.id, node.known <= most, node.tokens[:most])
+    return NodeTokens(node.id, node.known <= most, node.token_ids[:most])
 
 
 def _lacking(cursors: Sequence[Node], drawn: NDArray[np.bool_]) -> dict[int, int]:

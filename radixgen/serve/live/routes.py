@@ -123,7 +123,7 @@ def _node_details(core: EngineCore, node_id: int) -> dict[str, Any] | None:
     node = core.tree.find(node_id)
     if node is None:
         return None
-    tokens, most = node.tokens, _HEAD_TOKENS + _TAIL_TOKENS
+    tokens, most = node.token_ids, _HEAD_TOKENS + _TAIL_TOKENS
     cut = max(0, node.known - most)
     return {
         "id": node.id,

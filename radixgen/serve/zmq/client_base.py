@@ -99,6 +99,7 @@ class ClientRequest:
             num_cached_tokens=self.cached,
             cache_hints=self.cache_hints,
             prompt_logprobs=prompt_logprobs,
+            exact=self.params.reading is None or self.params.reading.exact,
         )
 
 

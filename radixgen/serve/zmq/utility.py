@@ -147,7 +147,7 @@ def _tree(service: "Service", peer: "Peer", call: wire.Call, arguments: TreeArgu
     while todo and len(rows) < arguments.nodes:
         node, parent = todo.popleft()
         todo.extend((child, len(rows)) for child in node.children.values())
-        rows.append([parent, node.tokens[:_PREVIEW].tolist(), node.known, node.computed, node.lock_count])
+        rows.append([parent, node.token_ids[:_PREVIEW].tolist(), node.known, node.computed, node.lock_count])
     return rows
 
 

@@ -130,7 +130,7 @@ class HintAnswer(Struct, array_like=True):
 
 
 class Sampling(Struct, omit_defaults=True):
-    """vLLM's `SamplingParams`, as a map without the fields that have default values. The last two fields are
+    """vLLM's `SamplingParams`, as a map without the fields that have default values. The last three fields are
     radixgen's own.
     """
 
@@ -159,6 +159,7 @@ class Sampling(Struct, omit_defaults=True):
     repetition_detection: Raw = NIL
     cache_hints: list[Hint] = []
     hint_owner: str | None = None
+    reading: Raw = NIL
 
 
 class Add(Struct, array_like=True):

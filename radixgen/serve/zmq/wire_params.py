@@ -9,6 +9,7 @@ from msgspec.structs import astuple
 from radixgen.core import CacheHint, HintResult, InvalidRequest, Limits, SamplingParams, check_texts
 from radixgen.core.adapters import ADAPTERS
 from radixgen.core.grammar import format_source
+from radixgen.core.reading import ReadingPolicy, check_reading, reading_from_json, reading_to_json
 from radixgen.serve.zmq import wire
 
 _UNSERVED = (
@@ -18,6 +19,7 @@ _UNSERVED = (
     "thinking_token_budget",
     "repetition_detection",
 )
+_MAX_READING_BYTES = 1_024
 _GRAMMARS = ("json_schema", "regex", "grammar", "choice", "response_format")
 
 
@@ -70,6 +72,7 @@ def to_params(sampling: wire.Sampling, room: int, limits: Limits) -> SamplingPar
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
         logit_bias=_bias(sampling.logit_bias, limits),
+        reading=_reading(sampling.reading),
         **_grammar(sampling.structured_outputs, limits),
     )
 
@@ -82,6 +85,8 @@ def from_params(params: SamplingParams, eos_token_ids: Sequence[int]) -> wire.Sa
         raise InvalidRequest("stop", params.stop, "is not supported by workers: use stop_token_ids")
     if params.n != 1:
         raise InvalidRequest("n", params.n, "must be 1: send a request for each sequence")
+    if params.reading is not None:
+        check_reading("reading", params.reading)
     for name in _GRAMMARS:
         check_texts(name, getattr(params, name))
     ends = [] if params.ignore_eos else list(dict.fromkeys([*eos_token_ids, *params.end_token_ids]))
@@ -105,6 +110,7 @@ def from_params(params: SamplingParams, eos_token_ids: Sequence[int]) -> wire.Sa
         prompt_logprobs=params.prompt_logprobs,
         logit_bias=wire.NIL if params.logit_bias is None else Raw(wire.encode(dict(params.logit_bias))),
         structured_outputs=_structured(params),
+        reading=wire.NIL if params.reading is None else Raw(wire.encode(reading_to_json(params.reading))),
     )
 
 
@@ -117,6 +123,17 @@ def _bias(raw: Raw, limits: Limits) -> dict[int, float] | None:
         return wire.decode(raw, dict[int, float])
     except wire.Malformed as error:
         raise InvalidRequest("logit_bias", "…", str(error)) from None
+
+
+def _reading(raw: Raw) -> ReadingPolicy | None:
+    if not wire.given(raw):
+        return None
+    if len(memoryview(raw)) > _MAX_READING_BYTES:
+        raise InvalidRequest("len(reading)", len(memoryview(raw)), f"must be at most {_MAX_READING_BYTES} bytes")
+    try:
+        return reading_from_json(wire.decode(raw, dict[str, Any]))
+    except wire.Malformed as error:
+        raise InvalidRequest("reading", "…", str(error)) from None
 
 
 def _grammar(structured: wire.StructuredOutputsParams | None, limits: Limits) -> dict[str, Any]:
