@@ -165,6 +165,8 @@ def _fill(
                 for _ in range(step):
                     node = nodes[node, PARENT]
                 last = nodes[node, STOP_EXTENT] - 1 if alone and step == 0 and nodes[node, ROOM] >= 0 else -1
+                while last >= 0 and extents[last, E_KEYS] == 0:
+                    last -= 1
                 for extent in range(nodes[node, FIRST_EXTENT], nodes[node, STOP_EXTENT]):
                     slot, position = extents[extent, E_SLOT], extents[extent, E_POSITION]
                     length, end = min(extents[extent, E_KEYS], seen - position + 1), position + extents[extent, E_KEYS]

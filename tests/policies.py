@@ -35,14 +35,13 @@ def reads(policy: ReadingPolicy, row: int, key: int) -> bool:
 def random_blocks(policy: BigBird, own: int, first: int, last: int) -> set[int]:
     """The blocks from `first` to `last` that rows of the block `own` draw."""
     between = list(range(first, last + 1))
-    if len(between) <= policy.random_blocks:
-        return set(between)
-    drawn: set[int] = set()
+    count = min(policy.random_blocks, len(between))
     state = _mix(policy.seed ^ _mix(own))
-    while len(drawn) < policy.random_blocks:
+    for place in range(count):
         state = _mix(state)
-        drawn.add(between[state % len(between)])
-    return drawn
+        other = place + state % (len(between) - place)
+        between[place], between[other] = between[other], between[place]
+    return set(between[:count])
 
 
 def _mix(state: int) -> int:

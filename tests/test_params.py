@@ -35,7 +35,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
 }
 FLAGS = ("include_stop_str_in_output", "skip_special_tokens", "ignore_eos")
 GRAMMARS = ("json_schema", "regex", "grammar", "choice", "response_format")
-OPTIONAL = ("logit_bias", "seed", "logprobs", "prompt_logprobs", *GRAMMARS)
+OPTIONAL = ("logit_bias", "seed", "logprobs", "prompt_logprobs", "reading", *GRAMMARS)
 
 ODD: dict[str, Any] = {
     "-1": -1,
@@ -102,6 +102,7 @@ ACCEPTED: dict[str, set[str]] = {
     "grammar": {"'1'", "str_", "None"},
     "choice": {"None"},
     "response_format": {"None"},
+    "reading": {"None"},
 }
 """Of `ODD`, all that is taken; the rest is refused. NumPy's float64 and str_ are Python's own by inheritance."""
 
@@ -126,7 +127,7 @@ def check_refusal(error: InvalidRequest, field: str, value: object) -> None:
 
 def test_the_tables_name_every_field() -> None:
     assert set(ACCEPTED) == set(FIELDS)
-    others = {"logit_bias", "stop", "stop_token_ids", "end_token_ids"}
+    others = {"logit_bias", "stop", "stop_token_ids", "end_token_ids", "reading"}
     assert {*INTEGERS, *NUMBERS, *FLAGS, *GRAMMARS, *others} == set(FIELDS)
 
 

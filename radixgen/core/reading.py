@@ -15,8 +15,7 @@ from radixgen.core.errors import InvalidRequest, check_integer
 from radixgen.core.plan import Int64Array
 
 _MOST = 2**31 - 1
-_MAX_BLOCKS = 4_096
-"""Blocks of one kind that a row reads."""
+_MAX_RANDOM_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -132,29 +131,32 @@ class BigBird(PositionPolicy):
 
     def __post_init__(self) -> None:
         self._check()
-        check_integer("reading.window_blocks", self.window_blocks, 1, _MAX_BLOCKS)
-        check_integer("reading.global_blocks", self.global_blocks, 0, _MAX_BLOCKS)
-        check_integer("reading.random_blocks", self.random_blocks, 0, _MAX_BLOCKS)
+        check_integer("reading.window_blocks", self.window_blocks, 1, _MOST)
+        check_integer("reading.global_blocks", self.global_blocks, 0, _MOST)
+        check_integer("reading.random_blocks", self.random_blocks, 0, _MAX_RANDOM_BLOCKS)
         check_integer("reading.seed", self.seed, 0, 2**64 - 1)
 
     def visible(self, block: int) -> Int64Array:
         last = max(block - self.window_blocks + 1, 0)
         first = min(self.global_blocks, last)
-        chosen = [*range(first), *sorted(self._random(block, first, last)), *range(last, block + 1)]
-        ids = np.array(chosen, np.int64)
-        joined = np.diff(ids) == 1
-        starts, stops = ids[np.append(True, ~joined)], ids[np.append(~joined, True)] + 1
-        return np.stack([starts, stops], axis=1) * self.block
+        drawn = np.sort(self._random(block, first, last))
+        starts = np.concatenate([[0], drawn, [last]]).astype(np.int64)
+        stops = np.concatenate([[first], drawn + 1, [block + 1]]).astype(np.int64)
+        starts, stops = starts[starts < stops], stops[starts < stops]
+        apart = starts[1:] > stops[:-1]
+        return np.stack([starts[np.append(True, apart)], stops[np.append(apart, True)]], axis=1) * self.block
 
-    def _random(self, block: int, first: int, last: int) -> set[int]:
-        """Draw blocks in `[first, last)` for the rows of `block`."""
-        count = min(self.random_blocks, last - first)
-        if count == last - first:
-            return set(range(first, last))
-        state, drawn = _mix(self.seed ^ _mix(block)), set[int]()
-        while len(drawn) < count:
+    def _random(self, block: int, first: int, last: int) -> Int64Array:
+        """Draw blocks in `[first, last)` for the rows of `block`, by the first steps of a shuffle."""
+        size = last - first
+        count = min(self.random_blocks, size)
+        state, moved = _mix(self.seed ^ _mix(block)), dict[int, int]()
+        drawn = np.empty(count, np.int64)
+        for place in range(count):
             state = _mix(state)
-            drawn.add(first + state % (last - first))
+            other = place + state % (size - place)
+            drawn[place] = first + moved.get(other, other)
+            moved[other] = moved.get(place, place)
         return drawn
 
 
