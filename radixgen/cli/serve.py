@@ -57,9 +57,6 @@ _ENGINE_OPTIONS = [
     "kv_offloading_size",
     "kv_dir",
     "kv_dir_size",
-    "reuse",
-    "min_run",
-    "recompute",
     "enforce_eager",
     "warm_up",
     "seed",
@@ -67,6 +64,8 @@ _ENGINE_OPTIONS = [
     "profile_steps",
 ]
 """Options of an engine in this process, rejected with --zmq"""
+_SINGLE_ENGINE_OPTIONS = ["reuse", "min_run", "recompute"]
+"""Options of an engine in this process, rejected with several: workers do not say whether their outputs are exact"""
 
 
 def serve(
@@ -173,11 +172,7 @@ def serve(
     from radixgen.core.settings import api_keys
 
     with report_errors():
-        if zmq is not None:
-            reject_options(context, _ENGINE_OPTIONS, "is an option of workers: pass it to `radixgen worker`")
-            reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
-        else:
-            _reject_for_engines(context, data_parallel_size)
+        _reject_misplaced_options(context, zmq, data_parallel_size)
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.cache.kv_files import folder_secret
         from radixgen.engine.async_engine import AsyncEngine
@@ -297,8 +292,12 @@ def serve(
         server.serve(backend, options, binding)
 
 
-def _reject_for_engines(context: typer.Context, count: int) -> None:
-    """Raise `InvalidRequest` for options that `count` engines of this command do not have."""
-    reject_options(context, ["workers"], "requires --zmq")
-    if count > 1:
-        reject_options(context, ["reuse", "min_run", "recompute"], "is an option of a single engine")
+def _reject_misplaced_options(context: typer.Context, zmq: str | None, engines: int) -> None:
+    """Raise `InvalidRequest` for options that belong to workers, to a front end, or to a single engine."""
+    if zmq is not None:
+        reject_options(context, _ENGINE_OPTIONS, "is an option of workers: pass it to `radixgen worker`")
+        reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
+    else:
+        reject_options(context, ["workers"], "requires --zmq")
+    if zmq is not None or engines != 1:
+        reject_options(context, _SINGLE_ENGINE_OPTIONS, "requires a single engine, without --zmq and -dp")
