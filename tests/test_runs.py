@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixgen.cache import ExtentPool, RadixTree, Run, RunIndex, blended_namespace
+from radixgen.cache import ExtentPool, RadixTree, Run, RunIndex, blended_namespace, marked
 from radixgen.cache.runs import window_hashes
 
 TOKENS = st.lists(st.integers(0, 5), max_size=40)
@@ -96,6 +96,16 @@ def test_exact_kv_is_preferred() -> None:
     insert(tree, [9, 9, 1, 2, 3, 4])
     (run,) = index.find(np.array([1, 2, 3, 4], np.int32), "", 0, 4)
     assert run.node.namespace == ""
+
+
+def test_tokens_that_were_read_inexactly_are_not_found() -> None:
+    tree = RadixTree(ExtentPool(100))
+    index = RunIndex(tree, 4)
+    insert(tree, [9, 1, 2, 3, 4, marked(5, 1), 6, 7, 8, 9])
+    assert index.find(np.array([6, 7, 8, 9], np.int32), "", 0, 4) == []
+    (run,) = index.find(np.array([1, 2, 3, 4, 5, 6, 7, 8, 9], np.int32), "", 0, 9)
+    assert (run.start, run.source, run.length) == (0, 1, 4)
+    index.check()
 
 
 def test_repeated_tokens_cost_little() -> None:
