@@ -1,5 +1,7 @@
 """The index of runs, against a search that compares everything with everything."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,31 +22,32 @@ def insert(tree: RadixTree, tokens: list[int], namespace: str = "") -> None:
     tree.unlock(lock)
 
 
-def paths(tree: RadixTree) -> list[list[int]]:
-    """The computed tokens of all paths."""
-    return [node.path_tokens(0, node.start + node.computed).tolist() for node in tree.nodes()]
-
-
-def longest_runs(tokens: list[int], cached: list[list[int]], least: int) -> list[tuple[int, int]]:
-    """Start and length of the longest run of `tokens` in any of `cached`, the leftmost of them, then that of what is
-    left of `tokens`, and so on.
-    """
-    known = {
+def parts(tree: RadixTree, namespace: str, least: int) -> set[tuple[int, ...]]:
+    """All sequences of at least `least` tokens that are computed in a namespace."""
+    paths = [n.path_tokens(0, n.start + n.computed).tolist() for n in tree.nodes() if n.namespace == namespace]
+    return {
         tuple(path[at : at + length])
-        for path in cached
+        for path in paths
         for length in range(least, len(path) + 1)
         for at in range(len(path) - length + 1)
     }
+
+
+def longest_runs(tokens: list[int], tree: RadixTree, least: int) -> list[tuple[int, int]]:
+    """Start and length of the longest run of `tokens` that is cached, then that of what is left of `tokens`, and so on.
+    Of equal ones exact KV comes first, then the leftmost.
+    """
+    exact, blended = (parts(tree, namespace, least) for namespace in ("", blended_namespace("")))
     free, runs = [True] * len(tokens), []
     for length in range(len(tokens), least - 1, -1):
-        for start in range(len(tokens) - length + 1):
+        for known, start in product((exact, blended), range(len(tokens) - length + 1)):
             if all(free[start : start + length]) and tuple(tokens[start : start + length]) in known:
                 free[start : start + length] = [False] * length
                 runs.append((start, length))
     return runs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(TOKENS.filter(bool), max_size=6), TOKENS, st.integers(1, 9), st.integers(0, 60), st.integers(0, 3))
 def test_finds_the_longest_runs(
     texts: list[list[int]], prompt: list[int], least: int, evicted: int, first: int
@@ -63,7 +66,7 @@ def test_finds_the_longest_runs(
         source = run.node.path_tokens(run.source, run.source + run.length).tolist()
         assert source == prompt[run.start : run.stop] and run.slots().size == run.length
         assert run.source + run.length <= run.node.start + run.node.computed
-    expected = longest_runs(prompt[first:], paths(tree), least)
+    expected = longest_runs(prompt[first:], tree, least)
     assert [(run.start - first, run.length) for run in runs] == expected
 
 
