@@ -138,6 +138,8 @@ class Admission:
             return
         tokens = self._follow(sequence).tokens
         stop = min(tokens.size - 1, tokens.size if request.targets is None else request.next_scored)
+        if not stop:
+            return
         taken = runs.take(tokens, request.namespace, stop)
         if taken is None:
             return

@@ -74,14 +74,15 @@ class RunTaker:
     def take(self, tokens: TokenArray, namespace: str, stop: int) -> TakenRuns | None:
         """Find and lock what `tokens[:stop]` can take; `namespace`: that of the request, blended or not.
 
-        Returns None if computing what the prefix cache lacks is better: where runs spare little, outputs stay exact.
+        Returns None if what earlier prompts with runs have in common with it, and its own runs, spare little beside the
+        exact prefix: then outputs stay exact.
         """
         exact = namespace.removesuffix(BLENDED)
         before, blended = (self._match(tokens, name) for name in (exact, blended_namespace(exact)))
-        begin = blended.computed if blended else 0
-        first = max(begin, before.computed if before else 0)
+        begin, known = blended.computed if blended else 0, before.computed if before else 0
+        first = max(begin, known)
         runs = self._index.find(tokens, exact, first, stop) if first < stop else []
-        spared = sum(run.length - self._num_computed(run) for run in runs)
+        spared = first - known + sum(run.length - self._num_computed(run) for run in runs)
         if _LEAST_SHARE * spared < tokens.size - begin or not spared:
             return None
         taken = TakenRuns(np.full(tokens.size, -1), np.zeros(tokens.size, np.int64), [], first)

@@ -179,7 +179,8 @@ class StampModel:
         return [
             row
             for row in np.flatnonzero(slots < 0).tolist()
-            if self._stamp_at(own[row]) != self._extend(row, self._stamp_at(before[row]), int(token_ids[row]))
+            if not self._moved[own[row]]
+            and self._stamp_at(own[row]) != self._extend(row, self._stamp_at(before[row]), int(token_ids[row]))
         ]
 
     def _compute(
@@ -232,6 +233,8 @@ class StampModel:
         for row, (position, token, slot) in enumerate(zip(positions, tokens, slots, strict=True)):
             parent = self._stamp_at(before[row]) if position else ROOT
             stamp = self._stamp_at(own[row]) if row in lost else self._extend(row, parent, token)
+            if slot < 0 and self._moved[own[row]]:
+                stamp = self._stamp_at(own[row])
             stamps.append(stamp)
             if slot < 0:
                 if self._positions[own[row]] != position or self._stamp_at(own[row]) != stamp:

@@ -113,10 +113,14 @@ def test_logits_are_those_of_the_twin(max_step_tokens: int, plan: str) -> None:
         token, value = next(iter(output.outputs[0].logprobs[0].items()))
         assert token == int(expected.argmax()) and abs(value - float(expected[token])) < 1e-4
         assert abs(value - float(exact[token])) > 1e-3, "moved keys make no difference"
+        again, stats = serve(engine, after), engine.stats()
+        assert again.outputs[0].token_ids == output.outputs[0].token_ids and not again.exact
+        assert again.num_cached_tokens == len(after) and again.num_moved_tokens == 0
+        other = serve(engine, [*after[:-2], 5, 6, 7])
+        assert not other.exact and engine.stats().computed_prompt_tokens - stats.computed_prompt_tokens == 3
         own = serve(engine, after, reuse="prefix")
         token, value = next(iter(own.outputs[0].logprobs[0].items()))
         assert own.exact and own.num_cached_tokens == 21 and abs(value - float(exact[token])) < 1e-4
-        assert serve(engine, after).num_moved_tokens == 0, "its own earlier prompt is a longer prefix"
 
 
 def test_prompts_without_long_runs_stay_exact() -> None:
