@@ -4,12 +4,13 @@ from typing import get_args
 
 from sortedcontainers import SortedKeyList
 
-from radixgen.cache import FollowedMatch, HostTier, Match, RadixTree, sharing_end
+from radixgen.cache import FollowedMatch, HostTier, Match, RadixTree, blended_namespace, sharing_end
 from radixgen.core import SharingReason
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.reserves import FIRST_RESERVE
-from radixgen.scheduler.sequence import Sequence
+from radixgen.scheduler.runs import RunTaker, TakenRuns
+from radixgen.scheduler.sequence import Request, Sequence
 
 _GROWTH_SHARE = 16
 """At most this fraction (1/n) of the pool is kept free for running sequences to grow."""
@@ -28,7 +29,9 @@ class Admission:
         pins: Pins,
         host: HostTier | None,
         max_num_seqs: int,
+        runs: RunTaker | None = None,
     ) -> None:
+        """`runs`: finds what requests with `reuse="segments"` take."""
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.sharing_ended: dict[SharingReason, int] = dict.fromkeys(get_args(SharingReason), 0)
@@ -38,6 +41,7 @@ class Admission:
         self._pins = pins
         self._host = host
         self._max_num_seqs = max_num_seqs
+        self._runs = runs
 
     def admit(self, now: float) -> bool:
         """Admit waiting requests while everything that they lack fits without preemption; siblings go together.
@@ -101,16 +105,19 @@ class Admission:
         Releases pins if needed, unless releasing all would not suffice. Reserves do not count as room: taking them for
         new sequences would fragment all leaves into single slots.
         """
-        tree, followed = self._tree, self._follow(sequence)
-        growing = len(self._running) + seats
-        growth = max(growing, min(FIRST_RESERVE * growing, tree.pool.capacity // _GROWTH_SHARE))
-        wanted, match = followed.tokens.size + growth, followed.match()
+        followed = self._follow(sequence)
+        wanted, match = followed.tokens.size + self._growth(seats), followed.match()
         short = self._missing_slots(wanted, match)
         if short > 0 and short > self._pins.freed_by_release(match):
             return False
         while short > 0 and self._pins.release_weakest():
             short = self._missing_slots(wanted, followed.match())
         return short <= 0
+
+    def _growth(self, seats: int) -> int:
+        """Return the slots to keep free for all running sequences and `seats` more to grow a little."""
+        growing = len(self._running) + seats
+        return max(growing, min(FIRST_RESERVE * growing, self._tree.pool.capacity // _GROWTH_SHARE))
 
     def _missing_slots(self, wanted: int, match: Match | None) -> int:
         """Return how many slots are lacking to store `wanted` tokens, given that `match` is already in the tree and all
@@ -120,12 +127,49 @@ class Admission:
         known, locked = (match.length, match.evictable) if match else (0, 0)
         return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
 
+    def _take_runs(self, sequence: Sequence) -> None:
+        """Let a sequence that is admitted take runs, if its request may, reads all keys, and they spare enough.
+
+        From then on, all sequences of the request are in the namespace of inexact KV. One that was admitted as exact
+        stays so.
+        """
+        request, runs = sequence.request, self._runs
+        if runs is None or request.reuse != "segments" or sequence.namespace != request.namespace:
+            return
+        if request.mark or (not request.blended and request.num_cached_tokens is not None):
+            return
+        tokens = self._follow(sequence).tokens
+        stop = min(tokens.size - 1, tokens.size if request.targets is None else request.next_scored)
+        if not stop:
+            return
+        taken = runs.take(tokens, request.namespace, stop)
+        if taken is None:
+            return
+        blended = request.namespace if request.blended else blended_namespace(request.namespace)
+        wanted = tokens.size + self._growth(len(request.waiting))
+        if self._missing_slots(wanted, self._tree.match_prefix(tokens, blended)) > 0:
+            taken.release(self._tree)
+            return
+        sequence.runs = taken
+        if not request.blended:
+            self._move_request(request, blended, taken)
+
+    def _move_request(self, request: Request, namespace: str, taken: TakenRuns) -> None:
+        """Move a request to the namespace of inexact KV, before any of its sequences is admitted."""
+        for sequence in request.sequences:
+            self._unfollow(sequence)
+            sequence.namespace = namespace
+        request.namespace, request.blended = namespace, True
+        request.num_moved_tokens = taken.num_moved
+
     def _enter(self, sequence: Sequence, now: float) -> None:
+        self._take_runs(sequence)
         followed, request = self._follow(sequence), sequence.request
         tokens = followed.tokens
         if request.num_cached_tokens is None:
             match = followed.match()
-            request.num_cached_tokens = min(match.computed if match else 0, request.prompt.size)
+            prefix = sequence.runs.prefix if sequence.runs else 0
+            request.num_cached_tokens = min(max(match.computed if match else 0, prefix), request.prompt.size)
             request.queue_seconds = max(now - request.arrived, 0.0)
             request.num_shared_tokens = match.length - match.evictable if match else 0
             request.sharing_ended = end = sharing_end(self._tree, tokens, sequence.namespace, match)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.cache import Node, token_ids
+from radixgen.cache import KVMoves, Node, token_ids
 from radixgen.core import Plan
+from radixgen.scheduler.runs import TakenRuns
 from radixgen.scheduler.sequence import Request, Sequence
 
 
@@ -40,7 +41,7 @@ class Batch:
     last_row: dict[Node, int] = field(default_factory=dict)
     """Row of a node's last token."""
     spans: dict[Node, tuple[int, int]] = field(default_factory=dict)
-    """First row of a node's span, and its position."""
+    """First row of a node's span, or of its last part after copied tokens, and its position."""
     read_rows: dict[tuple[Node, int], int] = field(default_factory=dict)
     """Rows that only read, by node and offset, except those of a node's last token."""
     drawing: list[Sequence] = field(default_factory=list)
@@ -56,12 +57,15 @@ class Batch:
     """Rows that score prompts."""
     prompt_tokens: int = 0
     """Rows scheduled for sequences without output."""
+    moves: list[KVMoves] = field(default_factory=list)
+    """KV that is copied before the step."""
 
     def add_span(self, request: Request, node: Node, first: int, slots: NDArray[np.int64]) -> None:
         """Compute the node's tokens from `first` on, one per slot, as the request reads them."""
         count = slots.size
         begin = node.start + first
-        self.nodes.append(node)
+        if not self.nodes or self.nodes[-1] is not node:
+            self.nodes.append(node)
         self.spans[node] = len(self.row_nodes), begin
         self.row_nodes.extend([node.id] * count)
         self.row_positions.extend(range(begin, begin + count))
@@ -70,6 +74,17 @@ class Batch:
         self.row_marks.extend(request.marks_of(begin, begin + count))
         if first + count == node.known:
             self.last_row[node] = len(self.row_nodes) - 1
+
+    def add_copies(self, runs: TakenRuns, first: int, slots: NDArray[np.int64]) -> None:
+        """Copy the KV of the tokens from position `first` on, one per slot."""
+        part = slice(first, first + slots.size)
+        places = np.arange(first, first + slots.size)
+        self.moves.append(KVMoves(runs.slots[part].copy(), slots, runs.positions[part], places))
+
+    @property
+    def num_moved(self) -> int:
+        """Number of tokens whose KV is copied."""
+        return sum(moves.targets.size for moves in self.moves)
 
     def add_next(self, request: Request, node: Node, token: int, slot: int) -> None:
         """Compute the node's last token, the only one without KV."""

@@ -6,6 +6,7 @@ from operator import attrgetter
 from sortedcontainers import SortedKeyList
 
 from radixgen.cache import FollowedMatch
+from radixgen.core import Limits, QueueFull
 from radixgen.scheduler.sequence import Request, Sequence
 
 
@@ -29,6 +30,14 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         return (sequence for request in self._requests for sequence in request.waiting)
+
+    def require_room(self, requests: int, tokens: int, limits: Limits) -> None:
+        """Raise `QueueFull` if there is no room for this many more requests or prompt tokens."""
+        if len(self) + requests > limits.max_waiting:
+            raise QueueFull("waiting", len(self) + requests, f"at most {limits.max_waiting} requests wait")
+        if self.num_tokens + tokens > limits.max_waiting_tokens and len(self):
+            limit = f"at most {limits.max_waiting_tokens} prompt tokens wait"
+            raise QueueFull("waiting_tokens", self.num_tokens + tokens, limit)
 
     def add(self, sequence: Sequence) -> None:
         request = sequence.request

@@ -8,11 +8,12 @@ from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 import numpy as np
+from numpy.typing import NDArray
 from sortedcontainers import SortedKeyList
 
 from radixgen.cache import HostTier, Node, RadixTree, TokenArray
 from radixgen.cache.check import check_plan
-from radixgen.core import Limits
+from radixgen.core import Limits, SegmentReuse
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
 from radixgen.scheduler.freeing import free_unread
@@ -21,6 +22,7 @@ from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.reserves import FIRST_RESERVE, Reserves
+from radixgen.scheduler.runs import RunTaker
 from radixgen.scheduler.sequence import Request, Sequence
 
 _MAX_SCORED = 512
@@ -38,6 +40,7 @@ class Scheduler:
         max_step_tokens: int,
         limits: Limits,
         host: HostTier | None = None,
+        reuse: SegmentReuse | None = None,
         debug: bool = False,
     ) -> None:
         self.tree = tree
@@ -48,7 +51,10 @@ class Scheduler:
         self.waiting = WaitingQueue(limits.max_overtaken)
         self.running: SortedKeyList[Sequence] = SortedKeyList(key=attrgetter("rank"))
         self.pins = Pins(tree)
-        self.admission = Admission(tree, self.waiting, self.running, self.pins, host, limits.max_num_seqs)
+        runs = RunTaker(tree, reuse) if reuse else None
+        self.admission = Admission(tree, self.waiting, self.running, self.pins, host, limits.max_num_seqs, runs)
+        self.takes_runs = runs is not None
+        """Whether requests may take runs that are no prefix."""
         self._reserves = Reserves(tree, self.running, self.waiting)
         self._debug = debug
         self.now = 0.0
@@ -56,6 +62,7 @@ class Scheduler:
         self._last_rows = 0
         self.preemptions = 0
         self.computed_prompt_tokens = 0
+        self.moved_prompt_tokens = 0
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences."""
@@ -178,6 +185,10 @@ class Scheduler:
         for node in batch.nodes:
             commit(node)
         self.computed_prompt_tokens += batch.prompt_tokens
+        self.moved_prompt_tokens += batch.num_moved
+        if self.takes_runs:
+            for sequence in (*batch.drawing, *batch.branching):
+                self._release_runs(sequence)
         self.tree.pool.retire_step(batch.step)
         if any(policy.frees for policy in self.planner.policies):
             for sequence in self.running:
@@ -262,21 +273,21 @@ class Scheduler:
 
     def _schedule_path(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
         """Schedule what the path to `node` lacks, from the top. Returns the rows added."""
-        left = budget
+        before = batch.num_rows
         for part in node.unscheduled_path():
-            count = min(left, part.known - part.scheduled)
+            left = budget - (batch.num_rows - before)
+            count = _span(sequence, part, left) if left else 0
             if count == 0 or not self._make_room(part, count, sequence, batch):
                 break
-            first = part.scheduled
             slots = self.tree.schedule(part, count, self._reserve(part, count, sequence, batch))
-            batch.add_span(sequence.request, part, first, slots)
+            _add_tokens(sequence, part, slots, batch)
             sequence.scheduled_in = batch.step
-            left -= count
             if part.scheduled < part.known:
                 break
+        taken = batch.num_rows - before
         if not sequence.output:
-            batch.prompt_tokens += budget - left
-        return budget - left
+            batch.prompt_tokens += taken
+        return taken
 
     def _score_prompt(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> tuple[int, bool]:
         """Add rows that score the prompt, as far as its path has slots. Returns their number, and whether none are
@@ -355,7 +366,7 @@ class Scheduler:
         if short > 0:
             tree.reclaim_reserves(short)
         while (short := tree.slots_wanted(node, count) - tree.pool.free) > 0:
-            if tree.evict(short) or self._complete_copies():
+            if tree.evict(short) or self._complete_copies() or self._release_idle_runs(sequence, batch):
                 continue
             idle, from_pins = self._idle(sequence, batch), self.pins.freed_by_release()
             victim = None if from_pins else self._victim(sequence, idle)
@@ -368,6 +379,20 @@ class Scheduler:
     def _complete_copies(self) -> bool:
         """Unlock paths that only copies from or to the host have locked. Returns False if there are none."""
         return self.host is not None and (self.host.saves.complete() or self.host.fetches.release_arrived())
+
+    def _release_runs(self, sequence: Sequence) -> bool:
+        """Unlock the runs that a sequence takes; what it has not copied yet, it computes. Returns False if none."""
+        runs, sequence.runs = sequence.runs, None
+        if runs is not None:
+            runs.release(self.tree)
+        return runs is not None
+
+    def _release_idle_runs(self, sequence: Sequence, batch: Batch) -> bool:
+        """Unlock the runs of all other sequences without a part in this step. Returns False if there are none."""
+        if not self.takes_runs:
+            return False
+        others = [other for other in self.running if other is not sequence and other.scheduled_in != batch.step]
+        return sum(self._release_runs(other) for other in others) > 0
 
     def _idle(self, sequence: Sequence, batch: Batch) -> list[Sequence]:
         """Return the other sequences without a part in this step, youngest first, without the oldest of all."""
@@ -398,6 +423,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.cursor is not None
         self.running.remove(sequence)
+        self._release_runs(sequence)
         node, request = sequence.cursor.held, sequence.request
         self.tree.unlock(sequence.cursor, idle=request.search is None)
         sequence.cursor = None
@@ -414,3 +440,25 @@ class Scheduler:
         match = self.tree.match_prefix(tokens, namespace)
         if match is not None and match.computed:
             self.tree.unlock(self.tree.insert(tokens[: match.computed], namespace))
+
+
+def _span(sequence: Sequence, node: Node, rows: int) -> int:
+    """Return how many of the node's next tokens `rows` rows suffice for."""
+    if sequence.runs is None:
+        return min(rows, node.known - node.scheduled)
+    return sequence.runs.span(node.start + node.scheduled, node.end, rows)
+
+
+def _add_tokens(sequence: Sequence, node: Node, slots: NDArray[np.int64], batch: Batch) -> None:
+    """Add the node's last scheduled tokens to a step, one per slot: those of runs as copies, all others as rows."""
+    first = node.scheduled - slots.size
+    if sequence.runs is None:
+        batch.add_span(sequence.request, node, first, slots)
+        return
+    start = node.start + first
+    for begin, end, copied in sequence.runs.pieces(start, start + slots.size):
+        part = slots[begin - start : end - start]
+        if copied:
+            batch.add_copies(sequence.runs, begin, part)
+        else:
+            batch.add_span(sequence.request, node, begin - node.start, part)

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from radixgen.cache import PRIVATE, Fetch, FollowedMatch, Lock, TokenArray, marked
-from radixgen.core import CacheHint, FinishReason, HintResult, PromptTokens, SamplingParams, SamplingState, SharingEnd
+from radixgen.core import (
+    CacheHint,
+    FinishReason,
+    HintResult,
+    PromptTokens,
+    Reuse,
+    SamplingParams,
+    SamplingState,
+    SharingEnd,
+)
 from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.sampling.beam_search import BeamSearch, Choices
+from radixgen.scheduler.runs import TakenRuns
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +37,11 @@ class Request:
     """Mark of the policy `reading`, 0 if it is exact."""
     priority: int = 0
     namespace: str = ""
+    reuse: Reuse = "prefix"
+    blended: bool = False
+    """Whether it is in the namespace of inexact KV, and reads KV that was moved from other positions."""
+    num_moved_tokens: int = 0
+    """Prompt tokens whose KV was copied from runs that are no prefix."""
     arrived: float = 0.0
     deadline: float = math.inf
     """Seconds on the engine's clock, like `arrived`."""
@@ -93,6 +108,11 @@ class Request:
         return token
 
     @property
+    def exact(self) -> bool:
+        """Whether its outputs are those of the model itself."""
+        return not self.blended and self.reading.exact
+
+    @property
     def finished(self) -> bool:
         return self.unfinished == 0
 
@@ -151,6 +171,8 @@ class Sequence:
 
     followed: FollowedMatch | None = None
     """Match of its tokens while it waits, once it may be next."""
+    runs: TakenRuns | None = None
+    """Where its tokens are copied from, until all are computed."""
     fetch: Fetch | None = None
     """Fetch of its tokens from the host while it waits."""
 

@@ -38,9 +38,11 @@ from radixgen import (
     Limits,
     RequestOutput,
     SamplingParams,
+    SegmentReuse,
     UnknownRequest,
 )
-from radixgen.cache import BlockProjection, Lock, Node
+from radixgen.cache import BLENDED, BlockProjection, Lock, Node
+from radixgen.cache.tokens import exact_len
 from radixgen.core import SamplingState
 from radixgen.core.reading import EXACT, BigBird, Fading, ReadingPolicy, Window
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
@@ -64,6 +66,7 @@ HINTS = st.lists(
     max_size=3,
 )
 KINDS = st.sampled_from(["cumulative", "delta", "final"])
+REUSES = st.sampled_from([None, None, "prefix"])
 SEEDS = st.integers(0, 2**64 - 1)
 READINGS = st.sampled_from(
     [
@@ -144,6 +147,10 @@ class ShadowSequence:
     def check_next(self, token: int) -> None:
         """The next token is the one that this prefix draws, alone."""
         assert token == self.draw(), f"{self.state} after {self.told}: {token}"
+        self.take(token)
+
+    def take(self, token: int) -> None:
+        """The next token, whatever it is."""
         self.told.append(token)
         self.state.output.append(token)
         self.stamp = extend(self.stamp, token, self.policy)
@@ -170,6 +177,8 @@ class Shadow:
     failed: bool = False
     started: bool = False
     prompt_told: bool = False
+    may_move: bool = False
+    """Whether it may take KV from other positions. If it does, nobody knows what it generates."""
 
     @classmethod
     def of(cls, prompt: list[int], params: SamplingParams, kind: str, namespace: str, deadline: float) -> "Shadow":
@@ -193,7 +202,7 @@ class Shadow:
         """The same once more, to part from it where its sequences have generated so many tokens."""
         self.forks += 1
         forked = Shadow.of(self.prompt, self.params, self.kind, self.namespace, self.deadline)
-        forked.started, forked.max_output = True, self.max_output
+        forked.started, forked.max_output, forked.may_move = True, self.max_output, self.may_move
         for old, new, length in zip(self.sequences, forked.sequences, lengths, strict=True):
             seeds = {at: seed for at, seed in old.seeds.items() if at <= length}
             new.seeds = seeds | {length: fork_seed(seeds[max(seeds)], self.forks)}
@@ -214,10 +223,14 @@ class ShadowSearch:
     finished = False
     cancelled: bool = False
     started: bool = False
+    may_move: bool = False
 
     def check(self, output: RequestOutput, now: float) -> None:
         """It ended as it would alone, or tells how far it had come by some step."""
         assert output.finished and output.prompt_token_ids == self.prompt
+        if not output.exact and self.params.reading is None:
+            assert self.may_move
+            return
         reasons = {one.finish_reason for one in output.outputs}
         told = [(one.token_ids, one.score) for one in output.outputs]
         search = self._begin()
@@ -261,6 +274,9 @@ class EngineMachine(RuleBasedStateMachine):
         host_slots=st.sampled_from([0, 20, 100, 400]),
         files=st.sampled_from([0, 0, 2, 10, 1000]),
         max_overtaken=st.sampled_from([0, 6]),
+        reuse=st.one_of(
+            st.just("prefix"), st.builds(SegmentReuse, st.sampled_from([2, 3, 6]), st.sampled_from([0.0, 0.15, 0.5]))
+        ),
         rates=st.sampled_from([(0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 0.0, 2.0), (1.0, 2.0, 0.0)]),
         max_mark=st.sampled_from([2, 4, 4]),
     )
@@ -275,11 +291,13 @@ class EngineMachine(RuleBasedStateMachine):
         files: int,
         max_overtaken: int,
         rates: tuple[float, float, float],
+        reuse: str | SegmentReuse,
         max_mark: int,
     ) -> None:
         """`rates`: seconds per token of computing, fetching and reading, as if they had been measured."""
         self.now = 0.0
         self.rates = rates
+        self.moves = share and reuse != "prefix"
         self.max_mark = max_mark
         self.folder = Path(mkdtemp()) if files and host_slots else None
         DISK_LOG.disabled = True
@@ -290,6 +308,7 @@ class EngineMachine(RuleBasedStateMachine):
             "kv_dir_bytes": files * FILE_BYTES if self.folder else None,
             "max_step_tokens": budget,
             "share": share,
+            "reuse": reuse if share else "prefix",
             "plan": plan,
             "limits": replace(LIMITS, max_overtaken=max_overtaken),
             "clock": lambda: self.now,
@@ -361,6 +380,7 @@ class EngineMachine(RuleBasedStateMachine):
         timeout=st.sampled_from([None, None, 4.0]),
         kind=KINDS,
         hints=st.one_of(st.just([]), HINTS),
+        reuse=REUSES,
     )
     def submit(self, **request: Any) -> None:
         self._submit(**request)
@@ -437,7 +457,7 @@ class EngineMachine(RuleBasedStateMachine):
             )
         except (InvalidRequest, LimitReached):
             return
-        self.live[name] = ShadowSearch(prompt, params, self.now + (timeout or np.inf))
+        self.live[name] = ShadowSearch(prompt, params, self.now + (timeout or np.inf), may_move=self.moves)
 
     @rule(prompt=TOKENS, continuations=st.lists(TOKENS.map(lambda t: t[:8]), min_size=1, max_size=3))
     def score(self, prompt: list[int], continuations: list[list[int]]) -> None:
@@ -449,6 +469,7 @@ class EngineMachine(RuleBasedStateMachine):
             params = SamplingParams(max_tokens=1, prompt_logprobs=0)
             shadow = Shadow.of(prompt + continuation, params, "final", "", np.inf)
             shadow.max_output = 0
+            shadow.may_move = self.moves
             self.live[name] = shadow
 
     @precondition(lambda self: self.texts)
@@ -528,6 +549,7 @@ class EngineMachine(RuleBasedStateMachine):
         timeout: float | None = None,
         kind: str = "cumulative",
         hints: list[CacheHint] | None = None,
+        reuse: str | None = None,
     ) -> None:
         try:
             name = self.engine.submit(
@@ -538,12 +560,14 @@ class EngineMachine(RuleBasedStateMachine):
                 timeout=timeout,
                 output_kind=kind,
                 cache_hints=hints or [],
+                reuse=reuse,
             )
         except (InvalidRequest, LimitReached):
             self.engine.check()
             return
         assert name not in self.live
         self.live[name] = Shadow.of(prompt, params, kind, namespace, self.now + (timeout or np.inf))
+        self.live[name].may_move = self.moves and reuse is None
 
     def _step(self) -> None:
         before, rows, sparse = self.engine.stats(), self.model.rows, self.model.sparse_rows
@@ -554,7 +578,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.host_router.check(self.host.tree)
         for extent in self.engine._core.tree.pool.free_extents():
             self.model.poison(range(extent.start, extent.end))
+        if self.moves:
+            self._check_kv()
         after = self.engine.stats()
+        self.seen["move"] += after.moved_prompt_tokens - before.moved_prompt_tokens
         self.seen["slots freed"] += any(node.extent_positions is not None for node in self.engine._core.tree.nodes())
         self.seen["read inexactly"] += self.model.sparse_rows - sparse
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
@@ -578,6 +605,17 @@ class EngineMachine(RuleBasedStateMachine):
             self.live[sequence.request.id].started = True
         self._count()
 
+    def _check_kv(self) -> None:
+        """Each slot holds its node's token, and what exact requests find was computed at its own place."""
+        for node in self.engine._core.tree.nodes():
+            tokens = node.path_tokens(0, node.start + node.computed)
+            if any(part.extent_positions is not None for part in node.path()):
+                continue
+            slots = node.path_slots(0, exact_len(tokens))
+            assert self.model.tokens_at(slots[node.start :]) == tokens[node.start : slots.size].tolist()
+            if BLENDED not in node.namespace and slots.size:
+                assert self.model.is_exact(slots), f"{node} holds moved keys"
+
     def _compare(self, output: RequestOutput) -> None:
         shadow = self.live[output.request_id]
         if isinstance(shadow, ShadowSearch):
@@ -585,19 +623,22 @@ class EngineMachine(RuleBasedStateMachine):
             self.seen["search"] += 1
             del self.live[output.request_id]
             return
-        assert output.exact == (shadow.params.reading is None)
+        moved = not output.exact and shadow.params.reading is None
+        assert output.exact <= (shadow.params.reading is None)
         assert output.prompt_token_ids == shadow.prompt[: len(output.prompt_token_ids)]
         assert shadow.kind != "final" or output.finished
+        assert not moved or shadow.may_move
+        self.seen["moved"] += moved
         for one in output.outputs:
-            self._compare_sequence(shadow, one)
-        if output.prompt_logprobs is not None:
+            self._compare_sequence(shadow, one, not moved)
+        if output.prompt_logprobs is not None and not moved:
             self._compare_prompt(shadow, output.prompt_logprobs)
         assert output.finished == shadow.finished
         if output.finished:
             del self.live[output.request_id]
             self.texts = [*self.texts[-15:], shadow.prompt + shadow.sequences[0].told]
 
-    def _compare_sequence(self, shadow: Shadow, one: CompletionOutput) -> None:
+    def _compare_sequence(self, shadow: Shadow, one: CompletionOutput, exact: bool) -> None:
         sequence = shadow.sequences[one.index]
         assert sequence.ended is None or (shadow.kind == "cumulative" and one.finish_reason == sequence.ended)
         tokens = one.token_ids
@@ -607,6 +648,9 @@ class EngineMachine(RuleBasedStateMachine):
         logprobs = one.logprobs[-len(tokens) :] if one.logprobs is not None and tokens else [None] * len(tokens)
         assert (one.logprobs is None) == (shadow.params.logprobs is None)
         for token, found in zip(tokens, logprobs, strict=True):
+            if not exact:
+                sequence.take(token)
+                continue
             if found is not None:
                 _check_logprobs(found, sequence.stamp, token, shadow.params.logprobs)
             sequence.check_next(token)

@@ -4,6 +4,9 @@ The 'KV' of a slot is a stamp: a 128-bit hash of the exact prefix that ends with
 at every slot that the plan tells a row to read, and any that does not hold the row's own prefix raises
 `AssertionError`. Logits are a pure function of the stamp, so that a shadow model needs nothing but tokens.
 
+A slot whose KV was moved keeps the stamp of its source, and is marked: it need not continue what stands before it. So
+whoever reads it gets other logits than the exact prefix has.
+
 Two things it cannot see by itself. A row of this step that reads the whole prefix of a sibling gets that
 sibling's logits: compare them, with `expected_logits`. And it knows no namespaces: equal tokens are equal.
 """
@@ -18,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.cache import DiskTier
+from radixgen.cache import DiskTier, KVMoves
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
 from radixgen.core.reading import ReadingPolicy
@@ -77,6 +80,8 @@ class StampModel:
         self.fail_next: Exception | None = None
         """Raised by the next `run`, once, when some of its writes are made: all its write slots hold garbage."""
         self.fingerprint = bytes(32)
+        self.moved = 0
+        """Tokens whose KV was moved"""
         self.rows_ahead = 0
         """Rows that were computed before their step was asked for"""
         self.allocate(0)
@@ -86,6 +91,7 @@ class StampModel:
         self._positions = np.full(slots, UNWRITTEN, np.int64)
         self._stamps = np.zeros((slots, 2), np.uint64)
         self._parents = np.zeros((slots, 2), np.uint64)
+        self._moved = np.zeros(slots, np.bool_)
         self._stamp_bytes = memoryview(self._stamps.reshape(-1).view(np.uint8))
         self._parent_bytes = memoryview(self._parents.reshape(-1).view(np.uint8))
 
@@ -94,7 +100,9 @@ class StampModel:
 
     def poison(self, slots: Iterable[int] | Int64Array) -> None:
         """Forget what `slots` hold: whoever reads one before it is written again, fails."""
-        self._positions[np.fromiter(slots, np.int64)] = POISONED
+        poisoned = np.fromiter(slots, np.int64)
+        self._positions[poisoned] = POISONED
+        self._moved[poisoned] = False
 
     def content(self, slots: Int64Array) -> tuple[Int64Array, NDArray[np.uint64], NDArray[np.uint64]]:
         """What slots hold."""
@@ -103,6 +111,35 @@ class StampModel:
     def fill(self, slots: Int64Array, content: tuple[Int64Array, NDArray[np.uint64], NDArray[np.uint64]]) -> None:
         """Make slots hold what others did."""
         self._positions[slots], self._stamps[slots], self._parents[slots] = content
+        self._moved[slots] = False
+
+    def kv_mover(self) -> "StampModel":
+        return self
+
+    def move(self, moves: KVMoves) -> None:
+        """Copy what slots hold, to other positions."""
+        assert np.unique(moves.targets).size == moves.targets.size == moves.sources.size > 0
+        assert not np.isin(moves.sources, moves.targets).any(), "a source of a copy is a target"
+        positions, stamps, parents = self.content(moves.sources)
+        assert np.array_equal(positions, moves.positions), f"positions {positions} are moved as {moves.positions}"
+        self.fill(moves.targets, (moves.new_positions, stamps, parents))
+        self._moved[moves.targets] = True
+        self.moved += moves.targets.size
+
+    def tokens_at(self, slots: Int64Array) -> list[int]:
+        """The tokens whose KV slots hold, -1 where that is none."""
+        stamps, parents = ([part.tobytes() for part in held[slots]] for held in (self._stamps, self._parents))
+        return [
+            next((token for token in range(self.vocab_size) if extend(parent, token) == stamp), -1)
+            for stamp, parent in zip(stamps, parents, strict=True)
+        ]
+
+    def is_exact(self, slots: Int64Array) -> bool:
+        """Whether slots hold the KV of one prefix, from its beginning on, each on top of the one before it."""
+        wanted = np.concatenate([np.zeros((1, 2), np.uint64), self._stamps[slots[:-1]]])
+        return np.array_equal(self._positions[slots], np.arange(slots.size)) and np.array_equal(
+            self._parents[slots], wanted[: slots.size]
+        )
 
     def host_kv(self, slots: int) -> "StampHostKV":
         return StampHostKV(self, slots)
@@ -142,7 +179,8 @@ class StampModel:
         return [
             row
             for row in np.flatnonzero(slots < 0).tolist()
-            if self._stamp_at(own[row]) != self._extend(row, self._stamp_at(before[row]), int(token_ids[row]))
+            if not self._moved[own[row]]
+            and self._stamp_at(own[row]) != self._extend(row, self._stamp_at(before[row]), int(token_ids[row]))
         ]
 
     def _compute(
@@ -195,6 +233,8 @@ class StampModel:
         for row in sorted(range(len(tokens)), key=positions.__getitem__):
             position, token, slot = positions[row], tokens[row], slots[row]
             parent = self._stamp_at(before[row]) if position else ROOT
+            if slot < 0 and self._moved[own[row]]:
+                stamp = self._stamp_at(own[row])
             stamp = self._stamp_at(own[row]) if row in lost else self._extend(row, parent, token)
             stamps[row] = stamp
             if slot < 0:
@@ -206,6 +246,7 @@ class StampModel:
             if writers.setdefault(slot, row) != row:
                 _fail(row, position, slot, "a slot of its own", f"row {writers[slot]} writes it too")
             self._positions[slot] = position
+            self._moved[slot] = False
             self._stamp_bytes[16 * slot : 16 * slot + 16] = stamp
             self._parent_bytes[16 * slot : 16 * slot + 16] = parent
         return stamps
@@ -219,7 +260,8 @@ class StampModel:
         wanted[1:] = held[:-1]
         wanted[reads.first] = 0
         wrong = self._positions[reads.slots] != reads.positions
-        parted = (self._parents[reads.slots] != wanted) & reads.follows[:, None]
+        follows = reads.follows & ~self._moved[reads.slots]
+        parted = (self._parents[reads.slots] != wanted) & follows[:, None]
         own = b"".join(stamps)
         if wrong.any() or parted.any() or held[reads.last].tobytes() != own:
             wrong |= parted.any(axis=1)

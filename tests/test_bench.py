@@ -45,6 +45,7 @@ from bench import (
     reading,
     readme,
     restart,
+    segments,
     serve,
     simulate,
     soak,
@@ -251,6 +252,28 @@ def test_reading(capsys, spoken, tmp_path) -> None:
     (tmp_path / "reading.json").write_text(json.dumps(figures))
     assert plots.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "reading.svg").exists()
+
+
+def test_segments(capsys, monkeypatch) -> None:
+    answers = [[[1, 2, 3]]] * 2
+    exact = segments.Figures([100, 90], [2.0, 1.0], answers, [0.5, 0.5], [3.0, 3.0])
+    moved = segments.Figures([100, 18], [2.0, 0.5], [[[1, 2, 3]], [[1, 4, 3]]], [0.5, 0.6], [3.0, 3.0])
+    monkeypatch.setattr(segments, "ORDERS", segments.ORDERS[:2])
+    monkeypatch.setattr(segments, "measure", lambda settings: {"prefix": exact, "segments": moved})
+    assert segments.main(["--check"]) == 1
+    figures = last_line(capsys)
+    assert figures["computed"] == pytest.approx(118 / 190) and figures["computed_later"] == pytest.approx(0.2)
+    assert figures["first_token"] == 0.5 and figures["greedy"] == {"equal": 0, "of": 1, "tokens": 1.0}
+    assert figures["perplexity_answer"] == pytest.approx(np.exp(0.1) - 1) and figures["perplexity_following"] == 0
+    assert figures["missed"] == ["computed", "first_token", "perplexity_answer"]
+
+
+def test_segments_in_new_orders(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(segments, "GPU_COUNT", 4)
+    monkeypatch.setattr(segments, "GPU_LENGTH", 100)
+    assert segments.main(["--gpu", "--recompute", "0.1"]) == 0
+    figures = last_line(capsys)
+    assert figures["recompute"] == 0.1 and figures["first_token"] > 0
 
 
 def test_host_tier(capsys) -> None:

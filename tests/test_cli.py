@@ -261,7 +261,20 @@ def test_every_option_of_an_engine_is_known() -> None:
     assert set(options.ENGINE_OPTIONS.values()) <= arguments
     commands = set(inspect.signature(serve.serve).parameters)
     assert set(options.ENGINE_OPTIONS) | set(options.PROCESS_OPTIONS) <= commands
-    assert arguments & commands <= {*options.ENGINE_OPTIONS.values(), *options.PROCESS_OPTIONS, "model"}
+    assert arguments & commands <= {*options.ENGINE_OPTIONS.values(), *options.PROCESS_OPTIONS, "model", "reuse"}
+
+
+@pytest.mark.parametrize("others", [["--zmq", "ipc:///nowhere/handshake"], ["-dp", 2]])
+@pytest.mark.parametrize("option", [["--reuse", "segments"], ["--min-run", 32], ["--recompute", 0.5]])
+def test_segments_need_a_single_engine(others: list[object], option: list[object]) -> None:
+    result = call("serve", "absent", *others, *option)
+    assert result.exit_code and "requires a single engine" in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--reuse", "all"], ["--reuse", "segments", "--min-run", 1], ["--recompute", 0.5]])
+def test_bad_settings_of_segments(option: list[object]) -> None:
+    result = call("serve", "smollm2", *option)
+    assert result.exit_code and ("reuse" in result.stderr or "min_run" in result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("warm_up", ["--warm-up", "--no-warm-up"])

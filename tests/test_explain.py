@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import families
+import numpy as np
 import pytest
 import texts
 from hypothesis import given
@@ -17,10 +18,12 @@ from typer.testing import CliRunner
 
 from radixgen.cache import ExtentPool, RadixTree, as_tokens
 from radixgen.cli import app
+from radixgen.core import SegmentReuse
 from radixgen.explain import PromptText, Report, explain
 from radixgen.explain.divergences import _intervals
 from radixgen.explain.kinds import common_len, difference
 from radixgen.explain.pieces import Pieces, distinct_tokens
+from radixgen.explain.segments import moved_tokens
 
 DOCUMENT = Path("radixgen/demo/document.md").read_text(encoding="utf-8")
 RULES = [f"- {line}" for line in DOCUMENT.split("\n") if line][:20]
@@ -416,3 +419,13 @@ def test_the_command_for_machines(model: Path, tokenizer: PreTrainedTokenizerFas
     ]
     assert (found["tokens"], found["distinct_tokens"]) == (sum(map(len, rows)), counted(rows))
     assert found["divergences"][0]["kind"] == "timestamp" and found["saving_remedied"] > found["saving"]
+
+
+def test_runs_that_are_no_prefix() -> None:
+    """Each prompt finds all that are before it; those that take runs are found, too."""
+    generator = np.random.default_rng(0)
+    first, second, third = (generator.integers(0, 5_000, 100).astype(np.int32) for _ in range(3))
+    rows = [np.concatenate(order) for order in ((first, second), (second, first), (third, second), (second, third))]
+    moved, inexact = moved_tokens(rows, SegmentReuse(min_run=20, recompute=0.25))
+    assert (moved, inexact) == (75 + 74 + 74 + 74, 3)
+    assert moved_tokens(rows, SegmentReuse(min_run=101)) == (0, 0) == moved_tokens([], SegmentReuse())

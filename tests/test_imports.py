@@ -184,7 +184,7 @@ def test_public_names() -> None:
         "CompletionOutput", "ContextOverflow", "Conversation", "DuplicateRequest", "Engine", "EngineClosed",
         "EngineDead", "HintResult", "HistoryBreak", "InvalidRequest", "LimitReached", "Limits", "ModelNotFound",
         "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed", "RequestOutput", "SamplingParams",
-        "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
+        "SegmentReuse", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):

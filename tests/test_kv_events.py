@@ -190,7 +190,7 @@ def test_a_publisher_tells_what_was_cached_before_it_came() -> None:
         with KVEvents(served, config()) as events, Router(events) as router:
             router.follow(served._core.tree)
             assert router.consumer.held
-        assert served._core.tree.listener is None
+        assert not served._core.tree.listeners
         with KVEvents(served, config(block_size=2)) as events, Router(events) as router:
             router.follow(served._core.tree)
 
@@ -218,7 +218,7 @@ def test_the_medium_is_told() -> None:
         assert served.stats().host_evicted_tokens and events.stats().host_blocks == len(consumers["CPU"].held)
         served.reset_prefix_cache()
         wait_until(lambda: not events.stats().blocks and not events.stats().host_blocks)
-    assert all(tree.listener is None for tree in trees.values())
+    assert not any(tree.listeners for tree in trees.values())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -256,7 +256,7 @@ def test_an_async_engine_under_load_with_cancels() -> None:
                 await asyncio.to_thread(router.follow, inner._core.tree)
                 assert router.consumer.held
             await served.check()
-            assert inner._core.tree.listener is None
+            assert not inner._core.tree.listeners
 
     asyncio.run(main())
 

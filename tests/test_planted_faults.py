@@ -17,10 +17,12 @@ import radixgen.cache.boundary as boundary_module
 import radixgen.cache.host_fetches as host_fetches_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
+import radixgen.scheduler.admission as admission_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.freeing as freeing_module
 import radixgen.scheduler.planner as planner_module
-from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree
+import radixgen.scheduler.runs as runs_module
+from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree, Run
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
 from radixgen.cache.host_fetches import HostFetches
@@ -400,7 +402,27 @@ def a_chunk_does_not_depend_on_those_before_it(patch: Patch) -> None:
     patch.setattr(DiskTier, "_chunks", chunks)
 
 
+# -- runs that are no prefix ------------------------------------------------------------------------------
+
+
+def moved_keys_are_found_by_exact_requests(patch: Patch) -> None:
+    for module in (admission_module, runs_module):
+        patch.setattr(module, "blended_namespace", lambda namespace: namespace)
+
+
+def runs_are_copied_one_token_off(patch: Patch) -> None:
+    plain = Run.slots
+    patch.setattr(Run, "slots", lambda run: np.roll(plain(run), 1))
+
+
+def a_request_with_moved_keys_counts_as_exact(patch: Patch) -> None:
+    patch.setattr(Request, "exact", property(lambda request: True))
+
+
 FAULTS = [
+    moved_keys_are_found_by_exact_requests,
+    runs_are_copied_one_token_off,
+    a_request_with_moved_keys_counts_as_exact,
     a_read_counts_before_it_has_finished,
     what_is_read_is_one_token_off,
     a_chunk_does_not_depend_on_those_before_it,

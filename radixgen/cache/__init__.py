@@ -15,6 +15,7 @@
     demotion          paths that are evicted before all others
     match             matches kept up to date while the tree changes
     recent_evictions  recently evicted continuations
+    runs              tokens of a prompt that are cached at other positions
     thinning          slots that are freed while their tokens stay
     sharing           why a prompt was not shared to its end
     tokens            arrays of token ids
@@ -48,10 +49,11 @@ from radixgen.cache.host_tier import HostTier
 from radixgen.cache.kv_files import CHUNK_TOKENS, KVFiles
 from radixgen.cache.listener import Listener
 from radixgen.cache.match import FollowedMatch, Match
-from radixgen.cache.node import PRIVATE, Lock, Node
+from radixgen.cache.node import BLENDED, PRIVATE, Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
+from radixgen.cache.runs import KVMover, KVMoves, Run, RunIndex, blended_namespace
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.thinning import thin
 from radixgen.cache.tokens import (
@@ -68,6 +70,7 @@ from radixgen.cache.tokens import (
 from radixgen.cache.tree import RadixTree
 
 __all__ = [
+    "BLENDED",
     "CHUNK_TOKENS",
     "MAX_MARK",
     "MAX_MARKED_TOKEN",
@@ -89,14 +92,19 @@ __all__ = [
     "HostTier",
     "KVCopies",
     "KVFiles",
+    "KVMover",
+    "KVMoves",
     "Listener",
     "Lock",
     "Match",
     "Node",
     "RadixTree",
     "RecentEvictions",
+    "Run",
+    "RunIndex",
     "TokenArray",
     "as_tokens",
+    "blended_namespace",
     "common_prefix_len",
     "demote",
     "exact_len",

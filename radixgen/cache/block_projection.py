@@ -19,8 +19,6 @@ from collections.abc import Callable
 from hashlib import blake2b
 from typing import NamedTuple
 
-import numpy as np
-
 from radixgen.cache.node import PRIVATE, Node
 from radixgen.cache.tokens import TokenArray, exact_len
 from radixgen.cache.tree import RadixTree
@@ -69,7 +67,7 @@ class BlockProjection:
         self._inexact: set[int] = set()
         """Hashes of nodes that are not reported."""
         self.emit_all()
-        tree.listener = self
+        tree.listeners.append(self)
 
     def __len__(self) -> int:
         """Return the number of held hashes."""
@@ -89,7 +87,7 @@ class BlockProjection:
 
     def close(self) -> None:
         """Stop listening and remove all hashes from the tree."""
-        self._tree.listener = None
+        self._tree.listeners.remove(self)
         for node in self._tree.nodes():
             node.block_hashes = ()
 
@@ -137,7 +135,7 @@ class BlockProjection:
         size = self.block_size
         parent = _last_hash(node)
         start = (node.start // size + len(node.block_hashes)) * size
-        tokens = _tokens(node, start, start + count * size)
+        tokens = node.path_tokens(start, start + count * size)
         hashes = hash_blocks(tokens, self.block_size, node.namespace, parent)
         node.block_hashes += tuple(hashes)
         exact = 0 if parent in self._inexact else exact_len(tokens) // size
@@ -205,16 +203,6 @@ def _last_hash(node: Node) -> int | None:
             return above.block_hashes[-1]
         above = above.parent
     return None
-
-
-def _tokens(node: Node, start: int, stop: int) -> TokenArray:
-    """Copy the tokens at positions `[start, stop)` of the node's path. The last of them is in the node."""
-    pieces = [node.tokens[max(start - node.start, 0) : stop - node.start]]
-    while start < node.start:
-        assert node.parent is not None
-        node = node.parent
-        pieces.append(node.tokens[max(start - node.start, 0) :])
-    return np.concatenate(pieces[::-1])
 
 
 def _seed(namespace: str, block_size: int) -> int:

@@ -32,8 +32,8 @@ def pass_up(tree: "RadixTree", node: Node, child: Node) -> bool:
     tree._changed(child)
     if child.followers:
         follow_raise(child, node)
-    if tree.listener is not None:
-        tree.listener.moved(child, node, 1)
+    for listener in tree.listeners:
+        listener.moved(child, node, 1)
     return True
 
 
@@ -80,5 +80,5 @@ def move_head(tree: "RadixTree", lower: Node, upper: Node, count: int) -> None:
     lower.known -= count
     lower.start += count
     lower._offset += count
-    if tree.listener is not None:
-        tree.listener.moved(lower, upper, count)
+    for listener in tree.listeners:
+        listener.moved(lower, upper, count)

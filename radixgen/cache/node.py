@@ -21,7 +21,9 @@ from radixgen.cache.recent_evictions import End
 from radixgen.cache.tokens import TokenArray, token_ids
 
 PRIVATE = "\0"
-"""Part of a namespace that belongs to one sequence alone; other namespaces are without it."""
+"""Part of a namespace that nothing outside the engine may find: of one sequence alone, or `BLENDED`."""
+BLENDED = f"{PRIVATE}blended"
+"""End of the namespace of KV that is inexact, because some of it was moved from other positions."""
 DEMOTED = -math.inf
 """Priority of a node that is evicted before all others, until it is locked again."""
 _MIN_RUN = 16
@@ -181,9 +183,27 @@ class Node:
             node = node.parent
         return nodes[::-1]
 
-    def path_tokens(self) -> TokenArray:
-        """Every token from position 0 to the node's end."""
-        return np.concatenate([node.tokens for node in self.path()])
+    def path_tokens(self, first: int = 0, stop: int | None = None) -> TokenArray:
+        """Copy the tokens at positions `[first, stop)` of the node's path. Default: all of them."""
+        parts = self._path_parts(first, self.end if stop is None else stop)
+        return np.concatenate([node.tokens[begin:end] for node, begin, end in parts] or [self.tokens[:0]])
+
+    def path_slots(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return the slots of the tokens at positions `[first, stop)` of the node's path."""
+        parts = self._path_parts(first, stop)
+        return np.concatenate([node.slots(begin, end) for node, begin, end in parts] or [np.empty(0, np.int64)])
+
+    def _path_parts(self, first: int, stop: int) -> list[tuple["Node", int, int]]:
+        """The nodes of the path that hold positions `[first, stop)`, from the top, each with the range within it."""
+        parts = []
+        node: Node | None = self
+        while node is not None and stop > first:
+            begin = max(first, node.start)
+            if begin < stop:
+                parts.append((node, begin - node.start, stop - node.start))
+                stop = begin
+            node = node.parent
+        return parts[::-1]
 
     def slots(self, first: int, stop: int) -> NDArray[np.int64]:
         """Return the slots of tokens `[first, stop)`, relative to the node's start."""
@@ -210,18 +230,6 @@ class Node:
         runs = [np.arange(extent.length) + [[position], [extent.start]] for position, extent in pairs]
         positions, slots = np.concatenate([np.empty((2, 0), np.int64), *runs], axis=1)
         return positions, slots
-
-    def path_slots(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Return the slots of the tokens at positions `[first, stop)` of the path to the node's end."""
-        pieces = []
-        part: Node | None = self
-        while part is not None and stop > first:
-            begin = max(first, part.start)
-            if begin < stop:
-                pieces.append(part.slots(begin - part.start, stop - part.start))
-                stop = begin
-            part = part.parent
-        return np.concatenate(pieces[::-1])
 
     def __repr__(self) -> str:
         return (

@@ -51,7 +51,7 @@ class RadixTree:
         self.version = 0
         self.columns = Columns()
         self._slots = NodeSlots(pool, self.columns)
-        self.listener: Listener | None = None
+        self.listeners: list[Listener] = []
         self.on_idle: Callable[[Node], None] | None = None
         """Called with a node after its last lock was released. The node may have been removed by then."""
         self.recent_evictions = RecentEvictions()
@@ -389,8 +389,8 @@ class RadixTree:
         if self._stamps is not None:
             self._stamps.record(node, node.computed, node.scheduled)
         node.computed = node.scheduled
-        if self.listener is not None:
-            self.listener.changed(node)
+        for listener in self.listeners:
+            listener.changed(node)
 
     def _add_root(self, namespace: str) -> Node:
         self._roots[namespace] = root = self._adopt(Node(None, namespace, np.empty(0, np.int32)))
@@ -416,8 +416,8 @@ class RadixTree:
             self.pool.release(extent)
         node.extents, node.capacity = [], 0
         node.known = node.scheduled = node.computed = 0
-        if self.listener is not None:
-            self.listener.changed(node)
+        for listener in self.listeners:
+            listener.changed(node)
         parent = node.parent
         if parent is not None:
             del parent.children[node.first_token]
@@ -494,7 +494,7 @@ class RadixTree:
         node.scheduled = min(node.scheduled, known)
         node.computed = min(computed, known)
         follow_cut(node)
-        if self.listener is not None and node.computed < computed:
-            self.listener.changed(node)
+        for listener in self.listeners if node.computed < computed else ():
+            listener.changed(node)
         self._slots.cut(node, node.scheduled)
         self.columns.scheduled[node.id] = node.scheduled

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from radixgen.core import DEFAULT_KV_DIR_BYTES, InvalidRequest, Limits
+from radixgen.core import DEFAULT_KV_DIR_BYTES, InvalidRequest, Limits, SegmentReuse
 from radixgen.model import smollm2
 
 DEFAULT_MODEL = smollm2.NAME
 DEFAULT_LIMITS = Limits()
 DEFAULT_KV_DIR_SIZE = DEFAULT_KV_DIR_BYTES / 2**30
+DEFAULT_REUSE = SegmentReuse()
 _MAX_KV_DIR_GIB = 2**20
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Model: smollm2, a directory, a .gguf file or a hub id.")]
@@ -67,6 +68,9 @@ KVOffloadingSize = Annotated[
 KVDir = Annotated[
     Path | None, typer.Option("--kv-dir", metavar="DIR", help="Keep KV on disk here, also for later starts.")
 ]
+Reuse = Annotated[str, typer.Option(help="Cached tokens to use: prefix, or segments (more, but inexact).")]
+MinRun = Annotated[int, typer.Option(help="Shortest run that --reuse segments takes, in tokens.")]
+Recompute = Annotated[float, typer.Option(help="Share of each run that --reuse segments computes anew.")]
 KVDirSize = Annotated[float, typer.Option("--kv-dir-size", help="Maximum size of --kv-dir, in GiB.")]
 DrainTimeout = Annotated[
     float,
@@ -110,6 +114,16 @@ def kv_dir_bytes(folder: Path | None, gib: float) -> int | None:
     if not 0.0 < gib <= _MAX_KV_DIR_GIB:
         raise InvalidRequest("kv_dir_size", gib, f"must be above 0 and at most {_MAX_KV_DIR_GIB} GiB")
     return None if folder is None else int(gib * 2**30)
+
+
+def reuse_settings(reuse: str, min_run: int, recompute: float) -> Any:
+    """The value of `Engine(reuse=...)` for these options. Raises `InvalidRequest`."""
+    settings = SegmentReuse(min_run, recompute)
+    if reuse == "segments":
+        return settings
+    if settings != DEFAULT_REUSE:
+        raise InvalidRequest("reuse", reuse, "must be segments for --min-run and --recompute")
+    return reuse
 
 
 def replica_flags(model: str, options: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from radixgen.cli.options import (
     DEFAULT_KV_DIR_SIZE,
     DEFAULT_LIMITS,
     DEFAULT_MODEL,
+    DEFAULT_REUSE,
     ENGINE_OPTIONS,
     PROCESS_OPTIONS,
     DataParallel,
@@ -29,18 +30,25 @@ from radixgen.cli.options import (
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
+    MinRun,
     Model,
     Profile,
     ProfileSteps,
+    Recompute,
+    Reuse,
     StallTimeout,
     TensorParallel,
     WarmUp,
     engine_arguments,
     reject_options,
     replica_flags,
+    reuse_settings,
 )
 from radixgen.core import Limits
 from radixgen.progress import announce_loading, waiting
+
+_SINGLE_ENGINE_OPTIONS = ["reuse", "min_run", "recompute"]
+"""Options of an engine in this process, rejected with several: workers do not say whether their outputs are exact"""
 
 
 def serve(
@@ -64,6 +72,9 @@ def serve(
     kv_offloading_size: KVOffloadingSize = 0.0,
     kv_dir: KVDir = None,
     kv_dir_size: KVDirSize = DEFAULT_KV_DIR_SIZE,
+    reuse: Reuse = "prefix",
+    min_run: MinRun = DEFAULT_REUSE.min_run,
+    recompute: Recompute = DEFAULT_REUSE.recompute,
     enforce_eager: EnforceEager = False,
     warm_up: WarmUp = None,
     seed: EngineSeed = 0,
@@ -144,13 +155,7 @@ def serve(
     from radixgen.core.settings import api_keys
 
     with report_errors():
-        if zmq is not None:
-            reject_options(
-                context, [*ENGINE_OPTIONS, *PROCESS_OPTIONS], "is an option of workers: pass it to `radixgen worker`"
-            )
-            reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
-        else:
-            reject_options(context, ["workers"], "requires --zmq")
+        _reject_misplaced_options(context, zmq, data_parallel_size)
         require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
         from radixgen.cache.kv_files import folder_secret
         from radixgen.engine.async_engine import AsyncEngine
@@ -225,6 +230,7 @@ def serve(
                     warm_up=False,
                     tokenizer=tokenizer,
                     limits=limits,
+                    reuse=reuse_settings(reuse, min_run, recompute),
                     **engine_arguments(context.params),
                 )
                 if profile is not None:
@@ -236,3 +242,15 @@ def serve(
                 )
                 backend = AsyncEngine(engine)
         server.serve(backend, options, binding)
+
+
+def _reject_misplaced_options(context: typer.Context, zmq: str | None, engines: int) -> None:
+    """Raise `InvalidRequest` for options that belong to workers, to a front end, or to a single engine."""
+    if zmq is not None:
+        of_workers = [*ENGINE_OPTIONS, *PROCESS_OPTIONS]
+        reject_options(context, of_workers, "is an option of workers: pass it to `radixgen worker`")
+        reject_options(context, ["data_parallel_size"], "starts its own workers; with --zmq, use --workers")
+    else:
+        reject_options(context, ["workers"], "requires --zmq")
+    if zmq is not None or engines != 1:
+        reject_options(context, _SINGLE_ENGINE_OPTIONS, "requires a single engine, without --zmq and -dp")

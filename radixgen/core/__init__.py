@@ -37,10 +37,12 @@ from radixgen.core.outputs import (
 )
 from radixgen.core.params import BeamSearchParams, SamplingParams, SamplingState
 from radixgen.core.plan import Chunk, NodeSummary, Plan, Window, first_seen
+from radixgen.core.reuse import REUSES, Reuse, SegmentReuse, check_reuse, segment_reuse
 from radixgen.core.texts import check_text, check_texts
 
 __all__ = [
     "DEFAULT_KV_DIR_BYTES",
+    "REUSES",
     "AllowedTokens",
     "BeamSearchParams",
     "CacheHint",
@@ -72,8 +74,10 @@ __all__ = [
     "RadixgenError",
     "RequestFailed",
     "RequestOutput",
+    "Reuse",
     "SamplingParams",
     "SamplingState",
+    "SegmentReuse",
     "SharingEnd",
     "SharingReason",
     "StateGuard",
@@ -82,10 +86,12 @@ __all__ = [
     "UnsupportedModel",
     "Window",
     "check_integer",
+    "check_reuse",
     "check_text",
     "check_texts",
     "end_token",
     "first_seen",
     "joined",
     "merge_outputs",
+    "segment_reuse",
 ]

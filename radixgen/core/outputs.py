@@ -133,7 +133,8 @@ class RequestOutput:
     `queue_seconds`: time from submission to admission. `cache_hints`: answers to the request's hints, in their order,
     once its prompt is computed.
 
-    `exact`: whether all keys were read. If not, the outputs are those of the model under the request's reading policy.
+    `exact`: whether all keys were read, and were computed at their own places. If not, the outputs are those of the
+    model under the request's reading policy, or KV of `num_moved_tokens` prompt tokens was moved from other positions.
     """
 
     request_id: str
@@ -146,6 +147,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     queue_seconds: float = field(default=0.0, compare=False)
     cache_hints: tuple[HintResult, ...] = ()
+    num_moved_tokens: int = 0
     exact: bool = True
 
     @property
@@ -218,6 +220,8 @@ class Stats:
     """Tokens saved by sharing now: the path lengths of all running sequences and pins, less the distinct tokens they
     hold.
     """
+    moved_prompt_tokens: int = 0
+    """Prompt tokens whose KV was copied from runs that are no prefix, instead of being computed."""
     failed_captures: int = 0
     """CUDA graph captures that failed. After each, some steps run eagerly; if the very first failed, all steps do."""
     hints_accepted: int = 0

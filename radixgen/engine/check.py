@@ -31,6 +31,8 @@ def _check_locks(scheduler: Scheduler) -> None:
         lock = holder.cursor if isinstance(holder, Sequence) else holder.lock
         assert lock is not None
         locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
+    for lock in (lock for sequence in scheduler.running if sequence.runs for lock in sequence.runs.locks):
+        locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
     for lock in scheduler.host.locks() if scheduler.host else ():
         locks[lock.held.id] = locks.get(lock.held.id, 0) + 1
     for node in scheduler.tree.nodes():

@@ -8,15 +8,15 @@ from typing import Unpack
 import numpy as np
 from torch import Tensor
 
-from radixgen.cache import DiskTier, ExtentPool, HostTier, KVCopies, RadixTree, TokenArray
+from radixgen.cache import DiskTier, ExtentPool, HostTier, KVCopies, KVMover, RadixTree, TokenArray
 from radixgen.core import (
     BeamSearchParams,
     EngineDead,
     FinishReason,
     Grammar,
     Limits,
-    QueueFull,
     SamplingParams,
+    SegmentReuse,
     StateGuard,
     Stats,
 )
@@ -27,7 +27,7 @@ from radixgen.engine.deadlines import Deadlines
 from radixgen.engine.make_request import make_request
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits
-from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence
+from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence, request_error
 from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model.base import Model, SupportsStepConfirmation
 from radixgen.sampling.beam_search import Beam, BeamSearch
@@ -58,6 +58,8 @@ class EngineCore:
         kv_tokens: int,
         host_kv: KVCopies | None = None,
         disk: DiskTier | None = None,
+        kv_mover: KVMover | None = None,
+        reuse: SegmentReuse | None = None,
         max_step_tokens: int,
         limits: Limits,
         plan: PlanMode = "auto",
@@ -72,6 +74,7 @@ class EngineCore:
         self.model = model
         self._confirm_step = model.confirm_step if isinstance(model, SupportsStepConfirmation) else None
         self._drawable = drawable
+        self._kv_mover = kv_mover
         self.limits = limits
         self.seed = seed
         self.reading = reading
@@ -81,7 +84,13 @@ class EngineCore:
         self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.host = HostTier(self.tree, host_kv, disk, stamps=debug) if host_kv else None
         self.scheduler = Scheduler(
-            self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, host=self.host, debug=debug
+            self.tree,
+            self.planner,
+            max_step_tokens=max_step_tokens,
+            limits=limits,
+            host=self.host,
+            reuse=reuse,
+            debug=debug,
         )
         self.hints = CacheHints(self.tree, self.scheduler.pins, self.host, limits)
         self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
@@ -173,12 +182,7 @@ class EngineCore:
 
     def require_room(self, requests: int, tokens: int) -> None:
         """Raise `QueueFull` if the queue has no room for this many more requests or prompt tokens."""
-        waiting, limits = self.scheduler.waiting, self.limits
-        if len(waiting) + requests > limits.max_waiting:
-            raise QueueFull("waiting", len(waiting) + requests, f"at most {limits.max_waiting} requests wait")
-        if waiting.num_tokens + tokens > limits.max_waiting_tokens and len(waiting):
-            limit = f"at most {limits.max_waiting_tokens} prompt tokens wait"
-            raise QueueFull("waiting_tokens", waiting.num_tokens + tokens, limit)
+        self.scheduler.waiting.require_room(requests, tokens, self.limits)
 
     def _end(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a live sequence. Its computed tokens stay cached."""
@@ -281,6 +285,9 @@ class EngineCore:
 
     def _run_model(self, batch: Batch) -> StepLogits:
         step = self.scheduler.freeze(batch)
+        for moves in batch.moves:
+            assert self._kv_mover is not None
+            self._kv_mover.move(moves)
         logits = self.model.run(step.plan, step.token_ids, step.slots, step.logit_rows)
         return StepLogits(logits, step.drawing, step.branching, step.scoring)
 
@@ -311,7 +318,7 @@ class EngineCore:
                 self._score_rows(request, logits.whole[index])
             except Exception as error:
                 self.abort(
-                    request, "error", _request_error(error, request, "the prompt of request %s could not be scored")
+                    request, "error", request_error(error, request, "the prompt of request %s could not be scored")
                 )
                 continue
             if not request.scoring and not request.max_output:
@@ -339,7 +346,7 @@ class EngineCore:
                 continue
             except Exception as error:
                 message = "the beams of request %s could not go on"
-                self.abort(request, "error", _request_error(error, request, message))
+                self.abort(request, "error", request_error(error, request, message))
                 continue
             self._generated += len(row_of)
             if beams is None:
@@ -394,7 +401,7 @@ class EngineCore:
                     end = append_token(sequence, token, drawn.logprobs.get(index))
             except Exception as error:
                 message = "request %s could not go on in its grammar"
-                self._end(sequence, "error", _request_error(error, sequence.request, message))
+                self._end(sequence, "error", request_error(error, sequence.request, message))
                 continue
             if end is None:
                 going.append((sequence, token))
@@ -433,6 +440,7 @@ class EngineCore:
             cached_prompt_tokens=scheduler.admission.cached_prompt_tokens,
             sharing_ended=dict(scheduler.admission.sharing_ended),
             computed_prompt_tokens=scheduler.computed_prompt_tokens,
+            moved_prompt_tokens=scheduler.moved_prompt_tokens,
             computed_rows=self._computed_rows,
             logit_rows=self._logit_rows,
             wasted_rows=self.ahead.wasted_rows,
@@ -487,13 +495,3 @@ class EngineCore:
         while (name := f"request-{serial}") in self.requests:
             serial += 1
         return name
-
-
-def _request_error(error: Exception, request: Request, message: str) -> str:
-    """Log an error that ends only its request, and return its text. Raises an `AssertionError`, which is a bug of the
-    engine.
-    """
-    if isinstance(error, AssertionError):
-        raise error
-    logger.error(message, request.id, exc_info=error)
-    return repr(error)

@@ -1,11 +1,11 @@
 """`Engine`: serves requests to one model, with one radix tree as its KV cache."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import torch
 
@@ -24,8 +24,9 @@ from radixgen.core import (
 )
 from radixgen.core.adapters import refuses_adapters
 from radixgen.core.reading import EXACT, ReadingPolicy, check_reading
+from radixgen.core.reuse import Reuse, SegmentReuse, segment_reuse
 from radixgen.engine.core import EngineCore
-from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, as_params, chat_tokens
+from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, chat_tokens
 from radixgen.engine.introspection import EngineIntrospection
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.pins import PrefixPins
@@ -65,6 +66,7 @@ class Engine(EngineIntrospection):
         kv_dtype: str = "auto",
         plan: PlanMode = "auto",
         share: bool = True,
+        reuse: Reuse | SegmentReuse = "prefix",
         kv_tokens: int | None = None,
         host_kv_tokens: int = 0,
         kv_offloading_size: float = 0.0,
@@ -98,6 +100,7 @@ class Engine(EngineIntrospection):
         plan: how steps read shared prefixes. `"auto"` minimizes the predicted time, `"unshared"` reads each row's path
             separately, `"prefix"` shares only the first node of each path, `"naive"` shares every node.
         share: False gives every sequence a separate tree, so that nothing is stored or computed together.
+        reuse: `"segments"`, or its settings, also takes cached tokens that are no prefix. Such outputs are inexact.
         kv_tokens: slots of the KV pool. Default: as many as fit in 85 % of the GPU memory left free after the largest
             step, or in 25 % of the free memory on a CPU; fewer if that allocation fails.
         host_kv_tokens: tokens whose KV host memory keeps as well, to be fetched after the pool has evicted it; or
@@ -117,14 +120,14 @@ class Engine(EngineIntrospection):
         reading: policy of `radixgen.reading` by which requests read their keys, unless they bring their own.
         seed: base seed. A request without a seed derives one from this and its submission number.
         clock: monotonic time in seconds, for deadlines and the lifetime of pins.
-        debug: stamp every slot with a hash of its prefix, so that `check()` can prove that each reader finds the right
-            content, and check before every step that its plan uses no free slot.
+        debug: stamp every slot with a hash of its prefix, for `check()`, and check that no plan uses a free slot.
 
         Raises `ModelNotFound`, `UnsupportedModel`, `InvalidRequest`, and `EngineDead` if a process cannot be started.
         """
         self.limits = limits or Limits()
         check_plan_mode("plan", plan)
         check_integer("seed", seed, 0, 2**64 - 1)
+        segments = segment_reuse(reuse, share)
         check_reading("reading", reading)
         prepared = prepare_model(
             model,
@@ -145,11 +148,11 @@ class Engine(EngineIntrospection):
             ranks=tensor_parallel_size,
             graphs=not enforce_eager,
             torch_compile=torch_compile,
+            moves_kv=segments is not None,
         )
-        served = prepared.model
+        self._model = served = prepared.model
         self.tokenizer = prepared.tokenizer
         self.max_model_len = served.max_model_len
-        self._model = served
         self._inputs = InputProcessor(
             self.tokenizer,
             vocab_size=served.vocab_size,
@@ -163,6 +166,8 @@ class Engine(EngineIntrospection):
             kv_tokens=prepared.kv_tokens,
             host_kv=prepared.host_kv,
             disk=prepared.disk,
+            kv_mover=prepared.kv_mover,
+            reuse=segments,
             max_step_tokens=prepared.max_step_tokens,
             limits=self.limits,
             plan=plan,
@@ -222,11 +227,7 @@ class Engine(EngineIntrospection):
         `{"type": "text", "text": …}`. An answer also ends at the tokenizer's end token and at the token that ends a
         turn in the template. Raises `InvalidRequest`.
         """
-        self._loop.begin_call()
-        many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
-        conversations: Any = messages if many else [messages]
-        each = [self._inputs.for_chat(own) for own in as_params(params, len(conversations))]
-        return self.generate([self.chat_tokens(conversation) for conversation in conversations], each)
+        return self._submitter.chat(messages, params)
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """Start a conversation with the system message `system`. Each turn computes only its new tokens.
@@ -258,7 +259,9 @@ class Engine(EngineIntrospection):
         self._inputs.check_params(params)
 
     @refuses_adapters
-    def score(self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "") -> list[list[float]]:
+    def score(
+        self, prompt: Prompt, continuations: Seq[Prompt], *, namespace: str = "", reuse: Reuse | None = None
+    ) -> list[list[float]]:
         """Return the natural-log probabilities of each continuation's tokens after `prompt`, under the model's own
         distribution.
 
@@ -266,7 +269,7 @@ class Engine(EngineIntrospection):
         continuation is tokenized separately, without special tokens; pass token ids if that matters. Raises
         `InvalidRequest`, and `RequestFailed` if a continuation could not be scored.
         """
-        return self._submitter.score(prompt, continuations, namespace)
+        return self._submitter.score(prompt, continuations, namespace, reuse)
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Return the text of `token_ids`, including special tokens, or the ids as text if there is no tokenizer."""
@@ -305,6 +308,7 @@ class Engine(EngineIntrospection):
             only the last output. A beam search always gives only the last.
         cache_hints: what to do with the KV of the prompt afterwards. The last output has an answer to each.
         hint_owner: whose limits the pins of hints count towards. Default: the namespace.
+        reuse: `"prefix"` for exact outputs, or `"segments"`. Default: as the engine.
 
         Raises `InvalidRequest` or a subclass, or `QueueFull`; then nothing is queued.
         """

@@ -166,11 +166,12 @@ class OutputProcessor:
             finished=request.finished,
             num_cached_tokens=request.num_cached_tokens or 0,
             num_shared_tokens=request.num_shared_tokens,
+            num_moved_tokens=request.num_moved_tokens,
+            exact=request.exact,
             sharing_ended=request.sharing_ended,
             prompt_logprobs=_prompt_logprobs(request, state),
             queue_seconds=request.queue_seconds,
             cache_hints=request.hint_results,
-            exact=request.reading.exact,
         )
 
 
@@ -241,7 +242,7 @@ def _failure(request: Request, error: Exception, to_abort: list[Sequence]) -> Re
     for sequence in request.sequences:
         _end(sequence, "error", repr(error), to_abort)
     outputs = [CompletionOutput(s.index, "", [], s.finish_reason, s.stop_reason) for s in request.sequences]
-    return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True, exact=request.reading.exact)
+    return RequestOutput(request.id, request.prompt_tokens, outputs, finished=True, exact=request.exact)
 
 
 def scores_of(output: RequestOutput) -> list[float]:

@@ -65,7 +65,9 @@ class PrefixPins:
         self._check(**options)
         self._require_room(len(tokens))
         place = CoreOptions(namespace=options.get("namespace", ""), priority=options.get("priority", 0))
-        self._loop.serve([partial(self._submitter.submit_checked, ids, params, **place) for ids in tokens])
+        self._loop.serve(
+            [partial(self._submitter.submit_checked, ids, params, reuse="prefix", **place) for ids in tokens]
+        )
         return [self.pin(ids, **options) for ids in tokens]
 
     def _check(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
-from radixgen.core import CacheHint, OutputKind
+from radixgen.core import CacheHint, OutputKind, Reuse
 from radixgen.core.reading import ReadingPolicy
 
 
@@ -16,6 +16,7 @@ class RequestOptions(TypedDict, total=False):
     timeout: float | None
     cache_hints: Sequence[CacheHint]
     hint_owner: str | None
+    reuse: Reuse | None
 
 
 class SubmitOptions(RequestOptions, total=False):
@@ -33,6 +34,7 @@ class CoreOptions(TypedDict, total=False):
     deadline: float
     hints: tuple[CacheHint, ...]
     hint_owner: str | None
+    reuse: Reuse
 
 
 class PinOptions(TypedDict, total=False):

@@ -1,11 +1,14 @@
-"""Changes of sequences between two steps: a new token, a fork, the end of a beam search."""
+"""Changes of sequences between two steps: a new token, a fork, the end of a beam search, an error."""
 
+import logging
 from dataclasses import replace
 
 from radixgen.core import FinishReason, SamplingState
 from radixgen.sampling.beam_search import BeamSearch
 from radixgen.sampling.sampler import fork_seed
 from radixgen.scheduler.sequence import Request, Sequence
+
+logger = logging.getLogger(__name__)
 
 
 def append_token(sequence: Sequence, token: int, logprobs: dict[int, float] | None) -> FinishReason | None:
@@ -54,6 +57,7 @@ def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
         freed_block=-1,
         followed=None,
         fetch=None,
+        runs=None,
     )
 
 
@@ -69,3 +73,13 @@ def conclude_search(request: Request, search: BeamSearch, stop_reason: str | Non
         sequence.finish_reason, sequence.ended_by_token = hypothesis.finish_reason, stops
         sequence.stop_reason = tokens[-1] if stops and tokens[-1] in state.params.stop_token_ids else stop_reason
         request.add_sequence(sequence)
+
+
+def request_error(error: Exception, request: Request, message: str) -> str:
+    """Log an error that ends only its request, and return its text. Raises an `AssertionError`, which is a bug of the
+    engine.
+    """
+    if isinstance(error, AssertionError):
+        raise error
+    logger.error(message, request.id, exc_info=error)
+    return repr(error)

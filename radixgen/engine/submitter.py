@@ -1,6 +1,6 @@
 """`RequestSubmitter`: checks requests and makes them, for `RequestLoop` to run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any
@@ -15,11 +15,21 @@ from radixgen.core import (
     InvalidRequest,
     OutputKind,
     RequestOutput,
+    Reuse,
     SamplingParams,
     check_integer,
+    check_reuse,
 )
 from radixgen.engine.core import EngineCore
-from radixgen.engine.input_processor import InputProcessor, Params, Prompt, as_params, as_prompts
+from radixgen.engine.input_processor import (
+    InputProcessor,
+    Messages,
+    Params,
+    Prompt,
+    as_params,
+    as_prompts,
+    chat_tokens,
+)
 from radixgen.engine.output_processor import scores_of
 from radixgen.engine.request_loop import Progress, RequestLoop
 
@@ -38,6 +48,7 @@ class RequestSubmitter:
         self._loop = loop
         self._clock = clock
         self._share = share
+        self._reuse: Reuse = "segments" if core.scheduler.takes_runs else "prefix"
 
     def submit(
         self,
@@ -51,6 +62,7 @@ class RequestSubmitter:
         output_kind: OutputKind = "cumulative",
         cache_hints: Seq[CacheHint] = (),
         hint_owner: str | None = None,
+        reuse: Reuse | None = None,
     ) -> str:
         self._loop.begin_call()
         params = params if params is not None else SamplingParams()
@@ -61,6 +73,7 @@ class RequestSubmitter:
         if output_kind not in _OUTPUT_KINDS:
             raise InvalidRequest("output_kind", output_kind, f"must be one of {', '.join(_OUTPUT_KINDS)}")
         hints = self._inputs.check_hints(cache_hints, hint_owner)
+        reuse = self._check_reuse(reuse)
         deadline = self._clock() + self._inputs.check_seconds("timeout", timeout)
         return self.submit_checked(
             tokens,
@@ -72,6 +85,7 @@ class RequestSubmitter:
             deadline=deadline,
             hints=hints,
             hint_owner=hint_owner,
+            reuse=reuse,
         )
 
     def submit_score(self, prompt: Prompt, continuation: Prompt, *, request_id: str | None, namespace: str) -> str:
@@ -94,14 +108,24 @@ class RequestSubmitter:
         submits = [partial(self.submit_checked, ids, own) for ids, own in zip(tokens, each, strict=True)]
         return self._loop.serve(submits, progress)
 
-    def score(self, prompt: Prompt, continuations: Seq[Prompt], namespace: str) -> list[list[float]]:
+    def chat(self, messages: Messages | Seq[Messages], params: Params | None) -> list[RequestOutput]:
+        self._loop.begin_call()
+        many = isinstance(messages, Seq) and bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if many else [messages]
+        each = [self._inputs.for_chat(own) for own in as_params(params, len(conversations))]
+        return self.generate([chat_tokens(self._inputs.tokenizer, one) for one in conversations], each, None)
+
+    def score(
+        self, prompt: Prompt, continuations: Seq[Prompt], namespace: str, reuse: Reuse | None
+    ) -> list[list[float]]:
         self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
         each = [self._inputs.tokenize_continuation(text) for text in as_prompts(continuations, "continuations")]
         for rest in each:
             self._inputs.check_score(tokens, rest)
         self._inputs.check_place(namespace)
-        submits = [partial(self._submit_score, tokens, rest, namespace=namespace) for rest in each]
+        options = {"namespace": namespace, "reuse": self._check_reuse(reuse)}
+        submits = [partial(self._submit_score, tokens, rest, **options) for rest in each]
         return [scores_of(output) for output in self._loop.serve(submits)]
 
     def apply_hints(
@@ -127,11 +151,21 @@ class RequestSubmitter:
     def submit_checked(self, tokens: TokenArray, params: Params, kind: OutputKind = "final", **options: Any) -> str:
         """Queue a checked request. Takes the options of `EngineCore.make`."""
         grammar = self._inputs.grammar(params)
+        options.setdefault("reuse", self._reuse)
         request = self._core.make(tokens, params, share=self._share, grammar=grammar, arrived=self._clock(), **options)
         return self._loop.submit(request, kind)
 
     def _submit_score(self, tokens: TokenArray, rest: TokenArray, **options: Any) -> str:
         return self.submit_checked(np.concatenate([tokens, rest]), _SCORING, score_from=tokens.size - 1, **options)
+
+    def _check_reuse(self, reuse: Reuse | None) -> Reuse:
+        """Return what a request reuses; by default what the engine does."""
+        if reuse is None:
+            return self._reuse
+        check_reuse(reuse)
+        if reuse == "segments" and self._reuse != "segments":
+            raise InvalidRequest("reuse", reuse, "the engine was started without reuse='segments'")
+        return reuse
 
     def _check_id(self, request_id: str | None) -> None:
         if request_id is None:

@@ -3,6 +3,7 @@
 pieces       prompts as sequences of lines, each tokenized once
 kinds        kinds of differences between texts: timestamps, ids, numbers, order, white space
 divergences  places where prompts with equal continuations diverge, and edits that remove them
+segments     what runs that are no prefix would save
 show         the report in the terminal
 """
 
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from radixgen.cache import ExtentPool, RadixTree, TokenArray, common_prefix_len
-from radixgen.core import check_texts
+from radixgen.core import SegmentReuse, check_texts
 from radixgen.explain.divergences import DivergenceGroup, EditedPrompt, apply, divergences
 from radixgen.explain.kinds import Kind, common_len, difference
 from radixgen.explain.pieces import BLANK, Pieces, PromptText, Row, distinct_tokens
+from radixgen.explain.segments import moved_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +72,17 @@ class Report:
     tokens: int
     distinct_tokens: int
     """Number of tokens in the tree, which have to be computed if nothing is evicted"""
+    moved_tokens: int
+    """Number of distinct tokens that `reuse="segments"` would copy from other positions, instead of computing them"""
+    inexact_prompts: int
+    """Number of prompts for which it would do so"""
     divergences: list[Divergence]
     tree: RadixTree
+
+    @property
+    def saving_segments(self) -> float:
+        """Fraction of tokens that sharing would save with `reuse="segments"`, whose outputs are inexact."""
+        return self.saving + self.moved_tokens / max(self.tokens, 1)
 
     @property
     def saving(self) -> float:
@@ -92,6 +103,9 @@ class Report:
             "distinct_tokens": self.distinct_tokens,
             "saving": self.saving,
             "saving_remedied": self.saving_remedied,
+            "moved_tokens": self.moved_tokens,
+            "inexact_prompts": self.inexact_prompts,
+            "saving_segments": self.saving_segments,
             "divergences": [asdict(divergence) for divergence in self.divergences],
         }
 
@@ -117,6 +131,7 @@ def explain(
     log = [EditedPrompt(row, np.arange(row.size, dtype=np.int32)) for row in cut[: len(prompts)]]
     rows = [pieces.tokens_of(prompt.row) for prompt in log]
     tree = _build_tree(rows)
+    moved, inexact = moved_tokens(rows, SegmentReuse())
     tokens, distinct = sum(row.size for row in rows), sum(node.known for node in tree.nodes())
     del rows
     least = max(1, int(_MIN_SAVING * tokens))
@@ -132,7 +147,7 @@ def explain(
             alone = distinct - _count(pieces, apply(log, worst.edits)) if reported else saved
             reported.append(_describe(pieces, log, worst, alone, saved))
             current, remaining, candidates = remedied, remaining - saved, divergences(pieces, remedied)
-    return Report(len(log), tokens, distinct, reported, tree)
+    return Report(len(log), tokens, distinct, moved, inexact, reported, tree)
 
 
 def _build_tree(rows: Iterable[TokenArray]) -> RadixTree:

@@ -20,6 +20,12 @@ def render_report(report: Report, decode: Decode) -> Iterator[RenderableType]:
         (f"{report.saving:.1%}", "bold green"),
         " at best",
     )
+    if report.inexact_prompts:
+        yield Text.assemble(
+            'with reuse="segments", sharing would save ',
+            (f"{report.saving_segments:.1%}", "bold green"),
+            f", with inexact outputs for {report.inexact_prompts:,} prompts",
+        )
     if not report.divergences:
         yield Text("no divergence costs much: prompts differ after it, too", style="dim")
         return

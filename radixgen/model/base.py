@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.cache import KVCopies
+from radixgen.cache import KVCopies, KVMover
 from radixgen.core import Plan
 from radixgen.kernels.sharded_sampling import ShardedLogits
 
@@ -71,6 +71,14 @@ class SupportsDiskKV(SupportsHostKV, Protocol):
         """Return a hash of all that a token's KV depends on besides the tokens up to it, 32 bytes: weights, settings,
         data types, and the versions of the code.
         """
+
+
+@runtime_checkable
+class SupportsKVMoves(Protocol):
+    """A model whose KV can be moved to other positions."""
+
+    def kv_mover(self) -> KVMover:
+        """Return what copies and moves KV. Called at most once, after `allocate`. Raises `UnsupportedModel`."""
 
 
 @runtime_checkable

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from radixgen.cache import DiskTier, KVCopies
+from radixgen.cache import DiskTier, KVCopies, KVMover
 from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
-from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV
+from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
@@ -38,6 +38,7 @@ class PreparedModel(NamedTuple):
     max_step_tokens: int
     host_kv: KVCopies | None
     disk: DiskTier | None
+    kv_mover: KVMover | None
 
 
 def prepare_model(
@@ -60,8 +61,12 @@ def prepare_model(
     ranks: int,
     graphs: bool,
     torch_compile: bool | None,
+    moves_kv: bool = False,
 ) -> PreparedModel:
-    """Load a model and allocate its KV pool. The arguments and errors are those of `Engine`."""
+    """Load a model and allocate its KV pool. The arguments and errors are those of `Engine`.
+
+    `moves_kv`: whether KV is moved to other positions.
+    """
     sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
     check_options(model, load_format, dtype, device, attention, kv_dtype, sizes)
     check_integer("tensor_parallel_size", ranks, 1, limits.max_ranks)
@@ -113,6 +118,7 @@ def prepare_model(
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
     host_kv = None
     try:
+        kv_mover = _kv_mover(served) if moves_kv else None
         if kv_dir is not None and not kv_offloading_size and isinstance(served, SupportsDiskKV):
             host_kv_tokens = host_kv_tokens or default_host_tokens(served, slots)
         host_kv = allocate_host_kv(served, host_kv_tokens, kv_offloading_size)
@@ -122,7 +128,14 @@ def prepare_model(
             host_kv.release()
         served.release()
         raise
-    return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv, disk)
+    return PreparedModel(served, tokenizer, slots, max_step_tokens, host_kv, disk, kv_mover)
+
+
+def _kv_mover(model: Model) -> KVMover:
+    """Return what moves the KV of `model`. Raises `UnsupportedModel`."""
+    if not isinstance(model, SupportsKVMoves):
+        raise UnsupportedModel(f"{model.name}: reuse='segments' needs a transformers model on a single rank")
+    return model.kv_mover()
 
 
 def check_options(

@@ -23,6 +23,7 @@ from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
 from radixgen.model.host_kv import HostKV
 from radixgen.model.layer_call import LayerCall
 from radixgen.model.lockstep import ModelInput
+from radixgen.model.moved_keys import KeyMover, find_rotaries
 from radixgen.model.tree_model import TreeModel
 from radixgen.model.warm_up import WarmUpStep, warm_up_steps
 from radixgen.scheduler.cost import CostModel
@@ -97,6 +98,10 @@ class ModelRunner:
     def host_kv(self, slots: int) -> HostKV:
         """As `radixgen.model.base.SupportsHostKV`."""
         return HostKV(self.storage, slots, self.device)
+
+    def kv_mover(self) -> KeyMover:
+        """As `radixgen.model.base.SupportsKVMoves`."""
+        return KeyMover(self.storage, find_rotaries(self.model), self.device)
 
     def kv_fingerprint(self) -> bytes:
         """As `radixgen.model.base.SupportsDiskKV`."""

@@ -120,6 +120,7 @@ def _of_engine(stats: Stats) -> Iterator[Metric]:
         ("prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens),
         ("cached_prompt_tokens", "Cached prompt tokens of admitted requests", stats.cached_prompt_tokens),
         ("computed_prompt_tokens", "Rows computed for prompts", stats.computed_prompt_tokens),
+        ("moved_prompt_tokens", "Prompt tokens copied from runs that are no prefix", stats.moved_prompt_tokens),
         ("generation_tokens", "Output tokens", stats.generated_tokens),
         ("computed_rows", "Rows computed by the model", stats.computed_rows),
         ("wasted_rows", "Rows computed ahead but not used", stats.wasted_rows),

@@ -181,7 +181,7 @@ class KVEvents:
         self.close()
 
     def _listen(self, core: "EngineCore") -> None:
-        if core.tree.listener is not None:
+        if any(isinstance(listener, BlockProjection) for listener in core.tree.listeners):
             logger.error("the KV cache events of this engine are published already")
             raise InvalidRequest("engine", self._engine, "its cache events are published already")
         trees = [(core.tree, self._queue)] + ([(core.host.tree, self._host_queue)] if core.host is not None else [])
