@@ -73,8 +73,9 @@ def draw_policies(found: dict[str, Any], out: Path) -> None:
     """Write the picture of `bench.reading`'s results, `found`, to `out`."""
     from matplotlib import pyplot
 
-    figure, cells = pyplot.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.4))
-    for (measure, title), axes in zip(MEASURES.items(), cells, strict=True):
+    measured = {name: title for name, title in MEASURES.items() if any(name in row for row in found["rows"])}
+    figure, cells = pyplot.subplots(1, len(measured), figsize=(4 * len(measured), 3.4), squeeze=False)
+    for (measure, title), axes in zip(measured.items(), cells.flat, strict=True):
         for policy in dict.fromkeys(row["policy"] for row in found["rows"]):
             rows = [row for row in found["rows"] if row["policy"] == policy and measure in row]
             axes.plot([row["keys"] for row in rows], [row[measure] for row in rows], "o-", label=policy)
@@ -83,7 +84,7 @@ def draw_policies(found: dict[str, Any], out: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("keys read")
         axes.grid(alpha=0.3)
-    cells[0].legend(fontsize=8)
+    cells.flat[0].legend(fontsize=8)
     figure.suptitle(f"{found['processor']}, {found['date']}, {found['commit']}; the line is exact reading", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "reading.svg", metadata={"Date": None})

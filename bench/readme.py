@@ -195,7 +195,7 @@ def policies() -> str:
             "",
             f"`python -m bench.reading`: SmolLM2-135M in float32, {found['processor']}, torch {found['torch']}, "
             f"{found['date']}, commit {found['commit']}. Needles in a text of {length:,} tokens; exact reading finds "
-            f"{tried}. Everything else after {context:,} tokens.",
+            f"{tried}. Everything else after {context:,} tokens; times are medians of {found['repeats']}.",
         ]
     )
 
