@@ -609,7 +609,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Each slot holds its node's token, and what exact requests find was computed at its own place."""
         for node in self.engine._core.tree.nodes():
             tokens = node.path_tokens(0, node.start + node.computed)
-            if any(part.extent_positions is not None for part in node.path()):
+            if not node.computed or any(part.extent_positions is not None for part in node.path()):
                 continue
             slots = node.path_slots(0, exact_len(tokens))
             assert self.model.tokens_at(slots[node.start :]) == tokens[node.start : slots.size].tolist()

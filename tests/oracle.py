@@ -233,9 +233,8 @@ class StampModel:
         for row in sorted(range(len(tokens)), key=positions.__getitem__):
             position, token, slot = positions[row], tokens[row], slots[row]
             parent = self._stamp_at(before[row]) if position else ROOT
-            if slot < 0 and self._moved[own[row]]:
-                stamp = self._stamp_at(own[row])
-            stamp = self._stamp_at(own[row]) if row in lost else self._extend(row, parent, token)
+            kept = row in lost or (slot < 0 and self._moved[own[row]])
+            stamp = self._stamp_at(own[row]) if kept else self._extend(row, parent, token)
             stamps[row] = stamp
             if slot < 0:
                 if self._positions[own[row]] != position or self._stamp_at(own[row]) != stamp:
