@@ -117,6 +117,7 @@ def rows(leaves: Sequence[Lock]) -> StepRows:
         np.array([node.id for node in nodes], np.int32),
         np.array([node.end - 1 for node in nodes], np.int32),
         np.concatenate([node.slots(node.known - 1, node.known) for node in nodes]),
+        np.zeros(len(nodes), np.int32),
     )
 
 

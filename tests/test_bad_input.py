@@ -798,7 +798,7 @@ OPEN = {
 
 
 def test_the_tables_name_every_method() -> None:
-    public = {name for name in vars(Engine) if not name.startswith("_")}
+    public = {name for name in dir(Engine) if not name.startswith("_")}
     assert public == {name.split()[0] for name in CLOSED} | OPEN
 
 
