@@ -154,7 +154,7 @@ def run_gpu(case: Case, policy: TopBlocks, timer: Timer, ceilings: Ceilings, rep
             f"{case.name}, {name}: limit {limits[name]:.1f} us, taken {time_us.median:.1f} "
             f"({time_us.p10:.1f} to {time_us.p90:.1f}); {parts}"
         )
-    text = f"{case.name}: {1 / ratio:.2f} times as fast (limit {limits['exact'] / limits['top_blocks']:.2f})"
+    text = f"{case.name}: {ratio:.2f} of the time of exact reading (limit {limits['top_blocks'] / limits['exact']:.2f})"
     report.figure(case.name, ratio, text, at_most=case.at_most)
     taken = {name: time_us.median for name, time_us in times.items()}
     return {"case": case.name, "unread": shares, "limits_us": limits, "us": taken, "kernels": kernels}
