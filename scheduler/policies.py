@@ -62,7 +62,7 @@ class Policies:
         self._marks[policy] = mark
 
     def _collect(self) -> None:
-        """Evict all that is not locked, and keep every mark that nothing holds then, so that few evictions are needed."""
+        """Evict all that is not locked, and keep all marks that nothing holds then, so that few evictions are needed."""
         with self._guard:
             self._planner.forget()
             held = {request.mark for request in self._requests.values()}
