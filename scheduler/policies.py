@@ -24,6 +24,8 @@ class Policies:
         self.max_mark = MAX_MARK
         self._by_mark: list[ReadingPolicy] = [Exact()]
         self._marks: dict[ReadingPolicy, int] = {}
+        self._free: list[int] = []
+        """Marks that nothing holds any more."""
         self._planner = planner
         self._trees = trees
         self._requests = requests
@@ -53,15 +55,23 @@ class Policies:
 
     def _replace(self, policy: ReadingPolicy) -> None:
         """Give a policy the mark of another that is not in use."""
+        if not self._free:
+            self._collect()
+        mark = self._free.pop()
+        self._by_mark[mark] = policy
+        self._marks[policy] = mark
+
+    def _collect(self) -> None:
+        """Evict all that is not locked, and keep all marks that nothing holds then, so that few evictions are needed."""
         with self._guard:
             self._planner.forget()
             held = {request.mark for request in self._requests.values()}
             for tree in self._trees:
                 tree.reset()
                 held.update(*(marks(node.tokens).tolist() for node in tree.nodes()))
-        free = next((mark for mark in range(1, len(self._by_mark)) if mark not in held), None)
-        if free is None:
+        free = [mark for mark in range(1, len(self._by_mark)) if mark not in held]
+        if not free:
             raise QueueFull("reading", len(self._by_mark), f"at most {self.max_mark} different policies are in use")
-        del self._marks[self._by_mark[free]]
-        self._by_mark[free] = policy
-        self._marks[policy] = free
+        for mark in free:
+            del self._marks[self._by_mark[mark]]
+        self._free = free[::-1]

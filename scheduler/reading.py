@@ -38,7 +38,7 @@ def row_views(policies: Sequence[ReadingPolicy], row_policies: Int32Array, row_p
     """Return the views of rows at `row_positions` `[rows]` under the policies with these indices `[rows]`, or None if
     every row reads all keys.
     """
-    sizes = _block_sizes(policies)[row_policies]
+    sizes = _block_sizes(policies, row_policies)
     if not sizes.any():
         return None
     block = row_positions // np.maximum(sizes, 1)
@@ -58,15 +58,17 @@ def keep_views(
     """Return `updates`, from the rows `old` to `rows`, with no room beyond where rows read the same keys; None if some
     of `rows` read other keys already.
     """
-    left = _positions_left(_block_sizes(policies)[old.policies], old.positions)
+    left = _positions_left(_block_sizes(policies, old.policies), old.positions)
     if not np.array_equal(old.policies[updates.kept], rows.policies) or not left[updates.kept].all():
         return None
     return updates._replace(rooms=np.minimum(updates.rooms, left - 1).astype(np.int32))
 
 
-def _block_sizes(policies: Sequence[ReadingPolicy]) -> Int64Array:
-    """Return the block size of each policy, 0 of one that reads all keys."""
-    return np.array([policy.block if isinstance(policy, PositionPolicy) else 0 for policy in policies], np.int64)
+def _block_sizes(policies: Sequence[ReadingPolicy], row_policies: Int32Array) -> Int64Array:
+    """Return the block size of each row's policy, 0 of one that reads all keys."""
+    used, of_rows = np.unique(row_policies, return_inverse=True)
+    chosen = [policies[index] for index in used.tolist()]
+    return np.array([p.block if isinstance(p, PositionPolicy) else 0 for p in chosen], np.int64)[of_rows]
 
 
 def _positions_left(sizes: Int64Array, positions: Int32Array) -> Int64Array:

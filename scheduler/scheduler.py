@@ -190,8 +190,8 @@ class Scheduler:
             for sequence in (*batch.drawing, *batch.branching):
                 self._release_runs(sequence)
         self.tree.pool.retire_step(batch.step)
-        if any(policy.frees for policy in self.planner.policies):
-            for sequence in self.running:
+        for sequence in self.running:
+            if sequence.request.reading.frees:
                 free_unread(self.tree, sequence)
 
     def rollback(self, batch: Batch) -> None:

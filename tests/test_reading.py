@@ -340,6 +340,24 @@ def test_marks_are_used_again(engine: Engine) -> None:
     engine.generate(PROMPT, greedy(Window(window=12)))
 
 
+def test_one_eviction_finds_all_free_marks(engine: Engine) -> None:
+    engine._core._policies.max_mark = 3
+    for window in range(4):
+        engine.generate(PROMPT, greedy(Window(window=window)))
+    for window in (4, 5):
+        engine.generate(PROMPT, greedy(None))
+        engine.generate(PROMPT, greedy(Window(window=window)))
+        (output,) = engine.generate(PROMPT, greedy(None))
+        assert output.num_cached_tokens == len(PROMPT)
+        engine.check()
+
+
+@pytest.mark.parametrize("reading", [ReadingPolicy(), PositionPolicy(block=4, prompt=False), Window])
+def test_base_classes_are_no_policies(engine: Engine, reading: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"must be a policy of radixgen\.reading: exact, window"):
+        engine.generate(PROMPT, greedy(reading))
+
+
 def test_large_vocabularies_are_only_read_exactly() -> None:
     with Engine(StampModel(2**20 + 1, 64), kv_tokens=100) as engine:
         engine.generate([2**20], greedy(None, 1))

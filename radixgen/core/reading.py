@@ -273,7 +273,7 @@ def reading_from_json(value: object) -> ReadingPolicy:
 
 def check_reading(field: str, value: object) -> None:
     """Raise `InvalidRequest` unless `value` is a policy."""
-    if not isinstance(value, ReadingPolicy):
+    if not isinstance(value, tuple(POLICIES.values())):
         raise InvalidRequest(field, value, f"must be a policy of radixgen.reading: {', '.join(POLICIES)}")
 
 
