@@ -39,10 +39,10 @@ from radixgen.model.loader import load
 from radixgen.model.runner import ModelRunner
 from radixgen.model.tree_model import TreeModel
 from radixgen.reading import TopBlocks
-from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest
 from radixgen.scheduler.planner import plan
+from radixgen.scheduler.top_blocks import add_choosing_units, withhold_blocks
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TAIL = 16

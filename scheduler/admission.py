@@ -9,7 +9,7 @@ from radixgen.core import SharingReason
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.reserves import FIRST_RESERVE
-from radixgen.scheduler.runs import RunTaker, TakenRuns
+from radixgen.scheduler.run_reuse import RunTaker, TakenRuns
 from radixgen.scheduler.sequence import Request, Sequence
 
 _GROWTH_SHARE = 16

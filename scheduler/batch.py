@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from radixgen.cache import KVMoves, Node, token_ids
 from radixgen.core import Plan
-from radixgen.scheduler.runs import TakenRuns
+from radixgen.scheduler.run_reuse import TakenRuns
 from radixgen.scheduler.sequence import Request, Sequence
 
 

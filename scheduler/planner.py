@@ -12,7 +12,6 @@ from radixgen.cache import RadixTree
 from radixgen.core import InvalidRequest, NodeSummary, Plan
 from radixgen.core.plan import Int32Array, Int64Array
 from radixgen.core.reading import Exact, ReadingPolicy, TopBlocks
-from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest, Paths, active_forest, walk_paths
 from radixgen.scheduler.partition import (
@@ -32,6 +31,7 @@ from radixgen.scheduler.tables import (
     W_OWN_ROWS,
     W_ROWS,
 )
+from radixgen.scheduler.top_blocks import add_choosing_units, withhold_blocks
 
 PlanMode = Literal["auto", "unshared", "prefix", "naive"]
 PLAN_MODES: tuple[PlanMode, ...] = get_args(PlanMode)

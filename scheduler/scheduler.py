@@ -22,7 +22,7 @@ from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
 from radixgen.scheduler.reserves import FIRST_RESERVE, Reserves
-from radixgen.scheduler.runs import RunTaker
+from radixgen.scheduler.run_reuse import RunTaker
 from radixgen.scheduler.sequence import Request, Sequence
 
 _MAX_SCORED = 512

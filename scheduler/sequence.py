@@ -19,7 +19,7 @@ from radixgen.core import (
 )
 from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.sampling.beam_search import BeamSearch, Choices
-from radixgen.scheduler.runs import TakenRuns
+from radixgen.scheduler.run_reuse import TakenRuns
 
 
 @dataclass(eq=False, slots=True)

@@ -110,7 +110,7 @@ def slow_masks(engine: Engine, monkeypatch: pytest.MonkeyPatch, cost: dict[str, 
     allowed = MatcherState.allowed
     texts: dict[int, float] = defaultdict(float)
     for regex, seconds in cost.items():
-        grammar = engine._inputs.grammar(asking(regex=regex))
+        grammar = engine.inputs.grammar(asking(regex=regex))
         texts[id(grammar)] = seconds
 
     def slowly(self: MatcherState) -> Any:

@@ -32,7 +32,7 @@ LAYERS = [
     {"chat.dialogue"},
     {"chat.conversation", "chat.async_conversation", "engine.request_loop"},
     {"engine.submitter"},
-    {"engine.introspection", "engine.pins"},
+    {"engine.pins"},
     {"engine.engine"},
     {"engine.async_outputs", "engine.thread"},
     {"engine.async_engine"},

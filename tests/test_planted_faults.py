@@ -21,7 +21,7 @@ import radixgen.scheduler.admission as admission_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.freeing as freeing_module
 import radixgen.scheduler.planner as planner_module
-import radixgen.scheduler.runs as runs_module
+import radixgen.scheduler.run_reuse as run_reuse_module
 from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree, Run
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
@@ -34,8 +34,8 @@ from radixgen.engine.run_ahead import RunAhead
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch
 from radixgen.scheduler.planner import Planner
-from radixgen.scheduler.policies import Policies
 from radixgen.scheduler.queue import WaitingQueue
+from radixgen.scheduler.reading_marks import PolicyMarks
 from radixgen.scheduler.revise import RowUpdates, StepRows
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request
@@ -319,11 +319,11 @@ def inexact_output_is_not_marked(patch: Patch) -> None:
 def all_policies_have_one_mark(patch: Patch) -> None:
     """The last that was asked for."""
 
-    def mark(policies: Policies, policy: ReadingPolicy) -> int:
+    def mark(policies: PolicyMarks, policy: ReadingPolicy) -> int:
         policies._by_mark[1:] = [policy]
         return int(not policy.exact)
 
-    patch.setattr(Policies, "mark", mark)
+    patch.setattr(PolicyMarks, "mark", mark)
 
 
 def a_block_is_read_for_too_long(patch: Patch) -> None:
@@ -406,7 +406,7 @@ def a_chunk_does_not_depend_on_those_before_it(patch: Patch) -> None:
 
 
 def moved_keys_are_found_by_exact_requests(patch: Patch) -> None:
-    for module in (admission_module, runs_module):
+    for module in (admission_module, run_reuse_module):
         patch.setattr(module, "blended_namespace", lambda namespace: namespace)
 
 

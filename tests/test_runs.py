@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixgen.cache import ExtentPool, RadixTree, Run, RunIndex, blended_namespace, marked
-from radixgen.cache.runs import window_hashes
+from radixgen.cache.run_index import window_hashes
 
 TOKENS = st.lists(st.integers(0, 5), max_size=40)
 

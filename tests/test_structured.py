@@ -520,7 +520,7 @@ def test_a_dead_end_ends_its_own_request() -> None:
 def test_a_mask_that_costs_too_much_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """llguidance's own limit, of Earley items here."""
     with serve() as engine:
-        engine._inputs._grammars._parser_limits = LLParserLimits(step_max_items=60, verbose_errors=False)
+        engine.inputs._grammars._parser_limits = LLParserLimits(step_max_items=60, verbose_errors=False)
         one = bystanders(engine, asking(grammar='start: start start | start start start | "a" | "b"', ignore_eos=True))
     assert one.finish_reason == "error" and "Too many items" in str(one.stop_reason)
     assert 0 < len(one.token_ids) < 20
@@ -538,7 +538,7 @@ def test_an_exception_in_a_grammar_ends_its_own_request(method: str, monkeypatch
 
     with serve() as engine:
         params = asking(regex="z+", stop_token_ids=TOKENIZER("z")["input_ids"], min_tokens=5)
-        bad.append(engine._inputs.grammar(params))
+        bad.append(engine.inputs.grammar(params))
         monkeypatch.setattr(MatcherState, method, fail)
         one = bystanders(engine, params)
     assert (one.finish_reason, one.text) == ("error", "") and "planted" in str(one.stop_reason)

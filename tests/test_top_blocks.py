@@ -21,10 +21,10 @@ from radixgen.kernels.work import lay_out
 from radixgen.kernels.workspace import Workspace
 from radixgen.reading import Exact, ReadingPolicy, TopBlocks
 from radixgen.scheduler import blocks as block_planning
-from radixgen.scheduler.blocks import add_choosing_units, withhold_blocks
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.forest import Forest
 from radixgen.scheduler.planner import plan
+from radixgen.scheduler.top_blocks import add_choosing_units, withhold_blocks
 
 CPU = torch.device("cpu")
 COST = CostModel(tiles=(TileCost(16, 60.0, 1.0), TileCost(64, 70.0, 1.2)), partial=0.1, programs=7, mix=True)

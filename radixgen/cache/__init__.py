@@ -53,7 +53,7 @@ from radixgen.cache.node import BLENDED, PRIVATE, Lock, Node
 from radixgen.cache.policy import EvictionPolicy, first_in, least_recently_used
 from radixgen.cache.pool import Extent, ExtentPool
 from radixgen.cache.recent_evictions import RecentEvictions
-from radixgen.cache.runs import KVMover, KVMoves, Run, RunIndex, blended_namespace
+from radixgen.cache.run_index import KVMover, KVMoves, Run, RunIndex, blended_namespace
 from radixgen.cache.sharing import sharing_end
 from radixgen.cache.thinning import thin
 from radixgen.cache.tokens import (

@@ -99,7 +99,7 @@ class Plan:
     unit_blocks: Int32Array
     """`[units]`: if positive, the unit's segments are whole blocks, at least as many, in ascending order, and its rows
     read only so many, on average over the KV heads: each head its own, chosen in each layer by the rows' queries (see
-    `radixgen.kernels.block_selection`). 0: they read every key. Layers with a window always do.
+    `radixgen.kernels.torch_blocks`). 0: they read every key. Layers with a window always do.
     """
     tile_rows: int
     """Query-head rows of the largest tile class in use."""

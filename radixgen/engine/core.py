@@ -38,7 +38,7 @@ from radixgen.scheduler.beams import branch, conclude
 from radixgen.scheduler.cache_hints import CacheHints
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PlanMode, Planner
-from radixgen.scheduler.policies import Policies
+from radixgen.scheduler.reading_marks import PolicyMarks
 from radixgen.scheduler.scheduler import Scheduler
 from radixgen.scheduler.sequence import Request, Sequence, prompt_path
 
@@ -97,7 +97,7 @@ class EngineCore:
         self.grammars = GrammarBudget()
         self.requests: dict[str, Request] = {}
         trees = [self.tree, *([self.host.tree] if self.host else [])]
-        self._policies = Policies(self.planner, trees, self.requests, self.guard, model.vocab_size)
+        self._policies = PolicyMarks(self.planner, trees, self.requests, self.guard, model.vocab_size)
         self._ended: list[Sequence] = []
         self._deadlines = Deadlines()
         self._serial = 0

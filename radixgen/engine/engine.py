@@ -5,7 +5,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import torch
 
@@ -20,6 +20,7 @@ from radixgen.core import (
     Limits,
     OutputKind,
     RequestOutput,
+    Stats,
     check_integer,
 )
 from radixgen.core.adapters import refuses_adapters
@@ -27,7 +28,6 @@ from radixgen.core.reading import EXACT, ReadingPolicy, check_reading
 from radixgen.core.reuse import Reuse, SegmentReuse, segment_reuse
 from radixgen.engine.core import EngineCore
 from radixgen.engine.input_processor import InputProcessor, Messages, Params, Prompt, Tools, chat_tokens
-from radixgen.engine.introspection import EngineIntrospection
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.pins import PrefixPins
 from radixgen.engine.profiler import StepProfiler
@@ -36,14 +36,16 @@ from radixgen.engine.request_options import PinOptions, RequestOptions, SubmitOp
 from radixgen.engine.submitter import RequestSubmitter
 from radixgen.engine.warm_up import run_warm_up, warm_up_steps
 from radixgen.model.base import Model
-from radixgen.model.prepare import costs_of, prepare_model, runs_on_gpu
+from radixgen.model.prepare import costs_of, dtype_of, prepare_model, runs_on_gpu
 from radixgen.scheduler.planner import PlanMode, check_plan_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 
-class Engine(EngineIntrospection):
+
+class Engine:
     """Serves one model. Not thread-safe: use it from one thread.
 
     ```python
@@ -152,8 +154,14 @@ class Engine(EngineIntrospection):
         )
         self._model = served = prepared.model
         self.tokenizer = prepared.tokenizer
+        self.model_name = served.name
         self.max_model_len = served.max_model_len
-        self._inputs = InputProcessor(
+        self.max_step_tokens = prepared.max_step_tokens
+        self.eos_token_ids = served.eos_token_ids
+        """The model's own end tokens. For those of chats, see `inputs.chat_eos_token_ids`."""
+        self.dtype = dtype_of(served)
+        """Data type of the weights, or of the logits if the model is not transformers'."""
+        self.inputs = InputProcessor(
             self.tokenizer,
             vocab_size=served.vocab_size,
             max_model_len=served.max_model_len,
@@ -161,6 +169,7 @@ class Engine(EngineIntrospection):
             limits=self.limits,
             eos_token_ids=served.eos_token_ids,
         )
+        """Tokenizes and checks requests. May be used from another thread."""
         self._core = EngineCore(
             served,
             kv_tokens=prepared.kv_tokens,
@@ -175,13 +184,13 @@ class Engine(EngineIntrospection):
             async_scheduling=async_scheduling,
             seed=seed,
             debug=debug,
-            drawable=self._inputs.drawable,
+            drawable=self.inputs.drawable,
             reading=reading,
         )
         self._guard = self._core.guard
-        self._loop = RequestLoop(self._core, OutputProcessor(self._inputs.vocabulary), clock)
-        self._submitter = RequestSubmitter(self._inputs, self._core, self._loop, clock, share=share)
-        self._pins = PrefixPins(self._inputs, self._core, self._loop, self._submitter, clock)
+        self._loop = RequestLoop(self._core, OutputProcessor(self.inputs.vocabulary), clock)
+        self._submitter = RequestSubmitter(self.inputs, self._core, self._loop, clock, share=share)
+        self._pins = PrefixPins(self.inputs, self._core, self._loop, self._submitter, clock)
         if self.runs_on_gpu if warm_up is None else warm_up:
             self.warm_up()
 
@@ -250,13 +259,13 @@ class Engine(EngineIntrospection):
         """Return `prompt` as checked token ids, int32. With `special`, text gets the tokenizer's special tokens. May be
         called from another thread. Raises `InvalidRequest`.
         """
-        return self._inputs.tokenize(prompt, special=special)
+        return self.inputs.tokenize(prompt, special=special)
 
     def compile_grammar(self, params: Params) -> None:
         """Check `params` and compile their grammar, if they have one, so that no step waits for it. May be called from
         another thread. Raises `InvalidRequest`.
         """
-        self._inputs.check_params(params)
+        self.inputs.check_params(params)
 
     @refuses_adapters
     def score(
@@ -273,7 +282,7 @@ class Engine(EngineIntrospection):
 
     def decode(self, token_ids: Seq[int]) -> str:
         """Return the text of `token_ids`, including special tokens, or the ids as text if there is no tokenizer."""
-        return self._inputs.decode(token_ids)
+        return self.inputs.decode(token_ids)
 
     @refuses_adapters
     def stream(
@@ -400,7 +409,7 @@ class Engine(EngineIntrospection):
     def warm_up_steps(self) -> list[Callable[[], None]]:
         """Return the calls that `warm_up` makes in this order. The engine may be used between them."""
         self._loop.begin_call()
-        steps = warm_up_steps(self._model, self._inputs.drawable, self.max_step_tokens, self.limits.max_num_seqs)
+        steps = warm_up_steps(self._model, self.inputs.drawable, self.max_step_tokens, self.limits.max_num_seqs)
         return [partial(self._loop.run_apart, step) for step in steps]
 
     def profile(self, directory: str | Path, num_steps: int = 10) -> StepProfiler:
@@ -412,6 +421,49 @@ class Engine(EngineIntrospection):
         """
         self._loop.begin_call()
         return self._loop.profile(StepProfiler(directory, num_steps))
+
+    # -- what it reports ----------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps that ran or failed."""
+        return self._core.num_attempts
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Number of requests without their last output."""
+        return len(self._core.requests)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True if `step` has work or output left. Also true if the engine is dead, so that `step` raises."""
+        return self._loop.has_unfinished
+
+    @property
+    def fetching(self) -> bool:
+        """Whether KV is on its way from host memory or disk. `step` goes on with it, and waits only for requests."""
+        return not self._loop.closed and self._core.fetching
+
+    def inspect(self, function: Callable[[EngineCore], T]) -> T:
+        """Call `function` with the live core (tree, scheduler, planner, counters) and return its result. It may read
+        everything and may add listeners to the tree, but must change nothing else.
+        """
+        return function(self._core)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether there is a request with this id whose last output was not made yet."""
+        return request_id in self._core.requests
+
+    def explain_plan(self) -> str:
+        """Describe the last step's plan, in bytes of KV over all layers. For why a prompt was not shared, see
+        `sharing_ended` of its output.
+        """
+        last = self._core.planner.last
+        return last.explain(self._model.kv_bytes_per_token) if last else "no step has run"
+
+    def stats(self) -> Stats:
+        self._guard.require()
+        return self._core.stats()
 
     # -- the engine itself --------------------------------------------------------------------------------
 

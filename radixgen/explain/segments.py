@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from radixgen.cache import ExtentPool, RadixTree, TokenArray, blended_namespace
 from radixgen.core import SegmentReuse
-from radixgen.scheduler.runs import RunTaker
+from radixgen.scheduler.run_reuse import RunTaker
 
 
 def moved_tokens(prompts: Iterable[TokenArray], reuse: SegmentReuse) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The reading policies of an engine's requests, and their marks in the tree."""
+"""Marks of reading policies: which policy a path of the tree is read under."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.sequence import Request
 
 
-class Policies:
+class PolicyMarks:
     """Gives each policy a mark: an index into `Planner.policies`, by which tokens read under it are marked."""
 
     def __init__(
