@@ -62,7 +62,7 @@ class PolicyMarks:
         self._marks[policy] = mark
 
     def _collect(self) -> None:
-        """Evict all that is not locked, and keep all marks that nothing holds then, so that few evictions are needed."""
+        """Evict all that is not locked, and free all marks that nothing holds then, so evictions are few."""
         with self._guard:
             self._planner.forget()
             held = {request.mark for request in self._requests.values()}
