@@ -20,7 +20,7 @@ from radixgen.kernels.torch_blocks import block_scores, choose_blocks, unread_sh
 from radixgen.kernels.work import lay_out
 from radixgen.kernels.workspace import Workspace
 from radixgen.reading import Exact, ReadingPolicy, TopBlocks
-from radixgen.scheduler import blocks as block_planning
+from radixgen.scheduler import top_blocks
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.forest import Forest
 from radixgen.scheduler.planner import plan
@@ -34,7 +34,7 @@ ALL = TopBlocks(budget=1.0, recent=1, sinks=0)
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let rows choose among as few as two blocks."""
-    monkeypatch.setattr(block_planning, "LEAST_CANDIDATES", 2)
+    monkeypatch.setattr(top_blocks, "LEAST_CANDIDATES", 2)
 
 
 def shared_forest(rows: int, prefix: int, tail: int, first_slot: int = 5) -> tuple[Forest, np.ndarray]:
