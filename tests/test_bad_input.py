@@ -199,7 +199,7 @@ ODD_TOKENS = [
 
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), st.sampled_from(ODD_TOKENS), st.data())
 def test_one_odd_token_is_named_wherever_it_stands(tokens: list[Any], odd: Any, data: st.DataObject) -> None:
-    inputs = serve()._inputs
+    inputs = serve().inputs
     place = data.draw(st.integers(0, len(tokens)))
     assert inputs.tokenize(tokens).tolist() == tokens
     assert inputs.tokenize([np.int32(tokens[0]), *tokens[1:]]).tolist() == tokens
@@ -778,16 +778,11 @@ OPEN = {
     "close",
     "compile_grammar",
     "decode",
-    "dtype",
-    "eos_token_ids",
     "explain_plan",
     "fetching",
     "has_unfinished",
-    "inputs",
     "inspect",
     "knows",
-    "max_step_tokens",
-    "model_name",
     "num_steps",
     "num_unfinished_requests",
     "pins",
