@@ -38,7 +38,7 @@ PICTURE = ROOT / "docs" / "demo.svg"
 TABLE = (
     "prefix", "unrelated", "agents", "thoughts", "explain", "serve", "http", "soak", "live", "tree", "admission",
     "plan", "step", "simulate", "cluster", "startup", "kv_dtype", "kv_dtype_gpu",
-    "host_tier", "tiers", "top_blocks", "segments", "segments_gpu",
+    "host_tier", "tiers", "restart", "top_blocks", "segments", "segments_gpu",
 )  # fmt: skip
 """Benchmarks with bounds, in the order of docs/benchmarks.md."""
 SHOWN = ("latency", "agents", "parallel", "prefix", "unshared")
