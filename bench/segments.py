@@ -47,7 +47,7 @@ GPU_COUNT, GPU_LENGTH, GPU_ORDERS = 16, 1024, 4
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Documents, and what is asked about them, as token ids."""
+    """Token ids of documents, of questions about them, and of texts that follow them."""
 
     documents: list[list[int]]
     questions: list[list[int]]

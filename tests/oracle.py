@@ -127,7 +127,7 @@ class StampModel:
         self.moved += moves.targets.size
 
     def tokens_at(self, slots: Int64Array) -> list[int]:
-        """The tokens whose KV slots hold, -1 where that is none."""
+        """Return the token whose KV each slot holds, -1 if it holds none."""
         stamps, parents = ([part.tobytes() for part in held[slots]] for held in (self._stamps, self._parents))
         return [
             next((token for token in range(self.vocab_size) if extend(parent, token) == stamp), -1)

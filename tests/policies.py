@@ -72,7 +72,7 @@ class PolicyModel(StampModel):
     def watch(self, core: EngineCore) -> None:
         """Learn from the batches of an engine how each row reads."""
         freeze, planner, tree = core.scheduler.freeze, core.planner, core.tree
-        self._told: list[tuple[Plan, list[_Row]]] = []
+        self._planned: list[tuple[Plan, list[_Row]]] = []
         self._rows: list[_Row] = []
         self.sparse_rows = 0
 
@@ -85,13 +85,13 @@ class PolicyModel(StampModel):
                 if not policy.exact:
                     tokens = tree.node(batch.row_nodes[row]).path_tokens()[: batch.row_positions[row]]
                 rows.append(_Row(policy, _stamps(tokens, planner.policies)))
-            self._told = [*self._told[-1:], (step.plan, rows)]
+            self._planned = [*self._planned[-1:], (step.plan, rows)]
             return step
 
         core.scheduler.freeze = tell
 
     def _reads(self, plan: Plan) -> Reads:
-        self._rows = next(rows for told, rows in reversed(self._told) if told is plan)
+        self._rows = next(rows for planned, rows in reversed(self._planned) if planned is plan)
         if all(row.policy.exact for row in self._rows):
             return all_reads(plan, self._positions.size)
         rows, positions, slots = keys_seen(plan)

@@ -110,11 +110,11 @@ def test_the_kernel_is_compiled_before_the_first_copy(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_other_ranks_learn_of_the_end_of_a_copy(error: type[BaseException] | None) -> None:
     """Pins: an interrupt in the middle made the next steps of other ranks begin before their copies had finished."""
-    told: list[int] = []
+    calls: list[int] = []
 
     def tell() -> None:
-        told.append(1)
-        if error is not None and len(told) == 1:
+        calls.append(1)
+        if error is not None and len(calls) == 1:
             raise error
 
     copy = SharedCopy(_FinishedCopy(), tell)
@@ -122,7 +122,7 @@ def test_other_ranks_learn_of_the_end_of_a_copy(error: type[BaseException] | Non
         with pytest.raises(error):
             copy.wait()
     copy.wait()
-    assert copy.done() and len(told) == 1 + (error is not None)
+    assert copy.done() and len(calls) == 1 + (error is not None)
 
 
 # -- what is kept and fetched, by the oracle --------------------------------------------------------------
