@@ -42,6 +42,12 @@ def check_integer(field: str, value: object, low: int, high: int) -> None:
         raise InvalidRequest(field, value, f"must be from {low} to {high}")
 
 
+def check_boolean(field: str, value: object) -> None:
+    """Raise `InvalidRequest` unless `value` is a boolean."""
+    if not isinstance(value, bool):
+        raise InvalidRequest(field, value, "must be true or false")
+
+
 class PromptTooLong(InvalidRequest):
     """Prompt plus `max_tokens` exceeds the context or the KV pool."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from radixgen.core.errors import InvalidRequest, check_integer
+from radixgen.core.errors import InvalidRequest, check_boolean, check_integer
 from radixgen.core.grammar import (
     GrammarSource,
     GrammarState,
@@ -123,9 +123,9 @@ class SamplingParams:
             _sequence(name, tokens, limits.max_stop_token_ids)
             for token in tokens:
                 check_integer(name, token, 0, 2**31 - 1)
-        _boolean("include_stop_str_in_output", self.include_stop_str_in_output)
-        _boolean("skip_special_tokens", self.skip_special_tokens)
-        _boolean("ignore_eos", self.ignore_eos)
+        check_boolean("include_stop_str_in_output", self.include_stop_str_in_output)
+        check_boolean("skip_special_tokens", self.skip_special_tokens)
+        check_boolean("ignore_eos", self.ignore_eos)
         check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
@@ -272,11 +272,6 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
     # An integer may be too large to be a float.
     if not low <= value <= high or not math.isfinite(value) or (above and value == low):
         raise InvalidRequest(name, value, f"must be finite, {span}")
-
-
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidRequest(name, value, "must be true or false")
 
 
 def _sequence(name: str, value: Any, most: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from radixgen.core.errors import InvalidRequest, check_integer
+from radixgen.core.errors import InvalidRequest, check_boolean, check_integer
 from radixgen.core.plan import BLOCK, Int64Array
 
 _MOST = 2**31 - 1
@@ -80,8 +80,7 @@ class PositionPolicy(ReadingPolicy):
 
     def _check(self) -> None:
         check_integer("reading.block", self.block, 1, _MOST)
-        if not isinstance(self.prompt, bool):
-            raise InvalidRequest("reading.prompt", self.prompt, "must be true or false")
+        check_boolean("reading.prompt", self.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +195,7 @@ class Fading(PositionPolicy):
 
     def __post_init__(self) -> None:
         self._check()
-        if not isinstance(self.free, bool):
-            raise InvalidRequest("reading.free", self.free, "must be true or false")
+        check_boolean("reading.free", self.free)
         check_integer("reading.sinks", self.sinks, 0, _MOST)
         check_integer("reading.window", self.window, 1, _MOST)
         check_integer("reading.levels", self.levels, 1, _MAX_LEVELS)
