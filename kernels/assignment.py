@@ -3,8 +3,6 @@ optimum).
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,48 +21,47 @@ def assign(costs: Float64Array, programs: int) -> tuple[Int64Array, Int64Array]:
     return np.searchsorted(np.sort(owners), np.arange(programs + 1)), items
 
 
-class LaunchCosts(NamedTuple):
-    """The items of one launch."""
-
-    costs: Float64Array
-    """`[items]`"""
-    programs: int
-    slowed: float = 1.0
-    """Slowdown of items while all programs are busy, because of memory bandwidth. It falls with the number of busy
-    programs, to 1.
-    """
-
-
-def makespan(launches: Sequence[LaunchCosts], copies: int = 1) -> float:
+@compiled
+def makespan(
+    costs: Float64Array, launches: Int64Array, programs: Int64Array, slowed: Float64Array, copies: int
+) -> float:  # fmt: skip
     """Return when the last program finishes `copies` of each item, in the unit of the costs.
 
-    A launch's programs begin as those of the launch before it end. If copies and programs can be divided into equal
-    shares, only one share is simulated.
+    Item `i` costs `costs[i]`, in the launch `launches[i]`, which has `programs[launches[i]]` programs. The last launch
+    is first, and the programs of each of the others begin as those of the one before it end. `slowed` `[launches]`: the
+    slowdown of items while all programs are busy, because of memory bandwidth; it falls with the number of busy
+    programs, to 1.
+
+    If copies and programs can be divided into equal shares, only one share is simulated.
     """
-    shares = math.gcd(copies, *(launch.programs for launch in launches))
+    shares = copies
+    for launch in range(programs.size):
+        shares = math.gcd(shares, programs[launch])
     loads, last = np.zeros(1), 0.0
-    for costs, programs, slowed in launches:
-        loads = _following(loads, programs // shares)
-        if costs.size:
-            ends = _place(-np.sort(-np.repeat(costs, copies // shares)), loads)[1]
-            loads = loads + _stretched(ends - loads, slowed)
-            last = max(last, float(loads.max()))
+    for launch in range(programs.size - 1, -1, -1):
+        loads = _following(loads, programs[launch] // shares)
+        mine = np.repeat(costs[launches == launch], copies // shares)
+        if mine.size:
+            ends = _place(-np.sort(-mine), loads)[1]
+            loads = loads + _stretched(ends - loads, slowed[launch])
+            last = max(last, loads.max())
     return last
 
 
+@compiled
 def _stretched(work: Float64Array, slowed: float) -> Float64Array:
-    """Return when each program finishes its work, `[programs]`, if all begin together and are slowed as in
-    `LaunchCosts`.
-    """
+    """Return when each program, `[programs]`, is done, if all begin together and are slowed as in `makespan`."""
     if slowed <= 1.0:
         return work
-    order = np.argsort(work)
-    busy = np.arange(work.size, 0, -1)
-    times = np.empty_like(work)
-    times[order] = np.cumsum(np.diff(work[order], prepend=0.0) * np.maximum(busy * slowed / work.size, 1.0))
+    times, now, done = np.empty_like(work), 0.0, 0.0
+    for place, program in enumerate(np.argsort(work)):
+        busy = work.size - place
+        now += (work[program] - done) * max(busy * slowed / work.size, 1.0)
+        times[program], done = now, work[program]
     return times
 
 
+@compiled
 def _following(loads: Float64Array, programs: int) -> Float64Array:
     """Return when each program of a launch can begin, `[programs]`, given the end times `loads` of the launch before
     it.

@@ -7,14 +7,9 @@ from numpy.typing import NDArray
 
 from radixgen.core.compiled import compiled
 from radixgen.core.plan import Float64Array, Int64Array
-from radixgen.kernels.assignment import LaunchCosts, makespan
+from radixgen.kernels.assignment import makespan
 from radixgen.scheduler.cost import CostModel
-from radixgen.scheduler.tables import (
-    U_FIRST_ROW,
-    U_KEYS,
-    U_MIXED,
-    U_STOP_ROW,
-)
+from radixgen.scheduler.tables import U_FIRST_ROW, U_KEYS, U_MIXED, U_STOP_ROW
 
 LEAST_KEYS = 64
 """Units of at most this many keys are not split."""
@@ -40,15 +35,13 @@ def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, 
     until the makespan is within 1.15 of the lower bound, and returns the best. Tries nothing if even the lower bound
     exceeds `to_beat`.
     """
-    rows, keys = (
-        units[:, U_STOP_ROW] - units[:, U_FIRST_ROW],
-        units[:, U_KEYS] + (cost.mixed_weight - 1) * units[:, U_MIXED],
-    )
-    classes, programs = cost.classes(rows), [cost.programs_of(tile) for tile in cost.usable]
-    taken = (np.array(programs) / cost.programs)[classes]
+    rows = units[:, U_STOP_ROW] - units[:, U_FIRST_ROW]
+    keys = units[:, U_KEYS] + (cost.mixed_weight - 1) * units[:, U_MIXED]
+    classes, programs = cost.classes(rows), np.array([cost.programs_of(tile) for tile in cost.usable], np.int64)
+    taken = (programs / cost.programs)[classes]
     partial = cost.partial * cost.group * taken
     costs = cost.unit_costs(rows, units[:, U_KEYS], units[:, U_MIXED]) * taken + partial * coverage(units, num_rows)[1]
-    least_even, even, slowed = 0.0, 0.0, [1.0] * len(programs)
+    least_even, even, slowed = 0.0, 0.0, np.ones(programs.size)
     reading = cost.reads(unique, int(units[:, U_KEYS].sum()))
     for index in np.unique(classes):
         launched = classes == index
@@ -65,41 +58,58 @@ def split_units(units: Int64Array, num_rows: int, unique: int, cost: CostModel, 
     longest = float(costs.max(initial=0.0))
     if longest <= (ENOUGH - 1) * even:
         return SplitUnits(whole, even + longest / 2 + whole_fixed)
-
-    def time(costs: Float64Array, classes: Int64Array) -> float:
-        shares = [costs[classes == index] for index in range(len(programs))]
-        return max(makespan([*map(LaunchCosts, shares, programs, slowed)][::-1], cost.kv_heads), reading)
-
-    least = time(costs, classes)
-    best = SplitUnits(whole, least + whole_fixed)
-    fixed = float(costs[keys <= LEAST_KEYS].max(initial=0.0))
     unit = np.array([tile.unit for tile in cost.usable])[classes]
+    launches = classes, programs, slowed, cost.kv_heads
+    return SplitUnits(*_fastest(costs, keys, partial * rows, unit, *launches, reading, even, whole_fixed, split_fixed))
+
+
+@compiled
+def _fastest(
+    costs: Float64Array, keys: Int64Array, partials: Float64Array, unit: Float64Array, classes: Int64Array,
+    programs: Int64Array, slowed: Float64Array, copies: int, reading: float, even: float, whole_fixed: float,
+    split_fixed: float,
+) -> tuple[Int64Array, float]:  # fmt: skip
+    """Return the limits and the time of `split_units`.
+
+    For each unit, `costs`, `keys` (mixed ones weighted), what its partial results and another piece cost, and its class
+    `[units]`; for each class, `programs` and `slowed` as in `makespan`.
+    """
+    least = max(makespan(costs, classes, programs, slowed, copies), reading)
+    best, shortest = np.zeros(keys.size, np.int64), least + whole_fixed
+    fixed = 0.0
+    for index in range(keys.size):
+        if keys[index] <= LEAST_KEYS:
+            fixed = max(fixed, costs[index])
     for part in _SHARES:
         if least <= ENOUGH * max(even, fixed):
             break
         limits = _limits(costs, keys, part * even)
         pieces = np.where(limits > 0, -(-keys // np.maximum(limits, 1)), 1)
-        split = _pieces(costs, keys, limits, pieces, partial * rows, unit)
-        least = time(split, np.repeat(classes, pieces))
-        if least + split_fixed < best.time:
-            best = SplitUnits(limits, least + split_fixed)
-    return best
+        split = _pieces(costs, keys, limits, pieces, partials, unit)
+        least = max(makespan(split, np.repeat(classes, pieces), programs, slowed, copies), reading)
+        if least + split_fixed < shortest:
+            best, shortest = limits, least + split_fixed
+    return best, shortest
 
 
+@compiled
 def _pieces(
-    costs: Float64Array,
-    keys: Int64Array,
-    limits: Int64Array,
-    pieces: Int64Array,
-    partials: Float64Array,
+    costs: Float64Array, keys: Int64Array, limits: Int64Array, pieces: Int64Array, partials: Float64Array,
     unit: Float64Array,
-) -> Float64Array:
+) -> Float64Array:  # fmt: skip
     """Return the cost of every piece of every unit: proportional to its keys, plus `unit` and `partials` per piece."""
-    whole = pieces == 1
-    by_key = np.where(whole, 0.0, (costs - unit) / np.maximum(keys, 1))
-    fixed = np.where(whole, costs, unit + partials)
-    split: Float64Array = np.repeat(fixed + by_key * limits, pieces)
-    split[np.cumsum(pieces) - 1] = fixed + by_key * (keys - limits * (pieces - 1))
+    split, made = np.empty(pieces.sum()), 0
+    for index in range(keys.size):
+        if pieces[index] == 1:
+            split[made] = costs[index]
+            made += 1
+            continue
+        by_key = (costs[index] - unit[index]) / max(keys[index], 1)
+        fixed = unit[index] + partials[index]
+        last = made + pieces[index] - 1
+        split[made:last] = fixed + by_key * limits[index]
+        split[last] = fixed + by_key * (keys[index] - limits[index] * (pieces[index] - 1))
+        made = last + 1
     return split
 
 
@@ -123,6 +133,7 @@ def coverage(ranges: NDArray[np.integer], num_rows: int) -> tuple[Int64Array, In
     return over[:num_rows], partials
 
 
+@compiled
 def _limits(costs: Float64Array, keys: Int64Array, longest: float) -> Int64Array:
     """Return limits for equal pieces that cost at most about `longest`."""
     pieces = np.maximum(np.ceil(costs / max(longest, 1e-9)), 1)

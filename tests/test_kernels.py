@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from radixgen import Engine, TreeAttention
 from radixgen.core import Chunk, Plan
-from radixgen.kernels.assignment import LaunchCosts, assign, makespan
+from radixgen.kernels.assignment import assign, makespan
 from radixgen.kernels.backend import backend
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
@@ -235,18 +235,25 @@ def test_schedule_is_complete_and_even(items: int, programs: int) -> None:
     assert max(loads) <= costs.sum() / programs + costs.max()
 
 
+def time_of(*launches: tuple[list[float], int, float], copies: int = 1) -> float:
+    """`makespan` of launches, the first one first: costs, programs, and how much slower all of them are."""
+    costs, programs, slowed = zip(*launches[::-1], strict=True)
+    of = np.repeat(np.arange(len(launches)), [len(part) for part in costs])
+    return makespan(np.concatenate(costs), of, np.array(programs), np.array(slowed), copies)
+
+
 def test_a_launch_begins_where_the_one_before_it_ends() -> None:
     """Three programs of one launch, six of the next."""
-    wide, narrow = LaunchCosts(np.array([9.0, 4.0]), 3), LaunchCosts(np.full(10, 1.0), 6)
-    assert makespan([wide, narrow]) == 9.0 and makespan([wide, LaunchCosts(np.full(100, 1.0), 6)]) == 21.0
-    assert makespan([wide, narrow], copies=3) == 13.0 + 5.0
+    wide, narrow = ([9.0, 4.0], 3, 1.0), ([1.0] * 10, 6, 1.0)
+    assert time_of(wide, narrow) == 9.0 and time_of(wide, ([1.0] * 100, 6, 1.0)) == 21.0
+    assert time_of(wide, narrow, copies=3) == 13.0 + 5.0
 
 
 def test_few_programs_are_not_slowed_by_memory() -> None:
     """Memory for two of four programs: two take no longer than one, four take twice as long."""
     for items, time in ((1, 10.0), (2, 10.0), (4, 20.0)):
-        assert makespan([LaunchCosts(np.full(items, 10.0), 4, 2.0)]) == time
-    assert makespan([LaunchCosts(np.array([10.0, 10.0, 10.0, 30.0]), 4, 2.0)]) == 40.0
+        assert time_of(([10.0] * items, 4, 2.0)) == time
+    assert time_of(([10.0, 10.0, 10.0, 30.0], 4, 2.0)) == 40.0
 
 
 def laid_out(rows: int, keys: int) -> tuple[Plan, Launch, Work]:

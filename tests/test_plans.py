@@ -5,6 +5,7 @@ The figures of what is known to fail hold for the costs that are shipped: a new 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from sizes import size
 from bench.trees import WORKLOADS, lay_out
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
-from radixgen.core.plan import Int32Array, Int64Array, reduce_ranges
-from radixgen.kernels.assignment import LaunchCosts, makespan
+from radixgen.core.plan import Float64Array, Int32Array, Int64Array, reduce_ranges
+from radixgen.kernels.assignment import makespan
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest
@@ -187,26 +188,35 @@ def launch(found: Plan, costs: Sequence[CostModel]) -> CostModel:
     return next(cost for cost in costs if cost.tiles[-1].rows == found.tile_rows)
 
 
-def launches(found: Plan, cost: CostModel) -> list[LaunchCosts]:
-    """The plan's units by class, the widest first; slowed where memory can't keep up with the programs. Distinct keys
-    are the narrowest tiles' to read.
-    """
+class Launches(NamedTuple):
+    """The plan's units by class, slowed where memory can't keep up with the programs: as `makespan` takes them."""
+
+    costs: Float64Array
+    classes: Int64Array
+    programs: Int64Array
+    slowed: Float64Array
+
+
+def launches(found: Plan, cost: CostModel) -> Launches:
+    """Distinct keys are the narrowest tiles' to read."""
     rows = np.diff(found.unit_rows, axis=1)[:, 0].astype(np.int64)
     unit, _ = members(*found.unit_segments.astype(np.int64).T)
     keys = np.bincount(unit, found.segment_lengths, found.num_units)
-    unique, made = int(found.nodes.lengths.sum()), []
-    for index, tile in enumerate(cost.usable):
-        mine, programs = cost.classes(rows) == index, cost.programs_of(tile)
-        costs, read = found.unit_cost[mine] * programs / cost.programs, int(keys[mine].sum())
-        work = max(float(costs.sum()) * cost.kv_heads / programs, 1e-9)
-        made.append(LaunchCosts(costs, programs, max(1.0, cost.reads(min(unique, read), read) / work)))
+    unique, slowed, classes = int(found.nodes.lengths.sum()), [], cost.classes(rows)
+    programs = np.array([cost.programs_of(tile) for tile in cost.usable], np.int64)
+    costs = found.unit_cost * (programs / cost.programs)[classes]
+    for index, count in enumerate(programs.tolist()):
+        mine = classes == index
+        read = int(keys[mine].sum())
+        work = max(float(costs[mine].sum()) * cost.kv_heads / count, 1e-9)
+        slowed.append(max(1.0, cost.reads(min(unique, read), read) / work))
         unique -= min(unique, read)
-    return made[::-1]
+    return Launches(costs, classes, programs, np.array(slowed))
 
 
 def makespan_of(found: Plan, cost: CostModel) -> float:
     """When the last program is done with the units that the plan holds, partials included, merging not."""
-    return makespan(launches(found, cost), cost.kv_heads)
+    return makespan(*launches(found, cost), cost.kv_heads)
 
 
 def even_share(found: Plan, cost: CostModel) -> float:
@@ -217,8 +227,9 @@ def even_share(found: Plan, cost: CostModel) -> float:
     rows = np.diff(found.unit_rows, axis=1)[:, 0].astype(np.int64)
     taken = np.array([cost.programs_of(tile) for tile in cost.usable])[cost.classes(rows)] / cost.programs
     least = cost.unit_costs(rows, np.minimum(keys, LEAST_KEYS), np.zeros_like(keys)) + cost.partial * cost.group * rows
-    shares = [one.costs.sum() * one.slowed / one.programs for one in launches(found, cost)]
-    return max(float(sum(shares)) * cost.kv_heads, float((least * taken).max()))
+    made = launches(found, cost)
+    shares = np.bincount(made.classes, made.costs, made.programs.size) * made.slowed / made.programs
+    return max(float(shares.sum()) * cost.kv_heads, float((least * taken).max()))
 
 
 def finished(found: Plan, costs: Sequence[CostModel]) -> float:
