@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from radixgen.chat.history import HistoryBreak
     from radixgen.engine.async_engine import AsyncEngine
     from radixgen.engine.engine import Engine
+    from radixgen.huggingface.patch import patch, unpatch
     from radixgen.serve.zmq.client import AsyncClient, Client
 
 __version__ = VERSION
@@ -50,6 +51,8 @@ _LAZY = {
     "Engine": "radixgen.engine.engine",
     "HistoryBreak": "radixgen.chat.history",
     "TreeAttention": "radixgen.attention",
+    "patch": "radixgen.huggingface.patch",
+    "unpatch": "radixgen.huggingface.patch",
 }
 
 __all__ = [
@@ -85,6 +88,8 @@ __all__ = [
     "UnknownRequest",
     "UnsupportedModel",
     "__version__",
+    "patch",
+    "unpatch",
 ]
 
 

@@ -36,7 +36,7 @@ LAYERS = [
     {"engine.engine"},
     {"engine.async_outputs", "engine.thread"},
     {"engine.async_engine"},
-    {"serve", "thoughts"},
+    {"serve", "thoughts", "huggingface"},
     {"progress", "tree_view", "explain", "demo", "cli", "__main__"},
 ]  # fmt: skip
 """Modules and packages, from the bottom up; of some packages each module has a layer of its own."""
@@ -185,6 +185,7 @@ def test_public_names() -> None:
         "EngineDead", "HintResult", "HistoryBreak", "InvalidRequest", "LimitReached", "Limits", "ModelNotFound",
         "PromptTooLong", "QueueFull", "RadixgenError", "RequestFailed", "RequestOutput", "SamplingParams",
         "SegmentReuse", "SharingEnd", "Stats", "TreeAttention", "UnknownRequest", "UnsupportedModel", "__version__",
+        "patch", "unpatch",
     ]  # fmt: skip
     assert all(hasattr(radixgen, name) for name in radixgen.__all__)
     with pytest.raises(AttributeError, match="nothing"):

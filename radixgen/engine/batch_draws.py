@@ -1,7 +1,7 @@
 """`BatchDraws`: draws a token for each sequence of a step, all at once, or one by one if that fails."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
 from radixgen.core import EngineDead
@@ -11,6 +11,9 @@ from radixgen.sampling.sampler import PendingTokens, SamplerOutput, draw, report
 from radixgen.scheduler.sequence import Sequence
 
 logger = logging.getLogger(__name__)
+
+DrawListener = Callable[[Seq[Sequence], Logits, Seq[int]], None]
+"""Called with the sequences of a step, its logits `[n, vocab]`, and the row of the logits for each sequence."""
 
 
 class BatchDraws:
@@ -26,12 +29,15 @@ class BatchDraws:
         sequences: Seq[Sequence],
         drawable: DrawableTokens | None,
         faults: Mapping[int, str],
+        listener: DrawListener | None = None,
     ) -> None:
         """
         logits: `[n, vocab]`.
         rows: logits row of each sequence.
         faults: error by index, for sequences that must end without a draw.
         """
+        if listener is not None:
+            listener(sequences, logits, rows)
         self._logits = logits
         self._sequences = sequences
         self._drawable = drawable

@@ -21,7 +21,7 @@ from radixgen.core import (
     Stats,
 )
 from radixgen.core.reading import EXACT, ReadingPolicy
-from radixgen.engine.batch_draws import BatchDraws
+from radixgen.engine.batch_draws import BatchDraws, DrawListener
 from radixgen.engine.check import check_engine
 from radixgen.engine.deadlines import Deadlines
 from radixgen.engine.make_request import make_request
@@ -98,6 +98,7 @@ class EngineCore:
         self.requests: dict[str, Request] = {}
         trees = [self.tree, *([self.host.tree] if self.host else [])]
         self._policies = PolicyMarks(self.planner, trees, self.requests, self.guard, model.vocab_size)
+        self.on_draw: DrawListener | None = None
         self._ended: list[Sequence] = []
         self._deadlines = Deadlines()
         self._serial = 0
@@ -380,7 +381,7 @@ class EngineCore:
     def _draw(self, batch: Batch, logits: StepLogits) -> BatchDraws:
         """Begin to draw tokens, except for sequences whose grammar took too long or failed."""
         faults = self.grammars.compute_masks(batch.drawing, alone=self._alone)
-        return BatchDraws(logits.values, logits.drawing, batch.drawing, self._drawable, faults)
+        return BatchDraws(logits.values, logits.drawing, batch.drawing, self._drawable, faults, self.on_draw)
 
     def _begin_next(self, batch: Batch, draws: BatchDraws) -> None:
         """Let the device begin the next step before the tokens have reached the host."""

@@ -446,7 +446,7 @@ class Engine:
 
     def inspect(self, function: Callable[[EngineCore], T]) -> T:
         """Call `function` with the live core (tree, scheduler, planner, counters) and return its result. It may read
-        everything and may add listeners to the tree, but must change nothing else.
+        everything and may add listeners to the tree and to draws, but must change nothing else.
         """
         return function(self._core)
 

@@ -1,0 +1,1 @@
+"""`model.generate` of a transformers model, served by an engine."""
