@@ -91,11 +91,9 @@ _NAMES = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "stop_token_ids": "eos_token_id",
-    "len(stop_token_ids)": "len(eos_token_id)",
-    "len(prompt) + max_tokens": "len(input_ids) + max_new_tokens",
-    "len(prompt)": "len(input_ids)",
+    "prompt": "input_ids",
 }
-"""transformers' names of what `SamplingParams` and `BeamSearchParams` call otherwise."""
+"""transformers' names of what radixgen calls otherwise."""
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
@@ -211,9 +209,12 @@ def transformers_names() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        if error.field not in _NAMES:
+        field = error.field
+        for ours, theirs in _NAMES.items():
+            field = field.replace(ours, theirs)
+        if field == error.field:
             raise
-        raise InvalidRequest(_NAMES[error.field], error.value, error.limit) from error
+        raise InvalidRequest(field, error.value, error.limit) from error
 
 
 def _lengths(config: "GenerationConfig", prompt_len: int) -> tuple[int, int]:
