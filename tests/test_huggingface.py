@@ -349,6 +349,8 @@ def test_a_model_is_patched_once_and_by_its_own_options() -> None:
     model = build()
     with patch(model), pytest.raises(ValueError, match="has another generate already"):
         patch(model)
+    with pytest.raises(ValueError, match="keep_cache=1: must be true or false"):
+        patch(model, keep_cache=1)
     for name, value in (("device", "cpu"), ("dtype", "float16"), ("tokenizer", None)):
         with pytest.raises(ValueError, match=f"{name}=.*is decided by the model"):
             patch(model, **{name: value})
@@ -384,6 +386,14 @@ def test_padding_is_left_out() -> None:
     assert unpadded(ids, torch.tensor([[0, 0, 1], [1, 1, 1]])) == [[5], [7, 8, 9]]
     with pytest.raises(ValueError, match=r"attention_mask.shape=\(2, 2\): must be \(2, 3\)"):
         unpadded(ids, torch.ones(2, 2))
+
+
+def test_the_attention_alone_names_what_to_call() -> None:
+    model = build()
+    with radixgen.Engine(families.build("llama"), kv_tokens=64):
+        model.set_attn_implementation("radixgen")
+    with pytest.raises(radixgen.UnsupportedModel, match=r"call radixgen.patch\(model\)"):
+        model.generate(**batch(), max_new_tokens=2)
 
 
 def test_pipelines_run_unchanged() -> None:

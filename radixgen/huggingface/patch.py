@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from radixgen.core import InvalidRequest, Limits
+from radixgen.core.errors import check_boolean
 from radixgen.engine.engine import Engine
 from radixgen.engine.input_processor import Params
 from radixgen.huggingface.arguments import (
@@ -197,6 +198,7 @@ def patch(model: "PreTrainedModel", *, keep_cache: bool = False, **engine_option
     for name in _MODEL_OPTIONS:
         if name in engine_options:
             raise InvalidRequest(name, engine_options[name], "is decided by the model; leave it out")
+    check_boolean("keep_cache", keep_cache)
     limits = Limits(max_waiting=2**31 - 1, max_waiting_tokens=2**62)
     return Patch(model, keep_cache, {"limits": limits} | engine_options)
 

@@ -69,7 +69,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         return tree_attention(query, key, value, scale, softcap, s_aux), None
-    owner: TreeModel = module.__dict__["radixgen_owner"]
+    owner: TreeModel | None = module.__dict__.get("radixgen_owner")
+    if owner is None:
+        raise UnsupportedModel(f"attention {IMPLEMENTATION!r} runs in an engine only; call radixgen.patch(model)")
     return owner.answer(owner.layer_of(module), query, key, value, scale, softcap, s_aux), None
 
 
