@@ -9,7 +9,7 @@ import torch
 from test_exactness import NEW_TOKENS, WAYS, Oracle, greedy, prompts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from radixgen import Engine, SamplingParams
+from radixgen import Engine, SamplingParams, patch
 from radixgen.core import SamplingState
 from radixgen.kernels import work
 from radixgen.model import graphs, tree_model
@@ -185,3 +185,34 @@ def test_early_launches_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     assert answers(options) == answers({name: on for name, on in options.items() if name != "triton.enable_pdl"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_patched_model_runs_and_trains_between_calls(dtype: torch.dtype) -> None:
+    """The engine stacks weights, captures graphs and reads what the optimizer writes; the model notices nothing."""
+    model, own = small_llama(dtype), small_llama(dtype)
+    ids = torch.randint(3, 256, (4, 40), generator=torch.Generator().manual_seed(1)).to("cuda")
+    ids[:, :24] = ids[0, :24]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with patch(model, kv_tokens=2048, keep_cache=True, warm_up=False) as patched:
+        outputs = []
+        for _ in range(3):
+            logits = model(ids).logits
+            assert torch.equal(logits, own(ids).logits)
+            first = model.generate(ids, **options)
+            assert first.device == ids.device and torch.equal(model.generate(ids, **options), first)
+            if dtype == torch.float32:
+                assert torch.equal(first, own.generate(ids, **options))
+            outputs.append(first.tolist())
+            assert torch.equal(model(ids).logits, logits)
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            own.load_state_dict(model.state_dict())
+        assert outputs[0] != outputs[1] != outputs[2]
+        model.generate(ids, **options, num_beams=3)
+        drawn = model.generate(ids, **{**options, "do_sample": True}, return_dict_in_generate=True, output_scores=True)
+        assert drawn.scores[0].device == ids.device and torch.isfinite(drawn.scores[0].max())
+        patched.engine.check()
+    assert torch.equal(model(ids).logits, own(ids).logits)
