@@ -88,7 +88,7 @@ def test_a_prompt_may_be_given_in_every_way() -> None:
             ((ids,), {}),
             ((ids, other), {}),
             ((), {"inputs": ids, "generation_config": other}),
-            ((ids,), {"logits_processor": [], "stopping_criteria": [], "synced_gpus": False}),
+            ((ids,), {"custom_generate": None, "logits_processor": [], "stopping_criteria": [], "synced_gpus": False}),
         ):
             assert model.generate(*arguments, **options).tolist() == own.generate(*arguments, **options).tolist()
 
@@ -330,6 +330,20 @@ def test_changed_weights_are_served() -> None:
         own.double()
         whole = inputs["input_ids"][:1]  # transformers' eager attention has NaN for padding in float64
         assert own.generate(whole, **options).tolist() == plain(own, whole, **options).tolist()
+
+
+def test_rotary_frequencies_need_no_new_engine() -> None:
+    """transformers replaces those of `longrope` when a forward pass has other lengths than the one before."""
+    model, own = families.build_longrope(16), families.build_longrope(16)
+    with patch(model) as patched:
+        for length in (18, 9, 20):
+            ids = batch(1, length)["input_ids"]
+            engine = patched.engine
+            assert torch.equal(model(ids).logits, own(ids).logits)
+            if length > 16:
+                options = {"max_new_tokens": 6}
+                assert model.generate(ids, **options).tolist() == own.generate(ids, **options).tolist()
+            assert patched.engine is engine
 
 
 def test_copies_are_not_patched() -> None:

@@ -99,6 +99,7 @@ class EngineCore:
         trees = [self.tree, *([self.host.tree] if self.host else [])]
         self._policies = PolicyMarks(self.planner, trees, self.requests, self.guard, model.vocab_size)
         self.on_draw: DrawListener | None = None
+        """Sees the logits that each draw is made from"""
         self._ended: list[Sequence] = []
         self._deadlines = Deadlines()
         self._serial = 0

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from radixgen.core import BeamSearchParams, CompletionOutput, InvalidRequest, RequestFailed
+from radixgen.core import BeamSearchParams, CompletionOutput, InvalidRequest, RequestFailed, SamplingParams
 from radixgen.engine.engine import Engine
-from radixgen.engine.input_processor import Params
 from radixgen.model.base import Logits
 from radixgen.scheduler.sequence import Sequence as EngineSequence
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList
     from transformers.generation import BaseStreamer
     from transformers.generation.stopping_criteria import StopStringCriteria
+    from transformers.utils import ModelOutput
 
 
 class Decoding:
@@ -48,7 +48,7 @@ class Decoding:
         self._logits: list[list[Tensor]] = [[] for _ in self.token_ids]
         """Logits `[vocab]` from which each of them was drawn."""
 
-    def run(self, prompts: Sequence[list[int]], params: Sequence[Params]) -> None:
+    def run(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
         """Generate one sequence for each prompt. Raises `RequestFailed`, and what `Engine.submit` raises."""
         try:
             self._listen(self._keep_logits)
@@ -63,25 +63,27 @@ class Decoding:
         if self._streamer is not None:
             self._streamer.end()
 
-    def sequences(self, pad: Tensor | None) -> Tensor:
-        """Return prompts and generated tokens, padded with `pad`: int64 `[rows, tokens]` on the device of the prompts.
+    def output(self, config: "GenerationConfig", processors: "LogitsProcessorList") -> "Tensor | ModelOutput":
+        """Return prompts and generated tokens, int64 `[rows, tokens]` on the device of the prompts, alone or with what
+        else `config` requests.
 
-        Raises `InvalidRequest` without a `pad` that is needed.
+        Scores are logits as transformers' own `processors` change them. Logits and scores are float32 `[rows, vocab]`
+        for each step; rows that had ended are 0. Raises `InvalidRequest` without a `pad_token_id` that is needed.
         """
-        return _lay_out(self._input_ids, self.token_ids, None if pad is None else int(pad))
+        from transformers.generation import GenerateDecoderOnlyOutput
 
-    def logits(self) -> tuple[Tensor, ...]:
-        """Return the model's logits at each step, float32 `[rows, vocab]`; 0 for rows that had ended."""
-        longest = max(map(len, self.token_ids))
-        blank = torch.zeros_like(self._logits[0][0])
-        return tuple(
-            torch.stack(
-                [own[step] if step < len(ids) else blank for own, ids in zip(self._logits, self.token_ids, strict=True)]
-            ).to(self._input_ids.device)
-            for step in range(longest)
+        pad = config._pad_token_tensor
+        sequences = _lay_out(self._input_ids, self.token_ids, None if pad is None else int(pad))
+        if not config.return_dict_in_generate:
+            return sequences
+        logits = self._logits_by_step() if self._keep_logits else ()
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self._scores(logits, sequences, processors) if config.output_scores else None,
+            logits=logits if config.output_logits else None,
         )
 
-    def scores(
+    def _scores(
         self, logits: Sequence[Tensor], sequences: Tensor, processors: "LogitsProcessorList"
     ) -> tuple[Tensor, ...]:
         """Return `logits` as transformers' own processors change them; 0 for rows that had ended."""
@@ -90,6 +92,17 @@ class Decoding:
         return tuple(
             processors(sequences[:, : prompt_len + step], values.clone()).masked_fill(step >= lengths, 0.0)
             for step, values in enumerate(logits)
+        )
+
+    def _logits_by_step(self) -> tuple[Tensor, ...]:
+        """Return the model's logits at each step, float32 `[rows, vocab]`; 0 for rows that had ended."""
+        longest = max(map(len, self.token_ids))
+        blank = torch.zeros_like(self._logits[0][0])
+        return tuple(
+            torch.stack(
+                [own[step] if step < len(ids) else blank for own, ids in zip(self._logits, self.token_ids, strict=True)]
+            ).to(self._input_ids.device)
+            for step in range(longest)
         )
 
     def _listen(self, wanted: bool) -> None:

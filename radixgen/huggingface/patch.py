@@ -11,7 +11,6 @@ from torch import Tensor
 from radixgen.core import InvalidRequest, Limits
 from radixgen.core.errors import check_boolean
 from radixgen.engine.engine import Engine
-from radixgen.engine.input_processor import Params
 from radixgen.huggingface.arguments import (
     beam_search_params,
     check_config,
@@ -71,14 +70,11 @@ class Patch:
         given = bound.pop("kwargs", {}) | bound
         refuse_arguments(given)
         check_fields(given)
-        decode = partial(
-            self._decode,
-            streamer=given.get("streamer"),
-            stop_strings=self._take_stop_strings(given),
-        )
+        decode = partial(self._decode, streamer=given.get("streamer"), stop_strings=self._take_stop_strings(given))
+        given["custom_generate"] = _as_decoding_method(decode)
         with self._lock, transformers_names():
             self._refresh_engine()
-            outputs: Tensor | ModelOutput = self._original(**given, custom_generate=_as_decoding_method(decode))
+            outputs: Tensor | ModelOutput = self._original(**given)
         return outputs
 
     def __enter__(self) -> Self:
@@ -137,37 +133,31 @@ class Patch:
         """Generate for what transformers has prepared: `input_ids` `[rows, tokens]`, each prompt once for each sequence
         or beam.
         """
-        from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-
         check_config(config, streamer=streamer, stop_strings=stop_strings)
         check_prepared(processors, criteria, inputs)
         prompts = unpadded(input_ids, inputs.get("attention_mask"))
-        prompt_len = input_ids.shape[1]
         if (config.num_beams or 1) > 1:
-            sequences, scores = search_beams(
-                self._engine, input_ids, prompts, beam_search_params(config, prompt_len), config
-            )
-            if not config.return_dict_in_generate:
-                return sequences
-            return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
+            return self._search_beams(input_ids, prompts, config)
         if streamer is not None and len(prompts) > 1:
             raise InvalidRequest("streamer", streamer, f"is for one sequence, and there are {len(prompts)}")
-        wants_logits = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+        wants_logits = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         decoding = Decoding(
-            self._engine, input_ids, streamer=streamer, stop_strings=stop_strings, keep_logits=bool(wants_logits)
+            self._engine, input_ids, streamer=streamer, stop_strings=stop_strings, keep_logits=wants_logits
         )
         seeds = draw_seeds(len(prompts)) if config.do_sample else [0] * len(prompts)
-        params: list[Params] = [sampling_params(config, prompt_len, seed) for seed in seeds]
-        decoding.run(prompts, params)
-        sequences = decoding.sequences(config._pad_token_tensor)
+        decoding.run(prompts, [sampling_params(config, input_ids.shape[1], seed) for seed in seeds])
+        return decoding.output(config, processors)
+
+    def _search_beams(
+        self, input_ids: Tensor, prompts: list[list[int]], config: "GenerationConfig"
+    ) -> "Tensor | ModelOutput":
+        from transformers.generation import GenerateBeamDecoderOnlyOutput
+
+        params = beam_search_params(config, input_ids.shape[1])
+        sequences, scores = search_beams(self._engine, input_ids, prompts, params, config)
         if not config.return_dict_in_generate:
             return sequences
-        logits = decoding.logits() if wants_logits else ()
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=decoding.scores(logits, sequences, processors) if config.output_scores else None,
-            logits=logits if config.output_logits else None,
-        )
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
 
 
 def patch(model: "PreTrainedModel", *, keep_cache: bool = False, **engine_options: Any) -> Patch:

@@ -1,7 +1,7 @@
 """A second model over the same weights, so that an engine can serve a model that is in use elsewhere."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
     if any("radixgen_owner" in vars(module) for module in model.modules()):
         raise InvalidRequest("model", name, "is in use by an engine; close it first")
     check_hooks(model)
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _tensors(model)}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module keeps beside its weights
@@ -50,13 +50,15 @@ def check_hooks(model: nn.Module) -> None:
 
 def weight_places(model: nn.Module) -> tuple[object, ...]:
     """Return where the weights are in memory. It changes if any of them is moved, converted or replaced."""
-    return tuple((tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape) for tensor in _tensors(model))
+    return tuple((tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape) for tensor in _saved(model))
 
 
 def weight_versions(model: nn.Module) -> tuple[int, ...]:
     """Return how often PyTorch has counted a change of each weight. Writes to `.data` are not counted."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in _tensors(model))
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in _saved(model))
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
+def _saved(model: nn.Module) -> Iterable[Tensor]:
+    """Return what a checkpoint has. Other buffers, such as rotary frequencies, may change with every forward pass."""
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    return tensors.values()
