@@ -118,6 +118,22 @@ def test_logits_and_scores_are_those_of_transformers(penalty: float) -> None:
             assert not ours[ended[:, step]].any()
 
 
+def test_scores_of_draws_are_what_the_tokens_were_drawn_from() -> None:
+    model, own = build(), build()
+    options = {"do_sample": True, "max_new_tokens": 17, "top_p": 0.5, "top_k": 40, "temperature": 0.8}
+    wanted = {"return_dict_in_generate": True, "output_scores": True}
+    with patch(model):
+        actual = model.generate(**batch(), **options, **wanted)
+    first = own.generate(**batch(), **options, **wanted).scores[0]
+    torch.testing.assert_close(actual.scores[0], first, atol=1e-4, rtol=1e-4)
+    ended = torch.zeros(4, dtype=torch.bool)
+    for scores, drawn in zip(actual.scores, actual.sequences[:, 13:].T, strict=True):
+        assert bool(scores.gather(1, drawn[:, None]).isfinite().all())
+        assert not scores[ended].any() and bool(scores[~ended].isinf().any(1).all())
+        ended |= torch.isin(drawn, torch.tensor(ENDS))
+    assert ended.any()
+
+
 def test_beams_have_scores() -> None:
     model, own = build(), build()
     options = {"max_new_tokens": 12, "num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}

@@ -16,11 +16,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Return a model in `eval` mode whose modules and config are copies, and whose parameters and buffers are those of
-    `model`.
+    """Return a model whose modules and config are copies, and whose parameters and buffers are those of `model`.
 
-    An engine may change its modules, while `model` runs and trains as ever. In-place changes of the weights are seen by
-    both. Raises `InvalidRequest` if an engine holds `model`, and `UnsupportedModel` for modules that cannot be copied.
+    An engine may change its modules and mode, while `model` runs and trains as ever. Both see in-place changes of the
+    weights. Raises `InvalidRequest` if an engine holds `model`, and `UnsupportedModel` for modules that cannot be
+    copied.
     """
     name = type(model).__name__
     if any("radixgen_owner" in vars(module) for module in model.modules()):
@@ -34,7 +34,7 @@ def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
     for module in twin.modules():
         for hooks in _HOOKS:
             getattr(module, hooks).clear()
-    return twin.eval()
+    return twin
 
 
 def check_hooks(model: nn.Module) -> None:
