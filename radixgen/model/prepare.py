@@ -262,11 +262,9 @@ def _load(
 
 
 def _accelerate(model: TreeModel, graphs: bool, torch_compile: bool | None) -> None:
-    """Fuse linear layers on a GPU, and compile blocks where that is requested or the default."""
-    cuda = model.device.type == "cuda"
-    if cuda:
-        model.fuse_linears()
-    if torch_compile or (torch_compile is None and cuda and graphs):
+    """Fuse linear layers, and compile blocks where that is requested or the default."""
+    model.fuse_linears()
+    if torch_compile or (torch_compile is None and model.device.type == "cuda" and graphs):
         model.compile_blocks()
 
 
