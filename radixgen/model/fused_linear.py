@@ -28,7 +28,8 @@ class FusedLinear:
     def __init__(self, layers: Sequence[nn.Linear], *, shared: bool = False) -> None:
         """`shared`: whether other modules have a weight of these layers, too."""
         self._layers = layers
-        self._sizes = [layer.out_features for layer in layers]
+        self.sizes = [layer.out_features for layer in layers]
+        """Outputs of each layer"""
         weights = [layer.weight.data for layer in layers]
         self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -36,7 +37,7 @@ class FusedLinear:
         self._packed = packed_linear.supports(self._weight)
         self._emptied = self._packed and not shared
         if not self._packed:
-            self._assign(torch.split(self._weight, self._sizes))
+            self._assign(torch.split(self._weight, self.sizes))
         else:
             self._weight = packed_linear.pack(self._weight)
         if self._emptied:
@@ -59,7 +60,7 @@ class FusedLinear:
             self._emptied = False
 
     def _unpacked(self) -> Sequence[Tensor]:
-        return torch.split(packed_linear.unpack(self._weight), self._sizes)
+        return torch.split(packed_linear.unpack(self._weight), self.sizes)
 
     def _assign(self, weights: Sequence[Tensor]) -> None:
         for layer, weight in zip(self._layers, weights, strict=True):
@@ -68,8 +69,8 @@ class FusedLinear:
     def share(self, index: int, given: Tensor) -> Tensor:
         """Return layer `index` of `given`. Outputs are kept until each of the fused layers was called once."""
         if given is not self._input:
-            self._input, self._due = given, len(self._sizes)
-            self._outputs = list(torch.split(self._multiply(given), self._sizes, -1))
+            self._input, self._due = given, len(self.sizes)
+            self._outputs = list(torch.split(self.multiply(given), self.sizes, -1))
         output = self._outputs[index]
         self._due -= 1
         if not self._due:
@@ -82,10 +83,11 @@ class FusedLinear:
 
         Returns None if the product is not computed in parts.
         """
-        alone = len(self._sizes) == 1 and self._skinny
+        alone = len(self.sizes) == 1 and self._skinny
         return skinny_gemm.linear_parts(given, self._weight) if alone else None
 
-    def _multiply(self, given: Tensor) -> Tensor:
+    def multiply(self, given: Tensor) -> Tensor:
+        """Return the outputs of all layers, `[..., outputs]`."""
         if self._packed:
             return packed_linear.linear(given, self._weight, self._bias)
         return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
@@ -97,26 +99,26 @@ class FusedLinearSlice(nn.Module):
     def __init__(self, fused: FusedLinear, index: int, layer: nn.Linear) -> None:
         super().__init__()
         self.layer = layer
-        self._fused, self._index = fused, index
+        self.fused, self._index = fused, index
 
     @property
     def weight(self) -> Tensor:
-        return self._fused.weight(self._index)
+        return self.fused.weight(self._index)
 
     @property
     def bias(self) -> Tensor | None:
         return self.layer.bias
 
     def forward(self, given: Tensor) -> Tensor:
-        return self._fused.share(self._index, given)
+        return self.fused.share(self._index, given)
 
     def parts(self, given: Tensor) -> Tensor | None:
         """As `FusedLinear.parts`."""
-        return self._fused.parts(given)
+        return self.fused.parts(given)
 
     def restore(self) -> nn.Linear:
         """Return the original layer, with its weight."""
-        self._fused.restore()
+        self.fused.restore()
         return self.layer
 
 

@@ -262,10 +262,15 @@ def _load(
 
 
 def _accelerate(model: TreeModel, graphs: bool, torch_compile: bool | None) -> None:
-    """Fuse linear layers, and compile blocks where that is requested or the default."""
-    model.fuse_linears()
-    if torch_compile or (torch_compile is None and model.device.type == "cuda" and graphs):
+    """Fuse linear layers; on a GPU or on request compile blocks, else fuse them, too."""
+    cuda = model.device.type == "cuda"
+    compiles = torch_compile or (torch_compile is None and cuda and graphs)
+    if cuda or not compiles:
+        model.fuse_linears()
+    if compiles:
         model.compile_blocks()
+    elif not cuda:
+        model.fuse_blocks()
 
 
 def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:
