@@ -53,10 +53,11 @@ class CompiledUnits:
         heads, group = q.shape[1:3]
         return self._most_rows * group <= MOST_ROWS and self._pairs * heads * group <= MOST_PRODUCTS
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, out: Tensor, lse: Tensor) -> None:
+    def attend(self, q: Tensor, k: KV, v: KV, softcap: float | None, out: Tensor, lse: Tensor) -> None:
         """Write the partial results of the units to `out [partials, kv_heads, group, v_head_dim]` and `lse [partials,
         kv_heads, group]`, float32; inputs as in `supports`, q scaled.
         """
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
         (keys, shift), (values, value_shift) = _bits(k), _bits(v)
         _attend(
             q.contiguous().numpy(), keys, values, shift, value_shift, *self._rows, *self._segments, self._most_keys,

@@ -16,7 +16,7 @@ def supports(weight: Tensor) -> bool:
     """Return whether this weight `[outputs, inputs]` can be packed: float32, or a half precision that oneDNN multiplies
     on this processor, which must have AVX2.
     """
-    if weight.device.type != "cpu" or weight.numel() == 0 or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or weight.numel() == 0 or not torch._C._has_mkldnn:
         return False
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False

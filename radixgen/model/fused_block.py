@@ -140,9 +140,10 @@ def _fusible(block: nn.Module) -> bool:
         return False
     if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in block.modules()):
         return False
+    parts: Any = block
     products = [
         (module._modules.get(name), siblings)
-        for module, names in ((block.self_attn, _ATTENTION), (block.mlp, _MLP))
+        for module, names in ((parts.self_attn, _ATTENTION), (parts.mlp, _MLP))
         for name, siblings in names.items()
     ]
     return all(isinstance(layer, FusedLinearSlice) and len(layer.fused.sizes) == count for layer, count in products)
