@@ -5,12 +5,14 @@ common shape, gathered, and computed together. Those that choose blocks are in `
 and sums are float32 (float64 for float64 inputs).
 
 On a CPU both kinds use PyTorch's fused kernel if it applies: no soft cap, K as wide as V, and no row without keys.
-`FUSED = False` disables it.
+Units with few rows that read little, as in decode steps, are computed by `radixgen.kernels.compiled_attention`, and
+partial results are merged there. `FUSED = False` disables both.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.core import Plan, Window, first_seen
+from radixgen.kernels import compiled_attention
+from radixgen.kernels.compiled_attention import CompiledUnits
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.quantized import KV, QuantizedKV, read, write
 from radixgen.kernels.torch_blocks import BlockAttention
@@ -128,10 +132,10 @@ class TorchAttention:
         long &= self._dense(plan)
         chooses = plan.unit_blocks > 0
         self._long = [self._long_unit(unit) for unit in np.flatnonzero(long & ~chooses).tolist()]
-        self._padded = [self._pad(units) for units in self._classes(np.flatnonzero(~long & ~chooses), sizes)]
+        self._short = np.flatnonzero(~long & ~chooses)
+        self._compiled = CompiledUnits(plan, self._short, self._keys, self._offsets)
         self._choosing = BlockAttention(plan, self._offsets, device) if plan.selects else None
-        in_order = plan.single and bool((np.diff(plan.unit_rows[:, 0]) > 0).all())
-        self._order = None if in_order else self._merge_order(sizes)
+        self._in_order = plan.single and bool((np.diff(plan.unit_rows[:, 0]) > 0).all())
 
     def __call__(
         self,
@@ -157,17 +161,31 @@ class TorchAttention:
         for unit in self._long:
             stop = unit.partial + unit.stop - unit.first
             _attend_long(unit, packed, layer, out[unit.partial : stop], lse[unit.partial : stop])
-        for padded in self._padded:
-            _attend_padded(padded, queries, layer, out, lse)
+        if FUSED and self._compiled.supports(queries, k, v):
+            self._compiled.attend(queries, k, v, softcap, out, lse)
+        else:
+            for padded in self._padded:
+                _attend_padded(padded, queries, layer, out, lse)
         if self._choosing is not None:
             assert bounds is not None
             self._choosing(packed, k, v, bounds, softcap, out, lse)
-        if self._order is not None:
-            out, lse = merge_partials(out, lse, self._order, rows)
+        if not self._in_order:
+            out, lse = self._merge(out, lse)
         out, lse = out.view(rows, q_heads, -1), lse.view(rows, q_heads)
         if sinks is not None:
             out = apply_sinks(out, lse, sinks)
         return out.to(q.dtype), lse
+
+    @cached_property
+    def _padded(self) -> list[_PaddedUnits]:
+        sizes = np.diff(self._plan.unit_rows, axis=1)[:, 0]
+        return [self._pad(units) for units in self._classes(self._short, sizes)]
+
+    def _merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Merge the partial results of each row, as `merge_partials`."""
+        if FUSED and compiled_attention.merges(out):
+            return compiled_attention.merge(out, lse, *self._partials_by_row)
+        return merge_partials(out, lse, self._merge_order, self._plan.num_rows)
 
     @staticmethod
     def _dense(plan: Plan) -> NDArray[np.bool_]:
@@ -261,17 +279,26 @@ class TorchAttention:
             partial=self._to_device(partial),
         )
 
-    def _merge_order(self, sizes: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
+    @cached_property
+    def _partials_by_row(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the partial results of each row begin, `[rows + 1]`, among the indices of all, sorted by row and from
+        the root down.
+        """
+        plan = self._plan
+        sizes = np.diff(plan.unit_rows, axis=1)[:, 0]
+        rows = np.arange(self._num_partials) + np.repeat(plan.unit_rows[:, 0] - self._offsets, sizes)
+        partials = np.lexsort((np.repeat(plan.unit_rank, sizes), rows))
+        return np.searchsorted(rows[partials], np.arange(plan.num_rows + 1)), partials
+
+    @cached_property
+    def _merge_order(self) -> list[tuple[Tensor, Tensor]]:
         """Return, for the first, second, … partial result of each row from the root down, the rows that have it, and
         its index.
         """
-        plan = self._plan
-        rows = np.arange(self._num_partials) + np.repeat(plan.unit_rows[:, 0] - self._offsets, sizes)
-        partials = np.lexsort((np.repeat(plan.unit_rank, sizes), rows))
-        rows = rows[partials]
-        turn = np.arange(rows.size) - np.searchsorted(rows, rows)
-        taken = [np.flatnonzero(turn == k) for k in range(int(turn.max()) + 1)]
-        return [(self._to_device(rows[k]), self._to_device(partials[k])) for k in taken]
+        firsts, partials = self._partials_by_row
+        counts = np.diff(firsts)
+        taken = [np.flatnonzero(counts > k) for k in range(int(counts.max()))]
+        return [(self._to_device(rows), self._to_device(partials[firsts[rows] + k])) for k, rows in enumerate(taken)]
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -28,6 +28,7 @@ from radixgen.core import (
     UnknownRequest,
     UnsupportedModel,
 )
+from radixgen.core.settings import wait_without_spinning
 from radixgen.version import VERSION
 
 if TYPE_CHECKING:
@@ -96,5 +97,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Torch is imported when the first name that needs it is."""
     if name in _LAZY:
+        wait_without_spinning()
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'radixgen' has no attribute {name!r}")

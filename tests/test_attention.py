@@ -1,6 +1,7 @@
 """`TreeAttention` against float64 attention over each row's full path, on ugly trees and sizes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from radixgen import TreeAttention
 from radixgen.core import Chunk, InvalidRequest, Window
-from radixgen.kernels import torch_backend
+from radixgen.core.compiled import HAS_NUMBA
+from radixgen.kernels import compiled_attention, torch_backend
+from radixgen.kernels.compiled_attention import CompiledUnits
 from radixgen.scheduler.cost import CostModel, TileCost
 
 
@@ -220,6 +223,16 @@ def test_unseen_slots_change_no_bit(window: int | None, mode, cost) -> None:
     assert out.isfinite().all()
 
 
+def spy(method: Any, calls: list[Any]) -> Any:
+    """The method, with its calls recorded."""
+
+    def record(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return method(*arguments)
+
+    return record
+
+
 @pytest.mark.parametrize("window", [None, 7])
 def test_fused_equals_plain(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     rng = np.random.default_rng(13)
@@ -232,6 +245,29 @@ def test_fused_equals_plain(monkeypatch: pytest.MonkeyPatch, window: int | None)
     plain, plain_lse = attn(q, k, v)
     assert not torch.equal(fused, plain)
     assert error(fused, plain) < 1e-6 and error(fused_lse, plain_lse) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 2.0), (Chunk(9), None)])
+@pytest.mark.parametrize(("heads", "dims"), [((6, 2), (33, 33)), ((1, 1), (129, 63)), ((9, 3), (64, 64))])
+def test_compiled_units_equal_padded_ones(monkeypatch, dtype, window, softcap, heads, dims) -> None:
+    """Rows that have few keys of their own, below and without a longer trunk, some of them with no keys at all."""
+    rng = np.random.default_rng(17)
+    parents, lengths = [-1, *[0] * 17, -1, -1, *[18] * 3], [37, *rng.integers(1, 90, 17), 300, 5, 1, 2, 3]
+    case = random_case(rng, [int(length) for length in lengths], parents, rows=41)
+    q, k, v = (tensor.to(dtype) for tensor in tensors(case, heads, dims, torch.float32))
+    attn = TreeAttention(
+        case.parents, case.extents, case.row_nodes, case.row_positions, window=window, softcap=softcap, mode="naive",
+    )  # fmt: skip
+    monkeypatch.setattr(compiled_attention, "MOST_ROWS", 10**6)
+    calls = []
+    monkeypatch.setattr(CompiledUnits, "attend", spy(CompiledUnits.attend, calls))
+    found, lse = attn(q, k, v)
+    monkeypatch.setattr(torch_backend, "FUSED", False)
+    expected, expected_lse = attn(q, k, v)
+    assert len(calls) == HAS_NUMBA
+    bound = 2e-6 if dtype == torch.float32 else 1e-2
+    assert error(found.float(), expected.float()) < bound and error(lse, expected_lse) < 2e-6
 
 
 def test_a_thousand_rows() -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radixgen.model.fused_linear import FusedLinearSlice, fuse_linears, restore_linears
+from radixgen.kernels import packed_linear
+from radixgen.model.fused_linear import FusedLinearSlice, fuse_linears, named_tensors, restore_linears
 from radixgen.model.layer_call import LayerCall
 from radixgen.model.tree_model import TreeModel
 
-SHARES = {"llama": 10, "qwen2": 15, "gemma2": 10, "phi3": 0}
-"""Five for each layer; phi3 has its weights stacked by itself."""
+SHARES = {"llama": (10, 15), "qwen2": (15, 22), "gemma2": (10, 15), "phi3": (0, 9)}
+"""Five for each layer, as phi3 has its weights stacked by itself; and all linear layers, where they are packed."""
+PACKS = packed_linear.supports(torch.ones(8, 8))
 
 
 def own_value(call: LayerCall) -> tuple[Tensor, Tensor]:
@@ -29,13 +31,18 @@ def shares(model: nn.Module) -> int:
     return sum(isinstance(module, FusedLinearSlice) for module in model.modules())
 
 
+def shares_of(model: nn.Module) -> list[int]:
+    """How many layers are fused with each."""
+    return [len(module.fused.sizes) for module in model.modules() if isinstance(module, FusedLinearSlice)]
+
+
 @pytest.mark.parametrize("family", list(SHARES))
 def test_logits_are_the_same(family: str) -> None:
     network = families.build(family)
     model = TreeModel(network, family, None)
     expected = logits(model)
     model.fuse_linears()
-    assert shares(network) == SHARES[family]
+    assert shares(network) == SHARES[family][PACKS]
     for _ in range(2):
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     model.release()
@@ -74,14 +81,14 @@ def block(**layers: nn.Module) -> nn.Module:
 def test_layers_that_differ_stay_alone(other: nn.Module) -> None:
     module = block(gate_proj=nn.Linear(8, 5), up_proj=other)
     fuse_linears(module)
-    assert shares(module) == 0
+    assert shares_of(module) in ([], [1] * shares(module))
 
 
 def test_a_layer_that_somebody_watches_stays_alone() -> None:
     module = block(gate_proj=nn.Linear(8, 5), up_proj=nn.Linear(8, 5))
     module.up_proj.register_forward_hook(lambda *_: None)
     fuse_linears(module)
-    assert shares(module) == 0
+    assert shares_of(module) == [1] * PACKS
 
 
 def test_a_layer_that_was_sharded_stays_alone() -> None:
@@ -89,7 +96,7 @@ def test_a_layer_that_was_sharded_stays_alone() -> None:
     module = block(gate_proj=nn.Linear(8, 5), up_proj=nn.Linear(8, 5))
     module.up_proj.forward = module.up_proj.forward
     fuse_linears(module)
-    assert shares(module) == 0
+    assert shares_of(module) == [1] * PACKS
 
 
 def test_each_input_is_multiplied_anew_and_none_is_kept() -> None:
@@ -99,10 +106,49 @@ def test_each_input_is_multiplied_anew_and_none_is_kept() -> None:
     expected = [gate(one), up(one), up(two), gate(two), gate(one)]
     fuse_linears(module)
     found = [module.gate_proj(one), module.up_proj(one), module.up_proj(two), module.gate_proj(two)]
-    assert module.gate_proj._fused._input is None
+    assert module.gate_proj.fused._input is None
     found.append(module.gate_proj(one))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     restore_linears(module)
     assert module.gate_proj is gate and module.up_proj is up
     torch.testing.assert_close(up(two), expected[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(129, 63), (1, 7), (48, 48), (7, 1), (960, 576)])
+def test_packed_products_are_pytorch_s(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    if not packed_linear.supports(weight):
+        pytest.skip("this processor's products in this precision are not packed")
+    packed = packed_linear.pack(weight)
+    assert torch.equal(packed_linear.unpack(packed), weight)
+    for shape in ((1,), (0,), (17,), (1, 37), (300,)):
+        given = torch.randn(*shape, inputs).to(dtype)
+        for some in (None, bias):
+            found = packed_linear.linear(given, packed, some)
+            expected = torch.nn.functional.linear(
+                given.double(), weight.double(), some if some is None else some.double()
+            )
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * inputs**0.5)
+
+
+def test_packed_layers_keep_no_second_copy_and_give_their_weights_back() -> None:
+    """A weight that another module has, too, stays where it is."""
+    model = block(
+        embedding=nn.Embedding(8, 8), gate_proj=nn.Linear(8, 5), up_proj=nn.Linear(8, 3), head=nn.Linear(8, 8)
+    )
+    model.head.weight = model.embedding.weight
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    gate = model.gate_proj
+    fuse_linears(model)
+    if PACKS:
+        assert gate.weight.numel() == 0 and model.embedding.weight.numel() == 64
+    for name, tensor in named_tensors(model):
+        assert torch.equal(tensor, before[name.replace(".layer.", ".")])
+    assert torch.equal(model.up_proj.weight, before["up_proj.weight"])
+    restore_linears(model)
+    assert {name: tensor.tolist() for name, tensor in model.named_parameters()} == {
+        name: tensor.tolist() for name, tensor in before.items()
+    }

@@ -54,11 +54,18 @@ def api_keys() -> list[str]:
 
 
 def wait_without_spinning() -> None:
-    """Make idle OpenMP threads sleep, unless `OMP_WAIT_POLICY` is set. Only effective before torch is imported.
+    """Make idle OpenMP threads sleep, unless a variable says how they wait. Does nothing once torch is imported, whose
+    OpenMP has then read its variables.
 
     On cores shared with other processes, spinning threads are far slower than a single thread.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "torch" not in sys.modules and threads_spin():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def threads_spin() -> bool:
+    """Return whether idle OpenMP threads spin by default: no variable says how they wait."""
+    return not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"))
 
 
 def rank_environment(rank: int) -> dict[str, str]:

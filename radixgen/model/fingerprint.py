@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from hashlib import sha256
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from radixgen.cache.storage import LayerShape
+from radixgen.model.fused_linear import named_tensors
 from radixgen.version import VERSION
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ def kv_fingerprint(model: "PreTrainedModel", shapes: Sequence[LayerShape]) -> by
     """
     import transformers
 
-    tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # the buffers have the rotary frequencies
     settings = {
         "versions": [VERSION, torch.__version__, transformers.__version__],
         "config": _public(model.config.to_dict()),
         "rotary": [getattr(module, "attention_scaling", None) for module in model.modules()],
         "kv": [astuple(shape) for shape in shapes],
-        "tensors": [(name, str(tensor.dtype), *tensor.shape) for name, tensor in tensors.items()],
     }
     total = sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for digest in threads.map(_digest, chain.from_iterable(map(_pieces, tensors.values()))):
-            total.update(digest)
+        for name, tensor in named_tensors(model):  # the buffers have the rotary frequencies
+            total.update(repr((name, str(tensor.dtype), *tensor.shape)).encode())
+            for digest in threads.map(_digest, _pieces(tensor)):
+                total.update(digest)
     return total.digest()
 
 

@@ -10,6 +10,7 @@ import torch
 from radixgen.cache import DiskTier, KVCopies, KVMover
 from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
+from radixgen.core.settings import threads_spin
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves
@@ -262,12 +263,27 @@ def _load(
 
 
 def _accelerate(model: TreeModel, graphs: bool, torch_compile: bool | None) -> None:
-    """Fuse linear layers on a GPU, and compile blocks where that is requested or the default."""
+    """Fuse linear layers; on a GPU or on request compile blocks, else fuse them, too."""
     cuda = model.device.type == "cuda"
-    if cuda:
+    compiles = torch_compile or (torch_compile is None and cuda and graphs)
+    if cuda or not compiles:
         model.fuse_linears()
-    if torch_compile or (torch_compile is None and cuda and graphs):
+    if compiles:
         model.compile_blocks()
+    elif not cuda:
+        model.fuse_blocks()
+    if not cuda:
+        _warn_of_spinning()
+
+
+def _warn_of_spinning() -> None:
+    if torch.get_num_threads() > 1 and threads_spin():
+        logger.warning(
+            "torch was imported before radixgen, so its %d threads spin while they wait, which is slow on cores that "
+            "other processes use, too: set OMP_WAIT_POLICY=PASSIVE before Python starts, or import Engine from "
+            "radixgen first",
+            torch.get_num_threads(),
+        )
 
 
 def _default_slots(model: Model, limits: Limits, max_step_tokens: int) -> int:

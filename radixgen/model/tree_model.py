@@ -24,6 +24,7 @@ from radixgen.model.attention_op import handle_attention, register, tree_attenti
 from radixgen.model.collectives import silent
 from radixgen.model.compiler import compilable_modules, compiler_options, is_compiler_error
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
+from radixgen.model.fused_block import blocks_agree, fuse_blocks, restore_blocks
 from radixgen.model.fused_linear import fuse_linears, restore_linears
 from radixgen.model.last_block import KVWriteDone, LastBlock, insert_last_block, remove_last_block
 from radixgen.model.layer_call import LayerAttention, LayerCall
@@ -223,10 +224,16 @@ class TreeModel:
         """
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         call = LayerCall(layer, q, k, v, scale, self.windows[layer], softcap, sinks)
+        return self.compute(call).contiguous().unsqueeze(0)
+
+    def compute(self, call: LayerCall) -> Tensor:
+        """Compute attention of one layer, `[rows, q_heads, v_head_dim]`. Raises `KVWriteDone` if only K and V are
+        needed.
+        """
         if self._write is not None and self._last_block is not None and self._last_block.storing:
             self._write(call)
             raise KVWriteDone
-        return self.attend(call)[0].contiguous().unsqueeze(0)
+        return self.attend(call)[0]
 
     def compile_blocks(self) -> None:
         """Let `torch.compile` fuse the code between the matrix products of each block and around the blocks, for any
@@ -262,6 +269,14 @@ class TreeModel:
         fuse_linears(self.model)
         use_expert_gemm(self.model)
 
+    def fuse_blocks(self) -> None:
+        """Compute the blocks that `radixgen.model.fused_block` supports in fewer operators."""
+        sequence = self._sequence(3, self._proof_len)
+        blocks = fuse_blocks(self.model, self)
+        if not blocks_agree(blocks, lambda: self._logits([sequence], causal_over([sequence]))):
+            logger.warning("%s: its blocks are not fused, because their outputs differ", self.name)
+            restore_blocks(self.model)
+
     def layer_of(self, module: nn.Module) -> int:
         """Return the index of an attention module in the order of the first forward pass."""
         if module not in self._layers:
@@ -286,6 +301,7 @@ class TreeModel:
     def release(self) -> None:
         """Restore the model to its original state."""
         self.uncompile()
+        restore_blocks(self.model)
         remove_last_block(self.model)
         restore_linears(self.model)
         restore_experts(self.model)
