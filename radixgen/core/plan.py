@@ -179,10 +179,6 @@ class Plan:
         rows = np.diff(self.unit_rows, axis=1)[:, 0][self.unit_blocks > 0]
         return min(int(rows.max(initial=0)), 2)
 
-    def read_all(self) -> "Plan":
-        """Return the plan in which every unit reads all its keys."""
-        return replace(self, unit_blocks=np.zeros_like(self.unit_blocks), _origin=None, _windowed={})
-
     @property
     def kv_tokens_unshared(self) -> int:
         """Keys that one layer would read if each node's rows read their own path separately."""
