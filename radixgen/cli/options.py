@@ -68,6 +68,9 @@ KVOffloadingSize = Annotated[
 KVDir = Annotated[
     Path | None, typer.Option("--kv-dir", metavar="DIR", help="Keep KV on disk here, also for later starts.")
 ]
+Reading = Annotated[
+    str | None, typer.Option(metavar="JSON", help='Reading policy, as {"policy": "window", "window": 1024}.')
+]
 Reuse = Annotated[str, typer.Option(help="Cached tokens to use: prefix, or segments (more, but inexact).")]
 MinRun = Annotated[int, typer.Option(help="Shortest run that --reuse segments takes, in tokens.")]
 Recompute = Annotated[float, typer.Option(help="Share of each run that --reuse segments computes anew.")]
