@@ -48,7 +48,7 @@ def render_reading(report: ReadingReport) -> Iterator[RenderableType]:
         " of their attention unread",
     )
     table = Table(title=f"{len(report.measured):,} of {report.prompts:,} prompts", title_justify="left")
-    table.caption = "unread: share of attention in keys that are not read, on average over rows, layers and heads (from 0)"
+    table.caption = "unread: share of attention in keys that are not read, on average over rows, layers and heads"
     table.caption_justify = "left"
     for name in ("prompt", "tokens", "rows", "keys", "read", "unread", "worst head"):
         table.add_column(name, justify="right")
