@@ -368,6 +368,25 @@ def test_marks_are_used_again(engine: Engine) -> None:
     engine.generate(PROMPT, greedy(Window(window=12)))
 
 
+def test_nothing_is_evicted_if_all_marks_stay_in_use(engine: Engine) -> None:
+    """Requests that wait hold two marks, and locked tokens of a pin the third."""
+    policies, cached = engine._core._policies, [9, 8, 7, 6]
+    policies.max_mark = 3
+    engine.generate(PROMPT, greedy(EVERYWHERE))
+    engine.pin(PROMPT, reading=EVERYWHERE)
+    engine.generate(cached, greedy(None))
+    names = [engine.submit(PROMPT, greedy(Window(window=window))) for window in (10, 11)]
+    for window in (12, 13):
+        with pytest.raises(QueueFull, match="at most 3 different policies are in use"):
+            engine.submit(PROMPT, greedy(Window(window=window)))
+    assert engine.stats().evicted_tokens == 0
+    for name in names:
+        engine.cancel(name)
+    (output,) = engine.generate(cached, greedy(None))
+    assert output.num_cached_tokens == len(cached)
+    engine.generate(PROMPT, greedy(Window(window=12)))
+
+
 def test_one_eviction_finds_all_free_marks(engine: Engine) -> None:
     engine._core._policies.max_mark = 3
     for window in range(4):
