@@ -46,7 +46,7 @@ class ReadingPolicy:
         return False
 
     @property
-    def frees(self) -> bool:
+    def frees_slots(self) -> bool:
         """Whether keys give up their slots once no later row reads them. Requests then share nothing."""
         return False
 
@@ -207,7 +207,7 @@ class Fading(PositionPolicy):
     free: bool = False
 
     @property
-    def frees(self) -> bool:
+    def frees_slots(self) -> bool:
         return self.free
 
     def __post_init__(self) -> None:
