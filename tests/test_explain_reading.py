@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from radixgen import InvalidRequest
 from radixgen.cli import app
 from radixgen.core import PromptTooLong
+from radixgen.core.reading import POLICIES
 from radixgen.explain.reading import UnreadAttention, explain_reading
 from radixgen.model.loader import LoadedModel
 from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, ReadingPolicy, TopBlocks, Window
@@ -137,6 +138,15 @@ def test_an_answer_ends_at_its_end_token() -> None:
 def test_bad_input_is_named(prompts: list[list[int]], options: dict[str, int], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         explain_reading(prompts, loaded(), Window(), **options)
+
+
+def test_a_policy_that_does_not_choose_by_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(ReadingPolicy):
+        policy = "other"
+
+    monkeypatch.setitem(POLICIES, "other", Other)
+    with pytest.raises(InvalidRequest, match="is not measured"):
+        explain_reading([[1]], loaded(), Other())
 
 
 def test_a_prompt_that_fills_the_context_is_named() -> None:

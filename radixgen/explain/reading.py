@@ -10,7 +10,15 @@ from torch import Tensor
 
 from radixgen.cache import TokenArray
 from radixgen.core import InvalidRequest, Limits, Plan, PromptTooLong, check_integer
-from radixgen.core.reading import EXACT, ReadingPolicy, check_reading, reading_to_json
+from radixgen.core.reading import (
+    EXACT,
+    Exact,
+    PositionPolicy,
+    ReadingPolicy,
+    TopBlocks,
+    check_reading,
+    reading_to_json,
+)
 from radixgen.model.loader import LoadedModel
 from radixgen.model.prepare import allocate_kv
 from radixgen.model.runner import ModelRunner
@@ -99,6 +107,8 @@ def explain_reading(
     Raises `InvalidRequest`, `PromptTooLong`, `UnsupportedModel`.
     """
     check_reading("reading", reading)
+    if not isinstance(reading, Exact | PositionPolicy | TopBlocks):
+        raise InvalidRequest("reading", reading, "is not measured: must be a policy by position, or top_blocks")
     check_integer("max_prompts", max_prompts, 1, MAX_PROMPTS)
     check_integer("rows", rows, 1, MAX_ROWS)
     if not prompts:
