@@ -41,8 +41,8 @@ from radixgen.model.tree_model import TreeModel
 from radixgen.reading import TopBlocks
 from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.forest import Forest
-from radixgen.scheduler.planner import plan
-from radixgen.scheduler.top_blocks import add_choosing_units, withhold_blocks
+from radixgen.scheduler.planner import plan, plan_reading
+from radixgen.scheduler.revise import StepRows
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TAIL = 16
@@ -76,11 +76,10 @@ def plans(forest: Forest, nodes: np.ndarray, policy: TopBlocks, costs: Sequence[
     """The exact plan of rows at the ends of `nodes`, and that of the policy."""
     nodes = nodes.astype(np.int32)
     positions = forest.starts[nodes] + forest.lengths[nodes] - 1
-    exact = plan(forest, nodes, positions, cost=costs)
-    zeros, none = np.zeros_like(nodes), np.full(nodes.size, -1)
-    withheld = withhold_blocks(forest, nodes, positions, zeros, [policy], none)
-    assert withheld is not None
-    return exact, add_choosing_units(plan(withheld.forest, withheld.row_nodes, positions, cost=costs), withheld)
+    rows = StepRows(nodes, positions, np.full(nodes.size, -1), np.zeros_like(nodes))
+    sparse = plan_reading(forest, rows, [policy], cost=costs)
+    assert sparse.selects
+    return plan(forest, nodes, positions, cost=costs), sparse
 
 
 def shared_forest(rows: int, prefix: int) -> tuple[Forest, np.ndarray]:

@@ -12,6 +12,7 @@ the lists that the device writes: for each unit, each head's number of blocks, t
 """
 
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,52 +99,110 @@ def lay_out_blocks(plan: Plan, *, group: int, kv_heads: int, tile_rows: int, pro
     `group`: query heads per KV head; `tile_rows`: query-head rows of a tile; `programs`: how many programs attend at
     the same time.
     """
-    units = np.flatnonzero(plan.unit_blocks).tolist()
+    units = np.flatnonzero(plan.unit_blocks)
+    columns = units, plan.unit_rows[units], plan.unit_blocks[units], plan.unit_rank[units]
     rows_per_tile = max(tile_rows // group, 1)
-    sizes = [int(plan.unit_rows[unit, 1] - plan.unit_rows[unit, 0]) for unit in units]
-    num_tiles = sum(-(-size // rows_per_tile) for size in sizes)
+    num_tiles = int((-(-np.diff(columns[1])[:, 0] // rows_per_tile)).sum())
     shares = max(programs // max(num_tiles * kv_heads, 1), 1)
+    scored = max(score_rows(tile_rows) // group, 1)
     blocks: list[Int64Array] = []
     choices: list[list[int]] = []
     chunks: list[list[int]] = []
     tiles: list[list[int]] = []
     ranks: list[int] = []
-    listed = lses = weights = lists = 0
-    for unit, rows in zip(units, sizes, strict=True):
+    base = _Offsets()
+    for unit, (first, stop), chosen, rank in zip(*(column.tolist() for column in columns), strict=True):
         candidates = candidate_blocks(plan, unit)
-        count, chosen, first = candidates.size, int(plan.unit_blocks[unit]), int(plan.unit_rows[unit, 0])
-        assert count <= MOST_CANDIDATES
-        room, num_chunks = list_room(count, chosen), -(-count // CHUNK)
-        scored = max(score_rows(tile_rows) // group, 1)
-        part_rows = -(-rows // (scored * _MOST_PARTS)) * scored
-        parts = range(0, rows, part_rows)
-        choices.append([listed, count, kv_heads * chosen, room, len(parts), weights, lists, 0])
-        for part, begin in enumerate(parts):
-            taken = min(part_rows, rows - begin)
-            for chunk in range(num_chunks):
-                place = chunk * CHUNK
-                chunks.append(
-                    [
-                        first + begin, taken, listed + place, min(CHUNK, count - place),
-                        lses + begin * group * num_chunks, chunk, num_chunks,
-                        weights + part * kv_heads * count + place, count, rows * group * num_chunks,
-                    ]
-                )  # fmt: skip
-        mine = min(shares, max(chosen // _LEAST_SHARE, 1))
-        for begin in range(0, rows, rows_per_tile):
-            taken = min(rows_per_tile, rows - begin)
-            tiles += [[first + begin, taken, lists, room, share, mine, 0, 0] for share in range(mine)]
-            ranks += [int(plan.unit_rank[unit])] * mine
+        laid = _Unit.of(first, stop - first, candidates.size, chosen, group, kv_heads, scored)
         blocks.append(candidates)
-        listed += count
-        lses += kv_heads * rows * group * num_chunks
-        weights += len(parts) * kv_heads * count
-        lists += kv_heads * (1 + room)
+        choices.append(laid.choice(base))
+        chunks += laid.chunks(base)
+        mine = laid.tiles(base, rows_per_tile, shares)
+        tiles += mine
+        ranks += [rank] * len(mine)
+        base = laid.after(base)
     return BlockWork(
         blocks=np.concatenate([np.empty(0, np.int64), *blocks]),
         choices=np.array(choices, np.int64).reshape(-1, 8),
         chunks=np.array(chunks, np.int64).reshape(-1, 10),
         tiles=np.array(tiles, np.int64).reshape(-1, 8),
         ranks=np.array(ranks, np.int64),
-        sizes=BlockSizes(lses, weights, lists, max((part.size for part in blocks), default=0)),
+        sizes=BlockSizes(base.lses, base.weights, base.lists, max((part.size for part in blocks), default=0)),
     )
+
+
+class _Offsets(NamedTuple):
+    """Where the numbers of a unit begin: its candidates, log-sum-exps, weights and list entries."""
+
+    blocks: int = 0
+    lses: int = 0
+    weights: int = 0
+    lists: int = 0
+
+
+class _Unit(NamedTuple):
+    """A unit that chooses `chosen` of its candidates for `rows` rows, of which parts of `part_rows` are scored
+    together.
+    """
+
+    first: int
+    rows: int
+    candidates: int
+    chosen: int
+    part_rows: int
+    num_chunks: int
+    room: int
+    """Maximum blocks of a KV head"""
+    group: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, first: int, rows: int, candidates: int, chosen: int, group: int, kv_heads: int, scored: int) -> "_Unit":
+        """`scored`: rows that one program scores at a time."""
+        assert candidates <= MOST_CANDIDATES
+        part_rows = -(-rows // (scored * _MOST_PARTS)) * scored
+        num_chunks, room = -(-candidates // CHUNK), list_room(candidates, chosen)
+        return cls(first, rows, candidates, chosen, part_rows, num_chunks, room, group, kv_heads)
+
+    @property
+    def parts(self) -> range:
+        """First row of each part, within the unit."""
+        return range(0, self.rows, self.part_rows)
+
+    def choice(self, base: _Offsets) -> list[int]:
+        """Return the unit's row of `choices`."""
+        total = self.kv_heads * self.chosen
+        return [base.blocks, self.candidates, total, self.room, len(self.parts), base.weights, base.lists, 0]
+
+    def chunks(self, base: _Offsets) -> list[list[int]]:
+        """Return the unit's rows of `chunks`."""
+        chunks, count = self.num_chunks, self.candidates
+        part_weights, row_lses = self.kv_heads * count, self.group * chunks
+        places = [(chunk, chunk * CHUNK, min(CHUNK, count - chunk * CHUNK)) for chunk in range(chunks)]
+        return [
+            [
+                self.first + begin, min(self.part_rows, self.rows - begin), base.blocks + place, blocks,
+                base.lses + begin * row_lses, chunk, chunks, base.weights + part * part_weights + place,
+                count, self.rows * row_lses,
+            ]
+            for part, begin in enumerate(self.parts)
+            for chunk, place, blocks in places
+        ]  # fmt: skip
+
+    def tiles(self, base: _Offsets, rows_per_tile: int, most_shares: int) -> list[list[int]]:
+        """Return the unit's rows of `block_tiles`: each tile is divided into as many shares as its blocks are worth."""
+        shares = min(most_shares, max(self.chosen // _LEAST_SHARE, 1))
+        return [
+            [self.first + begin, min(rows_per_tile, self.rows - begin), base.lists, self.room, share, shares, 0, 0]
+            for begin in range(0, self.rows, rows_per_tile)
+            for share in range(shares)
+        ]
+
+    def after(self, base: _Offsets) -> _Offsets:
+        """Return where the numbers of the next unit begin."""
+        return _Offsets(
+            blocks=base.blocks + self.candidates,
+            lses=base.lses + self.kv_heads * self.rows * self.group * self.num_chunks,
+            weights=base.weights + len(self.parts) * self.kv_heads * self.candidates,
+            lists=base.lists + self.kv_heads * (1 + self.room),
+        )

@@ -11,7 +11,7 @@ def free_unread(tree: RadixTree, sequence: Sequence) -> None:
     That row may be read again for its logits, so what it reads is kept. So is everything while the prompt is scored.
     """
     request, reading = sequence.request, sequence.request.reading
-    if sequence.cursor is None or not isinstance(reading, PositionPolicy) or not reading.frees or request.scoring:
+    if sequence.cursor is None or not isinstance(reading, PositionPolicy) or not reading.frees_slots or request.scoring:
         return
     leaf = sequence.cursor.held
     last = leaf.computed_end - 1

@@ -69,6 +69,26 @@ def plan(
     return _fill(paths, _choose(paths, mode, costs))
 
 
+def plan_reading(
+    forest: Forest,
+    rows: StepRows,
+    policies: Sequence[ReadingPolicy],
+    *,
+    mode: PlanMode = "auto",
+    cost: CostModel | Sequence[CostModel] | None = None,
+) -> Plan:
+    """As `plan`, for rows that read under `policies`. The nodes of `rows` are those of `forest`."""
+    nodes, positions, slots, own = rows
+    views = row_views(policies, own, positions)
+    if views is not None:
+        forest, nodes = restrict(forest, nodes, views)
+    withheld = withhold_blocks(forest, nodes, positions, own, policies, slots)
+    if withheld is None:
+        return plan(forest, nodes, positions, mode=mode, cost=cost)
+    made = plan(withheld.forest, withheld.row_nodes, positions, mode=mode, cost=cost)
+    return add_choosing_units(made, withheld)
+
+
 class _Partition(NamedTuple):
     """A partition of the paths into units, in the form that `collect` takes."""
 
@@ -231,9 +251,8 @@ class Planner:
         rows = StepRows(ids, ids, ids.astype(np.int64), ids)
         node, row, length = ids[:1], np.full(1, -1), np.full(1, 4096, np.int32)
         long = Forest(node - np.int32(1), node, length, np.arange(2), np.arange(1), length)
-        withheld = withhold_blocks(long, node, length - np.int32(1), node, [TopBlocks()], row)
-        assert withheld is not None
-        add_choosing_units(plan(withheld.forest, node, length - np.int32(1), mode=self.mode, cost=self.cost), withheld)
+        last = StepRows(node, length - np.int32(1), row, node)
+        assert plan_reading(long, last, [TopBlocks()], mode=self.mode, cost=self.cost).selects
         row_updates(self.tree.columns, 0, rows.slots[:0], rows, rows)
         revise(made, RowUpdates(ids >= 0, np.full(2, -1), ones, 0))
 
@@ -270,15 +289,7 @@ class Planner:
     def build_plan(self, rows: StepRows) -> Plan:
         """As `plan`, without using earlier plans."""
         forest, row_nodes, active = active_forest(self.tree, rows.nodes, rows.positions)
-        views = row_views(self.policies, rows.policies, rows.positions)
-        if views is not None:
-            forest, row_nodes = restrict(forest, row_nodes, views)
-        withheld = withhold_blocks(forest, row_nodes, rows.positions, rows.policies, self.policies, rows.slots)
-        if withheld is not None:
-            forest, row_nodes = withheld.forest, withheld.row_nodes
-        new_plan = plan(forest, row_nodes, rows.positions, mode=self.mode, cost=self.cost)
-        if withheld is not None:
-            new_plan = add_choosing_units(new_plan, withheld)
+        new_plan = plan_reading(forest, rows._replace(nodes=row_nodes), self.policies, mode=self.mode, cost=self.cost)
         self._built = _BuiltPlan(new_plan, active)
         return new_plan
 

@@ -83,64 +83,94 @@ def _visible(policies: Sequence[ReadingPolicy], policy: int, block: int) -> Int6
     return chosen.visible(block)
 
 
+class _EditedNodes(NamedTuple):
+    """The nodes of an edited forest, parents first: each node of the old one, then those that were added below it."""
+
+    place: Int64Array
+    """`[old nodes]`: its number now."""
+    added: Int64Array
+    """`[added]`, ascending: `node * views + view` of a node that was added below the old `node`, for rows with a
+    `view`.
+    """
+    added_place: Int64Array
+    """`[added]`: its number."""
+    anchors: Int64Array
+    """`[nodes]`: the old node that it is, or below which it was added."""
+    is_added: NDArray[np.bool_]
+    """`[nodes]`"""
+    parents: Int64Array
+    """`[nodes]`"""
+
+
 def restrict(forest: Forest, row_nodes: Int32Array, views: Views) -> tuple[Forest, Int32Array]:
     """Return a forest in which the path of each row has exactly the keys that the row reads, and those after the row;
     and each row's node in it.
 
     `row_nodes` `[rows]`: nodes in `forest`.
     """
-    count, kinds = forest.parents.size, views.offsets.size - 1
-    pairs = np.unique(row_nodes.astype(np.int64) * kinds + views.of_rows)
-    parents = forest.parents.astype(np.int64)
-    offsets, ranges = views.offsets, views.ranges.astype(np.int64)
-    sole, bounds, ranges = _common(parents, pairs // kinds, pairs % kinds, offsets, ranges)
+    count, parents = views.offsets.size - 1, forest.parents.astype(np.int64)
+    pairs = row_nodes.astype(np.int64) * count + views.of_rows
+    used = np.unique(pairs)
+    sole, bounds, ranges = _common(parents, used // count, used % count, views.offsets, views.ranges.astype(np.int64))
+    nodes = _add_nodes(parents, used, sole, count)
+    own = nodes.added % count
+    reads = np.empty((nodes.parents.size, 2), np.int64)
+    reads[nodes.place] = bounds
+    reads[nodes.added_place] = np.stack([views.offsets[own], views.offsets[own + 1]], axis=1)
+    apart = sole[row_nodes] == _DIFFERS
+    new_rows = nodes.place[row_nodes]
+    new_rows[apart] = nodes.added_place[np.searchsorted(nodes.added, pairs[apart])]
+    rooms = np.full(nodes.parents.size, -1, np.int32)
+    rooms[nodes.place] = 0 if forest.rooms is None else forest.rooms
+    np.minimum.at(rooms, new_rows, views.left)
+    return _edited_forest(forest, nodes, reads, ranges, rooms), new_rows.astype(np.int32)
 
-    # A node below `node`, for the rows with one view, where there are several.
-    apart = sole[pairs // kinds] == _DIFFERS
+
+def _add_nodes(parents: Int64Array, used: Int64Array, sole: Int64Array, count: int) -> _EditedNodes:
+    """Add a node below each one that several of `count` views read, for the rows with one view: its own rows, and those
+    below children that only this view reads.
+
+    `used`: `node * count + view` of the rows; `sole`: as `_common` returns it.
+    """
+    apart = sole[used // count] == _DIFFERS
     below = np.flatnonzero((parents >= 0) & (sole >= 0))
     below = below[sole[parents[below]] == _DIFFERS]
-    added = np.unique(np.concatenate([pairs[apart], parents[below] * kinds + sole[below]]))
-    owner, view = added // kinds, added % kinds
-    place = np.arange(count) + np.searchsorted(owner, np.arange(count))
-    own_place = owner + np.arange(owner.size) + 1
-
-    anchors, is_added = np.empty(count + owner.size, np.int64), np.zeros(count + owner.size, np.bool_)
-    anchors[place], anchors[own_place] = np.arange(count), owner
-    is_added[own_place] = True
+    wanted = parents[below] * count + sole[below]
+    added = np.unique(np.concatenate([used[apart], wanted]))
+    owner = added // count
+    place = np.arange(parents.size) + np.searchsorted(owner, np.arange(parents.size))
+    added_place = owner + np.arange(owner.size) + 1
+    size = parents.size + owner.size
+    anchors, is_added, new_parents = np.empty(size, np.int64), np.zeros(size, np.bool_), np.empty(size, np.int64)
+    anchors[place], anchors[added_place] = np.arange(parents.size), owner
+    is_added[added_place] = True
     above = np.where(parents >= 0, place[parents], -1)
-    above[below] = own_place[np.searchsorted(added, parents[below] * kinds + sole[below])]
-    new_parents = np.empty(anchors.size, np.int64)
-    new_parents[place], new_parents[own_place] = above, place[owner]
-    reads = np.empty((anchors.size, 2), np.int64)
-    reads[place] = bounds
-    reads[own_place] = np.stack([offsets[view], offsets[view + 1]], axis=1)
+    above[below] = added_place[np.searchsorted(added, wanted)]
+    new_parents[place], new_parents[added_place] = above, place[owner]
+    return _EditedNodes(place, added, added_place, anchors, is_added, new_parents)
 
+
+def _edited_forest(
+    forest: Forest, nodes: _EditedNodes, reads: Int64Array, ranges: Int64Array, rooms: Int32Array
+) -> Forest:
+    """Return the forest of these nodes, each with the keys in `ranges[reads[i, 0] : reads[i, 1]]` that its parent does
+    not have. `reads` `[nodes, 2]`; `rooms` `[nodes]`.
+    """
     starts, ends = forest.starts.astype(np.int64), _ends(forest)
-    slots, keys, positions, new_offsets = _keys(
-        anchors, is_added, new_parents, reads, ranges, parents, starts, ends,
+    slots, keys, positions, offsets = _keys(
+        nodes.anchors, nodes.is_added, nodes.parents, reads, ranges, forest.parents.astype(np.int64), starts, ends,
         forest.extent_offsets.astype(np.int64), forest.extent_starts.astype(np.int64),
         forest.extent_lengths.astype(np.int64), forest.positions.astype(np.int64),
     )  # fmt: skip
-    new_rows = place[row_nodes]
-    moved = sole[row_nodes] == _DIFFERS
-    wanted = row_nodes[moved].astype(np.int64) * kinds + views.of_rows[moved]
-    new_rows[moved] = own_place[np.searchsorted(added, wanted)]
-    rooms = np.full(anchors.size, -1, np.int32)
-    rooms[place] = 0 if forest.rooms is None else forest.rooms
-    np.minimum.at(rooms, new_rows, views.left)
-    sums = np.append(0, np.cumsum(keys))
-    return (
-        Forest(
-            parents=new_parents.astype(np.int32),
-            starts=np.where(is_added, ends[anchors], starts[anchors]).astype(np.int32),
-            lengths=np.diff(sums[new_offsets]).astype(np.int32),
-            extent_offsets=new_offsets,
-            extent_starts=slots,
-            extent_lengths=keys.astype(np.int32),
-            rooms=rooms,
-            extent_positions=positions.astype(np.int32),
-        ),
-        new_rows.astype(np.int32),
+    return Forest(
+        parents=nodes.parents.astype(np.int32),
+        starts=np.where(nodes.is_added, ends[nodes.anchors], starts[nodes.anchors]).astype(np.int32),
+        lengths=np.diff(np.append(0, np.cumsum(keys))[offsets]).astype(np.int32),
+        extent_offsets=offsets,
+        extent_starts=slots,
+        extent_lengths=keys.astype(np.int32),
+        rooms=rooms,
+        extent_positions=positions.astype(np.int32),
     )
 
 

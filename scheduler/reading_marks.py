@@ -36,9 +36,9 @@ class PolicyMarks:
     def mark(self, policy: ReadingPolicy) -> int:
         """Return the mark of a policy, 0 if it is exact.
 
-        If all marks are taken, everything that is not locked is evicted from the trees, to find one that nothing holds
-        any more. Raises `QueueFull` if there is none, and `InvalidRequest` if the model has too many tokens to mark
-        them.
+        If all marks are taken, but only evictable tokens hold some of them, everything that is not locked is evicted
+        from the trees. Raises `QueueFull` if requests and locked tokens hold all, and `InvalidRequest` if the model has
+        too many tokens to mark them.
         """
         if policy.exact:
             return 0
@@ -62,16 +62,29 @@ class PolicyMarks:
         self._marks[policy] = mark
 
     def _collect(self) -> None:
-        """Evict all that is not locked, and free all marks that nothing holds then, so evictions are few."""
+        """Evict all that is not locked, and free all marks that nothing holds then, so evictions are few.
+
+        If requests and locked nodes hold all marks, nothing is evicted.
+        """
         with self._guard:
-            self._planner.forget()
-            held = {request.mark for request in self._requests.values()}
-            for tree in self._trees:
-                tree.reset()
-                held.update(*(marks(node.tokens).tolist() for node in tree.nodes()))
-        free = [mark for mark in range(1, len(self._by_mark)) if mark not in held]
+            if free := self._marks_without(self._held(locked=True)):
+                self._planner.forget()
+                for tree in self._trees:
+                    tree.reset()
+                free = self._marks_without(self._held(locked=False))
         if not free:
             raise QueueFull("reading", len(self._by_mark), f"at most {self.max_mark} different policies are in use")
         for mark in free:
             del self._marks[self._by_mark[mark]]
         self._free = free[::-1]
+
+    def _held(self, *, locked: bool) -> set[int]:
+        """Return the marks of requests and of nodes, or only of nodes that are locked."""
+        held = {request.mark for request in self._requests.values()}
+        for tree in self._trees:
+            held.update(*(marks(node.tokens).tolist() for node in tree.nodes() if node.locked or not locked))
+        return held
+
+    def _marks_without(self, held: set[int]) -> list[int]:
+        """Return all marks but those that are held."""
+        return [mark for mark in range(1, len(self._by_mark)) if mark not in held]

@@ -191,7 +191,7 @@ class Scheduler:
                 self._release_runs(sequence)
         self.tree.pool.retire_step(batch.step)
         for sequence in self.running:
-            if sequence.request.reading.frees:
+            if sequence.request.reading.frees_slots:
                 free_unread(self.tree, sequence)
 
     def rollback(self, batch: Batch) -> None:
@@ -431,7 +431,7 @@ class Scheduler:
             while node.start >= request.prompt.size and node.parent is not None:
                 node = node.parent  # most beams will not be continued
             self.tree.on_idle(node)
-        if request.reading.frees:
+        if request.reading.frees_slots:
             self.tree.discard(sequence.namespace)
             sequence.freed_block = -1
 

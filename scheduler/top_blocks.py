@@ -5,8 +5,9 @@ Then each run of nodes with the same rows below gets one more unit, whose rows c
 under different policies do not choose together: each policy has nodes of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from radixgen.core import Plan
 from radixgen.core.compiled import compiled
-from radixgen.core.plan import BLOCK, Int32Array, Int64Array
+from radixgen.core.plan import BLOCK, Int32Array, Int64Array, consecutive_ranges
 from radixgen.core.reading import ReadingPolicy, TopBlocks
 from radixgen.kernels.block_work import MOST_CANDIDATES
 from radixgen.scheduler.forest import Forest
@@ -66,68 +67,56 @@ def withhold_blocks(
         return None
     forest, row_nodes, node_groups = _separate(forest, row_nodes, groups)
     chosen = [policy if isinstance(policy, TopBlocks) else TopBlocks() for policy in policies]
-    table = np.array([(policy.sinks, policy.recent) for policy in chosen], np.int64)
-    budgets = np.array([policy.budget for policy in chosen])
-    positions, offsets = forest.positions.astype(np.int64), forest.extent_offsets.astype(np.int64)
     written = np.unique(row_slots[row_slots >= 0] // BLOCK)
     tops, found = _candidates(
-        forest.parents, node_groups, row_nodes, row_positions, table, offsets, forest.extent_starts.astype(np.int64),
-        forest.extent_lengths, positions, written,
+        forest.parents, node_groups, row_nodes, row_positions, np.array([(p.sinks, p.recent) for p in chosen]),
+        forest.extent_offsets.astype(np.int64), forest.extent_starts.astype(np.int64), forest.extent_lengths,
+        forest.positions.astype(np.int64), written,
     )  # fmt: skip
     counts = np.bincount(tops[found[:, 0]], minlength=tops.size)
-    wanted = np.ceil(budgets[node_groups] * counts).astype(np.int64)
+    wanted = np.ceil(np.array([policy.budget for policy in chosen])[node_groups] * counts).astype(np.int64)
     pays = (counts >= LEAST_CANDIDATES) & (wanted < counts)
     found = found[pays[tops[found[:, 0]]]]
     if not len(found):
         return None
-    slots, keys, places, new_offsets = _without(
-        offsets, forest.extent_starts.astype(np.int64), forest.extent_lengths, positions, found
-    )
-    lengths = np.diff(np.append(0, np.cumsum(keys))[new_offsets]).astype(np.int32)
-    order = np.argsort(tops[found[:, 0]], kind="stable")
-    found = found[order]
-    edited = replace(
-        forest, lengths=lengths, extent_offsets=new_offsets, extent_starts=slots, extent_lengths=keys.astype(np.int32),
-        extent_positions=places.astype(np.int32),
-    )  # fmt: skip
+    edited = _take_out(forest, found)
+    found = found[np.argsort(tops[found[:, 0]], kind="stable")]
     chosen_tops, begins = np.unique(tops[found[:, 0]], return_index=True)
-    return WithheldBlocks(
-        edited, row_nodes, chosen_tops, np.append(begins, len(found)), found[:, 1], found[:, 2], wanted[chosen_tops]
+    offsets = np.append(begins, len(found))
+    return WithheldBlocks(edited, row_nodes, chosen_tops, offsets, found[:, 1], found[:, 2], wanted[chosen_tops])
+
+
+def _take_out(forest: Forest, blocks: Int64Array) -> Forest:
+    """Return `forest` without `blocks` `[blocks, 3]`: node, block and position, ordered by node and position."""
+    slots, keys, positions, offsets = _without(
+        forest.extent_offsets.astype(np.int64), forest.extent_starts.astype(np.int64), forest.extent_lengths,
+        forest.positions.astype(np.int64), blocks,
+    )  # fmt: skip
+    return replace(
+        forest,
+        lengths=np.diff(np.append(0, np.cumsum(keys))[offsets]).astype(np.int32),
+        extent_offsets=offsets,
+        extent_starts=slots,
+        extent_lengths=keys.astype(np.int32),
+        extent_positions=positions.astype(np.int32),
     )
 
 
 def add_choosing_units(plan: Plan, withheld: WithheldBlocks) -> Plan:
     """Return `plan`, made for the forest without these blocks, with units that choose among them."""
-    first, count = _row_ranges(withheld.forest.parents, withheld.row_nodes, plan.row_order)
-    units: list[tuple[int, int, int, int, int]] = []
-    runs: list[Int64Array] = []
-    num_segments = len(plan.segment_starts)
-    for top, begin, end, chosen in zip(
-        withheld.tops.tolist(), withheld.offsets[:-1].tolist(), withheld.offsets[1:].tolist(), withheld.chosen.tolist(),
-        strict=True,
-    ):  # fmt: skip
-        parts = -(-(end - begin) // MOST_CANDIDATES)
-        bounds = np.linspace(begin, end, parts + 1).astype(np.int64)
-        for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            run = _runs(withheld.blocks[low:high], withheld.positions[low:high])
-            rows = int(first[top]), int(first[top] + count[top])
-            share = -(-chosen * (high - low) // (end - begin))
-            units.append((*rows, num_segments, num_segments + len(run), share))
-            runs.append(np.concatenate([run, np.repeat([rows], len(run), axis=0)], axis=1))
-            num_segments += len(run)
-    made, segments = np.array(units, np.int64), np.concatenate(runs)
+    units, segments = _choosing_units(plan, withheld)
     over = np.zeros(plan.num_rows + 1, np.int32)
-    np.add.at(over, made[:, 0], 1)
-    np.add.at(over, made[:, 1], -1)
+    np.add.at(over, units[:, 0], 1)
+    np.add.at(over, units[:, 1], -1)
     last = int(plan.unit_rank.max(initial=0))
     return replace(
         plan,
         row_extra=plan.row_extra + np.cumsum(over[:-1], dtype=np.int32),
-        unit_rows=_append(plan.unit_rows, made[:, :2]),
-        unit_segments=_append(plan.unit_segments, made[:, 2:4]),
-        unit_rank=_append(plan.unit_rank, np.arange(last + 1, last + 1 + len(made))),
-        unit_cost=_append(plan.unit_cost, np.zeros(len(made))),
-        unit_blocks=_append(plan.unit_blocks, made[:, 4]),
+        unit_rows=_append(plan.unit_rows, units[:, :2]),
+        unit_segments=_append(plan.unit_segments, units[:, 2:4]),
+        unit_rank=_append(plan.unit_rank, np.arange(last + 1, last + 1 + len(units))),
+        unit_cost=_append(plan.unit_cost, np.zeros(len(units))),
+        unit_blocks=_append(plan.unit_blocks, units[:, 4]),
         segment_starts=_append(plan.segment_starts, segments[:, 0]),
         segment_lengths=_append(plan.segment_lengths, segments[:, 1]),
         segment_positions=_append(plan.segment_positions, segments[:, 2]),
@@ -137,16 +126,42 @@ def add_choosing_units(plan: Plan, withheld: WithheldBlocks) -> Plan:
     )
 
 
+def _choosing_units(plan: Plan, withheld: WithheldBlocks) -> tuple[Int64Array, Int64Array]:
+    """Return the units that are added to `plan`: rows, segments and blocks to choose, `[units, 5]`; and their segments:
+    first slot, keys, first position and rows, `[segments, 5]`.
+    """
+    first, count = _row_ranges(withheld.forest.parents, withheld.row_nodes, plan.row_order)
+    units: list[tuple[int, ...]] = []
+    segments: list[Int64Array] = []
+    num_segments = len(plan.segment_starts)
+    for top, begin, end, share in _unit_blocks(withheld):
+        mine = _segments(withheld.blocks[begin:end], withheld.positions[begin:end])
+        rows = int(first[top]), int(first[top] + count[top])
+        units.append((*rows, num_segments, num_segments + len(mine), share))
+        segments.append(np.concatenate([mine, np.repeat([rows], len(mine), axis=0)], axis=1))
+        num_segments += len(mine)
+    return np.array(units, np.int64), np.concatenate(segments)
+
+
+def _unit_blocks(withheld: WithheldBlocks) -> Iterator[tuple[int, int, int, int]]:
+    """Yield a unit's top, the range of its blocks, of `MOST_CANDIDATES` at most, and how many of them it chooses."""
+    columns = withheld.tops, withheld.offsets[:-1], withheld.offsets[1:], withheld.chosen
+    for top, begin, end, chosen in np.stack(columns, axis=1).tolist():
+        parts = -(-(end - begin) // MOST_CANDIDATES)
+        bounds = np.linspace(begin, end, parts + 1).astype(np.int64)
+        for low, high in pairwise(bounds.tolist()):
+            yield top, low, high, -(-chosen * (high - low) // (end - begin))
+
+
 def _append(array: NDArray[Number], more: NDArray[Any]) -> NDArray[Number]:
     return np.concatenate([array, more.astype(array.dtype)])
 
 
-def _runs(blocks: Int64Array, positions: Int64Array) -> Int64Array:
-    """Join blocks that follow each other: first slot, keys and first position of each run, `[runs, 3]`."""
-    breaks = (np.diff(blocks) != 1) | (np.diff(positions) != BLOCK)
-    begins = np.append(0, np.flatnonzero(breaks) + 1)
-    lengths = np.diff(np.append(begins, blocks.size)) * BLOCK
-    return np.stack([blocks[begins] * BLOCK, lengths, positions[begins]], axis=1)
+def _segments(blocks: Int64Array, positions: Int64Array) -> Int64Array:
+    """Join blocks that follow each other: first slot, keys and first position, `[segments, 3]`."""
+    ranges = consecutive_ranges(blocks * BLOCK, positions, step=BLOCK)
+    first = ranges[:, 0]
+    return np.stack([blocks[first] * BLOCK, np.diff(ranges)[:, 0] * BLOCK, positions[first]], axis=1)
 
 
 def _separate(forest: Forest, row_nodes: Int32Array, groups: Int64Array) -> tuple[Forest, Int32Array, Int64Array]:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sizes import size
 
 from bench.trees import WORKLOADS, lay_out
 from radixgen.calibration import cost_models
 from radixgen.core import Plan
-from radixgen.core.plan import Float64Array, Int32Array, Int64Array, reduce_ranges
+from radixgen.core.plan import Float64Array, Int32Array, Int64Array, consecutive_ranges, reduce_ranges
 from radixgen.kernels.assignment import makespan
 from radixgen.kernels.geometry import Geometry
 from radixgen.scheduler.cost import CostModel
@@ -371,3 +373,16 @@ def test_no_other_mode_is_faster_on_random_trees(batch: int) -> None:
 def test_no_other_modes_units_are_done_sooner_on_random_trees(heads: str) -> None:
     for seed, laid in random_trees(0, inside=False, each=1000):
         assert ratio_to_others(laid, COSTS[heads], finished) <= TIES, seed
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12))
+def test_consecutive_ranges_are_as_long_as_they_can_be(step: int, pairs: list[tuple[int, int]]) -> None:
+    columns = (step * np.array(pairs, np.int64).reshape(-1, 2)).T
+    ranges: list[list[int]] = []
+    for index, pair in enumerate(pairs):
+        if ranges and pair == (pairs[index - 1][0] + 1, pairs[index - 1][1] + 1):
+            ranges[-1][1] += 1
+        else:
+            ranges.append([index, index + 1])
+    assert consecutive_ranges(*columns, step=step).tolist() == ranges

@@ -74,6 +74,34 @@ def test_visible_ranges_are_what_the_policy_says(policy: ReadingPolicy, row: int
     assert keys == {key for key in range(row + 1) if reads(policy, row, key)}
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "count", "most"),
+    [
+        (Fading, {"block": 1, "window": 256, "levels": 1}, 130, 64),
+        (Fading, {"window": 8_200, "levels": 1, "block": 2_048, "free": True}, 4_102, 4_096),
+        (Fading, {"window": 2**31 // 4_096, "levels": 31}, 262_143, 4_096),
+        (BigBird, {"block": 2, "random_blocks": 127}, 129, 128),
+    ],
+)
+def test_rows_do_not_read_too_many_ranges(kind: Any, options: dict[str, Any], count: int, most: int) -> None:
+    block = options.get("block", 64)
+    with pytest.raises(InvalidRequest, match=f"reading.block={block}: rows would read {count} .* may read {most} "):
+        kind(**options)
+    with pytest.raises(InvalidRequest, match=r"reading\.block"):
+        reading_from_json({"policy": kind.policy, **options})
+
+
+@given(st.integers(1, 70), st.integers(1, 5_000), st.integers(1, 31), st.integers(2, 5), st.integers(0, 2**20))
+def test_ranges_are_bounded_at_all_positions(block: int, window: int, levels: int, ratio: int, row: int) -> None:
+    """Where a level begins shifts by less than its stride, so each can have one range more than at the far end."""
+    try:
+        policy = Fading(window=window, levels=levels, ratio=ratio, block=block)
+    except InvalidRequest:
+        assert window * levels > min(60 * block, 4_000)
+        return
+    assert len(policy.visible(row // block)) <= min(64 * block, 4_096) + levels
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data(), forests(), st.sampled_from(PLAN_MODES), st.sampled_from(COSTS), st.lists(ANY_POLICY, min_size=1))
 def test_each_row_reads_what_its_policy_says(
@@ -337,6 +365,25 @@ def test_marks_are_used_again(engine: Engine) -> None:
         engine.submit(PROMPT, greedy(Window(window=12)))
     for name in names:
         engine.cancel(name)
+    engine.generate(PROMPT, greedy(Window(window=12)))
+
+
+def test_nothing_is_evicted_if_all_marks_stay_in_use(engine: Engine) -> None:
+    """Requests that wait hold two marks, and locked tokens of a pin the third."""
+    policies, cached = engine._core._policies, [9, 8, 7, 6]
+    policies.max_mark = 3
+    engine.generate(PROMPT, greedy(EVERYWHERE))
+    engine.pin(PROMPT, reading=EVERYWHERE)
+    engine.generate(cached, greedy(None))
+    names = [engine.submit(PROMPT, greedy(Window(window=window))) for window in (10, 11)]
+    for window in (12, 13):
+        with pytest.raises(QueueFull, match="at most 3 different policies are in use"):
+            engine.submit(PROMPT, greedy(Window(window=window)))
+    assert engine.stats().evicted_tokens == 0
+    for name in names:
+        engine.cancel(name)
+    (output,) = engine.generate(cached, greedy(None))
+    assert output.num_cached_tokens == len(cached)
     engine.generate(PROMPT, greedy(Window(window=12)))
 
 

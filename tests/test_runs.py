@@ -1,5 +1,6 @@
 """The index of runs, against a search that compares everything with everything."""
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixgen.cache import ExtentPool, RadixTree, Run, RunIndex, blended_namespace, marked
-from radixgen.cache.run_index import window_hashes
+from radixgen.cache import ExtentPool, RadixTree, Run, RunIndex, blended_namespace, marked, run_index
+from radixgen.cache.run_index import _parts_between, window_hashes
 
 TOKENS = st.lists(st.integers(0, 5), max_size=40)
 
@@ -128,3 +129,77 @@ def test_hashes_depend_on_the_windows_alone(window: int) -> None:
     for at, value in enumerate(hashes.tolist()):
         assert by_content.setdefault(tokens[at : at + window].tobytes(), value) == value
     assert len(set(by_content.values())) == len(by_content)
+
+
+class Counter:
+    """Counts the tokens that an index reads of its tree, apart from those that a search compares."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, index: RunIndex) -> None:
+        self.index, self.tokens = index, 0
+        monkeypatch.setattr(run_index, "window_hashes", self._counted(run_index.window_hashes))
+        monkeypatch.setattr(run_index, "exact_len", self._counted(run_index.exact_len))
+
+    def _counted(self, function: Callable) -> Callable:
+        def counted(tokens: np.ndarray, *arguments: int) -> object:
+            self.tokens += tokens.size
+            return function(tokens, *arguments)
+
+        return counted
+
+    def update(self) -> int:
+        """The tokens that are read because of what has changed."""
+        self.tokens = 0
+        self.index.find(np.empty(0, np.int32), "", 0, 0)
+        return self.tokens
+
+
+def test_what_is_new_alone_is_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long path grows by a token a step, another branches off it, and both lose their ends."""
+    rng = np.random.default_rng(5)
+    tree = RadixTree(ExtentPool(50_000))
+    index = RunIndex(tree, 16)
+    counter = Counter(monkeypatch, index)
+    long = rng.integers(0, 1_000, 20_000).tolist()
+    insert(tree, long)
+    assert 20_000 <= counter.update() <= 2 * 20_000
+    lock = tree.insert([*long, 1_001])
+    for step in range(50):
+        grown = lock.held
+        tree.schedule(grown, grown.known - grown.scheduled)
+        tree.commit(grown)
+        assert counter.update() <= 2 + 8
+        tree.advance([lock], 2_000 + step)
+    insert(tree, [*long[:15_000], *range(3_000, 3_100)])
+    assert counter.update() <= 2 * (100 + 8)
+    insert(tree, [*long[:14_990], *range(4_000, 4_100)])
+    assert counter.update() <= 2 * (100 + 8)
+    tree.unlock(lock)
+    tree.evict(5_000)
+    assert counter.update() == 0
+    index.check()
+
+
+def test_tokens_after_a_mark_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = RadixTree(ExtentPool(9_000))
+    index = RunIndex(tree, 16)
+    counter = Counter(monkeypatch, index)
+    insert(tree, [*range(4_000), marked(7, 1), *range(4_000)])
+    assert counter.update() <= 2 * 8_001
+    insert(tree, [*range(4_000), marked(7, 1), *range(4_050)])
+    assert counter.update() == 0
+
+
+def test_parts_are_what_is_left_between_ranges() -> None:
+    rng = np.random.default_rng(6)
+    tree = RadixTree(ExtentPool(10))
+    lock = tree.insert([1])
+    for _ in range(300):
+        bounds = np.unique(rng.integers(0, 60, 2 * rng.integers(0, 8)))
+        taken = [(int(a), int(b)) for a, b in zip(bounds[::2], bounds[1::2], strict=False)]
+        first = int(rng.integers(0, 50))
+        run = Run(first, 7, int(rng.integers(1, 20)), lock.held)
+        free = [at for at in range(run.start, run.stop) if not any(a <= at < b for a, b in taken)]
+        parts = list(_parts_between(run, taken))
+        assert [at for part in parts for at in range(part.start, part.stop)] == free
+        assert all(part.source - part.start == run.source - run.start for part in parts)
+        assert all(a.stop < b.start for a, b in zip(parts, parts[1:], strict=False))

@@ -23,8 +23,8 @@ from radixgen.reading import Exact, ReadingPolicy, TopBlocks
 from radixgen.scheduler import top_blocks
 from radixgen.scheduler.cost import CostModel, TileCost
 from radixgen.scheduler.forest import Forest
-from radixgen.scheduler.planner import plan
-from radixgen.scheduler.top_blocks import add_choosing_units, withhold_blocks
+from radixgen.scheduler.planner import plan_reading
+from radixgen.scheduler.revise import StepRows
 
 CPU = torch.device("cpu")
 COST = CostModel(tiles=(TileCost(16, 60.0, 1.0), TileCost(64, 70.0, 1.2)), partial=0.1, programs=7, mix=True)
@@ -64,10 +64,12 @@ def make_plan(
         positions = forest.starts[nodes] + forest.lengths[nodes] - 1
     kinds = np.zeros_like(nodes) if kinds is None else kinds.astype(np.int32)
     slots = np.full(nodes.size, -1) if slots is None else slots
-    withheld = withhold_blocks(forest, nodes, positions, kinds, policies, slots)
-    if withheld is None:
-        return plan(forest, nodes, positions, cost=COST)
-    return add_choosing_units(plan(withheld.forest, withheld.row_nodes, positions, cost=COST), withheld)
+    return plan_reading(forest, StepRows(nodes, positions, slots, kinds), policies, cost=COST)
+
+
+def read_all(made: Plan) -> Plan:
+    """The plan in which every unit reads all its keys."""
+    return replace(made, unit_blocks=np.zeros_like(made.unit_blocks), _origin=None, _windowed={})
 
 
 def seen(made: Plan, row: int) -> list[tuple[int, int]]:
@@ -204,7 +206,7 @@ def test_kernels_equal_their_twin(rows, prefix, budget, heads, dims, softcap) ->
     found = triton_backend.TritonAttention(made, None, device)(*given, 0.3, softcap, None, of_keys.to(device))
     for one, other in zip(found, expected, strict=True):
         assert float((one.cpu() - other).abs().max()) < 1e-5
-    exact = TorchAttention(made.read_all(), None, CPU)(q, k, v, 0.3, softcap)
+    exact = TorchAttention(read_all(made), None, CPU)(q, k, v, 0.3, softcap)
     assert float((exact[0] - expected[0]).abs().max()) > 1e-3
 
 
@@ -349,7 +351,7 @@ def test_a_needle_is_read() -> None:
         k[slot, head] = 4.0 * q[0, 2 * head : 2 * head + 2].mean(0)
     bounds = BlockBounds([k])
     bounds.prepare(made)
-    exact, every = TorchAttention(made.read_all(), None, CPU)(q, k, v, 1.0)
+    exact, every = TorchAttention(read_all(made), None, CPU)(q, k, v, 1.0)
     out, lse = TorchAttention(made, None, CPU)(q, k, v, 1.0, bounds=bounds.layers[0])
     assert float(unread_share(lse, every).max()) < 1e-3
     assert float((out - exact).abs().max()) < 1e-2
@@ -360,8 +362,8 @@ def test_a_layer_with_a_window_reads_all_of_it() -> None:
     made = make_plan(forest, nodes, [TopBlocks(recent=9)])
     q, k, v, _ = tensors(made, (4, 2), (16, 16))
     found = TorchAttention(made, 500, CPU)(q, k, v, 0.3)[0]
-    assert torch.equal(found, TorchAttention(made.read_all(), 500, CPU)(q, k, v, 0.3)[0])
-    assert not torch.equal(found, TorchAttention(made.read_all(), None, CPU)(q, k, v, 0.3)[0])
+    assert torch.equal(found, TorchAttention(read_all(made), 500, CPU)(q, k, v, 0.3)[0])
+    assert not torch.equal(found, TorchAttention(read_all(made), None, CPU)(q, k, v, 0.3)[0])
 
 
 def test_a_launch_without_choices_refuses_them() -> None:

@@ -5,22 +5,34 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from radixgen.cache import ExtentPool, FollowedMatch, Lock, Node, RadixTree, first_in, least_recently_used
+from radixgen.cache import (
+    ExtentPool,
+    FollowedMatch,
+    Lock,
+    Node,
+    RadixTree,
+    RunIndex,
+    first_in,
+    least_recently_used,
+    marked,
+)
 from radixgen.core import OutOfSlots
 from radixgen.scheduler.planner import Planner
 
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+TOKEN = st.sampled_from([0, 1, 2, marked(1, 7)])
+TOKENS = st.lists(TOKEN, min_size=1, max_size=12)
 NAMESPACES = st.sampled_from(["", "other"])
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """Cursors wander over a three-token alphabet in a pool that is nearly always full."""
+    """Cursors wander over an alphabet of three tokens and a marked one, in a pool that is nearly always full."""
 
     @initialize(capacity=st.integers(24, 64), policy=st.sampled_from([least_recently_used, first_in]))
     def begin(self, capacity: int, policy: object) -> None:
         self.tree = RadixTree(ExtentPool(capacity), policy=policy, stamps=True)
         self.held: dict[Lock, tuple[str, list[int]]] = {}
         self.planner = Planner(self.tree)
+        self.runs = RunIndex(self.tree, 5)
         self.steps: list[int] = []
         self.in_flight: list[Node] = []
         self.followed: list[FollowedMatch] = []
@@ -50,7 +62,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.unfollow(one)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), token=st.integers(0, 2), alone=st.booleans())
+    @rule(data=st.data(), token=TOKEN, alone=st.booleans())
     def advance(self, data: st.DataObject, token: int, alone: bool) -> None:
         node = self._pick(data).held
         group = [lock for lock in self.held if lock.node is node]
@@ -89,7 +101,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.in_flight = []
 
     @precondition(lambda self: self.held and not self.in_flight)
-    @rule(token=st.integers(0, 2), reserve=st.integers(0, 8), steps=st.integers(1, 4))
+    @rule(token=TOKEN, reserve=st.integers(0, 8), steps=st.integers(1, 4))
     def decode(self, token: int, reserve: int, steps: int) -> None:
         """Every cursor moves on by one token and is computed; each row's plan must read its own path."""
         for _ in range(steps):
@@ -172,6 +184,10 @@ class TreeMachine(RuleBasedStateMachine):
     def discard(self, namespace: str) -> None:
         self.tree.discard(namespace)
 
+    @rule()
+    def index_runs(self) -> None:
+        self.runs.check()
+
     @invariant()
     def holds(self) -> None:
         if not hasattr(self, "tree"):
@@ -209,6 +225,8 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.check()
         assert self.tree.pool.free == self.tree.pool.capacity
         assert self.tree.num_nodes == 0
+        self.runs.check()
+        assert not (self.runs._places or self.runs._hashes or self.runs._exact_ends)
 
 
 TestTreeMachine = TreeMachine.TestCase

@@ -4,8 +4,9 @@ As in LZ77 (Ziv and Lempel, 1977) and rsync, the cached side is indexed at multi
 looked up at every offset, so that any run of almost two windows is found. Tokens are compared before a run is believed.
 """
 
+from bisect import bisect, insort
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
@@ -68,7 +69,8 @@ def blended_namespace(namespace: str) -> str:
 class RunIndex:
     """Listens to a tree, and finds runs in its computed tokens: of a namespace itself and of its inexact KV.
 
-    Memory is bounded by the tree: an entry per window of computed tokens. Nodes are indexed when a search needs them.
+    Memory is bounded by the tree: an entry per window of computed tokens. Nodes are indexed when a search needs them,
+    each token once, unless it is evicted or moves to another node.
     """
 
     def __init__(self, tree: RadixTree, min_run: int) -> None:
@@ -79,8 +81,10 @@ class RunIndex:
         """Of each namespace and each hash of a window: the nodes in which such windows end, and where these begin."""
         self._hashes: dict[Node, list[int]] = {}
         """Hashes of the windows that end in each node, in order."""
-        self._changed: dict[Node, bool] = {}
-        """Nodes to index again, and whether more has changed than that they grew."""
+        self._exact_ends: dict[Node, int] = {}
+        """Position before which the tokens of the path to a node are known not to be marked."""
+        self._changed: dict[Node, None] = {}
+        """Nodes that may have tokens to index."""
         for node in tree.nodes():
             self.changed(node)
         tree.listeners.append(self)
@@ -90,15 +94,29 @@ class RunIndex:
     def changed(self, node: Node) -> None:
         """As `Listener.changed`."""
         if not node.known:
-            self._drop(node)
-            self._changed.pop(node, None)
+            self._forget(node)
         elif _owner(node) is not None:
-            self._changed.setdefault(node, False)
+            end = node.start + node.computed
+            self._cut(node, end // self._window - self._first_window(node))
+            if self._exact_ends.get(node, 0) > end:
+                self._exact_ends[node] = end
+            self._changed[node] = None
 
     def moved(self, lower: Node, upper: Node, count: int) -> None:
         """As `Listener.moved`."""
-        if _owner(lower) is not None:
-            self._changed[lower] = self._changed[upper] = True
+        namespace = _owner(lower)
+        if namespace is None:
+            return
+        begin = lower.start - count
+        self._pass_up(namespace, lower, upper, begin // self._window)
+        exact = self._exact_ends.get(lower, 0)
+        if exact >= begin == self._exact_ends.get(upper, begin):
+            self._exact_ends[upper] = min(exact, lower.start)
+        if exact < lower.start:
+            self._exact_ends.pop(lower, None)
+        self._changed[upper] = self._changed[lower] = None
+        if not lower.known:
+            self._forget(lower)
 
     # -- searching -----------------------------------------------------------------------------------------
 
@@ -114,16 +132,18 @@ class RunIndex:
             for order, run in enumerate(self._candidates(tokens, namespace, first, stop))
         ]
         heapify(found)
-        free = np.ones(stop, np.bool_)
+        taken: list[tuple[int, int]] = []
         runs: list[Run] = []
         while found:
             _, inexact, _, order, run = heappop(found)
-            if free[run.start : run.stop].all():
-                free[run.start : run.stop] = False
+            left = list(_parts_between(run, taken))
+            if left == [run]:
+                insort(taken, (run.start, run.stop))
                 runs.append(run)
                 continue
-            for part in self._parts(run, free):
-                heappush(found, (-part.length, inexact, part.start, order, part))
+            for part in left:
+                if part.length >= self._min_run:
+                    heappush(found, (-part.length, inexact, part.start, order, part))
         return runs
 
     def check(self) -> None:
@@ -131,10 +151,12 @@ class RunIndex:
         self._update()
         places = {(node, at) for table in self._places.values() for holders in table.values() for node, at in holders}
         for node, hashes in self._hashes.items():
-            begin, end = self._window_range(node)
+            exact = exact_len(node.path_tokens(0, node.start + node.computed))
+            begin, end = self._first_window(node), max(node.start, exact) // self._window
             assert len(hashes) == end - begin, f"{node} has {len(hashes)} windows"
             tokens = node.path_tokens(0, end * self._window)
             assert hashes == window_hashes(tokens, self._window)[:: self._window][begin:].tolist()
+            assert all(number // self._window - begin < len(hashes) for held, number in places if held is node)
         assert {node for node, _ in places} <= self._hashes.keys()
 
     def _candidates(self, tokens: TokenArray, namespace: str, first: int, stop: int) -> Iterator[Run]:
@@ -155,31 +177,33 @@ class RunIndex:
                 if run.length >= self._min_run:
                     yield run
 
-    def _parts(self, run: Run, free: NDArray[np.bool_]) -> Iterator[Run]:
-        """Yield the parts of a run that others have left, if they are long enough."""
-        left = np.flatnonzero(np.diff(np.pad(free[run.start : run.stop].astype(np.int8), 1)))
-        for begin, end in left.reshape(-1, 2).tolist():
-            if end - begin >= self._min_run:
-                yield replace(run, start=run.start + begin, source=run.source + begin, length=end - begin)
-
     # -- indexing ------------------------------------------------------------------------------------------
 
-    def _window_range(self, node: Node) -> tuple[int, int]:
-        """Return the numbers of the first window that ends in the node's computed tokens, and of the one after the
-        last. Tokens that were read inexactly are left out.
-        """
-        exact = exact_len(node.path_tokens(0, node.start + node.computed))
-        return node.start // self._window, max(node.start, exact) // self._window
+    def _first_window(self, node: Node) -> int:
+        """Return the number of the first window that ends in the node's tokens."""
+        return node.start // self._window
 
     def _update(self) -> None:
         """Index what has changed since the last search."""
-        for node, moved in self._changed.items():
-            begin, end = self._window_range(node)
-            if moved or end - begin < len(self._hashes.get(node, ())):
-                self._drop(node)
+        for node in self._changed:
             if node.computed:
-                self._add(node, begin + len(self._hashes.get(node, ())), end)
+                begin = self._first_window(node) + len(self._hashes.get(node, ()))
+                self._add(node, begin, max(node.start, self._exact_end(node)) // self._window)
         self._changed.clear()
+
+    def _exact_end(self, node: Node) -> int:
+        """Return the position of the first marked token of the path to the node, or the end of its computed tokens."""
+        path = [node]
+        while path[-1] not in self._exact_ends and path[-1].parent is not None:
+            path.append(path[-1].parent)
+        end = 0
+        for part in reversed(path):
+            end = self._exact_ends.get(part, end)
+            if end >= part.start:
+                unread = part.tokens[end - part.start : part.computed]
+                end += exact_len(unread) if unread.size and unread[0] >= 0 else 0
+            self._exact_ends[part] = end
+        return end
 
     def _add(self, node: Node, begin: int, end: int) -> None:
         """Index the windows numbered `[begin, end)`, the last of the node's."""
@@ -190,23 +214,70 @@ class RunIndex:
         hashes = window_hashes(tokens, self._window)[:: self._window].tolist()
         self._hashes.setdefault(node, []).extend(hashes)
         for number, window in enumerate(hashes, begin):
-            places = self._places[namespace].setdefault(window, {})
-            if len(places) < _MAX_PLACES:
-                places[node, number * self._window] = None
+            self._place(namespace, window, node, number)
 
-    def _drop(self, node: Node) -> None:
-        """Remove all windows of a node."""
-        hashes = self._hashes.pop(node, None)
-        namespace = _owner(node)
-        if not hashes or namespace is None:
+    def _cut(self, node: Node, count: int) -> None:
+        """Remove all windows of a node but the first `count`."""
+        hashes, namespace = self._hashes.get(node, []), _owner(node)
+        if namespace is None:
             return
+        first = self._first_window(node)
+        while len(hashes) > count:
+            self._remove(namespace, hashes.pop(), node, first + len(hashes))
+        if not hashes:
+            self._hashes.pop(node, None)
+
+    def _pass_up(self, namespace: str, lower: Node, upper: Node, first: int) -> None:
+        """Let `upper` have the windows of `lower`, numbered from `first` on, that end in it now. They are indexed again
+        if windows before them are not indexed yet.
+        """
+        hashes = self._hashes.get(lower, [])
+        passed = hashes[: self._first_window(lower) - first]
+        if not passed:
+            return
+        del hashes[: len(passed)]
+        own = self._hashes.setdefault(upper, [])
+        follows = self._first_window(upper) + len(own) == first
+        for number, window in enumerate(passed, first):
+            self._remove(namespace, window, lower, number)
+            if follows:
+                self._place(namespace, window, upper, number)
+        own.extend(passed if follows else ())
+
+    def _forget(self, node: Node) -> None:
+        """Remove all that is known of a node that is removed."""
+        self._cut(node, 0)
+        self._exact_ends.pop(node, None)
+        self._changed.pop(node, None)
+
+    def _place(self, namespace: str, window: int, node: Node, number: int) -> None:
+        """Remember where a window is, unless there are many such already."""
+        places = self._places[namespace].setdefault(window, {})
+        if len(places) < _MAX_PLACES:
+            places[node, number * self._window] = None
+
+    def _remove(self, namespace: str, window: int, node: Node, number: int) -> None:
+        """Forget where a window is."""
         table = self._places[namespace]
-        for window in set(hashes):
-            places = table[window] = {place: None for place in table.get(window, ()) if place[0] is not node}
-            if not places:
-                del table[window]
+        places = table.get(window, {})
+        places.pop((node, number * self._window), None)
+        if not places:
+            table.pop(window, None)
         if not table:
             del self._places[namespace]
+
+
+def _parts_between(run: Run, taken: Sequence[tuple[int, int]]) -> Iterator[Run]:
+    """Yield the parts of a run outside the ranges `taken`, which are ascending and disjoint."""
+    first, at = run.start, bisect(taken, (run.start, run.start))
+    if at and taken[at - 1][1] > first:
+        at -= 1
+    while first < run.stop:
+        begin, stop = taken[at] if at < len(taken) else (run.stop, run.stop)
+        if first < begin:
+            end = min(begin, run.stop)
+            yield replace(run, start=first, source=run.source + first - run.start, length=end - first)
+        first, at = max(first, stop) if begin < run.stop else run.stop, at + 1
 
 
 def window_hashes(tokens: TokenArray, window: int) -> NDArray[np.uint64]:
@@ -247,7 +318,7 @@ def _extend(tokens: TokenArray, first: int, stop: int, at: int, node: Node, posi
     path to `node`. Its length is 0 if the tokens there differ.
     """
     reach = min(at - first, position)
-    path = node.path_tokens(position - reach, node.start + node.computed)
+    path = node.path_tokens(position - reach, min(node.start + node.computed, position + stop - at))
     before = common_prefix_len(tokens[at - reach : at][::-1], path[:reach][::-1])
     after = common_prefix_len(tokens[at:stop], path[reach:])
     while position + after == node.end and at + after < stop:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from radixgen.cache.node import Node
 from radixgen.cache.pool import Extent
+from radixgen.core.plan import consecutive_ranges
 
 if TYPE_CHECKING:
     from radixgen.cache.tree import RadixTree
@@ -37,19 +38,15 @@ def _thin_node(tree: "RadixTree", node: Node, ranges: NDArray[np.int64]) -> None
     kept = (before >= 0) & (positions < ranges[before, 1])
     if kept.all():
         return
-    for _, extent in _runs(positions[~kept], slots[~kept]):
+    for _, extent in _extents(positions[~kept], slots[~kept]):
         tree.pool.release(extent)
-    runs = _runs(positions[kept], slots[kept])
-    node.extent_positions, node.extents = [position for position, _ in runs], [extent for _, extent in runs]
+    left = _extents(positions[kept], slots[kept])
+    node.extent_positions, node.extents = [position for position, _ in left], [extent for _, extent in left]
     tree.columns.write(node)
     tree._changed(node)
 
 
-def _runs(positions: NDArray[np.int64], slots: NDArray[np.int64]) -> list[tuple[int, Extent]]:
-    """Return maximal runs of tokens with consecutive positions and slots: first position and extent of each."""
-    if not slots.size:
-        return []
-    begins = np.flatnonzero(np.append(True, (np.diff(positions) != 1) | (np.diff(slots) != 1)))
-    lengths = np.diff(np.append(begins, slots.size))
-    columns = positions[begins].tolist(), slots[begins].tolist(), lengths.tolist()
-    return [(position, Extent(slot, length)) for position, slot, length in zip(*columns, strict=True)]
+def _extents(positions: NDArray[np.int64], slots: NDArray[np.int64]) -> list[tuple[int, Extent]]:
+    """Return maximal extents of tokens with consecutive positions and slots, each with its first position."""
+    ranges = consecutive_ranges(positions, slots).tolist()
+    return [(int(positions[first]), Extent(int(slots[first]), stop - first)) for first, stop in ranges]

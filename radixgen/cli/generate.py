@@ -25,6 +25,7 @@ from radixgen.cli.options import (
     Model,
     Profile,
     ProfileSteps,
+    Reading,
     Seed,
     Temperature,
     TensorParallel,
@@ -60,9 +61,7 @@ def generate(
     choice: Annotated[
         list[str] | None, typer.Option(help="Restrict the output to one of these strings. Can be given multiple times.")
     ] = None,
-    reading: Annotated[
-        str | None, typer.Option(metavar="JSON", help='Reading policy, as {"policy": "window", "window": 1024}.')
-    ] = None,
+    reading: Reading = None,
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     kv_cache_dtype: KVCacheDtype = "auto",

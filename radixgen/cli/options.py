@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from radixgen.core import DEFAULT_KV_DIR_BYTES, InvalidRequest, Limits, SegmentReuse
+from radixgen.core.reuse import check_reuse
 from radixgen.model import smollm2
 
 DEFAULT_MODEL = smollm2.NAME
@@ -68,6 +69,9 @@ KVOffloadingSize = Annotated[
 KVDir = Annotated[
     Path | None, typer.Option("--kv-dir", metavar="DIR", help="Keep KV on disk here, also for later starts.")
 ]
+Reading = Annotated[
+    str | None, typer.Option(metavar="JSON", help='Reading policy, as {"policy": "window", "window": 1024}.')
+]
 Reuse = Annotated[str, typer.Option(help="Cached tokens to use: prefix, or segments (more, but inexact).")]
 MinRun = Annotated[int, typer.Option(help="Shortest run that --reuse segments takes, in tokens.")]
 Recompute = Annotated[float, typer.Option(help="Share of each run that --reuse segments computes anew.")]
@@ -116,14 +120,15 @@ def kv_dir_bytes(folder: Path | None, gib: float) -> int | None:
     return None if folder is None else int(gib * 2**30)
 
 
-def reuse_settings(reuse: str, min_run: int, recompute: float) -> Any:
+def reuse_settings(reuse: str, min_run: int, recompute: float) -> Literal["prefix"] | SegmentReuse:
     """The value of `Engine(reuse=...)` for these options. Raises `InvalidRequest`."""
     settings = SegmentReuse(min_run, recompute)
     if reuse == "segments":
         return settings
     if settings != DEFAULT_REUSE:
         raise InvalidRequest("reuse", reuse, "must be segments for --min-run and --recompute")
-    return reuse
+    check_reuse(reuse)
+    return "prefix"
 
 
 def replica_flags(model: str, options: Mapping[str, Any]) -> list[str]:

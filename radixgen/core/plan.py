@@ -21,6 +21,17 @@ def reduce_ranges(reduce: np.ufunc, values: Int32Array, ranges: NDArray[np.integ
     return reduced
 
 
+def consecutive_ranges(*arrays: NDArray[np.integer], step: int = 1) -> Int64Array:
+    """Return the maximal half-open ranges of indices in which each of `arrays` `[n]` rises by `step` from every element
+    to the next: `[ranges, 2]`, ascending.
+    """
+    if not arrays[0].size:
+        return np.empty((0, 2), np.int64)
+    breaks = np.any([np.diff(array) != step for array in arrays], axis=0)
+    bounds = np.concatenate([[0], np.flatnonzero(breaks) + 1, [arrays[0].size]])
+    return np.stack([bounds[:-1], bounds[1:]], axis=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Chunked attention: a row at position `p` sees keys from `p // size * size` to its own."""
@@ -178,10 +189,6 @@ class Plan:
         """Kind of units that choose blocks: 0 if there are none, 1 if each has one row, otherwise 2."""
         rows = np.diff(self.unit_rows, axis=1)[:, 0][self.unit_blocks > 0]
         return min(int(rows.max(initial=0)), 2)
-
-    def read_all(self) -> "Plan":
-        """Return the plan in which every unit reads all its keys."""
-        return replace(self, unit_blocks=np.zeros_like(self.unit_blocks), _origin=None, _windowed={})
 
     @property
     def kv_tokens_unshared(self) -> int:

@@ -17,6 +17,13 @@ from radixgen.core.plan import BLOCK, Int64Array
 _MOST = 2**31 - 1
 _MAX_RANDOM_BLOCKS = 256
 _MAX_LEVELS = 31
+_MAX_RANGES = 4_096
+_MAX_RANGES_PER_POSITION = 64
+"""Ranges of keys that a row reads at most: in all, and for each position of its block, because the ranges of each block
+of a step are planned anew.
+"""
+_FAR = 1 << 20
+"""Position up to which ranges are bounded"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class ReadingPolicy:
         return False
 
     @property
-    def frees(self) -> bool:
+    def frees_slots(self) -> bool:
         """Whether keys give up their slots once no later row reads them. Requests then share nothing."""
         return False
 
@@ -82,6 +89,14 @@ class PositionPolicy(ReadingPolicy):
         check_integer("reading.block", self.block, 1, _MOST)
         check_boolean("reading.prompt", self.prompt)
 
+    def _check_ranges(self) -> None:
+        """Raise `InvalidRequest` if rows read so many ranges of keys that planning a step would take long."""
+        count = len(self.visible(_FAR // self.block))
+        most = min(_MAX_RANGES_PER_POSITION * self.block, _MAX_RANGES)
+        if count > most:
+            limit = f"rows would read {count} ranges of keys, and may read {most} with blocks of this size"
+            raise InvalidRequest("reading.block", self.block, limit)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window(PositionPolicy):
@@ -123,7 +138,7 @@ class BigBird(PositionPolicy):
 
     block: tokens of a block. prompt: whether prompts are read like this, too.
 
-    Raises `InvalidRequest`.
+    Raises `InvalidRequest`, also if rows would read more than 64 ranges of keys for each token of a block.
     """
 
     policy: ClassVar[str] = "bigbird"
@@ -140,6 +155,7 @@ class BigBird(PositionPolicy):
         check_integer("reading.global_blocks", self.global_blocks, 0, _MOST)
         check_integer("reading.random_blocks", self.random_blocks, 0, _MAX_RANDOM_BLOCKS)
         check_integer("reading.seed", self.seed, 0, 2**64 - 1)
+        self._check_ranges()
 
     def visible(self, block: int) -> Int64Array:
         last = max(block - self.window_blocks + 1, 0)
@@ -177,7 +193,8 @@ class Fading(PositionPolicy):
     this, too. free: whether tokens that are not read any more give up their slots; such a request shares nothing, and
     computes its whole path again if it is preempted.
 
-    Raises `InvalidRequest`.
+    Raises `InvalidRequest`, also if rows would read more than 64 ranges of keys for each position of a block, or more
+    than 4,096.
     """
 
     policy: ClassVar[str] = "fading"
@@ -190,7 +207,7 @@ class Fading(PositionPolicy):
     free: bool = False
 
     @property
-    def frees(self) -> bool:
+    def frees_slots(self) -> bool:
         return self.free
 
     def __post_init__(self) -> None:
@@ -200,6 +217,7 @@ class Fading(PositionPolicy):
         check_integer("reading.window", self.window, 1, _MOST)
         check_integer("reading.levels", self.levels, 1, _MAX_LEVELS)
         check_integer("reading.ratio", self.ratio, 2, _MOST)
+        self._check_ranges()
 
     def visible(self, block: int) -> Int64Array:
         own, stop = block * self.block, (block + 1) * self.block

@@ -53,7 +53,7 @@ def make_request(
         ends |= model.eos_token_ids | frozenset(params.end_token_ids)
     if beams is not None:
         request.search = BeamSearch(beams, max_output, ends)
-    share = share and not reading.frees
+    share = share and not reading.frees_slots
     share = share and not any(hint.action == "share" and hint.num_tokens == 0 for hint in request.hints)
     for index in range(params.n):
         own = request.namespace if share else request.private_namespace(index)

@@ -4,7 +4,8 @@ pieces       prompts as sequences of lines, each tokenized once
 kinds        kinds of differences between texts: timestamps, ids, numbers, order, white space
 divergences  places where prompts with equal continuations diverge, and edits that remove them
 segments     what runs that are no prefix would save
-show         the report in the terminal
+reading      what a reading policy leaves unread; the only part that requires the model
+show         the reports in the terminal
 """
 
 from collections.abc import Iterable, Sequence

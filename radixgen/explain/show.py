@@ -1,12 +1,15 @@
-"""Report in the terminal."""
+"""Reports in the terminal."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from radixgen.core.reading import reading_to_json
 from radixgen.explain import Divergence, Report
+from radixgen.explain.reading import ReadingReport, UnreadAttention
 from radixgen.tree_view import Decode, picture, snapshot
 
 _MARKS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "␍"})
@@ -32,6 +35,37 @@ def render_report(report: Report, decode: Decode) -> Iterator[RenderableType]:
     yield _table(report.divergences, report.tokens)
     yield Text.assemble(
         "with all of them remedied, sharing would save ", (f"{report.saving_remedied:.1%}", "bold green")
+    )
+
+
+def render_reading(report: ReadingReport) -> Iterator[RenderableType]:
+    """Parts of the report on a reading policy: a summary, and the prompts that were measured."""
+    overall = report.overall
+    yield Text(json.dumps(reading_to_json(report.reading)), style="dim")
+    yield Text.assemble(
+        f"rows read {overall.keys_read:,.0f} of {overall.keys:,.0f} keys, and leave ",
+        (f"{overall.unread:.1%}", "bold yellow"),
+        " of their attention unread",
+    )
+    table = Table(title=f"{len(report.measured):,} of {report.prompts:,} prompts", title_justify="left")
+    table.caption = "unread: share of attention in keys that are not read, on average over rows, layers and heads"
+    table.caption_justify = "left"
+    for name in ("prompt", "tokens", "rows", "keys", "read", "unread", "worst head"):
+        table.add_column(name, justify="right")
+    for one in report.measured:
+        table.add_row(f"{one.prompt + 1:,}", f"{one.tokens:,}", *_cells(one.attention))
+    table.add_section()
+    table.add_row("all", "", *_cells(overall))
+    yield table
+
+
+def _cells(attention: UnreadAttention) -> tuple[str, ...]:
+    return (
+        f"{attention.rows:,}",
+        f"{attention.keys:,.0f}",
+        f"{attention.keys_read:,.0f}",
+        f"{attention.unread:.1%}",
+        f"{attention.worst_unread:.1%} (layer {attention.worst_layer}, head {attention.worst_head})",
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from radixgen.cache import Copy
 from radixgen.cache.storage import KVStorage
+from radixgen.core.plan import consecutive_ranges
 from radixgen.kernels.kv_records import KVRecords
 from radixgen.kernels.upload import upload
 
@@ -45,7 +46,7 @@ class HostKV:
         with self._save.begin() as copy:
             for part, records, indices in self._save.chunks(slots):
                 self._records.pack(indices, records)
-                for first, start, length in _runs(host_slots[part]):
+                for first, start, length in _extents(host_slots[part]):
                     self._host[start : start + length].copy_(records[first : first + length], non_blocking=True)
         return copy
 
@@ -54,7 +55,7 @@ class HostKV:
         self._bounds.forget(slots)
         with self._load.begin() as copy:
             for part, records, indices in self._load.chunks(slots):
-                for first, start, length in _runs(host_slots[part]):
+                for first, start, length in _extents(host_slots[part]):
                     records[first : first + length].copy_(self._host[start : start + length], non_blocking=True)
                 self._records.unpack(records, indices)
         return copy
@@ -63,14 +64,14 @@ class HostKV:
         """As `HostRecords.read_records`."""
         records = np.empty((host_slots.size, self.record_bytes), np.uint8)
         memory = self._host.numpy()
-        for first, start, length in _runs(host_slots):
+        for first, start, length in _extents(host_slots):
             records[first : first + length] = memory[start : start + length]
         return records
 
     def write_records(self, host_slots: Slots, records: NDArray[np.uint8]) -> None:
         """As `HostRecords.write_records`."""
         memory = self._host.numpy()
-        for first, start, length in _runs(host_slots):
+        for first, start, length in _extents(host_slots):
             memory[start : start + length] = records[first : first + length]
 
     def join(self, copy: Copy) -> None:
@@ -169,8 +170,7 @@ def _check_cuda(status: int) -> None:
         raise RuntimeError(f"CUDA could not pin or unpin host memory: error {int(status)}")
 
 
-def _runs(slots: Slots) -> Iterator[tuple[int, int, int]]:
-    """Yield runs of consecutive slots: the index of the first, the first slot, and the number."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(slots) != 1) + 1, [slots.size]])
-    for first, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+def _extents(slots: Slots) -> Iterator[tuple[int, int, int]]:
+    """Yield extents: the index of the first of `slots`, the first slot, and the number."""
+    for first, stop in consecutive_ranges(slots).tolist():
         yield first, int(slots[first]), stop - first

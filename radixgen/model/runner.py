@@ -74,11 +74,11 @@ class ModelRunner:
             self._window_bytes[window] += shape.bytes_per_token
         geometry = model.geometry and replace(model.geometry, kv_dtype=quantized)
         flash = flash_cost(model.device, geometry) if geometry and not quantized else None
-        self._backend = backend_with_flash(attention, model.device, flash)
+        self.backend = backend_with_flash(attention, model.device, flash)
         self._agree = agree
-        self._max_graph_rows = max_graph_rows if graphs and self._backend.static else 0
+        self._max_graph_rows = max_graph_rows if graphs and self.backend.static else 0
         self.costs: tuple[CostModel, ...] = ()
-        if self._backend.name == "triton" and geometry is not None:
+        if self.backend.name == "triton" and geometry is not None:
             self.costs = cost_models(model.device, geometry)
         self.allocate(0)
 
@@ -93,7 +93,7 @@ class ModelRunner:
         self.storage.zero(WARM_UP_SLOTS)  # warm-up steps read these slots before they are written
         self._graphs: StepGraphs | None = None
         if self._max_graph_rows:
-            self._graphs = StepGraphs(self.model, self.storage, self._backend, self._max_graph_rows, self._agree)
+            self._graphs = StepGraphs(self.model, self.storage, self.backend, self._max_graph_rows, self._agree)
 
     def host_kv(self, slots: int) -> HostKV:
         """As `radixgen.model.base.SupportsHostKV`."""
@@ -216,7 +216,7 @@ class ModelRunner:
     ) -> Tensor:
         device = self.model.device
         inputs = upload(token_ids, device), upload(plan.row_positions.astype(np.int64), device)
-        step = _StepAttention(self.storage, self._backend, plan, self._backend.kv_writer(slots, device))
+        step = _StepAttention(self.storage, self.backend, plan, self.backend.kv_writer(slots, device))
         wanted = logit_rows if logit_rows.size else np.zeros(1, np.int64)
         if not self.model.picks_rows or 2 * wanted.size > plan.num_rows:
             return self.model.forward(*inputs, upload(logit_rows, device), step)
