@@ -84,14 +84,9 @@ class EngineCore:
         self.planner = Planner(self.tree, mode=plan, cost=costs)
         self.host = HostTier(self.tree, host_kv, disk, stamps=debug) if host_kv else None
         self.scheduler = Scheduler(
-            self.tree,
-            self.planner,
-            max_step_tokens=max_step_tokens,
-            limits=limits,
-            host=self.host,
-            reuse=reuse,
+            self.tree, self.planner, max_step_tokens=max_step_tokens, limits=limits, host=self.host, reuse=reuse,
             debug=debug,
-        )
+        )  # fmt: skip
         self.hints = CacheHints(self.tree, self.scheduler.pins, self.host, limits)
         self.ahead = RunAhead(model, self.scheduler, enabled=async_scheduling)
         self.grammars = GrammarBudget()
