@@ -109,6 +109,17 @@ def test_chosen_blocks_leave_less_unread_the_more_they_are(monkeypatch: pytest.M
     assert found[0].unread > found[1].unread > found[2].unread == 0.0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("reading", [Window(window=17, block=5), TopBlocks(budget=0.3, recent=1, sinks=0)], ids=str)
+def test_a_gpu_measures_what_a_cpu_does(reading: ReadingPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_blocks, "LEAST_CANDIDATES", 2)
+    prompt = (PROMPT * 3)[:240]
+    here = explain_reading([prompt], loaded(), reading, rows=3).overall
+    there = explain_reading([prompt], LoadedModel("llama", families.build("llama").to("cuda"), None), reading, rows=3)
+    assert there.overall.keys_read == here.keys_read
+    assert there.overall.unread == pytest.approx(here.unread, abs=1e-3) and here.unread > 0.01
+
+
 def test_prompts_are_spread_over_the_log() -> None:
     prompts = [PROMPT[: 4 + index] for index in range(9)]
     report = explain_reading(prompts, loaded(), Window(window=1, block=1), max_prompts=3, rows=2)
