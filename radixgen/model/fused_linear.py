@@ -5,6 +5,7 @@ around the layers stay unchanged: the first layer called computes the outputs of
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,47 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers' models apply to the same tensor, within one module."""
 
 
-class FusedLinear:
-    """The stacked weights of layers with the same input. The layers' own weights become views of them."""
+class Product(Protocol):
+    """A product with the weights of one or more layers."""
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Multiply `given [..., inputs]`; returns `[..., outputs]`, outputs of one layer after those of another."""
+
+    def parts(self, given: Tensor) -> Tensor | None:
+        """The product in partial sums, `[n, ..., outputs]`: float32, or the dtype of `given` if `n` is 1.
+
+        Returns None if the product is not computed in parts.
+        """
+
+
+class StackedWeights:
+    """The product with stacked weights of layers with the same input. The layers' own weights become views of them."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._sizes = [layer.out_features for layer in layers]
         weights = [layer.weight.data for layer in layers]
         self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        for layer, rows in zip(layers, torch.split(self._weight, self._sizes), strict=True):
+        for layer, rows in zip(layers, torch.split(self._weight, [len(weight) for weight in weights]), strict=True):
             layer.weight.data = rows
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat([bias.data for bias in biases]) if biases else None
         self._skinny = self._bias is None and skinny_gemm.supports(self._weight)
         if self._skinny:
             skinny_gemm.register()
+
+    def __call__(self, given: Tensor) -> Tensor:
+        return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
+
+    def parts(self, given: Tensor) -> Tensor | None:
+        return skinny_gemm.linear_parts(given, self._weight) if self._skinny else None
+
+
+class FusedLinear:
+    """Layers with the same input, computed at once by one product."""
+
+    def __init__(self, layers: Sequence[nn.Linear], product: Product | None = None) -> None:
+        """`product`: default `StackedWeights`."""
+        self._sizes = [layer.out_features for layer in layers]
+        self._product = product or StackedWeights(layers)
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
         self._due = 0
@@ -38,7 +66,7 @@ class FusedLinear:
         """Return layer `index` of `given`. Outputs are kept until each of the fused layers was called once."""
         if given is not self._input:
             self._input, self._due = given, len(self._sizes)
-            self._outputs = list(torch.split(self._multiply(given), self._sizes, -1))
+            self._outputs = list(torch.split(self._product(given), self._sizes, -1))
         output = self._outputs[index]
         self._due -= 1
         if not self._due:
@@ -46,33 +74,28 @@ class FusedLinear:
         return output
 
     def parts(self, given: Tensor) -> Tensor | None:
-        """Return the partial sums of a layer without siblings: float32 `[n, ..., outputs]`, or the dtype of `given` if
-        `n` is 1.
-
-        Returns None if the product is not computed in parts.
-        """
-        alone = len(self._sizes) == 1 and self._skinny
-        return skinny_gemm.linear_parts(given, self._weight) if alone else None
-
-    def _multiply(self, given: Tensor) -> Tensor:
-        return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
+        """As `Product.parts`, for a layer without siblings; else None."""
+        return self._product.parts(given) if len(self._sizes) == 1 else None
 
 
 class FusedLinearSlice(nn.Module):
     """One of the layers of a `FusedLinear`, in place of the original."""
 
-    def __init__(self, fused: FusedLinear, index: int, layer: nn.Linear) -> None:
+    def __init__(self, fused: FusedLinear, index: int, layer: nn.Module) -> None:
+        """`layer`: the original, or the module that computes the product if there is no original any more."""
         super().__init__()
         self.layer = layer
         self._fused, self._index = fused, index
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight
+        weight: Tensor = self.layer.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer.bias
+        bias: Tensor | None = self.layer.bias
+        return bias
 
     def forward(self, given: Tensor) -> Tensor:
         return self._fused.share(self._index, given)
@@ -87,27 +110,35 @@ def fuse_linears(model: nn.Module) -> None:
 
     `restore_linears` undoes it.
     """
+    for module, layers in groups_of_linears(model):
+        linears = list(layers.values())
+        if len(linears) > 1 or _supported(linears[0]):
+            fused = FusedLinear(linears)
+            for index, (name, layer) in enumerate(layers.items()):
+                module._modules[name] = FusedLinearSlice(fused, index, layer)
+
+
+def groups_of_linears(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Linear]]]:
+    """Yield the plain linear layers of each module by name: fusible ones together, every other alone."""
     for module in list(model.modules()):
+        own = {name: child for name, child in module._modules.items() if type(child) is nn.Linear}
         for names in SIBLINGS:
-            layers = [module._modules.get(name) for name in names]
-            if _fusible(layers):
-                linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-                fused = FusedLinear(linears)
-                for index, (name, layer) in enumerate(zip(names, linears, strict=True)):
-                    module._modules[name] = FusedLinearSlice(fused, index, layer)
-        for name, child in list(module._modules.items()):
-            if isinstance(child, nn.Linear) and _supported(child):
-                module._modules[name] = FusedLinearSlice(FusedLinear([child]), 0, child)
+            if _fusible([own.get(name) for name in names]):
+                yield module, {name: own.pop(name) for name in names}
+        for name, layer in own.items():
+            if _fusible([layer]):
+                yield module, {name: layer}
 
 
 def _supported(layer: nn.Linear) -> bool:
-    return _fusible([layer]) and layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
+    return layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
 
 
 def restore_linears(model: nn.Module) -> None:
-    """Undo `fuse_linears`."""
+    """Undo `fuse_linears`. Slices of quantized weights stay, since the model was loaded with them."""
     for module, name, share in list(_shares(model)):
-        module._modules[name] = share.layer
+        if isinstance(share.layer, nn.Linear):
+            module._modules[name] = share.layer
 
 
 def _shares(model: nn.Module) -> Iterator[tuple[nn.Module, str, FusedLinearSlice]]:
