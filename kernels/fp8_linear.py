@@ -81,7 +81,7 @@ def fp8_linear(given: Tensor, weight: Fp8Weight) -> Tensor:
     product: Tensor = torch._scaled_mm(
         codes, weight.codes.t(), scale_a=scales, scale_b=outputs, out_dtype=torch.bfloat16, use_fast_accum=True
     )
-    return product.to(given.dtype).view(*given.shape[:-1], -1)
+    return product.to(given.dtype).view(*given.shape[:-1], weight.codes.shape[0])
 
 
 def fp8_linear_reference(given: Tensor, weight: Fp8Weight) -> Tensor:
@@ -89,4 +89,4 @@ def fp8_linear_reference(given: Tensor, weight: Fp8Weight) -> Tensor:
     rows = given.reshape(-1, given.shape[-1])
     codes, scales = round_rows(rows, weight.input_scale)
     product = linear(codes.float() * scales, weight.codes.float() * weight.scales[:, None])
-    return product.to(given.dtype).view(*given.shape[:-1], -1)
+    return product.to(given.dtype).view(*given.shape[:-1], weight.codes.shape[0])

@@ -48,7 +48,7 @@ def supported() -> bool:
 
 def quantize(weight: Tensor) -> Int4Weight:
     """Round `weight [outputs, inputs]` to 4 bits: each group from its least number to its largest in 15 steps."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float().view(len(weight), -1, GROUP)
     minima, largest = groups.aminmax(dim=2)
     scales = (largest - minima) / _LEVELS
     codes = (groups - minima[..., None]) / torch.where(scales == 0, 1, scales)[..., None]
@@ -79,7 +79,7 @@ def int4_linear(given: Tensor, weight: PackedInt4) -> Tensor:
     """Multiply `given [..., inputs]` by `weight`, in the dtype of `given`. A row's bits do not depend on other rows."""
     rows = given.reshape(-1, given.shape[-1]).to(torch.bfloat16).contiguous()
     product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight.codes, GROUP, weight.scales)
-    return product[:, : weight.outputs].to(given.dtype).view(*given.shape[:-1], -1)
+    return product[:, : weight.outputs].to(given.dtype).view(*given.shape[:-1], weight.outputs)
 
 
 def int4_linear_reference(given: Tensor, weight: PackedInt4) -> Tensor:

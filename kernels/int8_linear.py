@@ -40,7 +40,7 @@ class PackedInt8(NamedTuple):
 
 def supported() -> bool:
     """Return whether this build of PyTorch has oneDNN's operators for 8 bits."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return torch._C._has_mkldnn and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 def quantize(weight: Tensor) -> Int8Weight:
@@ -88,7 +88,7 @@ def int8_linear(given: Tensor, weight: PackedInt8) -> Tensor:
     )  # fmt: skip
     high, low = products.chunk(2)
     product: Tensor = torch.add(high, low, alpha=1 / _DIGIT).mul_(steps)
-    return product.to(given.dtype).view(*given.shape[:-1], -1)
+    return product.to(given.dtype).view(*given.shape[:-1], weight.scales.numel())
 
 
 def int8_linear_reference(given: Tensor, weight: PackedInt8) -> Tensor:

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from radixgen.core import UnsupportedModel
@@ -34,8 +33,7 @@ class Fp8Checkpoint:
     """What a checkpoint says of its FP8 weights."""
 
     def __init__(self, name: str, source: str, *, fixed_inputs: bool) -> None:
-        """`source`: directory or hub id. `fixed_inputs`: whether inputs have a fixed scale in the file, or one per row.
-        """
+        """`source`: directory or hub id. `fixed_inputs`: whether scales of inputs are in the file; else one per row."""
         self._name, self._source, self._fixed_inputs = name, source, fixed_inputs
 
     @classmethod
@@ -76,7 +74,9 @@ class Fp8Checkpoint:
                     return None
                 codes.discard(f"{layer}.weight")
                 weight = self._weight(layer, linear, tensors)
-                used.update((f"{layer}.weight_scale", f"{layer}.input_scale"))
+                used.add(f"{layer}.weight_scale")
+                if self._fixed_inputs:
+                    used.add(f"{layer}.input_scale")
                 return weight
 
             replace_linears(model, quantize)
@@ -155,7 +155,7 @@ def _read_json(source: str, file: str) -> dict[str, Any] | None:
 def _compressed_tensors(facts: Mapping[str, Any], refused: str) -> bool:
     """Return whether inputs have fixed scales. Raises `UnsupportedModel` for what is not FP8 weights and inputs."""
     if facts.get("format") != "float-quantized":
-        raise UnsupportedModel(f"{refused}; its format is {facts.get('format')!r}, and only 'float-quantized' is served")
+        raise UnsupportedModel(f"{refused}; its format is {facts.get('format')!r}, and must be 'float-quantized'")
     if (facts.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise UnsupportedModel(f"{refused}; sparse weights are not served")
     fixed = {_fixed_inputs(group, refused) for group in (facts.get("config_groups") or {}).values()}

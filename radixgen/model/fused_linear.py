@@ -5,7 +5,7 @@ around the layers stay unchanged: the first layer called computes the outputs of
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,13 +89,11 @@ class FusedLinearSlice(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.layer.weight
-        return weight
+        return cast(Tensor, self.layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.layer.bias
-        return bias
+        return cast(Tensor | None, self.layer.bias)
 
     def forward(self, given: Tensor) -> Tensor:
         return self._fused.share(self._index, given)

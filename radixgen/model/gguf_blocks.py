@@ -69,11 +69,11 @@ def unpack(data: NDArray[np.uint8], kind: str) -> Int4Weight:
 
 
 def _values(weight: Int4Weight, dtype: torch.dtype) -> list[bytes]:
-    groups = weight.codes.unflatten(1, (-1, GROUP)).float()
+    groups = weight.codes.view(len(weight.codes), -1, GROUP).float()
     return _row_bytes((groups * weight.scales[..., None] + weight.minima[..., None]).flatten(1).to(dtype))
 
 
 def _row_bytes(weight: Tensor) -> list[bytes]:
-    """A hash of each row."""
-    rows = weight.contiguous().view(torch.uint8).numpy()
+    """A hash of each row, with one kind of zero."""
+    rows = (weight + 0.0).contiguous().view(torch.uint8).numpy()
     return [blake2b(row.data, digest_size=16).digest() for row in rows]

@@ -65,6 +65,6 @@ def quantize_model(name: str, model: "PreTrainedModel", quantization: str, gguf:
         return int4_linear.quantize(layer.weight.data)
 
     count = replace_linears(model, quantize)
-    if not count:
-        raise UnsupportedModel(f"{name}: it has no linear layers to quantize")
+    if count <= 1:
+        raise UnsupportedModel(f"{name}: it has no linear layers to quantize, but for its head")
     logger.info("%s: %d linear layers in %s", name, count, quantization)
