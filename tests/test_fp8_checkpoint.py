@@ -212,7 +212,7 @@ def test_fp8_in_other_places(changed: str | None, says: str, tmp_path: Path) -> 
 
 def test_scales_without_a_config_are_refused(tmp_path: Path) -> None:
     write(tmp_path, None)
-    with pytest.raises(UnsupportedModel, match="no place.*_scale"):
+    with pytest.raises(UnsupportedModel, match=r"no place.*_scale"):
         load(tmp_path)
 
 

@@ -217,7 +217,7 @@ def test_what_cannot_be_quantized_is_refused(options: dict[str, object], says: s
 
 @cpu_only
 def test_a_model_object_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="quantization=.*given by name"):
+    with pytest.raises(InvalidRequest, match=r"quantization=.*given by name"):
         Engine(families.build("llama"), quantization="int8", kv_tokens=64)
 
 
