@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from radixgen.kernels import compiled_digits
+
 LARGEST = 127.0
 _DIGIT = 254.0
 """Steps of the second digit in one step of the first."""
@@ -82,7 +84,8 @@ def split_digits(given: Tensor) -> tuple[Tensor, Tensor]:
 def int8_linear(given: Tensor, weight: PackedInt8) -> Tensor:
     """Multiply `given [..., inputs]` by `weight`, in the dtype of `given`. A row's bits do not depend on other rows."""
     rows = given.reshape(-1, given.shape[-1])
-    digits, steps = split_digits(rows)
+    split = compiled_digits.split_digits if compiled_digits.supports(rows) else split_digits
+    digits, steps = split(rows)
     products = torch.ops.onednn.qlinear_pointwise(
         digits, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], ""
     )  # fmt: skip

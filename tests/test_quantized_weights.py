@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from radixgen import Engine, InvalidRequest, SamplingParams, UnsupportedModel
-from radixgen.kernels import fp8_linear, int4_linear, int8_linear
+from radixgen.kernels import compiled_digits, fp8_linear, int4_linear, int8_linear
 from radixgen.kernels.fp8_linear import Fp8Weight
 from radixgen.model.fused_linear import FusedLinearSlice, restore_linears
 from radixgen.model.gguf_blocks import GgufBlocks
@@ -60,6 +60,19 @@ def test_8_bit_products_equal_those_of_dequantized_weights(
     assert_close(product, int8_linear.int8_linear_reference(given, weight), 3e-4 if dtype == torch.float32 else 8e-3)
     for row in range(rows):
         assert torch.equal(int8_linear.int8_linear(given[:1, row : row + 1], weight), product[:1, row : row + 1])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 33])
+@pytest.mark.parametrize("inputs", [1, 33, 576])
+@pytest.mark.parametrize("size", [1.0, 1e-35, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_digits_are_those_of_operators(rows: int, inputs: int, size: float, dtype: torch.dtype) -> None:
+    given = (torch.randn(rows, inputs) * size).to(dtype)
+    digits, steps = int8_linear.split_digits(given)
+    for actual, expected in zip(compiled_digits.split_digits(given), (digits, steps), strict=True):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+    high, low = digits.float().chunk(2)
+    torch.testing.assert_close((high + low / 254) * steps, given.float(), rtol=1e-5, atol=float(size / 1e3))
 
 
 def test_8_bit_rows_of_zeros_and_of_no_number() -> None:

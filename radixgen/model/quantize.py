@@ -41,7 +41,8 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
 def quantize_model(name: str, model: "PreTrainedModel", quantization: str, gguf: Path | None = None) -> None:
     """Quantize all linear layers of `model`, which is on its device. `gguf`: the file that it was read from, if any.
 
-    The head, which matters most for accuracy, has 8 bits at least. Raises `UnsupportedModel` and `InvalidRequest`.
+    The head, which matters most for accuracy, has 8 bits at least; beside FP8 layers it stays as it is, as in published
+    checkpoints. Raises `UnsupportedModel` and `InvalidRequest`.
     """
     if expert_layers(model):
         raise UnsupportedModel(f"{name}: quantization={quantization!r} does not include a mixture of experts")
@@ -52,9 +53,9 @@ def quantize_model(name: str, model: "PreTrainedModel", quantization: str, gguf:
             raise InvalidRequest("quantization", quantization, f"needs a .gguf file, and {name} is not read from one")
         blocks = GgufBlocks(gguf, model.dtype)
 
-    def quantize(layer_name: str, layer: nn.Linear) -> QuantizedWeight:
+    def quantize(layer_name: str, layer: nn.Linear) -> QuantizedWeight | None:
         if quantization == "fp8":
-            return fp8_linear.quantize(layer.weight.data)
+            return None if layer is head else fp8_linear.quantize(layer.weight.data)
         if blocks is not None:
             return blocks.find(layer.weight.data) or int8_linear.quantize(layer.weight.data)
         if quantization == "int8" or layer is head:
@@ -65,6 +66,6 @@ def quantize_model(name: str, model: "PreTrainedModel", quantization: str, gguf:
         return int4_linear.quantize(layer.weight.data)
 
     count = replace_linears(model, quantize)
-    if count <= 1:
+    if count <= (quantization != "fp8"):
         raise UnsupportedModel(f"{name}: it has no linear layers to quantize, but for its head")
     logger.info("%s: %d linear layers in %s", name, count, quantization)
