@@ -340,8 +340,8 @@ def test_help_texts_are_short() -> None:
 
 SHARED_OPTIONS = {
     "load_format", "dtype", "quantization", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs",
-    "max_num_batched_tokens", "kv_tokens", "kv_offloading_size", "kv_dir", "kv_dir_size", "enforce_eager", "warm_up", "seed", "profile",
-    "profile_steps",
+    "max_num_batched_tokens", "kv_tokens", "kv_offloading_size", "kv_dir", "kv_dir_size", "enforce_eager", "warm_up",
+    "seed", "profile", "profile_steps",
 }  # fmt: skip
 
 
