@@ -46,7 +46,7 @@ from bench.report import Report, benchmark_options, time_each
 from bench.shapes import SHAPES, Shape, configuration
 from bench.workloads import Ask
 from radixgen import Engine, SamplingParams
-from radixgen.kernels import fp8_linear, int4_linear, int8_linear
+from radixgen.kernels import fp8_linear, int4_linear, int8_linear, skinny_gemm
 from radixgen.model import smollm2
 
 Multiply = Callable[[Tensor], Tensor]
@@ -225,10 +225,14 @@ def report_fp8_products(report: Report, timer: Timer, shape: Shape) -> None:
             for rows in (1, 3, 33, 512):
                 given = torch.randn(rows, inputs, device=timer.device, dtype=torch.bfloat16)
                 exact = fp8_linear.fp8_linear_reference(given.float(), each)
-                error = float((fp8_linear.fp8_linear(given, each).float() - exact).norm() / exact.norm())
-                taken = timer.cold(partial(fp8_linear.fp8_linear, given, each)).median
-                text = f"{outputs} × {inputs}, {rows} rows, {label}: {taken:.1f} us, error {error:.3%}"
-                report.figure(f"fp8_{outputs}_{inputs}_{rows}_{label.replace(' ', '_')}", error, text, at_most=ERROR)
+                for skinny in {False, rows <= skinny_gemm.MAX_ROWS and skinny_gemm.supports(each.codes)}:
+                    multiply = torch.compile(partial(fp8_linear.fp8_linear, given, each, skinny=skinny))
+                    error = float((multiply().float() - exact).norm() / exact.norm())
+                    taken = timer.cold(multiply).median
+                    kernel = "our kernel" if skinny else "_scaled_mm"
+                    text = f"{outputs} × {inputs}, {rows} rows, {label}, {kernel}: {taken:.1f} us, error {error:.3%}"
+                    key = f"fp8_{outputs}_{inputs}_{rows}_{label}_{kernel}".replace(" ", "_")
+                    report.figure(key, error, text, at_most=ERROR)
 
 
 def report_fp8_request(report: Report, ceilings: Ceilings, shape: Shape, runs: int) -> None:
@@ -270,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.cuda.is_available():
         with torch.inference_mode():
             timer = Timer(torch.device("cuda"))
+            skinny_gemm.register()
             ceilings = timer.ceilings()
             report.say(f"limit: {torch.cuda.get_device_name()} {ceilings.describe()}")
             report_fp8_products(report, timer, SHAPES["8B"])

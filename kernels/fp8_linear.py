@@ -1,4 +1,5 @@
-"""Linear layers with weights and inputs in FP8 (e4m3), by `torch._scaled_mm` on NVIDIA GPUs from Ada on (8.9).
+"""Linear layers with weights and inputs in FP8 (e4m3) on NVIDIA GPUs from Ada on (8.9): by `torch._scaled_mm`, and for
+few rows on Hopper by `radixgen.kernels.skinny_gemm`.
 
 Weights have one scale, or one per output. Inputs have one fixed scale, or one per row that follows from the row
 (FP8 Formats for Deep Learning, arXiv 2209.05433).
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from radixgen.kernels import skinny_gemm
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -69,10 +72,16 @@ def round_rows(given: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tenso
     return (given.float() / scales).clamp(-LARGEST, LARGEST).to(DTYPE), scales
 
 
-def fp8_linear(given: Tensor, weight: Fp8Weight) -> Tensor:
-    """Multiply `given [..., inputs]` by `weight`, in the dtype of `given`. Requires `supports`."""
+def fp8_linear(given: Tensor, weight: Fp8Weight, *, skinny: bool = False) -> Tensor:
+    """Multiply `given [..., inputs]` by `weight`, in the dtype of `given`. Requires `supports`.
+
+    `skinny`: whether few rows go through `radixgen.kernels.skinny_gemm`, which must support the codes.
+    """
     rows = given.reshape(-1, given.shape[-1])
     codes, scales = round_rows(rows, weight.input_scale)
+    if skinny and (parts := skinny_gemm.linear_parts(codes, weight.codes)) is not None:
+        scaled = parts.sum(0) * scales * weight.scales
+        return scaled.to(given.dtype).view(*given.shape[:-1], weight.codes.shape[0])
     if weight.input_scale is not None and weight.scales.numel() == 1:
         scales, outputs = scales.squeeze(), weight.scales.squeeze()
     else:

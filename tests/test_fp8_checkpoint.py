@@ -149,7 +149,8 @@ def test_a_gpu_multiplies_in_fp8(config: dict[str, Any], eager: bool, tmp_path: 
     """Captured and compiled like other layers; the first tokens are those of a CPU unless the logits nearly tie."""
     write(tmp_path, config, channels=config is PER_ROW, fixed=config is MODELOPT)
     model = load(tmp_path, "bfloat16", "cuda").model
-    assert all(module._multiply is fp8_linear.fp8_linear for module in model.modules() if hasattr(module, "_multiply"))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert layers and all(module._multiply.func is fp8_linear.fp8_linear for module in layers)
     tokens = torch.tensor([PROMPTS[1]])
     with torch.no_grad():
         expected = load(tmp_path, "bfloat16", "cpu").model(tokens).logits.float()

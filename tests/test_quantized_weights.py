@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from radixgen import Engine, InvalidRequest, SamplingParams, UnsupportedModel
-from radixgen.kernels import compiled_digits, fp8_linear, int4_linear, int8_linear
+from radixgen.kernels import compiled_digits, fp8_linear, int4_linear, int8_linear, skinny_gemm
 from radixgen.kernels.fp8_linear import Fp8Weight
 from radixgen.model.fused_linear import FusedLinearSlice, restore_linears
 from radixgen.model.gguf_blocks import GgufBlocks
@@ -112,18 +112,28 @@ def test_4_bits_keep_what_4_bits_hold() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 33])
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("scales", [1, 48])
+@pytest.mark.parametrize("scales", [1, None])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (384, 512), (4096, 14_336)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not FP8_GPU, reason="FP8"))])
-def test_fp8_products(rows: int, fixed: bool, scales: int, device: str) -> None:
-    given = torch.randn(2, rows, 64, device=device, dtype=torch.bfloat16)
-    codes = (torch.randn(48, 64, device=device) * 100).to(torch.float8_e4m3fn)
+def test_fp8_products(rows: int, fixed: bool, scales: int | None, outputs: int, inputs: int, device: str) -> None:
+    """The widths of a large model only on a GPU, where few rows have a kernel of their own."""
+    if device == "cpu" and inputs > 512:
+        pytest.skip("as the smaller ones")
+    given = torch.randn(2, rows, inputs, device=device, dtype=torch.bfloat16)
+    codes = (torch.randn(outputs, inputs, device=device) * 100).to(torch.float8_e4m3fn)
     weight = Fp8Weight(
-        codes, torch.rand(scales, device=device) + 0.5, torch.full((1,), 0.01, device=device) if fixed else None
+        codes,
+        torch.rand(scales or outputs, device=device) + 0.5,
+        torch.full((1,), 0.01, device=device) if fixed else None,
     )
     product = fp8_linear.fp8_linear_reference(given, weight)
     exact = linear(given.float(), codes.float() * weight.scales[:, None]).to(torch.bfloat16)
     assert_close(product, exact, 0.05)
     assert not torch.equal(product, exact)
+    if skinny := skinny_gemm.supports(weight.codes):
+        skinny_gemm.register()
+        assert_close(fp8_linear.fp8_linear(given, weight, skinny=True), product, 0.01)
+    assert skinny == (device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and inputs > 64)
     if fp8_linear.supports(weight):
         assert_close(fp8_linear.fp8_linear(given, weight), product, 0.01)
     else:

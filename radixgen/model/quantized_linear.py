@@ -1,12 +1,13 @@
 """Linear layers with quantized weights, in place of `nn.Linear`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from radixgen.kernels import fp8_linear, int4_linear, int8_linear
+from radixgen.kernels import fp8_linear, int4_linear, int8_linear, skinny_gemm
 from radixgen.kernels.fp8_linear import Fp8Weight
 from radixgen.kernels.int4_linear import Int4Weight
 from radixgen.kernels.int8_linear import Int8Weight
@@ -73,5 +74,8 @@ def _stacked(weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
         return QuantizedLinear(int4_linear.pack(int4_linear.stack(fours)), int4_linear.int4_linear, bias)
     floats = [weight for weight in weights if isinstance(weight, Fp8Weight)]
     weight = fp8_linear.stack(floats) if len(floats) > 1 else floats[0]
-    fast = fp8_linear.supports(weight)
-    return QuantizedLinear(weight, fp8_linear.fp8_linear if fast else fp8_linear.fp8_linear_reference, bias)
+    if not fp8_linear.supports(weight):
+        return QuantizedLinear(weight, fp8_linear.fp8_linear_reference, bias)
+    if skinny := skinny_gemm.supports(weight.codes):
+        skinny_gemm.register()
+    return QuantizedLinear(weight, partial(fp8_linear.fp8_linear, skinny=skinny), bias)
