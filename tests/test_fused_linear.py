@@ -99,7 +99,7 @@ def test_each_input_is_multiplied_anew_and_none_is_kept() -> None:
     expected = [gate(one), up(one), up(two), gate(two), gate(one)]
     fuse_linears(module)
     found = [module.gate_proj(one), module.up_proj(one), module.up_proj(two), module.gate_proj(two)]
-    assert module.gate_proj._fused._input is None
+    assert module.gate_proj.fused._input is None
     found.append(module.gate_proj(one))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)

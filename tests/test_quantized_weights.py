@@ -165,7 +165,7 @@ def test_layers_with_one_input_share_a_product(bias: bool) -> None:
     given = torch.randn(4, 64)
     expected = [layers["gate_proj"](given), layers["up_proj"](given)]
     assert replace_linears(model, lambda name, layer: int8_linear.quantize(layer.weight.data)) == 3
-    assert isinstance(model.gate_proj, FusedLinearSlice) and isinstance(model.down_proj, QuantizedLinear)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 2
     for actual, wanted in zip([model.gate_proj(given), model.up_proj(given)], expected, strict=True):
         assert_close(actual, wanted, 0.02)
     restore_linears(model)
@@ -194,8 +194,7 @@ def test_engine_equals_generate_of_the_quantized_model(quantization: str, config
         nn.init.normal_(parameter, std=0.3)
     plain.save_pretrained(tmp_path)
     alone = load(tmp_path, "float32", "cpu", quantization=quantization).model
-    layers = [name for name, module in alone.named_modules() if isinstance(module, nn.Linear)]
-    assert layers == []
+    assert not any(isinstance(module, nn.Linear) for module in alone.modules())
     expected = [reference_greedy(alone, prompt, 12).token_ids for prompt in PROMPTS]
     with Engine(tmp_path, quantization=quantization, dtype="float32", kv_tokens=256, device="cpu") as engine:
         outputs = engine.generate(PROMPTS, GREEDY)

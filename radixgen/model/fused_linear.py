@@ -56,7 +56,8 @@ class FusedLinear:
 
     def __init__(self, layers: Sequence[nn.Linear], product: Product | None = None) -> None:
         """`product`: default `StackedWeights`."""
-        self._sizes = [layer.out_features for layer in layers]
+        self.sizes = [layer.out_features for layer in layers]
+        """Outputs of each layer"""
         self._product = product or StackedWeights(layers)
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
@@ -65,8 +66,8 @@ class FusedLinear:
     def share(self, index: int, given: Tensor) -> Tensor:
         """Return layer `index` of `given`. Outputs are kept until each of the fused layers was called once."""
         if given is not self._input:
-            self._input, self._due = given, len(self._sizes)
-            self._outputs = list(torch.split(self._product(given), self._sizes, -1))
+            self._input, self._due = given, len(self.sizes)
+            self._outputs = list(torch.split(self.multiply(given), self.sizes, -1))
         output = self._outputs[index]
         self._due -= 1
         if not self._due:
@@ -75,7 +76,11 @@ class FusedLinear:
 
     def parts(self, given: Tensor) -> Tensor | None:
         """As `Product.parts`, for a layer without siblings; else None."""
-        return self._product.parts(given) if len(self._sizes) == 1 else None
+        return self._product.parts(given) if len(self.sizes) == 1 else None
+
+    def multiply(self, given: Tensor) -> Tensor:
+        """Return the outputs of all layers, `[..., outputs]`."""
+        return self._product(given)
 
 
 class FusedLinearSlice(nn.Module):
@@ -85,7 +90,7 @@ class FusedLinearSlice(nn.Module):
         """`layer`: the original, or the module that computes the product if there is no original any more."""
         super().__init__()
         self.layer = layer
-        self._fused, self._index = fused, index
+        self.fused, self._index = fused, index
 
     @property
     def weight(self) -> Tensor:
@@ -96,11 +101,11 @@ class FusedLinearSlice(nn.Module):
         return cast(Tensor | None, self.layer.bias)
 
     def forward(self, given: Tensor) -> Tensor:
-        return self._fused.share(self._index, given)
+        return self.fused.share(self._index, given)
 
     def parts(self, given: Tensor) -> Tensor | None:
         """As `FusedLinear.parts`."""
-        return self._fused.parts(given)
+        return self.fused.parts(given)
 
 
 def fuse_linears(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Linear layers with quantized weights, in place of `nn.Linear`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, quantize: Callable[[str, nn.Linear], QuantizedWeight | None]) -> int:
-    """Replace linear layers by quantized ones, and those with the same input by slices of one.
+    """Replace linear layers by slices of quantized ones, which layers with the same input share.
 
     `quantize(name, layer)` returns the weight, or None for a layer that stays. Returns how many layers were replaced.
     """
@@ -46,16 +46,20 @@ def replace_linears(model: nn.Module, quantize: Callable[[str, nn.Linear], Quant
     for module, layers in groups_of_linears(model):
         weights = {name: quantize(names[layer], layer) for name, layer in layers.items()}
         quantized = {name: weight for name, weight in weights.items() if weight is not None}
-        count += len(quantized)
-        if len(quantized) > 1 and len(quantized) == len(layers) and _can_stack(list(quantized.values())):
-            product = _stacked(list(quantized.values()), [layer.bias for layer in layers.values()])
-            fused = FusedLinear(list(layers.values()), product)
-            for index, name in enumerate(layers):
-                module._modules[name] = FusedLinearSlice(fused, index, product)
+        if len(quantized) == len(layers) and _can_stack(list(quantized.values())):
+            _replace(module, layers, quantized)
         else:
             for name, weight in quantized.items():
-                module._modules[name] = _stacked([weight], [layers[name].bias])
+                _replace(module, {name: layers[name]}, {name: weight})
+        count += len(quantized)
     return count
+
+
+def _replace(module: nn.Module, layers: Mapping[str, nn.Linear], weights: Mapping[str, QuantizedWeight]) -> None:
+    product = _stacked(list(weights.values()), [layer.bias for layer in layers.values()])
+    fused = FusedLinear(list(layers.values()), product)
+    for index, name in enumerate(layers):
+        module._modules[name] = FusedLinearSlice(fused, index, product)
 
 
 def _can_stack(weights: Sequence[QuantizedWeight]) -> bool:
