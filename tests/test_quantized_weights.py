@@ -19,6 +19,7 @@ from radixgen.kernels.fp8_linear import Fp8Weight
 from radixgen.model.fused_linear import FusedLinearSlice, restore_linears
 from radixgen.model.gguf_blocks import GgufBlocks
 from radixgen.model.loader import load
+from radixgen.model.quantize import quantize_model
 from radixgen.model.quantized_linear import QuantizedLinear, replace_linears
 
 CUDA = torch.cuda.is_available()
@@ -220,6 +221,37 @@ def test_kv_on_disk_belongs_to_the_quantized_weights(saved: Path, tmp_path: Path
         with Engine(saved, quantization=quantization, **options) as engine:
             cached.append(engine.generate(prompt, GREEDY)[0].num_cached_tokens)
     assert [bool(count) for count in cached] == [False, False, True, False]
+
+
+def test_fp8_keeps_the_head(saved: Path) -> None:
+    plain, model = load(saved, "float32", "cpu").model, load(saved, "float32", "cpu").model
+    quantize_model("it", model, "fp8")
+    assert [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] == ["lm_head"]
+    given = torch.randn(3, SIZES["hidden_size"])
+    with torch.no_grad():
+        for name in "q_proj", "k_proj", "v_proj", "o_proj":
+            actual, expected = (
+                each.get_submodule(f"model.layers.1.self_attn.{name}")(given) for each in (model, plain)
+            )
+            assert_close(actual, expected, 0.06)
+            assert not torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(not FP8_GPU, reason="FP8")
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_engine_in_fp8(eager: bool, tmp_path: Path) -> None:
+    """In the widths that few rows have a kernel for, captured and compiled or not: about the tokens of bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=5, ignore_eos=True)
+    found = []
+    for quantization in None, "fp8":
+        options = {"dtype": "bfloat16", "kv_tokens": 512, "enforce_eager": eager, "quantization": quantization}
+        with Engine(tmp_path, **options) as engine:
+            outputs = engine.generate(PROMPTS, params)
+            found.append([set(output.outputs[0].logprobs[0]) for output in outputs])
+    assert all(len(plain & quantized) >= 3 for plain, quantized in zip(*found, strict=True))
 
 
 @cpu_only
