@@ -226,6 +226,7 @@ def report_fp8_products(report: Report, timer: Timer, shape: Shape) -> None:
                 given = torch.randn(rows, inputs, device=timer.device, dtype=torch.bfloat16)
                 exact = fp8_linear.fp8_linear_reference(given.float(), each)
                 for skinny in {False, rows <= skinny_gemm.MAX_ROWS and skinny_gemm.supports(each.codes)}:
+                    torch.compiler.reset()  # each is compiled for its own sizes
                     multiply = torch.compile(partial(fp8_linear.fp8_linear, given, each, skinny=skinny))
                     error = float((multiply().float() - exact).norm() / exact.norm())
                     taken = timer.cold(multiply).median

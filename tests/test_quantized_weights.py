@@ -230,9 +230,8 @@ def test_fp8_keeps_the_head(saved: Path) -> None:
     given = torch.randn(3, SIZES["hidden_size"])
     with torch.no_grad():
         for name in "q_proj", "k_proj", "v_proj", "o_proj":
-            actual, expected = (
-                each.get_submodule(f"model.layers.1.self_attn.{name}")(given) for each in (model, plain)
-            )
+            layers = [each.get_submodule(f"model.layers.1.self_attn.{name}") for each in (model, plain)]
+            actual, expected = (layer(given) for layer in layers)
             assert_close(actual, expected, 0.06)
             assert not torch.equal(actual, expected)
 
