@@ -14,24 +14,30 @@ from radixgen.kernels import gluon_support
 MAX_ROWS = 64
 """Beyond it, cuBLAS is faster."""
 _TILE = 128
-"""Outputs and inputs of one tile."""
+"""Outputs of one tile."""
+_DEPTHS = {torch.bfloat16: 128, torch.float8_e4m3fn: 256}
+"""Inputs of one tile, by the dtype of inputs and weights: 256 bytes."""
 
 
 def supports(weight: Tensor) -> bool:
-    """Return whether the kernel supports this weight `[outputs, inputs]`: contiguous bfloat16, inputs in whole tiles,
-    on a Hopper GPU, with a Triton version that compiles the kernel.
+    """Return whether the kernel supports this weight `[outputs, inputs]`: contiguous bfloat16 or FP8, inputs in whole
+    tiles, on a Hopper GPU, with a Triton version that compiles the kernel.
     """
-    if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+    if not weight.is_cuda or weight.dtype not in _DEPTHS or not weight.is_contiguous():
         return False
     hopper = torch.cuda.get_device_capability(weight.device) == (9, 0)
     outputs, inputs = weight.shape
-    return hopper and gluon_support.supported() and inputs % _TILE == 0 and outputs >= _TILE and outputs % 8 == 0
+    whole = inputs % _DEPTHS[weight.dtype] == 0 and outputs >= _TILE and outputs % 8 == 0
+    return hopper and gluon_support.supported() and whole
 
 
-def split_k(outputs: int, inputs: int, programs: int) -> int:
-    """Return the number of parts of the inputs: doubled while every part has a program of its own; else 1."""
+def split_k(outputs: int, inputs: int, programs: int, depth: int = 128) -> int:
+    """Return the number of parts of the inputs: doubled while every part has a program of its own; else 1.
+
+    `depth`: inputs of one tile.
+    """
     tiles, split = -(-outputs // _TILE), 1
-    while tiles * split * 2 <= programs and inputs // _TILE % (split * 2) == 0:
+    while tiles * split * 2 <= programs and inputs // depth % (split * 2) == 0:
         split *= 2
     return split
 
@@ -57,8 +63,8 @@ def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
     """Multiply `given [rows, inputs]` by `weight [outputs, inputs]`, in partial sums to add up in order,
     `[split, rows, outputs]`.
 
-    They are float32, or bfloat16 if there is only one. The bits of a row depend neither on the other rows nor on their
-    number.
+    They are float32, or bfloat16 if there is only one and inputs are bfloat16. The bits of a row depend neither on the
+    other rows nor on their number.
     """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -67,17 +73,18 @@ def linear_partials(given: Tensor, weight: Tensor) -> Tensor:
 
     rows, (outputs, inputs) = given.shape[0], weight.shape
     programs = _programs(weight.device)
-    split = split_k(outputs, inputs, programs)
+    depth, bits = _DEPTHS[weight.dtype], 8 * weight.element_size()
+    split = split_k(outputs, inputs, programs, depth)
     block_rows, stages, lag = _block(rows)
     segments = -(-outputs // _TILE) * split
     given = given.contiguous()
-    layouts = gl.NVMMASharedLayout(128, 16, 3), gl.NVMMASharedLayout(128, 16, 2)
-    weights = TensorDescriptor(weight, [1, *weight.shape], [weight.numel(), inputs, 1], [1, _TILE, _TILE], layouts[0])
-    rows_in = TensorDescriptor(given, list(given.shape), list(given.stride()), [block_rows, _TILE], layouts[1])
+    layouts = gl.NVMMASharedLayout(128, bits, 3), gl.NVMMASharedLayout(128, bits, 2)
+    weights = TensorDescriptor(weight, [1, *weight.shape], [weight.numel(), inputs, 1], [1, _TILE, depth], layouts[0])
+    rows_in = TensorDescriptor(given, list(given.shape), list(given.stride()), [block_rows, depth], layouts[1])
     parts = _empty_partials(given, weight, split)
     linear_kernel[(min(segments, programs) if split == 1 else segments,)](
-        weights, rows_in, parts, rows, 1, inputs // _TILE // split, segments, 1, outputs,
-        BLOCK_N=_TILE, BLOCK_M=block_rows, BLOCK_K=_TILE, STAGES=stages, LAG=lag, SPLIT=split,
+        weights, rows_in, parts, rows, 1, inputs // depth // split, segments, 1, outputs,
+        BLOCK_N=_TILE, BLOCK_M=block_rows, BLOCK_K=depth, STAGES=stages, LAG=lag, SPLIT=split,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return parts
@@ -91,7 +98,7 @@ def _block(rows: int) -> tuple[int, int, int]:
 
 
 def _empty_partials(given: Tensor, weight: Tensor, split: int) -> Tensor:
-    dtype = given.dtype if split == 1 else torch.float32
+    dtype = given.dtype if split == 1 and given.element_size() > 1 else torch.float32
     return given.new_empty((split, given.shape[0], weight.shape[0]), dtype=dtype)
 
 
@@ -114,5 +121,5 @@ def register() -> None:
     @operator.register_fake
     def _(given: Tensor, weight: Tensor) -> Tensor:
         outputs, inputs = weight.shape
-        split = split_k(outputs, inputs, _programs(weight.device))
+        split = split_k(outputs, inputs, _programs(weight.device), _DEPTHS[weight.dtype])
         return _empty_partials(given, weight, split)

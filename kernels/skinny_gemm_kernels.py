@@ -41,11 +41,12 @@ def linear_kernel(
     `[M, K]`, `tiles_m` blocks of rows. A segment is `length` blocks of K of one tile; a tile has SPLIT segments. Tile
     `n` begins `n * turn` blocks into its segments, so that programs read different columns of x. The kernel computes
     y.T, so that few rows are the narrow side of the instruction. LAG: matrix products left in flight while the ring
-    slot of an earlier one is refilled.
+    slot of an earlier one is refilled. DEPTH: inputs that one instruction multiplies.
     """
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
-    w_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + w_blocks.block_type.shape, w_blocks.layout)
-    x_slots = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], x_blocks.layout)
+    DEPTH: gl.constexpr = 256 // w_blocks.dtype.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, DEPTH])
+    w_slots = gl.allocate_shared_memory(w_blocks.dtype, [STAGES] + w_blocks.block_type.shape, w_blocks.layout)
+    x_slots = gl.allocate_shared_memory(x_blocks.dtype, [STAGES, BLOCK_M, BLOCK_K], x_blocks.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     bytes_: gl.constexpr = w_blocks.block_type.nbytes + x_blocks.block_type.nbytes
     W_ROWS: gl.constexpr = w_blocks.block_type.shape[1]

@@ -42,6 +42,7 @@ from bench import (
     peers,
     plan,
     plots,
+    quantized_weights,
     reading,
     readme,
     restart,
@@ -64,6 +65,7 @@ from bench.null import NullModel
 from bench.orders import ORDERS
 from bench.report import Memory, Report
 from bench.sessions import SHARED, read_agents, read_conversations
+from bench.shapes import SHAPES
 from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from bench.workloads import TOY as TOY_SCALE
 from bench.workloads import Ask
@@ -226,6 +228,16 @@ def test_data_parallel(capsys, monkeypatch) -> None:
     assert data_parallel.main([]) == 0
     figures = last_line(capsys)
     assert figures["speed_up"] > 0 and figures["1 x 6"]["hit_rate"] > figures["1 x 3"]["hit_rate"] > 0.5
+
+
+def test_quantized_products(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(quantized_weights, "SMOLLM2", SHAPES["toy"])
+    monkeypatch.setattr(quantized_weights, "cpu_ceilings", lambda dtype: Ceilings(1e9, 1e9, 1e9))
+    monkeypatch.setattr(quantized_weights, "report_perplexity", lambda report: None)
+    monkeypatch.setattr(quantized_weights, "report_requests", lambda report, ceilings, runs: None)
+    assert quantized_weights.main(["--candidates"]) == 0
+    assert set(last_line(capsys)["products_8"]) == {*quantized_weights.PRODUCTS, *quantized_weights.CANDIDATES}
 
 
 def test_kv_dtype(capsys, monkeypatch) -> None:

@@ -227,6 +227,7 @@ def test_generate_in_a_grammar(model: Path, tmp_path: Path) -> None:
 ENGINE_OPTIONS = {
     "--load-format": "dummy",
     "--dtype": "bfloat16",
+    "--quantization": "int8",
     "--kv-cache-dtype": "int8",
     "--device": "cpu",
     "--tp": 2,
@@ -338,9 +339,9 @@ def test_help_texts_are_short() -> None:
 
 
 SHARED_OPTIONS = {
-    "load_format", "dtype", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-    "kv_tokens", "kv_offloading_size", "kv_dir", "kv_dir_size", "enforce_eager", "warm_up", "seed", "profile",
-    "profile_steps",
+    "load_format", "dtype", "quantization", "kv_cache_dtype", "device", "tp", "max_model_len", "max_num_seqs",
+    "max_num_batched_tokens", "kv_tokens", "kv_offloading_size", "kv_dir", "kv_dir_size", "enforce_eager", "warm_up",
+    "seed", "profile", "profile_steps",
 }  # fmt: skip
 
 

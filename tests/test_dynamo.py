@@ -124,6 +124,7 @@ def test_options_of_the_command_line(dynamo: ModuleType, monkeypatch: pytest.Mon
     assert launch.engine == {
         "load_format": "auto",
         "dtype": "auto",
+        "quantization": None,
         "kv_dtype": "int8",
         "device": "auto",
         "tensor_parallel_size": 2,

@@ -50,6 +50,22 @@ def test_products_are_as_exact_as_pytorch_s(shape: tuple[int, int]) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("shape", [(128, 256), (384, 512), (6144, 4096), (4096, 14_336), (1000, 256)])
+def test_products_in_fp8(shape: tuple[int, int]) -> None:
+    weight, given = ((8 * random(*size)).to(torch.float8_e4m3fn) for size in (shape, (64, shape[1])))
+    assert skinny_gemm.supports(weight)
+    skinny_gemm.register()
+    wanted = given.double() @ weight.double().T
+    for rows in (1, 3, 8, 9, 17, 33, 64):
+        parts = skinny_gemm.linear_parts(given[:rows], weight)
+        assert parts is not None and parts.dtype == torch.float32
+        assert float((parts.sum(0) - wanted[:rows]).norm() / wanted[:rows].norm()) < 2e-3
+        alone = skinny_gemm.linear_parts(given[rows - 1 : rows], weight)
+        assert alone is not None and torch.equal(parts[:, -1], alone[:, 0]), "a row depends on the others"
+    assert not skinny_gemm.supports(weight[:, :128].contiguous()), "inputs of half a tile"
+
+
+@on_hopper
 def test_the_operator_is_sound() -> None:
     skinny_gemm.register()
     skinny_gemm.register()

@@ -13,6 +13,7 @@ from radixgen.cli.options import (
     KVTokens,
     MaxTokens,
     Model,
+    Quantization,
     Seed,
     Temperature,
     TensorParallel,
@@ -32,6 +33,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     tp: TensorParallel = 1,
     kv_tokens: KVTokens = None,
@@ -45,7 +47,13 @@ def chat(
         with waiting(Console(stderr=True)) as say:
             announce_loading(say, model)
             engine = Engine(
-                model, dtype=dtype, device=device, tensor_parallel_size=tp, kv_tokens=kv_tokens, warm_up=False
+                model,
+                dtype=dtype,
+                quantization=quantization,
+                device=device,
+                tensor_parallel_size=tp,
+                kv_tokens=kv_tokens,
+                warm_up=False,
             )
         with engine, engine.conversation(system, params=params) as conversation:
             while (message := _read_message(console)) is not None:

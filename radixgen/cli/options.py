@@ -24,6 +24,12 @@ TopK = Annotated[int, typer.Option(help="Sample from the K likeliest tokens; 0 m
 Seed = Annotated[int | None, typer.Option(help="Sampling seed.")]
 LoadFormat = Annotated[str, typer.Option(help="Weights: auto (read the checkpoint) or dummy (random).")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model: auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization", "-q", help="Round weights: int8, int4 or gguf (CPU), fp8 (GPU).", show_default="as they are"
+    ),
+]
 KVCacheDtype = Annotated[str, typer.Option(help="Data type of the KV cache: auto (the model's), int8 or fp8.")]
 GenerationConfig = Annotated[
     str, typer.Option(help="Sampling defaults: auto (the model's file), vllm (ignore the file) or a path.")
@@ -89,6 +95,7 @@ PromptFile = Annotated[
 ENGINE_OPTIONS = {
     "load_format": "load_format",
     "dtype": "dtype",
+    "quantization": "quantization",
     "kv_cache_dtype": "kv_dtype",
     "device": "device",
     "tp": "tensor_parallel_size",

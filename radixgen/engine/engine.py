@@ -62,6 +62,7 @@ class Engine:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         load_format: str = "auto",
         dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
         device: str = "auto",
         tensor_parallel_size: int = 1,
         attention: str = "auto",
@@ -93,6 +94,8 @@ class Engine:
         load_format: `"auto"` reads a checkpoint. `"dummy"` uses reproducible random weights and needs only the config;
             for testing speed and memory.
         dtype: `"auto"` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        quantization: `"int8"`, `"int4"`, or `"gguf"` (4-bit blocks of the file) on a CPU, `"fp8"` on a GPU: rounds the
+            weights of linear layers. Default: as the checkpoint has them.
         tensor_parallel_size: number of processes to shard a model given by name over, including this one; one GPU per
             process if the machine has any.
         attention: `"auto"` or a backend of `radixgen.kernels.backend.BACKENDS`.
@@ -137,6 +140,7 @@ class Engine:
             self.limits,
             load_format=load_format,
             dtype=dtype,
+            quantization=quantization,
             device=device,
             attention=attention,
             kv_dtype=kv_dtype,

@@ -19,23 +19,10 @@ _MAX_NAMES = 3
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def check_quantization(name: str, config: Any, source: str) -> None:
-    """Raise `UnsupportedModel` if the weights are quantized, according to `config` or a file beside it."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        facts = quantization if isinstance(quantization, dict) else vars(quantization)
-        method = getattr(facts.get("quant_method"), "value", facts.get("quant_method")) or "no method"
-        raise UnsupportedModel(
-            f"{name}: its weights are quantized (quantization_config: {method}); use one that is not"
-        )
-    if _has_file(source, "hf_quant_config.json"):
-        raise UnsupportedModel(f"{name}: its weights are quantized (hf_quant_config.json)")
-
-
 def check_adapter(name: str, source: str) -> None:
     """Raise `UnsupportedModel` if `source` is an adapter (LoRA), or contains one beside a model."""
     for file in ADAPTER_FILES:
-        if _has_file(source, file):
+        if find_file(source, file) is not None:
             raise UnsupportedModel(f"{name}: it holds an adapter ({file}); {ADAPTERS}")
 
 
@@ -73,9 +60,9 @@ def check_whole(name: str, model: "PreTrainedModel", info: dict[str, Any]) -> No
             raise UnsupportedModel(f"{name}: {len(keys)} weights {reason}, {some} among them")
 
 
-def _has_file(source: str, file: str) -> bool:
-    """Return whether a directory or hub model has a file; False if the lookup fails, since loading will report the
-    reason.
+def find_file(source: str, file: str) -> str | None:
+    """Return the path of a file in a directory or hub model. None also if the lookup fails, since loading will report
+    the reason.
     """
     from transformers.utils import cached_file
 
@@ -83,6 +70,7 @@ def _has_file(source: str, file: str) -> bool:
         f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
     }
     try:
-        return cached_file(source, file, **options) is not None
+        path: str | None = cached_file(source, file, **options)
     except (OSError, ValueError):
-        return False
+        return None
+    return path

@@ -53,6 +53,8 @@ def _public(config: object) -> object:
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the bytes of a tensor in parts; uint8 `[bytes]`."""
+    if tensor.is_mkldnn:
+        tensor = tensor.to_dense()
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     yield from content.split(_PIECE_BYTES)  # type: ignore[no-untyped-call]
 

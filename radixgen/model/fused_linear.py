@@ -8,6 +8,7 @@ around the layers stay unchanged: the first layer called computes the outputs of
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +20,55 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that transformers' models apply to the same tensor, within one module."""
 
 
-class FusedLinear:
-    """The stacked weights of layers with the same input.
+class Product(Protocol):
+    """A product with the weights of one or more layers."""
 
-    The layers' own weights become views of them, or empty if they are packed and not `shared`.
-    """
+    def __call__(self, given: Tensor) -> Tensor:
+        """Multiply `given [..., inputs]`; returns `[..., outputs]`, outputs of one layer after those of another."""
 
-    def __init__(self, layers: Sequence[nn.Linear], *, shared: bool = False) -> None:
-        """`shared`: whether other modules have a weight of these layers, too."""
-        self._layers = layers
-        self.sizes = [layer.out_features for layer in layers]
-        """Outputs of each layer"""
-        weights = [layer.weight.data for layer in layers]
-        self._weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        self._bias = torch.cat([bias.data for bias in biases]) if biases else None
-        self._packed = packed_linear.supports(self._weight)
-        self._emptied = self._packed and not shared
-        if not self._packed:
-            self._assign(torch.split(self._weight, self.sizes))
-        else:
-            self._weight = packed_linear.pack(self._weight)
-        if self._emptied:
-            self._assign([weight.new_empty(0) for weight in weights])
+    def parts(self, given: Tensor) -> Tensor | None:
+        """The product in partial sums, `[n, ..., outputs]`: float32, or the dtype of `given` if `n` is 1.
+
+        Returns None if the product is not computed in parts.
+        """
+
+
+class StackedWeights:
+    """The product with stacked weights of layers with the same input. The layers' own weights become views of them."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._weight, self._bias = _stacked(layers)
+        for layer, rows in zip(layers, torch.split(self._weight, _sizes(layers)), strict=True):
+            layer.weight.data = rows
         self._skinny = self._bias is None and skinny_gemm.supports(self._weight)
         if self._skinny:
             skinny_gemm.register()
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor] = []
-        self._due = 0
+
+    def __call__(self, given: Tensor) -> Tensor:
+        return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
+
+    def parts(self, given: Tensor) -> Tensor | None:
+        return skinny_gemm.linear_parts(given, self._weight) if self._skinny else None
+
+
+class PackedWeights:
+    """The product with stacked weights that are packed for a CPU. The layers' own weights become empty, unless other
+    modules have one of them, too.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], *, shared: bool) -> None:
+        """`shared`: whether other modules have a weight of these layers, too."""
+        self._layers, self._emptied = layers, not shared
+        weight, self._bias = _stacked(layers)
+        self._packed = packed_linear.pack(weight)
+        if self._emptied:
+            self._assign([weight.new_empty(0)] * len(layers))
+
+    def __call__(self, given: Tensor) -> Tensor:
+        return packed_linear.linear(given, self._packed, self._bias)
+
+    def parts(self, given: Tensor) -> None:
+        """Return None: the product is not computed in parts."""
 
     def weight(self, index: int) -> Tensor:
         """Return the weight of layer `index`, `[outputs, inputs]`."""
@@ -60,11 +81,24 @@ class FusedLinear:
             self._emptied = False
 
     def _unpacked(self) -> Sequence[Tensor]:
-        return torch.split(packed_linear.unpack(self._weight), self.sizes)
+        return torch.split(packed_linear.unpack(self._packed), _sizes(self._layers))
 
     def _assign(self, weights: Sequence[Tensor]) -> None:
         for layer, weight in zip(self._layers, weights, strict=True):
             layer.weight.data = weight
+
+
+class FusedLinear:
+    """Layers with the same input, computed at once by one product."""
+
+    def __init__(self, layers: Sequence[nn.Linear], product: Product | None = None) -> None:
+        """`product`: default `StackedWeights`."""
+        self.sizes = _sizes(layers)
+        """Outputs of each layer"""
+        self.product = product or StackedWeights(layers)
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor] = []
+        self._due = 0
 
     def share(self, index: int, given: Tensor) -> Tensor:
         """Return layer `index` of `given`. Outputs are kept until each of the fused layers was called once."""
@@ -78,36 +112,31 @@ class FusedLinear:
         return output
 
     def parts(self, given: Tensor) -> Tensor | None:
-        """Return the partial sums of a layer without siblings: float32 `[n, ..., outputs]`, or the dtype of `given` if
-        `n` is 1.
-
-        Returns None if the product is not computed in parts.
-        """
-        alone = len(self.sizes) == 1 and self._skinny
-        return skinny_gemm.linear_parts(given, self._weight) if alone else None
+        """As `Product.parts`, for a layer without siblings; else None."""
+        return self.product.parts(given) if len(self.sizes) == 1 else None
 
     def multiply(self, given: Tensor) -> Tensor:
         """Return the outputs of all layers, `[..., outputs]`."""
-        if self._packed:
-            return packed_linear.linear(given, self._weight, self._bias)
-        return skinny_gemm.linear(given, self._weight) if self._skinny else linear(given, self._weight, self._bias)
+        return self.product(given)
 
 
 class FusedLinearSlice(nn.Module):
     """One of the layers of a `FusedLinear`, in place of the original."""
 
-    def __init__(self, fused: FusedLinear, index: int, layer: nn.Linear) -> None:
+    def __init__(self, fused: FusedLinear, index: int, layer: nn.Module) -> None:
+        """`layer`: the original, or the module that computes the product if there is no original any more."""
         super().__init__()
         self.layer = layer
         self.fused, self._index = fused, index
 
     @property
     def weight(self) -> Tensor:
-        return self.fused.weight(self._index)
+        packed = self.fused.product
+        return packed.weight(self._index) if isinstance(packed, PackedWeights) else cast(Tensor, self.layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer.bias
+        return cast(Tensor | None, self.layer.bias)
 
     def forward(self, given: Tensor) -> Tensor:
         return self.fused.share(self._index, given)
@@ -116,11 +145,6 @@ class FusedLinearSlice(nn.Module):
         """As `FusedLinear.parts`."""
         return self.fused.parts(given)
 
-    def restore(self) -> nn.Linear:
-        """Return the original layer, with its weight."""
-        self.fused.restore()
-        return self.layer
-
 
 def fuse_linears(model: nn.Module) -> None:
     """Replace all fusible layers, and all others that `packed_linear` or `skinny_gemm` supports, by
@@ -128,41 +152,65 @@ def fuse_linears(model: nn.Module) -> None:
     """
     children = [child for module in model.modules() for child in module._modules.values() if child is not None]
     owners = Counter(id(weight) for child in children for weight in child._parameters.values())
+    for module, layers in groups_of_linears(model):
+        linears = list(layers.values())
+        if len(linears) > 1 or _supported(linears[0]):
+            fused = FusedLinear(linears, _product(linears, owners))
+            for index, (name, layer) in enumerate(layers.items()):
+                module._modules[name] = FusedLinearSlice(fused, index, layer)
+
+
+def _product(layers: Sequence[nn.Linear], owners: Counter[int]) -> Product:
+    if packed_linear.supports(layers[0].weight):
+        return PackedWeights(layers, shared=any(owners[id(layer.weight)] > 1 for layer in layers))
+    return StackedWeights(layers)
+
+
+def _stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Return the weights `[outputs, inputs]` and biases `[outputs]` of layers with the same input."""
+    weights = [layer.weight.data for layer in layers]
+    biases = [layer.bias.data for layer in layers if layer.bias is not None]
+    return torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None
+
+
+def _sizes(layers: Sequence[nn.Linear]) -> list[int]:
+    return [layer.out_features for layer in layers]
+
+
+def groups_of_linears(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Linear]]]:
+    """Yield the plain linear layers of each module by name: fusible ones together, every other alone."""
     for module in list(model.modules()):
+        own = {name: child for name, child in module._modules.items() if type(child) is nn.Linear}
         for names in SIBLINGS:
-            _fuse(module, names, owners)
-        for name, child in list(module._modules.items()):
-            if isinstance(child, nn.Linear) and _supported(child):
-                _fuse(module, [name], owners)
-
-
-def _fuse(module: nn.Module, names: Sequence[str], owners: Counter[int]) -> None:
-    layers = [module._modules.get(name) for name in names]
-    if not _fusible(layers):
-        return
-    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    fused = FusedLinear(linears, shared=any(owners[id(layer.weight)] > 1 for layer in linears))
-    for index, (name, layer) in enumerate(zip(names, linears, strict=True)):
-        module._modules[name] = FusedLinearSlice(fused, index, layer)
+            if _fusible([own.get(name) for name in names]):
+                yield module, {name: own.pop(name) for name in names}
+        for name, layer in own.items():
+            if _fusible([layer]):
+                yield module, {name: layer}
 
 
 def _supported(layer: nn.Linear) -> bool:
     """Return whether a product of the layer alone is faster than PyTorch's."""
-    if not _fusible([layer]):
-        return False
     skinny = layer._parameters["bias"] is None and skinny_gemm.supports(layer.weight)
     return skinny or packed_linear.supports(layer.weight)
 
 
 def restore_linears(model: nn.Module) -> None:
-    """Undo `fuse_linears`."""
+    """Undo `fuse_linears`. Slices of quantized weights stay, since the model was loaded with them."""
     for module, name, share in list(_shares(model)):
-        module._modules[name] = share.restore()
+        if isinstance(share.layer, nn.Linear):
+            if isinstance(share.fused.product, PackedWeights):
+                share.fused.product.restore()
+            module._modules[name] = share.layer
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield all parameters and buffers of a model with their names, those of packed layers unpacked."""
-    packed = {id(share.layer.weight): share for _, _, share in _shares(model)}
+    packed = {
+        id(share.layer.weight): share
+        for _, _, share in _shares(model)
+        if isinstance(share.fused.product, PackedWeights)
+    }
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         yield name, packed[id(tensor)].weight if id(tensor) in packed else tensor
 

@@ -11,9 +11,11 @@ import torch
 
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
-from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_quantization, check_whole
+from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_whole
 from radixgen.model.dummy import make_dummy
 from radixgen.model.end_tokens import end_tokens
+from radixgen.model.fp8_checkpoint import Fp8Checkpoint
+from radixgen.model.quantize import quantize_model
 from radixgen.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -76,48 +78,91 @@ def load(
     load_format: str = "auto",
     ranks: int = 1,
     rank: int = 0,
+    quantization: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
     `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer` replaces
     the model's own. `load_format`: `"auto"`, or `"dummy"` for random weights, which needs only the config.
+    `quantization`: a name that `radixgen.model.quantize.check_quantization` accepts, or None. A checkpoint in FP8 stays
+    in FP8.
 
     With `ranks` above 1, loads this process's shard of a model that `check_shards` accepts; all ranks of the process
     group load at the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
-
     place, target = resolve_device(device), resolve_dtype(dtype)
     source, options = _resolve(name)
     if check_load_format(load_format) == "dummy" and "gguf_file" in options:
         raise InvalidRequest("load_format", load_format, f"needs a model with a config.json, and {name} is a GGUF file")
     with quiet_transformers():
         config = _config(name, source, options)
+        label = f"{name} ({config.model_type})"
         if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModel(f"{name} ({config.model_type}): an encoder-decoder model")
-        if "gguf_file" in options:
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        else:
-            check_quantization(f"{name} ({config.model_type})", config, source)
+            raise UnsupportedModel(f"{label}: an encoder-decoder model")
+        if "gguf_file" not in options:
             load_generation_config(name)  # transformers ignores an unreadable file, and its end tokens
+        checkpoint = None if "gguf_file" in options else Fp8Checkpoint.detect(label, config, source)
+        if checkpoint is not None:
+            _check_fp8_options(label, load_format, ranks, quantization)
+            target = _own_dtype(config, torch.bfloat16) if isinstance(target, str) else target
         if tokenizer is None:
             tokenizer = _tokenizer(source, options)
         if load_format == "dummy":
             model = _dummy(name, config, target, place, ranks, rank)
-            return LoadedModel(str(name), model.eval(), tokenizer)
-        if ranks > 1:
-            from transformers.distributed import DistributedConfig
+        else:
+            model = _read(name, label, source, config, target, place, options, ranks, checkpoint)
+        if quantization is not None:
+            gguf = Path(source) / options["gguf_file"] if "gguf_file" in options else None
+            quantize_model(label, model, quantization, gguf)
+    return LoadedModel(str(name), model.eval(), tokenizer)
 
-            options["distributed_config"] = DistributedConfig(tp_size=ranks)
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=target, output_loading_info=True, **options
-            )
-        except Exception as error:
-            raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
-        check_whole(f"{name} ({config.model_type})", model, info)
-    return LoadedModel(str(name), (model if ranks > 1 else model.to(place)).eval(), tokenizer)
+
+def _read(
+    name: str | Path,
+    label: str,
+    source: str,
+    config: Any,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    options: dict[str, Any],
+    ranks: int,
+    checkpoint: Fp8Checkpoint | None,
+) -> "PreTrainedModel":
+    """Read all weights of a model. `options`: those of `_source`."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    options = dict(options)
+    if "gguf_file" in options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if checkpoint is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would want packages, or refuse it
+        options["config"] = config
+    if ranks > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=ranks)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:
+        raise UnsupportedModel(f"{name}: transformers could not load it: {error}") from error
+    if ranks == 1:
+        model = model.to(device)
+    if checkpoint is not None:
+        checkpoint.apply(model, info)
+    check_whole(label, model, info)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_fp8_options(label: str, load_format: str, ranks: int, quantization: str | None) -> None:
+    """Raise for options that do not go with a checkpoint in FP8."""
+    if quantization is not None:
+        raise InvalidRequest("quantization", quantization, f"must be None: {label} is in FP8 already")
+    if load_format == "dummy":
+        raise UnsupportedModel(f"{label}: its weights are in FP8, which load_format='dummy' does not make")
+    if ranks > 1:
+        raise UnsupportedModel(f"{label}: its weights are in FP8, which is not served over several ranks")
 
 
 def check_shards(name: str | Path, ranks: int) -> None:
@@ -198,11 +243,17 @@ def _dummy(
     name: str | Path, config: Any, dtype: torch.dtype | str, device: torch.device, ranks: int, rank: int
 ) -> "PreTrainedModel":
     if isinstance(dtype, str):
-        dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+        dtype = _own_dtype(config, torch.float32)
     try:
         return make_dummy(config, dtype, device, ranks, rank)
     except Exception as error:
         raise UnsupportedModel(f"{name}: transformers could not make it from its config: {error}") from error
+
+
+def _own_dtype(config: Any, default: torch.dtype) -> torch.dtype:
+    """Return the dtype that a config names, or `default`."""
+    dtype: torch.dtype = getattr(config.get_text_config(), "dtype", None) or default
+    return dtype
 
 
 def _config(name: str | Path, source: str, options: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from radixgen.model.checkpoint import check_layers
 from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
 from radixgen.model.parallel import ParallelModel, shard
+from radixgen.model.quantize import check_quantization
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
 from radixgen.model.tree_model import TreeModel
 from radixgen.scheduler.cost import CostModel
@@ -52,6 +53,7 @@ def prepare_model(
     dtype: str | torch.dtype,
     device: str,
     attention: str,
+    quantization: str | None,
     kv_dtype: str,
     kv_tokens: int | None,
     host_kv_tokens: int,
@@ -73,6 +75,7 @@ def prepare_model(
     sizes = {"max_step_tokens": max_step_tokens, "kv_tokens": kv_tokens, "max_model_len": max_model_len}
     check_options(model, load_format, dtype, device, attention, kv_dtype, sizes)
     check_integer("tensor_parallel_size", ranks, 1, limits.max_ranks)
+    _check_quantization(quantization, model, device, ranks)
     check_integer("host_kv_tokens", host_kv_tokens, 0, 2**63 - 1)
     if not 0.0 <= kv_offloading_size <= _MAX_OFFLOADING_GIB:
         raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
@@ -102,7 +105,7 @@ def prepare_model(
     elif isinstance(model, Model):
         served = model
     else:
-        loaded = _load(model, tokenizer, load_format, dtype, device)
+        loaded = _load(model, tokenizer, load_format, dtype, device, quantization)
         tokenizer = loaded.tokenizer
         tree_model = TreeModel(loaded.model, loaded.name, max_model_len, max_step_tokens)
         try:
@@ -163,6 +166,14 @@ def check_options(
     place = resolve_device(device)
     backend(attention, place)
     _check_kv_dtype(kv_dtype, model, place)
+
+
+def _check_quantization(quantization: str | None, model: object, device: str, ranks: int) -> None:
+    check_quantization(quantization, resolve_device(device))
+    if quantization is not None and not isinstance(model, str | Path):
+        raise InvalidRequest("quantization", quantization, "goes with a model that is given by name")
+    if quantization is not None and ranks > 1:
+        raise InvalidRequest("quantization", quantization, "must be None with tensor_parallel_size above 1")
 
 
 def _check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
@@ -251,9 +262,10 @@ def _load(
     load_format: str,
     dtype: str | torch.dtype,
     device: str,
+    quantization: str | None,
 ) -> LoadedModel:
     if isinstance(model, str | Path):
-        return load(model, dtype, device, load_format=load_format, tokenizer=tokenizer)
+        return load(model, dtype, device, load_format=load_format, quantization=quantization, tokenizer=tokenizer)
 
     from transformers import PreTrainedModel
 
