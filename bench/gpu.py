@@ -24,7 +24,13 @@ import torch
 from bench import plots
 from bench.report import RESULTS, Report, surroundings, track
 
-KERNEL_CHECKS = ("tests/test_kernels.py", "tests/test_sampling_kernels.py", "tests/test_skinny_gemm.py")
+KERNEL_CHECKS = (
+    "tests/test_kernels.py",
+    "tests/test_sampling_kernels.py",
+    "tests/test_skinny_gemm.py",
+    "tests/test_quantized_weights.py",
+    "tests/test_fp8_checkpoint.py",
+)
 CHECKS = (*KERNEL_CHECKS, "tests/test_cuda.py", "tests/test_sampling.py", "tests/test_attention.py")
 SANITIZED = tuple(
     f"tests/test_kernels.py::test_{name}"
