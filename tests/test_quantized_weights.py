@@ -46,10 +46,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def assert_sums(product: Tensor, expected: Tensor, given: Tensor, weight: Tensor, tolerance: float) -> None:
-    """Relative to the sum of the absolute terms, of which much may cancel."""
+    """Relative to the sum of weights times the row's largest input, by which inputs are rounded."""
     assert product.shape == expected.shape and product.dtype == expected.dtype
-    terms = given.float().abs() @ weight.abs().T
-    assert ((product - expected).float().abs() <= tolerance * terms).all()
+    largest = given.float().abs().amax(-1, keepdim=True) * weight.float().abs().sum(1)
+    assert ((product - expected).float().abs() <= tolerance * largest).all()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 33])
@@ -65,7 +65,7 @@ def test_8_bit_products_equal_those_of_dequantized_weights(
     weight = int8_linear.pack(whole)
     assert torch.equal(int8_linear.dequantize(weight), whole.codes * whole.scales[:, None])
     product, expected = int8_linear.int8_linear(given, weight), int8_linear.int8_linear_reference(given, weight)
-    assert_sums(product, expected, given, int8_linear.dequantize(weight), 3e-4 if dtype == torch.float32 else 8e-3)
+    assert_sums(product, expected, given, int8_linear.dequantize(weight), 2e-5 if dtype == torch.float32 else 8e-3)
     for row in range(rows):
         assert torch.equal(int8_linear.int8_linear(given[:1, row : row + 1], weight), product[:1, row : row + 1])
 
