@@ -32,6 +32,11 @@ PROMPTS = [[5, 6, 7], [5, 6, 7, 8, 9, 10], [11] * 33]
 cpu_only = pytest.mark.skipif(CUDA, reason="engines take the GPU")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)
@@ -43,13 +48,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Relative to the largest number."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
-
-
-def assert_sums(product: Tensor, expected: Tensor, given: Tensor, weight: Tensor, tolerance: float) -> None:
-    """Relative to the sum of weights times the row's largest input, by which inputs are rounded."""
-    assert product.shape == expected.shape and product.dtype == expected.dtype
-    largest = given.float().abs().amax(-1, keepdim=True) * weight.float().abs().sum(1)
-    assert ((product - expected).float().abs() <= tolerance * largest).all()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 33])
@@ -64,8 +62,8 @@ def test_8_bit_products_equal_those_of_dequantized_weights(
     whole = int8_linear.quantize(torch.randn(outputs, inputs))
     weight = int8_linear.pack(whole)
     assert torch.equal(int8_linear.dequantize(weight), whole.codes * whole.scales[:, None])
-    product, expected = int8_linear.int8_linear(given, weight), int8_linear.int8_linear_reference(given, weight)
-    assert_sums(product, expected, given, int8_linear.dequantize(weight), 2e-5 if dtype == torch.float32 else 8e-3)
+    product = int8_linear.int8_linear(given, weight)
+    assert_close(product, int8_linear.int8_linear_reference(given, weight), 3e-4 if dtype == torch.float32 else 8e-3)
     for row in range(rows):
         assert torch.equal(int8_linear.int8_linear(given[:1, row : row + 1], weight), product[:1, row : row + 1])
 
@@ -103,7 +101,8 @@ def test_4_bit_products_equal_those_of_dequantized_weights(
     groups = whole.codes.view(outputs, -1, int4_linear.GROUP) * whole.scales[..., None] + whole.minima[..., None]
     assert_close(int4_linear.dequantize(weight).float(), groups.flatten(1), 8e-3)
     product, expected = int4_linear.int4_linear(given, weight), int4_linear.int4_linear_reference(given, weight)
-    assert_sums(product, expected, given, groups.flatten(1), 8e-3)
+    size = float(given.float().norm(dim=-1).max() * groups.flatten(1).norm(dim=1).max())
+    assert product.dtype == dtype and float((product - expected).abs().max()) <= 4e-3 * size
     assert torch.equal(int4_linear.int4_linear(given[:1, :1], weight), product[:1, :1])
 
 
@@ -128,7 +127,7 @@ def test_fp8_products(rows: int, fixed: bool, scales: int | None, outputs: int, 
     if device == "cpu" and inputs > 512:
         pytest.skip("as the smaller ones")
     given = torch.randn(2, rows, inputs, device=device, dtype=torch.bfloat16)
-    codes = (torch.randn(outputs, inputs, device=device) * 100).to(torch.float8_e4m3fn)
+    codes = (torch.randn(outputs, inputs, device=device) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     weight = Fp8Weight(
         codes,
         torch.rand(scales or outputs, device=device) + 0.5,
