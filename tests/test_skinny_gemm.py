@@ -27,7 +27,7 @@ def test_inputs_are_split_until_all_programs_are_busy() -> None:
 
 def test_other_weights_are_not_supported() -> None:
     assert not skinny_gemm.supports(torch.empty(128, 128, dtype=torch.bfloat16))
-    layer = nn.Sequential(nn.Linear(128, 128, bias=False))
+    layer = nn.Sequential(nn.Linear(128, 128, bias=False, device="meta"))
     fuse_linears(layer)
     assert type(layer[0]) is nn.Linear
 
