@@ -124,7 +124,7 @@ class Admission:
         unscheduled tokens still need slots.
         """
         tree = self._tree
-        known, locked = (match.length, match.evictable) if match else (0, 0)
+        known, locked = (match.length, match.evictable_slots) if match else (0, 0)
         return tree.unscheduled_tokens + wanted - known - (tree.pool.free + tree.evictable_tokens - locked)
 
     def _take_runs(self, sequence: Sequence) -> None:

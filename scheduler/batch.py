@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from radixgen.cache import KVMoves, Node, token_ids
 from radixgen.core import Plan
+from radixgen.core.plan import ScoredPrompt
+from radixgen.core.reading import Press
 from radixgen.scheduler.run_reuse import TakenRuns
 from radixgen.scheduler.sequence import Request, Sequence
 
@@ -17,6 +19,17 @@ class PromptRows(NamedTuple):
 
     request: Request
     rows: list[int]
+
+
+class PressingRows(NamedTuple):
+    """Rows of a batch that score the keys of a sequence's prompt, after which the prompt is pressed."""
+
+    sequence: Sequence
+    policy: Press
+    rows: list[int]
+    """The last rows of the prompt."""
+    slots: NDArray[np.int64]
+    """`[tokens]`: slots of the prompt."""
 
 
 @dataclass(slots=True)
@@ -55,6 +68,8 @@ class Batch:
     scoring: list[PromptRows] = field(default_factory=list)
     num_scored: int = 0
     """Rows that score prompts."""
+    pressing: dict[str, PressingRows] = field(default_factory=dict)
+    """By namespace, which has no other prompt."""
     prompt_tokens: int = 0
     """Rows scheduled for sequences without output."""
     moves: list[KVMoves] = field(default_factory=list)
@@ -150,6 +165,8 @@ class StepInput:
     """The same for `Batch.branching`."""
     scoring: list[int]
     """The same for all rows of `Batch.scoring`, concatenated."""
+    pressing: list[ScoredPrompt]
+    """For each of `Batch.pressing`."""
 
 
 def make_step_input(batch: Batch, plan: Plan) -> StepInput:
@@ -170,6 +187,10 @@ def make_step_input(batch: Batch, plan: Plan) -> StepInput:
         drawing=which[:drawn],
         branching=which[drawn:branched],
         scoring=which[branched:],
+        pressing=[
+            ScoredPrompt(place[part.rows], part.slots, part.policy.num_scored(part.slots.size), part.policy.kernel)
+            for part in batch.pressing.values()
+        ],
     )
 
 

@@ -47,11 +47,18 @@ class Pins:
         return pin_id in self._by_id
 
     def add(
-        self, tokens: TokenArray, namespace: str, priority: int, expires: float, owner: str | None = None
+        self,
+        tokens: TokenArray,
+        namespace: str,
+        priority: int,
+        expires: float,
+        owner: str | None = None,
+        *,
+        whole: bool = False,
     ) -> Pin | None:
-        """Pin the cached prefix of `tokens`; None if nothing of it is cached."""
+        """Pin the cached prefix of `tokens`; None if nothing of it is cached, or with `whole`, less than all."""
         match = self._tree.match_prefix(tokens, namespace)
-        if match is None or match.computed == 0:
+        if match is None or match.computed < (tokens.size if whole else 1):
             return None
         self._serial += 1
         lock = self._tree.insert(tokens[: match.computed], namespace)
@@ -87,10 +94,10 @@ class Pins:
     def freed_by_release(self, match: Match | None = None) -> int:
         """Return how many slots become evictable if all pins are released, not counting those of `match`."""
         alone = self._alone()
-        slots = sum(node.capacity for node in alone)
+        slots = sum(node.num_keys + node.reserved for node in alone)
         if match is None or not slots:
             return slots
-        kept = {node: min(node.known, match.length - node.start) for node in match.node.path()}
+        kept = {node: min(node.num_keys, match.length - node.start) for node in match.node.path()}
         return slots - sum(kept.get(node, 0) for node in alone)
 
     def expire(self, now: float) -> None:

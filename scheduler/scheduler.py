@@ -14,9 +14,10 @@ from sortedcontainers import SortedKeyList
 from radixgen.cache import HostTier, Node, RadixTree, TokenArray
 from radixgen.cache.check import check_plan
 from radixgen.core import Limits, SegmentReuse
+from radixgen.core.reading import Press
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
-from radixgen.scheduler.freeing import free_unread
+from radixgen.scheduler.freeing import add_pressing_rows, awaits_press, free_unread, press
 from radixgen.scheduler.paths import holds_alone, scheduled_end
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
@@ -179,8 +180,8 @@ class Scheduler:
         """Return the requests that take part in a step."""
         return list(dict.fromkeys(s.request for s in self.running if s.scheduled_in == batch.step))
 
-    def commit(self, batch: Batch) -> None:
-        """Mark what the step scheduled as computed."""
+    def commit(self, batch: Batch, key_scores: Seq[NDArray[np.float32]] = ()) -> None:
+        """Mark what the step scheduled as computed. `key_scores`: scores of keys for each of `Batch.pressing`."""
         commit = self.tree.commit
         for node in batch.nodes:
             commit(node)
@@ -193,6 +194,8 @@ class Scheduler:
         for sequence in self.running:
             if sequence.request.reading.frees:
                 free_unread(self.tree, sequence)
+        for part, scores in zip(batch.pressing.values(), key_scores, strict=True):
+            press(self.tree, part, scores)
 
     def rollback(self, batch: Batch) -> None:
         """Undo the scheduling of a failed step."""
@@ -234,13 +237,16 @@ class Scheduler:
         assert sequence.cursor is not None
         node = sequence.cursor.held
         taken = 0
+        to_press = awaits_press(sequence)
         if sequence.scores_prompt:
             before = max(sequence.request.next_scored - scheduled_end(node), 0)
             taken = self._schedule_path(sequence, node, min(budget, before + _MAX_SCORED - batch.num_scored), batch)
             added, finished = self._score_prompt(sequence, node, budget - taken, batch)
             taken += added
-            if not finished or not sequence.request.max_output:
+            if not finished or not sequence.request.max_output or to_press:
                 return taken
+        elif to_press:
+            return self._extend_to_press(sequence, node, budget, batch)
         elif node not in batch.last_row and node.scheduled < node.known:
             if budget and self._schedule_next(sequence, node, batch):
                 taken = 1
@@ -257,6 +263,17 @@ class Scheduler:
         sequence.scheduled_in = batch.step
         batch.draw(sequence, row)
         return taken
+
+    def _extend_to_press(self, sequence: Sequence, node: Node, budget: int, batch: Batch) -> int:
+        """Schedule what a prompt lacks that is to be pressed, then the rows that score its keys. Returns the rows
+        added. What follows the prompt is scheduled in later steps.
+        """
+        request = sequence.request
+        taken = self._schedule_path(sequence, node, budget, batch)
+        if request.scoring or scheduled_end(node) < request.prompt.size or sequence.namespace in batch.pressing:
+            return taken
+        assert isinstance(request.reading, Press)
+        return taken + add_pressing_rows(sequence, request.reading, budget - taken, batch)
 
     def _schedule_next(self, sequence: Sequence, node: Node, batch: Batch) -> bool:
         """Schedule the last token of a leaf from its reserve, the common case. Returns False otherwise."""
@@ -431,6 +448,7 @@ class Scheduler:
             while node.start >= request.prompt.size and node.parent is not None:
                 node = node.parent  # most beams will not be continued
             self.tree.on_idle(node)
+        sequence.pressed = False
         if request.reading.frees:
             self.tree.discard(sequence.namespace)
             sequence.freed_block = -1
@@ -443,7 +461,9 @@ class Scheduler:
 
 
 def _span(sequence: Sequence, node: Node, rows: int) -> int:
-    """Return how many of the node's next tokens `rows` rows suffice for."""
+    """Return how many of the node's next tokens `rows` rows suffice for; none after a prompt that is to be pressed."""
+    if awaits_press(sequence):
+        rows = min(rows, max(sequence.request.prompt.size - node.start - node.scheduled, 0))
     if sequence.runs is None:
         return min(rows, node.known - node.scheduled)
     return sequence.runs.span(node.start + node.scheduled, node.end, rows)

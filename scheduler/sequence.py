@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from radixgen.core import (
     SamplingState,
     SharingEnd,
 )
-from radixgen.core.reading import EXACT, ReadingPolicy
+from radixgen.core.reading import EXACT, Press, ReadingPolicy
 from radixgen.sampling.beam_search import BeamSearch, Choices
 from radixgen.scheduler.run_reuse import TakenRuns
 
@@ -84,7 +85,7 @@ class Request:
     @property
     def first_read(self) -> int:
         """The first position that is read under the policy."""
-        return 0 if self.reading.reads_prompt else self.prompt.size
+        return self.reading.first_read(self.prompt.size)
 
     def marks_of(self, first: int, stop: int) -> list[int]:
         """Return the mark of the policy by which each of the positions `[first, stop)` is read."""
@@ -103,7 +104,7 @@ class Request:
 
     def in_tree(self, token: int, index: int) -> int:
         """Return the output token at `index` as the tree has it."""
-        if self.mark and index == 0 and not self.reading.reads_prompt:
+        if self.mark and self.prompt.size + index == self.first_read:
             return marked(token, self.mark)
         return token
 
@@ -166,6 +167,8 @@ class Sequence:
     """The last step in which the sequence took part."""
     freed_block: int = -1
     """Block of positions, of its reading policy, for which slots were freed last."""
+    pressed: bool = False
+    """Whether its prompt is known to be pressed, while it runs."""
     choices: Choices | None = None
     """Candidates for the next token of a parked beam, which has its logits while others of its generation do not."""
 
@@ -202,8 +205,19 @@ class Sequence:
 
 def prompt_path(prompt: TokenArray, reading: ReadingPolicy, mark: int) -> TokenArray:
     """Return a prompt as the tree has it if it is read under this policy, which has this mark."""
-    if not mark or not reading.reads_prompt or not prompt.size:
+    first = reading.first_read(prompt.size)
+    if not mark or first >= prompt.size:
         return prompt
     path = prompt.copy()
-    path[0] = marked(int(prompt[0]), mark)
+    path[first] = marked(int(prompt[first]), mark)
     return path
+
+
+def prompt_namespace(prompt: TokenArray, reading: ReadingPolicy, namespace: str) -> str:
+    """Return the namespace of a prompt that is read under this policy by requests in `namespace`: one of its own if its
+    keys are pressed, because no other prompt could read what stays of them.
+    """
+    if not isinstance(reading, Press):
+        return namespace
+    digest = blake2b(prompt.astype("<i4").tobytes() + repr(reading).encode(), digest_size=32).hexdigest()
+    return f"{namespace}{PRIVATE}{digest}"

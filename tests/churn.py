@@ -44,7 +44,7 @@ from radixgen import (
 from radixgen.cache import BLENDED, BlockProjection, Lock, Node
 from radixgen.cache.tokens import exact_len
 from radixgen.core import SamplingState
-from radixgen.core.reading import EXACT, BigBird, Fading, ReadingPolicy, Window
+from radixgen.core.reading import EXACT, BigBird, Fading, Press, ReadingPolicy, Window
 from radixgen.sampling.beam_search import BeamSearch, Hypothesis
 from radixgen.sampling.sampler import fork_seed, likeliest, sample
 
@@ -80,6 +80,8 @@ READINGS = st.sampled_from(
         Fading(sinks=2, window=3, levels=2, block=4, free=True),
         Fading(sinks=0, window=2, levels=3, block=1, prompt=True, free=True),
         Fading(sinks=1, window=2, levels=2, ratio=3, block=3, prompt=True),
+        Press(ratio=0.3, window=2, sinks=1, kernel=1),
+        Press(ratio=0.5, window=4, sinks=0, kernel=3),
     ]
 )
 
@@ -473,11 +475,19 @@ class EngineMachine(RuleBasedStateMachine):
             self.live[name] = shadow
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data(), namespace=NAMESPACES, priority=st.integers(0, 2), ttl=st.sampled_from([None, 2.0, 9.0]))
-    def pin(self, data: st.DataObject, namespace: str, priority: int, ttl: float | None) -> None:
+    @rule(
+        data=st.data(),
+        namespace=NAMESPACES,
+        priority=st.integers(0, 2),
+        ttl=st.sampled_from([None, 2.0, 9.0]),
+        reading=READINGS,
+    )
+    def pin(
+        self, data: st.DataObject, namespace: str, priority: int, ttl: float | None, reading: ReadingPolicy | None
+    ) -> None:
         text = data.draw(st.sampled_from(self.texts))
         try:
-            pin = self.engine.pin(text, namespace=namespace, priority=priority, ttl=ttl)
+            pin = self.engine.pin(text, namespace=namespace, priority=priority, ttl=ttl, reading=reading)
         except LimitReached:
             pin = None
         if pin is not None:
@@ -571,6 +581,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _step(self) -> None:
         before, rows, sparse = self.engine.stats(), self.model.rows, self.model.sparse_rows
+        pressed = self.model.scored_prompts
         outputs = self.engine.step()
         self.engine.check()
         self.router.check(self.engine._core.tree)
@@ -583,6 +594,7 @@ class EngineMachine(RuleBasedStateMachine):
         after = self.engine.stats()
         self.seen["move"] += after.moved_prompt_tokens - before.moved_prompt_tokens
         self.seen["slots freed"] += any(node.extent_positions is not None for node in self.engine._core.tree.nodes())
+        self.seen["press"] += self.model.scored_prompts - pressed
         self.seen["read inexactly"] += self.model.sparse_rows - sparse
         self.seen["save"] += after.host_saved_tokens - before.host_saved_tokens
         self.seen["fetch"] += after.host_fetched_tokens - before.host_fetched_tokens
@@ -636,7 +648,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert output.finished == shadow.finished
         if output.finished:
             del self.live[output.request_id]
-            self.texts = [*self.texts[-15:], shadow.prompt + shadow.sequences[0].told]
+            self.texts = [*self.texts[-14:], shadow.prompt, shadow.prompt + shadow.sequences[0].told]
 
     def _compare_sequence(self, shadow: Shadow, one: CompletionOutput, exact: bool) -> None:
         sequence = shadow.sequences[one.index]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from radixgen.cache import DiskTier, KVMoves
 from radixgen.core import Plan
-from radixgen.core.plan import Int64Array
+from radixgen.core.plan import Int64Array, ScoredPrompt
 from radixgen.core.reading import ReadingPolicy
 
 ROOT = bytes(16)
@@ -54,6 +54,16 @@ def expected_logits(tokens: Iterable[int], vocab: int) -> NDArray[np.float32]:
     return logits_of(stamp_of(tokens), vocab)
 
 
+def stamps_of(stamps: Sequence[bytes]) -> NDArray[np.uint64]:
+    """Stamps as numbers, `[stamps, 2]`."""
+    return np.frombuffer(b"".join(stamps), np.uint64).reshape(-1, 2)
+
+
+def key_scores(stamps: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """The scores of keys with these stamps, `[keys, 2]`: some of them equal."""
+    return (stamps[:, 0] % np.uint64(11)).astype(np.float32)
+
+
 def _logits(stamps: Sequence[bytes], vocab: int) -> NDArray[np.float32]:
     blocks = [block.to_bytes(4, "little") for block in range(-(-vocab // _BLOCK))]
     noise = b"".join(blake2b(stamp, digest_size=4 * _BLOCK, salt=salt).digest() for stamp in stamps for salt in blocks)
@@ -82,6 +92,8 @@ class StampModel:
         self.fingerprint = bytes(32)
         self.moved = 0
         """Tokens whose KV was moved"""
+        self.scored_prompts = 0
+        """Prompts whose keys were scored"""
         self.rows_ahead = 0
         """Rows that were computed before their step was asked for"""
         self.allocate(0)
@@ -156,6 +168,26 @@ class StampModel:
             self.poison(slots[slots >= 0])
             raise failure
         return self._compute(plan, token_ids, slots, logit_rows)
+
+    def run_scored(
+        self,
+        plan: Plan,
+        token_ids: Int64Array,
+        slots: Int64Array,
+        logit_rows: Int64Array,
+        prompts: Sequence[ScoredPrompt],
+    ) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """As `run`, with scores that are a pure function of the stamps. The rows must be the last ones of a prompt, and
+        its slots hold all of it.
+        """
+        logits = self.run(plan, token_ids, slots, logit_rows)
+        self.scored_prompts += len(prompts)
+        for prompt in prompts:
+            size = prompt.slots.size
+            assert 0 < prompt.rows.size and 0 <= prompt.num_scored < size
+            assert plan.row_positions[prompt.rows].tolist() == list(range(size - prompt.rows.size, size))
+            assert self.is_exact(prompt.slots), "the keys of a prompt are scored when some are gone"
+        return logits, [key_scores(self._stamps[prompt.slots[: prompt.num_scored]]) for prompt in prompts]
 
     runs_ahead = True
 

@@ -1,15 +1,17 @@
 """What reading policies say, key by key, and a model that holds an engine to it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from oracle import ROOT, Reads, StampModel, all_reads, extend, keys_seen
+from oracle import ROOT, Reads, StampModel, all_reads, extend, key_scores, keys_seen, stamps_of
 
 from radixgen.cache import marks, token_ids
+from radixgen.cache.tokens import exact_len
 from radixgen.core import Plan
 from radixgen.core.plan import Int64Array
-from radixgen.core.reading import EXACT, BigBird, Fading, ReadingPolicy, Window
+from radixgen.core.reading import EXACT, BigBird, Fading, Press, ReadingPolicy, Window
 from radixgen.engine.core import EngineCore
 from radixgen.scheduler.batch import Batch, StepInput
 
@@ -36,6 +38,13 @@ def reads(policy: ReadingPolicy, row: int, key: int) -> bool:
     return True
 
 
+def pressed(policy: Press, scores: Sequence[float], size: int) -> set[int]:
+    """The keys of a prompt of `size` tokens that stay, given the scores of those before the window."""
+    kept = {key for key in range(size) if key < policy.sinks or key >= size - policy.window}
+    best = sorted((-score, key) for key, score in enumerate(scores) if key not in kept)
+    return kept | {key for _, key in best[: max(math.ceil(policy.ratio * size) - len(kept), 0)]}
+
+
 def random_blocks(policy: BigBird, own: int, first: int, last: int) -> set[int]:
     """The blocks from `first` to `last` that rows of the block `own` draw."""
     between = list(range(first, last + 1))
@@ -60,6 +69,13 @@ class _Row(NamedTuple):
     policy: ReadingPolicy
     path: list[bytes]
     """Stamps of the positions before the row's own; only of one that is not exact."""
+    kept: set[int] | None = None
+    """The positions that it reads below a prompt that was pressed."""
+
+    def reads(self, own: int, key: int) -> bool:
+        if isinstance(self.policy, Press):
+            return self.kept is None or key in self.kept
+        return reads(self.policy, own, key)
 
 
 class PolicyModel(StampModel):
@@ -79,12 +95,19 @@ class PolicyModel(StampModel):
         def tell(batch: Batch) -> StepInput:
             step = freeze(batch)
             rows = []
+            scoring = {row for part in batch.pressing.values() for row in part.rows}
             for row in step.plan.row_order.tolist():
-                policy = planner.policies[batch.row_marks[row]]
-                tokens = np.empty(0, np.int32)
+                policy, position = planner.policies[batch.row_marks[row]], batch.row_positions[row]
+                tokens, kept = np.empty(0, np.int32), None
                 if not policy.exact:
-                    tokens = tree.node(batch.row_nodes[row]).path_tokens()[: batch.row_positions[row]]
-                rows.append(_Row(policy, _stamps(tokens, planner.policies)))
+                    tokens = tree.node(batch.row_nodes[row]).path_tokens()[:position]
+                stamps = _stamps(tokens, planner.policies)
+                if isinstance(policy, Press) and row not in scoring:
+                    size = exact_len(tokens) + 1  # the last token of the prompt is marked
+                    if position >= size or batch.row_slots[row] < 0:
+                        scores = key_scores(stamps_of(stamps[: policy.num_scored(size)]))
+                        kept = pressed(policy, scores.tolist(), size) | set(range(size, position + 1))
+                rows.append(_Row(policy, stamps, kept))
             self._planned = [*self._planned[-1:], (step.plan, rows)]
             return step
 
@@ -101,7 +124,7 @@ class PolicyModel(StampModel):
             (row, key)
             for row, own in enumerate(plan.row_positions.tolist())
             for key in range(own + 1)
-            if reads(self._rows[row].policy, own, key)
+            if self._rows[row].reads(own, key)
         ]
         found = list(zip(rows.tolist(), positions.tolist(), strict=True))
         assert found == wanted, f"{sorted(set(found) ^ set(wanted))[:4]} (row, position) are read or not, or twice"
@@ -117,7 +140,7 @@ class PolicyModel(StampModel):
 
     def _check_chains(self, reads: Reads, stamps: list[bytes]) -> None:
         super()._check_chains(reads, stamps)
-        for row, (policy, path) in enumerate(self._rows):
+        for row, (policy, path, _) in enumerate(self._rows):
             for key in range(reads.first[row], reads.last[row] if not policy.exact else reads.first[row]):
                 position, slot = int(reads.positions[key]), int(reads.slots[key])
                 assert self._stamp_at(slot) == path[position], f"row {row} reads another key at {position}"
@@ -137,8 +160,8 @@ def _stamps(tokens: Int64Array, policies: Sequence[ReadingPolicy]) -> list[bytes
 def stamp_under(prompt: Sequence[int], output: Sequence[int], policy: ReadingPolicy) -> bytes:
     """The stamp of a prompt and the output that followed it, read under a policy."""
     stamp = ROOT
-    for token in prompt:
-        stamp = extend(stamp, token, policy if policy.reads_prompt else None)
+    for position, token in enumerate(prompt):
+        stamp = extend(stamp, token, policy if position >= policy.first_read(len(prompt)) else None)
     for token in output:
         stamp = extend(stamp, token, policy)
     return stamp

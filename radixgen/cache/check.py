@@ -19,7 +19,7 @@ def check_tree(tree: "RadixTree") -> None:
     nodes = _reachable(tree)
     assert len(nodes) == tree.num_nodes
     _check_slots(tree, nodes)
-    evictable = sum(node.computed for node in nodes if not node.locked)
+    evictable = sum(node.num_keys for node in nodes if not node.locked)
     assert tree.evictable_tokens == evictable, (tree.evictable_tokens, evictable)
     assert tree.reserved_tokens == sum(node.reserved for node in nodes)
     assert tree.unscheduled_tokens == sum(node.known - node.scheduled for node in nodes)
@@ -87,11 +87,13 @@ def _check_node(node: Node) -> None:
 
 
 def _check_thinned(node: Node) -> None:
-    """Assert that a thinned node belongs to one sequence, and that the positions of its slots ascend."""
+    """Assert that a thinned node is in a namespace of its own, is removed with its child, and that the positions of its
+    slots ascend.
+    """
     assert PRIVATE in node.namespace and node.complete and node.capacity == node.known, node
     assert len(node.children) == 1 and not node.lock_count, node
     positions, _ = node.key_slots()
-    assert positions.size < node.known and (np.diff(positions) > 0).all(), node
+    assert positions.size <= node.known and (np.diff(positions) > 0).all(), node
     assert not positions.size or node.start <= positions[0] <= positions[-1] < node.end, node
 
 

@@ -20,6 +20,16 @@ class Match(NamedTuple):
     computed: int
     evictable: int
 
+    @property
+    def evictable_slots(self) -> int:
+        """Slots of the evictable tokens: fewer than tokens if the path was thinned."""
+        slots = self.evictable
+        node: Node | None = self.node
+        while node is not None and not node.locked:
+            slots -= node.known - node.num_keys
+            node = node.parent
+        return slots
+
 
 def longest_match(root: "Node", tokens: TokenArray) -> Match:
     """Return the longest prefix of `tokens` below `root`."""

@@ -1,7 +1,7 @@
 """Thins paths: tokens that no later row reads give up their slots, and stay in the tree.
 
-Only the path of a sequence that shares nothing is thinned, because a node that lacks slots can be read, but neither
-matched nor continued by others.
+A node that lacks slots can be read, but not continued: what follows it would have to be computed from keys that are
+gone. So only paths in a namespace of their own are thinned, and a thinned node is removed with its only child.
 """
 
 from typing import TYPE_CHECKING
@@ -16,26 +16,27 @@ if TYPE_CHECKING:
     from radixgen.cache.tree import RadixTree
 
 
-def thin(tree: "RadixTree", leaf: Node, ranges: NDArray[np.int64]) -> None:
-    """Release the slots of the tokens above `leaf` that are at positions outside `ranges` `[n, 2]`, which are
-    half-open, ascending and disjoint.
+def thin(tree: "RadixTree", node: Node, position: int, ranges: NDArray[np.int64]) -> None:
+    """Release the slots of the tokens on the path to `node` that are before `position`, and outside `ranges` `[n, 2]`,
+    which are half-open, ascending and disjoint.
 
-    The path has one cursor, on `leaf`. Its tokens before the last range move into a node of their own.
+    The path is that of all cursors in its namespace, which are on `node` or below. Its computed tokens before
+    `position`, if they are not nodes of their own, move into one.
     """
-    head = int(ranges[-1, 0]) - leaf.start
-    if 0 < head < leaf.computed:
-        tree.split(leaf, head)
-    node = leaf.parent
-    while node is not None and node.parent is not None:
-        _thin_node(tree, node, ranges)
-        node = node.parent
+    head = position - node.start
+    if 0 < head < node.computed:
+        tree.split(node, head)
+    above = node.parent
+    while above is not None and above.parent is not None:
+        _thin_node(tree, above, ranges)
+        above = above.parent
 
 
 def _thin_node(tree: "RadixTree", node: Node, ranges: NDArray[np.int64]) -> None:
     positions, slots = node.key_slots()
     before = np.searchsorted(ranges[:, 0], positions, side="right") - 1
     kept = (before >= 0) & (positions < ranges[before, 1])
-    if kept.all():
+    if kept.all() and node.extent_positions is not None:
         return
     for _, extent in _runs(positions[~kept], slots[~kept]):
         tree.pool.release(extent)

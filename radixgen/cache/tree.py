@@ -316,18 +316,15 @@ class RadixTree:
     # -- eviction -----------------------------------------------------------------------------------------
 
     def evict(self, count: int) -> int:
-        """Evict up to `count` unlocked tokens, leaf by leaf in the policy's order, each from its end.
-
-        Returns the number of tokens evicted.
+        """Evict up to `count` unlocked tokens, leaf by leaf in the policy's order, each from its end. Thinned parents
+        go with their leaves. Returns the number of slots.
         """
-        dropped = 0
+        before, dropped = self.evictable_tokens, 0
         while dropped < count and (node := self.evictable.first()) is not None:
-            part = min(node.known, count - dropped)
-            dropped += part
-            self.evictable_tokens -= part
-            kept = node.known - part
+            kept = max(node.known - (count - dropped), 0)
             token = int(node._buffer[node._offset + kept])
             if kept:
+                self.evictable_tokens -= node.known - kept
                 self._cut_tokens(node, kept)
                 node.epoch = self._next_serial()
                 self.recent_evictions.add(node.epoch_end, token)
@@ -335,6 +332,7 @@ class RadixTree:
                 assert node.parent is not None
                 self.recent_evictions.add(node.parent.epoch_end, token)
                 self._remove(node)
+            dropped = before - self.evictable_tokens
         self.evicted_tokens += dropped
         return dropped
 
@@ -349,7 +347,6 @@ class RadixTree:
             nodes.extend(node.children.values())
         for node in reversed(nodes):
             if node.evictable:
-                self.evictable_tokens -= node.known
                 self._remove(node)
 
     # -- invariants ---------------------------------------------------------------------------------------
@@ -411,7 +408,8 @@ class RadixTree:
         return self._adopt(leaf)
 
     def _remove(self, node: Node) -> None:
-        """Remove an unlocked node without children and without a reserve from the tree, and release its slots."""
+        """Remove an unlocked node without children or reserve, and its parent if that was thinned. Releases slots."""
+        self.evictable_tokens -= node.num_keys
         for extent in node.extents:
             self.pool.release(extent)
         node.extents, node.capacity = [], 0
@@ -422,9 +420,9 @@ class RadixTree:
         if parent is not None:
             del parent.children[node.first_token]
             follow_removal(node)
-            if parent.evictable:
+            if parent.evictable and parent.extent_positions is None:
                 self.evictable.add(parent)
-            elif parent.parent is None and not parent.children and not parent.locked:
+            elif not parent.children and not parent.locked:
                 self._remove(parent)
         else:
             del self._roots[node.namespace]
@@ -455,7 +453,7 @@ class RadixTree:
         """Update the counters of `node` and its ancestors after it became locked."""
         while True:
             self.evictable.remove(node)
-            self.evictable_tokens -= node.computed
+            self.evictable_tokens -= node.num_keys
             parent = node.parent
             if parent is None:
                 return
@@ -472,7 +470,7 @@ class RadixTree:
             node.last_used = self._clock
             if node.computed < max(node.known, node.capacity):
                 self._cut_tokens(node, node.computed)
-            self.evictable_tokens += node.known
+            self.evictable_tokens += node.num_keys
             if node.known == 0 and not node.children:
                 self._remove(node)
             elif node.evictable:

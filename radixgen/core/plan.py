@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,19 @@ BLOCK = 64
 """Slots of a block: block `b` is `[64 * b, 64 * b + 64)`."""
 
 FATES = ("folded", "cut", "mixed")
+
+
+class ScoredPrompt(NamedTuple):
+    """A prompt of which some rows of a step, its last ones, score the keys: `radixgen.reading.Press`."""
+
+    rows: Int64Array
+    """`[rows]`: indices of these rows in the step."""
+    slots: Int64Array
+    """`[tokens]`: slots of the prompt's keys, by position."""
+    num_scored: int
+    """Number of tokens, the first ones, that get scores."""
+    kernel: int
+    """Neighbours among which a token gets the largest attention, itself included. Odd."""
 
 
 @dataclass(frozen=True, slots=True)

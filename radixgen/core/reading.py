@@ -5,11 +5,13 @@ the keys that it leaves out would have changed it. The KV of tokens that were re
 policies; the documentation of inexact reading says what is shared.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radixgen.core.errors import InvalidRequest, check_boolean, check_integer
 from radixgen.core.plan import BLOCK, Int64Array
@@ -17,6 +19,7 @@ from radixgen.core.plan import BLOCK, Int64Array
 _MOST = 2**31 - 1
 _MAX_RANDOM_BLOCKS = 256
 _MAX_LEVELS = 31
+_MAX_PRESS_WINDOW, _MAX_KERNEL = 1_024, 1_023
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class ReadingPolicy:
         requests; only output tokens are read under the policy.
         """
         return False
+
+    def first_read(self, prompt_len: int) -> int:
+        """Return the first position of a path that is read under the policy, after a prompt of so many tokens."""
+        return 0 if self.reads_prompt else prompt_len
 
     @property
     def frees(self) -> bool:
@@ -240,12 +247,63 @@ class TopBlocks(ReadingPolicy):
         check_integer("reading.block", self.block, BLOCK, BLOCK)
         check_integer("reading.recent", self.recent, 1, _MOST)
         check_integer("reading.sinks", self.sinks, 0, _MOST)
-        numeric = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
-        if not numeric or not 0 < self.budget <= 1:
-            raise InvalidRequest("reading.budget", self.budget, "must be more than 0 and at most 1")
+        _check_share("reading.budget", self.budget)
 
 
-POLICIES: dict[str, type[ReadingPolicy]] = {kind.policy: kind for kind in (Exact, Window, BigBird, Fading, TopBlocks)}
+@dataclass(frozen=True, kw_only=True)
+class Press(ReadingPolicy):
+    """Once a prompt is computed, only those of its keys stay that its end attends to most, and all others are dropped.
+
+    The last `window` tokens stay, the first `sinks`, and those in between with the highest scores. A score is the
+    attention that a token gets from the rows of the window, as the largest of it and its neighbours, summed over query
+    heads and layers. SnapKV (Li et al. 2024, arXiv 2404.14469, section 4), but for one choice for all layers and heads,
+    which share slots.
+
+    Prompts are computed exactly. Then their last token is read once more, and from it on rows read what stays.
+    Requests share it with those that have an equal prompt and an equal policy, and with no others.
+
+    ratio: fraction of the prompt's tokens that stay, more than 0 and at most 1; window and sinks stay in any case.
+    window, sinks: tokens. kernel: a token and its neighbours, an odd number of tokens.
+
+    Raises `InvalidRequest`.
+    """
+
+    policy: ClassVar[str] = "press"
+    ratio: float = 0.25
+    window: int = 32
+    sinks: int = 4
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        _check_share("reading.ratio", self.ratio)
+        check_integer("reading.window", self.window, 1, _MAX_PRESS_WINDOW)
+        check_integer("reading.sinks", self.sinks, 0, _MOST)
+        check_integer("reading.kernel", self.kernel, 1, _MAX_KERNEL)
+        if not self.kernel % 2:
+            raise InvalidRequest("reading.kernel", self.kernel, "must be odd")
+
+    def first_read(self, prompt_len: int) -> int:
+        return max(prompt_len - 1, 0)
+
+    def num_scored(self, prompt_len: int) -> int:
+        """Return the number of a prompt's tokens before the window, which get scores."""
+        return max(prompt_len - self.window, 0)
+
+    def kept(self, scores: NDArray[np.floating], prompt_len: int) -> Int64Array:
+        """Return the positions of a prompt whose keys stay, `[ranges, 2]`: half-open, ascending, disjoint.
+
+        scores `[num_scored]`: attention to each token before the window. Of equal scores, the first ones stay.
+        """
+        recent, sinks = scores.size, min(self.sinks, scores.size)
+        most = max(math.ceil(self.ratio * prompt_len) - (prompt_len - recent) - sinks, 0)
+        tokens = np.sort(np.argsort(-scores[sinks:], kind="stable")[:most] + sinks)
+        starts, stops = np.concatenate([[0], tokens, [recent]]), np.concatenate([[sinks], tokens + 1, [prompt_len]])
+        return _joined(starts.astype(np.int64), stops.astype(np.int64))
+
+
+POLICIES: dict[str, type[ReadingPolicy]] = {
+    kind.policy: kind for kind in (Exact, Window, BigBird, Fading, TopBlocks, Press)
+}
 """Policies by name."""
 
 
@@ -273,6 +331,11 @@ def check_reading(field: str, value: object) -> None:
     """Raise `InvalidRequest` unless `value` is a policy."""
     if not isinstance(value, tuple(POLICIES.values())):
         raise InvalidRequest(field, value, f"must be a policy of radixgen.reading: {', '.join(POLICIES)}")
+
+
+def _check_share(field: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InvalidRequest(field, value, "must be more than 0 and at most 1")
 
 
 def _joined(starts: Int64Array, stops: Int64Array) -> Int64Array:

@@ -24,9 +24,9 @@ from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
 from radixgen.engine.deadlines import Deadlines
-from radixgen.engine.make_request import make_request
+from radixgen.engine.make_request import check_press, make_request
 from radixgen.engine.request_options import CoreOptions
-from radixgen.engine.run_ahead import RunAhead, StepLogits
+from radixgen.engine.run_ahead import RunAhead, StepLogits, run_step
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence, request_error
 from radixgen.kernels.drawable_tokens import DrawableTokens
 from radixgen.model.base import Model, SupportsStepConfirmation
@@ -40,7 +40,7 @@ from radixgen.scheduler.cost import CostModel
 from radixgen.scheduler.planner import PlanMode, Planner
 from radixgen.scheduler.reading_marks import PolicyMarks
 from radixgen.scheduler.scheduler import Scheduler
-from radixgen.scheduler.sequence import Request, Sequence, prompt_path
+from radixgen.scheduler.sequence import Request, Sequence, prompt_namespace, prompt_path
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class EngineCore:
         reading: ReadingPolicy = EXACT,
     ) -> None:
         """`reading`: policy of requests without one."""
+        check_press(model, reading)
         self.model = model
         self._confirm_step = model.confirm_step if isinstance(model, SupportsStepConfirmation) else None
         self._drawable = drawable
@@ -120,7 +121,7 @@ class EngineCore:
         """Make a request for `add`, with `n` sequences constrained by `grammar`, or with the first beam of a search.
 
         With `score_from`, the request generates nothing; it gets the log-probability of each prompt token after that
-        position. The last token then needs no KV and does not enter the tree. Raises `QueueFull`.
+        position. The last token then needs no KV and does not enter the tree. Raises `QueueFull` and `InvalidRequest`.
         """
         self.require_room(1, prompt.size)
         reading = params.reading or self.reading
@@ -141,10 +142,13 @@ class EngineCore:
             **options,
         )
 
-    def path_of(self, prompt: TokenArray, reading: ReadingPolicy | None) -> TokenArray:
-        """Return a prompt as the tree has it if requests read it under this policy, by default the engine's."""
+    def place_of(self, prompt: TokenArray, reading: ReadingPolicy | None, namespace: str) -> tuple[TokenArray, str]:
+        """Return a prompt as the tree has it if requests in `namespace` read it under this policy, by default the
+        engine's; and in which namespace.
+        """
         reading = reading or self.reading
-        return prompt_path(prompt, reading, self._policies.mark(reading))
+        path = prompt_path(prompt, reading, self._policies.mark(reading))
+        return path, prompt_namespace(prompt, reading, namespace)
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
@@ -288,8 +292,7 @@ class EngineCore:
         for moves in batch.moves:
             assert self._kv_mover is not None
             self._kv_mover.move(moves)
-        logits = self.model.run(step.plan, step.token_ids, step.slots, step.logit_rows)
-        return StepLogits(logits, step.drawing, step.branching, step.scoring)
+        return run_step(self.model, step)
 
     def _suspect(self, batch: Batch, error: Exception) -> None:
         """Handle a failed step: try each of its requests alone, or end the request if it was alone."""
@@ -302,7 +305,7 @@ class EngineCore:
 
     def _commit(self, batch: Batch, logits: StepLogits) -> None:
         """Mark what was scheduled as computed; it is cached from now on."""
-        self.scheduler.commit(batch)
+        self.scheduler.commit(batch, logits.keys)
         del self._suspects[:1]
         self._steps += 1
         self._computed_rows += batch.num_rows

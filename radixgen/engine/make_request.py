@@ -3,13 +3,20 @@
 from typing import Unpack
 
 from radixgen.cache import TokenArray
-from radixgen.core import BeamSearchParams, Grammar, SamplingParams, SamplingState
-from radixgen.core.reading import ReadingPolicy
+from radixgen.core import BeamSearchParams, Grammar, InvalidRequest, SamplingParams, SamplingState
+from radixgen.core.reading import Press, ReadingPolicy
 from radixgen.engine.request_options import CoreOptions
-from radixgen.model.base import Model
+from radixgen.model.base import Model, SupportsKeyScores
 from radixgen.sampling.beam_search import BeamSearch
 from radixgen.sampling.sampler import fork_seed
-from radixgen.scheduler.sequence import Request, Sequence
+from radixgen.scheduler.sequence import Request, Sequence, prompt_namespace
+
+
+def check_press(model: Model, reading: ReadingPolicy) -> None:
+    """Raise `InvalidRequest` if the policy presses prompts and the model cannot score their keys."""
+    if isinstance(reading, Press) and not isinstance(model, SupportsKeyScores):
+        limit = "is not possible with tensor_parallel_size above 1, nor with a model without scores of keys"
+        raise InvalidRequest("reading", reading.policy, limit)
 
 
 def make_request(
@@ -28,6 +35,7 @@ def make_request(
     **options: Unpack[CoreOptions],
 ) -> Request:
     """As `EngineCore.make`. `seed`: the engine's, from which requests without a seed derive their own."""
+    check_press(model, reading)
     beams, params = (params, params.sampling) if isinstance(params, BeamSearchParams) else (None, params)
     assert grammar is not None or not params.structured, "a grammar was not compiled"
     targets, first, max_output = None, 0, min(params.max_tokens, model.max_model_len - prompt.size)
@@ -54,7 +62,10 @@ def make_request(
     if beams is not None:
         request.search = BeamSearch(beams, max_output, ends)
     share = share and not reading.frees
+    share = share and not (isinstance(reading, Press) and targets is not None)
     share = share and not any(hint.action == "share" and hint.num_tokens == 0 for hint in request.hints)
+    if share:
+        request.namespace = prompt_namespace(prompt, reading, request.namespace)
     for index in range(params.n):
         own = request.namespace if share else request.private_namespace(index)
         state = SamplingState(params, own_seed, index, prompt, [], ends, grammar.start() if grammar else None)

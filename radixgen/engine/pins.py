@@ -44,11 +44,12 @@ class PrefixPins:
         self._loop.begin_call()
         tokens = self._inputs.tokenize(prompt)
         expires = self._check(**options)
-        path = self._core.path_of(tokens, options.get("reading"))
+        path, namespace = self._core.place_of(tokens, options.get("reading"), options.get("namespace", ""))
         with self._core.guard:
             self._release(replaces)
             self._require_room(1)
-            pin = self._pins.add(path, options.get("namespace", ""), options.get("priority", 0), expires)
+            whole = namespace != options.get("namespace", "")  # a part of a pressed prompt is of no use
+            pin = self._pins.add(path, namespace, options.get("priority", 0), expires, whole=whole)
             return pin.id if pin else None
 
     def unpin(self, pin: int) -> bool:

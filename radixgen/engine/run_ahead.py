@@ -12,12 +12,13 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.kernels.upload import upload
-from radixgen.model.base import Logits, Model, SupportsRunAhead
+from radixgen.model.base import Logits, Model, SupportsKeyScores, SupportsRunAhead
 from radixgen.sampling.sampler import PendingTokens
-from radixgen.scheduler.batch import Batch
+from radixgen.scheduler.batch import Batch, StepInput
 from radixgen.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,24 @@ class StepLogits(NamedTuple):
     """The same for `Batch.branching`."""
     scoring: list[int]
     """The same for the rows of `Batch.scoring`, concatenated."""
+    keys: Seq[NDArray[np.float32]] = ()
+    """Scores of keys for each of `Batch.pressing`."""
 
     @property
     def whole(self) -> Tensor:
         """`values` on one device."""
         return self.values if isinstance(self.values, Tensor) else self.values.gather()
+
+
+def run_step(model: Model, step: StepInput) -> StepLogits:
+    """Run a step, and score keys if prompts are to be pressed after it."""
+    inputs, keys = (step.plan, step.token_ids, step.slots, step.logit_rows), list[NDArray[np.float32]]()
+    if step.pressing:
+        assert isinstance(model, SupportsKeyScores)
+        logits, keys = model.run_scored(*inputs, step.pressing)
+    else:
+        logits = model.run(*inputs)
+    return StepLogits(logits, step.drawing, step.branching, step.scoring, keys)
 
 
 class _PendingStep(NamedTuple):
@@ -122,7 +136,7 @@ def _in_order(tokens: Tensor, order: list[int]) -> Tensor:
 
 def _rows_of(step: _PendingStep, batch: Batch) -> Seq[int] | None:
     """Return the row of `step` that matches each row of `batch`, or None if a row has no match."""
-    if batch.scoring or batch.branching or len(batch.last_row) != batch.num_rows:
+    if batch.scoring or batch.branching or batch.pressing or len(batch.last_row) != batch.num_rows:
         return None
     drawn, expected = step.draws.wait(), step.batch
     tokens = [drawn[index] for index in step.order]

@@ -55,6 +55,7 @@ def fork_sequence(origin: Sequence, fork: Request, number: int) -> Sequence:
         logprobs=list(origin.logprobs),
         scheduled_in=-1,
         freed_block=-1,
+        pressed=False,
         followed=None,
         fetch=None,
         runs=None,

@@ -135,9 +135,10 @@ class RequestSubmitter:
         tokens = self._inputs.tokenize(prompt)
         checked = self._inputs.check_hints(hints, hint_owner)
         self._inputs.check_place(namespace)
-        path = self._core.path_of(tokens, None)
+        path, own = self._core.place_of(tokens, None, namespace)
+        owner = namespace if hint_owner is None else hint_owner
         with self._core.guard:
-            return self._core.hints.apply(checked, path, namespace, hint_owner, self._clock())
+            return self._core.hints.apply(checked, path, own, owner, self._clock())
 
     def fork(self, request_id: str, n: int) -> list[str]:
         self._loop.begin_call()

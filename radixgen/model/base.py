@@ -9,6 +9,7 @@ from torch import Tensor
 
 from radixgen.cache import KVCopies, KVMover
 from radixgen.core import Plan
+from radixgen.core.plan import ScoredPrompt
 from radixgen.kernels.sharded_sampling import ShardedLogits
 
 Logits = Tensor | ShardedLogits
@@ -79,6 +80,21 @@ class SupportsKVMoves(Protocol):
 
     def kv_mover(self) -> KVMover:
         """Return what copies and moves KV. Called at most once, after `allocate`. Raises `UnsupportedModel`."""
+
+
+@runtime_checkable
+class SupportsKeyScores(Protocol):
+    """A model that can tell how much attention keys get."""
+
+    def run_scored(
+        self,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
+        prompts: Sequence[ScoredPrompt],
+    ) -> tuple[Logits, list[NDArray[np.float32]]]:
+        """As `Model.run`. Returns the logits, and for each of `prompts` the scores of its keys `[scored]`."""
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from radixgen.cache.storage import KVStorage
 from radixgen.calibration import cost_models, flash_cost
 from radixgen.core import Plan, Window
+from radixgen.core.plan import ScoredPrompt
 from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter
 from radixgen.kernels.flash_backend import backend_with_flash
 from radixgen.kernels.quantized import KV_DTYPES
@@ -21,6 +22,7 @@ from radixgen.kernels.upload import upload
 from radixgen.model.fingerprint import kv_fingerprint
 from radixgen.model.graphs import Agree, NotCapturable, StepGraphs
 from radixgen.model.host_kv import HostKV
+from radixgen.model.key_scores import KeyScorer
 from radixgen.model.layer_call import LayerCall
 from radixgen.model.lockstep import ModelInput
 from radixgen.model.moved_keys import KeyMover, find_rotaries
@@ -121,6 +123,22 @@ class ModelRunner:
         logits = None if graphs is None else self._replay(graphs, plan, token_ids, slots, logit_rows)
         return self._run_eagerly(plan, token_ids, slots, logit_rows) if logits is None else logits
 
+    def run_scored(
+        self,
+        plan: Plan,
+        token_ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        logit_rows: NDArray[np.int64],
+        prompts: Sequence[ScoredPrompt],
+    ) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """As `radixgen.model.base.SupportsKeyScores`. The step is not captured."""
+        self.count(plan)
+        self.storage.prepare(plan, slots)
+        inputs, step = self._inputs(plan, token_ids, slots)
+        scorer = KeyScorer(step, self.storage, plan, prompts, self.device)
+        logits = self.model.forward(*inputs, upload(logit_rows, self.device), scorer)
+        return logits, scorer.scores()
+
     def warm_up_steps(self, max_rows: int, max_logits: int) -> list[Callable[[], Tensor]]:
         """As `radixgen.model.base.SupportsWarmUp`."""
         return [partial(self._warm_up, kind) for kind in self.warm_up_kinds(max_rows, max_logits)]
@@ -215,8 +233,7 @@ class ModelRunner:
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> Tensor:
         device = self.model.device
-        inputs = upload(token_ids, device), upload(plan.row_positions.astype(np.int64), device)
-        step = _StepAttention(self.storage, self._backend, plan, self._backend.kv_writer(slots, device))
+        inputs, step = self._inputs(plan, token_ids, slots)
         wanted = logit_rows if logit_rows.size else np.zeros(1, np.int64)
         if not self.model.picks_rows or 2 * wanted.size > plan.num_rows:
             return self.model.forward(*inputs, upload(logit_rows, device), step)
@@ -224,6 +241,14 @@ class ModelRunner:
         step.pick(picked)
         logits = self.model.forward(*inputs, upload(picked, device), step, step.write)
         return logits.index_select(0, upload(places[: logit_rows.size], device))
+
+    def _inputs(
+        self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> tuple[tuple[Tensor, Tensor], "_StepAttention"]:
+        """Return tokens and positions `[rows]` on the device, and the attention of the step."""
+        device = self.model.device
+        inputs = upload(token_ids, device), upload(plan.row_positions.astype(np.int64), device)
+        return inputs, _StepAttention(self.storage, self._backend, plan, self._backend.kv_writer(slots, device))
 
     def drop_graphs(self) -> None:
         """Release all graphs; later steps run eagerly."""
