@@ -184,7 +184,7 @@ class StampModel:
         self.scored_prompts += len(prompts)
         for prompt in prompts:
             size = prompt.slots.size
-            assert 0 < prompt.rows.size and 0 <= prompt.num_scored < size
+            assert prompt.rows.size > 0 and 0 <= prompt.num_scored < size
             assert plan.row_positions[prompt.rows].tolist() == list(range(size - prompt.rows.size, size))
             assert self.is_exact(prompt.slots), "the keys of a prompt are scored when some are gone"
         return logits, [key_scores(self._stamps[prompt.slots[: prompt.num_scored]]) for prompt in prompts]

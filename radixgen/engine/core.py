@@ -24,7 +24,7 @@ from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.engine.batch_draws import BatchDraws
 from radixgen.engine.check import check_engine
 from radixgen.engine.deadlines import Deadlines
-from radixgen.engine.make_request import check_press, make_request
+from radixgen.engine.make_request import make_request
 from radixgen.engine.request_options import CoreOptions
 from radixgen.engine.run_ahead import RunAhead, StepLogits, run_step
 from radixgen.engine.sequence_updates import append_token, conclude_search, fork_sequence, request_error
@@ -71,7 +71,6 @@ class EngineCore:
         reading: ReadingPolicy = EXACT,
     ) -> None:
         """`reading`: policy of requests without one."""
-        check_press(model, reading)
         self.model = model
         self._confirm_step = model.confirm_step if isinstance(model, SupportsStepConfirmation) else None
         self._drawable = drawable

@@ -151,6 +151,7 @@ class Engine:
             graphs=not enforce_eager,
             torch_compile=torch_compile,
             moves_kv=segments is not None,
+            reading=reading,
         )
         self._model = served = prepared.model
         self.tokenizer = prepared.tokenizer

@@ -3,20 +3,13 @@
 from typing import Unpack
 
 from radixgen.cache import TokenArray
-from radixgen.core import BeamSearchParams, Grammar, InvalidRequest, SamplingParams, SamplingState
+from radixgen.core import BeamSearchParams, Grammar, SamplingParams, SamplingState
 from radixgen.core.reading import Press, ReadingPolicy
 from radixgen.engine.request_options import CoreOptions
-from radixgen.model.base import Model, SupportsKeyScores
+from radixgen.model.base import Model, check_press
 from radixgen.sampling.beam_search import BeamSearch
 from radixgen.sampling.sampler import fork_seed
 from radixgen.scheduler.sequence import Request, Sequence, prompt_namespace
-
-
-def check_press(model: Model, reading: ReadingPolicy) -> None:
-    """Raise `InvalidRequest` if the policy presses prompts and the model cannot score their keys."""
-    if isinstance(reading, Press) and not isinstance(model, SupportsKeyScores):
-        limit = "is not possible with tensor_parallel_size above 1, nor with a model without scores of keys"
-        raise InvalidRequest("reading", reading.policy, limit)
 
 
 def make_request(

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radixgen.cache import KVCopies, KVMover
-from radixgen.core import Plan
+from radixgen.core import InvalidRequest, Plan
 from radixgen.core.plan import ScoredPrompt
+from radixgen.core.reading import Press, ReadingPolicy
 from radixgen.kernels.sharded_sampling import ShardedLogits
 
 Logits = Tensor | ShardedLogits
@@ -95,6 +96,12 @@ class SupportsKeyScores(Protocol):
         prompts: Sequence[ScoredPrompt],
     ) -> tuple[Logits, list[NDArray[np.float32]]]:
         """As `Model.run`. Returns the logits, and for each of `prompts` the scores of its keys `[scored]`."""
+
+
+def check_press(model: Model, reading: ReadingPolicy) -> None:
+    """Raise `InvalidRequest` if the policy presses prompts and the model cannot score their keys."""
+    if isinstance(reading, Press) and not isinstance(model, SupportsKeyScores):
+        raise InvalidRequest("reading", reading.policy, f"needs a transformers model on one rank, unlike {model.name}")
 
 
 @runtime_checkable

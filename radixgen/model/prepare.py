@@ -10,9 +10,10 @@ import torch
 from radixgen.cache import DiskTier, KVCopies, KVMover
 from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
+from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.kernels.backend import backend
 from radixgen.kernels.quantized import KV_DTYPES
-from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves
+from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves, check_press
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
 from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
@@ -62,6 +63,7 @@ def prepare_model(
     graphs: bool,
     torch_compile: bool | None,
     moves_kv: bool = False,
+    reading: ReadingPolicy = EXACT,
 ) -> PreparedModel:
     """Load a model and allocate its KV pool. The arguments and errors are those of `Engine`.
 
@@ -118,6 +120,7 @@ def prepare_model(
     slots = allocate_kv(served, kv_tokens, limits, max_step_tokens)
     host_kv = None
     try:
+        check_press(served, reading)
         kv_mover = _kv_mover(served) if moves_kv else None
         if kv_dir is not None and not kv_offloading_size and isinstance(served, SupportsDiskKV):
             host_kv_tokens = host_kv_tokens or default_host_tokens(served, slots)
