@@ -255,9 +255,9 @@ class Press(ReadingPolicy):
     """Once a prompt is computed, only those of its keys stay that its end attends to most, and all others are dropped.
 
     The last `window` tokens stay, the first `sinks`, and those in between with the highest scores. A score is the
-    attention that a token gets from the rows of the window, as the largest of it and its neighbours, summed over query
-    heads and layers. SnapKV (Li et al. 2024, arXiv 2404.14469, section 4), but for one choice for all layers and heads,
-    which share slots.
+    largest attention that any row of the window pays, in any layer and query head, to the token or its neighbours.
+    After SnapKV (Li et al. 2024, arXiv 2404.14469, section 4), where each head keeps keys of its own; here all layers
+    and heads keep the same ones, because a token has one slot.
 
     Prompts are computed exactly. Then their last token is read once more, and from it on rows read what stays.
     Requests share it with those that have an equal prompt and an equal policy, and with no others.
@@ -292,7 +292,7 @@ class Press(ReadingPolicy):
     def kept(self, scores: NDArray[np.floating], prompt_len: int) -> Int64Array:
         """Return the positions of a prompt whose keys stay, `[ranges, 2]`: half-open, ascending, disjoint.
 
-        scores `[num_scored]`: attention to each token before the window. Of equal scores, the first ones stay.
+        scores `[num_scored]`: those of the tokens before the window. Of equal scores, the first ones stay.
         """
         recent, sinks = scores.size, min(self.sinks, scores.size)
         most = max(math.ceil(self.ratio * prompt_len) - (prompt_len - recent) - sinks, 0)

@@ -85,7 +85,7 @@ class SupportsKVMoves(Protocol):
 
 @runtime_checkable
 class SupportsKeyScores(Protocol):
-    """A model that can tell how much attention keys get."""
+    """A model that can tell how much attention keys get. See `radixgen.model.key_scores`."""
 
     def run_scored(
         self,
