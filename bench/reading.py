@@ -16,6 +16,8 @@ too:
 - *Time*: of 32 tokens after the text, and of the perplexity. Contenders take turns; medians. The limit is reading the
   weights and all keys of the text for each token, at the rate at which a large matrix is read.
 
+`Press` computes each prompt anew. What it reads is counted at the end of the prompt.
+
 Bias. One small model, trained on short texts: larger ones look further back, and find more in texts of this length.
 Numbers in English sentences are easy needles. On a CPU a step of one row is mostly weights, so time says little about a
 GPU with many rows.
@@ -23,6 +25,7 @@ GPU with many rows.
 Bound with --check: exact reading finds its needles at the length that policies are compared at.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +54,7 @@ from bench.report import Report, benchmark_options
 from bench.shapes import Shape
 from radixgen import Engine
 from radixgen.model import smollm2
-from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, ReadingPolicy, TopBlocks, Window
+from radixgen.reading import BigBird, Exact, Fading, PositionPolicy, Press, ReadingPolicy, TopBlocks, Window
 
 EXACT = Exact()
 
@@ -90,8 +93,13 @@ def top_blocks(keys: int, context: int) -> ReadingPolicy:
     return TopBlocks(budget=max(keys - always, 1) / (context - always), recent=recent, sinks=BLOCK)
 
 
+def press(keys: int, context: int) -> ReadingPolicy:
+    """At most half of the keys in the window."""
+    return Press(ratio=keys / context, window=min(32, max(keys // 2, 1)), sinks=SINKS)
+
+
 POLICIES: dict[str, Callable[[int, int], ReadingPolicy]] = {
-    "window": window, "bigbird": big_bird, "fading": fading, "top_blocks": top_blocks,
+    "window": window, "bigbird": big_bird, "fading": fading, "top_blocks": top_blocks, "press": press,
 }  # fmt: skip
 """Policies by name: one that reads about so many keys at the end of a context."""
 
@@ -112,10 +120,12 @@ class Contender:
 
 
 def keys_read(reading: ReadingPolicy, position: int) -> int:
-    """Keys that a row at `position` reads, on average over the KV heads."""
+    """Keys that a row at `position`, of a prompt that ends there, reads on average over the KV heads."""
     if isinstance(reading, TopBlocks):
         always = reading.recent + reading.sinks
         return always + round(reading.budget * max(position + 1 - always, 0))
+    if isinstance(reading, Press):
+        return math.ceil(reading.ratio * (position + 1))
     if not isinstance(reading, PositionPolicy):
         return position + 1
     starts, stops = np.minimum(reading.visible(position // reading.block), position + 1).T
@@ -148,11 +158,12 @@ class Bench:
         return chosen
 
     def decode_seconds(self, chosen: Sequence[ReadingPolicy]) -> list[float]:
-        """Median seconds of tokens after the text under each policy. The text is computed, exactly, before."""
+        """Median seconds of tokens after the text under each policy. The text is computed before."""
         seconds: list[list[float]] = [[] for _ in chosen]
         for turn in range(self._repeats + 1):
             prompt = self._text[: len(self._text) - CONTINUATION - turn]
-            continue_each(self._engine, [prompt], 1)
+            for reading in chosen:
+                continue_each(self._engine, [prompt], 1, reading)
             for reading, each in zip(chosen, seconds, strict=True):
                 begin = time.perf_counter()
                 continue_each(self._engine, [prompt], CONTINUATION, reading)
@@ -235,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--needles", type=int, default=len(NUMBERS), help="numbers hidden in the text")
     parser.add_argument("--context", type=int, default=LONG_TEXT, help="tokens of the long text")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--no-prompts", action="store_true", help="exact prompts alone; inexact ones take most time")
     parser.add_argument("--model", type=Path, help="a directory instead of SmolLM2, without bounds")
     options = parser.parse_args(arguments)
@@ -243,9 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limit = StepLimit(Shape.of(AutoConfig.from_pretrained(path)), cpu_ceilings(torch.float32), itemsize=4)
     step = limit.step(1, 1, options.context, options.context)
     report.limit(f"{CONTINUATION} tokens after {options.context:,}, all keys read", CONTINUATION * step)
-    chosen = [Contender(name, share) for name in POLICIES for share in options.shares]
+    chosen = [Contender(name, share) for name in options.policies for share in options.shares]
     report.keep(context=options.context, repeats=options.repeats, continuation=CONTINUATION)
-    with Engine(path, dtype="float32", kv_tokens=3 * options.context, warm_up=False) as engine:
+    with Engine(path, dtype="float32", kv_tokens=4 * options.context, warm_up=False) as engine:
         bench = Bench(engine, AutoTokenizer.from_pretrained(path), options.needles, options.context, options.repeats)
         length = bench.longest_length(report, options.lengths, bound=options.model is None)
         report.keep(needle_length=length, needles=options.needles)

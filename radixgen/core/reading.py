@@ -272,7 +272,7 @@ class Press(ReadingPolicy):
     ratio: float = 0.25
     window: int = 32
     sinks: int = 4
-    kernel: int = 7
+    kernel: int = 13
 
     def __post_init__(self) -> None:
         _check_share("reading.ratio", self.ratio)
