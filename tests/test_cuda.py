@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from test_exactness import NEW_TOKENS, WAYS, Oracle, greedy, prompts
+from test_reading import greedy as greedy_under
+from test_reading import llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from radixgen import Engine, SamplingParams
@@ -14,6 +16,7 @@ from radixgen.core import SamplingState
 from radixgen.kernels import work
 from radixgen.model import graphs, tree_model
 from radixgen.model.graphs import CudaCapture, _Graph
+from radixgen.reading import Press
 from radixgen.sampling.sampler import distribution, sample, uniform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -185,3 +188,21 @@ def test_early_launches_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     assert answers(options) == answers({name: on for name, on in options.items() if name != "triton.enable_pdl"})
+
+
+def test_pressed_prompts_keep_the_same_keys_as_on_the_host() -> None:
+    """Beside captured steps, in one step and in chunks; and with KV in 8 bits, alone and together alike."""
+    prompts = [np.random.default_rng(seed).integers(0, 97, 150).tolist() for seed in range(4)]
+    params = greedy_under(Press(ratio=0.3, window=9, sinks=2), 24)
+    with Engine(llama(), kv_tokens=1_024) as engine:
+        wanted = [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
+    for options in ({}, {"max_step_tokens": 64}, {"enforce_eager": True}):
+        with Engine(llama().to("cuda"), kv_tokens=1_024, debug=True, **options) as engine:
+            found = [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
+            assert found == wanted, options
+            engine.check()
+    with Engine(llama().to("cuda"), kv_tokens=1_024, kv_dtype="int8", debug=True) as engine:
+        together = engine.generate(prompts, params)
+        engine.reset_prefix_cache()
+        for prompt, output in zip(prompts, together, strict=True):
+            assert engine.generate(prompt, params)[0].outputs[0].token_ids == output.outputs[0].token_ids

@@ -17,17 +17,19 @@ import radixgen.cache.boundary as boundary_module
 import radixgen.cache.host_fetches as host_fetches_module
 import radixgen.cache.slots as slots_module
 import radixgen.engine.batch_draws as draws_module
+import radixgen.engine.make_request as make_request_module
 import radixgen.scheduler.admission as admission_module
 import radixgen.scheduler.forest as forest_module
 import radixgen.scheduler.freeing as freeing_module
 import radixgen.scheduler.planner as planner_module
 import radixgen.scheduler.run_reuse as run_reuse_module
-from radixgen.cache import DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree, Run
+import radixgen.scheduler.scheduler as scheduler_module
+from radixgen.cache import PRIVATE, DiskTier, Extent, ExtentPool, HostTier, Lock, Node, RadixTree, Run
 from radixgen.cache.disk_tier import DiskChunk, DiskJob
 from radixgen.cache.eviction import EvictionQueue
 from radixgen.cache.host_fetches import HostFetches
 from radixgen.core import EngineDead, Plan
-from radixgen.core.reading import ReadingPolicy
+from radixgen.core.reading import Press, ReadingPolicy
 from radixgen.engine.core import EngineCore
 from radixgen.engine.output_processor import OutputProcessor
 from radixgen.engine.run_ahead import RunAhead
@@ -333,10 +335,26 @@ def a_block_is_read_for_too_long(patch: Patch) -> None:
 def slots_are_freed_while_they_are_read(patch: Patch) -> None:
     plain = freeing_module.thin
 
-    def thin(tree: RadixTree, leaf: Node, ranges: NDArray[np.int64]) -> None:
-        plain(tree, leaf, np.delete(ranges, -2, axis=0) if len(ranges) > 1 else ranges)
+    def thin(tree: RadixTree, node: Node, position: int, ranges: NDArray[np.int64]) -> None:
+        plain(tree, node, position, np.delete(ranges, -2, axis=0) if len(ranges) > 1 else ranges)
 
     patch.setattr(freeing_module, "thin", thin)
+
+
+def a_pressed_prompt_is_found_by_others(patch: Patch) -> None:
+    def prompt_namespace(prompt: NDArray[np.int32], reading: ReadingPolicy, namespace: str) -> str:
+        return f"{namespace}{PRIVATE}pressed" if isinstance(reading, Press) else namespace
+
+    patch.setattr(make_request_module, "prompt_namespace", prompt_namespace)
+
+
+def a_prompt_is_never_pressed(patch: Patch) -> None:
+    patch.setattr(scheduler_module, "awaits_press", lambda sequence: False)
+
+
+def other_keys_stay_than_those_with_the_highest_scores(patch: Patch) -> None:
+    plain = freeing_module.press
+    patch.setattr(scheduler_module, "press", lambda tree, part, scores: plain(tree, part, -scores))
 
 
 def freed_slots_leave_positions_unchanged(patch: Patch) -> None:
@@ -463,6 +481,9 @@ FAULTS = [
     all_policies_have_one_mark,
     a_block_is_read_for_too_long,
     slots_are_freed_while_they_are_read,
+    a_pressed_prompt_is_found_by_others,
+    a_prompt_is_never_pressed,
+    other_keys_stay_than_those_with_the_highest_scores,
     freed_slots_leave_positions_unchanged,
 ]
 
