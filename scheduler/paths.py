@@ -9,6 +9,11 @@ def scheduled_end(node: Node) -> int:
     return first.start + first.scheduled
 
 
+def freed_slots(node: Node) -> int:
+    """Return the number of tokens on the path that gave up their slots."""
+    return sum(part.scheduled - part.num_keys for part in node.path())
+
+
 def holds_alone(lock: Lock | None) -> bool:
     """Return whether any slots would become evictable if the lock were released."""
     node = lock.node if lock else None

@@ -18,7 +18,7 @@ from radixgen.core.reading import Press
 from radixgen.scheduler.admission import Admission
 from radixgen.scheduler.batch import Batch, PromptRows, StepInput, make_step_input, slots_used
 from radixgen.scheduler.freeing import add_pressing_rows, awaits_press, free_unread, press
-from radixgen.scheduler.paths import holds_alone, scheduled_end
+from radixgen.scheduler.paths import freed_slots, holds_alone, scheduled_end
 from radixgen.scheduler.pins import Pins
 from radixgen.scheduler.planner import Planner
 from radixgen.scheduler.queue import WaitingQueue
@@ -86,9 +86,12 @@ class Scheduler:
 
     @property
     def path_tokens(self) -> int:
-        """Total length of the paths of all cursors and pins, each counted separately."""
+        """Total length of the paths of all cursors and pins, each counted separately, without tokens whose slots were
+        freed.
+        """
         ends: int = sum(sequence.cursor.held.end for sequence in self.running)
-        return ends + sum(pin.num_tokens for pin in self.pins)
+        freed = sum(freed_slots(sequence.cursor.held) for sequence in self.running if sequence.request.mark)
+        return ends - freed + sum(pin.num_tokens for pin in self.pins)
 
     def drop(self, sequence: Sequence) -> None:
         """Remove a sequence that ended or was cancelled. Its tokens stay cached."""

@@ -8,7 +8,7 @@ from served import HI, Served, in_process, tiny
 from test_http_workers import over_workers
 
 from radixgen import InvalidRequest, Limits, SamplingParams
-from radixgen.reading import BigBird, Exact, ReadingPolicy, Window, reading_to_json
+from radixgen.reading import BigBird, Exact, Press, ReadingPolicy, Window, reading_to_json
 from radixgen.serve.http.app import ServeOptions
 from radixgen.serve.zmq import wire, wire_params
 
@@ -75,7 +75,7 @@ def test_workers_read_as_engines_do() -> None:
     assert over_workers(one, readings=["window"]) == in_process(one, tiny(), readings=["window"])
 
 
-@pytest.mark.parametrize("reading", [None, Exact(), WINDOW, BigBird(seed=2**64 - 1)])
+@pytest.mark.parametrize("reading", [None, Exact(), WINDOW, BigBird(seed=2**64 - 1), Press(ratio=0.1)])
 def test_policies_cross_the_wire(reading: ReadingPolicy | None) -> None:
     sampling = wire_params.from_params(SamplingParams(reading=reading), ())
     sent = wire.decode(wire.encode(sampling), wire.Sampling)
