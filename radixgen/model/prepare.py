@@ -13,11 +13,14 @@ from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_intege
 from radixgen.core.reading import EXACT, ReadingPolicy
 from radixgen.core.settings import threads_spin
 from radixgen.kernels.backend import backend
+from radixgen.kernels.chip import Chip
 from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves, check_press
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
-from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
+from radixgen.model.loader import LoadedModel, check_load_format, load, load_tokenizer, resolve_device, resolve_dtype
+from radixgen.model.onnx_model import OnnxModel, open_exported
+from radixgen.model.onnx_step import is_exported
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.quantize import check_quantization
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
@@ -80,7 +83,14 @@ def prepare_model(
     if not 0.0 <= kv_offloading_size <= _MAX_OFFLOADING_GIB:
         raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
     check_kv_dir(kv_dir, kv_dir_bytes)
+    if is_exported(model):
+        options: dict[str, object] = {"load_format": load_format, "dtype": dtype, "device": device}
+        options |= {"attention": attention, "kv_dtype": kv_dtype, "tensor_parallel_size": ranks}
+        folder, model = model, open_exported(model, max_model_len, options)
+        tokenizer = tokenizer or load_tokenizer(folder)
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
+    if isinstance(model, OnnxModel):
+        model.step.bounds.check("max_step_tokens", max_step_tokens, model.step.bounds.rows)
     max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
     served: Model
     if ranks > 1:
@@ -183,14 +193,16 @@ def _check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
         raise InvalidRequest("kv_dtype", kv_dtype, f"must be auto, {' or '.join(KV_DTYPES)}")
     if isinstance(model, Model):
         raise InvalidRequest("kv_dtype", kv_dtype, "must be auto: the model object stores its own KV")
-    if kv_dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+    if kv_dtype == "fp8" and (device.type != "cuda" or not Chip.of(device).has_fp8):
         raise InvalidRequest("kv_dtype", kv_dtype, "needs a GPU of compute capability 8.9 or later; int8 runs anywhere")
 
 
 def default_step_tokens(model: object, device: str) -> int:
     """Return the default maximum of rows per step: 8,192 on a GPU with 32 GiB or more, else 2,048. With
-    `device="auto"`, a model object's own device counts.
+    `device="auto"`, a model object's own device counts. An exported model may have a lower bound.
     """
+    if isinstance(model, OnnxModel):
+        return min(2048, model.step.bounds.rows)
     own = getattr(model, "device", None)
     place = own if device == "auto" and isinstance(own, torch.device) else resolve_device(device)
     large = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory >= 32 << 30
