@@ -76,7 +76,7 @@ def here(engine: Engine, prompts: Prompts, new_tokens: int) -> Turn:
 def begin(name: str, doc: str | None, arguments: Sequence[str] | None, path: Path | None) -> tuple[Any, Report, Path]:
     """Options, a report with its limit, and the model: SmolLM2 unless `path` is another."""
     parser = benchmark_options(doc)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -93,9 +93,12 @@ def begin(name: str, doc: str | None, arguments: Sequence[str] | None, path: Pat
 
 
 def compare(
-    report: Report, name: str, new_tokens: int, own: Sequence[Turn], served: Sequence[Turn], *, at_least: float
-) -> None:
-    """Turns of an engine here and of the same burst through `name`; the first of each is not counted."""
+    report: Report, name: str, new_tokens: int, own: Sequence[Turn], served: Sequence[Turn], *, at_least: float,
+    first_at_most: float | None = None,
+) -> None:  # fmt: skip
+    """Turns of an engine here and of the same burst through `name`; the first of each is not counted. The bounds are of
+    throughput, and of the time to the first token; both are ratios.
+    """
     assert all(one.tokens == other.tokens for one, other in zip(own, served, strict=True)), "tokens differ"
     count, key = len(own[0].tokens), name.lower()
     own, served = own[1:], served[1:]
@@ -110,5 +113,10 @@ def compare(
     ratio = statistics.median(mine.seconds / theirs.seconds for mine, theirs in zip(own, served, strict=True))
     text = f"{count} streams: throughput through {name} / engine here: {ratio:.3f}"
     report.figure(f"ratio_{count}", ratio, text, at_least=at_least)
+    later = statistics.median(
+        float(np.median(theirs.firsts) / np.median(mine.firsts)) for mine, theirs in zip(own, served, strict=True)
+    )
+    text = f"{count} streams: median TTFT through {name} / engine here: {later:.3f}"
+    report.figure(f"first_ratio_{count}", later, text, at_most=first_at_most)
     outputs = statistics.median(turn.outputs / (count * new_tokens) for turn in served)
     report.figure(f"outputs_{count}", outputs, f"{count} streams: {outputs:.3f} outputs a token")
