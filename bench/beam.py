@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None, path: Path | None = None) -> in
     model = Generate(path).model
     model.generation_config.eos_token_id = None
     report.limit("reading the weights once a step", weight_seconds(model) * chosen.new_tokens)
-    with Engine(path, kv_tokens=chosen.prompt_tokens + 2 * max(chosen.widths) * chosen.new_tokens) as engine:
+    with Engine(
+        path, dtype="float32", kv_tokens=chosen.prompt_tokens + 2 * max(chosen.widths) * chosen.new_tokens
+    ) as engine:
         for width in chosen.widths:
             measure(report, engine, model, prompt, width, chosen)
     return report.finish(check=chosen.check, save=chosen.save)

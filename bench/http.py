@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None, path: Path | None = None) -> in
     port = free_port()
     with (
         on_core(1),
-        server(path, port, "--kv-tokens", str(chosen.kv_tokens), core=CORES[0]),
-        Engine(path, kv_tokens=chosen.kv_tokens, device="cpu") as engine,
+        server(path, port, "--dtype", "float32", "--kv-tokens", str(chosen.kv_tokens), core=CORES[0]),
+        Engine(path, dtype="float32", kv_tokens=chosen.kv_tokens, device="cpu") as engine,
     ):
         for count in chosen.streams:
             measure(report, engine, port, chosen.prompts[:count], chosen)

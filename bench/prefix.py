@@ -54,11 +54,11 @@ def main() -> int:
 
     slots = sum(len(p) + new_tokens for p in prompts)
     seconds = {}
-    with Engine(path, kv_tokens=slots) as engine:
+    with Engine(path, dtype="float32", kv_tokens=slots) as engine:
         engine_seconds(engine, prompts[:1], 2)
         seconds["shared"] = engine_seconds(engine, prompts, new_tokens)
     report.contender("seconds_shared", "radixgen", seconds["shared"])
-    with Engine(path, kv_tokens=slots, share=False) as engine:
+    with Engine(path, dtype="float32", kv_tokens=slots, share=False) as engine:
         engine_seconds(engine, prompts[:1], 2)
         seconds["unshared"] = engine_seconds(engine, prompts, new_tokens)
     report.contender("seconds_unshared", "radixgen, share=False", seconds["unshared"])

@@ -47,6 +47,7 @@ async def there(client: AsyncClient, prompts: Prompts, new_tokens: int) -> Turn:
 def worker(path: Path, address: str, kv_tokens: int) -> "Iterator[None]":
     """`radixgen worker` in a process of its own, on the first core."""
     options = ["--model", str(path), "--handshake", address, "--kv-tokens", str(kv_tokens), "--device", "cpu"]
+    options += ["--dtype", "float32"]
     command = [sys.executable, "-m", "radixgen", "worker", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as child:
@@ -70,7 +71,7 @@ async def run(report: Report, path: Path, chosen: Any) -> None:
     async with AsyncClient(timeout=600) as client:
         with (
             worker(path, client.address, chosen.kv_tokens),
-            Engine(path, kv_tokens=chosen.kv_tokens, device="cpu") as engine,
+            Engine(path, dtype="float32", kv_tokens=chosen.kv_tokens, device="cpu") as engine,
         ):
             await client.wait()
             for count in chosen.streams:

@@ -52,7 +52,7 @@ def main() -> int:
     baseline = Generate(path)
     report.limit("reading the weights once a step", weight_seconds(baseline.model) * chosen.new_tokens)
     ours, theirs = [], []
-    with Engine(path, kv_tokens=chosen.prompts * (PROMPT_TOKENS + chosen.new_tokens)) as engine:
+    with Engine(path, dtype="float32", kv_tokens=chosen.prompts * (PROMPT_TOKENS + chosen.new_tokens)) as engine:
         for repeat in range(chosen.repeats + 1):
             pair = (
                 engine_seconds(engine, prompts, chosen.new_tokens),

@@ -154,7 +154,8 @@ def in_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def server(path: Path, port: int, *options: str, core: int | None = None) -> Iterator[str]:
         given = dict(zip(options[::2], options[1::2], strict=True))
         seats, queue = int(given.get("--max-num-seqs", 64)), int(given.get("--max-queue", 64))
-        built = Engine(path, kv_tokens=int(given["--kv-tokens"]), limits=Limits(max_num_seqs=seats))
+        sizes = {"kv_tokens": int(given["--kv-tokens"]), "limits": Limits(max_num_seqs=seats)}
+        built = Engine(path, dtype=given.get("--dtype", "auto"), **sizes)
         with over_socket(built, port=port, max_open=seats + queue) as served:
             yield served.url
 
@@ -195,7 +196,7 @@ def test_serve(capsys, tmp_path, monkeypatch) -> None:
 
     @contextmanager
     def worker(path: Path, address: str, kv_tokens: int) -> Iterator[None]:
-        served = Worker(Engine(path, kv_tokens=kv_tokens), [address])
+        served = Worker(Engine(path, dtype="float32", kv_tokens=kv_tokens), [address])
         thread = threading.Thread(target=served.run)
         thread.start()
         yield

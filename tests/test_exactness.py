@@ -144,7 +144,7 @@ def test_smollm2() -> None:
                 for prompt, output in zip(asked, engine.generate(asked, greedy(count)), strict=True):
                     oracle.expect(engine, prompt, output.outputs[0].token_ids, count)
             engine.check()
-    with Engine(path, kv_tokens=2048) as engine:
+    with Engine(path, dtype="float32", kv_tokens=2048) as engine:
         for prompt in size(prompts(vocab=40_000)[:1], prompts(vocab=40_000)):
             alone = engine.generate(prompt, greedy(count))[0]
             oracle.expect(engine, prompt, alone.outputs[0].token_ids, count)

@@ -240,7 +240,7 @@ def plain() -> PreTrainedModel:
 
 @pytest.fixture(scope="module", params=[2048, 7])
 def smol(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with Engine(smollm2.fetch(), kv_tokens=512, max_step_tokens=request.param, debug=True) as engine:
+    with Engine(smollm2.fetch(), dtype="float32", kv_tokens=512, max_step_tokens=request.param, debug=True) as engine:
         yield engine
         engine.check()
 

@@ -123,7 +123,7 @@ def test_smollm2_answers_in_json() -> None:
         "additionalProperties": False,
     }
     chat = [{"role": "user", "content": "Is it sunny in Paris? Answer in JSON."}]
-    with Engine(smollm2.fetch(), kv_tokens=512, debug=True) as engine:
+    with Engine(smollm2.fetch(), dtype="float32", kv_tokens=512, debug=True) as engine:
         one = engine.chat(chat, SamplingParams(json_schema=schema, max_tokens=60, temperature=0.0))[0].outputs[0]
         assert one.finish_reason == "stop"
         check_json(one.text, schema)

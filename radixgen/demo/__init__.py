@@ -95,7 +95,7 @@ def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Dem
     document = files(__package__).joinpath("document.md").read_text(encoding="utf-8")
     with waiting(console) as say:
         announce_loading(say, model)
-        engine = Engine(model, kv_tokens=KV_TOKENS, warm_up=False)
+        engine = Engine(model, dtype="float32", kv_tokens=KV_TOKENS, warm_up=False)
     with engine:
         jobs = burst(engine, document, max_tokens)
         console.print(f"[bold]{len(jobs)} requests on one document of {len(document.split())} words[/]")
@@ -106,7 +106,7 @@ def run(model: str, max_tokens: int = 40, console: Console | None = None) -> Dem
         _show_follow_up(console, second, again.outputs[0])
     with waiting(console) as say:
         say("the same requests with share=False")
-        with Engine(model, kv_tokens=KV_TOKENS, share=False, warm_up=False) as engine:
+        with Engine(model, dtype="float32", kv_tokens=KV_TOKENS, share=False, warm_up=False) as engine:
             alone = serve(engine, [*jobs, second], _counted(say, len(jobs) + 1))
     figures = _figures([*jobs, second], shared, again, alone)
     result = DemoResult(shared.tree, figures)

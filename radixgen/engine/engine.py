@@ -93,7 +93,8 @@ class Engine:
         tokenizer: tokenizer for a model object, or an override. Without a tokenizer only token ids are accepted.
         load_format: `"auto"` reads a checkpoint. `"dummy"` uses reproducible random weights and needs only the config;
             for testing speed and memory.
-        dtype: `"auto"` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16` or `float16`. `"auto"`: the checkpoint's; on a CPU bfloat16 if the processor
+            multiplies it faster than float32, else float32. A model object keeps its own.
         quantization: `"int8"`, `"int4"`, or `"gguf"` (4-bit blocks of the file) on a CPU, `"fp8"` on a GPU: rounds the
             weights of linear layers. Default: as the checkpoint has them.
         tensor_parallel_size: number of processes to shard a model given by name over, including this one; one GPU per

@@ -12,6 +12,7 @@ import torch
 from radixgen.core import InvalidRequest, ModelNotFound, UnsupportedModel
 from radixgen.model import smollm2
 from radixgen.model.checkpoint import ADAPTER_FILES, check_adapter, check_gguf, check_whole
+from radixgen.model.cpu_dtype import fastest_dtype
 from radixgen.model.dummy import make_dummy
 from radixgen.model.end_tokens import end_tokens
 from radixgen.model.fp8_checkpoint import Fp8Checkpoint
@@ -55,7 +56,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """Resolve a dtype; `"auto"` is the checkpoint's own. Raises `InvalidRequest`."""
+    """Resolve a dtype; `"auto"` stays, for `load` to choose. Raises `InvalidRequest`."""
     if dtype == "auto" or dtype in DTYPES.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -84,7 +85,8 @@ def load(
     """Load a model and its tokenizer.
 
     `name`: `smollm2`, a directory (safetensors, or one GGUF file), a `.gguf` file, or a hub id. `tokenizer` replaces
-    the model's own. `load_format`: `"auto"`, or `"dummy"` for random weights, which needs only the config.
+    the model's own. `dtype`: `"auto"` is the checkpoint's own on GPUs and with several ranks, and on a CPU that of
+    `fastest_dtype`. `load_format`: `"auto"`, or `"dummy"` for random weights, which needs only the config.
     `quantization`: a name that `radixgen.model.quantize.check_quantization` accepts, or None. A checkpoint in FP8 stays
     in FP8.
 
@@ -92,6 +94,8 @@ def load(
     group load at the same time. Raises `ModelNotFound`, `UnsupportedModel` or `InvalidRequest`.
     """
     place, target = resolve_device(device), resolve_dtype(dtype)
+    if target == "auto" and place.type == "cpu" and ranks == 1:
+        target = fastest_dtype()
     source, options = _resolve(name)
     if check_load_format(load_format) == "dummy" and "gguf_file" in options:
         raise InvalidRequest("load_format", load_format, f"needs a model with a config.json, and {name} is a GGUF file")
