@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakValueDictionary
 
 import families
@@ -64,7 +64,7 @@ from radixgen.model.ranks import Followers
 from radixgen.model.sharded_logits import RankLogits
 
 ARCHITECTURES = ("llama", "qwen3-moe", "gemma2")
-TIGHT = {"kv_tokens": 96, "max_step_tokens": 16}
+TIGHT: dict[str, Any] = {"kv_tokens": 96, "max_step_tokens": 16, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
 

@@ -200,8 +200,8 @@ def test_keys_in_8_bits_have_costs_of_their_own() -> None:
 
 
 def test_bytes_of_a_token() -> None:
-    model = families.build("llama")
-    with Engine(model, kv_tokens=64) as plain, Engine(model, kv_tokens=64, kv_dtype="int8") as engine:
+    model, other = families.build("llama"), families.build("llama")
+    with Engine(model, kv_tokens=64) as plain, Engine(other, kv_tokens=64, kv_dtype="int8") as engine:
         shape, heads = model.config, model.config.num_key_value_heads
         layers, dim = shape.num_hidden_layers, shape.head_dim
         assert plain._model.kv_bytes_per_token == layers * heads * 2 * 4 * dim

@@ -1,6 +1,7 @@
 """Where and why sharing ended: told by the tree, by a naive set of prefixes, and by the engine's outputs."""
 
 import asyncio
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from oracle import StampModel
 from test_tree_machine import NAMESPACES, TOKENS, TreeMachine
 
 from radixgen import AsyncEngine, Engine, RequestOutput, SamplingParams, SharingEnd
-from radixgen.cache import ExtentPool, RadixTree, RecentEvictions, sharing_end
+from radixgen.cache import ExtentPool, RadixTree, RecentEvictions, sharing_end, token_ids
 from radixgen.core import PromptTokens, merge_outputs
 
 SYSTEM = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -19,6 +20,11 @@ SYSTEM = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 def asked(tree: RadixTree, tokens: list[int], namespace: str = "") -> SharingEnd | None:
     return sharing_end(tree, np.array(tokens, np.int32), namespace, tree.match_prefix(tokens, namespace))
+
+
+def shown(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Tokens as outputs have them, without marks."""
+    return tuple(token_ids(np.array(tokens, np.int32)).tolist())
 
 
 def cached(tree: RadixTree, tokens: list[int], namespace: str = "") -> None:
@@ -158,7 +164,7 @@ class SharingMachine(TreeMachine):
         if end is None:
             assert position == len(tokens)
             return
-        assert end.position == position and end.prompt_tokens == tuple(tokens[position : position + 8])
+        assert end.position == position and end.prompt_tokens == shown(tokens[position : position + 8])
         head = (*tokens[:position], *end.cached_tokens)
         goes_on = {path for name, path in known if name == namespace and path[:position] == head[:position]}
         elsewhere = any(name != namespace and path == tuple(tokens[:8]) for name, path in known)
@@ -167,8 +173,9 @@ class SharingMachine(TreeMachine):
         elif position == 0 and elsewhere:
             assert end.reason == "namespace"
         elif any(len(path) > position for path in goes_on):
-            assert end.reason == "diverged" and (namespace, head) in known
-            assert len(end.cached_tokens) == 8 or not any(path[:-1] == head for path in goes_on)
+            meant = {path for path in goes_on if (*path[:position], *shown(path[position:])) == head}
+            assert end.reason == "diverged" and meant
+            assert len(end.cached_tokens) == 8 or meant - {path[:-1] for path in goes_on}
         else:
             assert end.reason == "cold"
         assert bool(end.cached_tokens) == (end.reason == "diverged")

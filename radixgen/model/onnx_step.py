@@ -118,4 +118,7 @@ class StepDescription:
 
 def is_exported(model: object) -> TypeGuard[str | Path]:
     """Return whether `model` is a directory that `radixgen export` has written."""
-    return isinstance(model, str | Path) and (Path(model).expanduser() / MODEL_FILE).is_file()
+    try:
+        return isinstance(model, str | Path) and (Path(model).expanduser() / MODEL_FILE).is_file()
+    except (OSError, RuntimeError):  # not a path
+        return False

@@ -24,6 +24,7 @@ from radixgen.model.onnx_step import is_exported
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.quantize import check_quantization
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
+from radixgen.model.shared_weights import shares_weights
 from radixgen.model.tree_model import TreeModel
 from radixgen.scheduler.cost import CostModel
 
@@ -290,14 +291,17 @@ def _load(
 
 
 def _accelerate(model: TreeModel, graphs: bool, torch_compile: bool | None) -> None:
-    """Fuse linear layers; on a GPU or on request compile blocks, else fuse them, too."""
+    """Fuse linear layers; on a GPU or on request compile blocks, else fuse them, too. On a CPU, weights that others may
+    change stay as they are.
+    """
     cuda = model.device.type == "cuda"
     compiles = torch_compile or (torch_compile is None and cuda and graphs)
-    if cuda or not compiles:
+    packs = not cuda and not compiles and not shares_weights(model.model)
+    if cuda or packs:
         model.fuse_linears()
     if compiles:
         model.compile_blocks()
-    elif not cuda:
+    elif packs:
         model.fuse_blocks()
     if not cuda:
         _warn_of_spinning()

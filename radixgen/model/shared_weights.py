@@ -12,6 +12,7 @@ from radixgen.core import InvalidRequest, UnsupportedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_MARK = "radixgen_shares_weights"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -34,7 +35,13 @@ def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
     for module in twin.modules():
         for hooks in _HOOKS:
             getattr(module, hooks).clear()
+    vars(twin)[_MARK] = True
     return twin
+
+
+def shares_weights(model: nn.Module) -> bool:
+    """Return whether `share_weights` returned this model, so that its weights may change at any time."""
+    return _MARK in vars(model)
 
 
 def check_hooks(model: nn.Module) -> None:
