@@ -44,6 +44,12 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """By the norm, as `bench.quantized_weights` tells errors: a GPU adds up products in FP8 with few bits."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert float((actual - expected).float().norm()) <= tolerance * float(expected.float().norm())
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Relative to the largest number."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
@@ -139,10 +145,10 @@ def test_fp8_products(rows: int, fixed: bool, scales: int | None, outputs: int, 
     assert not torch.equal(product, exact)
     if skinny := skinny_gemm.supports(weight.codes):
         skinny_gemm.register()
-        assert_close(fp8_linear.fp8_linear(given, weight, skinny=True), product, 0.01)
+        assert_near(fp8_linear.fp8_linear(given, weight, skinny=True), product, 0.01)
     assert skinny == (device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and inputs > 64)
     if fp8_linear.supports(weight):
-        assert_close(fp8_linear.fp8_linear(given, weight), product, 0.01)
+        assert_near(fp8_linear.fp8_linear(given, weight), product, 0.01)
     else:
         assert device == "cpu"
 

@@ -68,7 +68,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers; q, k, v `[1, heads, rows, head_dim]`."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling():  # an export traces the backend's own operators
         return layer_attention(query, key, value, scale, softcap, s_aux), None
     owner: TreeModel | None = module.__dict__.get("radixgen_owner")
     if owner is None:
