@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library, nn
 
 from radixgen import Engine, SamplingParams
-from radixgen.model.attention_op import handle_attention, register, tree_attention
+from radixgen.model.attention_op import handle_attention, register, layer_attention
 
 
 def answer(
@@ -22,11 +22,11 @@ def test_the_operator_is_sound(rows: int) -> None:
     register()
     query, key, value = torch.randn(1, 4, rows, 8), torch.randn(1, 2, rows, 8), torch.randn(1, 2, rows, 6)
     with handle_attention(answer):
-        assert tree_attention(query, key, value, 0.5, None, None).shape == (1, rows, 4, 6)
+        assert layer_attention(query, key, value, 0.5, None, None).shape == (1, rows, 4, 6)
         for sinks in (None, torch.randn(4)):
-            library.opcheck(torch.ops.radixgen.tree_attention.default, (query, key, value, 0.5, 30.0, sinks))
+            library.opcheck(torch.ops.radixgen.layer_attention.default, (query, key, value, 0.5, 30.0, sinks))
     with pytest.raises(LookupError):
-        tree_attention(query, key, value, 0.5, None, None)
+        layer_attention(query, key, value, 0.5, None, None)
 
 
 def test_a_block_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_a_block_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             assert engine.generate([5, 6, 7], params)[0].outputs[0].token_ids == expected
             engine.reset_prefix_cache()
-    blocks = [graph for graph in graphs if any("tree_attention" in name for name in graph)]
+    blocks = [graph for graph in graphs if any("layer_attention" in name for name in graph)]
     assert len(blocks) <= 2  # one row is a case of its own
     for graph in blocks:
         assert sum("linear" in name for name in graph) >= 4

@@ -146,7 +146,7 @@ def test_a_block_with_collectives_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
         assert engine._model.model.compiles()
         engine.reset_prefix_cache()
         assert engine.generate([5, 6, 7], params)[0].outputs[0].token_ids == expected
-    blocks = [graph for graph in graphs if any("tree_attention" in name for name in graph)]
+    blocks = [graph for graph in graphs if any("layer_attention" in name for name in graph)]
     assert blocks and all(sum("all_reduce_" in name for name in graph) == 2 for graph in blocks)
     assert not torch._dynamo.utils.counters["graph_break"]
 

@@ -1,4 +1,4 @@
-"""`radixgen::tree_attention`: KV write and attention of a layer as one custom operator, opaque to `torch.compile`.
+"""`radixgen::layer_attention`: KV write and attention of a layer as one custom operator, opaque to `torch.compile`.
 
 All layers share the code of one compiled block, so the operator cannot have an argument for the layer or the model.
 Instead, each forward pass sets a function that handles its calls, and counts the calls to identify the layer.
@@ -25,7 +25,7 @@ class AttentionHandler(Protocol):
         """
 
 
-_ANSWER: ContextVar[AttentionHandler] = ContextVar("radixgen_tree_attention")
+_ANSWER: ContextVar[AttentionHandler] = ContextVar("radixgen_layer_attention")
 
 
 @contextmanager
@@ -38,20 +38,20 @@ def handle_attention(answer: AttentionHandler) -> Iterator[None]:
         _ANSWER.reset(token)
 
 
-def tree_attention(
+def layer_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Call the custom operator, with the arguments and the result of `AttentionHandler`. Requires `register`."""
-    output: Tensor = torch.ops.radixgen.tree_attention(query, key, value, scale, softcap, sinks)
+    output: Tensor = torch.ops.radixgen.layer_attention(query, key, value, scale, softcap, sinks)
     return output
 
 
 def register() -> None:
     """Register the operator with PyTorch."""
-    if hasattr(torch.ops.radixgen, "tree_attention"):
+    if hasattr(torch.ops.radixgen, "layer_attention"):
         return
 
-    @library.custom_op("radixgen::tree_attention", mutates_args=())
+    @library.custom_op("radixgen::layer_attention", mutates_args=())
     def operator(
         query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:

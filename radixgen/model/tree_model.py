@@ -20,7 +20,7 @@ from radixgen.cache.storage import LayerShape
 from radixgen.core import InvalidRequest, UnsupportedModel, Window
 from radixgen.core.settings import keep_compiled
 from radixgen.kernels.geometry import Geometry
-from radixgen.model.attention_op import handle_attention, register, tree_attention
+from radixgen.model.attention_op import handle_attention, layer_attention, register
 from radixgen.model.collectives import silent
 from radixgen.model.compiler import compilable_modules, compiler_options, is_compiler_error
 from radixgen.model.experts import expert_layers, restore_experts, use_expert_gemm
@@ -67,8 +67,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function for transformers; q, k, v `[1, heads, rows, head_dim]`."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if torch.compiler.is_compiling():
-        return tree_attention(query, key, value, scale, softcap, s_aux), None
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return layer_attention(query, key, value, scale, softcap, s_aux), None
     owner: TreeModel = module.__dict__["radixgen_owner"]
     return owner.answer(owner.layer_of(module), query, key, value, scale, softcap, s_aux), None
 
@@ -186,6 +186,14 @@ class TreeModel:
             return self._forward(token_ids, positions, logit_rows)
         finally:
             self.attend, self._write = self._no_attend, None
+
+    def trace(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, attend: LayerAttention) -> Tensor:
+        """As `forward`, for `torch.export`."""
+        self.attend = attend
+        try:
+            return self._forward(token_ids, positions, logit_rows)
+        finally:
+            self.attend = self._no_attend
 
     def _forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         layers = itertools.chain(range(len(self.windows)), itertools.repeat(len(self.windows) - 1))

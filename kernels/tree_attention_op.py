@@ -1,0 +1,73 @@
+"""`radixgen::tree_attention`: attention over a plan as an operator without state, for `torch.export`.
+
+The plan is among its arguments, as the tensors of `radixgen.kernels.unit_groups`: another plan needs no other export,
+within the bounds that the exporter gives its sizes. It has no gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, library
+
+from radixgen.kernels.unit_groups import attend
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    partials: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Call the operator, with the arguments and results of `radixgen.kernels.unit_groups.attend`."""
+    register()
+    out, lse = torch.ops.radixgen.tree_attention(q, k, v, rows, slots, bias, partials, scale, softcap, sinks)
+    return out, lse
+
+
+def register() -> None:
+    """Register the operator with PyTorch."""
+    if hasattr(torch.ops.radixgen, "tree_attention"):
+        return
+
+    @library.custom_op("radixgen::tree_attention", mutates_args=())
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Sequence[Tensor],
+        slots: Sequence[Tensor],
+        bias: Sequence[Tensor],
+        partials: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, rows, slots, bias, partials, scale, softcap, sinks)
+
+    @operator.register_fake
+    def _(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Sequence[Tensor],
+        slots: Sequence[Tensor],
+        bias: Sequence[Tensor],
+        partials: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        num_rows, q_heads, _ = q.shape
+        return q.new_empty((num_rows, q_heads, v.shape[2])), q.new_empty((num_rows, q_heads))
+
+
+def to_standard_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Replace the operator by the standard ones that it consists of."""
+    register()
+    return program.run_decompositions({torch.ops.radixgen.tree_attention.default: attend})
