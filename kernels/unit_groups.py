@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from radixgen.core import Plan, first_seen
-from radixgen.core.plan import Int32Array, Int64Array
+from radixgen.core.plan import Int64Array
+from radixgen.kernels.merge import apply_sinks
 
 MOST_PADDING = 1.1
 """Maximum of gathered keys, padding included, per key of the plan."""
@@ -49,8 +51,8 @@ class UnitTables:
     groups: tuple[UnitGroup, ...]
     """Some may hold no piece."""
     partials: Int64Array
-    """`[rows, most]`: the partial results of each row among those of all groups, each group's as `[pieces, rows]`. A
-    row with fewer is padded with the number of partial results.
+    """`[rows, most]`: the partial results of each row among those of all groups, each group's as `[pieces, rows]`,
+    counted from 1. Rows with fewer are padded with 0.
     """
 
     @property
@@ -162,7 +164,7 @@ def _pad(plan: Plan, keys: _Keys, pieces: _Pieces) -> UnitGroup:
 
 
 def _partials(num_rows: int, groups: Sequence[_Pieces]) -> Int64Array:
-    places, owners, begin = [], [], 0
+    places, owners, begin = [], [], 1
     for group in groups:
         width = int(group.num_rows.max(initial=1))
         real = np.arange(width) < group.num_rows[:, None]
@@ -173,7 +175,7 @@ def _partials(num_rows: int, groups: Sequence[_Pieces]) -> Int64Array:
     order = np.argsort(owner, kind="stable")
     owner, place = owner[order], np.concatenate(places)[order]
     turn = np.arange(owner.size) - np.searchsorted(owner, owner)
-    partials = np.full((num_rows, int(turn.max(initial=0)) + 1), begin, np.int64)
+    partials = np.zeros((num_rows, int(turn.max(initial=0)) + 1), np.int64)
     partials[owner, turn] = place
     return partials
 
@@ -196,38 +198,55 @@ def attend(
     `rows`, `slots`, `bias` and `partials` are those of `UnitTables`. Scores are multiplied by `scale`, then capped:
     `softcap * tanh(score / softcap)`. `sinks [q_heads]`: one logit per head that takes weight and has no value.
 
-    Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log, without sinks), in q's dtype. A
-    row that sees no key gives an undefined `out`, and an `lse` near `HIDDEN`.
+    Returns `out [rows, q_heads, v_head_dim]` and `lse [rows, q_heads]` (natural log, without sinks), in q's dtype. For
+    a row that sees no key, `out` is undefined, and `lse` near `HIDDEN`.
     """
-    num_rows, q_heads, head_dim = q.shape
-    kv_heads, v_head_dim = k.shape[0], v.shape[2]
+    (num_rows, q_heads, head_dim), (kv_heads, num_slots, v_head_dim) = q.shape, v.shape
     group = q_heads // kv_heads
-    packed = (q * scale).view(num_rows, kv_heads, group * head_dim).transpose(0, 1)
-    outs, lses = [], []
-    for row, slot, hidden in zip(rows, slots, bias, strict=True):
-        pieces, height = row.shape
-        width = slot.shape[1]
-        queries = packed.index_select(1, row.reshape(-1)).view(kv_heads, pieces, height * group, head_dim)
-        keys = k.index_select(1, slot.reshape(-1)).view(kv_heads, pieces, width, head_dim)
-        values = v.index_select(1, slot.reshape(-1)).view(kv_heads, pieces, width, v_head_dim)
-        scores = queries @ keys.transpose(2, 3)
+    queries = (q * scale).view(num_rows, kv_heads, group * head_dim).transpose(0, 1).reshape(-1, head_dim)
+    keys, values = k.reshape(-1, head_dim), v.reshape(-1, v_head_dim)
+    outs = [q.new_zeros(kv_heads, 1, group * v_head_dim)]
+    tops = [q.new_full((kv_heads, 1, group), HIDDEN)]
+    totals = [q.new_ones(kv_heads, 1, group)]
+    for unit_rows, unit_slots, hidden in zip(rows, slots, bias, strict=True):
+        pieces, height, width = hidden.shape
+        row = (unit_rows.unsqueeze(2) * group + torch.arange(group, device=q.device)).view(pieces, height * group)
+        row, slot = _of_each_head(row, kv_heads, num_rows * group), _of_each_head(unit_slots, kv_heads, num_slots)
+        scores = embedding(row, queries) @ embedding(slot, keys).transpose(2, 3)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = (scores.view(kv_heads, pieces, height, group, width) + hidden[:, :, None]).view(scores.shape)
+        each = hidden.unsqueeze(2).expand(pieces, height, group, width)
+        scores = scores + each.reshape(pieces, height * group, width)
         top = scores.amax(-1, keepdim=True)
         weights = torch.exp(scores - top)
-        total = weights.sum(-1, keepdim=True)
-        outs.append(((weights @ values) / total).view(kv_heads, pieces * height, group * v_head_dim))
-        lses.append((top + torch.log(total)).view(kv_heads, pieces * height, group))
-    outs.append(torch.zeros_like(outs[0][:, :1]))
-    lses.append(torch.full_like(lses[0][:, :1], HIDDEN))
-    most = partials.shape[1]
-    flat = partials.reshape(-1)
-    lse = torch.cat(lses, 1).index_select(1, flat).view(kv_heads, num_rows, most, group)
-    out = torch.cat(outs, 1).index_select(1, flat).view(kv_heads, num_rows, most, group, v_head_dim)
-    merged = (torch.softmax(lse, 2)[..., None] * out).sum(2)
-    whole = torch.logsumexp(lse, 2).transpose(0, 1).reshape(num_rows, q_heads)
-    merged = merged.transpose(0, 1).reshape(num_rows, q_heads, v_head_dim)
+        outs.append((weights @ embedding(slot, values)).view(kv_heads, pieces * height, group * v_head_dim))
+        tops.append(top.view(kv_heads, pieces * height, group))
+        totals.append(weights.sum(-1).view(kv_heads, pieces * height, group))
+    out, lse = _merge(torch.cat(outs, 1), torch.cat(tops, 1), torch.cat(totals, 1), partials)
     if sinks is not None:
-        merged = merged * torch.sigmoid(whole - sinks)[..., None]
-    return merged, whole
+        out = apply_sinks(out, lse, sinks)
+    return out, lse
+
+
+def _of_each_head(index: Tensor, heads: int, stride: int) -> Tensor:
+    """Return `index` `[...]` for heads that are `stride` apart, `[heads, ...]`."""
+    first = torch.arange(heads, device=index.device) * stride
+    return index.unsqueeze(0) + first.view(heads, *[1] * index.ndim)
+
+
+def _merge(outs: Tensor, tops: Tensor, totals: Tensor, partials: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge partial results: outs `[kv_heads, n, group * v_head_dim]`, not yet divided by totals `[kv_heads, n,
+    group]`, the sums of exponentials of scores less tops `[kv_heads, n, group]`.
+    """
+    kv_heads, count, group = tops.shape
+    num_rows, most = partials.shape
+    index = _of_each_head(partials, kv_heads, count)
+    top = embedding(index, tops.reshape(kv_heads * count, group))
+    highest = top.amax(2)
+    shares = torch.exp(top - highest.unsqueeze(2))
+    total = (shares * embedding(index, totals.reshape(kv_heads * count, group))).sum(2)
+    out = embedding(index, outs.reshape(kv_heads * count, -1)).view(kv_heads, num_rows, most, group, -1)
+    out = (shares.unsqueeze(4) * out).sum(2) / total.unsqueeze(3)
+    lse = highest + torch.log(total)
+    rows = out.transpose(0, 1).reshape(num_rows, kv_heads * group, -1)
+    return rows, lse.transpose(0, 1).reshape(num_rows, kv_heads * group)

@@ -56,10 +56,11 @@ class DecoderStep(nn.Module):
             layer, window = call.layer, self._windows.index(call.window)
             new_keys[layer] = _written(keys[layer], write_slots, call.k)
             new_values[layer] = _written(values[layer], write_slots, call.v)
+            heads = call.k.shape[1]
             return tree_attention(
                 call.q,
-                new_keys[layer],
-                new_values[layer],
+                new_keys[layer].view(heads, -1, call.k.shape[2]),
+                new_values[layer].view(heads, -1, call.v.shape[2]),
                 unit_rows[window],
                 unit_slots[window],
                 unit_bias[window],
@@ -74,9 +75,14 @@ class DecoderStep(nn.Module):
 
 
 def _written(pool: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    """Return the pool `[kv_heads, slots, head_dim]` with `rows` `[rows, kv_heads, head_dim]` at `slots` `[rows]`."""
-    heads = torch.arange(pool.shape[0])[:, None]
-    return pool.index_put((heads, slots[None]), rows.transpose(0, 1))
+    """Return the pool `[kv_heads * slots, head_dim]` with `rows` `[rows, kv_heads, head_dim]` at `slots` `[rows]`.
+
+    A scatter, because the exporter transposes the whole pool for `index_put`.
+    """
+    heads = rows.shape[1]
+    first = torch.arange(heads).unsqueeze(1) * (pool.shape[0] // heads)
+    index = (first + slots).flatten().unsqueeze(1).expand(-1, pool.shape[1])
+    return pool.scatter(0, index, rows.transpose(0, 1).flatten(0, 1))
 
 
 def export_onnx(
@@ -159,8 +165,8 @@ def _example(step: StepDescription) -> tuple[Any, ...]:
         torch.arange(rows),
         torch.arange(3),
         torch.arange(rows),
-        [torch.zeros(heads, slots, size) for heads, size, _ in step.layers],
-        [torch.zeros(heads, slots, size) for heads, _, size in step.layers],
+        [torch.zeros(heads * slots, size) for heads, size, _ in step.layers],
+        [torch.zeros(heads * slots, size) for heads, _, size in step.layers],
         table(2, 3),
         table(2, 7),
         table(2, 3, 7, dtype=torch.float32),
@@ -179,7 +185,7 @@ def _sizes(step: StepDescription) -> tuple[Any, ...]:
 
     pieces, heights = each("pieces", bounds.units), each("unit_rows", bounds.rows)
     widths = each("unit_keys", bounds.keys)
-    pool = [{1: slots} for _ in step.layers]
+    pool = [{0: heads * slots if heads > 1 else slots} for heads, _, _ in step.layers]
     return (
         {0: rows},
         {0: rows},
@@ -203,12 +209,16 @@ def _write(program: torch.export.ExportedProgram, step: StepDescription, folder:
             input_names=step.input_names(),
             output_names=step.output_names(),
             verbose=False,
+            optimize=False,  # takes minutes; runtimes optimize what they load
         )
     assert made is not None
     made.model.metadata_props[METADATA] = step.to_json()
     if weights == "float32":
         made.save(folder / MODEL_FILE, external_data=True)
         return
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(made.model)  # onnxruntime quantizes constants only, not transposed ones
     with tempfile.TemporaryDirectory(dir=folder) as unquantized:
         made.save(Path(unquantized) / MODEL_FILE, external_data=True)
         _quantize(Path(unquantized) / MODEL_FILE, folder / MODEL_FILE)

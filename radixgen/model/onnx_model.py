@@ -44,7 +44,7 @@ class OnnxModel:
     def allocate(self, slots: int) -> None:
         self._slots = slots
         layers = self.step.layers  # one slot more: rows whose KV exists write there
-        shapes = [(h, slots + 1, k) for h, k, _ in layers] + [(h, slots + 1, v) for h, _, v in layers]
+        shapes = [(h * (slots + 1), k) for h, k, _ in layers] + [(h * (slots + 1), v) for h, _, v in layers]
         self._pool = [np.zeros(shape, np.float32) for shape in shapes]
         self._binding = self._session.io_binding()
         for inside, outside, pool in zip(self.step.pool_names(), self.step.pool_names("new_"), self._pool, strict=True):

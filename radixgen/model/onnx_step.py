@@ -7,7 +7,7 @@ units (`radixgen.kernels.unit_groups`), l the layers:
 | --- | --- |
 | `token_ids`, `positions`, `write_slots` | int64 `[rows]`; a row whose KV exists writes to the pool's last slot |
 | `logit_rows` | int64 `[n]` |
-| `keys.l`, `values.l` | float32 `[kv_heads, slots, head_dim]`, `[kv_heads, slots, v_head_dim]` |
+| `keys.l`, `values.l` | float32 `[kv_heads * slots, head_dim]`, `[kv_heads * slots, v_head_dim]`, by head |
 | `unit_rows.w.g` | int64 `[pieces, unit rows]` |
 | `unit_slots.w.g` | int64 `[pieces, unit keys]` |
 | `unit_bias.w.g` | float32 `[pieces, unit rows, unit keys]` |
@@ -35,7 +35,7 @@ FORMAT = 1
 class StepBounds:
     """Maximum sizes of a step."""
 
-    groups: int = 6
+    groups: int = 4
     """Groups of units, exactly."""
     rows: int = 2048
     units: int = 4096
