@@ -3,7 +3,8 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# More extras for tests, with commas and no spaces: those of clusters need `dynamo,smg` and are skipped otherwise.
+# More extras for tests, with commas and no spaces: those of clusters need `dynamo,smg`, those of ONNX
+# `onnx`; they are skipped otherwise.
 TEST_EXTRAS ?=
 EXTRAS := dev$(if $(TEST_EXTRAS),$(comma)$(TEST_EXTRAS))
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25

@@ -70,4 +70,6 @@ def register() -> None:
 def to_standard_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Replace the operator by the standard ones that it consists of."""
     register()
-    return program.run_decompositions({torch.ops.radixgen.tree_attention.default: attend})
+    standard: torch.export.ExportedProgram
+    standard = program.run_decompositions({torch.ops.radixgen.tree_attention.default: attend})
+    return standard

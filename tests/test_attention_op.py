@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library, nn
 
 from radixgen import Engine, SamplingParams
-from radixgen.model.attention_op import handle_attention, register, layer_attention
+from radixgen.model.attention_op import handle_attention, layer_attention, register
 
 
 def answer(

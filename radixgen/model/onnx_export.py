@@ -209,19 +209,32 @@ def _write(program: torch.export.ExportedProgram, step: StepDescription, folder:
             input_names=step.input_names(),
             output_names=step.output_names(),
             verbose=False,
-            optimize=False,  # takes minutes; runtimes optimize what they load
+            optimize=False,  # takes minutes
         )
     assert made is not None
+    _simplify(made.model)
     made.model.metadata_props[METADATA] = step.to_json()
     if weights == "float32":
         made.save(folder / MODEL_FILE, external_data=True)
         return
-    from onnxscript.optimizer import fold_constants
-
-    fold_constants(made.model)  # onnxruntime quantizes constants only, not transposed ones
     with tempfile.TemporaryDirectory(dir=folder) as unquantized:
         made.save(Path(unquantized) / MODEL_FILE, external_data=True)
         _quantize(Path(unquantized) / MODEL_FILE, folder / MODEL_FILE)
+
+
+def _simplify(model: Any) -> None:
+    """Fold constants, transposed weights among them, and compute once what all layers have in common."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(model)
+    for simplify in (
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    ):
+        simplify(model)
 
 
 def _quantize(source: Path, target: Path) -> None:

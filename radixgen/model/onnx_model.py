@@ -1,5 +1,7 @@
 """The engine's `Model` over onnxruntime: runs an exported decoder step on the CPU."""
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radixgen.core import InvalidRequest, Plan, RadixgenError
+from radixgen.core import InvalidRequest, Plan, RadixgenError, Window
 from radixgen.kernels.unit_groups import UnitTables, lay_out_groups
 from radixgen.model.onnx_step import METADATA, MODEL_FILE, StepDescription
 
@@ -37,8 +39,9 @@ class OnnxModel:
         self.kv_bytes_per_token = 4 * sum(floats)
         self.kv_bytes_read = 0
         self.kv_bytes_unshared = 0
-        windows = self.step.distinct_windows
-        self._window_bytes = [4 * sum(n for n, w in zip(floats, self.step.windows) if w == one) for one in windows]
+        self._window_bytes: Counter[Window | None] = Counter()
+        for window, size in zip(self.step.windows, floats, strict=True):
+            self._window_bytes[window] += 4 * size
         self._pool: list[NDArray[np.float32]] = []
 
     def allocate(self, slots: int) -> None:
@@ -69,7 +72,7 @@ class OnnxModel:
         self, plan: Plan, token_ids: NDArray[np.int64], slots: NDArray[np.int64], logit_rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
         """Return the inputs of a step besides the pool, and count the bytes that it reads."""
-        self.step.bounds.check("rows", plan.num_rows)
+        self.step.bounds.check("rows", plan.num_rows, self.step.bounds.rows)
         inputs: dict[str, NDArray[Any]] = {
             "token_ids": np.ascontiguousarray(token_ids),
             "positions": plan.row_positions.astype(np.int64),
@@ -80,8 +83,8 @@ class OnnxModel:
             seen = plan.within(window)
             tables = lay_out_groups(seen, self.step.bounds.groups)
             self._check(tables)
-            self.kv_bytes_read += tables.kv_tokens_read * self._window_bytes[index]
-            self.kv_bytes_unshared += seen.kv_tokens_unshared * self._window_bytes[index]
+            self.kv_bytes_read += tables.kv_tokens_read * self._window_bytes[window]
+            self.kv_bytes_unshared += seen.kv_tokens_unshared * self._window_bytes[window]
             inputs[f"partials.{index}"] = tables.partials
             for number, group in enumerate(tables.groups):
                 inputs[f"unit_rows.{index}.{number}"] = group.rows
@@ -91,12 +94,27 @@ class OnnxModel:
 
     def _check(self, tables: UnitTables) -> None:
         bounds = self.step.bounds
-        bounds.check("units", max(tables.partials.shape[1], *(group.rows.shape[0] for group in tables.groups)))
-        bounds.check("keys", max(group.slots.shape[1] for group in tables.groups))
+        units = max(tables.partials.shape[1], *(group.rows.shape[0] for group in tables.groups))
+        bounds.check("units", units, bounds.units)
+        bounds.check("keys", max(group.slots.shape[1] for group in tables.groups), bounds.keys)
 
     def release(self) -> None:
         self._pool.clear()
         self._binding = None
+
+
+def open_exported(folder: str | Path, max_model_len: int | None, options: Mapping[str, object]) -> OnnxModel:
+    """Return the model that `radixgen export` has written to `folder`. Raises `InvalidRequest` for any of the engine's
+    `options` that it does not have.
+    """
+    allowed = {"dtype": ("auto", "float32", torch.float32), "device": ("auto", "cpu"), "tensor_parallel_size": (1,)}
+    for field, value in options.items():
+        if value not in allowed.get(field, ("auto",)):
+            first = allowed.get(field, ("auto",))[0]
+            raise InvalidRequest(
+                field, value, f"must be {first}: an exported model runs as it was exported, on the CPU"
+            )
+    return OnnxModel(folder, max_model_len)
 
 
 def _open(path: Path) -> Any:

@@ -20,7 +20,7 @@ runtime that is given the pool's own memory for them writes in place.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from radixgen.core import Chunk, InvalidRequest, UnsupportedModel, Window
 
@@ -43,11 +43,11 @@ class StepBounds:
     keys: int = 1 << 20
     """Keys of a unit."""
 
-    def check(self, name: str, value: int) -> None:
-        """Raise `InvalidRequest` if a step has more of `name` than its bound."""
-        most: int = getattr(self, name)
+    @staticmethod
+    def check(field: str, value: int, most: int) -> None:
+        """Raise `InvalidRequest` if a step exceeds the bound `most`."""
         if value > most:
-            raise InvalidRequest(name, value, f"must be at most {most}, a bound of the exported model")
+            raise InvalidRequest(field, value, f"must be at most {most}, a bound of the exported model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,6 @@ class StepDescription:
         )
 
 
-def is_exported(model: object) -> bool:
+def is_exported(model: object) -> TypeGuard[str | Path]:
     """Return whether `model` is a directory that `radixgen export` has written."""
     return isinstance(model, str | Path) and (Path(model).expanduser() / MODEL_FILE).is_file()

@@ -15,7 +15,9 @@ from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves
 from radixgen.model.checkpoint import check_layers
 from radixgen.model.kv_dir import check_kv_dir, default_host_tokens, open_kv_dir
-from radixgen.model.loader import LoadedModel, check_load_format, load, resolve_device, resolve_dtype
+from radixgen.model.loader import LoadedModel, check_load_format, load, load_tokenizer, resolve_device, resolve_dtype
+from radixgen.model.onnx_model import OnnxModel, open_exported
+from radixgen.model.onnx_step import is_exported
 from radixgen.model.parallel import ParallelModel, shard
 from radixgen.model.runner import MAX_GRAPH_ROWS, ModelRunner
 from radixgen.model.tree_model import TreeModel
@@ -74,7 +76,13 @@ def prepare_model(
     if not 0.0 <= kv_offloading_size <= _MAX_OFFLOADING_GIB:
         raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
     check_kv_dir(kv_dir, kv_dir_bytes)
+    if is_exported(model):
+        tokenizer = tokenizer or load_tokenizer(model)
+        options = {"load_format": load_format, "dtype": dtype, "device": device, "attention": attention}
+        model = open_exported(model, max_model_len, options | {"kv_dtype": kv_dtype, "tensor_parallel_size": ranks})
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
+    if isinstance(model, OnnxModel):
+        model.step.bounds.check("max_step_tokens", max_step_tokens, model.step.bounds.rows)
     max_graph_rows = min(max_step_tokens, MAX_GRAPH_ROWS)
     served: Model
     if ranks > 1:
@@ -174,8 +182,10 @@ def _check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
 
 def default_step_tokens(model: object, device: str) -> int:
     """Return the default maximum of rows per step: 8,192 on a GPU with 32 GiB or more, else 2,048. With
-    `device="auto"`, a model object's own device counts.
+    `device="auto"`, a model object's own device counts. An exported model may have a lower bound.
     """
+    if isinstance(model, OnnxModel):
+        return min(2048, model.step.bounds.rows)
     own = getattr(model, "device", None)
     place = own if device == "auto" and isinstance(own, torch.device) else resolve_device(device)
     large = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory >= 32 << 30
