@@ -5,6 +5,7 @@ within the bounds that the exporter gives its sizes. It has no gradient.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, library
@@ -71,5 +72,14 @@ def to_standard_operators(program: torch.export.ExportedProgram) -> torch.export
     """Replace the operator by the standard ones that it consists of."""
     register()
     standard: torch.export.ExportedProgram
-    standard = program.run_decompositions({torch.ops.radixgen.tree_attention.default: attend})
+    with any_size():
+        standard = program.run_decompositions({torch.ops.radixgen.tree_attention.default: attend})
     return standard
+
+
+def any_size() -> AbstractContextManager[None]:
+    """Let `torch.export` make no exception of sizes 0 and 1, which groups of units often have."""
+    from torch.fx.experimental import _config
+
+    patched: AbstractContextManager[None] = _config.patch(backed_size_oblivious=True)
+    return patched

@@ -77,9 +77,10 @@ def prepare_model(
         raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
     check_kv_dir(kv_dir, kv_dir_bytes)
     if is_exported(model):
-        tokenizer = tokenizer or load_tokenizer(model)
         options = {"load_format": load_format, "dtype": dtype, "device": device, "attention": attention}
-        model = open_exported(model, max_model_len, options | {"kv_dtype": kv_dtype, "tensor_parallel_size": ranks})
+        options |= {"kv_dtype": kv_dtype, "tensor_parallel_size": ranks}
+        folder, model = model, open_exported(model, max_model_len, options)
+        tokenizer = tokenizer or load_tokenizer(folder)
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
     if isinstance(model, OnnxModel):
         model.step.bounds.check("max_step_tokens", max_step_tokens, model.step.bounds.rows)
