@@ -26,8 +26,9 @@ from triton.compiler import ASTSource
 from bench.report import Report, benchmark_options, track
 from radixgen.kernels import block_kernels, triton_kernels
 from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
+from radixgen.kernels.chip import Chip
 from radixgen.kernels.geometry import Geometry
-from radixgen.kernels.triton_backend import Chip, choose_launch, constants
+from radixgen.kernels.triton_backend import choose_launch, constants
 from radixgen.kernels.triton_blocks import attending, choose_warps, choosing, score_warps, scoring
 from radixgen.kernels.work import Launch, TileClass
 

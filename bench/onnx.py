@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,7 +35,6 @@ from bench.report import Report, benchmark_options
 from bench.tvm_step import compile_step, record_step
 from bench.workloads import TOY
 from radixgen import Engine, SamplingParams
-from radixgen.demo import document
 from radixgen.model import smollm2
 from radixgen.model.onnx_export import export_onnx
 from radixgen.model.onnx_model import OnnxModel
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare_times(report: Report, *, bound: bool) -> None:
     for name in ("questions", "latency"):
-        medians = report.kept[name]["seconds"]
+        medians = report.figures[name]["seconds"]
         for label in (FLOAT32, INT8):
             ratio = medians[label] / medians[PYTORCH]
             most = 1.5 if bound and name == "questions" and label == FLOAT32 else None
@@ -102,13 +102,12 @@ def compare_reads(report: Report, path: Path, folder: Path, workloads: TextWorkl
 
 def compare_quality(report: Report, path: Path, folders: dict[str, Path]) -> None:
     """Perplexity of the demo's document, and how far apart log-probabilities are."""
+    document = files("radixgen.demo").joinpath("document.md").read_text(encoding="utf-8")
     scores = {}
     for name, model in {"pytorch": path, **folders}.items():
         with Engine(model, dtype="float32", device="cpu", kv_tokens=4000) as engine:
-            output = engine.generate(document(), SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
-            ids = output.prompt_tokens
-            entries = output.prompt_logprobs or []
-            pairs = zip(ids, entries, strict=True)
+            output = engine.generate(document, SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+            pairs = zip(output.prompt_tokens.ids, output.prompt_logprobs or [], strict=True)
             scores[name] = [entry[token] for token, entry in pairs if entry is not None]
     perplexity = {name: math.exp(-sum(values) / len(values)) for name, values in scores.items()}
     for name in folders:

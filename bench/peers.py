@@ -6,6 +6,7 @@ vLLM's wheel carries as `_vllm_fa3_C.abi3.so`, at the path in RADIXGEN_FLASH_ATT
 | contender | what it is |
 | --- | --- |
 | pytorch | scaled_dot_product_attention over a private copy of every path, all of one length |
+| pytorch_flex | FlexAttention, compiled, with a block mask made from the plan that has a unit for each node |
 | flashinfer_decode | BatchDecodeWithPagedKVCacheWrapper; with tensor cores from 4 query heads a key head on |
 | flashinfer_batch | BatchAttention, one persistent kernel for prefill and decode |
 | flashinfer_cascade | MultiLevelCascadeAttentionWrapper, one level for each of the tree's; rows all equally deep |
@@ -25,16 +26,21 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.trees import Tree, lay_out
+from radixgen.core import Plan
 from radixgen.core.plan import Int32Array
 from radixgen.core.settings import flash_attention_3
 from radixgen.scheduler.forest import Forest
+from radixgen.scheduler.planner import plan
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Call = Callable[[], Tensor]
 """Attends once; gives outputs [rows, q_heads, head_dim]."""
@@ -252,6 +258,50 @@ def pytorch(tree: Tree, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Contender]:
     yield "pytorch", lambda: attend(queries, keys, values, enable_gqa=True).squeeze(2), {"GB": size / 1e9}
 
 
+def pytorch_flex(tree: Tree, q: Tensor, k: Tensor, v: Tensor, *, compiled: bool = True) -> Iterator[Contender]:
+    """Rows come in the plan's order: `back` puts them in the tree's. Uncompiled, all scores are computed."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    made = plan(*lay_out(tree), mode="naive")
+    order = torch.from_numpy(made.row_order).to(q.device)
+    begin = time.perf_counter()
+    mask = block_mask(made, k.shape[0], q.device)
+    seconds = time.perf_counter() - begin
+    attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    queries, keys, values = (tensor.transpose(0, 1)[None].contiguous() for tensor in (q[order], k, v))
+
+    def call() -> Tensor:
+        out: Tensor = attend(queries, keys, values, block_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    facts = {"plan_ms": 1e3 * seconds, "blocks_skipped": mask.sparsity(), "back": torch.argsort(order)}
+    yield "pytorch_flex", call, facts
+
+
+def block_mask(made: Plan, slots: int, device: torch.device) -> "BlockMask":
+    """Which rows see which slots, by a plan in which each slot is in one segment; the rows in the plan's order."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    count, lengths = len(made.segment_lengths), made.segment_lengths
+    segment = np.full(slots, count, np.int32)
+    position = np.zeros(slots, np.int32)
+    owner = np.repeat(np.arange(count, dtype=np.int32), lengths)
+    within = np.arange(owner.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    place = made.segment_starts[owner] + within
+    segment[place], position[place] = owner, made.segment_positions[owner] + within
+    row = np.arange(made.num_rows)[:, None]
+    seen = np.zeros((made.num_rows, count + 1), np.bool_)
+    seen[:, :count] = (made.segment_rows[:, 0] <= row) & (row < made.segment_rows[:, 1])
+    sees, segment_of, key_at, row_at = (
+        torch.from_numpy(table).to(device) for table in (seen, segment, position, made.row_positions)
+    )
+
+    def visible(_batch: Tensor, _head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        return sees[row, segment_of[slot]] & (key_at[slot] <= row_at[row])
+
+    return create_block_mask(visible, None, None, made.num_rows, slots, device=device)
+
+
 def flashinfer_decode(q: Tensor, rows: Paged) -> tuple[Call, dict[str, Any]]:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
@@ -362,6 +412,7 @@ def fa3_paged(q: Tensor, rows: Paged) -> tuple[Call, dict[str, Any]]:
 
 PEERS: dict[str, Contend] = {
     "pytorch": pytorch,
+    "pytorch_flex": pytorch_flex,
     "flashinfer_decode": _over_rows("flashinfer_decode", flashinfer_decode),
     "flashinfer_batch": _over_rows("flashinfer_batch", flashinfer_batch),
     "flashinfer_cascade": flashinfer_cascades,

@@ -67,11 +67,14 @@ def compile_step(folder: Path, inputs: Arrays) -> Callable[[], NDArray[np.float3
     from tvm.relax.frontend.onnx import from_onnx
 
     model = onnx_ir.load(folder / MODEL_FILE)
+    logits, *pool = model.graph.outputs
+    vocab_size = logits.shape[1]
     for node in model.graph:
         for output in node.outputs:
             output.shape = None
-    for given in model.graph.inputs:
-        given.shape = onnx_ir.Shape(inputs[given.name].shape)
+    logits.shape = onnx_ir.Shape([inputs["logit_rows"].size, vocab_size])
+    for value in (*model.graph.inputs, *pool):
+        value.shape = onnx_ir.Shape(inputs[value.name.removeprefix("new_")].shape)
     fold_constants(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)

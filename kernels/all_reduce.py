@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from radixgen.kernels.all_reduce_kernels import all_reduce_kernel
-from radixgen.kernels.triton_backend import Chip, overlaps
+from radixgen.kernels.chip import Chip
+from radixgen.kernels.triton_backend import overlaps
 from radixgen.kernels.work import pdl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)

@@ -7,6 +7,8 @@ require sorted rows. The reference is `expert_linear_reference`.
 import torch
 from torch import Tensor, library
 
+from radixgen.kernels.chip import Chip
+
 MAX_ROWS = 128
 """Beyond it, sorting pays off."""
 _BLOCK_N, _BLOCK_K, _STAGES, _WARPS = 128, 64, 5, 8
@@ -23,7 +25,7 @@ def supports(weight: Tensor) -> bool:
     if not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
         return False
     whole = weight.ndim == 3 and weight.shape[1] % _BLOCK_K == 0 and weight.shape[2] % _BLOCK_K == 0
-    return whole and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    return whole and Chip.of(weight.device).has_descriptors
 
 
 def expert_linear_reference(given: Tensor, weight: Tensor, experts: Tensor, transposed: bool) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from radixgen.core import Plan, Window
 from radixgen.core.plan import Int64Array
 from radixgen.kernels.backend import Attention, AttentionBackend, KVWriter, backend
+from radixgen.kernels.chip import Chip
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.merge import apply_sinks, merge_partials
 from radixgen.kernels.quantized import KV, QuantizedKV
@@ -108,7 +109,7 @@ def installed() -> str:
 
 def load(device: torch.device) -> FlashPackage:
     """Return the package for a device: the one for Hopper on Hopper, if installed. Raises ImportError."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    hopper = device.type == "cuda" and Chip.of(device).is_hopper
     return _load(hopper)
 
 
@@ -203,7 +204,7 @@ def attend_reference(
 def runs_on(device: torch.device) -> bool:
     """Return whether this is a CUDA device of sm_80 or later. Raises ImportError if the package is missing."""
     load(device)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cuda" and Chip.of(device).capability >= 80
 
 
 @dataclass(frozen=True, slots=True)

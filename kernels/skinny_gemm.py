@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, library
 
 from radixgen.kernels import gluon_support
+from radixgen.kernels.chip import Chip
 
 MAX_ROWS = 64
 """Beyond it, cuBLAS is faster."""
@@ -23,7 +24,7 @@ def supports(weight: Tensor) -> bool:
     """
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return False
-    hopper = torch.cuda.get_device_capability(weight.device) == (9, 0)
+    hopper = Chip.of(weight.device).is_hopper
     outputs, inputs = weight.shape
     return hopper and gluon_support.supported() and inputs % _TILE == 0 and outputs >= _TILE and outputs % 8 == 0
 
@@ -97,7 +98,7 @@ def _empty_partials(given: Tensor, weight: Tensor, split: int) -> Tensor:
 
 @cache
 def _programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return Chip.of(device).multiprocessors
 
 
 def register() -> None:

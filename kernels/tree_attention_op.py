@@ -81,5 +81,5 @@ def any_size() -> AbstractContextManager[None]:
     """Let `torch.export` make no exception of sizes 0 and 1, which groups of units often have."""
     from torch.fx.experimental import _config
 
-    patched: AbstractContextManager[None] = _config.patch(backed_size_oblivious=True)
+    patched: AbstractContextManager[None] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patched

@@ -1,6 +1,5 @@
 """Tree attention by the Triton kernels: one launch per class of tiles, and one more to merge partial results."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from radixgen.core import Chunk, Plan, Window
 from radixgen.kernels import gluon_support, hopper_attention, torch_backend, triton_kernels
+from radixgen.kernels.chip import WARP, Chip
 from radixgen.kernels.geometry import LEAST_RUN, Geometry
 from radixgen.kernels.quantized import KV, LARGEST, QuantizedKV
 from radixgen.kernels.triton_blocks import BlockChoice
@@ -23,38 +23,16 @@ _MOST_STEPS = 64
 """Maximum number of future steps whose keys are listed in tables."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """Properties of a GPU that determine launches."""
-
-    capability: int
-    """80 for sm_80, 90 for sm_90."""
-    multiprocessors: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> "Chip":
-        """Return the chip of a device; in the interpreter, a small one like sm_90."""
-        if device.type != "cuda":
-            return cls(90, 3)
-        properties = torch.cuda.get_device_properties(device)
-        return cls(10 * properties.major + properties.minor, properties.multi_processor_count)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory per multiprocessor available to blocks of keys in flight."""
-        return (208 if self.capability >= 90 else 144) * 1024
-
-
 def overlaps(chip: Chip) -> bool:
     """Return whether a launch may begin while the previous one ends (programmatic dependent launch)."""
-    return chip.capability >= 90 and not triton.knobs.runtime.interpret
+    return chip.overlaps and not triton.knobs.runtime.interpret
 
 
 def takes_wide(geometry: Geometry, chip: Chip) -> bool:
     """Return whether tiles of 128 rows have their own kernel on this chip, for layers without window or soft cap."""
     heads = geometry.head_dim == geometry.v_head_dim == 128 and geometry.group <= 64
     compiles = triton.knobs.runtime.interpret or gluon_support.supported()
-    return chip.capability == 90 and heads and geometry.dtype in (torch.float16, torch.bfloat16) and compiles
+    return chip.is_hopper and heads and geometry.dtype in (torch.float16, torch.bfloat16) and compiles
 
 
 def choose_launch(
@@ -79,7 +57,7 @@ def choose_launch(
         blocks = _tile_class(geometry, _block_tile(geometry, block_rows), chip, rows, windowed, hopper=False)
     return Launch(
         classes=tuple(_tile_class(geometry, size, chip, rows, windowed, wide and size == 128) for size in sizes),
-        least_run=LEAST_RUN if geometry.bulk and chip.capability >= 90 else 0,
+        least_run=LEAST_RUN if geometry.bulk and chip.has_descriptors else 0,
         overlap=overlaps(chip),
         blocks=blocks,
     )
@@ -145,7 +123,7 @@ def constants(
         "STAGES": shape.num_stages, "GATHER_STAGES": shape.gather_stages, "BULK": launch.least_run > 0,
         "WINDOW": window, "CHUNKED": chunked, "SOFTCAP": softcap, "SINKS": sinks,
         "QUANTIZED": geometry.quantized, "KIND": kind,
-        "THREADS": 32 * shape.num_warps, "FIRST": first, "PDL": launch.overlap,
+        "THREADS": WARP * shape.num_warps, "FIRST": first, "PDL": launch.overlap,
     }  # fmt: skip
 
 

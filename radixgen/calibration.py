@@ -97,7 +97,8 @@ def cost_models(device: torch.device, geometry: Geometry) -> tuple[CostModel, ..
 def _takes_wide(device: torch.device, geometry: Geometry) -> bool:
     if device.type != "cuda":
         return False
-    from radixgen.kernels.triton_backend import Chip, takes_wide
+    from radixgen.kernels.chip import Chip
+    from radixgen.kernels.triton_backend import takes_wide
 
     return takes_wide(geometry, Chip.of(device))
 
@@ -160,7 +161,8 @@ def _read(path: Path) -> list[Calibration]:
 
 def calibrate(device: torch.device, time_us: Callable[[Callable[[], object]], float]) -> Calibration:
     """Measure `device`, in a few seconds. `time_us`: the median microseconds of a call, without launch overhead."""
-    from radixgen.kernels.triton_backend import Chip, choose_launch, takes_wide
+    from radixgen.kernels.chip import Chip
+    from radixgen.kernels.triton_backend import choose_launch, takes_wide
 
     def tiles(kv_dtype: torch.dtype | None) -> tuple[TileCost, ...]:
         timer = _AttentionTimer(device, time_us, kv_dtype)

@@ -68,6 +68,7 @@ from bench.trees import WORKLOADS, Tree, chain, lay_out, levels, shared_prefix
 from bench.workloads import TOY as TOY_SCALE
 from bench.workloads import Ask
 from radixgen import AsyncClient, Engine, Limits, SamplingParams
+from radixgen.kernels.torch_backend import TorchAttention
 from radixgen.scheduler import planner
 from radixgen.serve.zmq.worker import Worker
 
@@ -632,6 +633,20 @@ def test_levels_of_a_cascade_add_up_to_each_rows_path(tree: Tree) -> None:
             for row in range(begin, end):
                 found[row] += held(level.segments, segment)
     assert found == expected if cascade else tree in (TREES[4], TREES[5])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("tree", TREES)
+def test_flex_attention_is_given_the_plans_mask(tree: Tree) -> None:
+    """Uncompiled, and so on any device."""
+    cpu_device = torch.device("cpu")
+    q, k, v = attention.inputs(tree, (4, 2), cpu_device)
+    made = planner.plan(*lay_out(tree))
+    order = torch.from_numpy(made.row_order)
+    expected, _ = TorchAttention(made, None, cpu_device)(q[order], k, v, attention.HEAD_DIM**-0.5)
+    ((name, call, facts),) = peers.pytorch_flex(tree, q, k, v, compiled=False)
+    assert name == "pytorch_flex"
+    torch.testing.assert_close(call()[facts["back"]], expected[torch.argsort(order)], rtol=1e-4, atol=1e-4)
 
 
 def test_a_peer_that_fails_is_reported(monkeypatch) -> None:

@@ -18,6 +18,7 @@ from radixgen import Engine, TreeAttention
 from radixgen.core import Chunk, Plan
 from radixgen.kernels.assignment import assign, makespan
 from radixgen.kernels.backend import backend
+from radixgen.kernels.chip import Chip
 from radixgen.kernels.geometry import Geometry
 from radixgen.kernels.work import TABLES, Launch, Work, lay_out
 from radixgen.kernels.workspace import Workspace
@@ -168,7 +169,7 @@ def test_layers_with_a_soft_cap_and_without_over_the_same_plan(static: bool) -> 
 
 
 def test_each_class_of_tiles_has_a_launch() -> None:
-    hopper, geometry = triton_backend.Chip(90, 132), Geometry(8, 4, 128, 128, torch.bfloat16)
+    hopper, geometry = Chip(90, 132), Geometry(8, 4, 128, 128, torch.bfloat16)
     if not triton_backend.takes_wide(geometry, hopper):
         pytest.skip("this version of Triton does not compile the kernel")
     found = triton_backend.choose_launch(geometry, 128, hopper)
@@ -178,7 +179,7 @@ def test_each_class_of_tiles_has_a_launch() -> None:
         triton_backend.choose_launch(geometry, 64, hopper),
         triton_backend.choose_launch(geometry, 128, hopper, windowed=True),
         triton_backend.choose_launch(geometry, 128, hopper, capped=True),
-        triton_backend.choose_launch(geometry, 128, triton_backend.Chip(80, 108)),
+        triton_backend.choose_launch(geometry, 128, Chip(80, 108)),
         triton_backend.choose_launch(replace(geometry, head_dim=64, v_head_dim=64), 128, hopper),
     ):
         assert [one.rows for one in launch.classes] == [16, 64] and not any(one.hopper for one in launch.classes)
@@ -264,7 +265,7 @@ def laid_out(rows: int, keys: int) -> tuple[Plan, Launch, Work]:
     nodes = np.append(np.arange(40), np.full(rows, 40)).astype(np.int32)
     made = plan(forest, nodes, (lengths - 1)[nodes], mode="unshared", cost=replace(WIDE, group=4))
     geometry = Geometry(2, 4, 128, 128, torch.float16)
-    launch = triton_backend.choose_launch(geometry, made.tile_rows, triton_backend.Chip(90, 3))
+    launch = triton_backend.choose_launch(geometry, made.tile_rows, Chip(90, 3))
     return made, launch, lay_out(made, launch, group=4, kv_heads=2)
 
 
@@ -304,7 +305,7 @@ def test_every_supported_geometry_has_a_launch() -> None:
         for dtype in DTYPES:
             geometry = Geometry(2, group, 128, 128, dtype)
             for rows in (1, 64):
-                launch = triton_backend.choose_launch(geometry, 200, triton_backend.Chip.of(DEVICE), rows=rows)
+                launch = triton_backend.choose_launch(geometry, 200, Chip.of(DEVICE), rows=rows)
                 assert launch.classes[-1].rows >= group
 
 

@@ -15,7 +15,6 @@ from radixgen import Engine, InvalidRequest, SamplingParams
 from radixgen.cli import app
 from radixgen.core import Chunk
 from radixgen.model.onnx_step import MODEL_FILE, StepBounds, StepDescription, is_exported
-from radixgen.reading import TopBlocks
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")

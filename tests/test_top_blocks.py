@@ -14,6 +14,7 @@ from radixgen.core.plan import BLOCK
 from radixgen.kernels import torch_blocks
 from radixgen.kernels.block_bounds import BlockBounds
 from radixgen.kernels.block_work import candidate_blocks, list_room
+from radixgen.kernels.chip import Chip
 from radixgen.kernels.quantized import QuantizedKV, allocate, quantize, read, write
 from radixgen.kernels.torch_backend import TorchAttention
 from radixgen.kernels.torch_blocks import block_scores, choose_blocks, unread_share
@@ -369,7 +370,7 @@ def test_a_launch_without_choices_refuses_them() -> None:
     geometry = triton_backend.Geometry(2, 2, 16, 16, torch.float32)
     forest, nodes = shared_forest(1, 900, 5)
     made = make_plan(forest, nodes, [TopBlocks(recent=9)])
-    launch = triton_backend.choose_launch(geometry, made.tile_rows, triton_backend.Chip(90, 3), block_rows=0)
+    launch = triton_backend.choose_launch(geometry, made.tile_rows, Chip(90, 3), block_rows=0)
     with pytest.raises(AssertionError):
         lay_out(made, launch, group=2, kv_heads=2)
 

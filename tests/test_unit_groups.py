@@ -118,7 +118,7 @@ def test_the_operator_has_no_gradient() -> None:
     arguments = step(1).arguments()
     arguments[0].requires_grad_()
     out, _ = tree_attention(*arguments, 1.0)
-    with pytest.raises(RuntimeError, match="radixgen.*tree_attention"):
+    with pytest.raises(RuntimeError, match=r"radixgen.*tree_attention"):
         out.sum().backward()
 
 

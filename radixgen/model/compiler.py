@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from radixgen.kernels.chip import Chip
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,7 +28,7 @@ def compiler_options(device: torch.device) -> dict[str, bool] | None:
 
     if device.type != "cuda":
         return None
-    early = torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(config.triton, "enable_pdl")
+    early = Chip.of(device).overlaps and hasattr(config.triton, "enable_pdl")
     return {"combo_kernels": True} | ({"triton.enable_pdl": True} if early else {})
 
 

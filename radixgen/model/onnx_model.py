@@ -85,11 +85,11 @@ class OnnxModel:
             self._check(tables)
             self.kv_bytes_read += tables.kv_tokens_read * self._window_bytes[window]
             self.kv_bytes_unshared += seen.kv_tokens_unshared * self._window_bytes[window]
-            inputs[f"partials.{index}"] = tables.partials
+            inputs[f"partials_{index}"] = tables.partials
             for number, group in enumerate(tables.groups):
-                inputs[f"unit_rows.{index}.{number}"] = group.rows
-                inputs[f"unit_slots.{index}.{number}"] = group.slots
-                inputs[f"unit_bias.{index}.{number}"] = group.bias
+                inputs[f"unit_rows_{index}_{number}"] = group.rows
+                inputs[f"unit_slots_{index}_{number}"] = group.slots
+                inputs[f"unit_bias_{index}_{number}"] = group.bias
         return inputs
 
     def _check(self, tables: UnitTables) -> None:

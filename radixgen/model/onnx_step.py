@@ -7,13 +7,13 @@ units (`radixgen.kernels.unit_groups`), l the layers:
 | --- | --- |
 | `token_ids`, `positions`, `write_slots` | int64 `[rows]`; a row whose KV exists writes to the pool's last slot |
 | `logit_rows` | int64 `[n]` |
-| `keys.l`, `values.l` | float32 `[kv_heads * slots, head_dim]`, `[kv_heads * slots, v_head_dim]`, by head |
-| `unit_rows.w.g` | int64 `[pieces, unit rows]` |
-| `unit_slots.w.g` | int64 `[pieces, unit keys]` |
-| `unit_bias.w.g` | float32 `[pieces, unit rows, unit keys]` |
-| `partials.w` | int64 `[rows, most]` |
+| `keys_l`, `values_l` | float32 `[kv_heads * slots, head_dim]`, `[kv_heads * slots, v_head_dim]`, by head |
+| `unit_rows_w_g` | int64 `[pieces, unit rows]` |
+| `unit_slots_w_g` | int64 `[pieces, unit keys]` |
+| `unit_bias_w_g` | float32 `[pieces, unit rows, unit keys]` |
+| `partials_w` | int64 `[rows, most]` |
 
-Outputs: `logits` float32 `[n, vocab]`; `new_keys.l` and `new_values.l`, the pool with the rows' K and V written. A
+Outputs: `logits` float32 `[n, vocab]`; `new_keys_l` and `new_values_l`, the pool with the rows' K and V written. A
 runtime that is given the pool's own memory for them writes in place.
 """
 
@@ -70,14 +70,14 @@ class StepDescription:
 
     def table_names(self, kind: str) -> list[list[str]]:
         """Return the names of `unit_rows`, `unit_slots` or `unit_bias`, by window and group."""
-        return [[f"{kind}.{w}.{g}" for g in range(self.bounds.groups)] for w in range(len(self.distinct_windows))]
+        return [[f"{kind}_{w}_{g}" for g in range(self.bounds.groups)] for w in range(len(self.distinct_windows))]
 
     def partials_names(self) -> list[str]:
-        return [f"partials.{w}" for w in range(len(self.distinct_windows))]
+        return [f"partials_{w}" for w in range(len(self.distinct_windows))]
 
     def pool_names(self, prefix: str = "") -> list[str]:
         """Return the names of the inputs that hold the pool, keys first; with `"new_"` those of its outputs."""
-        return [f"{prefix}{kind}.{layer}" for kind in ("keys", "values") for layer in range(len(self.layers))]
+        return [f"{prefix}{kind}_{layer}" for kind in ("keys", "values") for layer in range(len(self.layers))]
 
     def input_names(self) -> list[str]:
         tables = [self.table_names(kind) for kind in ("unit_rows", "unit_slots", "unit_bias")]

@@ -11,6 +11,7 @@ from radixgen.cache import DiskTier, KVCopies, KVMover
 from radixgen.cache.storage import free_host_bytes, kv_room
 from radixgen.core import InvalidRequest, Limits, UnsupportedModel, check_integer
 from radixgen.kernels.backend import backend
+from radixgen.kernels.chip import Chip
 from radixgen.kernels.quantized import KV_DTYPES
 from radixgen.model.base import Model, SupportsDiskKV, SupportsHostKV, SupportsKVMoves
 from radixgen.model.checkpoint import check_layers
@@ -77,8 +78,8 @@ def prepare_model(
         raise InvalidRequest("kv_offloading_size", kv_offloading_size, f"must be from 0 to {_MAX_OFFLOADING_GIB} GiB")
     check_kv_dir(kv_dir, kv_dir_bytes)
     if is_exported(model):
-        options = {"load_format": load_format, "dtype": dtype, "device": device, "attention": attention}
-        options |= {"kv_dtype": kv_dtype, "tensor_parallel_size": ranks}
+        options: dict[str, object] = {"load_format": load_format, "dtype": dtype, "device": device}
+        options |= {"attention": attention, "kv_dtype": kv_dtype, "tensor_parallel_size": ranks}
         folder, model = model, open_exported(model, max_model_len, options)
         tokenizer = tokenizer or load_tokenizer(folder)
     max_step_tokens = max_step_tokens or default_step_tokens(model, device)
@@ -177,7 +178,7 @@ def _check_kv_dtype(kv_dtype: str, model: object, device: torch.device) -> None:
         raise InvalidRequest("kv_dtype", kv_dtype, f"must be auto, {' or '.join(KV_DTYPES)}")
     if isinstance(model, Model):
         raise InvalidRequest("kv_dtype", kv_dtype, "must be auto: the model object stores its own KV")
-    if kv_dtype == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+    if kv_dtype == "fp8" and (device.type != "cuda" or not Chip.of(device).has_fp8):
         raise InvalidRequest("kv_dtype", kv_dtype, "needs a GPU of compute capability 8.9 or later; int8 runs anywhere")
 
 
