@@ -7,7 +7,7 @@ written before. The workloads are those of `bench.cpu`; engines take turns, each
 process: keys read by an exported step, for each that its plan reads; what weights of 8 bits change on the demo's
 document; and one step through TVM (`pip install apache-tvm`), compiled for its sizes, beside onnxruntime.
 
-Bias. Of int8, both weights and activations are quantized, the latter as a step runs. TVM compiles for LLVM without
+Bias. Of int8, both weights and inputs are quantized in blocks, the latter as a step runs. TVM compiles for LLVM without
 tuning and without a library of matrix products.
 
 Bounds with --check: 32 questions on a document take at most 1.5 times PyTorch's time; at most 1.1 times the plan's keys

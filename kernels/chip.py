@@ -1,7 +1,7 @@
 """What our kernels need to know of a GPU: what it can do, and how much of it there is.
 
-Kernels and launches read a `Chip` and nothing else of the device. Another target needs its properties here, and sizes of
-launches in `radixgen.kernels.triton_backend`.
+Kernels and launches read a `Chip` and nothing else of the device. Another target needs its properties here, and sizes
+of launches in `radixgen.kernels.triton_backend`.
 
 | kernels | need |
 | --- | --- |

@@ -96,7 +96,8 @@ def export_onnx(
 ) -> StepDescription:
     """Write the model's step in float32 to `folder`, with its config and tokenizer, so that `Engine(folder)` serves it.
 
-    `weights="int8"` stores the matrices of linear layers in 8 bits; onnxruntime quantizes the activations as it runs.
+    `weights="int8"` stores the matrices of linear layers in 8 bits, with a scale for each block of 32 inputs, for
+    onnxruntime's own operator `MatMulNBits`, which quantizes its input in such blocks as it runs.
     `bounds`: maximum sizes of a step. Raises `InvalidRequest`, `ModelNotFound` and `UnsupportedModel`.
     """
     if weights not in WEIGHTS:
@@ -238,17 +239,16 @@ def _simplify(model: Any) -> None:
 
 
 def _quantize(source: Path, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """Quantize constant matrices in blocks of 32 inputs. Per matrix, as `quantize_dynamic` does, the inputs' outliers
+    cost 30 % of SmolLM2's perplexity.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    quantize_dynamic(
-        source,
-        target,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    blocks = DefaultWeightOnlyQuantConfig(bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), algo_config=blocks)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
 
 
 @contextmanager
