@@ -243,12 +243,26 @@ def _quantize(source: Path, target: Path) -> None:
     cost 30 % of SmolLM2's perplexity.
     """
     import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    with _logging_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     blocks = DefaultWeightOnlyQuantConfig(bits=8, block_size=32, is_symmetric=True, accuracy_level=4)
     quantizer = MatMulNBitsQuantizer(onnx.load(source), algo_config=blocks)
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Restore the root logger, which onnxruntime's quantizer configures when it is imported."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @contextmanager
