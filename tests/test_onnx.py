@@ -1,5 +1,6 @@
 """Models that `radixgen export` wrote, served over onnxruntime."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -11,7 +12,7 @@ from reference import compare
 from test_exactness import prompts
 from typer.testing import CliRunner
 
-from radixgen import Engine, InvalidRequest, SamplingParams
+from radixgen import Engine, InvalidRequest, SamplingParams, TreeAttention
 from radixgen.cli import app
 from radixgen.core import Chunk
 from radixgen.model.onnx_step import MODEL_FILE, StepBounds, StepDescription, is_exported
@@ -85,6 +86,15 @@ def test_bounds_are_kept(model: tuple[str, Path]) -> None:
         outputs = engine.generate([[3, 4], [5, 6, 7], [8, 9]], SamplingParams(max_tokens=3, n=3, temperature=1.0))
         reasons = [one.stop_reason for output in outputs for one in output.outputs if one.finish_reason == "error"]
     assert reasons and all("units=" in reason and "at most 2" in reason for reason in reasons)
+
+
+def test_chosen_blocks_are_refused(model: tuple[str, Path]) -> None:
+    from radixgen.model.onnx_model import OnnxModel
+
+    plan = TreeAttention([-1], [[(0, 4)]], [0]).plan
+    none = np.zeros(0, np.int64)
+    with pytest.raises(InvalidRequest, match="TopBlocks"):
+        OnnxModel(model[1]).run(replace(plan, unit_blocks=np.ones_like(plan.unit_blocks)), none, none, none)
 
 
 def test_options_of_other_models_are_refused(model: tuple[str, Path], tmp_path: Path) -> None:

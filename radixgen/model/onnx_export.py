@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from radixgen.core import InvalidRequest, UnsupportedModel
 from radixgen.kernels.tree_attention_op import to_standard_operators, tree_attention
 from radixgen.model.layer_call import LayerCall
-from radixgen.model.loader import load
+from radixgen.model.loader import LoadedModel, load
 from radixgen.model.onnx_step import METADATA, MODEL_FILE, StepBounds, StepDescription
 from radixgen.model.tree_model import TreeModel
 
@@ -133,8 +133,6 @@ def export_onnx(
 def _load(
     model: "str | Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None"
 ) -> "tuple[str, PreTrainedModel, PreTrainedTokenizerBase | None, frozenset[int]]":
-    from radixgen.model.loader import LoadedModel
-
     if isinstance(model, str | Path):
         loaded = load(model, "float32", "cpu", tokenizer=tokenizer)
     else:
