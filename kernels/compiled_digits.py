@@ -10,9 +10,11 @@ from torch import Tensor
 
 from radixgen.core.compiled import HAS_NUMBA, compiled
 
-_LARGEST = np.float32(127.0)
-_DIGIT = np.float32(254.0)
-_SMALLEST = np.float32(1e-30)
+LARGEST = np.float32(127.0)
+DIGIT = np.float32(254.0)
+"""Steps of the second digit in one step of the first."""
+SMALLEST = np.float32(1e-30)
+"""Least scale of a row, for rows of zeros."""
 _ROUND = np.float32(1.5 * 2**23)
 """Added and taken off again, it rounds a small number, halves to even."""
 _NO_SIGN = np.int32(0x7FFFFFFF)
@@ -46,13 +48,13 @@ def _split(
             most = max(most, np.int32(bits[row, i] & _NO_SIGN))
         largest[0] = most
         step = largest.view(np.float32)[0]
-        if step < _SMALLEST:  # noqa: PLR1730 `max` could drop NaN
-            step = _SMALLEST
-        step = np.float32(step / _LARGEST)
+        if step < SMALLEST:  # noqa: PLR1730 `max` could drop NaN
+            step = SMALLEST
+        step = np.float32(step / LARGEST)
         steps[row, 0] = step
         for i in range(inputs):
             scaled = np.float32(numbers[row, i] / step)
             high = np.float32(np.float32(scaled + _ROUND) - _ROUND)
-            low = np.float32(np.float32(np.float32(np.float32(scaled - high) * _DIGIT) + _ROUND) - _ROUND)
+            low = np.float32(np.float32(np.float32(np.float32(scaled - high) * DIGIT) + _ROUND) - _ROUND)
             digits[row, i] = np.int8(np.int32(high))
             digits[rows + row, i] = np.int8(np.int32(low))

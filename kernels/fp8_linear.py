@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from radixgen.kernels import skinny_gemm
+from radixgen.kernels.chip import Chip
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -38,7 +39,7 @@ def supports(weight: Fp8Weight) -> bool:
     """
     if not weight.codes.is_cuda or any(size % _TILE for size in weight.codes.shape):
         return False
-    return torch.cuda.get_device_capability(weight.codes.device) >= (8, 9)
+    return Chip.of(weight.codes.device).has_fp8
 
 
 def quantize(weight: Tensor) -> Fp8Weight:

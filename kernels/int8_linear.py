@@ -13,11 +13,7 @@ from torch.nn.functional import linear
 
 from radixgen.kernels import compiled_digits
 
-LARGEST = 127.0
-_DIGIT = 254.0
-"""Steps of the second digit in one step of the first."""
-_SMALLEST = 1e-30
-"""Least scale of a row, for rows of zeros."""
+_LARGEST, _DIGIT, _SMALLEST = map(float, (compiled_digits.LARGEST, compiled_digits.DIGIT, compiled_digits.SMALLEST))
 
 
 class Int8Weight(NamedTuple):
@@ -48,7 +44,7 @@ def supported() -> bool:
 def quantize(weight: Tensor) -> Int8Weight:
     """Round `weight [outputs, inputs]` to 8 bits, with the largest number of each output as its scale."""
     weight = weight.float()
-    scales = weight.abs().amax(1).clamp_min(_SMALLEST) / LARGEST
+    scales = weight.abs().amax(1).clamp_min(_SMALLEST) / _LARGEST
     return Int8Weight((weight / scales[:, None]).round().to(torch.int8), scales)
 
 
@@ -74,7 +70,7 @@ def split_digits(given: Tensor) -> tuple[Tensor, Tensor]:
     Returns int8 `[2 * rows, inputs]`, all high digits before all low ones, and the steps, float32 `[rows, 1]`.
     """
     given = given.float()
-    steps = given.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST).div_(LARGEST)
+    steps = given.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST).div_(_LARGEST)
     scaled = given / steps
     high = scaled.round()
     low = scaled.sub_(high).mul_(_DIGIT).round_()

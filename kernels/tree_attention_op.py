@@ -36,35 +36,11 @@ def register() -> None:
     if hasattr(torch.ops.radixgen, "tree_attention"):
         return
 
-    @library.custom_op("radixgen::tree_attention", mutates_args=())
-    def operator(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rows: Sequence[Tensor],
-        slots: Sequence[Tensor],
-        bias: Sequence[Tensor],
-        partials: Tensor,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, rows, slots, bias, partials, scale, softcap, sinks)
+    operator = library.custom_op("radixgen::tree_attention", attend, mutates_args=())
 
     @operator.register_fake
-    def _(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rows: Sequence[Tensor],
-        slots: Sequence[Tensor],
-        bias: Sequence[Tensor],
-        partials: Tensor,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        num_rows, q_heads, _ = q.shape
+    def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        num_rows, q_heads = q.shape[:2]
         return q.new_empty((num_rows, q_heads, v.shape[2])), q.new_empty((num_rows, q_heads))
 
 

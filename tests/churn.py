@@ -648,7 +648,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert output.finished == shadow.finished
         if output.finished:
             del self.live[output.request_id]
-            self.texts = [*self.texts[-14:], shadow.prompt, shadow.prompt + shadow.sequences[0].told]
+            whole = shadow.prompt + shadow.sequences[0].told
+            self.texts = [*self.texts, shadow.prompt, whole][-16:]
 
     def _compare_sequence(self, shadow: Shadow, one: CompletionOutput, exact: bool) -> None:
         sequence = shadow.sequences[one.index]

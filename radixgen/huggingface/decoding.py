@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from radixgen.core import BeamSearchParams, CompletionOutput, InvalidRequest, RequestFailed, SamplingParams
+from radixgen.engine.core import EngineCore
 from radixgen.engine.engine import Engine
 from radixgen.model.base import Logits
 from radixgen.scheduler.sequence import Sequence as EngineSequence
@@ -106,8 +107,10 @@ class Decoding:
         )
 
     def _listen(self, wanted: bool) -> None:
-        listener = self._record if wanted else None
-        self._engine.inspect(lambda core: setattr(core, "on_draw", listener))
+        def listen(core: EngineCore) -> None:
+            core.on_draw = self._record if wanted else None
+
+        self._engine.inspect(listen)
 
     def _record(self, drawing: Sequence[EngineSequence], logits: Logits, rows: Sequence[int]) -> None:
         """Keep a copy of the logits of each of our sequences that draws in this step."""
