@@ -210,7 +210,7 @@ class ChoiceState:
         piece = self.parser.push(new.text)
         if new.finish_reason is not None:
             rest = self.parser.finish(cut=new.finish_reason == "length")
-            piece = Piece(piece.content + rest.content, piece.calls + rest.calls)
+            piece = Piece(piece.content + rest.content, piece.calls + rest.calls, piece.reasoning + rest.reasoning)
         self._content.append(piece.content)
         for call in piece.calls:
             self._take(call)

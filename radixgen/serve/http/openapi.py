@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from msgspec import Struct
 
-from radixgen.serve.http import protocol
+from radixgen.serve.http import protocol, responses_protocol
 from radixgen.serve.http.errors import ErrorResponse
 from radixgen.version import VERSION
 
@@ -22,6 +22,11 @@ _TYPES: tuple[type[Struct], ...] = (
     protocol.ModelList,
     protocol.TokenizeRequest,
     protocol.TokenizeResponse,
+    responses_protocol.InputItemList,
+    responses_protocol.ResponseBody,
+    responses_protocol.ResponseDeleted,
+    responses_protocol.ResponseEvent,
+    responses_protocol.ResponseRequest,
     ErrorResponse,
 )
 

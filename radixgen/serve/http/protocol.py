@@ -73,11 +73,26 @@ class FunctionName(Struct, forbid_unknown_fields=True):
     name: str
 
 
-class NamedTool(Struct, forbid_unknown_fields=True):
+class NamedTool(Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
     """`tool_choice` of a function that must be called."""
 
     function: FunctionName
-    type: Literal["function"] = "function"
+
+
+class AllowedTools(Struct, forbid_unknown_fields=True):
+    """Functions that may be called (`auto`), or of which one must be (`required`)."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolsChoice(Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    """`tool_choice` of some of the tools; the model sees all of them."""
+
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice
 
 
 class IgnoredFields(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -207,7 +222,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     session_id: str | None = None
