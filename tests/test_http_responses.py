@@ -186,24 +186,22 @@ def test_a_response_belongs_to_its_key() -> None:
 
 
 def test_cancel() -> None:
-    with over_socket(slowed(tiny(), 0.01)) as served:
-        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any") as client:
-            options: dict[str, Any] = {"model": "tiny", "input": "abc", "extra_body": {"ignore_eos": True}}
-            kinds = []
-            with client.responses.create(**options, max_output_tokens=200, stream=True) as stream:
-                for event in stream:
-                    kinds.append(event.type)
-                    if len(kinds) == 8:
-                        response_id = stream_id
-                        assert client.responses.retrieve(response_id).status == "in_progress"
-                        assert client.responses.cancel(response_id).status == "cancelled"
-                    if event.type == "response.created":
-                        stream_id = event.response.id
-                last = event
-            assert last.type == "response.incomplete" and last.response.status == "cancelled"
-            assert 0 < last.response.usage.output_tokens < 200
-            with pytest.raises(openai.BadRequestError, match="in_progress"):
-                client.responses.cancel(response_id)
+    options: dict[str, Any] = {"model": "tiny", "input": "abc", "extra_body": {"ignore_eos": True}}
+    with (
+        over_socket(slowed(tiny(), 0.01)) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="any") as client,
+        client.responses.create(**options, max_output_tokens=200, stream=True) as stream,
+    ):
+        response_id = next(stream).response.id
+        for _ in range(8):
+            next(stream)
+        assert client.responses.retrieve(response_id).status == "in_progress"
+        assert client.responses.cancel(response_id).status == "cancelled"
+        last = list(stream)[-1]
+        assert last.type == "response.incomplete" and last.response.status == "cancelled"
+        assert 0 < last.response.usage.output_tokens < 200
+        with pytest.raises(openai.BadRequestError, match="in_progress"):
+            client.responses.cancel(response_id)
 
 
 def test_truncation(client: openai.OpenAI, served: Served) -> None:

@@ -28,6 +28,7 @@ from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
+from radixgen.serve.http.messages import message_routes
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.open_limit import OpenLimit, Quota
 from radixgen.serve.http.openapi import describe
@@ -35,6 +36,7 @@ from radixgen.serve.http.origins import OriginPolicy
 from radixgen.serve.http.request_preparer import RequestPreparer
 from radixgen.serve.http.response_store import ResponseStore
 from radixgen.serve.http.responses import response_routes
+from radixgen.serve.http.score import score_routes
 from radixgen.serve.http.sessions import Sessions
 from radixgen.serve.http.templates import TemplateRenderer
 from radixgen.serve.http.warnings import Warnings
@@ -131,7 +133,10 @@ def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    own = [routes(context, gate) for routes in (completion_routes, chat_routes, response_routes)]
+    own = [
+        routes(context, gate)
+        for routes in (completion_routes, chat_routes, response_routes, message_routes, score_routes)
+    ]
     own += [info_routes(context, health, gate), description_route(app, gate)]
     for router in (*own, *(routes(gate) for routes in more)):
         check_routes(router)

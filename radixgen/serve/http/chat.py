@@ -51,7 +51,7 @@ from radixgen.serve.http.stream import EventStream, event, json_response, while_
 from radixgen.serve.http.tool_parsers import Piece, ToolCallParser
 from radixgen.serve.http.tools import Warn, constrain, parser_for, template_tools
 from radixgen.serve.http.warnings import warner
-from radixgen.text.chat_template import ChatTemplate, as_messages
+from radixgen.text.chat_template import ChatTemplate, PromptEnding, as_messages
 from radixgen.text.messages import Roles, template_message, template_messages
 
 
@@ -132,7 +132,17 @@ def template_of(context: Context, body: ChatRequest | PromptFields) -> ChatTempl
     """Chat template with the tools and variables of a request. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
     inputs, options = context.engine.inputs, body.chat_template_kwargs
-    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, "chat_template_kwargs")
+    field, ending = "chat_template_kwargs", _ending(body)
+    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, field, ending)
+
+
+def _ending(body: ChatRequest | PromptFields) -> PromptEnding:
+    """End of the prompt. Raises `InvalidRequest`."""
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            raise InvalidRequest("continue_final_message", True, "requires add_generation_prompt=false")
+        return "open"
+    return "messages" if body.add_generation_prompt is False else "generation"
 
 
 def prepare_chat(
@@ -155,7 +165,7 @@ def prepare_chat(
         inputs.check_name("session_id", body.session_id)
         key = SessionKey(caller.key_id, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
-    elif resumes:
+    elif resumes and not body.continue_final_message:
         turn = context.sessions.resume(SessionOwner(caller.key_id, namespace), template, messages, after)
     if turn is None:
         text = template.render(messages)
@@ -192,8 +202,13 @@ def _check_served(body: ChatRequest) -> None:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "requires logprobs=true")
     if any(modality != "text" for modality in body.modalities or []):
         raise InvalidRequest("modalities", body.modalities, 'must be ["text"]')
-    if body.session_id is not None and (body.n or 1) != 1:
-        raise InvalidRequest("n", body.n, "must be 1 with session_id")
+    if body.session_id is not None:
+        if (body.n or 1) != 1:
+            raise InvalidRequest("n", body.n, "must be 1 with session_id")
+        if _ending(body) != "generation":
+            raise InvalidRequest(
+                "session_id", body.session_id, "requires a prompt that ends with the generation prompt"
+            )
 
 
 class ChoiceState:

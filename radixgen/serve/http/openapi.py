@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from msgspec import Struct
 
-from radixgen.serve.http import protocol, responses_protocol
+from radixgen.serve.http import messages_protocol, protocol, responses_protocol
 from radixgen.serve.http.errors import ErrorResponse
 from radixgen.version import VERSION
 
@@ -18,8 +18,14 @@ _TYPES: tuple[type[Struct], ...] = (
     protocol.CompletionResponse,
     protocol.DetokenizeRequest,
     protocol.DetokenizeResponse,
+    messages_protocol.MessageBody,
+    messages_protocol.MessageError,
+    messages_protocol.MessagesRequest,
+    messages_protocol.MessageTokensCount,
     protocol.ModelCard,
     protocol.ModelList,
+    protocol.ScoreRequest,
+    protocol.ScoreResponse,
     protocol.TokenizeRequest,
     protocol.TokenizeResponse,
     responses_protocol.InputItemList,

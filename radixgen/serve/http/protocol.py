@@ -225,6 +225,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     session_id: str | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
@@ -239,6 +241,8 @@ class PromptFields(Struct, kw_only=True, forbid_unknown_fields=True):
     messages: list[ChatMessage] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -252,6 +256,16 @@ class CacheHintsRequest(PromptFields, kw_only=True):
     """`POST /cache_hints`: hints about a text or chat, without a generation."""
 
     cache_hints: list[CacheHintFields]
+    cache_salt: str | None = None
+
+
+class ScoreRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/score`: continuations of a prompt, each as text or token ids."""
+
+    prompt: str | list[int]
+    continuations: list[str | list[int]]
+    model: str | None = None
+    add_special_tokens: bool | None = None
     cache_salt: str | None = None
 
 
@@ -433,8 +447,27 @@ class ChatChunk(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class ContinuationScore(Struct, kw_only=True):
+    """Natural-log probability of a continuation after the prompt, and of each of its tokens after those before it."""
+
+    index: int
+    token_ids: list[int]
+    token_logprobs: list[float]
+    logprob: float
+
+
+class ScoreResponse(Struct, kw_only=True):
+    """Scores of continuations, in their order. `usage` counts the prompt once for each."""
+
+    id: str
+    object: Literal["score"] = "score"
+    model: str
+    data: list[ContinuationScore]
+    usage: Usage
+
+
 class ModelCard(Struct, kw_only=True):
-    """Description of a model."""
+    """Description of a model. `eos_token_ids`: tokens that end its texts."""
 
     id: str
     object: Literal["model"] = "model"
@@ -442,6 +475,7 @@ class ModelCard(Struct, kw_only=True):
     owned_by: str = "radixgen"
     root: str
     max_model_len: int
+    eos_token_ids: list[int]
 
 
 class ModelList(Struct, kw_only=True):
