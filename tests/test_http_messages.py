@@ -14,7 +14,7 @@ CALL = '<tool_call>{"name": "look", "arguments": {"x": 1}}</tool_call>'
 TOOL = {"name": "look", "input_schema": {"type": "object"}}
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}\n"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 

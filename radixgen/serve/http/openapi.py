@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from msgspec import Struct
 
-from radixgen.serve.http import messages_protocol, protocol, responses_protocol
+from radixgen.serve.http import messages_protocol, protocol, responses_protocol, score_protocol
 from radixgen.serve.http.errors import ErrorResponse
 from radixgen.version import VERSION
 
@@ -24,8 +24,6 @@ _TYPES: tuple[type[Struct], ...] = (
     messages_protocol.MessageTokensCount,
     protocol.ModelCard,
     protocol.ModelList,
-    protocol.ScoreRequest,
-    protocol.ScoreResponse,
     protocol.TokenizeRequest,
     protocol.TokenizeResponse,
     responses_protocol.InputItemList,
@@ -33,6 +31,8 @@ _TYPES: tuple[type[Struct], ...] = (
     responses_protocol.ResponseDeleted,
     responses_protocol.ResponseEvent,
     responses_protocol.ResponseRequest,
+    score_protocol.ScoreRequest,
+    score_protocol.ScoreResponse,
     ErrorResponse,
 )
 

@@ -39,6 +39,8 @@ class ResponseEvents:
         self._ids: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         """Of the open text block"""
+        self._held: list[TokenLogprob] = []
+        """Of tokens whose text has not come yet"""
         self._number = -1
 
     def begin(self) -> Iterator[ResponseEvent]:
@@ -48,14 +50,15 @@ class ResponseEvents:
 
     def push(self, piece: Piece, logprobs: Seq[TokenLogprob] = ()) -> Iterator[ResponseEvent]:
         """Add a piece of the answer, with the log-probabilities of its tokens."""
+        self._held += logprobs
         for event in self._blocks.push(piece):
-            yield from self._on(event, logprobs)
+            yield from self._on(event)
 
     def finish(self, status: ResponseStatus) -> Iterator[ResponseEvent]:
         """End the answer: set the status of the response, and the items of its output."""
         ended: ResponseStatus = "completed" if status == "completed" else "incomplete"
         for event in self._blocks.finish():
-            yield from self._on(event, (), ended)
+            yield from self._on(event, ended)
         self.body.status = status
         if status == "completed":
             self.body.completed_at = int(time.time())
@@ -64,9 +67,7 @@ class ResponseEvents:
         """Last event, with the whole response."""
         return self._event(_LAST_EVENTS.get(self.body.status, "response.incomplete"), response=self.body)
 
-    def _on(
-        self, event: BlockEvent, logprobs: Seq[TokenLogprob], status: ResponseStatus = "completed"
-    ) -> Iterator[ResponseEvent]:
+    def _on(self, event: BlockEvent, status: ResponseStatus = "completed") -> Iterator[ResponseEvent]:
         block = event.block
         if event.kind == "begin":
             self._ids.append(new_item_id(_ITEM_TYPES[block.kind]))
@@ -75,10 +76,12 @@ class ResponseEvents:
             if block.kind != "call":
                 yield self._text_event("response.content_part.added", block, part=_part(block, "", ()))
         elif event.kind == "delta":
-            own = {"logprobs": list(logprobs)} if block.kind == "text" else {}
-            self._logprobs += own.get("logprobs", [])
+            logprobs, self._held = self._held, []
+            self._logprobs += logprobs
+            own = {"logprobs": logprobs} if block.kind == "text" else {}
             yield self._text_event(f"{_TEXT_EVENTS[block.kind]}.delta", block, delta=event.text, **own)
         else:
+            self._logprobs, self._held = self._logprobs + self._held, []
             item = item_of(block, self._ids[block.index], status, self._logprobs)
             self.body.output = [*self.body.output, item]
             yield from self._end(block)

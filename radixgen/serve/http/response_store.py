@@ -86,7 +86,7 @@ class ResponseStore:
         key = ResponseKey(key_id, response_id)
         response = self._responses.get(key)
         if response is None:
-            raise not_found(response_id, field)
+            raise no_response(response_id, field)
         self._responses.touch(key)
         return response
 
@@ -116,7 +116,7 @@ class ResponseStore:
                 del self._holders[key.key_id, item["id"]]
 
 
-def not_found(response_id: str, field: str) -> HTTPError:
+def no_response(response_id: str, field: str) -> HTTPError:
     """Error for an id without a response."""
     limit = "must be the id of a stored response"
     return HTTPError(

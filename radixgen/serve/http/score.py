@@ -16,13 +16,8 @@ from radixgen.engine.output_processor import scores_of
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.context import Context
 from radixgen.serve.http.openapi import described
-from radixgen.serve.http.protocol import (
-    ContinuationScore,
-    PromptTokensDetails,
-    ScoreRequest,
-    ScoreResponse,
-    Usage,
-)
+from radixgen.serve.http.protocol import PromptTokensDetails, Usage
+from radixgen.serve.http.score_protocol import ContinuationScore, ScoreRequest, ScoreResponse
 from radixgen.serve.http.stream import json_response, while_connected
 from radixgen.serve.http.tools import Warn
 from radixgen.serve.http.warnings import warner
