@@ -166,3 +166,55 @@ def test_pings() -> None:
     found = asyncio.run(all_events())
     assert [event for event in found if event != b"p"] == [b"a", b"b"] and found.count(b"p") >= 2
     assert found[0] == b"a" and found[-1] == b"b" and closed
+
+
+# -- the same in chats ----------------------------------------------------------------------------------------
+
+
+def test_a_chat_may_continue_its_last_message() -> None:
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        begun = [*HI, {"role": "assistant", "content": "it is"}]
+        options: dict[str, Any] = {"messages": begun, "max_tokens": 20, "stop": "\n"}
+        body = options | {"continue_final_message": True, "add_generation_prompt": False}
+        found = (await client.post("/v1/chat/completions", json=body)).json()
+        assert found["choices"][0]["message"]["content"] == " sunny"
+        ends = {}
+        for name, fields in (
+            ("open", {"continue_final_message": True}),
+            ("messages", {"add_generation_prompt": False}),
+            ("generation", {}),
+        ):
+            tokens = (await client.post("/tokenize", json={"messages": begun, **fields})).json()["tokens"]
+            ends[name] = (await client.post("/detokenize", json={"tokens": tokens})).json()["prompt"]
+        assert ends["messages"] == ends["open"] + "\n" and ends["generation"] == ends["messages"] + "a:"
+        for wrong, field in (
+            ({"add_generation_prompt": True}, "continue_final_message"),
+            ({"session_id": "s"}, "session_id"),
+        ):
+            refused = await client.post("/v1/chat/completions", json=body | wrong)
+            assert refused.json()["error"]["param"] == field, refused.text
+
+    in_process(test, scripted(lambda *_: {"a:it is sunny": 1.0}, TEMPLATE))
+
+
+def test_only_allowed_tools_are_called() -> None:
+    """The model sees the others, and what it writes for them is no call."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("look", "other")]
+
+    async def test(client: httpx.AsyncClient, served: Served) -> None:
+        reasons = {}
+        for allowed in ("look", "other", "unknown"):
+            choice = {"mode": "auto", "tools": [{"type": "function", "function": {"name": allowed}}]}
+            body = {"messages": HI, "tools": tools, "max_tokens": 100, "stop": "\n"}
+            body["tool_choice"] = {"type": "allowed_tools", "allowed_tools": choice}
+            answer = (await client.post("/v1/chat/completions", json=body)).json()
+            reasons[allowed] = (
+                answer["choices"][0]["finish_reason"] if "choices" in answer else answer["error"]["param"]
+            )
+        assert reasons == {
+            "look": "tool_calls",
+            "other": "stop",
+            "unknown": "tool_choice.allowed_tools.tools[0].function.name",
+        }
+
+    in_process(test, scripted(lambda *_: {f"a:{CALL}": 1.0}, TEMPLATE))
