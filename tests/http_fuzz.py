@@ -135,15 +135,23 @@ def _ask(client: httpx.Client, case: Case, found: Found, stall_seconds: float | 
     if answer.status_code >= 500 and answer.status_code != 503:
         found.failures.append(f"{answer.status_code} {answer.text[:200]} <- {told}")
     if answer.status_code >= 400:
-        assert set(answer.json()) == {"error"}, told
+        keys = {"type", "error", "request_id"} if case.path.startswith("/v1/messages") else {"error"}
+        assert set(answer.json()) == keys, told
     elif answer.headers["content-type"].startswith("text/event-stream"):
-        assert answer.text.endswith("data: [DONE]\n\n"), told
+        assert answer.text.endswith("\n\n") and _ended(answer.text), told
         if '"server_error"' in answer.text:
             found.failures.append(f"{answer.text[-300:]} <- {told}")
     if stall_seconds is not None:
         late = [(late - waited, late) for late, waited in client.get("/stalls").json()]
         found.stalls += [(own, told) for own, _ in late if own > stall_seconds]
         found.others += sum(own <= stall_seconds < late for own, late in late)
+
+
+def _ended(stream: str) -> bool:
+    """Whether a stream has the last event of its route."""
+    last = stream.rstrip("\n").rpartition("\n\n")[2]
+    ends = ("data: [DONE]", "event: message_stop", "event: error", "event: response.")
+    return last.startswith(ends)
 
 
 def _request(client: httpx.Client, case: Case) -> httpx.Request | None:

@@ -67,7 +67,7 @@ def test_refusals_name_the_allowed_origin_too(monkeypatch: pytest.MonkeyPatch) -
         assert await status(BODY, {}) == 401
         with served.app.state.context.open_limit.enter():
             assert await status(BODY, KEY) == 429
-        monkeypatch.setattr("radixgen.serve.http.chat._prepare", None)
+        monkeypatch.setattr("radixgen.serve.http.chat.prepare_chat", None)
         assert await status(BODY, KEY) == 500
 
     in_process(test, tiny(), origins=OriginPolicy(allowed_origins=[PAGE]), api_keys=["one"], max_open=1)

@@ -331,7 +331,7 @@ class Dialogue(Generic[E]):
             if callable(self._on_overflow):
                 fewer = self._on_overflow([deepcopy(dict(message)) for message in draft.messages])
                 return self._history.redraft(as_messages("on_overflow", fewer, self._inputs.limits))
-            left = _without_oldest(draft.messages)
+            left = without_oldest(draft.messages)
             if left is None:
                 return draft
             draft = self._history.redraft(left)
@@ -384,7 +384,7 @@ class Turn:
         return output
 
 
-def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
+def without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
     """Messages without the first turn, which ends at the second user message; None if there is only one turn."""
     roles = [message["role"] for message in messages]
     begin = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(messages))

@@ -74,6 +74,12 @@ class Limits:
     """Bytes of memory of all stored conversations. Beyond it, the caller with the most bytes loses its oldest
     conversation.
     """
+    max_responses: int = 4_096
+    """Responses stored by an HTTP server. Beyond it, the caller with the most loses its oldest."""
+    max_response_bytes: int = 1 << 28
+    """Bytes of memory of all stored responses, each with the conversation before it. Beyond it, the caller with the
+    most bytes loses its oldest response.
+    """
     max_frame_bytes: int = 1 << 23
     """Bytes of one frame from a front end. A prompt of a million tokens takes about five million."""
     max_frames: int = 64

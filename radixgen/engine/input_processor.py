@@ -280,9 +280,9 @@ def through_template(tokenizer: "PreTrainedTokenizerBase | None", messages: Mess
     """Render a conversation with the tokenizer's chat template. Raises `InvalidRequest`."""
     if tokenizer is None or not tokenizer.chat_template:
         raise InvalidRequest("messages", "…", "the model has no chat template")
-    options = {"return_dict": False} | options
+    options = {"return_dict": False, "add_generation_prompt": True} | options
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(list(messages), **options)
     except Exception as error:  # whatever a template computes with what callers give it
         reason = str(error) if isinstance(error, TemplateError) else repr(error)
         raise InvalidRequest("messages", messages, f"the chat template refuses them: {reason[:1_000]}") from error

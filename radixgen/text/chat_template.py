@@ -5,7 +5,8 @@ import logging
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from radixgen.core import InvalidRequest, Limits, PromptTooLong
 from radixgen.engine.input_processor import through_template
@@ -19,8 +20,16 @@ Tool = Mapping[str, Any] | Callable[..., Any]
 Render = Callable[..., Any]
 """Function with the arguments of `through_template`"""
 
+PromptEnding = Literal["generation", "open", "messages"]
+"""End of a prompt: where the next message begins, where the last message ends without its end token, or with it"""
+
 logger = logging.getLogger(__name__)
 
+_ENDINGS: dict[PromptEnding, dict[str, bool]] = {
+    "generation": {},
+    "open": {"add_generation_prompt": False, "continue_final_message": True},
+    "messages": {"add_generation_prompt": False},
+}
 _HALF = "\ufffd"
 _CONTEXT = 16
 _BLOCK = 256
@@ -42,17 +51,19 @@ class ChatTemplate:
         limits: Limits | None = None,
         render: Render = through_template,
         field: str = "template_options",
+        ending: PromptEnding = "generation",
     ) -> None:
         """
         tools: JSON schemas, or functions with annotations and a docstring.
         options: variables of the template.
         render: function that renders the template; by default in this process, without limits on time and memory.
         field: name of `options` in errors.
+        ending: how renders end.
         """
         if tokenizer is None or not tokenizer.chat_template:
             raise InvalidRequest("messages", "…", "the model has no chat template")
         self.tokenizer: Any = tokenizer
-        self._render = render
+        self._render = partial(render, **_ENDINGS[ending])
         self.limits = limits or Limits()
         self.tools = _as_tools(tools, self.limits)
         self.options: dict[str, Any] = as_json(field, {} if options is None else options)

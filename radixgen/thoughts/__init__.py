@@ -8,6 +8,7 @@ from radixgen.thoughts.beam import beam, beam_async
 from radixgen.thoughts.budget import Budget, EndReason
 from radixgen.thoughts.picture import picture, svg
 from radixgen.thoughts.questions import Choose, Evaluate, Propose
+from radixgen.thoughts.remote import RemoteEngine
 from radixgen.thoughts.result import Result
 from radixgen.thoughts.sample import Sample, Samples, sample, sample_async
 from radixgen.thoughts.search import search, search_async
@@ -25,6 +26,7 @@ __all__ = [
     "Evaluate",
     "MonteCarlo",
     "Propose",
+    "RemoteEngine",
     "Result",
     "Sample",
     "Samples",

@@ -12,6 +12,7 @@ from radixgen.core import InvalidRequest, QueueFull, RequestFailed, RequestOutpu
 if TYPE_CHECKING:
     from radixgen.engine.async_engine import AsyncEngine
     from radixgen.engine.engine import Engine
+    from radixgen.thoughts.remote import RemoteEngine
 
 T = TypeVar("T")
 
@@ -50,10 +51,13 @@ class SearchBackend(Protocol):
 
 
 @asynccontextmanager
-async def serving(engine: "Engine | AsyncEngine | SearchBackend", namespace: str) -> AsyncIterator[SearchBackend]:
+async def serving(
+    engine: "Engine | AsyncEngine | RemoteEngine | SearchBackend", namespace: str
+) -> AsyncIterator[SearchBackend]:
     """Context manager that wraps an engine; a `SearchBackend` is used as it is. Raises `InvalidRequest`."""
     from radixgen.engine.async_engine import AsyncEngine
     from radixgen.engine.engine import Engine
+    from radixgen.thoughts.remote import RemoteEngine
 
     if isinstance(engine, AsyncEngine):
         yield ThreadedBackend(engine, namespace)
@@ -63,10 +67,13 @@ async def serving(engine: "Engine | AsyncEngine | SearchBackend", namespace: str
             yield backend
         finally:
             await backend.close()
+    elif isinstance(engine, RemoteEngine):
+        async with engine.connect(namespace) as remote:
+            yield remote
     elif isinstance(engine, SearchBackend):
         yield engine
     else:
-        raise InvalidRequest("engine", engine, "must be an Engine or an AsyncEngine")
+        raise InvalidRequest("engine", engine, "must be an Engine, an AsyncEngine or a RemoteEngine")
 
 
 class ThreadedBackend:

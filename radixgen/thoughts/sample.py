@@ -13,6 +13,7 @@ from radixgen.thoughts.thought import Cost, Step, Thought
 if TYPE_CHECKING:
     from radixgen.engine.async_engine import AsyncEngine
     from radixgen.engine.engine import Engine
+    from radixgen.thoughts.remote import RemoteEngine
     from radixgen.thoughts.search import Root
 
 Vote = Callable[[str], str | Awaitable[str | None] | None]
@@ -46,7 +47,7 @@ class Samples:
 
 
 def sample(
-    engine: "Engine",
+    engine: "Engine | RemoteEngine",
     prompt: "Root",
     n: int,
     *,
@@ -70,7 +71,7 @@ def sample(
 
 
 async def sample_async(
-    engine: "AsyncEngine | Engine | SearchBackend",
+    engine: "AsyncEngine | Engine | RemoteEngine | SearchBackend",
     prompt: "Root",
     n: int,
     *,

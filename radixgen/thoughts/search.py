@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from radixgen.engine.async_engine import AsyncEngine
     from radixgen.engine.engine import Engine
     from radixgen.engine.input_processor import Prompt
+    from radixgen.thoughts.remote import RemoteEngine
 
     Root = Prompt | Step
 
@@ -41,7 +42,7 @@ Stop = Callable[[], bool]
 
 
 def search(
-    engine: "Engine",
+    engine: "Engine | RemoteEngine",
     root: "Root",
     *,
     propose: Propose | Proposer,
@@ -57,6 +58,7 @@ def search(
 ) -> Result:
     """Search a tree of thoughts. Raises `InvalidRequest`, and `RequestFailed` if the root's request fails.
 
+    engine: a local engine, or a `RemoteEngine`: a server's.
     root: the problem, as text, token ids (of `Engine.chat_tokens`), or a `Step` with a state.
     propose, evaluate: questions to the model about a thought (`Propose`; `Evaluate`, `Choose`), or functions of the
         thought. Functions that return an awaitable do not block the engine; others run between two steps.
@@ -92,7 +94,7 @@ def search(
 
 
 async def search_async(
-    engine: "AsyncEngine | Engine | SearchBackend",
+    engine: "AsyncEngine | Engine | RemoteEngine | SearchBackend",
     root: "Root",
     *,
     propose: Propose | Proposer,

@@ -28,11 +28,15 @@ from radixgen.serve.http.health import Health
 from radixgen.serve.http.info import description_route, info_routes
 from radixgen.serve.http.latest_stats import LatestStats
 from radixgen.serve.http.logprobs import TokenTexts
+from radixgen.serve.http.messages import message_routes
 from radixgen.serve.http.metrics import COMPAT, Metrics
 from radixgen.serve.http.open_limit import OpenLimit, Quota
 from radixgen.serve.http.openapi import describe
 from radixgen.serve.http.origins import OriginPolicy
 from radixgen.serve.http.request_preparer import RequestPreparer
+from radixgen.serve.http.response_store import ResponseStore
+from radixgen.serve.http.responses import response_routes
+from radixgen.serve.http.score import score_routes
 from radixgen.serve.http.sessions import Sessions
 from radixgen.serve.http.templates import TemplateRenderer
 from radixgen.serve.http.warnings import Warnings
@@ -129,8 +133,12 @@ def create_app(engine: EngineBackend, options: ServeOptions | None = None, *more
             await engine.close()
 
     app = FastAPI(title="radixgen", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    own = (completion_routes(context, gate), chat_routes(context, gate), info_routes(context, health, gate))
-    for router in (*own, description_route(app, gate), *(routes(gate) for routes in more)):
+    own = [
+        routes(context, gate)
+        for routes in (completion_routes, chat_routes, response_routes, message_routes, score_routes)
+    ]
+    own += [info_routes(context, health, gate), description_route(app, gate)]
+    for router in (*own, *(routes(gate) for routes in more)):
         check_routes(router)
         app.include_router(router)
     describe(app, options.root_path)
@@ -173,6 +181,7 @@ def _context(engine: EngineBackend, options: ServeOptions) -> Context:
         metrics=Metrics(names[0], options.metrics_compat),
         stats=LatestStats(engine),
         sessions=Sessions(engine.inputs.limits, engine.inputs.chat_eos_token_ids),
+        responses=ResponseStore(limits),
         texts=TokenTexts(engine.inputs.tokenizer),
         renderer=TemplateRenderer(engine.inputs.tokenizer, engine.inputs.max_text_chars),
         request_timeout=options.request_timeout,

@@ -50,6 +50,11 @@ class EngineBackend(Protocol):
     ) -> RequestStream:
         """Queue a request. Raises `InvalidRequest`, `QueueFull`, `EngineClosed`."""
 
+    async def score_continuation(
+        self, prompt: TokenArray, continuation: TokenArray, *, namespace: str
+    ) -> RequestOutput:
+        """Score a checked continuation; `scores_of` reads the result. Raises `InvalidRequest` if it cannot."""
+
     async def apply_hints(
         self, prompt: TokenArray, hints: Sequence[CacheHint], *, namespace: str, hint_owner: str | None
     ) -> Sequence[HintResult]:

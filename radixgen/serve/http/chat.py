@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from radixgen.core import CacheHint, CompletionOutput, InvalidRequest, RadixgenError, SamplingParams, joined
+from radixgen.core import CompletionOutput, InvalidRequest, RadixgenError, SamplingParams, joined
 from radixgen.serve.http.auth import Caller, Gate
 from radixgen.serve.http.cache_hints import (
     breakpoint_hints,
@@ -29,6 +29,7 @@ from radixgen.serve.http.enforceable_schema import enforceable_format
 from radixgen.serve.http.fields import names_of, sent_as
 from radixgen.serve.http.generation import Generation, GenerationRequest
 from radixgen.serve.http.logprobs import chat_logprobs
+from radixgen.serve.http.open_limit import OpenCount
 from radixgen.serve.http.openapi import described
 from radixgen.serve.http.protocol import (
     AnswerMessage,
@@ -45,17 +46,17 @@ from radixgen.serve.http.protocol import (
     ToolCall,
     Usage,
 )
-from radixgen.serve.http.sessions import SessionKey, SessionTurn
+from radixgen.serve.http.sessions import SessionKey, SessionOwner, SessionTurn
 from radixgen.serve.http.stream import EventStream, event, json_response, while_connected
 from radixgen.serve.http.tool_parsers import Piece, ToolCallParser
 from radixgen.serve.http.tools import Warn, constrain, parser_for, template_tools
 from radixgen.serve.http.warnings import warner
-from radixgen.text.chat_template import ChatTemplate, as_messages
+from radixgen.text.chat_template import ChatTemplate, PromptEnding, as_messages
 from radixgen.text.messages import Roles, template_message, template_messages
 
 
 @dataclass(frozen=True, slots=True)
-class _Chat:
+class PreparedChat:
     """A checked request, and its turn if it belongs to a session."""
 
     request: GenerationRequest
@@ -71,18 +72,48 @@ def chat_routes(context: Context, gate: Gate) -> APIRouter:
         """Generate the answer of a chat."""
         open_count, body = await context.preparer.receive(request, ChatRequest, context.open_limit)
         with open_count, sent_as(names_of(body)):
-            context.check_model(body.model)
-            prepare = partial(_prepare, context, request.state.caller, body, warner(request))
-            chat = await context.preparer.run(request, prepare)
-            grammar = await context.preparer.compile(request, chat.request.params)
-            generation = await Generation.start(context, chat.request, open_count, grammar)
-        responder = _ChatResponder(context, body, generation, chat.turn)
+            prepare = partial(prepare_chat, context, request.state.caller, body, warner(request))
+            generation, turn = await start_chat(context, request, open_count, prepare)
+        responder = _ChatResponder(context, body, generation, turn)
         if body.stream:
             return EventStream(responder.events(), generation.aclose, send_timeout=context.send_timeout)
         async with generation:
             return json_response(await while_connected(request.receive, responder.whole()))
 
     return router
+
+
+async def start_chat(
+    context: Context, request: Request, open_count: OpenCount, prepare: Callable[[], PreparedChat]
+) -> tuple[Generation, SessionTurn | None]:
+    """Run `prepare` in a thread, compile the grammar, and queue the chat. Raises what these raise."""
+    chat = await context.preparer.run(request, prepare)
+    grammar = await context.preparer.compile(request, chat.request.params)
+    return await Generation.start(context, chat.request, open_count, grammar), chat.turn
+
+
+async def end_turn(
+    context: Context,
+    generation: Generation,
+    turn: SessionTurn,
+    output: CompletionOutput,
+    answer: ChatMessage,
+    name: str | None = None,
+) -> None:
+    """Save an answer in its session, and let what only the session's previous path holds be evicted first.
+
+    output: the whole output.
+    answer: the message as the client received it.
+    name: further name of the turn, for `Sessions.resume`.
+    """
+    message = template_message(answer, Roles(None))
+    end = partial(context.sessions.end, turn, output, message, generation.request.params, name)
+    await context.preparer.finish(turn.key.key_id, end)
+    if turn.superseded is not None:
+        token_ids, hints = turn.superseded
+        old, namespace = np.array(token_ids, np.int32), generation.request.namespace
+        with suppress(RadixgenError):  # the answer is there, whatever becomes of the cache
+            await context.engine.apply_hints(old, hints, namespace=namespace, hint_owner=None)
 
 
 def prepared_messages(context: Context, body: ChatRequest | PromptFields) -> tuple[Mapping[str, Any], ...]:
@@ -101,23 +132,45 @@ def template_of(context: Context, body: ChatRequest | PromptFields) -> ChatTempl
     """Chat template with the tools and variables of a request. Raises `InvalidRequest`."""
     tools = None if getattr(body, "tool_choice", None) == "none" else template_tools(body.tools)
     inputs, options = context.engine.inputs, body.chat_template_kwargs
-    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, "chat_template_kwargs")
+    field, ending = "chat_template_kwargs", _ending(body)
+    return ChatTemplate(inputs.tokenizer, tools, options, context.limits, context.renderer, field, ending)
 
 
-def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) -> _Chat:
-    """Check a request, all but its grammar, and render its chat. Raises `InvalidRequest`."""
+def _ending(body: ChatRequest | PromptFields) -> PromptEnding:
+    """End of the prompt. Raises `InvalidRequest`."""
+    if body.continue_final_message:
+        if body.add_generation_prompt:
+            raise InvalidRequest("continue_final_message", True, "requires add_generation_prompt=false")
+        return "open"
+    return "messages" if body.add_generation_prompt is False else "generation"
+
+
+def prepare_chat(
+    context: Context, caller: Caller, body: ChatRequest, warn: Warn, *, resumes: bool = False, after: str | None = None
+) -> PreparedChat:
+    """Check a request, all but its grammar, and render its chat.
+
+    resumes: whether a chat without `session_id` continues the session with the longest common beginning.
+    after: name of the turn that it continues, if it is known; see `Sessions.resume`.
+
+    Raises `InvalidRequest`, and `HTTPError` if the model is not served.
+    """
+    context.check_model(body.model)
     _check_served(body)
     inputs = context.engine.inputs
     namespace = context.namespace(caller, body.cache_salt)
     messages, template = prepared_messages(context, body), template_of(context, body)
     turn = None
-    if body.session_id is None:
-        text = template.render(messages)
-        ids = list(template.tokenize(text))
-    else:
+    if body.session_id is not None:
         inputs.check_name("session_id", body.session_id)
         key = SessionKey(caller.key_id, namespace, body.session_id)
         turn = context.sessions.begin(key, template, messages)
+    elif resumes and not body.continue_final_message:
+        turn = context.sessions.resume(SessionOwner(caller.key_id, namespace), template, messages, after)
+    if turn is None:
+        text = template.render(messages)
+        ids = list(template.tokenize(text))
+    else:
         text, ids = turn.draft.text, turn.draft.token_ids
     tokens = inputs.tokenize(ids, "messages", warn=warn)
     logprobs = (body.n or 1) * (1 + (body.top_logprobs or 0)) if body.logprobs else 0
@@ -131,7 +184,7 @@ def _prepare(context: Context, caller: Caller, body: ChatRequest, warn: Warn) ->
         marked = _converted(context, with_marks(body.messages, breakpoints))
         hints += breakpoint_hints(breakpoints, template, marked, text, ids)
         inputs.check_hints(hints)
-    return _Chat(GenerationRequest([tokens], params, caller.key_id, namespace, priority, tuple(hints)), turn)
+    return PreparedChat(GenerationRequest([tokens], params, caller.key_id, namespace, priority, tuple(hints)), turn)
 
 
 def _params(context: Context, body: ChatRequest, max_tokens: int, warn: Warn) -> SamplingParams:
@@ -149,11 +202,16 @@ def _check_served(body: ChatRequest) -> None:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "requires logprobs=true")
     if any(modality != "text" for modality in body.modalities or []):
         raise InvalidRequest("modalities", body.modalities, 'must be ["text"]')
-    if body.session_id is not None and (body.n or 1) != 1:
-        raise InvalidRequest("n", body.n, "must be 1 with session_id")
+    if body.session_id is not None:
+        if (body.n or 1) != 1:
+            raise InvalidRequest("n", body.n, "must be 1 with session_id")
+        if _ending(body) != "generation":
+            raise InvalidRequest(
+                "session_id", body.session_id, "requires a prompt that ends with the generation prompt"
+            )
 
 
-class _ChoiceState:
+class ChoiceState:
     """State of one choice, parsed incrementally."""
 
     def __init__(self, parser: ToolCallParser) -> None:
@@ -167,7 +225,7 @@ class _ChoiceState:
         piece = self.parser.push(new.text)
         if new.finish_reason is not None:
             rest = self.parser.finish(cut=new.finish_reason == "length")
-            piece = Piece(piece.content + rest.content, piece.calls + rest.calls)
+            piece = Piece(piece.content + rest.content, piece.calls + rest.calls, piece.reasoning + rest.reasoning)
         self._content.append(piece.content)
         for call in piece.calls:
             self._take(call)
@@ -209,7 +267,7 @@ class _ChatResponder:
         self._body = body
         self._generation = generation
         self._turn = turn
-        self._choices = [_ChoiceState(parser_for(body)) for _ in range(generation.request.params.n)]
+        self._choices = [ChoiceState(parser_for(body)) for _ in range(generation.request.params.n)]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid4().hex}",
             "created": int(time.time()),
@@ -267,7 +325,7 @@ class _ChatResponder:
         reason = self._choices[output.index].reason
         return ChunkChoice(index=output.index, delta=Delta(), finish_reason=reason, stop_reason=output.stop_reason)
 
-    def _whole_choice(self, index: int, choice: _ChoiceState) -> ChatChoice:
+    def _whole_choice(self, index: int, choice: ChoiceState) -> ChatChoice:
         output = choice.output
         assert output is not None
         return ChatChoice(
@@ -293,15 +351,4 @@ class _ChatResponder:
         (choice, *_), turn = self._choices, self._turn
         output = choice.output
         if turn is not None and output is not None:
-            message: ChatMessage = template_message(msgspec.to_builtins(choice.message()), Roles(None))
-            params = self._generation.request.params
-            end = partial(self._context.sessions.end, turn, output, message, params)
-            await self._context.preparer.finish(turn.key.key_id, end)
-            if turn.superseded is not None:
-                await self._demote(*turn.superseded)
-
-    async def _demote(self, token_ids: list[int], hints: list[CacheHint]) -> None:
-        """Let what only the session's previous path holds be evicted first."""
-        old, namespace = np.array(token_ids, np.int32), self._generation.request.namespace
-        with suppress(RadixgenError):  # the answer is there, whatever becomes of the cache
-            await self._context.engine.apply_hints(old, hints, namespace=namespace, hint_owner=None)
+            await end_turn(self._context, self._generation, turn, output, msgspec.to_builtins(choice.message()))

@@ -14,6 +14,7 @@ from radixgen.serve.http.logprobs import TokenTexts
 from radixgen.serve.http.metrics import Metrics
 from radixgen.serve.http.open_limit import OpenLimit, Quota
 from radixgen.serve.http.request_preparer import RequestPreparer
+from radixgen.serve.http.response_store import ResponseStore
 from radixgen.serve.http.sessions import Sessions
 from radixgen.serve.http.templates import TemplateRenderer
 
@@ -40,6 +41,7 @@ class Context:
     metrics: Metrics
     stats: LatestStats
     sessions: Sessions
+    responses: ResponseStore
     texts: TokenTexts
     renderer: TemplateRenderer
     request_timeout: float | None

@@ -1,4 +1,7 @@
-"""Error responses in OpenAI's format, with field, value and limit: `{"error": {message, type, param, …}}`."""
+"""Error responses in OpenAI's format, with field, value and limit: `{"error": {message, type, param, …}}`.
+
+Those of `/v1/messages` are in Anthropic's.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -11,8 +14,23 @@ from starlette.responses import Response
 
 from radixgen.core import EngineClosed, InvalidRequest, LimitReached, PromptTooLong, RadixgenError
 from radixgen.core.errors import short_repr
+from radixgen.serve.http.messages_protocol import MessageError, MessageErrorDetails
 
 logger = logging.getLogger(__name__)
+
+_MESSAGES = "/v1/messages"
+_MESSAGE_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Anthropic's types of errors by status"""
 
 
 class ErrorBody(msgspec.Struct, kw_only=True):
@@ -114,6 +132,20 @@ def generation_failed(reason: object) -> HTTPError:
     return HTTPError(500, f"generation failed: {short_repr(reason)}", type="server_error", code="generation_failed")
 
 
+def message_error(error: BaseException, request_id: str | None = None) -> MessageError:
+    """Body of an error in Anthropic's format."""
+    kind = _MESSAGE_ERRORS.get(status_of(error), "api_error")
+    return MessageError(error=MessageErrorDetails(kind, body_of(error).message), request_id=request_id)
+
+
+def _encode_for(request: Request, error: BaseException) -> bytes:
+    """Encode an error in the format of the route."""
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    if path == _MESSAGES or path.startswith(f"{_MESSAGES}/"):
+        return msgspec.json.encode(message_error(error, getattr(request.state, "request_id", None)))
+    return encode(error)
+
+
 class ErrorHandlers:
     """Converts exceptions of routes to responses."""
 
@@ -135,7 +167,7 @@ class ErrorHandlers:
         if status == 500 and not isinstance(error, HTTPError):
             request_id = getattr(request.state, "request_id", "?")
             logger.error("request %s failed", request_id, exc_info=error)
-        return Response(encode(error), status, headers, media_type="application/json")
+        return Response(_encode_for(request, error), status, headers, media_type="application/json")
 
 
 def _invalid(error: RequestValidationError) -> HTTPError:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,7 @@ class Generation:
         self._open_count = open_count
         self._meters = meters
 
-    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield `(index of the prompt, output)`. Raises `HTTPError` if a sequence fails, and `EngineClosed`."""
         async with aclosing(merge(self._opened)) as merged:
             async for prompt, output in merged:

@@ -142,7 +142,11 @@ def _state(fault: str | None) -> Response:
 def _model(context: Context, name: str) -> ModelCard:
     inputs = context.engine.inputs
     return ModelCard(
-        id=name, created=context.created, root=context.engine.model_name, max_model_len=inputs.max_model_len
+        id=name,
+        created=context.created,
+        root=context.engine.model_name,
+        max_model_len=inputs.max_model_len,
+        eos_token_ids=sorted(inputs.eos_token_ids),
     )
 
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from msgspec import Struct
 
-from radixgen.serve.http import protocol
+from radixgen.serve.http import messages_protocol, protocol, responses_protocol, score_protocol
 from radixgen.serve.http.errors import ErrorResponse
 from radixgen.version import VERSION
 
@@ -18,10 +18,21 @@ _TYPES: tuple[type[Struct], ...] = (
     protocol.CompletionResponse,
     protocol.DetokenizeRequest,
     protocol.DetokenizeResponse,
+    messages_protocol.MessageBody,
+    messages_protocol.MessageError,
+    messages_protocol.MessagesRequest,
+    messages_protocol.MessageTokensCount,
     protocol.ModelCard,
     protocol.ModelList,
     protocol.TokenizeRequest,
     protocol.TokenizeResponse,
+    responses_protocol.InputItemList,
+    responses_protocol.ResponseBody,
+    responses_protocol.ResponseDeleted,
+    responses_protocol.ResponseEvent,
+    responses_protocol.ResponseRequest,
+    score_protocol.ScoreRequest,
+    score_protocol.ScoreResponse,
     ErrorResponse,
 )
 

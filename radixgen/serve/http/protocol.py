@@ -73,11 +73,26 @@ class FunctionName(Struct, forbid_unknown_fields=True):
     name: str
 
 
-class NamedTool(Struct, forbid_unknown_fields=True):
+class NamedTool(Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
     """`tool_choice` of a function that must be called."""
 
     function: FunctionName
-    type: Literal["function"] = "function"
+
+
+class AllowedTools(Struct, forbid_unknown_fields=True):
+    """Functions that may be called (`auto`), or of which one must be (`required`)."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolsChoice(Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    """`tool_choice` of some of the tools; the model sees all of them."""
+
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice
 
 
 class IgnoredFields(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -207,9 +222,11 @@ class ChatRequest(SamplingFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     session_id: str | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
@@ -224,6 +241,8 @@ class PromptFields(Struct, kw_only=True, forbid_unknown_fields=True):
     messages: list[ChatMessage] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -419,7 +438,7 @@ class ChatChunk(Struct, kw_only=True):
 
 
 class ModelCard(Struct, kw_only=True):
-    """Description of a model."""
+    """Description of a model. `eos_token_ids`: tokens that end its texts."""
 
     id: str
     object: Literal["model"] = "model"
@@ -427,6 +446,7 @@ class ModelCard(Struct, kw_only=True):
     owned_by: str = "radixgen"
     root: str
     max_model_len: int
+    eos_token_ids: list[int]
 
 
 class ModelList(Struct, kw_only=True):

@@ -30,6 +30,11 @@ def event(body: msgspec.Struct) -> bytes:
     return b"data: " + _ENCODER.encode(body) + b"\n\n"
 
 
+def named_event(name: str, body: msgspec.Struct) -> bytes:
+    """Server-sent event with a name."""
+    return b"event: " + name.encode() + b"\n" + event(body)
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`; if the client disconnects, cancel it and raise `ClientGone`.
 
@@ -52,8 +57,13 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
+def error_event(error: BaseException) -> bytes:
+    """Server-sent event of an error in OpenAI's format."""
+    return b"data: " + encode(error) + b"\n\n"
+
+
 class EventStream(Response):
-    """Response of server-sent events that ends with `[DONE]`. An exception of `events` is sent as an error event.
+    """Response of server-sent events. An exception of `events` is sent as an error event.
 
     A client that reads nothing for `send_timeout` seconds counts as disconnected. `close` is called in any case.
     """
@@ -61,14 +71,26 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[object]], *, send_timeout: float
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], Awaitable[object]],
+        *,
+        send_timeout: float,
+        encode_error: Callable[[BaseException], bytes] = error_event,
+        end: bytes = _DONE,
     ) -> None:
+        """
+        encode_error: returns the event of an error.
+        end: what is sent after the last event.
+        """
         self.status_code = 200
         self.background: BackgroundTask | None = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
         self._close = close
         self._send_timeout = send_timeout
+        self._encode_error = encode_error
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -90,8 +112,9 @@ class EventStream(Response):
             scope.setdefault("state", {})["ended"] = type(error).__name__
             if status_of(error) == 500:
                 logger.error("request %s failed", scope["state"].get("request_id"), exc_info=error)
-            await self._send(send, b"data: " + encode(error) + b"\n\n")
-        await self._send(send, _DONE)
+            await self._send(send, self._encode_error(error))
+        if self._end:
+            await self._send(send, self._end)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:

@@ -87,10 +87,9 @@ def _render(
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    variables = {"add_generation_prompt": True} | variables
     try:
-        (text,), _ = render_jinja_template(
-            conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=True, **variables
-        )
+        (text,), _ = render_jinja_template(conversations=[messages], tools=tools, chat_template=template, **variables)
     except Exception as error:
         reason = str(error) if isinstance(error, TemplateError) else repr(error)
         return {"error": reason[:1_000]}

@@ -23,10 +23,11 @@ _BRACKET = re.compile(r'["{}\[\]\\]')
 
 @dataclass(slots=True)
 class Piece:
-    """Content and tool calls of some new text. If a call comes in parts, only the first part has a name."""
+    """Content, tool calls and reasoning of some new text. If a call comes in parts, only the first part has a name."""
 
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    reasoning: str = ""
 
 
 class ToolCallParser(Protocol):

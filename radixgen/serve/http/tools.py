@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -10,7 +10,7 @@ from radixgen.core import InvalidRequest, Limits, SamplingParams
 from radixgen.core.grammar import format_source
 from radixgen.serve.http.call_grammar import answer_or_calls_grammar, call_grammar, parameters_of
 from radixgen.serve.http.enforceable_schema import enforceable
-from radixgen.serve.http.protocol import ChatRequest, FunctionDefinition, NamedTool, Tool
+from radixgen.serve.http.protocol import AllowedToolsChoice, ChatRequest, FunctionDefinition, NamedTool, Tool
 from radixgen.serve.http.tool_parsers import (
     HermesParser,
     NamedCallParser,
@@ -24,10 +24,10 @@ Warn = Callable[[str], None]
 
 def parser_for(body: ChatRequest) -> ToolCallParser:
     """Create the parser of a choice's text. Raises `InvalidRequest`."""
-    choice = body.tool_choice or ("auto" if body.tools else "none")
+    choice = _choice(body)
     if choice != "none" and not body.tools:
         raise InvalidRequest("tool_choice", choice, "requires tools")
-    names = [tool.function.name for tool in body.tools or []]
+    names = [tool.function.name for tool in _allowed(body)]
     if isinstance(choice, NamedTool):
         return NamedCallParser(choice.function.name)
     if choice == "required":
@@ -42,13 +42,14 @@ def constrain(params: SamplingParams, body: ChatRequest, limits: Limits, warn: W
 
     Raises `InvalidRequest`.
     """
-    choice, forced = body.tool_choice, body.tool_choice not in (None, "none", "auto")
+    choice = _choice(body)
+    forced = choice not in ("none", "auto")
     answer = None if params.response_format is None else format_source(params.response_format, limits)
     if not forced and (answer is None or choice == "none" or not body.tools):
         return params
     if body.structured_outputs is not None and replace(params, response_format=None).structured:
         raise InvalidRequest("structured_outputs", "…", "cannot be combined with tool calls that need a grammar")
-    functions = [_enforceable(tool.function, warn) for tool in body.tools or []]
+    functions = [_enforceable(tool.function, warn) for tool in _allowed(body)]
     params = replace(params, response_format=None)
     try:
         if isinstance(choice, NamedTool):
@@ -59,6 +60,28 @@ def constrain(params: SamplingParams, body: ChatRequest, limits: Limits, warn: W
         return replace(params, grammar=answer_or_calls_grammar(answer.text, functions, parallel=_parallel(body)))
     except RecursionError:
         raise InvalidRequest("tools", "…", "are nested too deeply") from None
+
+
+def _choice(body: ChatRequest) -> Literal["none", "auto", "required"] | NamedTool:
+    """`tool_choice` without the names of allowed tools."""
+    choice = body.tool_choice or ("auto" if body.tools else "none")
+    return choice.allowed_tools.mode if isinstance(choice, AllowedToolsChoice) else choice
+
+
+def _allowed(body: ChatRequest) -> list[Tool]:
+    """Tools that may be called. Raises `InvalidRequest`."""
+    tools, choice = body.tools or [], body.tool_choice
+    if not isinstance(choice, AllowedToolsChoice):
+        return tools
+    by_name = {tool.function.name: tool for tool in tools}
+    allowed = []
+    for index, named in enumerate(choice.allowed_tools.tools):
+        name = named.function.name
+        if name not in by_name:
+            field = f"tool_choice.allowed_tools.tools[{index}].function.name"
+            raise InvalidRequest(field, name, "must be the name of one of tools")
+        allowed.append(by_name[name])
+    return allowed
 
 
 def _parallel(body: ChatRequest) -> bool:

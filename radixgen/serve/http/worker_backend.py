@@ -125,6 +125,12 @@ class WorkerBackend:
         self._open += 1
         return _Answer(self, streams, params, prompt, timeout)
 
+    async def score_continuation(
+        self, prompt: TokenArray, continuation: TokenArray, *, namespace: str
+    ) -> RequestOutput:
+        """Raise `InvalidRequest`: scores are not on the wire."""
+        raise InvalidRequest("path", "/v1/score", "is not supported in front of workers")
+
     async def apply_hints(
         self, prompt: TokenArray, hints: Seq[CacheHint], *, namespace: str, hint_owner: str | None
     ) -> tuple[HintResult, ...]:
