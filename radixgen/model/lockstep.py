@@ -190,7 +190,7 @@ def unpack(frame: bytearray) -> tuple[RankCommand, list[Array]]:
         if at != len(frame):
             raise ValueError(f"{len(frame) - at} bytes too many")
         return RankCommand(kind), arrays
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ValueError(f"not a frame: {error}") from error
 
 
